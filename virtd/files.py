@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The one place that replaces a file, so that a reader and a crash see the old content or the new, never a part."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from . import errors
+
+
+def write(path: str, data: bytes, *, mode: int = 0o600) -> None:
+    """Replace `path` by `data`: temporary file, fsync, rename, fsync of the directory.
+
+    Raises HostError (a full or read-only file system, mostly); the old file is then as it was.
+    """
+    directory, name = os.path.split(path)
+    # A fixed name: what a crash leaves is overwritten by the next try instead of piling up. Writers of one path
+    # take turns, since each object has one lock.
+    temporary = f"{directory}/.{name}.new"
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+        try:
+            os.fchmod(fd, mode)
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(temporary, path)
+        sync(directory)
+    except OSError as exc:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise errors.HostError(f"Cannot write {path}: {exc.strerror}", hint=hint(exc)) from exc
+
+
+def remove(path: str) -> bool:
+    """Unlink `path`; False when it wasn't there."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return False
+    except OSError as exc:
+        raise errors.HostError(f"Cannot remove {path}: {exc.strerror}", hint=hint(exc)) from exc
+    sync(os.path.dirname(path))
+    return True
+
+
+def sync(directory: str) -> None:
+    """Make a rename in `directory` outlive a power cut."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def hint(exc: OSError) -> str:
+    """What a person can do about `exc`, where that is known."""
+    import errno
+
+    match exc.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return "The file system is full: free some space and try again."
+        case errno.EROFS:
+            return "The file system is mounted read-only."
+        case errno.EMFILE | errno.ENFILE:
+            return "Too many open files: raise LimitNOFILE= of virtd.service."
+        case _:
+            return ""

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""From TOML text to a checked struct, with errors that name the file, the key and what was expected."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from typing import Any, TypeVar, get_type_hints
+
+import msgspec
+
+from .. import errors
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+_AT = re.compile(r"(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?", re.DOTALL)
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(.*)`")
+
+LIMIT = 1 << 20  # a definition of more than 1 MiB is a mistake (a disk image, most likely)
+
+
+def decode(text: str, source: str, kind: type[T]) -> T:
+    """A `kind` made of the TOML in `text`; raises InvalidDefinition, whose `file` is `source`."""
+    if len(text) > LIMIT:
+        raise errors.InvalidDefinition(source, "", f"expected a definition in TOML, got {len(text)} characters")
+    try:
+        table = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as exc:
+        raise errors.InvalidDefinition(source, "", f"expected TOML: {exc}") from exc
+    try:
+        return msgspec.convert(table, kind)
+    except msgspec.ValidationError as exc:
+        raise _explain(exc, source, kind) from exc
+
+
+def _explain(exc: msgspec.ValidationError, source: str, kind: type[msgspec.Struct]) -> errors.InvalidDefinition:
+    """msgspec's message, taken apart: "Expected `int`, got `str` - at `$.disk[0].path`"."""
+    match = _AT.fullmatch(str(exc))
+    what, path = (match["what"], match["path"] or "") if match else (str(exc), "")
+    if unknown := _UNKNOWN.fullmatch(what):
+        known = _fields(kind, path)
+        close = difflib.get_close_matches(unknown[1], known, n=1)
+        return errors.InvalidDefinition(
+            source,
+            _join(path, unknown[1]),
+            "unknown key",
+            hint=f"Did you mean {close[0]}?" if close else f"Keys here: {', '.join(known)}.",
+        )
+    if missing := _MISSING.fullmatch(what):
+        return errors.InvalidDefinition(source, _join(path, missing[1]), "expected this key, which is missing")
+    return errors.InvalidDefinition(source, path, what[:1].lower() + what[1:].replace("`", ""))
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _fields(kind: type[msgspec.Struct], path: str) -> tuple[str, ...]:
+    """The keys that are known at `path`, such as `disk[0]` or `disk[...]`."""
+    here: Any = kind
+    for part in filter(None, re.sub(r"\[[^]]*\]", "", path).split(".")):
+        hint = get_type_hints(here).get(part)
+        for candidate in (hint, *getattr(hint, "__args__", ())):
+            if isinstance(candidate, type) and issubclass(candidate, msgspec.Struct):
+                here = candidate
+                break
+        else:
+            return ()
+    return tuple(field.encode_name for field in msgspec.structs.fields(here))

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A domain: one virtual machine as a person defines it, typed and checked, without looking at the host.
+
+What can only be known by looking (does the disk exist, is there enough memory) is the driver's question at start.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid as uuidlib
+from enum import StrEnum
+from typing import Annotated
+
+import msgspec
+
+from .. import errors
+from . import document, size
+
+NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,63})")
+MAC = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}")
+MACHINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+CPU = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*(?:,[+-]?[A-Za-z0-9._-]+(?:=(?:on|off))?)*")
+
+MEMORY_MIN = 1 << 20
+MEMORY_MAX = 4 << 40  # x86 guests of QEMU 10 end there on q35 without special CPUs; a typo of unit is the usual cause
+VCPUS_MAX = 255  # without an IOMMU with interrupt remapping, q35 can address no more (QEMU docs, "APIC IDs")
+
+
+class Format(StrEnum):
+    """A disk image's format. Never guessed: a guest could write a qcow2 header into its raw disk (CVE-2008-2004)."""
+
+    RAW = "raw"
+    QCOW2 = "qcow2"
+
+
+class OnPoweroff(StrEnum):
+    """What becomes of the QEMU process when the guest powers itself off."""
+
+    STOP = "stop"
+    KEEP = "keep"
+
+
+class OnReboot(StrEnum):
+    """What a guest's own reboot does."""
+
+    RESET = "reset"
+    STOP = "stop"
+
+
+class OnCrash(StrEnum):
+    """What a guest's panic does: end it, keep it paused for a person to look at, or start it afresh."""
+
+    STOP = "stop"
+    KEEP = "keep"
+    RESTART = "restart"
+
+
+class Boot(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Where the guest boots from: a kernel given here, or, without one, its first disk."""
+
+    kernel: str | None = None
+    initrd: str | None = None
+    cmdline: str = ""
+
+
+class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One virtio-blk disk."""
+
+    path: str
+    format: Format = Format.RAW
+    readonly: bool = False
+
+
+class Cdrom(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One CD-ROM drive with an ISO image in it."""
+
+    path: str
+
+
+class Nic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One virtio network card. `mode = "user"` is QEMU's own NAT: no privilege, no incoming connections."""
+
+    mode: str = "user"
+    mac: str | None = None
+
+
+class Vnc(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A VNC display on a unix socket in the domain's runtime directory."""
+
+    enabled: bool = True
+
+
+class Domain(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A domain's definition; `memory` in the unit that the person wrote (`memory_bytes` has it in bytes)."""
+
+    name: str
+    memory: str | int
+    uuid: str | None = None
+    vcpus: Annotated[int, msgspec.Meta(ge=1, le=VCPUS_MAX)] = 1
+    machine: str = "q35"
+    cpu: str | None = None
+    autostart: bool = False
+    on_poweroff: OnPoweroff = OnPoweroff.STOP
+    on_reboot: OnReboot = OnReboot.RESET
+    on_crash: OnCrash = OnCrash.STOP
+    rng: bool = True
+    boot: Boot = Boot()
+    disk: tuple[Disk, ...] = ()
+    cdrom: tuple[Cdrom, ...] = ()
+    nic: tuple[Nic, ...] = ()
+    vnc: Vnc | None = None
+
+    @property
+    def memory_bytes(self) -> int:
+        return size.parse(self.memory)
+
+
+def parse(text: str, source: str) -> Domain:
+    """The definition that `text` (TOML) holds. `source` is the file's name in errors.
+
+    Raises InvalidDefinition with the key and what was expected.
+    """
+    domain = document.decode(text, source, Domain)
+    check(domain, source)
+    return domain
+
+
+def check(domain: Domain, source: str) -> None:
+    """Everything that a type can't say. Raises InvalidDefinition at the first thing that is wrong."""
+
+    def refuse(key: str, expected: str, hint: str = "") -> errors.InvalidDefinition:
+        return errors.InvalidDefinition(source, key, expected, hint=hint)
+
+    if not NAME.fullmatch(domain.name):
+        raise refuse(
+            "name",
+            f"expected 1 to 64 letters, digits, '.', '_' or '-', the first one no '.' or '-', got {shown(domain.name)}",
+        )
+    if domain.uuid is not None and canonical_uuid(domain.uuid) is None:
+        raise refuse("uuid", f"expected a UUID such as {uuidlib.UUID(int=0)}, got {shown(domain.uuid)}")
+    try:
+        memory = domain.memory_bytes
+    except ValueError:
+        raise refuse("memory", f"expected a size such as \"256M\" or \"2G\", got {shown(domain.memory)}") from None
+    if not MEMORY_MIN <= memory <= MEMORY_MAX:
+        raise refuse("memory", f"expected 1M to {size.show(MEMORY_MAX)}, got {shown(domain.memory)}")
+    if not MACHINE.fullmatch(domain.machine):
+        raise refuse("machine", f"expected a QEMU machine type such as \"q35\", got {shown(domain.machine)}")
+    if domain.cpu is not None and not CPU.fullmatch(domain.cpu):
+        raise refuse("cpu", f"expected a CPU model such as \"host\" or \"max,-avx2\", got {shown(domain.cpu)}")
+    if domain.boot.kernel is None and (domain.boot.initrd is not None or domain.boot.cmdline):
+        raise refuse("boot.kernel", "expected a kernel, since boot.initrd or boot.cmdline is set")
+    if domain.boot.kernel is None and not (domain.disk or domain.cdrom):
+        raise refuse("boot.kernel", "expected a kernel, a [[disk]] or a [[cdrom]] to boot from, found none")
+    if "\n" in domain.boot.cmdline or len(domain.boot.cmdline) > 2047:
+        raise refuse("boot.cmdline", "expected one line of at most 2047 characters (the limit of Linux on x86)")
+    for key, path in paths(domain):
+        if not path.startswith("/") or "\0" in path or "\n" in path or len(path) > 4095:
+            raise refuse(key, f"expected an absolute path, got {shown(path)}")
+        if "/../" in path + "/":
+            raise refuse(key, f"expected a path without '..', got {shown(path)}")
+    seen: dict[str, str] = {}
+    for key, path in paths(domain):
+        if key.startswith("disk") and path in seen:
+            raise refuse(key, f"{path} is {seen[path]} already")
+        seen.setdefault(path, key)
+    macs: dict[str, str] = {}
+    for index, nic in enumerate(domain.nic):
+        if nic.mode != "user":
+            raise refuse(f"nic[{index}].mode", f"expected \"user\", got {shown(nic.mode)}")
+        if nic.mac is None:
+            continue
+        mac = nic.mac.lower()
+        if not MAC.fullmatch(mac) or int(mac[:2], 16) & 1:
+            raise refuse(f"nic[{index}].mac", f"expected a unicast address such as 52:54:00:12:34:56, got {shown(nic.mac)}")
+        if mac in macs:
+            raise refuse(f"nic[{index}].mac", f"{nic.mac} is the address of {macs[mac]} already")
+        macs[mac] = f"nic[{index}]"
+
+
+def paths(domain: Domain) -> list[tuple[str, str]]:
+    """Every file that the definition names, as (key, path)."""
+    found = [
+        (f"boot.{key}", path) for key, path in (("kernel", domain.boot.kernel), ("initrd", domain.boot.initrd)) if path is not None
+    ]
+    found += [(f"disk[{index}].path", disk.path) for index, disk in enumerate(domain.disk)]
+    found += [(f"cdrom[{index}].path", cdrom.path) for index, cdrom in enumerate(domain.cdrom)]
+    return found
+
+
+def canonical_uuid(text: str) -> str | None:
+    """The UUID in lower case with hyphens, or None when `text` isn't one."""
+    try:
+        return str(uuidlib.UUID(text)) if len(text) in (32, 36) else None
+    except ValueError:
+        return None
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: quoted, and cut where it is long."""
+    text = f'"{value}"' if isinstance(value, str) else str(value)
+    return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The states of a domain, and which operation makes sense in which."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from .. import errors
+
+
+class State(StrEnum):
+    """Every state comes with a reason (short text) and a time since when."""
+
+    STOPPED = "stopped"
+    STARTING = "starting"
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPING = "stopping"  # asked to shut down, or ending
+    CRASHED = "crashed"  # ended by no one's wish
+
+
+class Cause(StrEnum):
+    """Why a child ended."""
+
+    GUEST_SHUTDOWN = "guest-shutdown"
+    SHUTDOWN = "shutdown"
+    STOP = "stop"
+    KILLED = "killed"
+    OOM = "oom"
+    PANIC = "panic"
+    FAILED = "failed"
+    HOST_SHUTDOWN = "host-shutdown"
+    UNKNOWN = "unknown"
+
+
+ALIVE = frozenset({State.STARTING, State.RUNNING, State.PAUSED, State.STOPPING})
+
+_ALLOWED: dict[str, frozenset[State]] = {
+    "shut down": frozenset({State.RUNNING, State.STOPPING}),
+    "reboot": frozenset({State.RUNNING}),
+    "suspend": frozenset({State.RUNNING, State.STOPPING, State.PAUSED}),
+    "resume": frozenset({State.RUNNING, State.STOPPING, State.PAUSED}),
+    "send a signal to": ALIVE,
+    "attach to the console of": ALIVE,
+    "undefine": frozenset({State.STOPPED, State.CRASHED}),
+}
+
+
+def require(operation: str, name: str, state: State) -> None:
+    """Raise InvalidState when `operation` (a verb, as in "reboot") makes no sense in `state`."""
+    if state in _ALLOWED[operation]:
+        return
+    if state in ALIVE and operation == "undefine":
+        hint = f"Stop it first: virtctl stop {name}."
+    elif state is State.PAUSED:
+        hint = f"Resume it first: virtctl resume {name}."
+    elif state in ALIVE:
+        hint = f"Wait until it runs: virtctl info {name} shows how far it is."
+    else:
+        hint = f"Start it first: virtctl start {name}."
+    raise errors.InvalidState(f"Cannot {operation} {name}: it is {state}", hint=hint)

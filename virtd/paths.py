@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Where things are. One object, so that a test can have a whole host under a directory of its own."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The four directories of hier(7) that virtd uses, below `root`."""
+
+    root: str = ""
+    etc: str = field(init=False)
+    run: str = field(init=False)
+    log: str = field(init=False)
+    lib: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name, path in (("etc", "/etc"), ("run", "/run"), ("log", "/var/log"), ("lib", "/var/lib")):
+            object.__setattr__(self, name, f"{self.root}{path}/virtd")
+
+    def definition(self, driver: str, name: str) -> str:
+        return f"{self.etc}/{driver}/{name}.toml"
+
+    def record(self, driver: str, name: str) -> str:
+        return f"{self.run}/{driver}/{name}.json"
+
+    def runtime(self, driver: str, name: str) -> str:
+        """The object's own directory: sockets and such, gone when it ends."""
+        return f"{self.run}/{driver}/{name}"
+
+    def console_log(self, driver: str, name: str) -> str:
+        return f"{self.log}/{driver}/{name}.console.log"
+
+    def stderr_log(self, driver: str, name: str) -> str:
+        return f"{self.log}/{driver}/{name}.log"
+
+    @property
+    def settings(self) -> str:
+        return f"{self.etc}/virtd.toml"
+
+    @property
+    def quarantine(self) -> str:
+        return f"{self.run}/quarantine"
+
+    @property
+    def socket(self) -> str:
+        return f"{self.run}/virtd.sock"
+
+
+def names(directory: str, suffix: str) -> list[str]:
+    """The files in `directory` that end in `suffix`, without it, sorted; hidden ones (half-written) left out."""
+    try:
+        entries = os.listdir(directory)
+    except FileNotFoundError:
+        return []
+    return sorted(entry.removesuffix(suffix) for entry in entries if entry.endswith(suffix) and not entry.startswith("."))

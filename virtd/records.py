@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Records: what the daemon knows of one object, in a JSON file that outlives it.
+
+`/run/virtd/<driver>/<name>.json`, mode 0600, replaced atomically. A newer daemon reads every older schema. An older one
+(after a rollback) reads the fields that it knows and writes back, unchanged, those that it doesn't.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from . import errors, files
+from .paths import Paths, names
+
+SCHEMA = 1
+
+
+class Exit(msgspec.Struct, frozen=True, omit_defaults=False):
+    """How a child ended.
+
+    `code` is its exit status or None; `signal` the name of the signal that killed it, such as "SIGKILL", or None;
+    `cause` one word (guest-shutdown, shutdown, stop, killed, oom, panic, failed, host-shutdown, unknown); `at` ISO 8601
+    in UTC; `by` who asked for it, or None.
+    """
+
+    cause: str
+    at: str
+    code: int | None = None
+    signal: str | None = None
+    by: str | None = None
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """One object. `slots` maps a slot's name to its "dev:ino"; `data` is the driver's own part, plain JSON."""
+
+    driver: str
+    name: str
+    uuid: str
+    state: str
+    reason: str
+    since: str
+    schema: int = SCHEMA
+    id: int = 0
+    unit: str = ""
+    invocation_id: str = ""
+    main_pid: int = 0
+    main_start: int = 0  # field 22 of /proc/PID/stat: clock ticks since boot; with the PID it names one process
+    boot_id: str = ""
+    slots: dict[str, str] = {}
+    data: dict[str, Any] = {}
+    exit: Exit | None = None
+    unknown: dict[str, Any] = {}
+
+    @property
+    def key(self) -> str:
+        return f"{self.driver}/{self.name}"
+
+
+_FIELDS = frozenset(Record.__struct_fields__) - {"unknown"}
+
+
+def decode(raw: bytes) -> Record:
+    """The record that `raw` holds; raises ValueError with the reason when it can't be read."""
+    try:
+        table = msgspec.json.decode(raw)
+        if not isinstance(table, dict):
+            raise ValueError(f"expected an object, got {type(table).__name__}")
+        unknown = {key: value for key, value in table.items() if key not in _FIELDS}
+        return msgspec.convert({key: value for key, value in table.items() if key in _FIELDS} | {"unknown": unknown}, Record)
+    except msgspec.MsgspecError as exc:
+        raise ValueError(str(exc)) from exc
+
+
+def encode(record: Record) -> bytes:
+    table = msgspec.structs.asdict(record)
+    unknown = table.pop("unknown")
+    return msgspec.json.format(msgspec.json.encode(unknown | table), indent=1) + b"\n"
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A record that couldn't be read: where it was, where it is now, and why."""
+
+    driver: str
+    name: str
+    path: str
+    moved_to: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a driver's directory held."""
+
+    records: dict[str, Record] = field(default_factory=dict)
+    quarantined: list[Quarantined] = field(default_factory=list)
+
+
+class Records:
+    """The records of one driver."""
+
+    def __init__(self, paths: Paths, driver: str) -> None:
+        self._paths = paths
+        self._driver = driver
+        self._directory = f"{paths.run}/{driver}"
+
+    def load(self) -> Loaded:
+        """Every record; those that can't be read are moved aside, so that one bad file keeps nobody from starting."""
+        loaded = Loaded()
+        for name in names(self._directory, ".json"):
+            path = self._paths.record(self._driver, name)
+            try:
+                with open(path, "rb") as file:
+                    record = decode(file.read())
+                if (record.driver, record.name) != (self._driver, name):
+                    raise ValueError(f"it names {record.key}")
+            except (ValueError, OSError) as exc:
+                loaded.quarantined.append(self._quarantine(name, path, str(exc)))
+            else:
+                loaded.records[name] = record
+        return loaded
+
+    def save(self, record: Record) -> None:
+        """Raises HostError; the record on disk is then the older one, whole."""
+        path = self._paths.record(self._driver, record.name)
+        try:
+            files.write(path, encode(record))
+        except errors.HostError:
+            if os.path.isdir(self._directory):
+                raise
+            os.makedirs(self._directory, mode=0o711, exist_ok=True)
+            files.write(path, encode(record))
+
+    def remove(self, name: str) -> None:
+        files.remove(self._paths.record(self._driver, name))
+
+    def _quarantine(self, name: str, path: str, reason: str) -> Quarantined:
+        target = f"{self._paths.quarantine}/{self._driver}-{name}.{now().replace(':', '')}.json"
+        try:
+            os.makedirs(self._paths.quarantine, mode=0o700, exist_ok=True)
+            os.rename(path, target)
+        except OSError as exc:
+            # A full /run, perhaps. The file is ignored where it lies and reported again at the next start.
+            return Quarantined(self._driver, name, path, path, f"{reason}; not moved: {exc.strerror}")
+        return Quarantined(self._driver, name, path, target, reason)
+
+
+def now() -> str:
+    """The present time as records have it: ISO 8601, UTC, microseconds."""
+    return stamp(datetime.datetime.now(datetime.UTC).timestamp())
+
+
+def stamp(seconds: float) -> str:
+    """Seconds since the epoch as records have them."""
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
