@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+#
+# make help    says what there is
+
+PYTHON := .venv/bin/python
+STAMP := .venv/.ready
+
+# `make rpm VERSION=0.1.1` builds the tree as if it were that version; SITELIB is for systems whose Python looks
+# elsewhere than the one that builds (the lab is Debian: /usr/lib/python3/dist-packages).
+VERSION :=
+SITELIB :=
+
+# Where `make install` puts things; virtd.spec sets all of them.
+DESTDIR :=
+PREFIX := /usr
+BINDIR := $(PREFIX)/bin
+LIBEXECDIR := $(PREFIX)/libexec
+DATADIR := $(PREFIX)/share
+MANDIR := $(DATADIR)/man
+SYSTEMDDIR := $(PREFIX)/lib/systemd
+UNITDIR := $(SYSTEMDDIR)/system
+PRESETDIR := $(SYSTEMDDIR)/system-preset
+CATALOGDIR := $(SYSTEMDDIR)/catalog
+SYSUSERSDIR := $(PREFIX)/lib/sysusers.d
+TMPFILESDIR := $(PREFIX)/lib/tmpfiles.d
+
+.PHONY: help setup lint test unit live demo bench rpm install clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## install what the other targets need (as root or with sudo); nothing to do the second time
+
+$(STAMP): pyproject.toml packaging/setup
+	packaging/setup
+	@touch $@
+
+lint: $(STAMP) ## ruff, mypy, the units, the spec
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy virtd tests
+	packaging/check-units
+	packaging/check-spec
+
+test: unit live ## the unit tests, then the live ones
+
+unit: $(STAMP) ## tests that need no root and take seconds
+	$(PYTHON) -m pytest tests/unit
+
+live: $(STAMP) ## tests in a booted system (root)
+	$(PYTHON) -m pytest tests/live -m live
+
+demo: $(STAMP) ## one guest that lives through everything, with a verdict (root)
+	$(PYTHON) tests/demo.py
+
+bench: $(STAMP) ## the figures, beside libvirt's (root)
+	$(PYTHON) -m tests.bench
+
+rpm: $(STAMP) ## build/rpm/virtd-VERSION-1.noarch.rpm from the last commit [VERSION=x] [SITELIB=dir]
+	packaging/build-rpm '$(VERSION)' '$(SITELIB)'
+
+install: ## copy everything into DESTDIR (virtd.spec uses it)
+	packaging/install '$(DESTDIR)' PREFIX='$(PREFIX)' BINDIR='$(BINDIR)' LIBEXECDIR='$(LIBEXECDIR)' \
+		DATADIR='$(DATADIR)' MANDIR='$(MANDIR)' UNITDIR='$(UNITDIR)' PRESETDIR='$(PRESETDIR)' \
+		CATALOGDIR='$(CATALOGDIR)' SYSUSERSDIR='$(SYSUSERSDIR)' TMPFILESDIR='$(TMPFILESDIR)' SITELIB='$(SITELIB)'
+
+clean: ## remove what was built; the lab's cache and .venv stay
+	rm -rf build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What every test gets: it fails when it leaves an asyncio task, a child process or a file descriptor behind.
+
+A daemon that runs for years dies of these, and each is found most cheaply on the day that it is written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import asyncio.runners
+import contextlib
+import gc
+import os
+import signal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# GLib and GDBus keep these threads for as long as the process lives, each with an eventfd, from the first use on.
+GLIB_THREADS = frozenset({"gmain", "gdbus", "pool-spawner", "dconf worker"})
+
+
+def open_descriptors() -> dict[int, str]:
+    """Every open descriptor and what it refers to."""
+    found = {}
+    for entry in os.listdir("/proc/self/fd"):
+        # The descriptor of the listing itself is gone by now.
+        with contextlib.suppress(FileNotFoundError):
+            found[int(entry)] = os.readlink(f"/proc/self/fd/{entry}")
+    return found
+
+
+def child_processes() -> set[int]:
+    """PIDs of our children, zombies included."""
+    children: set[int] = set()
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(FileNotFoundError), open(f"/proc/self/task/{task}/children") as file:
+            children.update(int(pid) for pid in file.read().split())
+    return children
+
+
+def glib_threads() -> int:
+    """How many of GLib's permanent threads there are."""
+    count = 0
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(FileNotFoundError), open(f"/proc/self/task/{task}/comm") as file:
+            count += file.read().strip() in GLIB_THREADS
+    return count
+
+
+def command_line(pid: int) -> str:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
+        return file.read().replace(b"\0", b" ").decode(errors="replace").strip()
+    return "?"
+
+
+def end_child(pid: int) -> None:
+    """A leaked child must not disturb the tests that follow."""
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+@pytest.fixture(autouse=True)
+def no_leaks() -> Iterator[None]:
+    descriptors = open_descriptors()
+    children = child_processes()
+    threads = glib_threads()
+    tasks: list[str] = []
+
+    # asyncio.run() cancels what is left when the main coroutine returns and says nothing, so a leaked task shows only
+    # there. The name is private; a Python that renames it fails here, by an AttributeError, and not silently.
+    cancel_all = asyncio.runners._cancel_all_tasks  # type: ignore[attr-defined]
+
+    def watch(loop: asyncio.AbstractEventLoop) -> None:
+        tasks.extend(repr(task) for task in asyncio.all_tasks(loop))
+        cancel_all(loop)
+
+    def patch(function: Any) -> None:
+        asyncio.runners._cancel_all_tasks = function  # type: ignore[attr-defined]
+
+    patch(watch)
+    try:
+        yield
+    finally:
+        patch(cancel_all)
+
+    # An object that closes its descriptor in __del__ warns about it, which -W error turns into a failure of its own.
+    gc.collect()
+    problems = [f"task {task}" for task in tasks]
+    for pid in child_processes() - children:
+        problems.append(f"child process {pid}: {command_line(pid)}")
+        end_child(pid)
+    new_threads = glib_threads() > threads
+    for fd, target in open_descriptors().items():
+        if descriptors.get(fd) == target or (new_threads and target == "anon_inode:[eventfd]"):
+            continue
+        problems.append(f"descriptor {fd}: {target}")
+    if problems:
+        pytest.fail("the test left behind\n  " + "\n  ".join(problems), pytrace=False)
