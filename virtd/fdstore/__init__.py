@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Named slots over systemd's FD store: descriptors that live longer than the daemon. README.md tells how to use it.
+
+It needs systemd-python and nothing else of virtd, so that any Python daemon can have it.
+"""
+
+from virtd.fdstore.budget import Budget, Limit
+from virtd.fdstore.errors import BadName, MissingSlot, NotifyFailed, StoreError, StoreFull
+from virtd.fdstore.store import Difference, Slot, Store, StoredEntry
+
+__all__ = [
+    "BadName",
+    "Budget",
+    "Difference",
+    "Limit",
+    "MissingSlot",
+    "NotifyFailed",
+    "Slot",
+    "Store",
+    "StoreError",
+    "StoreFull",
+    "StoredEntry",
+]

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Messages to the service manager.
+
+This is not systemd-python's notify(), for two reasons, both tried with version 235. It sends on a blocking socket and
+keeps the GIL meanwhile: when PID 1 is busy (a daemon-reload takes seconds with thousands of stored descriptors) and
+its queue is full, *every* thread of the daemon stands still; with a notify() held up for 1.5 s, the main thread got
+to run once. And it reads NOTIFY_SOCKET from the environment at each call, so the variable would have to stay where
+every child inherits it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import time
+from array import array
+from collections.abc import Callable, Sequence
+
+from virtd.fdstore.errors import NotifyFailed
+
+# How long a message may wait for PID 1 to make room. A daemon-reload with 4,096 stored descriptors held it up for
+# 3.5 s; the default watchdog of PID 1's own is a minute.
+PATIENCE = 20.0
+
+Transport = Callable[[str, Sequence[int]], None]
+
+
+def _address(path: str) -> str:
+    """The socket address that a NOTIFY_SOCKET value stands for."""
+    if path.startswith("@"):
+        return "\0" + path[1:]
+    if path.startswith("/"):
+        return path
+    # vsock:CID:PORT is the one a virtual machine's PID 1 talks to; it can't carry descriptors.
+    raise NotifyFailed(f"NOTIFY_SOCKET={path} is not an AF_UNIX socket")
+
+
+def connect(path: str, patience: float = PATIENCE) -> Transport:
+    """A function that sends one message and its descriptors to the NOTIFY_SOCKET of that value.
+
+    It returns when the message is in the manager's queue, where it outlives this process: SIGKILL in the next
+    instruction doesn't unsend it. It raises NotifyFailed if there was no room for `patience` seconds, or nobody there.
+    Any thread may call it.
+    """
+    address = _address(path)
+
+    def send(text: str, fds: Sequence[int] = ()) -> None:
+        control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
+        deadline = time.monotonic() + patience
+        # A socket for each message costs 10 µs and spares us the lock, and the question what to do when the manager
+        # has made itself a new one. Connected, because poll() sees the peer's full queue only then.
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as sock:
+            try:
+                sock.connect(address)
+                while True:
+                    try:
+                        sock.sendmsg([text.encode()], control, socket.MSG_NOSIGNAL)
+                        return
+                    except BlockingIOError:
+                        _wait_for_room(sock, deadline)
+            except OSError as error:
+                if error.errno == errno.ETOOMANYREFS:
+                    hint = "raise LimitNOFILE= in the unit: too many descriptors are on their way to PID 1"
+                else:
+                    hint = "is the service manager alive?"
+                raise NotifyFailed(f"the service manager took no message: {error.strerror}", hint=hint) from error
+
+    return send
+
+
+def _wait_for_room(sock: socket.socket, deadline: float) -> None:
+    """Return when sending is worth another try; TimeoutError if the deadline passes before."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+    poll = select.poll()
+    poll.register(sock, select.POLLOUT)
+    poll.poll(max(1, int(left * 1000)))
+
+
+def barrier(send: Transport, timeout: float) -> bool:
+    """Whether the manager has dealt with all that was sent before, waiting for it up to `timeout` seconds.
+
+    It says that the messages were read, *not* that the descriptors were kept; `Store.verify` is for that.
+    """
+    ours, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        try:
+            send("BARRIER=1", (theirs,))
+        finally:
+            os.close(theirs)
+        poll = select.poll()
+        poll.register(ours, 0)
+        return bool(poll.poll(timeout * 1000))
+    finally:
+        os.close(ours)
