@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The MESSAGE_ID of every journal entry that has an explanation in units/virtd.catalog (`journalctl -x` shows it).
+
+An id is for ever: people's scripts and alerts filter on it. The text around it may change.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Message(StrEnum):
+    """128-bit identifiers in hex, as journal.send() wants them."""
+
+    RECOVERED = "b6bd249aeeea43708dafa5234ca8616b"
+    ADOPTED = "22546dadd9e84399a723b95b27b41cbf"
+    ROLLED_BACK = "adc4e92a0c51458a84f6e7bf6cef2d0a"
+    STARTED = "807893ca7985403796ccddb11d8ac35d"
+    ENDED = "6115ded11c3f465fb89eb3933d48bda9"
+    BUDGET_REFUSED = "c7c45227bb224aa4a5d58467d9b4cd31"
+    SLOT_LOST = "434df9878eb44e91ab45cac302399b1b"
+    DEFINITION_PROBLEM = "50cf1f321eca47cdba17dd6a9dac91b5"
+    RECORD_QUARANTINED = "3142af82e88f47c38822db8f3387b37d"
+
+
+OBJECT = ("VIRTD_DRIVER", "VIRTD_NAME", "VIRTD_UUID")
+
+# The fields that go with each entry. The catalogue's text may refer to these and to no others.
+FIELDS: dict[Message, tuple[str, ...]] = {
+    Message.RECOVERED: ("VIRTD_OBJECTS", "VIRTD_MS"),
+    Message.ADOPTED: (*OBJECT, "VIRTD_UNIT", "VIRTD_PID"),
+    Message.ROLLED_BACK: (*OBJECT, "VIRTD_UNIT"),
+    Message.STARTED: (*OBJECT, "VIRTD_UNIT", "VIRTD_PID"),
+    Message.ENDED: (*OBJECT, "VIRTD_UNIT", "VIRTD_CAUSE"),
+    Message.BUDGET_REFUSED: (*OBJECT, "VIRTD_USED", "VIRTD_MAX"),
+    Message.SLOT_LOST: (*OBJECT, "VIRTD_SLOT"),
+    Message.DEFINITION_PROBLEM: ("VIRTD_FILE",),
+    Message.RECORD_QUARANTINED: ("VIRTD_DRIVER", "VIRTD_NAME", "VIRTD_FILE"),
+}
