@@ -5,10 +5,11 @@ It needs systemd-python and nothing else of virtd, so that any Python daemon can
 """
 
 from virtd.fdstore.budget import Budget, Limit
-from virtd.fdstore.errors import BadName, MissingSlot, NotifyFailed, StoreError, StoreFull
+from virtd.fdstore.errors import AlreadyStored, BadName, MissingSlot, NotifyFailed, StoreError, StoreFull
 from virtd.fdstore.store import Difference, Slot, Store, StoredEntry
 
 __all__ = [
+    "AlreadyStored",
     "BadName",
     "Budget",
     "Difference",

@@ -6,8 +6,8 @@ Three limits apply, and the nearest one counts:
 - FileDescriptorStoreMax=: past it PID 1 closes what it was sent and tells only its own log.
 - LimitNOFILE= (the soft limit): systemd applies it to the new process *before* it lays out the descriptors, so with
   too many of them the daemon fails to start (202/FDS), for good.
-- The kernel's limit of 128 KiB on one string of the environment, which $LISTEN_FDNAMES is: past it the daemon fails to
-  start as well (203/EXEC).
+- The kernel's limit of 128 KiB on one string of the environment, which $LISTEN_FDNAMES is: past it the daemon fails
+  to start as well (203/EXEC).
 
 The first loses one descriptor; the other two lose all of them, at some later start, which is why a slot that would
 cross one of them must be refused while the daemon still runs.
@@ -15,11 +15,13 @@ cross one of them must be refused while the daemon still runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING, NamedTuple
 
-# MAX_ARG_STRLEN is 32 pages and counts the NUL at the end.
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# MAX_ARG_STRLEN is 32 pages (of 4 KiB, or larger on some machines) and counts the NUL at the end.
 NAMES_BYTES = 32 * 4096 - 1
 _PREFIX = len("LISTEN_FDNAMES=")
 _FIRST_FD = 3
@@ -34,22 +36,21 @@ class Limit(StrEnum):
 
 
 HINTS = {
-    Limit.STORE: "raise FileDescriptorStoreMax= in the unit",
-    Limit.FILES: "raise LimitNOFILE= in the unit",
+    Limit.STORE: "set a higher FileDescriptorStoreMax= in the unit",
+    Limit.FILES: "set a higher LimitNOFILE= in the unit",
     Limit.NAMES: "use shorter slot names, or fewer slots: the kernel's limit can't be raised",
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """Where the store stands.
+class Budget(NamedTuple):
+    """Where the store stands: `used` slots of `max`.
 
-    `used` slots of `max`; `max` None: no limit is known (no $FDSTORE and no fallback given, files unlimited).
-    `limited_by` is the limit that will be met first, if the names to come are as long as those there are.
+    `limited_by` is the limit that will be met first, if the names to come are as long as those there are. The limits
+    one by one: `store_max` and `files_max` in slots (None: there is none), `names_bytes` of `names_bytes_max`.
     """
 
     used: int
-    max: int | None
+    max: int
     limited_by: Limit
     store_max: int | None
     files_max: int | None
@@ -57,9 +58,9 @@ class Budget:
     names_bytes_max: int = NAMES_BYTES
 
     @property
-    def left(self) -> int | None:
-        """How many more slots fit; None: no limit is known."""
-        return None if self.max is None else max(0, self.max - self.used)
+    def left(self) -> int:
+        """How many more slots fit."""
+        return max(0, self.max - self.used)
 
 
 def names_bytes(names: Sequence[str]) -> int:
@@ -68,10 +69,10 @@ def names_bytes(names: Sequence[str]) -> int:
 
 
 def measure(slots: Sequence[str], sockets: Sequence[str], store_max: int | None, files: int | None) -> Budget:
-    """The budget of a store that holds `slots`, beside which the daemon is given `sockets`.
+    """The budget of a store that holds `slots`, beside which the daemon is given `sockets` (names, not distinct).
 
-    `store_max` is FileDescriptorStoreMax=; `files` is how many descriptors in all may be passed to the daemon. Both
-    None where there is no limit or none is known.
+    `store_max` is FileDescriptorStoreMax=; `files` is how many descriptors in all may be passed to the daemon. None:
+    no limit.
     """
     files_max = None if files is None else max(0, files - len(sockets))
     in_use = names_bytes([*slots, *sockets])

@@ -4,6 +4,7 @@
     StoreError
      ├── BadName        a name that systemd would not keep as it is (also a ValueError)
      ├── MissingSlot    there is no such slot (also a KeyError)
+     ├── AlreadyStored  the descriptor is stored under another name, and PID 1 keeps one name for each
      ├── StoreFull      one more, and it wouldn't be kept, or the daemon couldn't be started again
      └── NotifyFailed   PID 1 doesn't take messages
 
@@ -34,6 +35,10 @@ class MissingSlot(StoreError, KeyError):
     """The store has no slot of that name, or its descriptor was taken out with `take()`."""
 
 
+class AlreadyStored(StoreError):
+    """The same open file description is in the store under another name; PID 1 would silently keep the first only."""
+
+
 class StoreFull(StoreError):
     """The budget doesn't allow what was asked for; `limited_by` names the limit, `hint` how to raise it."""
 
@@ -43,4 +48,4 @@ class StoreFull(StoreError):
 
 
 class NotifyFailed(StoreError):
-    """A message couldn't be handed to the service manager; nothing was changed in the store."""
+    """A message couldn't be handed to the service manager: nobody listens, or it was busy for too long."""

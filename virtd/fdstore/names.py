@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from virtd.fdstore.errors import BadName
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 # systemd's fdname_is_valid(): printable ASCII without the colon that separates the names in $LISTEN_FDNAMES. A
 # descriptor with any other name isn't refused by PID 1 but stored under the name "stored", and so lost to its owner.

@@ -21,8 +21,11 @@ from collections.abc import Callable, Sequence
 from virtd.fdstore.errors import NotifyFailed
 
 # How long a message may wait for PID 1 to make room. A daemon-reload with 4,096 stored descriptors held it up for
-# 3.5 s; the default watchdog of PID 1's own is a minute.
+# 3.5 s.
 PATIENCE = 20.0
+
+# systemd's NOTIFY_BUFFER_MAX: a longer message is dropped as a whole, and only PID 1's log says so.
+LONGEST = 4096
 
 Transport = Callable[[str, Sequence[int]], None]
 
@@ -41,12 +44,15 @@ def connect(path: str, patience: float = PATIENCE) -> Transport:
     """A function that sends one message and its descriptors to the NOTIFY_SOCKET of that value.
 
     It returns when the message is in the manager's queue, where it outlives this process: SIGKILL in the next
-    instruction doesn't unsend it. It raises NotifyFailed if there was no room for `patience` seconds, or nobody there.
-    Any thread may call it.
+    instruction doesn't unsend it. It raises NotifyFailed if there was no room for `patience` seconds, or nobody is
+    there. Any thread may call it.
     """
     address = _address(path)
 
-    def send(text: str, fds: Sequence[int] = ()) -> None:
+    def send(text: str, fds: Sequence[int]) -> None:
+        message = text.encode()
+        if len(message) > LONGEST:
+            raise NotifyFailed(f"a message of {len(message)} bytes; the service manager reads up to {LONGEST}")
         control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
         deadline = time.monotonic() + patience
         # A socket for each message costs 10 µs and spares us the lock, and the question what to do when the manager
@@ -56,7 +62,7 @@ def connect(path: str, patience: float = PATIENCE) -> Transport:
                 sock.connect(address)
                 while True:
                     try:
-                        sock.sendmsg([text.encode()], control, socket.MSG_NOSIGNAL)
+                        sock.sendmsg([message], control, socket.MSG_NOSIGNAL)
                         return
                     except BlockingIOError:
                         _wait_for_room(sock, deadline)

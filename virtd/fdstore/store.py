@@ -3,27 +3,33 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import resource
 import threading
 import time
-from collections.abc import Iterable, Mapping, MutableMapping
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from virtd.fdstore import names as slot_names
 from virtd.fdstore import notify as messages
-from virtd.fdstore.budget import HINTS, Budget, exceeded, files_limit, measure
-from virtd.fdstore.errors import BadName, MissingSlot, StoreFull
+from virtd.fdstore.budget import HINTS, Budget, Limit, exceeded, files_limit, measure
+from virtd.fdstore.errors import AlreadyStored, MissingSlot, StoreFull
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, MutableMapping
 
 # Descriptors that the daemon opens for itself, beside the stored ones: sockets, clients, epoll, files in passing.
 HEADROOM = 128
 _OURS = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID", "FDSTORE", "NOTIFY_SOCKET")
 
+# fcntl.F_DUPFD_QUERY of Linux 6.10, which Python knows from 3.14 on.
+_F_DUPFD_QUERY = 1027
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+# The tuples below are not frozen dataclasses because those take 0.7 ms each to make, at every start of the daemon.
+
+
+class Slot(NamedTuple):
     """One named descriptor. `dev` and `ino` are fstat's; `fd` is -1 after `take()`."""
 
     name: str
@@ -37,24 +43,26 @@ class Slot:
         return cls(name, fd, status.st_dev, status.st_ino)
 
 
-@dataclass(frozen=True, slots=True)
-class StoredEntry:
-    """One descriptor as PID 1 has it."""
+class StoredEntry(NamedTuple):
+    """One descriptor as PID 1 has it; `dev` and `ino` as fstat() gives them."""
 
     name: str
     dev: int
     ino: int
 
     @classmethod
-    def from_dump(cls, entry: tuple[Any, ...]) -> Self:
+    def from_dump(cls, entry: Iterable[Any]) -> Self:
         """From one element of what DumpUnitFileDescriptorStore() answers: (name, mode, major, minor, inode, ...)."""
-        name, _mode, major, minor, inode = entry[:5]
+        name, _mode, major, minor, inode = list(entry)[:5]
         return cls(name, os.makedev(major, minor), inode)
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """What the store thinks against what PID 1 has. False if they agree."""
+class Difference(NamedTuple):
+    """What the store thinks against what PID 1 has, as sorted names; false if they agree.
+
+    `missing` slots aren't in PID 1, `unknown` ones only there, `mismatched` ones are other descriptors there, or more
+    than one.
+    """
 
     missing: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
@@ -68,8 +76,8 @@ class Store:
     """Named slots, kept by the service manager while no process of ours is there.
 
     Changing methods may be called from any thread and are let through one at a time; reading ones never wait. A
-    changing method returns when its message is in PID 1's queue, which normally takes microseconds, but up to
-    `notify.PATIENCE` seconds while PID 1 is reloading.
+    changing method returns when its message is in PID 1's queue, where it outlives this process. That takes
+    microseconds, but up to `notify.PATIENCE` seconds while PID 1 is busy with itself (daemon-reload).
     """
 
     def __init__(
@@ -88,56 +96,66 @@ class Store:
         self._slots: dict[str, Slot] = {}
         self._doubles: dict[str, list[Slot]] = {}
         self._sockets: dict[str, list[int]] = {}
+        # Which slots may be the same open file, by dev:ino; asking the kernel about each pair would be quadratic.
+        self._by_inode: dict[tuple[int, int], set[str]] = {}
         for fd, name in sorted(inherited.items()):
             if not slot_names.is_slot(name):
                 self._sockets.setdefault(name, []).append(fd)
-                continue
-            slot = Slot.of(name, fd)
-            if name in self._slots:
-                self._doubles.setdefault(name, []).append(slot)
+            elif name in self._slots:
+                self._doubles.setdefault(name, []).append(Slot.of(name, fd))
             else:
-                self._slots[name] = slot
+                self._keep(Slot.of(name, fd))
 
     @classmethod
     def from_environment(
         cls,
         environ: MutableMapping[str, str] = os.environ,
         *,
+        fallback_max: int = 0,
+        headroom: int = HEADROOM,
         inherited: Mapping[int, str] | None = None,
         notify: messages.Transport | None = None,
-        fallback_max: int | None = None,
-        headroom: int = HEADROOM,
     ) -> Self:
         """Take over what the service manager passed to this process; call it once, early, before anything is spawned.
 
-        The variables that say so are removed from `environ`, NOTIFY_SOCKET with them, so that no child can mistake
-        them for its own. `fallback_max` is FileDescriptorStoreMax= for systemd older than 254, which doesn't tell.
-        `inherited` (names by number) and `notify` stand in for systemd in tests.
+        The variables that say so are removed from `environ`, NOTIFY_SOCKET with them, so that no child can take them
+        for its own. `fallback_max` is the unit's FileDescriptorStoreMax=, for systemd before 254, which doesn't tell
+        it: where neither it nor $FDSTORE says that there is a store, `put()` refuses rather than lose what it is
+        given. `headroom` is how many descriptors the daemon opens beside its slots. `inherited` (names by number) and
+        `notify` stand in for systemd in tests.
         """
         if inherited is None:
             inherited = _listen_fds() if "LISTEN_FDS" in environ else {}
         told = environ.get("FDSTORE", "")
-        store_max = int(told) if told.isdecimal() else fallback_max
         path = environ.get("NOTIFY_SOCKET")
         if notify is None and path:
             notify = messages.connect(path)
         for key in _OURS:
             environ.pop(key, None)
+        store_max = None if notify is None else int(told) if told.isdecimal() else fallback_max
         return cls(inherited, notify, store_max=store_max, headroom=headroom)
 
     @property
     def persistent(self) -> bool:
-        """Whether there is a service manager that keeps the slots; without one the store works, in memory."""
+        """Whether there is a service manager to keep the slots; without one the store works, but in memory only."""
         return self._send is not None
 
     # Reading.
 
     def get(self, name: str) -> int:
-        """The slot's descriptor, which stays the store's: don't close it. MissingSlot if there is none."""
+        """The slot's descriptor. It stays the store's: don't close it, and don't keep it past a `put()` or `drop()`.
+
+        MissingSlot if there is no such slot, or its descriptor was taken out.
+        """
         slot = self._slots.get(name)
-        if slot is None or slot.fd < 0:
-            raise MissingSlot(f"no slot {name}" if slot is None else f"the descriptor of slot {name} was taken out")
+        if slot is None:
+            raise MissingSlot(f"there is no slot {name}")
+        if slot.fd < 0:
+            raise MissingSlot(f"the descriptor of slot {name} was taken out")
         return slot.fd
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._slots
 
     def names(self) -> list[str]:
         return sorted(self._slots)
@@ -146,66 +164,91 @@ class Store:
         return dict(self._slots)
 
     def sockets(self) -> dict[str, list[int]]:
-        """What came from socket units, by FileDescriptorName= (the socket unit's name if that isn't set)."""
+        """What came from socket units, by FileDescriptorName= (the socket unit's name if that isn't set).
+
+        Told from the slots by having no slash in the name; what another program stored without one is here too.
+        """
         return {name: list(fds) for name, fds in self._sockets.items()}
 
     def duplicates(self) -> dict[str, list[Slot]]:
-        """All candidates of every name that came back more than once, the one that `get()` answers first.
+        """All candidates of every name that came back more than once; `get()` answers the first, an arbitrary one.
 
-        It takes an older or another program to make one: `put()` never leaves two. Which is right can't be told from
-        here (their order means nothing); `resolve()` decides.
+        It takes another program (or `systemd-notify --fd`) to make one: `put()` never leaves two. `resolve()` settles
+        it by what the daemon's own records say.
         """
-        return {name: self._candidates(name) for name in list(self._doubles)}
+        with self._changing:
+            return {name: self._candidates(name) for name in self._doubles}
 
     def budget(self) -> Budget:
-        return self._budget(self._stored())
+        """How much of the store is used, and what limits it."""
+        with self._changing:
+            return self._budget([])
 
     def room_for(self, names: Iterable[str]) -> None:
-        """Return if all `names` could be put; else raise StoreFull (or BadName), which says what to raise in the unit."""
-        added = [slot_names.check(name) for name in names]
-        new = [name for name in added if name not in self._slots]
-        over = exceeded(self._budget(self._stored() + new))
-        if over is not None:
-            now = self.budget()
+        """Return if all `names` could be put together; else raise StoreFull, which says what to change in the unit.
+
+        Also BadName, for a name that can't be put at all.
+        """
+        with self._changing:
+            new = [slot_names.check(name) for name in dict.fromkeys(names) if name not in self._slots]
+            over = exceeded(self._budget(new))
+            if over is None:
+                return
+            now = self._budget([])
+            what = f"{new[0]}" if len(new) == 1 else f"{len(new)} descriptors"
+            if over is Limit.STORE and not self._store_max:
+                raise StoreFull(
+                    f"no room for {what}: the unit has no FD store",
+                    limited_by=over,
+                    hint="set FileDescriptorStoreMax= in the unit; before systemd 254, pass fallback_max= as well",
+                )
             raise StoreFull(
-                f"no room for {len(new)} more descriptors in the FD store: {now.used} are in use, "
-                f"and {over} allows {now.max}",
+                f"no room for {what} in the FD store: {now.used} slots are used, and {over} allows {now.max}",
                 limited_by=over,
                 hint=HINTS[over],
             )
 
-    def verify(self, dump: Iterable[StoredEntry | tuple[str, int, int]]) -> Difference:
-        """Compare with what PID 1 holds: entries as StoredEntry or (name, dev, ino).
+    def verify(self, dump: Iterable[tuple[str, int, int]]) -> Difference:
+        """Compare with what PID 1 holds, given as StoredEntry or plain (name, dev, ino).
 
-        By name and by what the descriptors are, since a sent message is no proof that a descriptor was kept.
+        By name and by what the descriptors are: only this tells that PID 1 kept what it was sent. Ask for the dump
+        after `barrier()`, or messages of the last moment aren't in it.
         """
         held: dict[str, list[tuple[int, int]]] = {}
-        for entry in dump:
-            name, dev, ino = (entry.name, entry.dev, entry.ino) if isinstance(entry, StoredEntry) else entry
+        for name, dev, ino in dump:
             held.setdefault(name, []).append((dev, ino))
         ours = dict(self._slots)
+        both = ours.keys() & held.keys()
         return Difference(
-            missing=tuple(sorted(ours.keys() - held.keys())),
-            unknown=tuple(sorted(held.keys() - ours.keys())),
-            mismatched=tuple(
-                sorted(name for name in ours.keys() & held.keys() if held[name] != [(ours[name].dev, ours[name].ino)])
-            ),
+            missing=tuple(sorted(ours.keys() - both)),
+            unknown=tuple(sorted(held.keys() - both)),
+            mismatched=tuple(sorted(name for name in both if held[name] != [ours[name][2:]])),
         )
 
     # Changing.
 
     def put(self, name: str, fd: int) -> Slot:
-        """Store a duplicate of `fd` under `name`; the caller keeps, and may close, its own.
+        """Store a duplicate of `fd` under `name`; the caller keeps its own, and may close it.
 
-        A slot that was there under that name is replaced. Raises BadName, StoreFull or NotifyFailed with nothing
-        changed.
+        A slot of that name is replaced, and its old descriptor closed. Between its removal and the new one's arrival
+        lie some microseconds in which a SIGKILL leaves neither, since PID 1 can only drop *all* of a name: replace
+        what can be opened again (a log file), and put what can't be (a pipe, a connection) under a name of its own
+        before the old one is dropped. Putting what the slot holds already sends it again, and removes nothing.
+
+        Raises BadName, StoreFull, AlreadyStored or NotifyFailed. With the last, a slot that was to be replaced may be
+        gone from PID 1, while `get()` still answers the old descriptor.
         """
-        slot_names.check(name)
         with self._changing:
             self.room_for([name])
             slot = Slot.of(name, fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3))
             try:
-                if name in self._slots:
+                twin = self._twin(slot)
+                if twin not in (None, name):
+                    raise AlreadyStored(
+                        f"the descriptor for slot {name} is in the FD store as {twin}",
+                        hint="a descriptor and its dup() can have one name only; open the file again for another",
+                    )
+                if name in self._slots and (twin is None or name in self._doubles):
                     self._tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
                 # FDPOLL=0: else PID 1 drops a pipe when its writer dies, and with it what nobody has read yet.
                 self._tell(f"FDSTORE=1\nFDPOLL=0\nFDNAME={name}", slot.fd)
@@ -213,25 +256,25 @@ class Store:
                 os.close(slot.fd)
                 raise
             self._forget(name)
-            self._slots[name] = slot
+            self._keep(slot)
             return slot
 
     def take(self, name: str) -> int:
         """The slot's descriptor, which becomes the caller's to close. PID 1 keeps its own until `drop(name)`."""
         with self._changing:
             fd = self.get(name)
-            self._slots[name] = replace(self._slots[name], fd=-1)
+            self._slots[name] = self._slots[name]._replace(fd=-1)
             return fd
 
     def drop(self, name: str) -> None:
-        """Forget the slot, here and in PID 1. A name that isn't there is dropped already."""
+        """Forget the slot, here and in PID 1, and close its descriptor. One that isn't there is dropped already."""
         with self._changing:
             if name in self._slots:
                 self._tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
                 self._forget(name)
 
     def drop_prefix(self, prefix: str) -> list[str]:
-        """Drop all slots at or below `prefix`, which ends at a "/" (given or not); returns their names."""
+        """Drop `prefix` itself and all below it, part by part: qemu/web1 spares qemu/web10. Returns their names."""
         with self._changing:
             dropped = slot_names.below(self.names(), prefix)
             for name in dropped:
@@ -239,60 +282,90 @@ class Store:
             return dropped
 
     def resolve(self, name: str, dev: int, ino: int) -> Slot:
-        """Settle a duplicated name: keep the candidate that is `dev:ino`, drop the others. MissingSlot if none is."""
+        """Settle a name that came back more than once: keep the candidate that is `dev:ino` and drop the others.
+
+        MissingSlot, and nothing changed, if none of them is. For a name with one descriptor it only looks.
+        """
         with self._changing:
             for slot in self._candidates(name):
-                if (slot.dev, slot.ino) == (dev, ino):
+                if slot[2:] == (dev, ino):
                     return self.put(name, slot.fd) if name in self._doubles else slot
-            raise MissingSlot(f"no descriptor in slot {name} is {dev}:{ino}")
+            raise MissingSlot(f"no descriptor in slot {name} is the one sought ({dev}:{ino})")
 
     def notify(self, text: str) -> None:
-        """Send sd_notify(3) fields, one a line: `READY=1`, `STATUS=...`, `STOPPING=1`, `WATCHDOG=1`."""
-        if "FDSTORE" in text:
-            raise BadName("slots are changed with put() and drop()")
+        """Send fields of sd_notify(3), one a line: READY=1, STATUS=..., STOPPING=1, WATCHDOG=1, ...
+
+        Without a service manager it does nothing. NotifyFailed if the text is over 4,096 bytes, too.
+        """
         self._tell(text)
 
     def reloading(self) -> None:
-        """Tell that a reload (SIGHUP of Type=notify-reload) has begun; `notify("READY=1")` ends it."""
-        self.notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+        """Tell that a reload has begun, as Type=notify-reload wants it; `notify("READY=1")` says that it's over."""
+        self.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def barrier(self, timeout: float = 5.0) -> bool:
-        """Whether PID 1 has read everything sent so far, waiting up to `timeout` seconds. No proof that it was kept."""
+        """Whether PID 1 has read all that was sent so far, waiting up to `timeout` seconds; not that it kept it."""
         return self._send is None or messages.barrier(self._send, timeout)
 
     def close(self) -> None:
-        """Close this process's descriptors, sockets included; PID 1 keeps the stored ones."""
+        """Close this process's descriptors, the sockets' too. PID 1 keeps what is stored. May be called again."""
         with self._changing:
+            for name in list(self._slots):
+                self._forget(name)
             for fds in self._sockets.values():
                 for fd in fds:
                     os.close(fd)
             self._sockets.clear()
-            for name in list(self._slots):
-                self._forget(name)
 
-    def _budget(self, names: list[str]) -> Budget:
+    def _budget(self, new: list[str]) -> Budget:
+        """The budget with slots of these names besides."""
+        doubles = [name for name, slots in self._doubles.items() for _ in slots]
         sockets = [name for name, fds in self._sockets.items() for _ in fds]
-        return measure(names, sockets, self._store_max, self._files_max)
+        return measure([*self._slots, *doubles, *new], sockets, self._store_max, self._files_max)
 
     def _tell(self, text: str, *fds: int) -> None:
         if self._send is not None:
             self._send(text, fds)
+
+    def _candidates(self, name: str) -> list[Slot]:
+        """Every descriptor that we have under that name: one as a rule."""
+        return [*([self._slots[name]] if name in self._slots else []), *self._doubles.get(name, [])]
+
+    def _twin(self, slot: Slot) -> str | None:
+        """The name of the slot that is the same open file description; None if there is none, or no way to tell.
+
+        Its own name first, if it is one of several.
+        """
+        found = [name for name in self._by_inode.get(slot[2:], ()) if _same_open_file(self._slots[name].fd, slot.fd)]
+        return slot.name if slot.name in found else next(iter(found), None)
+
+    def _keep(self, slot: Slot) -> None:
+        self._slots[slot.name] = slot
+        self._by_inode.setdefault(slot[2:], set()).add(slot.name)
 
     def _forget(self, name: str) -> None:
         """Close what we have under that name and drop the entry."""
         for slot in self._candidates(name):
             if slot.fd >= 0:
                 os.close(slot.fd)
+            same = self._by_inode.get(slot[2:], set())
+            same.discard(name)
+            if not same:
+                self._by_inode.pop(slot[2:], None)
         self._doubles.pop(name, None)
         self._slots.pop(name, None)
 
-    def _candidates(self, name: str) -> list[Slot]:
-        """Every descriptor that we have under that name: one as a rule."""
-        return [*([self._slots[name]] if name in self._slots else []), *self._doubles.get(name, [])]
 
-    def _stored(self) -> list[str]:
-        """The name of each entry that PID 1 has, duplicates as often as they are there."""
-        return [*self._slots, *(name for name, doubles in self._doubles.items() for _ in doubles)]
+def _same_open_file(one: int, other: int) -> bool:
+    """Whether two descriptors are one open file description. A kernel before 6.10 can't say; then no."""
+    if one < 0:
+        return False
+    try:
+        return bool(fcntl.fcntl(one, _F_DUPFD_QUERY, other))
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return False
+        raise
 
 
 def _listen_fds() -> dict[int, str]:
@@ -300,6 +373,7 @@ def _listen_fds() -> dict[int, str]:
 
     libsystemd checks LISTEN_PID, and LISTEN_PIDFDID from version 259 on.
     """
+    # Here, because it takes 2 ms to import and a daemon's first start, or a test, has no use for it.
     from systemd.daemon import listen_fds_with_names
 
     passed: dict[int, str] = listen_fds_with_names(unset_environment=False)
