@@ -394,7 +394,7 @@ def transient_properties(spec: UnitSpec) -> list[tuple[str, Var]]:
         # "exec": the job is done when the program runs, and fails when it can't.
         ("Type", "s", "exec"),
         ("ExecStart", "a(sasb)", [(spec.argv[0], list(spec.argv), False)]),
-        # An exit status stays readable until collected: a success by this, a failure by what CollectMode= defaults to.
+        # An exit status stays readable until collected: a success by this, a failure by CollectMode=inactive.
         ("RemainAfterExit", "b", True),
         ("KillMode", "s", "mixed"),
         ("Environment", "as", [f"{key}={value}" for key, value in spec.environment]),
