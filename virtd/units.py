@@ -215,11 +215,14 @@ class Units:
     async def state(self, name: str) -> UnitState | None:
         """The unit's state, or None when systemd has no such unit loaded."""
         path = object_path(name)
-        # Both at once: one round trip.
-        unit, service = await asyncio.gather(
-            self._bus.properties(SYSTEMD, path, UNIT, UNIT_PROPERTIES),
-            self._bus.properties(SYSTEMD, path, SERVICE, SERVICE_PROPERTIES),
-        )
+        while True:
+            # Both at once: one round trip. PID 1 answers one and then the other, so an end can fall between the two.
+            unit, service = await asyncio.gather(
+                self._bus.properties(SYSTEMD, path, UNIT, UNIT_PROPERTIES),
+                self._bus.properties(SYSTEMD, path, SERVICE, SERVICE_PROPERTIES),
+            )
+            if unit["SubState"] != "running" or service["MainPID"] != 0:
+                break
         # To ask for a unit by its path makes systemd try to load it, so there is always an answer.
         if unit["LoadState"] == "not-found" and unit["ActiveState"] == "inactive":
             return None
