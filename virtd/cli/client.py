@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The client's half of the Varlink interface `org.virtd1`: one connection, and calls that outlive the daemon.
+
+A message is a JSON object followed by a NUL byte (https://varlink.org/Wire-Protocol); file descriptors come with a reply as
+SCM_RIGHTS. The daemon's socket belongs to systemd and stays open while the daemon is away, so that a call made meanwhile
+waits in the backlog. A call that the old daemon had taken and not answered breaks, and is sent again to the new one when
+that can't do harm.
+
+Every import here is paid for at each start of virtctl, hence no dataclasses, typing or asyncio.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+
+from virtd.errors import AccessDenied, Disconnected, TimedOut, VirtdError, from_wire
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    Parameters = dict[str, Any]
+
+ADDRESS = "/run/virtd/virtd.sock"
+INTERFACE = "org.virtd1."
+PATIENCE = 30.0  # seconds that a daemon which went away may take to come back, unless --daemon-timeout says otherwise
+QUIET = 2.0  # seconds of its absence that aren't worth a word
+RETRY = 0.05  # seconds between two attempts to connect
+MAX_FDS = 16  # a reply carries one; the rest is room for a newer daemon
+HINT = "systemctl status virtd"
+KNOCK = "org.varlink.service.GetInfo"
+
+
+class Reply:
+    """One reply: its parameters, the descriptors that came with it (the receiver owns them), and whether more follow."""
+
+    __slots__ = ("continues", "fds", "parameters")
+
+    def __init__(self, parameters: Parameters, fds: list[int], *, continues: bool) -> None:
+        self.parameters = parameters
+        self.fds = fds
+        self.continues = continues
+
+    def close(self) -> None:
+        """Close the descriptors that nobody took."""
+        while self.fds:
+            os.close(self.fds.pop())
+
+
+class Connection:
+    """A connected socket. Raises OSError as the kernel says it; what that means to a person, the callers know."""
+
+    def __init__(self, address: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._buffer = bytearray()
+        self._fds: list[int] = []
+        try:
+            self._socket.connect(address)
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        self._socket.close()
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def send(self, method: str, parameters: Parameters, *, more: bool = False) -> None:
+        """Send one call; a method without an interface is one of virtd's own."""
+        message: Parameters = {"method": method if "." in method else INTERFACE + method, "parameters": parameters}
+        if more:
+            message["more"] = True
+        self._socket.settimeout(PATIENCE)
+        self._socket.sendall(json.dumps(message, separators=(",", ":")).encode() + b"\0")
+
+    def receive(self, timeout: float | None) -> Reply | None:
+        """The next reply, or None when none came in `timeout` seconds (0: look only, None: no limit).
+
+        Raises the VirtdError that the daemon sent, and ConnectionError when the daemon closed the connection.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        searched = 0
+        while (end := self._buffer.find(b"\0", searched)) < 0:
+            searched = len(self._buffer)
+            self._socket.settimeout(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            try:
+                data, ancillary, _flags, _address = self._socket.recvmsg(
+                    65536, socket.CMSG_SPACE(4 * MAX_FDS), socket.MSG_CMSG_CLOEXEC
+                )
+            except (TimeoutError, BlockingIOError):
+                return None
+            for level, kind, payload in ancillary:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    whole = len(payload) - len(payload) % 4
+                    self._fds += [int.from_bytes(payload[at : at + 4], sys.byteorder) for at in range(0, whole, 4)]
+            if not data:
+                raise ConnectionResetError("the daemon closed the connection")
+            self._buffer += data
+        message = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        # The kernel never joins bytes that come after descriptors to those before, so that all that have arrived so far
+        # belong to this message.
+        reply, self._fds = Reply({}, self._fds, continues=False), []
+        return _decode(message, reply)
+
+
+def _decode(message: bytes, reply: Reply) -> Reply:
+    try:
+        fields = json.loads(message)
+        reply.parameters = fields.get("parameters") or {}
+        reply.continues = bool(fields.get("continues"))
+        error = fields.get("error")
+    except (ValueError, AttributeError) as exc:
+        reply.close()
+        raise VirtdError("virtd's answer is no Varlink message", hint=HINT) from exc
+    if error is None:
+        return reply
+    reply.close()
+    raise _error(str(error), reply.parameters)
+
+
+def _error(name: str, parameters: Parameters) -> VirtdError:
+    """The exception for an error reply; those of Varlink itself mean a daemon of another version."""
+    interface, _, kind = name.rpartition(".")
+    if interface + "." == INTERFACE:
+        return from_wire(kind, {key: str(value) for key, value in parameters.items()})
+    hint = "virtctl and virtd may be of different versions: compare virtctl --version and virtctl status"
+    if kind in ("MethodNotFound", "InterfaceNotFound", "MethodNotImplemented"):
+        what = parameters.get("method") or parameters.get("interface") or "this command"
+        return VirtdError(f"The running virtd doesn't know {what}", hint=hint)
+    if kind == "InvalidParameter":
+        return VirtdError(f"The running virtd doesn't accept the parameter {parameters.get('parameter')}", hint=hint)
+    if kind == "PermissionDenied":
+        return AccessDenied("Access denied")
+    return VirtdError(f"virtd answered {name}", hint=hint)
+
+
+def unreachable(address: str, exc: OSError) -> VirtdError:
+    """What a failed connect means to a person."""
+    if isinstance(exc, PermissionError):
+        return AccessDenied(f"No access to {address}")
+    if isinstance(exc, (FileNotFoundError, ConnectionRefusedError)):
+        return Disconnected("virtd isn't running", hint=HINT)
+    return Disconnected(f"Can't connect to {address}: {exc.strerror or exc}", hint=HINT)
+
+
+class Session:
+    """Where the daemon is, and how long virtctl waits for it. `patience` None: as long as it takes."""
+
+    def __init__(self, address: str = ADDRESS, patience: float | None = PATIENCE) -> None:
+        self.address = address
+        self.patience = patience
+
+    def notice(self) -> None:
+        """Say, once for each absence, why nothing happens."""
+        print("virtctl: virtd went away, waiting for it to come back...", file=sys.stderr, flush=True)
+
+    def call(self, method: str, parameters: Parameters | None = None) -> Parameters:
+        """A reading call that carries no descriptors: its reply's parameters."""
+        call = Call(self, method, lambda _attempt: parameters or {}, limit=self.patience)
+        with call:
+            return call.result().parameters
+
+
+class Call:
+    """One call on a connection of its own, sent when it is made, so that several run at once.
+
+    `parameters(attempt)` is asked for each attempt: 0 for the first, 1 and more after the daemon went away, so that a call
+    with a time limit asks for what is left of it. `repeat=False` is for what must not happen twice: it then ends with
+    Disconnected. `limit` is how many seconds the daemon may take to answer, None for no limit.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        method: str,
+        parameters: Callable[[int], Parameters],
+        *,
+        limit: float | None = None,
+        repeat: bool = True,
+    ) -> None:
+        self._session = session
+        self._method = method
+        self._parameters = parameters
+        self._repeat = repeat
+        self._deadline = None if limit is None else time.monotonic() + limit
+        self._limit = limit
+        self._connection: Connection | None = None
+        self._failed: VirtdError | None = None
+        self.attempt = 0
+        try:
+            self._connection = self._connect()
+            self._send()
+        except ConnectionError:
+            pass  # it broke at once: result() finds out the same way and decides
+        except VirtdError as error:
+            self._failed = error  # told when this call's turn comes, in the order of the command line
+
+    def __enter__(self) -> Call:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    @property
+    def repeated(self) -> bool:
+        """Whether the daemon went away in between, so that an earlier attempt may have done the work already."""
+        return self.attempt > 0
+
+    def result(self) -> Reply:
+        """Wait for the reply. Raises what the daemon sent, Disconnected, or TimedOut when it never answers."""
+        if self._failed is not None:
+            raise self._failed
+        while True:
+            try:
+                if self._connection is None:
+                    raise ConnectionResetError
+                remaining = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+                reply = self._connection.receive(remaining)
+            except ConnectionError:
+                self._again()
+                continue
+            if reply is None:
+                raise TimedOut(f"virtd didn't answer within {self._limit:g} s", hint=HINT)
+            return reply
+
+    def _send(self) -> None:
+        assert self._connection is not None
+        try:
+            self._connection.send(self._method, self._parameters(self.attempt))
+        except TimeoutError as exc:
+            raise TimedOut("virtd doesn't read what it is sent", hint=HINT) from exc
+
+    def _connect(self) -> Connection:
+        """The first connection: a daemon that was never there isn't waited for."""
+        while True:
+            try:
+                return Connection(self._session.address)
+            except BlockingIOError:
+                # The backlog is full: clients queue for a daemon that is being started.
+                if self._deadline is not None and time.monotonic() > self._deadline:
+                    raise TimedOut("virtd doesn't take connections", hint=HINT) from None
+                time.sleep(RETRY)
+            except OSError as exc:
+                raise unreachable(self._session.address, exc) from exc
+
+    def _again(self) -> None:
+        """Wait for the daemon to be back and send the call to it.
+
+        A connection tells nothing, for it is systemd that holds the socket: only an answer does. So the new daemon is asked
+        for something small first, and the wait for the call itself begins when that came.
+        """
+        self.close()
+        if not self._repeat:
+            raise Disconnected(
+                "virtd went away before it answered; this may have been done or not", hint="virtctl info NAME shows it"
+            )
+        patience = self._session.patience
+        lost = time.monotonic()
+        noticed = False
+        while not self._knock():
+            away = time.monotonic() - lost
+            if patience is not None and away > patience:
+                raise Disconnected(f"virtd went away and didn't come back within {patience:g} s", hint=HINT)
+            if away > QUIET and not noticed:
+                noticed = True
+                self._session.notice()
+        self.attempt += 1
+        if self._deadline is not None:
+            self._deadline = max(self._deadline, time.monotonic() + (patience or PATIENCE))
+        try:
+            self._send()
+        except ConnectionError:
+            self.close()  # gone once more: result() finds no connection and comes here again
+
+    def _knock(self) -> bool:
+        """Take one short step towards an answer of the new daemon; whether it came."""
+        try:
+            if self._connection is None:
+                self._connection = Connection(self._session.address)
+                self._connection.send(KNOCK, {})
+            return self._connection.receive(QUIET / 8) is not None
+        except VirtdError:
+            return True  # it doesn't know the question, but it is there
+        except PermissionError as exc:
+            raise unreachable(self._session.address, exc) from exc
+        except OSError:
+            self.close()
+            time.sleep(RETRY)
+            return False

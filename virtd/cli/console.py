@@ -1,0 +1,465 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""virtctl console: a domain's serial console, which goes on while virtd is restarted.
+
+Three ways run side by side, none of them through the daemon: keys go into the guest's stdin pipe, whose write end the daemon
+has handed out; output is read from the console log, from the place that was reached; and two connections ask the
+daemon only who may write and when there is more to read. When they break, both are made anew and ask for the same again.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import time
+
+from virtd.cli.client import HINT, KNOCK, QUIET, Connection, unreachable
+from virtd.cli.follow import Cursor, write_all
+from virtd.cli.main import FAILURE, OK
+from virtd.cli.options import duration, line_count
+from virtd.cli.output import clean, complain, how_it_ended
+from virtd.cli.terminal import RawTerminal, Terminated
+from virtd.errors import AccessDenied, Busy, Disconnected, InvalidState, NotFound, VirtdError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+    from virtd.cli.client import Parameters, Reply, Session
+    from virtd.cli.options import Parser
+
+ESCAPE = "^]"
+PIECE = 4096  # PIPE_BUF: a pipe that poll(2) calls writable takes as much without blocking
+TYPED_AHEAD = 1 << 20  # bytes kept for a guest that doesn't read; what is pasted beyond is refused with a bell
+PIPED_AHEAD = 1 << 16  # as much of a piped standard input; the rest waits in the pipe
+LAST_WORDS = 5.0  # seconds that the daemon may take, after the guest's end, to have its last output in the log
+RETRY = 0.1  # seconds between two attempts to connect
+
+
+class Link:
+    """A connection for one long question, made anew, and asked again, whenever it breaks.
+
+    `question(again)` gives method and parameters. A new connection first asks something small, because the answer to the
+    question itself may be hours away, and only an answer shows that a daemon is there.
+    """
+
+    def __init__(self, session: Session, question: Callable[[bool], tuple[str, Parameters]], *, more: bool) -> None:
+        self._session = session
+        self._question = question
+        self._more = more
+        self._connection: Connection | None = None
+        self._knocking = False
+        self._retry_at = 0.0
+        self.lost_at: float | None = None
+        self.asked = False
+
+    def open(self) -> None:
+        """Connect for the first time; a daemon that isn't there is an error then."""
+        try:
+            self._connection = Connection(self._session.address)
+            self._ask(again=False)
+        except ConnectionResetError:
+            self._lose()
+        except OSError as exc:
+            raise unreachable(self._session.address, exc) from exc
+
+    def poll_fd(self, now: float) -> int:
+        """The descriptor to wait for; -1 while there is none. Connects, when it is time to."""
+        if self._connection is None and now >= self._retry_at:
+            try:
+                self._connection = Connection(self._session.address)
+                self._connection.send(KNOCK, {})
+                self._knocking = True
+            except OSError:
+                self._lose()
+        return -1 if self._connection is None else self._connection.fileno()
+
+    def ask(self) -> None:
+        """Ask the next question on the connection that there is."""
+        if self._connection is not None and not self._knocking and not self.asked:
+            try:
+                self._ask(again=False)
+            except OSError:
+                self._lose()
+
+    def receive(self) -> Reply | None:
+        """The reply, if it is here. Raises the VirtdError that the daemon answered with."""
+        if self._connection is None:
+            return None
+        try:
+            reply = self._answer()
+        except OSError:
+            self._lose()
+            return None
+        if reply is not None:
+            self.asked = False
+        return reply
+
+    def _answer(self) -> Reply | None:
+        assert self._connection is not None
+        if not self._knocking:
+            return self._connection.receive(0)
+        try:
+            if self._connection.receive(0) is None:
+                return None
+        except VirtdError:
+            pass  # it doesn't know that question, but it is there
+        self._knocking = False
+        self.lost_at = None
+        self._ask(again=True)
+        return None
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _ask(self, *, again: bool) -> None:
+        assert self._connection is not None
+        method, parameters = self._question(again)
+        self._connection.send(method, parameters, more=self._more)
+        self.asked = True
+
+    def _lose(self) -> None:
+        self.close()
+        now = time.monotonic()
+        self.lost_at = self.lost_at or now
+        self._retry_at = now + RETRY
+        self._knocking = self.asked = False
+
+
+class Console:
+    """One visit to a console. `run()` returns virtctl's exit status."""
+
+    def __init__(self, args: argparse.Namespace, session: Session) -> None:
+        self._name: str = args.name
+        self._session = session
+        self._force: bool = args.force
+        self._linger: float | None = args.timeout
+        self._terminal = RawTerminal(0)
+        self._escape: bytes | None = args.escape if self._terminal.is_terminal else None
+        lines = args.lines if args.lines is not None else 1 if os.isatty(1) else 0
+        self._cursor = Cursor(args.name, "console", lines)
+        self._unread = False  # the file may hold more than was printed
+        self._follow = Link(session, self._where, more=False)
+        self._control: Link | None = None if args.read_only else Link(session, self._claim, more=True)
+        self._token: str | None = None
+        self._pipe = -1
+        self._typed = bytearray()
+        # Without the right to write, a terminal is read for the escape character, and anything else isn't read at all.
+        self._reading = self._terminal.is_terminal or not args.read_only
+        self._until: float | None = None  # when to leave, once input has ended
+        self._last_words: float | None = None  # when to leave at the latest, once the guest has ended
+        self._noticed = False
+        self._status: int | None = None
+        self._farewell = ""
+
+    # What is asked of the daemon.
+
+    def _where(self, again: bool) -> tuple[str, Parameters]:  # noqa: FBT001 (Link calls it so)
+        # Where to begin, and after a restart whether something came meanwhile, is answered at once.
+        return "Follow", self._cursor.parameters(wait=self._cursor.file is not None and not again)
+
+    def _claim(self, _again: bool) -> tuple[str, Parameters]:  # noqa: FBT001
+        # With the token it isn't a new claim, so that force isn't needed and would only take it from a later writer.
+        return "OpenConsole", {"name": self._name, "force": self._force and self._token is None, "token": self._token}
+
+    # The visit.
+
+    def run(self) -> int:
+        try:
+            self._open()
+            with self._terminal:
+                while self._status is None:
+                    self._step()
+        finally:
+            for link in filter(None, (self._control, self._follow)):
+                link.close()
+            self._cursor.close()
+            self._drop_pipe()
+        if self._farewell:
+            self._say(self._farewell)
+        return self._status
+
+    def _say(self, text: str) -> None:
+        """A line of virtctl's own, on stderr, so that a script that reads the output isn't bothered."""
+        end = self._terminal.line_end()
+        write_all(2, f"{end if self._terminal.is_terminal else ''}{clean(text)}{end}".encode(errors="replace"))
+
+    def _open(self) -> None:
+        """Get the right to write, then the place to read from, before anything is read from the user."""
+        if self._control is not None:
+            try:
+                self._control.open()
+                self._await(lambda: self._pipe >= 0)
+            except Busy as error:
+                if not self._terminal.is_terminal:
+                    raise  # what is to be sent couldn't be
+                error.hint = error.hint or "--force takes it over"
+                complain(error, f"write to the console of {self._name}")
+                print("Showing its output only.", file=sys.stderr)
+                self._control.close()
+                self._control = None
+        self._follow.open()
+        self._await(lambda: self._cursor.file is not None)
+        if self._control is None and self._cursor.state in ("stopped", "crashed"):
+            raise InvalidState(
+                f"{self._name} isn't running", hint=f"virtctl start {self._name}, or virtctl log {self._name} for what it wrote"
+            )
+        if self._terminal.is_terminal:
+            escape = _show(self._escape) if self._escape else "off"
+            print(f"Connected to domain {clean(self._name)}. Escape character is {escape}.", file=sys.stderr, flush=True)
+        if not self._reading:
+            self._input_ended()
+
+    def _await(self, settled: Callable[[], bool]) -> None:
+        """Wait for a first answer: nothing else is to happen before."""
+        deadline = None if self._session.patience is None else time.monotonic() + self._session.patience
+        while not settled():
+            now = time.monotonic()
+            if deadline is not None and now > deadline:
+                raise Disconnected("virtd doesn't answer", hint=HINT)
+            self._wait_for_daemon(now, 0.25, select.poll())
+
+    def _step(self) -> None:
+        """Wait until something can be done, and do it."""
+        now = time.monotonic()
+        self._leave_in_time(now)
+        poller = select.poll()
+        if self._wants_input():
+            poller.register(0, select.POLLIN)
+        if self._typed and self._pipe >= 0:
+            poller.register(self._pipe, select.POLLOUT)
+        poller.register(1, 0)  # tells when whoever reads the output has gone
+        timers = [end - now for end in (self._until, self._last_words) if end is not None]
+        ready = self._wait_for_daemon(now, 0.0 if self._unread else min([1.0, *timers]), poller)
+        if ready.get(1, 0) & (select.POLLERR | select.POLLHUP | select.POLLNVAL):
+            raise BrokenPipeError
+        if ready.get(0, 0):
+            self._read_input()
+        if self._pipe >= 0 and ready.get(self._pipe, 0):
+            self._write_input()
+        if self._unread:
+            self._print()
+
+    def _wait_for_daemon(self, now: float, timeout: float, poller: select.poll) -> dict[int, int]:
+        """Poll, with the connections, and take what the daemon says; the events of the other descriptors."""
+        links: dict[int, Link] = {}
+        for link in (self._control, None if self._unread else self._follow):
+            if link is not None and (fd := link.poll_fd(now)) >= 0:
+                poller.register(fd, select.POLLIN)
+                links[fd] = link
+        lost = [link.lost_at for link in (self._control, self._follow) if link is not None and link.lost_at]
+        if lost:
+            timeout = min(timeout, RETRY)
+            self._absence(now - min(lost))
+        else:
+            self._noticed = False
+        ready = dict(poller.poll(max(0.0, timeout) * 1000))
+        for fd, link in links.items():
+            if fd in ready and (reply := self._receive(link)) is not None:
+                if link is self._follow:
+                    self._followed(reply)
+                else:
+                    self._controlled(reply)
+        return ready
+
+    def _absence(self, seconds: float) -> None:
+        if self._session.patience is not None and seconds > self._session.patience:
+            raise Disconnected(f"virtd went away and didn't come back within {self._session.patience:g} s", hint=HINT)
+        if seconds > QUIET and not self._noticed:
+            self._noticed = True
+            self._say("virtctl: virtd went away, waiting for it to come back...")
+
+    # What the daemon says.
+
+    def _receive(self, link: Link) -> Reply | None:
+        try:
+            return link.receive()
+        except (InvalidState, NotFound):
+            if self._cursor.file is None:
+                raise
+            # It ended, or was even undefined, while the daemon was away.
+            self._guest_ended()
+        except (Busy, AccessDenied) as error:
+            if self._token is None:
+                raise
+            self._status = FAILURE
+            self._farewell = f"Lost the console of {self._name}: {error.message}"
+        return None
+
+    def _controlled(self, reply: Reply) -> None:
+        parameters = reply.parameters
+        if reply.fds:
+            self._drop_pipe()
+            self._pipe = reply.fds.pop(0)
+            self._token = str(parameters.get("token"))
+        reply.close()
+        event = parameters.get("event")
+        if event == "ended":
+            self._guest_ended()
+        elif event is not None:
+            by = f" by {parameters['by']}" if parameters.get("by") else ""
+            self._status = FAILURE
+            self._farewell = f"The console of {self._name} was taken over{by}."
+
+    def _followed(self, reply: Reply) -> None:
+        self._cursor.accept(reply)
+        self._unread = True
+
+    def _guest_ended(self) -> None:
+        """No more input; output goes on until the log is complete, which Follow tells."""
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        self._drop_pipe()
+        self._typed.clear()
+        self._last_words = time.monotonic() + LAST_WORDS
+
+    # Bytes.
+
+    def _wants_input(self) -> bool:
+        if not self._reading:
+            return False
+        # A terminal is always read, else the escape character would be stuck behind what the guest doesn't take.
+        return self._terminal.is_terminal or (self._pipe >= 0 and len(self._typed) < PIPED_AHEAD)
+
+    def _read_input(self) -> None:
+        try:
+            data = os.read(0, PIPED_AHEAD)
+        except OSError:
+            data = b""  # the terminal was hung up
+        if self._escape is not None and self._escape in data:
+            data = data[: data.index(self._escape)]
+            self._status = OK
+            self._farewell = f"Disconnected from {self._name}."
+        elif not data:
+            self._input_ended()
+        if self._control is None:
+            return
+        if len(self._typed) + len(data) > TYPED_AHEAD + PIPED_AHEAD:
+            write_all(2, b"\a")
+            return
+        self._typed += data
+        if self._status is not None and self._typed:
+            self._write_input()  # what was typed before the escape character, as far as the guest takes it
+
+    def _input_ended(self) -> None:
+        self._reading = False
+        if self._terminal.is_terminal:
+            self._status = OK
+        elif self._linger is not None and self._until is None:
+            self._until = time.monotonic() + self._linger
+
+    def _write_input(self) -> None:
+        poller = select.poll()
+        if self._pipe < 0:
+            return
+        poller.register(self._pipe, select.POLLOUT)
+        while self._typed and poller.poll(0):
+            try:
+                written = os.write(self._pipe, self._typed[:PIECE])
+            except BlockingIOError:
+                return
+            except BrokenPipeError:
+                # The guest is gone, which the daemon is about to say.
+                self._drop_pipe()
+                self._typed.clear()
+                return
+            del self._typed[:written]
+        if not self._typed and not self._reading and self._control is not None:
+            # All that there was to send is sent: let another one write.
+            self._control.close()
+            self._control = None
+            self._drop_pipe()
+
+    def _drop_pipe(self) -> None:
+        if self._pipe >= 0:
+            os.close(self._pipe)
+            self._pipe = -1
+
+    def _print(self) -> None:
+        """One piece at a time, so that keys and the escape character get through a long output."""
+        data = self._cursor.read()
+        if data:
+            write_all(1, data)
+            if self._last_words is not None:
+                self._last_words = time.monotonic() + LAST_WORDS
+            return
+        self._unread = False
+        if self._cursor.ended:
+            self._finish()
+        else:
+            self._follow.ask()
+
+    # Leaving.
+
+    def _leave_in_time(self, now: float) -> None:
+        if self._last_words is not None and now >= self._last_words:
+            # It never said that all is read: the domain was started again meanwhile, or is gone altogether.
+            self._finish()
+        elif self._until is not None and now >= self._until and not self._unread:
+            self._status = OK
+
+    def _finish(self) -> None:
+        self._status = OK
+        self._farewell = f"{self._name} ended."
+        try:
+            exit_ = self._session.call("Info", {"name": self._name})["object"].get("exit")
+        except VirtdError:
+            return
+        if exit_:
+            self._farewell = f"{self._name}: {how_it_ended(exit_)}."
+
+
+def console(args: argparse.Namespace, session: Session) -> int:
+    try:
+        return Console(args, session).run()
+    except Terminated as signal_:
+        return 128 + signal_.number
+
+
+def _show(escape: bytes) -> str:
+    code = escape[0]
+    return f"^{chr(code + 64)}" if code < 32 else chr(code)
+
+
+def _escape(text: str) -> bytes | None:
+    """`^]`, a single character, or `none`."""
+    if text == "none":
+        return None
+    if len(text) == 2 and text[0] == "^" and 64 <= ord(text[1].upper()) < 96:
+        return bytes([ord(text[1].upper()) - 64])
+    if len(text) == 1 and ord(text) < 128:
+        return text.encode()
+    import argparse
+
+    raise argparse.ArgumentTypeError(f"'{text}' is neither one character, nor one with ^ before it, nor 'none'")
+
+
+def _options(parser: Parser) -> None:
+    parser.name()
+    parser.add_argument("--force", action="store_true", help="take the console over from whoever writes to it now")
+    parser.add_argument("--read-only", action="store_true", help="only watch; any number can do that")
+    parser.add_argument(
+        "-n",
+        "--lines",
+        metavar="N|all",
+        type=line_count,
+        help="begin with the last N lines: on a terminal with one, the present prompt, else with none",
+    )
+    parser.add_argument(
+        "--escape", metavar="CHAR", type=_escape, default=ESCAPE, help=f"what to type to leave, {ESCAPE} unless given, or none"
+    )
+    parser.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=duration,
+        help="leave that long after standard input, no terminal, has ended (and with --read-only after the start); unless "
+        "given, output goes on until the guest ends",
+    )
+
+
+OPTIONS: dict[str, Callable[[Parser], None]] = {"console": _options}
+RUN: dict[str, Callable[[argparse.Namespace, Session], int]] = {"console": console}

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The commands that change something: define, undefine, start, shutdown, stop, kill, reboot, suspend, resume, autostart, reload.
+
+Those that take several names have all of them under way at once, answer for them in the order of the command line, and end
+with the exit status of the first that failed. As systemctl does, they say nothing when all went well.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from virtd.cli.client import PATIENCE, Call
+from virtd.cli.main import FAILURE, OK, exit_status
+from virtd.cli.options import duration, signal_number
+from virtd.cli.output import clean, complain, paint
+from virtd.errors import InvalidDefinition, InvalidState, NotFound, TimedOut, VirtdError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Sequence
+
+    from virtd.cli.client import Parameters, Reply, Session
+    from virtd.cli.options import Parser
+
+AT_ONCE = 64  # calls under way at the same time; each has a connection
+WORK = 120.0  # seconds that the daemon may take for one command, its own time limits (systemd's, QEMU's) being shorter
+SHUTDOWN_LIMIT = 60.0
+
+
+def act(names: Sequence[str], verb: str, begin: Callable[[str], Call], end: Callable[[str, Call], object]) -> int:
+    """Begin a call for each of `names`, end them in the same order, and say which failed; the exit status."""
+    status = OK
+    for at in range(0, len(names), AT_ONCE):
+        for name, call in [(name, begin(name)) for name in names[at : at + AT_ONCE]]:
+            with call:
+                try:
+                    end(name, call)
+                except VirtdError as error:
+                    complain(error, f"{verb} {name}")
+                    status = status or exit_status(error)
+    return status
+
+
+def _result(_name: str, call: Call) -> Reply:
+    return call.result()
+
+
+def plain(verb: str, method: str, *, repeat: bool = True) -> Callable[[argparse.Namespace, Session], int]:
+    """A command that is one method with a name and nothing else."""
+
+    def run(args: argparse.Namespace, session: Session) -> int:
+        def begin(name: str) -> Call:
+            return Call(session, method, lambda _attempt: {"name": name}, limit=WORK, repeat=repeat)
+
+        return act(args.names, verb, begin, _result)
+
+    return run
+
+
+def kill(args: argparse.Namespace, session: Session) -> int:
+    def begin(name: str) -> Call:
+        # Not repeated: a signal sent twice may do what the first didn't.
+        return Call(session, "Kill", lambda _attempt: {"name": name, "signal": args.signal}, limit=WORK, repeat=False)
+
+    return act(args.names, "kill", begin, _result)
+
+
+def shutdown(args: argparse.Namespace, session: Session) -> int:
+    limit: float | None = 0.0 if args.no_wait else args.timeout
+    until = None if limit is None else time.monotonic() + limit
+
+    def begin(name: str) -> Call:
+        def parameters(_attempt: int) -> Parameters:
+            # After a restart of the daemon in the middle, only what is left of the time is asked for.
+            return {"name": name, "timeout": None if until is None else max(0.0, until - time.monotonic())}
+
+        return Call(session, "Shutdown", parameters, limit=None if limit is None else limit + PATIENCE)
+
+    def end(name: str, call: Call) -> None:
+        try:
+            call.result()
+        except TimedOut as error:
+            if args.no_wait:
+                return  # it was asked, and that is all that was wanted
+            error.hint = error.hint or f"the guest runs on; virtctl stop {name} stops it at once"
+            raise
+        except InvalidState:
+            # The guest may have ended while the daemon was away: then the second attempt found nothing to shut down.
+            if not call.repeated or session.call("Info", {"name": name})["object"].get("state") not in ("stopped", "crashed"):
+                raise
+
+    return act(args.names, "shut down", begin, end)
+
+
+def undefine(args: argparse.Namespace, session: Session) -> int:
+    def begin(name: str) -> Call:
+        return Call(session, "Undefine", lambda _attempt: {"name": name}, limit=WORK)
+
+    def end(_name: str, call: Call) -> None:
+        try:
+            call.result()
+        except NotFound:
+            if not call.repeated:
+                raise
+
+    return act(args.names, "undefine", begin, end)
+
+
+def autostart(args: argparse.Namespace, session: Session) -> int:
+    def begin(name: str) -> Call:
+        return Call(session, "Autostart", lambda _attempt: {"name": name, "enable": not args.disable}, limit=WORK)
+
+    return act(args.names, "disable the autostart of" if args.disable else "enable the autostart of", begin, _result)
+
+
+def define(args: argparse.Namespace, session: Session) -> int:
+    """One file after the other, for a later one may name what an earlier one defines."""
+    status = OK
+    for file in args.files:
+        source = "<stdin>" if file == "-" else file
+        try:
+            text = _read(file, source)
+            with Call(
+                session,
+                "Define",
+                lambda _attempt, text=text, source=source: {"text": text, "source": source, "check": args.check},
+                limit=WORK,
+            ) as call:
+                reply = call.result().parameters
+            _defined(reply, source, check=args.check)
+        except VirtdError as error:
+            complain(error, f"define {source}")
+            status = status or exit_status(error)
+    return status
+
+
+def _read(file: str, source: str) -> str:
+    try:
+        if file == "-":
+            return sys.stdin.buffer.read().decode()
+        with open(file, "rb") as stream:
+            return stream.read().decode()
+    except OSError as exc:
+        raise VirtdError(f"Can't read it: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise InvalidDefinition(source, "", f"UTF-8 text expected, but byte {exc.start} isn't") from exc
+
+
+def _defined(reply: Parameters, source: str, *, check: bool) -> None:
+    name = clean(str(reply.get("name")))
+    if check:
+        print(f"{source}: OK, {'would define' if reply.get('created') else 'would change'} {name}.")
+    else:
+        print(f"{'Defined' if reply.get('created') else 'Changed the definition of'} {name} ({clean(str(reply.get('path')))}).")
+
+
+def reload(_args: argparse.Namespace, session: Session) -> int:
+    with Call(session, "Reload", lambda _attempt: {}, limit=WORK) as call:
+        reply = call.result().parameters
+    if reply.get("changed"):
+        print(f"Changed: {clean(', '.join(map(str, reply['changed'])))}.")
+    for problem in reply.get("problems", []):
+        text = f"{problem.get('object') or 'virtd'}: {problem.get('text')}"
+        print(paint(clean(text), "1;31", sys.stderr), file=sys.stderr)
+        if problem.get("hint"):
+            print(f"Hint: {clean(str(problem['hint']))}", file=sys.stderr)
+    return FAILURE if reply.get("problems") else OK
+
+
+def _names(parser: Parser) -> None:
+    parser.names()
+
+
+def _kill_options(parser: Parser) -> None:
+    parser.names()
+    parser.add_argument(
+        "-s", "--signal", type=signal_number, default=15, help="a signal's name or number, SIGTERM unless given"
+    )
+
+
+def _shutdown_options(parser: Parser) -> None:
+    parser.names()
+    parser.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=duration,
+        default=SHUTDOWN_LIMIT,
+        help=f"how long to wait for the guests to power off: {SHUTDOWN_LIMIT:g} unless given, or infinity; "
+        "one that hasn't by then runs on",
+    )
+    parser.add_argument("--no-wait", action="store_true", help="only ask the guests, and don't wait")
+
+
+def _autostart_options(parser: Parser) -> None:
+    parser.names()
+    parser.add_argument("--disable", action="store_true", help="don't start them at boot any longer")
+
+
+def _define_options(parser: Parser) -> None:
+    parser.add_argument("files", metavar="FILE|-", nargs="+", help="a definition in TOML; - reads standard input")
+    parser.add_argument("--check", action="store_true", help="only check the definition, and change nothing")
+
+
+def _reload_options(_parser: Parser) -> None:
+    pass
+
+
+OPTIONS: dict[str, Callable[[Parser], None]] = {
+    "start": _names,
+    "shutdown": _shutdown_options,
+    "stop": _names,
+    "kill": _kill_options,
+    "reboot": _names,
+    "suspend": _names,
+    "resume": _names,
+    "define": _define_options,
+    "undefine": _names,
+    "autostart": _autostart_options,
+    "reload": _reload_options,
+}
+RUN: dict[str, Callable[[argparse.Namespace, Session], int]] = {
+    "start": plain("start", "Start"),
+    "shutdown": shutdown,
+    "stop": plain("stop", "Stop"),
+    "kill": kill,
+    # A second reset would undo what the guest has booted since the first.
+    "reboot": plain("reboot", "Reboot", repeat=False),
+    "suspend": plain("suspend", "Suspend"),
+    "resume": plain("resume", "Resume"),
+    "define": define,
+    "undefine": undefine,
+    "autostart": autostart,
+    "reload": reload,
+}

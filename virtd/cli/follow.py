@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The place in a log that a viewer has reached.
+
+The daemon hands out the log *file* and says when there is more in it; the bytes don't pass through the daemon. The place,
+(file, offset), means the same to any daemon, so that a viewer goes on after a restart where it was: nothing is printed
+twice and nothing is left out.
+"""
+
+from __future__ import annotations
+
+import os
+
+from virtd.errors import VirtdError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from virtd.cli.client import Parameters, Reply
+
+CHUNK = 65536
+
+
+class Cursor:
+    """Where in which file; owns the file's descriptor. `lines`: how many of the last to begin with, -1 for all, 0 for none."""
+
+    def __init__(self, name: str, log: str, lines: int) -> None:
+        self.file: str | None = None
+        self.offset = 0
+        self.ended = False
+        self.state = ""
+        self._name = name
+        self._log = log
+        self._lines = lines or None
+        self._fd = -1
+
+    def parameters(self, *, wait: bool) -> Parameters:
+        """What to ask Follow for: the start, or what comes after this place."""
+        started = self.file is not None
+        return {
+            "name": self._name,
+            "log": self._log,
+            "file": self.file,
+            "offset": self.offset if started else None,
+            "lines": None if started else self._lines,
+            "wait": wait,
+        }
+
+    def accept(self, reply: Reply) -> bool:
+        """Take a reply of Follow; whether it leads on, to another file."""
+        parameters = reply.parameters
+        self.ended = bool(parameters.get("ended"))
+        self.state = str(parameters.get("state", ""))
+        file = parameters.get("file")
+        moved = file is not None and file != self.file
+        if moved:
+            if not reply.fds:
+                raise VirtdError("virtd sent no descriptor of the log file")
+            self.close()
+            self._fd = reply.fds.pop(0)
+            self.file = str(file)
+            self.offset = int(parameters.get("offset") or 0)
+        reply.close()
+        return moved
+
+    def read(self) -> bytes:
+        """The next bytes of the present file, empty at its end."""
+        data = os.pread(self._fd, CHUNK, self.offset) if self._fd >= 0 else b""
+        self.offset += len(data)
+        return data
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write to a terminal, pipe or file, whatever part of it each write(2) takes."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]

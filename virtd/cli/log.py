@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""virtctl log: a domain's console log, or what QEMU wrote to its stderr, through all rotated files."""
+
+from __future__ import annotations
+
+import sys
+
+from virtd.cli.client import Call
+from virtd.cli.follow import Cursor, write_all
+from virtd.cli.main import OK
+from virtd.cli.options import line_count
+from virtd.cli.output import write_json
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Iterator
+
+    from virtd.cli.client import Session
+    from virtd.cli.options import Parser
+
+TAIL = 10  # lines that `-f` begins with, as tail(1) and journalctl do
+
+
+def chunks(session: Session, cursor: Cursor, *, follow: bool) -> Iterator[bytes]:
+    """All bytes from `cursor` on: to the end of the newest file, or with `follow` until the guest has ended."""
+    while True:
+        # The first question is where to begin, and after a restart of the daemon the first is whether something was missed:
+        # both are answered at once.
+        wait = follow and cursor.file is not None
+        with Call(
+            session,
+            "Follow",
+            lambda attempt, wait=wait: cursor.parameters(wait=wait and attempt == 0),
+            limit=None if wait else session.patience,
+        ) as call:
+            moved = cursor.accept(call.result())
+        got = False
+        while data := cursor.read():
+            got = True
+            yield data
+        if not moved and not got and (cursor.ended or not follow):
+            return
+
+
+def log(args: argparse.Namespace, session: Session) -> int:
+    lines = args.lines if args.lines is not None else TAIL if args.follow else -1
+    cursor = Cursor(args.name, "log" if args.qemu else "console", lines)
+    try:
+        source = chunks(session, cursor, follow=args.follow)
+        if args.json:
+            _as_json(source, cursor, args.json)
+        else:
+            for data in source:
+                write_all(1, data)
+    finally:
+        cursor.close()
+    return OK
+
+
+def _as_json(source: Iterator[bytes], cursor: Cursor, style: str) -> None:
+    """One object for each line: its text without the line end, the file, and the offset at which it begins there."""
+    rest = b""
+    begun: tuple[str | None, int] | None = None
+    for data in source:
+        position = cursor.offset - len(data)
+        at = 0
+        while (end := data.find(b"\n", at)) >= 0:
+            _line(rest + data[at:end], begun or (cursor.file, position + at), style)
+            rest, begun, at = b"", None, end + 1
+        if at < len(data):
+            # Rotation may cut a line in two; it is counted to the file in which it began.
+            begun = begun or (cursor.file, position + at)
+            rest += data[at:]
+    if begun:
+        _line(rest, begun, style)
+
+
+def _line(line: bytes, place: tuple[str | None, int], style: str) -> None:
+    file, offset = place
+    write_json({"file": file, "offset": offset, "line": line.removesuffix(b"\r").decode(errors="replace")}, style)
+    sys.stdout.flush()
+
+
+def _options(parser: Parser) -> None:
+    parser.name()
+    parser.add_argument("-f", "--follow", action="store_true", help="go on as the guest writes, until it ends")
+    parser.add_argument(
+        "-n",
+        "--lines",
+        metavar="N|all",
+        type=line_count,
+        help=f"begin with the last N lines; all of them unless given, and {TAIL} with -f",
+    )
+    parser.add_argument("--qemu", "--stderr", action="store_true", help="show what QEMU itself wrote to its stderr")
+    parser.json()
+
+
+OPTIONS: dict[str, Callable[[Parser], None]] = {"log": _options}
+RUN: dict[str, Callable[[argparse.Namespace, Session], int]] = {"log": log}

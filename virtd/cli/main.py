@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""virtctl: finds the command, lets its module do the work, and turns what went wrong into a message and an exit status.
+
+The command is found by hand and only its own parser is built, which keeps the start as short as Python's own.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from virtd import __version__
+from virtd.errors import Disconnected, NotFound, VirtdError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+OK, FAILURE, USAGE_ERROR, NOT_RUNNING, NO_SUCH, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 130, 143
+
+# command -> (module, group, arguments, summary, what failed when it fails). The module's OPTIONS and RUN hold, for each of its
+# commands, what adds its options to the parser and what carries it out.
+COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
+    "list": ("show", "Domains", "", "List domains with their state", "list domains"),
+    "info": ("show", "Domains", "NAME", "Show all about one domain", "show {name}"),
+    "start": ("domains", "Domains", "NAME...", "Start domains", ""),
+    "shutdown": ("domains", "Domains", "NAME...", "Ask guests to power off, and wait until they have", ""),
+    "stop": ("domains", "Domains", "NAME...", "Stop domains at once, as if the power were cut", ""),
+    "kill": ("domains", "Domains", "NAME...", "Send a signal to the domains' QEMU processes", ""),
+    "reboot": ("domains", "Domains", "NAME...", "Restart guests as with the reset button", ""),
+    "suspend": ("domains", "Domains", "NAME...", "Pause domains, keeping them in memory", ""),
+    "resume": ("domains", "Domains", "NAME...", "Let paused domains run on", ""),
+    "wait": ("show", "Domains", "NAME", "Wait until a domain is in a state", "wait for {name}"),
+    "console": ("console", "Console and log", "NAME", "Connect to a domain's serial console", "open the console of {name}"),
+    "log": ("log", "Console and log", "NAME", "Show what a domain wrote to its console", "show the log of {name}"),
+    "define": ("domains", "Definitions", "FILE|-...", "Define domains, or change their definitions", ""),
+    "undefine": ("domains", "Definitions", "NAME...", "Remove the definitions of domains", ""),
+    "dump": ("show", "Definitions", "NAME", "Print a domain's definition", "print the definition of {name}"),
+    "autostart": ("domains", "Definitions", "NAME...", "Start domains when the host boots, or no longer", ""),
+    "status": ("show", "The daemon", "", "Show the state of virtd, and what it recovered", "get the status of virtd"),
+    "reload": ("domains", "The daemon", "", "Make virtd read the definitions again", "reload the definitions"),
+}
+LATER = ("network", "pool", "volume", "container")
+HELP_OPTIONS = """\
+Options:
+  -h --help                  Show this help, or with a command its own
+     --version               Show the version
+     --json[=short|pretty]   Print JSON (list, info, status, wait, dump, log)
+     --no-legend             Print neither header nor footer
+     --daemon-timeout=SEC    How long to wait for a daemon that went away
+     --address=PATH          The daemon's socket
+
+See virtctl(1) for details."""
+
+
+def help_text() -> str:
+    """What `virtctl --help` prints: the commands by group, as systemctl shows its own."""
+    lines = ["virtctl [OPTIONS...] COMMAND ...", "", "Control the virtual machines of virtd.", ""]
+    width = max(len(f"{name} {entry[2]}") for name, entry in COMMANDS.items()) + 2
+    group = ""
+    for name, (_module, its_group, arguments, summary, _doing) in COMMANDS.items():
+        if its_group != group:
+            lines += [""] * bool(group) + [f"{its_group}:"]
+            group = its_group
+        lines.append(f"  {f'{name} {arguments}':<{width}} {summary}")
+    return "\n".join([*lines, "", HELP_OPTIONS])
+
+
+def exit_status(error: VirtdError) -> int:
+    return NO_SUCH if isinstance(error, NotFound) else FAILURE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run virtctl with the arguments `argv`; the process's exit status."""
+    try:
+        status = _main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has seen enough (`virtctl log web1 | head`), which is no failure. What Python would still flush at exit
+        # goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), 1)
+        return OK
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except OSError as exc:
+        print(f"virtctl: {exc.strerror or exc}", file=sys.stderr)
+        return FAILURE
+    return status
+
+
+def _main(words: list[str]) -> int:
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    command, rest = _split(words)
+    if command is None:
+        if "--version" in rest:
+            print(f"virtctl {__version__}")
+            return OK
+        if "--help" in rest or "-h" in rest:
+            print(help_text())
+            return OK
+        command = "list"
+    if command == "help":
+        if not rest or rest[0] not in COMMANDS:
+            print(help_text())
+            return OK
+        command, rest = rest[0], ["--help"]
+    if command in LATER:
+        print(f"virtctl: virtd {__version__} manages virtual machines only; '{command}' is for a later version", file=sys.stderr)
+        return USAGE_ERROR
+    if command not in COMMANDS:
+        print(f"virtctl: Unknown command '{command}'.\nTry 'virtctl --help' for more information.", file=sys.stderr)
+        return USAGE_ERROR
+    return _run(command, rest)
+
+
+def _split(words: list[str]) -> tuple[str | None, list[str]]:
+    """The command and all other words: options may stand before it as well as after."""
+    from virtd.cli.options import WITH_VALUE
+
+    # `--json` takes its value after "=" only, else it would swallow the name in `info --json web1`.
+    end = words.index("--") if "--" in words else len(words)
+    words = ["--json=short" if word == "--json" and at < end else word for at, word in enumerate(words)]
+    at = 0
+    while at < len(words) and words[at].startswith("-") and words[at] != "-":
+        at += 2 if words[at] in WITH_VALUE else 1
+    if at >= len(words):
+        return None, words
+    return words[at], words[:at] + words[at + 1 :]
+
+
+def _run(command: str, words: list[str]) -> int:
+    import importlib
+
+    from virtd.cli.client import PATIENCE, Session
+    from virtd.cli.options import Parser
+    from virtd.cli.output import complain
+
+    module_name, _group, _arguments, summary, doing = COMMANDS[command]
+    module = importlib.import_module(f"virtd.cli.{module_name}")
+    parser = Parser(command, summary + ".")
+    module.OPTIONS[command](parser)
+    parser.common()
+    try:
+        args = parser.parse_args(words)
+    except SystemExit as exit_:  # from --help (0) and from a usage error (2)
+        return int(exit_.code or 0)
+    patience = args.daemon_timeout
+    if patience is ...:
+        patience = None if command == "console" or getattr(args, "follow", False) else PATIENCE
+    try:
+        return int(module.RUN[command](args, Session(args.address, patience)))
+    except VirtdError as error:
+        complain(error, doing.format(name=getattr(args, "name", "")))
+        return NOT_RUNNING if command == "status" and isinstance(error, Disconnected) else exit_status(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What virtctl prints: tables, labelled lines, times, JSON and errors, in the manner of systemctl and machinectl."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+from virtd.errors import AccessDenied, InvalidDefinition
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from typing import Any, TextIO
+
+    from virtd.errors import VirtdError
+
+GREEN, YELLOW, RED, BOLD, UNDERLINE, NORMAL = "1;32", "1;33", "1;31", "1", "4", "0"
+STATE_COLOURS = {
+    "running": GREEN,
+    "starting": YELLOW,
+    "stopping": YELLOW,
+    "paused": YELLOW,
+    "crashed": RED,
+}
+
+# A guest writes what ends up in reasons, log lines and QEMU's errors, and a terminal obeys control characters: a table must
+# not carry them. (The console and the log are printed as they are; that is what a console is for.)
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
+
+LONG_UNITS = (("year", 31_557_600), ("month", 2_629_800), ("week", 604_800), ("day", 86_400))
+SHORT_UNITS = (("h", 3600), ("min", 60), ("s", 1))
+
+
+def clean(text: str) -> str:
+    """`text` without anything that a terminal would obey; tabs and line ends stay."""
+    return text.translate(_CONTROL)
+
+
+def colours(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal that wants colours (https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def paint(text: str, colour: str, stream: TextIO | None = None) -> str:
+    return f"\x1b[{colour}m{text}\x1b[0m" if text and colour and colours(stream or sys.stdout) else text
+
+
+def dot(state: str) -> str:
+    """The mark before a name, coloured by the object's state; hollow when nothing runs."""
+    return paint("○" if state == "stopped" else "●", STATE_COLOURS.get(state, ""))
+
+
+def write_json(value: object, style: str) -> None:
+    """`style` is "short" (one line) or "pretty"."""
+    if style == "pretty":
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+    else:
+        text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    print(text)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, legend: bool, colour: int | None = None) -> None:
+    """Print left-aligned columns. `colour` is the column that holds a state and is painted by it."""
+    body = [[clean(cell).replace("\n", " ") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*([header] if legend else []), *body, strict=True)]
+    if legend and body:
+        print(paint(" ".join(cell.ljust(width) for cell, width in zip(header, widths, strict=True)), UNDERLINE))
+    for row in body:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        if colour is not None:
+            cells[colour] = paint(cells[colour], STATE_COLOURS.get(row[colour], ""))
+        print(" ".join(cells).rstrip())
+
+
+def labelled(lines: Iterable[tuple[str, str]], width: int = 10) -> None:
+    """Print `label: value` with the colons below each other; empty values are left out."""
+    for label, value in lines:
+        if value:
+            first, *rest = clean(value).split("\n")
+            print(f"{label:>{width}}: {first}")
+            for line in rest:
+                print(" " * (width + 2) + line)
+
+
+def plural(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def seconds(iso: str) -> float | None:
+    """Seconds since 1970 of virtd's times, `2026-11-23T02:47:54.000001Z`; None for anything else.
+
+    By hand, because datetime and strptime cost more to import than all the rest of a listing.
+    """
+    try:
+        year, month, day = int(iso[0:4]), int(iso[5:7]), int(iso[8:10])
+        hour, minute, second = int(iso[11:13]), int(iso[14:16]), float(iso[17:].rstrip("Z"))
+    except (TypeError, ValueError):
+        return None
+    # Days since 1970-01-01 in the Gregorian calendar, with the year taken to begin in March, so that a leap day is the last.
+    years = year - (month < 3)
+    days = years * 365 + years // 4 - years // 100 + years // 400 + (153 * ((month + 9) % 12) + 2) // 5 + day - 719469
+    return days * 86400.0 + hour * 3600 + minute * 60 + second
+
+
+def span(length: float) -> str:
+    """A length of time in its two largest units, as systemctl shows it: `2h 5min`, `1 week 3 days`."""
+    rest = int(length)
+    words: list[str] = []
+    for unit, size in LONG_UNITS + SHORT_UNITS:
+        count, rest = divmod(rest, size)
+        if count:
+            words.append(plural(count, unit) if len(unit) > 3 else f"{count}{unit}")
+        elif words:
+            break
+    return " ".join(words[:2]) or "0s"
+
+
+def ago(iso: str) -> str:
+    """`3min 2s ago`, or nothing when the time isn't known."""
+    then = seconds(iso)
+    if then is None:
+        return ""
+    length = time.time() - then
+    return f"{span(length)} ago" if length >= 0 else f"{span(-length)} left"
+
+
+def moment(iso: str) -> str:
+    """`Mon 2026-11-23 02:47:54 UTC; 3min ago`, in local time."""
+    then = seconds(iso)
+    if then is None:
+        return iso
+    return f"{time.strftime('%a %Y-%m-%d %H:%M:%S %Z', time.localtime(then))}; {ago(iso)}"
+
+
+def signal_name(number: object) -> str:
+    import signal
+
+    try:
+        return signal.Signals(int(str(number))).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def how_it_ended(exit_: dict[str, Any]) -> str:
+    """One phrase for a guest's end, from `exit` as `virtctl info --json` has it."""
+    by = f" by {exit_['by']}" if exit_.get("by") else ""
+    cause = exit_.get("cause")
+    signal = exit_.get("signal")
+    phrases = {
+        "guest-shutdown": "powered off by the guest",
+        "shutdown": f"shut down{by}",
+        "stop": f"stopped{by}",
+        "killed": f"killed by {signal_name(signal)}" if signal else "killed",
+        "oom": "killed, because the host ran out of memory",
+        "panic": "the guest's kernel panicked",
+        "failed": f"QEMU failed with exit status {exit_.get('code')}",
+        "host-shutdown": "ended by the shutdown of the host",
+    }
+    if cause in phrases:
+        return phrases[cause]
+    if signal:
+        return f"ended by {signal_name(signal)}"
+    return f"ended with exit status {exit_['code']}" if exit_.get("code") is not None else "ended, it isn't known how"
+
+
+def complain(error: VirtdError, doing: str) -> None:
+    """Print an error: what failed and why, and below it what can be done about it.
+
+    An error in a definition stands alone, because `file: key: expected` is what editors jump to.
+    """
+    alone = not doing or isinstance(error, InvalidDefinition)
+    text = error.message if alone else f"Failed to {doing}: {error.message}"
+    print(paint(clean(text), RED, sys.stderr), file=sys.stderr)
+    hint = error.hint or ("changing anything needs root: try it with sudo" if isinstance(error, AccessDenied) else "")
+    if hint:
+        print(f"Hint: {clean(hint)}", file=sys.stderr)
+    sys.stderr.flush()

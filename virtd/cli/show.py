@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The commands that only read: list, info, status, dump, wait."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from virtd.cli.client import PATIENCE, Call
+from virtd.cli.main import FAILURE, OK
+from virtd.cli.options import duration
+from virtd.cli.output import (
+    BOLD,
+    GREEN,
+    RED,
+    STATE_COLOURS,
+    YELLOW,
+    ago,
+    clean,
+    dot,
+    how_it_ended,
+    labelled,
+    moment,
+    paint,
+    plural,
+    table,
+    write_json,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from virtd.cli.client import Parameters, Session
+    from virtd.cli.options import Parser
+
+STATES = ("stopped", "starting", "running", "paused", "stopping", "crashed")
+DRIVER = "qemu"  # what virtctl calls a domain; the other drivers' objects have nouns of their own
+
+
+def list_(args: argparse.Namespace, session: Session) -> int:
+    domains = [item for item in session.call("List")["objects"] if item.get("driver", DRIVER) == DRIVER]
+    if args.running:
+        domains = [item for item in domains if item.get("state") not in ("stopped", "crashed")]
+    if args.state:
+        domains = [item for item in domains if item.get("state") in args.state]
+    domains.sort(key=lambda item: str(item.get("name")))
+    if args.json:
+        write_json(domains, args.json)
+        return OK
+    rows = [
+        (
+            str(item.get("name")),
+            str(item.get("state")),
+            str(item.get("pid") or "-"),
+            ago(item.get("since") or "") or "-",
+            "yes" if item.get("autostart") else "no",
+            str(item.get("reason") or "-"),
+        )
+        for item in domains
+    ]
+    table(("NAME", "STATE", "PID", "SINCE", "AUTOSTART", "REASON"), rows, legend=not args.no_legend, colour=1)
+    if not args.no_legend:
+        print(("\n" if rows else "") + plural(len(rows), "domain") + " listed.")
+    return OK
+
+
+def info(args: argparse.Namespace, session: Session) -> int:
+    item = session.call("Info", {"name": args.name})["object"]
+    if args.json:
+        write_json(item, args.json)
+        return OK
+    state = str(item.get("state"))
+    print(f"{dot(state)} {paint(clean(str(item.get('name'))), BOLD)} - {item.get('driver', DRIVER)} domain {item.get('uuid', '')}")
+    reason = f" ({item['reason']})" if item.get("reason") else ""
+    since = f" since {moment(item['since'])}" if item.get("since") else ""
+    # The colour goes around the finished line's word, so that cleaning the text leaves it alone.
+    print(f"{'State':>10}: {paint(clean(state), STATE_COLOURS.get(state, ''))}{clean(reason)}{since}")
+    labelled(_details(item))
+    return OK
+
+
+def _details(item: dict[str, Any]) -> list[tuple[str, str]]:
+    pending = "\nchanged since the start; the guest gets the new one when it is started next" if item.get("pending") else ""
+    exit_ = item.get("exit")
+    ended = ""
+    if exit_:
+        ended = how_it_ended(exit_) + (f"\n{moment(exit_['at'])}" if exit_.get("at") else "")
+    return [
+        ("Last exit", ended),
+        ("PID", _text(item.get("pid"))),
+        ("Unit", _text(item.get("unit"))),
+        ("Memory", _size(item.get("memory"))),
+        ("vCPUs", _text(item.get("vcpus"))),
+        ("Disks", "\n".join(map(_part, item.get("disks") or []))),
+        ("NICs", "\n".join(map(_part, item.get("nics") or []))),
+        ("VNC", _text(item.get("vnc"))),
+        ("Monitor", _text(item.get("monitor"))),
+        ("Autostart", "yes" if item.get("autostart") else "no"),
+        ("Definition", _text(item.get("definition_path")) + pending),
+        ("Console", _text(item.get("console_log"))),
+        ("Log", _text(item.get("log"))),
+        ("Slots", ", ".join(map(_slot, item.get("slots") or []))),
+    ]
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+def _size(value: object) -> str:
+    """Bytes in the largest unit that holds them without a rest; a text as it is."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return _text(value)
+    for unit in ("B", "K", "M", "G"):
+        if value % 1024 or not value:
+            return f"{value}{unit}"
+        value //= 1024
+    return f"{value}T"
+
+
+def _part(value: object) -> str:
+    """A disk or a NIC: its path or what else comes first, then the rest of it."""
+    if not isinstance(value, dict):
+        return _text(value)
+    rest = [f"{key} {part}" for key, part in value.items() if key != "path" and part not in (None, "", False)]
+    return " ".join(filter(None, [_text(value.get("path")), f"({', '.join(rest)})" if rest else ""]))
+
+
+def _slot(value: object) -> str:
+    name = _text(value.get("name")) if isinstance(value, dict) else _text(value)
+    return name.rsplit("/", 1)[-1]
+
+
+def status(args: argparse.Namespace, session: Session) -> int:
+    """Exit status 0 when all is well, 1 with problems, and (in main) 3 when the daemon can't be reached."""
+    it = session.call("Status")["status"]
+    problems = it.get("problems") or []
+    degraded = it.get("degraded") or []
+    if args.json:
+        write_json(it, args.json)
+        return FAILURE if problems else OK
+    mark = RED if problems else YELLOW if degraded else GREEN
+    print(f"{paint('●', mark)} {paint('virtd', BOLD)} {clean(_text(it.get('version')))} - host daemon for virtual machines")
+    recovered = it.get("recovered") or {}
+    budget = it.get("budget") or {}
+    running = paint("running", GREEN)
+    since = f" since {moment(it['since'])}" if it.get("since") else ""
+    print(f"{'State':>10}: {running}{since}")
+    labelled(
+        [
+            ("PID", _text(it.get("pid"))),
+            ("Started", _text(it.get("started_reason"))),
+            ("Domains", ", ".join(f"{count} {state}" for state, count in (it.get("domains") or {}).items() if count)),
+            ("Recovered", _recovered(recovered)),
+            ("Slots", f"{budget.get('used')} of {budget.get('max')} in use" if budget else ""),
+            ("Degraded", "\n".join(map(str, degraded))),
+            ("Problems", str(len(problems)) if problems else ""),
+        ]
+    )
+    for problem in problems:
+        print(f"\n{paint('●', RED)} {clean(_text(problem.get('object')) or 'virtd')}: {clean(_text(problem.get('text')))}")
+        if problem.get("hint"):
+            print(f"  Hint: {clean(_text(problem.get('hint')))}")
+    return FAILURE if problems else OK
+
+
+def _recovered(recovered: dict[str, Any]) -> str:
+    if not recovered.get("objects"):
+        return "nothing; there was nothing to recover" if recovered else ""
+    lines = [f"{plural(int(recovered['objects']), 'object')} in {_text(recovered.get('ms'))} ms"]
+    for key, label in (("adopted", "running on"), ("ended", "ended meanwhile"), ("rolled_back", "rolled back")):
+        if recovered.get(key):
+            lines.append(f"{label}: {', '.join(map(str, recovered[key]))}")
+    return "\n".join(lines)
+
+
+def dump(args: argparse.Namespace, session: Session) -> int:
+    text = str(session.call("Dump", {"name": args.name})["text"])
+    if args.json:
+        write_json({"name": args.name, "text": text}, args.json)
+    else:
+        sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    return OK
+
+
+def wait(args: argparse.Namespace, session: Session) -> int:
+    limit: float | None = args.timeout
+    until = None if limit is None else time.monotonic() + limit
+
+    def parameters(_attempt: int) -> Parameters:
+        left = None if until is None else max(0.0, until - time.monotonic())
+        return {"name": args.name, "states": args.state, "timeout": left}
+
+    with Call(session, "Wait", parameters, limit=None if limit is None else limit + PATIENCE) as call:
+        item = call.result().parameters.get("object")
+    if args.json:
+        write_json(item, args.json)
+    return OK
+
+
+def _states(text: str) -> list[str]:
+    states = text.split(",")
+    for state in states:
+        if state not in STATES:
+            raise argparse.ArgumentTypeError(f"'{state}' is no state; there are {', '.join(STATES)}")
+    return states
+
+
+def _list_options(parser: Parser) -> None:
+    parser.add_argument("-a", "--all", action="store_true", help="list all that are defined; so it does without this, too")
+    parser.add_argument("--running", action="store_true", help="list only those that have a process")
+    parser.add_argument("--state", metavar="STATE,...", type=_states, help="list only those in one of these states")
+    parser.legend()
+    parser.json()
+
+
+def _name_and_json(parser: Parser) -> None:
+    parser.name()
+    parser.json()
+
+
+def _wait_options(parser: Parser) -> None:
+    parser.name()
+    parser.add_argument(
+        "--state", metavar="STATE,...", type=_states, default=["stopped", "crashed"], help="stopped,crashed unless given"
+    )
+    parser.add_argument(
+        "--timeout", metavar="SECONDS", type=duration, help="fail when it isn't in that state by then; no limit unless given"
+    )
+    parser.json()
+
+
+OPTIONS: dict[str, Callable[[Parser], None]] = {
+    "list": _list_options,
+    "info": _name_and_json,
+    "status": lambda parser: parser.json(),
+    "dump": _name_and_json,
+    "wait": _wait_options,
+}
+RUN: dict[str, Callable[[argparse.Namespace, Session], int]] = {
+    "list": list_,
+    "info": info,
+    "status": status,
+    "dump": dump,
+    "wait": wait,
+}

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The user's terminal, handed to a guest and taken back on every way out."""
+
+from __future__ import annotations
+
+import os
+import signal
+import termios
+import tty
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType
+    from typing import Any
+
+
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP arrived; `number` is which. No Exception, so that nothing on the way out takes it for an error."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class RawTerminal:
+    """A context in which `fd` passes every key on, and in which SIGTERM and SIGHUP leave through the context's end.
+
+    `fd` that is no terminal is left alone; the signals are taken care of all the same.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.is_terminal = os.isatty(fd)
+        self._modes: list[Any] = []
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> RawTerminal:
+        if self.is_terminal:
+            self._modes = termios.tcgetattr(self._fd)
+        for number, handler in ((signal.SIGTERM, _leave), (signal.SIGHUP, _leave), (signal.SIGCONT, self._continued)):
+            self._handlers[number] = signal.signal(number, handler)
+        self._raw()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self._modes:
+            try:
+                termios.tcsetattr(self._fd, termios.TCSADRAIN, self._modes)
+            except termios.error:
+                pass  # it was hung up, and nobody looks at it any more
+
+    def _raw(self) -> None:
+        if self._modes:
+            tty.setraw(self._fd, termios.TCSADRAIN)
+
+    def _continued(self, _number: int, _frame: FrameType | None) -> None:
+        """After a stop from outside (kill -STOP) the shell has set modes of its own."""
+        try:
+            self._raw()
+        except termios.error:
+            pass
+
+    def line_end(self) -> str:
+        """What begins a message of virtctl's own amid the guest's output: raw mode doesn't return the carriage."""
+        return "\r\n" if self.is_terminal else "\n"
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    raise Terminated(number)
