@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The client's half of the Varlink interface `org.virtd1`: one connection, and calls that outlive the daemon.
 
-A message is a JSON object followed by a NUL byte (https://varlink.org/Wire-Protocol); file descriptors come with a reply as
-SCM_RIGHTS. The daemon's socket belongs to systemd and stays open while the daemon is away, so that a call made meanwhile
-waits in the backlog. A call that the old daemon had taken and not answered breaks, and is sent again to the new one when
-that can't do harm.
+A message is a JSON object followed by a NUL byte (https://varlink.org/Wire-Protocol); file descriptors come with a
+reply as SCM_RIGHTS. The daemon's socket belongs to systemd and stays open while the daemon is away, so that a call
+made meanwhile waits in the backlog. A call that the old daemon had taken and not answered breaks, and is sent again
+to the new one when that can't do harm.
 
 Every import here is paid for at each start of virtctl, hence no dataclasses, typing or asyncio.
 """
@@ -37,7 +37,7 @@ KNOCK = "org.varlink.service.GetInfo"
 
 
 class Reply:
-    """One reply: its parameters, the descriptors that came with it (the receiver owns them), and whether more follow."""
+    """One reply: its parameters, the descriptors that came with it, the receiver's now, and whether more follow."""
 
     __slots__ = ("continues", "fds", "parameters")
 
@@ -106,8 +106,8 @@ class Connection:
             self._buffer += data
         message = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
-        # The kernel never joins bytes that come after descriptors to those before, so that all that have arrived so far
-        # belong to this message.
+        # The kernel never joins bytes that come after descriptors to those before, so that all that have arrived so
+        # far belong to this message.
         reply, self._fds = Reply({}, self._fds, continues=False), []
         return _decode(message, reply)
 
@@ -165,17 +165,22 @@ class Session:
 
     def call(self, method: str, parameters: Parameters | None = None) -> Parameters:
         """A reading call that carries no descriptors: its reply's parameters."""
-        call = Call(self, method, lambda _attempt: parameters or {}, limit=self.patience)
+        call = Call(self, method, constant(parameters or {}), limit=self.patience)
         with call:
             return call.result().parameters
+
+
+def constant(parameters: Parameters) -> Callable[[int], Parameters]:
+    """For calls that ask for the same however often."""
+    return lambda _attempt: parameters
 
 
 class Call:
     """One call on a connection of its own, sent when it is made, so that several run at once.
 
-    `parameters(attempt)` is asked for each attempt: 0 for the first, 1 and more after the daemon went away, so that a call
-    with a time limit asks for what is left of it. `repeat=False` is for what must not happen twice: it then ends with
-    Disconnected. `limit` is how many seconds the daemon may take to answer, None for no limit.
+    `parameters(attempt)` is asked for each attempt: 0 for the first, 1 and more after the daemon went away, so that a
+    call with a time limit asks for what is left of it. `repeat=False` is for what must not happen twice: it then ends
+    with Disconnected. `limit` is how many seconds the daemon may take to answer, None for no limit.
     """
 
     def __init__(
@@ -260,13 +265,14 @@ class Call:
     def _again(self) -> None:
         """Wait for the daemon to be back and send the call to it.
 
-        A connection tells nothing, for it is systemd that holds the socket: only an answer does. So the new daemon is asked
-        for something small first, and the wait for the call itself begins when that came.
+        A connection tells nothing, for it is systemd that holds the socket: only an answer does. So the new daemon is
+        asked for something small first, and the wait for the call itself begins when that came.
         """
         self.close()
         if not self._repeat:
             raise Disconnected(
-                "virtd went away before it answered; this may have been done or not", hint="virtctl info NAME shows it"
+                "virtd went away before it answered; this may have been done or not",
+                hint="virtctl info NAME shows it",
             )
         patience = self._session.patience
         lost = time.monotonic()

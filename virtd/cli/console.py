@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """virtctl console: a domain's serial console, which goes on while virtd is restarted.
 
-Three ways run side by side, none of them through the daemon: keys go into the guest's stdin pipe, whose write end the daemon
-has handed out; output is read from the console log, from the place that was reached; and two connections ask the
-daemon only who may write and when there is more to read. When they break, both are made anew and ask for the same again.
+Three ways run side by side, none of them through the daemon: keys go into the guest's stdin pipe, whose write end the
+daemon has handed out; output is read from the console log, from the place that was reached; and two connections ask
+the daemon only who may write and when there is more to read. When they break, both are made anew and ask for the same
+again.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import select
 import sys
 import time
 
-from virtd.cli.client import HINT, KNOCK, QUIET, Connection, unreachable
+from virtd.cli.client import HINT, KNOCK, PATIENCE, QUIET, Connection, Session, unreachable
+from virtd.cli.exits import FAILURE, OK
 from virtd.cli.follow import Cursor, write_all
-from virtd.cli.main import FAILURE, OK
 from virtd.cli.options import duration, line_count
 from virtd.cli.output import clean, complain, how_it_ended
 from virtd.cli.terminal import RawTerminal, Terminated
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
-    from virtd.cli.client import Parameters, Reply, Session
+    from virtd.cli.client import Parameters, Reply
     from virtd.cli.options import Parser
 
 ESCAPE = "^]"
@@ -40,8 +41,8 @@ RETRY = 0.1  # seconds between two attempts to connect
 class Link:
     """A connection for one long question, made anew, and asked again, whenever it breaks.
 
-    `question(again)` gives method and parameters. A new connection first asks something small, because the answer to the
-    question itself may be hours away, and only an answer shows that a daemon is there.
+    `question(again)` gives method and parameters. A new connection first asks something small, because the answer to
+    the question itself may be hours away, and only an answer shows that a daemon is there.
     """
 
     def __init__(self, session: Session, question: Callable[[bool], tuple[str, Parameters]], *, more: bool) -> None:
@@ -142,12 +143,14 @@ class Console:
         lines = args.lines if args.lines is not None else 1 if os.isatty(1) else 0
         self._cursor = Cursor(args.name, "console", lines)
         self._unread = False  # the file may hold more than was printed
+        self._news = False  # the last answer of Follow led to something new
         self._follow = Link(session, self._where, more=False)
         self._control: Link | None = None if args.read_only else Link(session, self._claim, more=True)
         self._token: str | None = None
         self._pipe = -1
         self._typed = bytearray()
-        # Without the right to write, a terminal is read for the escape character, and anything else isn't read at all.
+        # Without the right to write, a terminal is read for the escape character, and anything else isn't read at
+        # all.
         self._reading = self._terminal.is_terminal or not args.read_only
         self._until: float | None = None  # when to leave, once input has ended
         self._last_words: float | None = None  # when to leave at the latest, once the guest has ended
@@ -180,7 +183,7 @@ class Console:
             self._drop_pipe()
         if self._farewell:
             self._say(self._farewell)
-        return self._status
+        return OK if self._status is None else self._status
 
     def _say(self, text: str) -> None:
         """A line of virtctl's own, on stderr, so that a script that reads the output isn't bothered."""
@@ -205,20 +208,23 @@ class Console:
         self._await(lambda: self._cursor.file is not None)
         if self._control is None and self._cursor.state in ("stopped", "crashed"):
             raise InvalidState(
-                f"{self._name} isn't running", hint=f"virtctl start {self._name}, or virtctl log {self._name} for what it wrote"
+                f"{self._name} isn't running",
+                hint=f"virtctl start {self._name}, or virtctl log {self._name} for what it wrote",
             )
         if self._terminal.is_terminal:
             escape = _show(self._escape) if self._escape else "off"
-            print(f"Connected to domain {clean(self._name)}. Escape character is {escape}.", file=sys.stderr, flush=True)
+            print(
+                f"Connected to domain {clean(self._name)}. Escape character is {escape}.", file=sys.stderr, flush=True
+            )
         if not self._reading:
             self._input_ended()
 
     def _await(self, settled: Callable[[], bool]) -> None:
         """Wait for a first answer: nothing else is to happen before."""
-        deadline = None if self._session.patience is None else time.monotonic() + self._session.patience
+        deadline = time.monotonic() + (self._session.patience or PATIENCE)
         while not settled():
             now = time.monotonic()
-            if deadline is not None and now > deadline:
+            if now > deadline:
                 raise Disconnected("virtd doesn't answer", hint=HINT)
             self._wait_for_daemon(now, 0.25, select.poll())
 
@@ -305,7 +311,7 @@ class Console:
             self._farewell = f"The console of {self._name} was taken over{by}."
 
     def _followed(self, reply: Reply) -> None:
-        self._cursor.accept(reply)
+        self._news = self._cursor.accept(reply)
         self._unread = True
 
     def _guest_ended(self) -> None:
@@ -351,11 +357,12 @@ class Console:
             self._status = OK
         elif self._linger is not None and self._until is None:
             self._until = time.monotonic() + self._linger
+        self._write_input()
 
     def _write_input(self) -> None:
-        poller = select.poll()
         if self._pipe < 0:
             return
+        poller = select.poll()
         poller.register(self._pipe, select.POLLOUT)
         while self._typed and poller.poll(0):
             try:
@@ -384,11 +391,12 @@ class Console:
         data = self._cursor.read()
         if data:
             write_all(1, data)
+            self._news = True
             if self._last_words is not None:
                 self._last_words = time.monotonic() + LAST_WORDS
             return
         self._unread = False
-        if self._cursor.ended:
+        if self._cursor.ended and not self._news:
             self._finish()
         else:
             self._follow.ask()
@@ -406,7 +414,9 @@ class Console:
         self._status = OK
         self._farewell = f"{self._name} ended."
         try:
-            exit_ = self._session.call("Info", {"name": self._name})["object"].get("exit")
+            exit_ = (
+                Session(self._session.address, LAST_WORDS).call("Info", {"name": self._name})["object"].get("exit")
+            )
         except VirtdError:
             return
         if exit_:
@@ -450,14 +460,18 @@ def _options(parser: Parser) -> None:
         help="begin with the last N lines: on a terminal with one, the present prompt, else with none",
     )
     parser.add_argument(
-        "--escape", metavar="CHAR", type=_escape, default=ESCAPE, help=f"what to type to leave, {ESCAPE} unless given, or none"
+        "--escape",
+        metavar="CHAR",
+        type=_escape,
+        default=ESCAPE,
+        help=f"what to type to leave, {ESCAPE} unless given, or none",
     )
     parser.add_argument(
         "--timeout",
         metavar="SECONDS",
         type=duration,
-        help="leave that long after standard input, no terminal, has ended (and with --read-only after the start); unless "
-        "given, output goes on until the guest ends",
+        help="leave that long after the end of a standard input that is no terminal, and with --read-only after the start; "
+        "unless given, output goes on until the guest ends",
     )
 
 

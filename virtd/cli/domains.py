@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The commands that change something: define, undefine, start, shutdown, stop, kill, reboot, suspend, resume, autostart, reload.
+"""The commands that change something, from define to reload.
 
-Those that take several names have all of them under way at once, answer for them in the order of the command line, and end
-with the exit status of the first that failed. As systemctl does, they say nothing when all went well.
+Those that take several names have all of them under way at once, answer for them in the order of the command line,
+and end with the exit status of the first that failed. As systemctl does, they say nothing when all went well.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import sys
 import time
 
-from virtd.cli.client import PATIENCE, Call
-from virtd.cli.main import FAILURE, OK, exit_status
+from virtd.cli.client import PATIENCE, Call, constant
+from virtd.cli.exits import FAILURE, OK, exit_status
 from virtd.cli.options import duration, signal_number
 from virtd.cli.output import clean, complain, paint
 from virtd.errors import InvalidDefinition, InvalidState, NotFound, TimedOut, VirtdError
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from virtd.cli.options import Parser
 
 AT_ONCE = 64  # calls under way at the same time; each has a connection
-WORK = 120.0  # seconds that the daemon may take for one command, its own time limits (systemd's, QEMU's) being shorter
+WORK = 120.0  # seconds that the daemon may take for one command; its own limits, for systemd and QEMU, are shorter
 SHUTDOWN_LIMIT = 60.0
 
 
@@ -52,7 +52,7 @@ def plain(verb: str, method: str, *, repeat: bool = True) -> Callable[[argparse.
 
     def run(args: argparse.Namespace, session: Session) -> int:
         def begin(name: str) -> Call:
-            return Call(session, method, lambda _attempt: {"name": name}, limit=WORK, repeat=repeat)
+            return Call(session, method, constant({"name": name}), limit=WORK, repeat=repeat)
 
         return act(args.names, verb, begin, _result)
 
@@ -62,7 +62,7 @@ def plain(verb: str, method: str, *, repeat: bool = True) -> Callable[[argparse.
 def kill(args: argparse.Namespace, session: Session) -> int:
     def begin(name: str) -> Call:
         # Not repeated: a signal sent twice may do what the first didn't.
-        return Call(session, "Kill", lambda _attempt: {"name": name, "signal": args.signal}, limit=WORK, repeat=False)
+        return Call(session, "Kill", constant({"name": name, "signal": args.signal}), limit=WORK, repeat=False)
 
     return act(args.names, "kill", begin, _result)
 
@@ -88,7 +88,9 @@ def shutdown(args: argparse.Namespace, session: Session) -> int:
             raise
         except InvalidState:
             # The guest may have ended while the daemon was away: then the second attempt found nothing to shut down.
-            if not call.repeated or session.call("Info", {"name": name})["object"].get("state") not in ("stopped", "crashed"):
+            if not call.repeated:
+                raise
+            if session.call("Info", {"name": name})["object"].get("state") not in ("stopped", "crashed"):
                 raise
 
     return act(args.names, "shut down", begin, end)
@@ -96,7 +98,7 @@ def shutdown(args: argparse.Namespace, session: Session) -> int:
 
 def undefine(args: argparse.Namespace, session: Session) -> int:
     def begin(name: str) -> Call:
-        return Call(session, "Undefine", lambda _attempt: {"name": name}, limit=WORK)
+        return Call(session, "Undefine", constant({"name": name}), limit=WORK)
 
     def end(_name: str, call: Call) -> None:
         try:
@@ -110,7 +112,7 @@ def undefine(args: argparse.Namespace, session: Session) -> int:
 
 def autostart(args: argparse.Namespace, session: Session) -> int:
     def begin(name: str) -> Call:
-        return Call(session, "Autostart", lambda _attempt: {"name": name, "enable": not args.disable}, limit=WORK)
+        return Call(session, "Autostart", constant({"name": name, "enable": not args.disable}), limit=WORK)
 
     return act(args.names, "disable the autostart of" if args.disable else "enable the autostart of", begin, _result)
 
@@ -122,12 +124,8 @@ def define(args: argparse.Namespace, session: Session) -> int:
         source = "<stdin>" if file == "-" else file
         try:
             text = _read(file, source)
-            with Call(
-                session,
-                "Define",
-                lambda _attempt, text=text, source=source: {"text": text, "source": source, "check": args.check},
-                limit=WORK,
-            ) as call:
+            parameters: Parameters = {"text": text, "source": source, "check": args.check}
+            with Call(session, "Define", constant(parameters), limit=WORK) as call:
                 reply = call.result().parameters
             _defined(reply, source, check=args.check)
         except VirtdError as error:
@@ -153,11 +151,12 @@ def _defined(reply: Parameters, source: str, *, check: bool) -> None:
     if check:
         print(f"{source}: OK, {'would define' if reply.get('created') else 'would change'} {name}.")
     else:
-        print(f"{'Defined' if reply.get('created') else 'Changed the definition of'} {name} ({clean(str(reply.get('path')))}).")
+        done = "Defined" if reply.get("created") else "Changed the definition of"
+        print(f"{done} {name} ({clean(str(reply.get('path')))}).")
 
 
 def reload(_args: argparse.Namespace, session: Session) -> int:
-    with Call(session, "Reload", lambda _attempt: {}, limit=WORK) as call:
+    with Call(session, "Reload", constant({}), limit=WORK) as call:
         reply = call.result().parameters
     if reply.get("changed"):
         print(f"Changed: {clean(', '.join(map(str, reply['changed'])))}.")

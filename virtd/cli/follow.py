@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The place in a log that a viewer has reached.
 
-The daemon hands out the log *file* and says when there is more in it; the bytes don't pass through the daemon. The place,
-(file, offset), means the same to any daemon, so that a viewer goes on after a restart where it was: nothing is printed
-twice and nothing is left out.
+The daemon hands out the log *file* and says when there is more in it; the bytes don't pass through the daemon. The
+place, (file, offset), means the same to any daemon, so that a viewer goes on after a restart where it was: nothing is
+printed twice and nothing is left out.
 """
 
 from __future__ import annotations
 
 import os
+import select
 
 from virtd.errors import VirtdError
 
@@ -20,7 +21,7 @@ CHUNK = 65536
 
 
 class Cursor:
-    """Where in which file; owns the file's descriptor. `lines`: how many of the last to begin with, -1 for all, 0 for none."""
+    """Where in which file; owns its descriptor. It begins with the last `lines` lines: -1 for all, 0 for none."""
 
     def __init__(self, name: str, log: str, lines: int) -> None:
         self.file: str | None = None
@@ -77,4 +78,8 @@ def write_all(fd: int, data: bytes) -> None:
     """Write to a terminal, pipe or file, whatever part of it each write(2) takes."""
     view = memoryview(data)
     while view:
-        view = view[os.write(fd, view) :]
+        try:
+            view = view[os.write(fd, view) :]
+        except BlockingIOError:
+            # Whoever else has this terminal made it so, which a shell's children can't prevent.
+            select.select([], [fd], [])

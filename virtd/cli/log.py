@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 from virtd.cli.client import Call
+from virtd.cli.exits import OK
 from virtd.cli.follow import Cursor, write_all
-from virtd.cli.main import OK
 from virtd.cli.options import line_count
 from virtd.cli.output import write_json
 
@@ -16,24 +17,25 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator
 
-    from virtd.cli.client import Session
+    from virtd.cli.client import Parameters, Session
     from virtd.cli.options import Parser
 
 TAIL = 10  # lines that `-f` begins with, as tail(1) and journalctl do
 
 
+def _ask(cursor: Cursor, wait: bool, attempt: int) -> Parameters:  # noqa: FBT001 (bound by partial)
+    return cursor.parameters(wait=wait and attempt == 0)
+
+
 def chunks(session: Session, cursor: Cursor, *, follow: bool) -> Iterator[bytes]:
     """All bytes from `cursor` on: to the end of the newest file, or with `follow` until the guest has ended."""
     while True:
-        # The first question is where to begin, and after a restart of the daemon the first is whether something was missed:
-        # both are answered at once.
+        # The first question is where to begin, and after a restart of the daemon the first is whether something was
+        # missed: both are answered at once.
         wait = follow and cursor.file is not None
-        with Call(
-            session,
-            "Follow",
-            lambda attempt, wait=wait: cursor.parameters(wait=wait and attempt == 0),
-            limit=None if wait else session.patience,
-        ) as call:
+        limit = None if wait else session.patience
+        ask = partial(_ask, cursor, wait)
+        with Call(session, "Follow", ask, limit=limit) as call:
             moved = cursor.accept(call.result())
         got = False
         while data := cursor.read():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""virtctl: finds the command, lets its module do the work, and turns what went wrong into a message and an exit status.
+"""virtctl: finds the command, lets its module do the work, and turns an error into a message and an exit status.
 
 The command is found by hand and only its own parser is built, which keeps the start as short as Python's own.
 """
@@ -10,16 +10,15 @@ import os
 import sys
 
 from virtd import __version__
-from virtd.errors import Disconnected, NotFound, VirtdError
+from virtd.cli.exits import FAILURE, INTERRUPTED, NOT_RUNNING, OK, USAGE_ERROR, exit_status
+from virtd.errors import Disconnected, VirtdError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-OK, FAILURE, USAGE_ERROR, NOT_RUNNING, NO_SUCH, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 130, 143
-
-# command -> (module, group, arguments, summary, what failed when it fails). The module's OPTIONS and RUN hold, for each of its
-# commands, what adds its options to the parser and what carries it out.
+# command -> (module, group, arguments, summary, what failed when it fails). The module's OPTIONS and RUN hold, for
+# each of its commands, what adds its options to the parser and what carries it out.
 COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
     "list": ("show", "Domains", "", "List domains with their state", "list domains"),
     "info": ("show", "Domains", "NAME", "Show all about one domain", "show {name}"),
@@ -31,7 +30,13 @@ COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
     "suspend": ("domains", "Domains", "NAME...", "Pause domains, keeping them in memory", ""),
     "resume": ("domains", "Domains", "NAME...", "Let paused domains run on", ""),
     "wait": ("show", "Domains", "NAME", "Wait until a domain is in a state", "wait for {name}"),
-    "console": ("console", "Console and log", "NAME", "Connect to a domain's serial console", "open the console of {name}"),
+    "console": (
+        "console",
+        "Console and log",
+        "NAME",
+        "Connect to a domain's serial console",
+        "open the console of {name}",
+    ),
     "log": ("log", "Console and log", "NAME", "Show what a domain wrote to its console", "show the log of {name}"),
     "define": ("domains", "Definitions", "FILE|-...", "Define domains, or change their definitions", ""),
     "undefine": ("domains", "Definitions", "NAME...", "Remove the definitions of domains", ""),
@@ -66,18 +71,14 @@ def help_text() -> str:
     return "\n".join([*lines, "", HELP_OPTIONS])
 
 
-def exit_status(error: VirtdError) -> int:
-    return NO_SUCH if isinstance(error, NotFound) else FAILURE
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run virtctl with the arguments `argv`; the process's exit status."""
     try:
         status = _main(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has seen enough (`virtctl log web1 | head`), which is no failure. What Python would still flush at exit
-        # goes nowhere.
+        # The reader has seen enough (`virtctl log web1 | head`), which is no failure. What Python would still flush
+        # at exit goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), 1)
         return OK
     except KeyboardInterrupt:
@@ -105,7 +106,7 @@ def _main(words: list[str]) -> int:
             return OK
         command, rest = rest[0], ["--help"]
     if command in LATER:
-        print(f"virtctl: virtd {__version__} manages virtual machines only; '{command}' is for a later version", file=sys.stderr)
+        print(f"virtctl: '{command}' isn't in this version, which manages virtual machines only", file=sys.stderr)
         return USAGE_ERROR
     if command not in COMMANDS:
         print(f"virtctl: Unknown command '{command}'.\nTry 'virtctl --help' for more information.", file=sys.stderr)
@@ -152,7 +153,3 @@ def _run(command: str, words: list[str]) -> int:
     except VirtdError as error:
         complain(error, doing.format(name=getattr(args, "name", "")))
         return NOT_RUNNING if command == "status" and isinstance(error, Disconnected) else exit_status(error)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,14 +8,14 @@ import os
 import sys
 
 from virtd.cli.client import ADDRESS, PATIENCE
+from virtd.cli.exits import USAGE_ERROR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
-USAGE_ERROR = 2
-
-# Options whose value may be the next word: main has to step over it to find the command in `virtctl --address X list`.
+# Options whose value may be the next word: main has to step over it to find the command in `virtctl --address X
+# list`.
 WITH_VALUE = frozenset(
     {"--address", "--daemon-timeout", "--escape", "--lines", "-n", "--signal", "-s", "--state", "--timeout"}
 )
@@ -36,10 +36,12 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, command: str, summary: str) -> None:
         super().__init__(
-            prog=f"virtctl {command}", description=summary, formatter_class=_Formatter, allow_abbrev=False, add_help=False
+            prog=f"virtctl {command}",
+            description=summary,
+            formatter_class=_Formatter,
+            allow_abbrev=False,
+            add_help=False,
         )
-        # Last in the help, and thus added by `common()`.
-        self.command = command
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message}\nTry '{self.prog} --help' for more information.", file=sys.stderr)
@@ -91,7 +93,7 @@ def duration(text: str) -> float | None:
     except (ValueError, KeyError):
         value = -1.0
     if not 0 <= value < 1e9:
-        raise argparse.ArgumentTypeError(f"'{text}' is no length of time: seconds, or as in 90s, 2min, 1h, or infinity")
+        raise argparse.ArgumentTypeError(f"'{text}' is no time span: seconds, 90s, 2min, 1h or infinity")
     return value
 
 
@@ -109,6 +111,8 @@ def signal_number(text: str) -> int:
     import signal
 
     try:
-        return int(signal.Signals(int(text)) if text.isdecimal() else signal.Signals["SIG" + text.upper().removeprefix("SIG")])
+        if text.isdecimal():
+            return int(signal.Signals(int(text)))
+        return int(signal.Signals["SIG" + text.upper().removeprefix("SIG")])
     except (ValueError, KeyError):
         raise argparse.ArgumentTypeError(f"there is no signal '{text}'") from None

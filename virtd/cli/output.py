@@ -26,8 +26,8 @@ STATE_COLOURS = {
     "crashed": RED,
 }
 
-# A guest writes what ends up in reasons, log lines and QEMU's errors, and a terminal obeys control characters: a table must
-# not carry them. (The console and the log are printed as they are; that is what a console is for.)
+# A guest writes what ends up in reasons, log lines and QEMU's errors, and a terminal obeys control characters: a
+# table must not carry them. (The console and the log are printed as they are; that is what a console is for.)
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
 
 LONG_UNITS = (("year", 31_557_600), ("month", 2_629_800), ("week", 604_800), ("day", 86_400))
@@ -99,7 +99,8 @@ def seconds(iso: str) -> float | None:
         hour, minute, second = int(iso[11:13]), int(iso[14:16]), float(iso[17:].rstrip("Z"))
     except (TypeError, ValueError):
         return None
-    # Days since 1970-01-01 in the Gregorian calendar, with the year taken to begin in March, so that a leap day is the last.
+    # Days since 1970-01-01 in the Gregorian calendar, with the year taken to begin in March, so that a leap day is
+    # the last.
     years = year - (month < 3)
     days = years * 365 + years // 4 - years // 100 + years // 400 + (153 * ((month + 9) % 12) + 2) // 5 + day - 719469
     return days * 86400.0 + hour * 3600 + minute * 60 + second

@@ -8,7 +8,7 @@ import sys
 import time
 
 from virtd.cli.client import PATIENCE, Call
-from virtd.cli.main import FAILURE, OK
+from virtd.cli.exits import FAILURE, OK
 from virtd.cli.options import duration
 from virtd.cli.output import (
     BOLD,
@@ -73,7 +73,9 @@ def info(args: argparse.Namespace, session: Session) -> int:
         write_json(item, args.json)
         return OK
     state = str(item.get("state"))
-    print(f"{dot(state)} {paint(clean(str(item.get('name'))), BOLD)} - {item.get('driver', DRIVER)} domain {item.get('uuid', '')}")
+    name = paint(clean(str(item.get("name"))), BOLD)
+    what = clean(f"{item.get('driver', DRIVER)} domain {item.get('uuid', '')}")
+    print(f"{dot(state)} {name} - {what}")
     reason = f" ({item['reason']})" if item.get("reason") else ""
     since = f" since {moment(item['since'])}" if item.get("since") else ""
     # The colour goes around the finished line's word, so that cleaning the text leaves it alone.
@@ -83,7 +85,7 @@ def info(args: argparse.Namespace, session: Session) -> int:
 
 
 def _details(item: dict[str, Any]) -> list[tuple[str, str]]:
-    pending = "\nchanged since the start; the guest gets the new one when it is started next" if item.get("pending") else ""
+    pending = "\nchanged since the start; it takes effect with the next one" if item.get("pending") else ""
     exit_ = item.get("exit")
     ended = ""
     if exit_:
@@ -143,7 +145,8 @@ def status(args: argparse.Namespace, session: Session) -> int:
         write_json(it, args.json)
         return FAILURE if problems else OK
     mark = RED if problems else YELLOW if degraded else GREEN
-    print(f"{paint('●', mark)} {paint('virtd', BOLD)} {clean(_text(it.get('version')))} - host daemon for virtual machines")
+    version = clean(_text(it.get("version")))
+    print(f"{paint('●', mark)} {paint('virtd', BOLD)} {version} - host daemon for virtual machines")
     recovered = it.get("recovered") or {}
     budget = it.get("budget") or {}
     running = paint("running", GREEN)
@@ -161,7 +164,8 @@ def status(args: argparse.Namespace, session: Session) -> int:
         ]
     )
     for problem in problems:
-        print(f"\n{paint('●', RED)} {clean(_text(problem.get('object')) or 'virtd')}: {clean(_text(problem.get('text')))}")
+        about = clean(f"{problem.get('object') or 'virtd'}: {problem.get('text')}")
+        print(f"\n{paint('●', RED)} {about}")
         if problem.get("hint"):
             print(f"  Hint: {clean(_text(problem.get('hint')))}")
     return FAILURE if problems else OK
@@ -210,7 +214,7 @@ def _states(text: str) -> list[str]:
 
 
 def _list_options(parser: Parser) -> None:
-    parser.add_argument("-a", "--all", action="store_true", help="list all that are defined; so it does without this, too")
+    parser.add_argument("-a", "--all", action="store_true", help="list all that are defined, as it does anyway")
     parser.add_argument("--running", action="store_true", help="list only those that have a process")
     parser.add_argument("--state", metavar="STATE,...", type=_states, help="list only those in one of these states")
     parser.legend()
@@ -225,10 +229,17 @@ def _name_and_json(parser: Parser) -> None:
 def _wait_options(parser: Parser) -> None:
     parser.name()
     parser.add_argument(
-        "--state", metavar="STATE,...", type=_states, default=["stopped", "crashed"], help="stopped,crashed unless given"
+        "--state",
+        metavar="STATE,...",
+        type=_states,
+        default=["stopped", "crashed"],
+        help="stopped,crashed unless given",
     )
     parser.add_argument(
-        "--timeout", metavar="SECONDS", type=duration, help="fail when it isn't in that state by then; no limit unless given"
+        "--timeout",
+        metavar="SECONDS",
+        type=duration,
+        help="fail when it isn't in that state by then; no limit unless given",
     )
     parser.json()
 

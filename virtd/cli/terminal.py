@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import termios
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Terminated(BaseException):
-    """SIGTERM or SIGHUP arrived; `number` is which. No Exception, so that nothing on the way out takes it for an error."""
+    """SIGTERM or SIGHUP (`number`) arrived. No Exception, so that nothing on the way out takes it for an error."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -46,21 +47,18 @@ class RawTerminal:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self._modes:
-            try:
-                termios.tcsetattr(self._fd, termios.TCSADRAIN, self._modes)
-            except termios.error:
-                pass  # it was hung up, and nobody looks at it any more
+            # It may have been hung up, and then nobody looks at it any more.
+            with contextlib.suppress(termios.error):
+                termios.tcsetattr(self._fd, termios.TCSANOW, self._modes)
 
     def _raw(self) -> None:
         if self._modes:
-            tty.setraw(self._fd, termios.TCSADRAIN)
+            tty.setraw(self._fd, termios.TCSANOW)
 
     def _continued(self, _number: int, _frame: FrameType | None) -> None:
         """After a stop from outside (kill -STOP) the shell has set modes of its own."""
-        try:
+        with contextlib.suppress(termios.error):
             self._raw()
-        except termios.error:
-            pass
 
     def line_end(self) -> str:
         """What begins a message of virtctl's own amid the guest's output: raw mode doesn't return the carriage."""

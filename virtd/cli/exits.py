@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""virtctl's exit statuses, those of systemctl where it has one for the case."""
+
+from virtd.errors import NotFound, VirtdError
+
+OK = 0
+FAILURE = 1
+USAGE_ERROR = 2
+NOT_RUNNING = 3  # of `status`: there is no daemon
+NO_SUCH = 4  # there is no object of that name
+INTERRUPTED = 130
+
+
+def exit_status(error: VirtdError) -> int:
+    return NO_SUCH if isinstance(error, NotFound) else FAILURE
