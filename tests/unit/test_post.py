@@ -135,7 +135,7 @@ def test_without_systemd_only_files_are_touched(host: Host, step: tuple[str, ...
     (host.path / "booted").rmdir()
     host.runs_daemon("fff000")
     host.run(*step)
-    allowed = ("preset", "--no-reload disable", "systemd-", "journalctl")
+    allowed = ("preset", "--quiet --no-reload disable", "systemd-", "journalctl")
     assert not [call for call in host.calls() if not call.startswith(allowed)]
 
 
@@ -158,7 +158,7 @@ def test_erasing_without_guests_stops_all(host: Host) -> None:
         "list-units --plain --no-legend --state=running virtd-*-*.service",
         "stop virtd.socket",
         "stop virtd.service",
-        "--no-reload disable virtd.service virtd.socket",
+        "--quiet --no-reload disable virtd.service virtd.socket",
     ]
     assert not list((host.path / "booted").iterdir())
 
