@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,7 +71,9 @@ def decode(raw: bytes) -> Record:
         if not isinstance(table, dict):
             raise ValueError(f"expected an object, got {type(table).__name__}")
         unknown = {key: value for key, value in table.items() if key not in _FIELDS}
-        return msgspec.convert({key: value for key, value in table.items() if key in _FIELDS} | {"unknown": unknown}, Record)
+        return msgspec.convert(
+            {key: value for key, value in table.items() if key in _FIELDS} | {"unknown": unknown}, Record
+        )
     except msgspec.MsgspecError as exc:
         raise ValueError(str(exc)) from exc
 
@@ -152,10 +154,10 @@ class Records:
 
 def now() -> str:
     """The present time as records have it: ISO 8601, UTC, microseconds."""
-    return stamp(datetime.datetime.now(datetime.UTC).timestamp())
+    return stamp(dt.datetime.now(dt.UTC).timestamp())
 
 
 def stamp(seconds: float) -> str:
     """Seconds since the epoch as records have them."""
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    moment = dt.datetime.fromtimestamp(seconds, dt.UTC)
     return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")

@@ -141,13 +141,13 @@ def check(domain: Domain, source: str) -> None:
     try:
         memory = domain.memory_bytes
     except ValueError:
-        raise refuse("memory", f"expected a size such as \"256M\" or \"2G\", got {shown(domain.memory)}") from None
+        raise refuse("memory", f'expected a size such as "256M" or "2G", got {shown(domain.memory)}') from None
     if not MEMORY_MIN <= memory <= MEMORY_MAX:
         raise refuse("memory", f"expected 1M to {size.show(MEMORY_MAX)}, got {shown(domain.memory)}")
     if not MACHINE.fullmatch(domain.machine):
-        raise refuse("machine", f"expected a QEMU machine type such as \"q35\", got {shown(domain.machine)}")
+        raise refuse("machine", f'expected a QEMU machine type such as "q35", got {shown(domain.machine)}')
     if domain.cpu is not None and not CPU.fullmatch(domain.cpu):
-        raise refuse("cpu", f"expected a CPU model such as \"host\" or \"max,-avx2\", got {shown(domain.cpu)}")
+        raise refuse("cpu", f'expected a CPU model such as "host" or "max,-avx2", got {shown(domain.cpu)}')
     if domain.boot.kernel is None and (domain.boot.initrd is not None or domain.boot.cmdline):
         raise refuse("boot.kernel", "expected a kernel, since boot.initrd or boot.cmdline is set")
     if domain.boot.kernel is None and not (domain.disk or domain.cdrom):
@@ -167,12 +167,14 @@ def check(domain: Domain, source: str) -> None:
     macs: dict[str, str] = {}
     for index, nic in enumerate(domain.nic):
         if nic.mode != "user":
-            raise refuse(f"nic[{index}].mode", f"expected \"user\", got {shown(nic.mode)}")
+            raise refuse(f"nic[{index}].mode", f'expected "user", got {shown(nic.mode)}')
         if nic.mac is None:
             continue
         mac = nic.mac.lower()
         if not MAC.fullmatch(mac) or int(mac[:2], 16) & 1:
-            raise refuse(f"nic[{index}].mac", f"expected a unicast address such as 52:54:00:12:34:56, got {shown(nic.mac)}")
+            raise refuse(
+                f"nic[{index}].mac", f"expected a unicast address such as 52:54:00:12:34:56, got {shown(nic.mac)}"
+            )
         if mac in macs:
             raise refuse(f"nic[{index}].mac", f"{nic.mac} is the address of {macs[mac]} already")
         macs[mac] = f"nic[{index}]"
@@ -181,7 +183,9 @@ def check(domain: Domain, source: str) -> None:
 def paths(domain: Domain) -> list[tuple[str, str]]:
     """Every file that the definition names, as (key, path)."""
     found = [
-        (f"boot.{key}", path) for key, path in (("kernel", domain.boot.kernel), ("initrd", domain.boot.initrd)) if path is not None
+        (f"boot.{key}", path)
+        for key, path in (("kernel", domain.boot.kernel), ("initrd", domain.boot.initrd))
+        if path is not None
     ]
     found += [(f"disk[{index}].path", disk.path) for index, disk in enumerate(domain.disk)]
     found += [(f"cdrom[{index}].path", cdrom.path) for index, cdrom in enumerate(domain.cdrom)]

@@ -18,6 +18,11 @@ class State(StrEnum):
     STOPPING = "stopping"  # asked to shut down, or ending
     CRASHED = "crashed"  # ended by no one's wish
 
+    @classmethod
+    def of(cls, word: str) -> State:
+        """The state of that name; a word that a newer version wrote counts as running, so that nothing is given up."""
+        return cls(word) if word in cls.__members__.values() else cls.RUNNING
+
 
 class Cause(StrEnum):
     """Why a child ended."""

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One child: a process in a transient unit of its own, its pipes and logs in slots. The only place that starts one.
+
+Its life, and what a crash of the daemon leaves at each point:
+
+    prepare   pipes and logs made                    nothing
+    keep      slots put (the caller has saved the record)    record and slots without a unit: rolled back
+    spawn     unit started                           a child that is adopted
+    (runs)    the pump moves its output              the same
+    (ended)   drained, verdict on record             the same, once more
+    release   slots dropped, unit collected          leftovers without an owner: dropped
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from . import errors, fdstore, process
+from .logfile import LogFile
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from .model.settings import Log
+    from .paths import Paths
+    from .pump import Pump
+    from .records import Record
+    from .units import Units, UnitSpec, UnitState
+
+STDIN, STDOUT, STDERR, CONSOLE_LOG, STDERR_LOG = SLOTS = ("stdin", "stdout", "stderr", "console.log", "log")
+PIPE_SIZE = 1 << 20  # pipe(7): the most that an unprivileged process gets; what a guest may say while we are away
+
+
+@dataclass(frozen=True)
+class Services:
+    """What the drivers work with. `units` waits for the connection to systemd, which comes up after the adoption."""
+
+    paths: Paths
+    store: fdstore.Store
+    pump: Pump
+    log_limits: Log
+    units: Callable[[], Awaitable[Units]]
+    unit: str = "virtd.service"  # the daemon's own unit, which holds the slots
+
+
+@dataclass
+class Ends:
+    """The child's ends of its pipes, ours until they are passed on."""
+
+    stdin: int
+    stdout: int
+    stderr: int
+
+    def close(self) -> None:
+        for fd in (self.stdin, self.stdout, self.stderr):
+            if fd >= 0:
+                os.close(fd)
+        self.stdin = self.stdout = self.stderr = -1
+
+
+@dataclass
+class Child:
+    """A child of the driver's object `name`. `lost` names the slots that a record promised and the store didn't have."""
+
+    services: Services
+    driver: str
+    name: str
+    pid: int = 0
+    start: int = 0
+    invocation_id: str = ""
+    console: LogFile | None = None
+    stderr: LogFile | None = None
+    lost: list[str] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        return f"{self.driver}/{self.name}"
+
+    def slot(self, name: str) -> str:
+        return f"{self.key}/{name}"
+
+    def slot_names(self) -> list[str]:
+        return [self.slot(name) for name in SLOTS]
+
+    # Making one
+
+    def prepare(self) -> tuple[Ends, dict[str, int]]:
+        """Open the logs and make the pipes: the child's ends, and what belongs into the slots. Raises HostError."""
+        self.console = self._log(CONSOLE_LOG, None)
+        self.stderr = self._log(STDERR_LOG, None)
+        opened: list[int] = []
+        try:
+            for _ in range(3):
+                opened += os.pipe2(os.O_CLOEXEC)
+        except OSError as exc:
+            for fd in opened:
+                os.close(fd)
+            self.console.close()
+            self.stderr.close()
+            raise errors.HostError(f"Cannot make pipes for {self.name}: {exc.strerror}") from exc
+        in_read, in_write, out_read, out_write, err_read, err_write = opened
+        for fd in (out_read, err_read):
+            with contextlib.suppress(OSError):  # past fs.pipe-user-pages-soft the kernel grants less: that works too
+                fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+        ours = {
+            STDIN: in_write,
+            STDOUT: out_read,
+            STDERR: err_read,
+            CONSOLE_LOG: self.console.fd,
+            STDERR_LOG: self.stderr.fd,
+        }
+        return Ends(in_read, out_write, err_write), {self.slot(name): fd for name, fd in ours.items()}
+
+    async def keep(self, descriptors: dict[str, int]) -> None:
+        """Put `descriptors` into their slots and see that PID 1 has them. Raises HostError; then none is left there."""
+        store = self.services.store
+        pipes = {self.slot(name) for name in (STDIN, STDOUT, STDERR)}
+        try:
+            for name, fd in descriptors.items():
+                store.put(name, fd)
+            await self._verify(list(descriptors))
+        except fdstore.StoreError as exc:
+            self._drop_slots()
+            raise errors.HostError(f"Cannot keep the descriptors of {self.name}: {exc}", hint=exc.hint) from exc
+        except BaseException:
+            self._drop_slots()
+            raise
+        finally:
+            for name in pipes:
+                os.close(descriptors[name])
+
+    async def _verify(self, wanted: list[str]) -> None:
+        """A message that was sent is no receipt (sd_notify(3) is silent about a full store): compare what PID 1 holds."""
+        units = await self.services.units()
+        missing: set[str] = set()
+        for _ in range(3):
+            dump = await units.store_dump(self.services.unit)
+            if dump is None:  # systemd < 254 can't tell
+                return
+            difference = self.services.store.verify(dump)
+            missing = set(wanted) & {*difference.missing, *difference.mismatched}
+            if not missing:
+                return
+            await asyncio.sleep(0.02)
+        raise errors.HostError(
+            f"systemd didn't keep {', '.join(sorted(missing))} in its FD store",
+            hint="See: journalctl -b _PID=1 -g FileDescriptorStoreMax; raise FileDescriptorStoreMax= of virtd.service.",
+        )
+
+    async def spawn(self, spec: UnitSpec, ends: Ends) -> UnitState:
+        """Start the unit; the child's ends are closed here, whatever happens. Raises StartFailed."""
+        units = await self.services.units()
+        try:
+            self._pump()
+            state = await units.start(spec, (ends.stdin, ends.stdout, ends.stderr))
+        finally:
+            ends.close()
+        self.identify(state)
+        return state
+
+    def identify(self, state: UnitState) -> None:
+        """Take from the unit's state which process it is."""
+        self.pid = state.main_pid
+        self.start = process.start_time(self.pid)
+        self.invocation_id = state.invocation_id
+
+    # Taking one back
+
+    @classmethod
+    def adopt(cls, services: Services, record: Record) -> Child:
+        """The child that `record` tells of, its pumps running. What is missing from the store is in `lost`; logs are reopened."""
+        child = cls(services, record.driver, record.name, record.main_pid, record.main_start, record.invocation_id)
+        held = services.store.slots()
+        for name, identity in record.slots.items():
+            slot = held.get(name)
+            if slot is None:
+                child.lost.append(name)
+            elif f"{slot.dev}:{slot.ino}" != identity and not name.endswith("log"):
+                # Not ours, whatever it is: nothing is read from it. (A log may have been rotated since.)
+                child.lost.append(name)
+                services.store.drop(name)
+        child.console = child._log(CONSOLE_LOG, held.get(child.slot(CONSOLE_LOG)))
+        child.stderr = child._log(STDERR_LOG, held.get(child.slot(STDERR_LOG)))
+        child._pump()
+        return child
+
+    def alive(self) -> bool:
+        return process.alive(self.pid, self.start)
+
+    # While it runs
+
+    async def ended(self) -> None:
+        """Wait until the process has ended."""
+        pidfd = process.open_pidfd(self.pid, self.start)
+        if pidfd is None:
+            return
+        loop = asyncio.get_running_loop()
+        over = asyncio.Event()
+        loop.add_reader(pidfd, over.set)
+        try:
+            await over.wait()
+        finally:
+            loop.remove_reader(pidfd)
+            os.close(pidfd)
+
+    def stdin(self) -> int:
+        """The write end of its standard input; stays the store's. Raises MissingSlot."""
+        return self.services.store.get(self.slot(STDIN))
+
+    # The end
+
+    async def drain(self) -> None:
+        """Move what is left in the pipes to the logs. For a child that has ended."""
+        pump = self.services.pump
+        await asyncio.gather(*(asyncio.wrap_future(pump.drain(self.slot(name))) for name in (STDOUT, STDERR)))
+
+    async def release(self) -> None:
+        """Stop the pumps, drop the slots, close the logs. Idempotent."""
+        await self.close()
+        self._drop_slots()
+
+    async def close(self) -> None:
+        """Let go of the logs and pipes; the slots stay with PID 1."""
+        pump = self.services.pump
+        await asyncio.gather(*(asyncio.wrap_future(pump.remove(self.slot(name))) for name in (STDOUT, STDERR)))
+        for log in (self.console, self.stderr):
+            if log is not None:
+                log.close()
+        self.console = self.stderr = None
+
+    def _drop_slots(self) -> None:
+        with contextlib.suppress(fdstore.NotifyFailed):
+            self.services.store.drop_prefix(f"{self.key}/")
+
+    def _log(self, slot: str, held: fdstore.Slot | None) -> LogFile:
+        services = self.services
+        of = services.paths.console_log if slot == CONSOLE_LOG else services.paths.stderr_log
+        name = self.slot(slot)
+        limits = services.log_limits
+        return LogFile(
+            of(self.driver, self.name),
+            limit=limits.max_bytes,
+            backups=limits.backups,
+            on_rotate=lambda fd: services.store.put(name, fd),
+            fd=services.store.take(name) if held is not None else None,
+        )
+
+    def _pump(self) -> None:
+        held = self.services.store.slots()
+        for name, log in ((STDOUT, self.console), (STDERR, self.stderr)):
+            if log is not None and self.slot(name) in held:
+                self.services.pump.add(self.slot(name), self.services.store.get(self.slot(name)), log)

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Consoles and logs for those who look: places in a log file, and who may type.
+
+No byte passes through here. A follower gets the log file itself and is told when there is more; a writer gets the guest's
+pipe. Both ask again after a restart of the daemon with what they had (a cursor, a token), so they miss and repeat nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from . import errors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .logfile import Cursor, LogFile
+    from .pump import Pump
+
+GRACE = 10.0  # seconds after the daemon's start in which a console that was attached before can be claimed again
+POLL = 25.0  # seconds after which a follower that waits in vain is told so, and asks again: dead ones don't pile up
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a follower goes on. `fd` (the receiver closes it) only when that is another file than it asked for."""
+
+    cursor: Cursor
+    more: bool
+    ended: bool
+    fd: int | None
+
+
+class Followers:
+    """Wakes those who wait for a log to grow."""
+
+    def __init__(self, pump: Pump) -> None:
+        self._pump = pump
+        self._waiting: dict[str, set[asyncio.Event]] = {}
+
+    def grown(self, key: str) -> None:
+        """The pump's callback: bytes have landed."""
+        for event in self._waiting.get(key, ()):
+            event.set()
+
+    async def place(
+        self, log: LogFile, key: str, asked: Cursor | None, lines: int, over: asyncio.Event, *, wait: bool
+    ) -> Place:
+        """See Follow in org.virtd1.varlink. `key` is the pump's; `over` is set when the log won't grow any more."""
+        start = asked if asked is not None else log.tail(lines)
+        with self._watched(key) if wait else contextlib.nullcontext(asyncio.Event()) as grown:
+            deadline = time.monotonic() + POLL
+            while True:
+                grown.clear()
+                ended = over.is_set()  # looked at first: what was written before the end is then found below
+                cursor, size = log.locate(start)
+                more = size > 0
+                if more or ended or not wait or cursor.file != start.file or time.monotonic() >= deadline:
+                    break
+                await _first(grown, over, deadline - time.monotonic())
+        changed = asked is None or cursor.file != asked.file
+        return Place(cursor, more, ended and not more, log.open(cursor.file) if changed else None)
+
+    @contextlib.contextmanager
+    def _watched(self, key: str) -> Iterator[asyncio.Event]:
+        event = asyncio.Event()
+        self._waiting.setdefault(key, set()).add(event)
+        self._pump.watch(key)
+        try:
+            yield event
+        finally:
+            self._pump.unwatch(key)
+            self._waiting[key].discard(event)
+            if not self._waiting[key]:
+                del self._waiting[key]
+
+
+@dataclass
+class Claim:
+    """Who may type on one console."""
+
+    token: str
+    by: str
+    pid: int
+    taken: asyncio.Event
+    taken_by: str = ""
+
+
+class Writers:
+    """One writer for each console. `claims` maps an object's name to who has it."""
+
+    def __init__(self) -> None:
+        self._claims: dict[str, Claim] = {}
+        self._born = time.monotonic()
+
+    def claim(
+        self, name: str, kept: dict[str, Any] | None, *, force: bool, token: str | None, by: str, pid: int
+    ) -> Claim:
+        """Take the console. `kept` is what the record says of a writer from before the daemon's restart. Raises Busy."""
+        present = self._claims.get(name)
+        holder = f"{present.by} (PID {present.pid})" if present is not None else ""
+        mine = False
+        if present is not None:
+            mine = token is not None and present.token == token
+        elif kept and time.monotonic() - self._born < GRACE:
+            mine = token is not None and kept.get("token") == token
+            if not mine and _lives(kept.get("pid", 0)):
+                holder = f"{kept.get('by')} (PID {kept.get('pid')})"
+        if holder and not mine and not force:
+            raise errors.Busy(
+                f"The console of {name} is in use by {holder}",
+                hint=f"Watch only: virtctl console --read-only {name}; take it over: virtctl console --force {name}.",
+            )
+        if present is not None:
+            present.taken_by = by
+            present.taken.set()
+        claim = Claim(token if mine and token else secrets.token_hex(16), by, pid, asyncio.Event())
+        self._claims[name] = claim
+        return claim
+
+    def release(self, name: str, claim: Claim) -> bool:
+        """Give it up; False when somebody else has it by now."""
+        if self._claims.get(name) is not claim:
+            return False
+        del self._claims[name]
+        return True
+
+
+async def write(claim: Claim, over: asyncio.Event) -> str:
+    """Wait until the claim is taken over or the guest has ended: "taken-over" or "ended"."""
+    await _first(claim.taken, over, None)
+    return "taken-over" if claim.taken.is_set() else "ended"
+
+
+async def _first(one: asyncio.Event, other: asyncio.Event, limit: float | None) -> None:
+    tasks = [asyncio.ensure_future(one.wait()), asyncio.ensure_future(other.wait())]
+    try:
+        await asyncio.wait(tasks, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _lives(pid: int) -> bool:
+    return pid > 0 and os.path.exists(f"/proc/{pid}")

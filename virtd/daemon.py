@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Wiring, signals and the order of a start.
+
+    1. slots and records are taken over, pumps run     (no bus, no D-Bus libraries: nothing that a guest could wait for)
+    2. the Varlink socket is served, READY=1
+    3. in the background: D-Bus, each record compared with its unit, org.virtd1, the monitors
+    4. autostart, once per boot
+
+The end is short: everything that matters is in a record, a slot or a file at any time, so SIGTERM just leaves.
+"""
+
+from __future__ import annotations
+
+import time
+
+STARTED = time.monotonic()
+
+import sys  # noqa: E402
+
+# asyncio does without ssl where there is none, and so do we: 8 ms of a restart and 2 MB for something never used here.
+_ssl = sys.modules.pop("ssl", None)
+sys.modules["ssl"] = None  # type: ignore[assignment]
+import asyncio  # noqa: E402
+
+del sys.modules["ssl"]
+if _ssl is not None:
+    sys.modules["ssl"] = _ssl
+
+import contextlib  # noqa: E402
+import json  # noqa: E402
+import logging  # noqa: E402
+import os  # noqa: E402
+import signal  # noqa: E402
+import socket  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
+
+from . import __version__, errors, fdstore, files, journal  # noqa: E402
+from .api import varlink  # noqa: E402
+from .child import Services  # noqa: E402
+from .host import Caller, Host  # noqa: E402
+from .messages import Message  # noqa: E402
+from .model import settings as settings_model  # noqa: E402
+from .paths import Paths  # noqa: E402
+from .process import boot_id  # noqa: E402
+from .pump import Loss, Pump  # noqa: E402
+
+if TYPE_CHECKING:
+    from .api import dbus
+    from .bus import Bus
+    from .units import Units
+
+log = logging.getLogger("virtd")
+
+CODE_ID = "/usr/share/virtd/code-id"
+STORE_MAX = 4096  # FileDescriptorStoreMax= in virtd.service; systemd < 254 doesn't tell
+BUS_RETRY = 1.0
+ITSELF = Caller(uid=0, pid=os.getpid(), name="virtd")
+
+
+class Daemon:
+    """One run of virtd."""
+
+    def __init__(self, paths: Paths, store: fdstore.Store, *, knows_store: bool) -> None:
+        self._paths = paths
+        self._store = store
+        self._knows_store = knows_store
+        self._loop = asyncio.get_running_loop()
+        self._units: Units | None = None
+        self._units_there = asyncio.Event()
+        self._front_end: dbus.Server | None = None
+        self._stopping = asyncio.Event()
+        self._status_due = False
+        self._tasks: list[asyncio.Task[None]] = []
+        settings, problem = load_settings(paths)
+        self.pump = Pump(self._loop.call_soon_threadsafe, on_bytes=self._grown, on_drop=self._lost)
+        services = Services(paths, store, self.pump, settings.log, self._get_units)
+        self.host = Host(services, settings.qemu)
+        if problem is not None:
+            self._settings_problem(problem)
+
+    async def run(self) -> None:
+        """Until SIGTERM."""
+        self.host.restore(STARTED)
+        self.pump.start()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._stopping.set)
+        self._loop.add_signal_handler(signal.SIGHUP, self._task, self._reload)
+        server = varlink.Server(self.host, self._listener())
+        server.start()
+        self._degraded()
+        self._announce()
+        self._notify(f"READY=1\nSTATUS={self._status()}")
+        self.host.subscribe(lambda _event, _item: self._status_later())
+        self._task(self._watchdog)
+        self._task(self._bring_up)
+        await self._stopping.wait()
+        self._notify("STOPPING=1")
+
+    # Start-up
+
+    def _listener(self) -> socket.socket:
+        """systemd's socket, or, when run by hand, one of our own."""
+        inherited = [fd for fds in self._store.sockets().values() for fd in fds]
+        if inherited:
+            return socket.socket(fileno=os.dup(inherited[0]))
+        os.makedirs(self._paths.run, mode=0o755, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._paths.socket)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(self._paths.socket)
+        os.chmod(self._paths.socket, 0o666)
+        listener.listen(128)
+        return listener
+
+    def _announce(self) -> None:
+        """For the package's scriptlet: which code this daemon runs."""
+        try:
+            with open(CODE_ID, encoding="ascii") as file:
+                code = file.read().strip()
+        except OSError:
+            code = ""
+        content = {"version": __version__, "pid": os.getpid(), "code_id": code}
+        try:
+            os.makedirs(self._paths.run, mode=0o755, exist_ok=True)
+            files.write(f"{self._paths.run}/daemon.json", json.dumps(content).encode(), mode=0o644)
+        except (errors.HostError, OSError) as exc:
+            log.warning("%s", exc)
+
+    def _degraded(self) -> None:
+        if not self._store.persistent:
+            self.host.degraded.append("not run by systemd: nothing is kept over a restart")
+        elif not self._knows_store:
+            self.host.degraded.append(
+                "systemd is older than 254: it drops the FD store when virtd is stopped (a restart keeps it)"
+            )
+
+    async def _bring_up(self) -> None:
+        """D-Bus and what needs it; again whenever the bus was lost."""
+        from .bus import Bus
+        from .units import Units
+
+        first = True
+        while True:
+            try:
+                bus = await Bus.open()
+            except errors.HostError as exc:
+                self.host.problems["bus"] = (exc.message, exc.hint)
+                await asyncio.sleep(BUS_RETRY)
+                continue
+            self.host.problems.pop("bus", None)
+            lost = asyncio.Event()
+            bus.on_closed(lost.set)
+            self._units = Units(bus)
+            self._units_there.set()
+            try:
+                if first:
+                    await self._recover()
+                await self._serve_bus(bus)
+                if first:
+                    first = False
+                    self._task(self._autostart)
+                await lost.wait()
+            except errors.VirtdError as exc:
+                self.host.problems["bus"] = (exc.message, exc.hint)
+                log.warning("D-Bus: %s", exc)
+                await asyncio.sleep(BUS_RETRY)
+            finally:
+                self._units_there.clear()
+                if self._front_end is not None:
+                    with contextlib.suppress(errors.VirtdError):
+                        await self._front_end.close()
+                    self._front_end = None
+                await bus.close()
+
+    async def _recover(self) -> None:
+        """Second step: every record beside its unit. One that fails is a problem of its own."""
+        await self.host.driver.reconcile()
+        found = self.host.driver.found
+        recovery = self.host.recovery
+        if found.adopted or found.ended or found.rolled_back or found.rebuilt:
+            parts = [
+                f"{len(names)} {what}"
+                for what, names in (
+                    ("adopted", found.adopted + found.rebuilt),
+                    ("ended meanwhile", found.ended),
+                    ("rolled back", found.rolled_back),
+                )
+                if names
+            ]
+            journal.send(
+                f"Recovered {recovery.objects} domains in {recovery.ms:.1f} ms ({', '.join(parts)})",
+                message_id=Message.RECOVERED,
+                VIRTD_OBJECTS=str(recovery.objects),
+                VIRTD_MS=f"{recovery.ms:.1f}",
+            )
+        self._status_later()
+
+    async def _serve_bus(self, bus: Bus) -> None:
+        from .api import dbus
+
+        self._front_end = dbus.Server(self.host, bus)
+        await self._front_end.start()
+
+    async def _autostart(self) -> None:
+        """Once per boot, which a soft reboot isn't: the mark is in /run, and set before the first one is started."""
+        mark = f"{self._paths.run}/autostarted"
+        try:
+            with open(mark, encoding="ascii") as file:
+                if file.read().strip() == boot_id():
+                    return
+        except OSError:
+            pass
+        try:
+            files.write(mark, f"{boot_id()}\n".encode())
+        except errors.HostError as exc:
+            self.host.problems["autostart"] = (f"Nothing was autostarted: {exc.message}", exc.hint)
+            return
+        await self.host.driver.autostart()
+
+    async def _get_units(self) -> Units:
+        await self._units_there.wait()
+        assert self._units is not None
+        return self._units
+
+    # While it runs
+
+    async def _reload(self) -> None:
+        with contextlib.suppress(fdstore.NotifyFailed):
+            self._store.reloading()
+        try:
+            await self.host.reload(by=ITSELF)
+        finally:
+            self._notify(f"READY=1\nSTATUS={self._status()}")
+
+    async def _watchdog(self) -> None:
+        """Tell systemd that the loop turns, twice as often as it asks for."""
+        limit = os.environ.pop("WATCHDOG_USEC", "")
+        os.environ.pop("WATCHDOG_PID", None)
+        if not limit.isdecimal():
+            return
+        while True:
+            self._notify("WATCHDOG=1")
+            await asyncio.sleep(int(limit) / 2_000_000)
+
+    def _grown(self, key: str) -> None:
+        self.host.followers.grown(key)
+
+    def _lost(self, loss: Loss) -> None:
+        """The pump couldn't write to a log, or can again."""
+        if loss.over:
+            self.host.problems.pop(f"log {loss.key}", None)
+            log.warning("%s can be written again; %d bytes were dropped", loss.path, loss.dropped)
+        else:
+            self.host.problems[f"log {loss.key}"] = (
+                f"{loss.path} can't be written: {loss.reason}; output is being dropped",
+                "Free some space. The guest runs on.",
+            )
+            log.warning("%s can't be written: %s; its guest's output is dropped from now on", loss.path, loss.reason)
+
+    def _settings_problem(self, problem: errors.VirtdError) -> None:
+        self.host.problems["settings"] = (problem.message, problem.hint or "The defaults are used until then.")
+        journal.send(
+            problem.message, message_id=Message.DEFINITION_PROBLEM, level="error", VIRTD_FILE=self._paths.settings
+        )
+
+    def _status(self) -> str:
+        live, recovery = self.host.live(), self.host.recovery
+        recovered = (
+            f"recovered {recovery.objects} in {recovery.ms:.1f} ms" if recovery.objects else "nothing to recover"
+        )
+        return f"{live} domain{'' if live == 1 else 's'} running; {recovered} at the last start"
+
+    def _status_later(self) -> None:
+        """Tell systemd the new status, once for a burst of changes."""
+        if not self._status_due:
+            self._status_due = True
+            self._loop.call_later(0.2, self._tell_status)
+
+    def _tell_status(self) -> None:
+        self._status_due = False
+        self._notify(f"STATUS={self._status()}")
+
+    def _notify(self, text: str) -> None:
+        try:
+            self._store.notify(text)
+        except fdstore.NotifyFailed as exc:
+            log.warning("systemd doesn't take %r: %s", text.partition("\n")[0], exc)
+
+    def _task(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.create_task(work(), name=work.__name__.strip("_"))
+        self._tasks.append(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.remove(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            log.error("%s failed: %s", task.get_name(), exc, exc_info=exc)
+            self.host.problems[task.get_name()] = (
+                f"{task.get_name()} failed: {exc}",
+                "This is a bug: see journalctl -u virtd.",
+            )
+
+
+def load_settings(paths: Paths) -> tuple[settings_model.Settings, errors.VirtdError | None]:
+    """virtd.toml, or the defaults and what is wrong with it: a bad file must not keep the guests from their daemon."""
+    try:
+        with open(paths.settings, encoding="utf-8") as file:
+            return settings_model.parse(file.read(), paths.settings), None
+    except FileNotFoundError:
+        return settings_model.Settings(), None
+    except errors.InvalidDefinition as exc:
+        return settings_model.Settings(), exc
+    except (OSError, ValueError) as exc:
+        return settings_model.Settings(), errors.InvalidDefinition(paths.settings, "", f"can't be read: {exc}")
+
+
+async def _run(paths: Paths, store: fdstore.Store, *, knows_store: bool) -> None:
+    await Daemon(paths, store, knows_store=knows_store).run()
+
+
+def main() -> int:
+    """virtd's entry point."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"virtd {__version__}")
+        return 0
+    if sys.argv[1:]:
+        print("usage: virtd [--version]\nvirtd is run by virtd.service; see virtd(8).", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.INFO, handlers=[journal.Handler()], format="%(message)s")
+    knows_store = "FDSTORE" in os.environ
+    store = fdstore.Store.from_environment(fallback_max=STORE_MAX)
+    loop = asyncio.new_event_loop()
+    status = 1
+    try:
+        loop.run_until_complete(_run(Paths(os.environ.pop("VIRTD_ROOT", "")), store, knows_store=knows_store))
+        status = 0
+    except Exception:
+        log.exception("virtd failed")
+    # No clean-up: every task may be cut off at any instant anyway, and a restart waits for the last of them.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""QEMU's command line for a domain. Pure: nothing is looked up here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...model.domain import Domain, Format, OnCrash, OnPoweroff, OnReboot
+
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+
+@dataclass(frozen=True)
+class Host:
+    """What the command line must know of the host."""
+
+    binary: str
+    kvm: bool
+    runtime: str  # the guest's own directory, see `monitor_socket` and its neighbours
+
+
+def monitor_socket(runtime: str) -> str:
+    return f"{runtime}/qmp.sock"
+
+
+def shutdown_socket(runtime: str) -> str:
+    """A second monitor, which the unit's ExecStop uses: a QMP monitor talks to one client at a time, and that is us."""
+    return f"{runtime}/shutdown.sock"
+
+
+def vnc_socket(runtime: str) -> str:
+    return f"{runtime}/vnc.sock"
+
+
+def events(runtime: str) -> str:
+    """The stem of the event journal's two files, `.in` and `.out`."""
+    return f"{runtime}/events"
+
+
+def mac_of(uuid: str, index: int) -> str:
+    """A MAC address that stays the same for one domain: QEMU's prefix and three bytes of the uuid."""
+    tail = (int(uuid.replace("-", "")[-6:], 16) + index) & 0xFFFFFF
+    return "52:54:00:" + ":".join(f"{tail >> shift & 255:02x}" for shift in (16, 8, 0))
+
+
+def argv(domain: Domain, uuid: str, host: Host) -> list[str]:
+    """The whole command line, the program first."""
+    machine = f"{domain.machine},accel={'kvm' if host.kvm else 'tcg'}"
+    cpu = domain.cpu or ("host" if host.kvm else "max")
+    # fmt: off
+    arguments = [
+        host.binary,
+        "-name", f"guest={domain.name},debug-threads=on",
+        "-uuid", uuid,
+        "-machine", machine,
+        "-cpu", cpu,
+        "-m", f"size={max(domain.memory_bytes >> 10, 1)}k",
+        "-smp", f"{domain.vcpus}",
+        "-nodefaults", "-no-user-config",
+        "-display", "none",
+        "-sandbox", SANDBOX,
+        # The guest's end and reset show in the exit status and the event journal, whether or not virtd is there.
+        "-action", f"panic={_panic(domain)},shutdown={_poweroff(domain)},reboot={_reboot(domain)}",
+        "-chardev", f"socket,id=monitor,path={_escape(monitor_socket(host.runtime))},server=on,wait=off",
+        "-mon", "chardev=monitor,mode=control",
+        "-chardev", f"socket,id=shutdown,path={_escape(shutdown_socket(host.runtime))},server=on,wait=off",
+        "-mon", "chardev=shutdown,mode=control",
+        # A third monitor writes every event to a file: what happens while virtd is away is on record. A `pipe` chardev
+        # opens STEM.in and STEM.out, and these may be plain files (`file` with input-path= needs QEMU 8.1).
+        "-chardev", f"pipe,id=events,path={_escape(events(host.runtime))}",
+        "-mon", "chardev=events,mode=control",
+        "-chardev", "stdio,id=serial0,signal=off",
+        "-serial", "chardev:serial0",
+    ]
+    # fmt: on
+    if domain.machine.startswith(("q35", "pc")):
+        arguments += ["-device", "pvpanic"]
+    if domain.rng:
+        arguments += ["-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng0"]
+    if domain.boot.kernel is not None:
+        arguments += ["-kernel", domain.boot.kernel]
+        if domain.boot.initrd is not None:
+            arguments += ["-initrd", domain.boot.initrd]
+        if domain.boot.cmdline:
+            arguments += ["-append", domain.boot.cmdline]
+    for index, disk in enumerate(domain.disk):
+        readonly = "on" if disk.readonly else "off"
+        arguments += [
+            "-blockdev",
+            (
+                f"driver=file,node-name=file{index},filename={_escape(disk.path)},read-only={readonly}"
+                f",auto-read-only=off,locking=auto"
+            ),
+            "-blockdev",
+            (
+                f"driver={'qcow2' if disk.format is Format.QCOW2 else 'raw'},node-name=disk{index},file=file{index}"
+                f",read-only={readonly},discard=unmap"
+            ),
+            "-device",
+            f"virtio-blk-pci,drive=disk{index},id=virtio-disk{index}{_order(domain, index)}",
+        ]
+    for index, cdrom in enumerate(domain.cdrom):
+        order = "" if domain.boot.kernel is not None else f",bootindex={len(domain.disk) + index + 1}"
+        arguments += [
+            "-blockdev",
+            f"driver=file,node-name=cdfile{index},filename={_escape(cdrom.path)},read-only=on",
+            "-blockdev",
+            f"driver=raw,node-name=cd{index},file=cdfile{index},read-only=on",
+            "-device",
+            f"{'ide-cd' if domain.machine.startswith(('q35', 'pc')) else 'virtio-blk-pci'},drive=cd{index},id=cdrom{index}{order}",
+        ]
+    for index, nic in enumerate(domain.nic):
+        mac = (nic.mac or mac_of(uuid, index)).lower()
+        arguments += [
+            "-netdev",
+            f"user,id=net{index}",
+            "-device",
+            # No option ROM: nobody boots from the network here, and each costs the firmware a tenth of a second.
+            f"virtio-net-pci,netdev=net{index},id=nic{index},mac={mac},romfile=",
+        ]
+    if domain.vnc is not None and domain.vnc.enabled:
+        arguments += ["-device", "VGA", "-vnc", f"unix:{_escape(vnc_socket(host.runtime))}"]
+    return arguments
+
+
+def _order(domain: Domain, index: int) -> str:
+    return "" if domain.boot.kernel is not None else f",bootindex={index + 1}"
+
+
+def _panic(domain: Domain) -> str:
+    match domain.on_crash:
+        case OnCrash.STOP | OnCrash.RESTART:
+            return "exit-failure"
+        case OnCrash.KEEP:
+            return "pause"
+
+
+def _poweroff(domain: Domain) -> str:
+    return "pause" if domain.on_poweroff is OnPoweroff.KEEP else "poweroff"
+
+
+def _reboot(domain: Domain) -> str:
+    return "shutdown" if domain.on_reboot is OnReboot.STOP else "reset"
+
+
+def _escape(text: str) -> str:
+    """A value inside a QemuOpts list: a comma is doubled (qemu(1), "Device option syntax")."""
+    return text.replace(",", ",,")

@@ -1,0 +1,424 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The QEMU driver: all domains, from their definitions, records, units and slots."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import uuid as uuidlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ... import errors, files, journal
+from ...messages import Message
+from ...model import domain as model
+from ...model.state import Cause, State, require
+from ...paths import names
+from ...records import Record, Records, now
+from ...units import object_name
+from . import command, operations, starting
+from . import host as hostinfo
+from .machine import DRIVER, Machine, Problem, Shared
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ...child import Services
+    from ...model.settings import Qemu
+
+log = logging.getLogger(__name__)
+
+AT_ONCE = 8  # starts in parallel at boot; more only slow each other down on a small host
+_AUTOSTART = re.compile(r"^autostart[ \t]*=[ \t]*(?:true|false)\b", re.MULTILINE)
+_TABLE = re.compile(r"^[ \t]*\[", re.MULTILINE)
+
+
+@dataclass
+class Found:
+    """What a start of the daemon found, by name."""
+
+    adopted: list[str] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
+    rolled_back: list[str] = field(default_factory=list)
+    rebuilt: list[str] = field(default_factory=list)
+
+
+class Driver:
+    """`publish(event, name)` is told "added", "removed", "changed" and "ended"."""
+
+    def __init__(self, services: Services, settings: Qemu, publish: Callable[[str, str], None]) -> None:
+        self._publish = publish
+        self._services = services
+        self.machines: dict[str, Machine] = {}
+        self.problems: dict[str, Problem] = {}
+        self.found = Found()
+        self._shared = Shared(services, Records(services.paths, DRIVER), settings, self._published, self._next_id)
+        self._last_id = 0
+
+    # Start-up
+
+    def restore(self) -> None:
+        """First step: records, slots and pumps; no bus yet."""
+        loaded = self._shared.records.load()
+        for bad in loaded.quarantined:
+            text = f"The record of domain {bad.name} can't be read: {bad.reason}"
+            self.problems[f"record {bad.name}"] = Problem(
+                text, f"It was moved to {bad.moved_to}; the domain is rebuilt from its unit."
+            )
+            journal.send(
+                text, message_id=Message.RECORD_QUARANTINED, level="error",
+                VIRTD_DRIVER=DRIVER, VIRTD_NAME=bad.name, VIRTD_FILE=bad.moved_to,
+            )  # fmt: skip
+        for name, record in loaded.records.items():
+            machine = self._machine(name)
+            try:
+                machine.adopt(record)
+            except Exception as exc:  # one bad record must not cost the others their daemon
+                log.exception("%s can't be adopted", name)
+                machine.problems["adoption"] = Problem(
+                    f"{name} could not be adopted: {exc}", "The guest was left alone."
+                )
+                machine.settled.set()
+        self.load_definitions()
+
+    async def reconcile(self) -> None:
+        """Second step: compare with systemd, finish or roll back what a crash cut off."""
+        units = await self._services.units()
+        present = {
+            name for unit in await units.list(f"virtd-{DRIVER}-*.service") if (name := object_name(DRIVER, unit.name))
+        }
+        known = set(self.machines)
+        machines = [machine for machine in self.machines.values() if machine.record is not None]
+        results = await asyncio.gather(
+            *(machine.reconcile(unit_exists=machine.name in present) for machine in machines), return_exceptions=True
+        )
+        for machine, result in zip(machines, results, strict=True):
+            if isinstance(result, BaseException):
+                log.error("%s can't be reconciled: %s", machine.name, result, exc_info=result)
+                machine.problems["adoption"] = Problem(
+                    f"{machine.name} disagrees with systemd: {result}", "The guest was left alone."
+                )
+            elif result:
+                getattr(self.found, result.replace(" ", "_")).append(machine.name)
+                if result == "adopted":
+                    machine.spawn(operations.finish_reboot(machine), "reboot")
+        slots = {name.split("/")[1] for name in self._services.store.names() if name.startswith(f"{DRIVER}/")}
+        recorded = {machine.name for machine in machines}
+        for name in sorted((present | slots) - recorded):
+            await self._rebuild(name, unit=name in present, new=name not in known)
+
+    async def _rebuild(self, name: str, *, unit: bool, new: bool) -> None:
+        """A unit or slots that no record tells of: made whole from what there is, or cleared away when nothing runs."""
+        machine = self._machine(name)
+        units = await self._services.units()
+        state = await units.state(machine.unit) if unit else None
+        held = self._services.store.slots()
+        slots = {slot: f"{held[slot].dev}:{held[slot].ino}" for slot in held if slot.startswith(f"{DRIVER}/{name}/")}
+        expected = [f"{DRIVER}/{name}/{slot}" for slot in ("stdin", "stdout", "stderr", "console.log", "log")]
+        record = Record(
+            driver=DRIVER,
+            name=name,
+            uuid=machine.uuid,
+            state=State.RUNNING.value if state is not None else State.STOPPED.value,
+            reason="rebuilt without its record",
+            since=now(),
+            unit=machine.unit,
+            main_pid=state.main_pid if state is not None else 0,
+            invocation_id=state.invocation_id if state is not None else "",
+            boot_id=self._shared.boot_id,
+            slots={slot: slots.get(slot, "") for slot in expected} if state is not None else slots,
+            data={"definition": machine.definition_text, "owners": [], "request": None},
+        )
+        machine.adopt(record)
+        if machine.child is not None and state is not None:
+            machine.child.identify(state)
+        machine.note(
+            machine.state, machine.reason, main_start=machine.child.start if machine.child is not None else 0
+        )
+        result = await machine.reconcile(unit_exists=unit)
+        if state is None:
+            self.found.rolled_back.append(name)
+            journal.send(
+                f"Rolled back domain {name}: slots without a record or a unit",
+                message_id=Message.ROLLED_BACK, level="notice", **machine.fields(),
+            )  # fmt: skip
+            if machine.definition is None:
+                await machine.close()
+                self._shared.records.remove(name)
+                self.machines.pop(name, None)
+        else:
+            self.found.rebuilt.append(name)
+            self.problems.pop(f"record {name}", None)
+            log.warning("Domain %s was rebuilt from its unit: %s", name, result or "as it was")
+            if new:
+                self._publish("added", name)
+
+    async def autostart(self) -> None:
+        """Start what is to be started at boot; a name is started once per boot, however often the daemon starts."""
+        slots = asyncio.Semaphore(AT_ONCE)
+
+        async def one(machine: Machine) -> None:
+            async with slots:
+                try:
+                    await self.start(machine.name, "autostart")
+                except errors.VirtdError as exc:
+                    log.error("Cannot autostart %s: %s", machine.name, exc)
+                    machine.problems["start"] = Problem(f"Autostart failed: {exc.message}", exc.hint)
+
+        wanted = [
+            machine for machine in self.machines.values() if machine.definition and machine.definition.autostart
+        ]
+        await asyncio.gather(*(one(machine) for machine in wanted if not machine.alive))
+
+    async def close(self) -> None:
+        await asyncio.gather(*(machine.close() for machine in self.machines.values()))
+
+    # Definitions
+
+    def load_definitions(self) -> list[str]:
+        """Read all definitions again; the names of those that changed. A bad one is a problem, and its domain is as before."""
+        directory = f"{self._services.paths.etc}/{DRIVER}"
+        changed = []
+        self.problems = {key: problem for key, problem in self.problems.items() if not key.startswith("definition")}
+        found = set()
+        for name in names(directory, ".toml"):
+            path = f"{directory}/{name}.toml"
+            found.add(name)
+            try:
+                with open(path, encoding="utf-8") as file:
+                    text = file.read()
+                domain = model.parse(text, path)
+                if domain.name != name:
+                    raise errors.InvalidDefinition(
+                        path, "name", f'expected "{name}", as the file is called, got "{domain.name}"'
+                    )
+                self._check_unique(domain, path)
+            except (errors.InvalidDefinition, errors.Exists, OSError, ValueError) as exc:
+                self._complain(name, path, exc)
+                continue
+            machine = self.machines.get(name)
+            if machine is None or machine.definition_text != text or machine.definition is None:
+                new = machine is None
+                machine = machine or self._machine(name)
+                machine.definition, machine.definition_text = domain, text
+                changed.append(name)
+                self._publish("added" if new else "changed", name)
+        for name in [
+            name for name, machine in self.machines.items() if machine.definition is not None and name not in found
+        ]:
+            changed.append(name)
+            self._forget(name)
+        return changed
+
+    def _complain(self, name: str, path: str, exc: Exception) -> None:
+        text = exc.message if isinstance(exc, errors.VirtdError) else f"{path}: {exc}"
+        hint = (
+            exc.hint if isinstance(exc, errors.VirtdError) and exc.hint else "Mend it, then: systemctl reload virtd."
+        )
+        self.problems[f"definition {name}"] = Problem(text, hint)
+        journal.send(text, message_id=Message.DEFINITION_PROBLEM, level="error", VIRTD_FILE=path)
+
+    def check(self, text: str, source: str) -> model.Domain:
+        """The definition in `text`, as it would be taken. Raises InvalidDefinition or Exists."""
+        domain = model.parse(text, source)
+        self._check_unique(domain, source)
+        machine = self.machines.get(domain.name)
+        if machine is not None and machine.uuid and domain.uuid and model.canonical_uuid(domain.uuid) != machine.uuid:
+            raise errors.Exists(
+                f"{source}: uuid: domain {domain.name} exists with another uuid, {machine.uuid}",
+                hint=f"Leave the uuid out to change the definition, or undefine it first: virtctl undefine {domain.name}.",
+            )
+        return domain
+
+    def define(self, text: str, source: str) -> tuple[Machine, bool]:
+        """Take a definition: the machine, and whether it is new. A uuid is made when there is none."""
+        domain = self.check(text, source)
+        machine = self.machines.get(domain.name)
+        if domain.uuid is None:
+            uuid = machine.uuid if machine is not None and machine.uuid else str(uuidlib.uuid4())
+            text = f'uuid = "{uuid}"\n{text}'
+        elif (canonical := model.canonical_uuid(domain.uuid)) != domain.uuid:
+            text = text.replace(f'"{domain.uuid}"', f'"{canonical}"', 1).replace(
+                f"'{domain.uuid}'", f'"{canonical}"', 1
+            )
+        domain = model.parse(text, source)
+        return self._write(domain, text)
+
+    def _write(self, domain: model.Domain, text: str) -> tuple[Machine, bool]:
+        path = self._services.paths.definition(DRIVER, domain.name)
+        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+        files.write(path, text.encode(), mode=0o644)
+        new = domain.name not in self.machines
+        machine = self._machine(domain.name)
+        changed = machine.definition_text != text or machine.definition is None
+        machine.definition, machine.definition_text = domain, text
+        self.problems.pop(f"definition {domain.name}", None)
+        if new:
+            self._publish("added", domain.name)
+        elif changed:
+            self._publish("changed", domain.name)
+        return machine, new
+
+    async def undefine(self, name: str) -> None:
+        machine = self.find(name)
+        async with machine.exclusive("undefine"):
+            require("undefine", machine.name, machine.state)
+            await machine.over.wait()
+            files.remove(machine.source)
+            self._forget(machine.name)
+
+    def set_autostart(self, name: str, *, enable: bool) -> bool:
+        """Change the definition's file; False if it said so already."""
+        machine = self.find(name)
+        if machine.definition is None:
+            raise errors.NotFound(f"Domain {machine.name} has no definition")
+        if machine.definition.autostart == enable:
+            return False
+        text = machine.definition_text
+        table = _TABLE.search(text)
+        head, tail = (text[: table.start()], text[table.start() :]) if table else (text, "")
+        line = f"autostart = {str(enable).lower()}"
+        head, count = _AUTOSTART.subn(line, head, count=1)
+        text = head + tail if count else f"{line}\n{text}"
+        domain = model.parse(text, machine.source)
+        if domain.autostart != enable:
+            raise errors.HostError(
+                f"Cannot change autostart in {machine.source}", hint="Edit it, then: systemctl reload virtd."
+            )
+        self._write(domain, text)
+        return True
+
+    def _check_unique(self, domain: model.Domain, source: str) -> None:
+        if domain.uuid is None:
+            return
+        uuid = model.canonical_uuid(domain.uuid)
+        for other in self.machines.values():
+            if other.name != domain.name and other.uuid == uuid:
+                raise errors.Exists(
+                    f"{source}: uuid: {uuid} is the uuid of domain {other.name}",
+                    hint="Leave it out: a new one is made.",
+                )
+
+    # Finding and describing
+
+    def find(self, name: str) -> Machine:
+        """By name or uuid. Raises NotFound."""
+        if (machine := self.machines.get(name)) is not None:
+            return machine
+        if (uuid := model.canonical_uuid(name)) is not None:
+            for machine in self.machines.values():
+                if machine.uuid == uuid:
+                    return machine
+        raise errors.NotFound(f"There is no domain {name}", hint="virtctl list shows all.")
+
+    def describe(self, machine: Machine) -> dict[str, Any]:
+        """The short form, as `virtctl list --json` has it."""
+        record = machine.record
+        return {
+            "name": machine.name,
+            "driver": DRIVER,
+            "uuid": machine.uuid,
+            "state": machine.state.value,
+            "reason": machine.reason,
+            "pid": record.main_pid if record is not None and machine.alive and record.main_pid else None,
+            "since": record.since if record is not None else None,
+            "autostart": bool(machine.definition and machine.definition.autostart),
+            "id": record.id if record is not None and record.id else None,
+        }
+
+    def describe_fully(self, machine: Machine) -> dict[str, Any]:
+        """The long form, as `virtctl info --json` has it."""
+        record = machine.record
+        domain = machine.running_definition
+        paths = self._services.paths
+        ending = record.exit if record is not None else None
+        mine = f"{DRIVER}/{machine.name}/"
+        return self.describe(machine) | {
+            "unit": machine.unit,
+            "slots": [slot for slot in self._services.store.names() if slot.startswith(mine)],
+            "exit": None
+            if ending is None
+            else {
+                "code": ending.code,
+                "signal": ending.signal,
+                "cause": ending.cause,
+                "at": ending.at,
+                "by": ending.by,
+            },
+            "definition_path": machine.source if machine.definition is not None else None,
+            "pending": machine.pending,
+            "persistent": machine.definition is not None,
+            "memory": domain.memory_bytes if domain is not None else None,
+            "vcpus": domain.vcpus if domain is not None else None,
+            "machine": domain.machine if domain is not None else None,
+            "disks": [disk.path for disk in domain.disk] + [cdrom.path for cdrom in domain.cdrom]
+            if domain is not None
+            else [],
+            "monitor": machine.monitor.link.value if machine.monitor is not None else None,
+            "vnc": command.vnc_socket(machine.runtime)
+            if machine.alive and domain is not None and domain.vnc is not None
+            else None,
+            "log": paths.stderr_log(DRIVER, machine.name),
+            "console_log": paths.console_log(DRIVER, machine.name),
+            "problems": [{"text": problem.text, "hint": problem.hint} for problem in machine.problems.values()],
+        }
+
+    def warnings(self, domain: model.Domain) -> list[str]:
+        """What a definition names and the host hasn't got yet: no error before the start."""
+        return [f"{key}: {text}" for key, text in hostinfo.missing_files(domain)]
+
+    # Operations that need more than the one machine
+
+    async def start(self, name: str, by: str) -> bool:
+        machine = self.find(name)
+        return await starting.start(machine, [other for other in self.machines.values() if other is not machine], by)
+
+    def _next_id(self) -> int:
+        """A number for a guest that starts, larger than all that are in use, as libvirt's users know it."""
+        used = [machine.record.id for machine in self.machines.values() if machine.record is not None]
+        self._last_id = max(self._last_id, *used, 0) + 1
+        return self._last_id
+
+    def _machine(self, name: str) -> Machine:
+        if name not in self.machines:
+            self.machines[name] = Machine(self._shared, name)
+        return self.machines[name]
+
+    def _forget(self, name: str) -> None:
+        """The definition is gone. A guest that runs stays as a transient domain until it ends."""
+        machine = self.machines[name]
+        machine.definition, machine.definition_text = None, ""
+        if machine.alive:
+            self._publish("changed", name)
+            return
+        if machine.record is not None:
+            self._shared.records.remove(name)
+        del self.machines[name]
+        self._publish("removed", name)
+
+    def _published(self, event: str, machine: Machine) -> None:
+        if self.machines.get(machine.name) is not machine:
+            return
+        self._publish(event, machine.name)
+        if event == "ended":
+            self._after_end(machine)
+
+    def _after_end(self, machine: Machine) -> None:
+        if machine.definition is None:
+            self._forget(machine.name)
+            return
+        panicked = (
+            machine.record is not None
+            and machine.record.exit is not None
+            and machine.record.exit.cause == Cause.PANIC
+        )
+        if panicked and machine.definition.on_crash is model.OnCrash.RESTART:
+            machine.spawn(self._restart(machine), "restart-after-panic")
+
+    async def _restart(self, machine: Machine) -> None:
+        try:
+            await self.start(machine.name, "on_crash")
+        except errors.VirtdError as exc:
+            machine.problems["start"] = Problem(f"The restart after a panic failed: {exc.message}", exc.hint)

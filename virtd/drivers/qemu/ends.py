@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Why a guest ended: put together from its unit, QEMU's event journal and what was asked of it. Pure but for the read."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ...model.state import Cause, State
+from ...records import Exit, stamp
+from ...units import UnitState, signal_name
+
+CLD_EXITED = 1  # siginfo(2); KILLED is 2, DUMPED 3
+TERMINATING = re.compile(r"terminating on signal (\d+) from pid (\d+) \((.*)\)")  # QEMU's own words on stderr
+TAIL = 1 << 16  # the last events tell; a guest can make any number of them
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asked for last: `verb` (shutdown, stop, kill, reboot), `by` whom, `at` when."""
+
+    verb: str
+    by: str
+    at: str
+
+
+@dataclass(frozen=True)
+class End:
+    """The verdict, ready for the record."""
+
+    state: State
+    reason: str
+    exit: Exit
+
+
+def read_events(stem: str) -> list[dict[str, Any]]:
+    """The last events that QEMU wrote; a line cut short by its death is left out."""
+    try:
+        with open(f"{stem}.out", "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - TAIL))
+            lines = file.read(TAIL).split(b"\n")
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            message = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(message, dict) and "event" in message:
+            found.append(message)
+    return found
+
+
+def judge(
+    unit: UnitState | None, events: list[dict[str, Any]], request: Request | None, words: str, seen: str
+) -> End:
+    """The end of a guest.
+
+    `unit` None: systemd knows nothing of it any more; `words`: the last that QEMU wrote to stderr; `seen`: when we noticed.
+    """
+    names = [event["event"] for event in events]
+    if "RESET" in names:  # what was before the last reset is another life of the guest
+        last = len(names) - 1 - names[::-1].index("RESET")
+        events, names = events[last + 1 :], names[last + 1 :]
+    shutdown = next((event for event in reversed(events) if event["event"] == "SHUTDOWN"), None)
+    why = str((shutdown or {}).get("data", {}).get("reason", ""))
+    at = stamp(unit.exited_at) if unit is not None and unit.exited_at else seen
+    code = unit.exec_status if unit is not None and unit.exec_code == CLD_EXITED else None
+    killer = _signal(unit)
+    asked = request.verb if request is not None else ""
+    by = request.by if request is not None else None
+
+    def end(state: State, reason: str, cause: Cause, who: str | None = None) -> End:
+        return End(state, reason, Exit(cause=cause.value, at=at, code=code, signal=killer, by=who))
+
+    if unit is not None and unit.result == "oom-kill":
+        return end(State.CRASHED, "killed: out of memory", Cause.OOM)
+    if asked == "stop" and (killer in (None, "SIGTERM", "SIGKILL")):
+        return end(State.STOPPED, f"stopped by {by}", Cause.STOP, by)
+    if asked == "kill" and (killer is not None or why == "host-signal"):
+        return end(State.CRASHED, f"killed by {by}", Cause.KILLED, by)
+    if killer is not None:
+        return end(State.CRASHED, f"killed by {killer}", Cause.KILLED)
+    if "GUEST_PANICKED" in names and (why == "guest-panic" or code not in (0, None)):
+        return end(State.CRASHED, "the guest's kernel panicked", Cause.PANIC)
+    if why == "host-signal":
+        # QEMU catches SIGTERM, SIGINT and SIGHUP and exits with status 0: only its own words tell which it was.
+        said = TERMINATING.search(words)
+        killer = signal_name(int(said[1])) if said else "SIGTERM"
+        sender = f" from {said[3]} (PID {said[2]})" if said else ""
+        return end(State.CRASHED, f"killed by {killer}{sender}", Cause.KILLED)
+    if why == "host-qmp-quit" and asked != "shutdown":
+        return end(State.STOPPED, "ended through its monitor", Cause.HOST_SHUTDOWN)
+    if code not in (0, None):
+        return end(State.CRASHED, f"QEMU exited with status {code}", Cause.FAILED)
+    if asked == "shutdown" and why.startswith("guest-"):
+        return end(State.STOPPED, f"shut down by {by}", Cause.SHUTDOWN, by)
+    if why.startswith("guest-") and "POWERDOWN" in names:
+        # The power button, and not by us: the unit's ExecStop, while the host goes down.
+        return end(State.STOPPED, "shut down with the host", Cause.HOST_SHUTDOWN)
+    if why == "guest-reset":
+        return end(State.STOPPED, "rebooted itself", Cause.GUEST_SHUTDOWN)
+    if why.startswith("guest-"):
+        return end(State.STOPPED, "powered off by itself", Cause.GUEST_SHUTDOWN)
+    if unit is None:
+        return end(State.CRASHED, "ended, and nobody saw how", Cause.UNKNOWN)
+    return end(State.STOPPED, "ended", Cause.UNKNOWN)
+
+
+def _signal(unit: UnitState | None) -> str | None:
+    if unit is None or unit.exec_code in (0, CLD_EXITED) or not unit.exec_status:
+        return None
+    return signal_name(unit.exec_status)

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the QEMU driver must know of the host: the program, KVM, the guests' user, and the files that a guest is given."""
+
+from __future__ import annotations
+
+import grp
+import os
+import platform
+import pwd
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ... import errors
+from ...model import domain as model
+from ...model import size
+
+if TYPE_CHECKING:
+    from ...model.settings import Qemu
+
+PLACES = ("/usr/bin", "/usr/libexec", "/usr/local/bin")
+# uname's names and QEMU's differ for some (docs/system/targets).
+ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64", "i686": "i386"}
+
+
+@dataclass(frozen=True)
+class Account:
+    """Whom the guests run as."""
+
+    user: str
+    group: str
+    uid: int
+    gid: int
+    groups: tuple[str, ...]  # more groups: the one that may open /dev/kvm
+
+
+def account(settings: Qemu) -> Account:
+    """Raises HostError when there is no such user or group."""
+    hint = "Run systemd-sysusers, or set qemu.user and qemu.group in virtd.toml."
+    try:
+        entry = pwd.getpwnam(settings.user)
+    except KeyError:
+        raise errors.HostError(f"There is no user {settings.user} to run guests as", hint=hint) from None
+    if entry.pw_uid == 0:
+        raise errors.HostError(
+            "QEMU doesn't run as root", hint="Set qemu.user in virtd.toml to an unprivileged user."
+        )
+    try:
+        gid = grp.getgrnam(settings.group).gr_gid
+    except KeyError:
+        raise errors.HostError(f"There is no group {settings.group} to run guests as", hint=hint) from None
+    groups = []
+    try:
+        owner = os.stat("/dev/kvm").st_gid
+        groups = [grp.getgrgid(owner).gr_name] if owner not in (0, gid) else []
+    except (OSError, KeyError):
+        pass
+    return Account(settings.user, settings.group, entry.pw_uid, gid, tuple(groups))
+
+
+def binary(settings: Qemu) -> str:
+    """The QEMU to run. Raises HostError when it is missing or not executable."""
+    if settings.binary:
+        candidates = [settings.binary]
+    else:
+        machine = platform.machine()
+        name = f"qemu-system-{ARCHITECTURES.get(machine, machine)}"
+        candidates = [f"{place}/{name}" for place in PLACES] + ["/usr/libexec/qemu-kvm"]
+    for candidate in candidates:
+        if os.path.isfile(candidate):
+            if os.access(candidate, os.X_OK):
+                return candidate
+            raise errors.HostError(f"{candidate} is not executable", hint="See qemu.binary in virtd.toml.")
+    raise errors.HostError(
+        f"QEMU is missing: no {candidates[0]}",
+        hint="Install qemu-system (Fedora: qemu-kvm), or set qemu.binary in virtd.toml.",
+    )
+
+
+def has_kvm() -> bool:
+    """Whether the kernel offers KVM: the device is there and opens."""
+    try:
+        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
+def missing_files(domain: model.Domain) -> list[tuple[str, str]]:
+    """What the definition names and the host doesn't have, as (key, text)."""
+    return [(key, f"no such file: {path}") for key, path in model.paths(domain) if not os.path.exists(path)]
+
+
+def check_files(domain: model.Domain, source: str, who: Account) -> None:
+    """Every file is there, of the right kind, and readable for the guest's user. Raises InvalidDefinition."""
+    for key, text in missing_files(domain):
+        raise errors.InvalidDefinition(source, key, text)
+    for key, path in model.paths(domain):
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise errors.InvalidDefinition(source, key, f"expected a regular file: {path}")
+        if key.startswith("boot") and not may(status, who, os.R_OK):
+            raise errors.InvalidDefinition(
+                source, key, f"{path} is not readable for {who.user}", hint=f"chmod o+r {path}, or use a copy."
+            )
+    if domain.memory_bytes > (total := memory_total()):
+        raise errors.InvalidDefinition(
+            source,
+            "memory",
+            f"expected at most what the host has, {size.show(total >> 20 << 20)}, got {domain.memory}",
+        )
+
+
+def may(status: os.stat_result, who: Account, wanted: int) -> bool:
+    """Whether the guests' user may open a file, as far as its mode tells."""
+    shift = 6 if status.st_uid == who.uid else 3 if status.st_gid == who.gid else 0
+    return (status.st_mode >> shift) & wanted == wanted
+
+
+def memory_total() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Whose a file was before a guest was given it."""
+
+    path: str
+    uid: int
+    gid: int
+
+
+def give(domain: model.Domain, who: Account) -> list[Owner]:
+    """The files whose owner must change for the guest's user to open them, with the owner they have now."""
+    found = []
+    wanted = [(disk.path, os.R_OK if disk.readonly else os.R_OK | os.W_OK) for disk in domain.disk]
+    wanted += [(cdrom.path, os.R_OK) for cdrom in domain.cdrom]
+    for path, mode in wanted:
+        status = os.stat(path)
+        if not may(status, who, mode):
+            found.append(Owner(path, status.st_uid, status.st_gid))
+    return found
+
+
+def give_back(owners: list[Owner], who: Account) -> None:
+    """Give the files back to whom they belonged, unless somebody else did something with them since."""
+    for owner in owners:
+        try:
+            if os.stat(owner.path).st_uid == who.uid:
+                os.chown(owner.path, owner.uid, owner.gid)
+        except OSError:
+            pass
+
+
+def identity(path: str) -> tuple[int, int] | None:
+    """Which file a path leads to, so that two names of one disk are seen as one."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The unit that a guest runs in: what it may see and do. Names and types: org.freedesktop.systemd1(5), systemd.exec(5)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import command
+
+if TYPE_CHECKING:
+    from ...model.domain import Domain
+
+Property = tuple[str, str, Any]
+
+# What QEMU itself needs of the host; the rest of the file system is hidden behind empty directories.
+KEPT = frozenset({"bin", "sbin", "lib", "lib32", "lib64", "libx32", "usr", "proc", "sys", "dev", "nix"})
+LIBRARIES = ("/etc/ld.so.cache", "/etc/alternatives")
+RESOLVER = ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf")
+
+
+def properties(domain: Domain, runtime: str, *, toplevel: list[str], kvm: bool, stop_after: float) -> list[Property]:
+    """Properties for StartTransientUnit. `toplevel`: the names in `/`; `stop_after`: seconds that host shutdown gives it."""
+    network = bool(domain.nic)
+    hidden = [(f"/{name}", "ro,mode=0755") for name in toplevel if name not in KEPT]
+    read_only = [path for path in (domain.boot.kernel, domain.boot.initrd) if path]
+    read_only += [disk.path for disk in domain.disk if disk.readonly] + [cdrom.path for cdrom in domain.cdrom]
+    writable = [disk.path for disk in domain.disk if not disk.readonly]
+    optional = LIBRARIES + (RESOLVER if network else ())
+    families = ["AF_UNIX", "AF_INET", "AF_INET6"] if network else ["AF_UNIX"]
+    found: list[Property] = [
+        ("NoNewPrivileges", "b", True),
+        ("CapabilityBoundingSet", "t", 0),
+        ("ProtectSystem", "s", "strict"),
+        ("TemporaryFileSystem", "a(ss)", hidden),
+        (
+            "BindReadOnlyPaths",
+            "a(ssbt)",
+            [_bind(path) for path in read_only] + [_bind(path, missing_ok=True) for path in optional],
+        ),
+        ("BindPaths", "a(ssbt)", [_bind(runtime)] + [_bind(path) for path in writable]),
+        ("ProtectProc", "s", "invisible"),
+        ("ProtectKernelTunables", "b", True),
+        ("ProtectKernelModules", "b", True),
+        ("ProtectKernelLogs", "b", True),
+        ("ProtectControlGroups", "b", True),
+        ("ProtectClock", "b", True),
+        ("RestrictSUIDSGID", "b", True),
+        ("RestrictRealtime", "b", True),
+        ("RestrictNamespaces", "t", 0),
+        ("RestrictAddressFamilies", "(bas)", (True, families)),
+        ("LockPersonality", "b", True),
+        ("SystemCallArchitectures", "as", ["native"]),
+        ("UMask", "u", 0o077),
+        # A disk image may be as large as it likes, a core dump of the guest's memory is nobody's business.
+        ("LimitCORE", "t", 0),
+        ("LimitNOFILE", "t", 65536),
+        ("OOMPolicy", "s", "continue"),
+        ("TimeoutStopUSec", "t", int((stop_after + 10) * 1_000_000)),
+        # At host shutdown systemd stops the unit itself, with or without virtd: the guest is asked first.
+        ("ExecStop", "a(sasb)", [_stop_command(runtime, stop_after)]),
+    ]
+    if kvm:
+        found += [("DevicePolicy", "s", "closed"), ("DeviceAllow", "a(ss)", [("/dev/kvm", "rw")])]
+    else:
+        found += [("PrivateDevices", "b", True)]
+    return found
+
+
+def _bind(path: str, *, missing_ok: bool = False) -> tuple[str, str, bool, int]:
+    return (path, path, missing_ok, 0)
+
+
+def _stop_command(runtime: str, seconds: float) -> tuple[str, list[str], bool]:
+    helper = "/usr/libexec/virtd-guest-stop"
+    socket = command.shutdown_socket(runtime)
+    # systemd runs ExecStop for a process that has ended by itself too, then without $MAINPID: nothing to do, and
+    # no time to spend on a Python start.
+    script = f'test -z "$MAINPID" || exec {helper} {socket} {seconds:g}'
+    return ("/bin/sh", ["/bin/sh", "-c", script], False)

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Messages to the journal with fields: MESSAGE_ID=, VIRTD_DRIVER=, VIRTD_NAME=, VIRTD_UUID=."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+log = logging.getLogger("virtd")
+
+PRIORITY = {"error": 3, "warning": 4, "notice": 5, "info": 6}
+
+
+def send(text: str, *, message_id: str = "", level: str = "info", **fields: str) -> None:
+    """Write one entry. Never raises: a journal that is away must not stop what is being reported.
+
+    Extra `fields` (upper case names) are written as they are; empty ones are left out.
+    """
+    try:
+        # systemd.journal itself imports logging, uuid and datetime helpers: 22 ms where this takes 1.
+        from systemd._journal import sendv
+
+        entry = [f"MESSAGE={text}", f"PRIORITY={PRIORITY[level]}", "SYSLOG_IDENTIFIER=virtd"]
+        if message_id:
+            entry.append(f"MESSAGE_ID={message_id}")
+        entry += [f"{key}={value}" for key, value in fields.items() if value]
+        sendv(*entry)
+    except (ImportError, OSError):
+        print(f"<{PRIORITY[level]}>{text}", file=sys.stderr, flush=True)
+
+
+class Handler(logging.Handler):
+    """Python's logging, to the journal."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = (
+            "error" if record.levelno >= logging.ERROR else "warning" if record.levelno >= logging.WARNING else "info"
+        )
+        send(self.format(record), level=level, CODE_FUNC=record.funcName, CODE_FILE=record.pathname)
