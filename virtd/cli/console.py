@@ -470,8 +470,8 @@ def _options(parser: Parser) -> None:
         "--timeout",
         metavar="SECONDS",
         type=duration,
-        help="leave that long after the end of a standard input that is no terminal, and with --read-only after the start; "
-        "unless given, output goes on until the guest ends",
+        help="leave that long after the end of standard input, if that is no terminal, or after the start with "
+        "--read-only; unless given, output goes on until the guest ends",
     )
 
 

@@ -47,12 +47,12 @@ def _result(_name: str, call: Call) -> Reply:
     return call.result()
 
 
-def plain(verb: str, method: str, *, repeat: bool = True) -> Callable[[argparse.Namespace, Session], int]:
+def plain(verb: str, method: str) -> Callable[[argparse.Namespace, Session], int]:
     """A command that is one method with a name and nothing else."""
 
     def run(args: argparse.Namespace, session: Session) -> int:
         def begin(name: str) -> Call:
-            return Call(session, method, constant({"name": name}), limit=WORK, repeat=repeat)
+            return Call(session, method, constant({"name": name}), limit=WORK)
 
         return act(args.names, verb, begin, _result)
 
@@ -94,6 +94,23 @@ def shutdown(args: argparse.Namespace, session: Session) -> int:
                 raise
 
     return act(args.names, "shut down", begin, end)
+
+
+def reboot(args: argparse.Namespace, session: Session) -> int:
+    def begin(name: str) -> Call:
+        # Not repeated: a second time would undo what the guest has booted since the first.
+        parameters: Parameters = {"name": name, "force": args.force, "timeout": args.timeout}
+        limit = None if args.timeout is None else args.timeout + WORK
+        return Call(session, "Reboot", constant(parameters), limit=limit, repeat=False)
+
+    def end(name: str, call: Call) -> None:
+        try:
+            call.result()
+        except TimedOut as error:
+            error.hint = error.hint or f"the guest runs on; virtctl reboot --force {name} resets it at once"
+            raise
+
+    return act(args.names, "reboot", begin, end)
 
 
 def undefine(args: argparse.Namespace, session: Session) -> int:
@@ -192,6 +209,18 @@ def _shutdown_options(parser: Parser) -> None:
     parser.add_argument("--no-wait", action="store_true", help="only ask the guests, and don't wait")
 
 
+def _reboot_options(parser: Parser) -> None:
+    parser.names()
+    parser.add_argument("--force", action="store_true", help="reset them at once, without asking the guests")
+    parser.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=duration,
+        default=SHUTDOWN_LIMIT,
+        help=f"how long to wait for the guests to power off: {SHUTDOWN_LIMIT:g} unless given, or infinity",
+    )
+
+
 def _autostart_options(parser: Parser) -> None:
     parser.names()
     parser.add_argument("--disable", action="store_true", help="don't start them at boot any longer")
@@ -211,7 +240,7 @@ OPTIONS: dict[str, Callable[[Parser], None]] = {
     "shutdown": _shutdown_options,
     "stop": _names,
     "kill": _kill_options,
-    "reboot": _names,
+    "reboot": _reboot_options,
     "suspend": _names,
     "resume": _names,
     "define": _define_options,
@@ -224,8 +253,7 @@ RUN: dict[str, Callable[[argparse.Namespace, Session], int]] = {
     "shutdown": shutdown,
     "stop": plain("stop", "Stop"),
     "kill": kill,
-    # A second reset would undo what the guest has booted since the first.
-    "reboot": plain("reboot", "Reboot", repeat=False),
+    "reboot": reboot,
     "suspend": plain("suspend", "Suspend"),
     "resume": plain("resume", "Resume"),
     "define": define,

@@ -30,8 +30,16 @@ STATE_COLOURS = {
 # table must not carry them. (The console and the log are printed as they are; that is what a console is for.)
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
 
-LONG_UNITS = (("year", 31_557_600), ("month", 2_629_800), ("week", 604_800), ("day", 86_400))
-SHORT_UNITS = (("h", 3600), ("min", 60), ("s", 1))
+# Unit, its length in seconds, and the smaller unit that is shown beside it.
+UNITS = (
+    ("year", 31_557_600, "month"),
+    ("month", 2_629_800, "day"),
+    ("week", 604_800, "day"),
+    ("day", 86_400, "h"),
+    ("h", 3600, "min"),
+    ("min", 60, "s"),
+    ("s", 1, ""),
+)
 
 
 def clean(text: str) -> str:
@@ -107,16 +115,19 @@ def seconds(iso: str) -> float | None:
 
 
 def span(length: float) -> str:
-    """A length of time in its two largest units, as systemctl shows it: `2h 5min`, `1 week 3 days`."""
+    """A length of time in two units, as systemctl shows it: `2h 5min`, `1 week 3 days`."""
     rest = int(length)
     words: list[str] = []
-    for unit, size in LONG_UNITS + SHORT_UNITS:
-        count, rest = divmod(rest, size)
-        if count:
-            words.append(plural(count, unit) if len(unit) > 3 else f"{count}{unit}")
-        elif words:
-            break
-    return " ".join(words[:2]) or "0s"
+    smaller: str | None = None
+    for unit, size, beside in UNITS:
+        count = rest // size
+        if count and smaller in (None, unit):
+            words.append(plural(count, unit) if size >= 86_400 else f"{count}{unit}")
+            rest -= count * size
+            if smaller is not None:
+                break
+            smaller = beside
+    return " ".join(words) or "0s"
 
 
 def ago(iso: str) -> str:

@@ -1,0 +1,550 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""virtctl's commands, as their users see them: arguments, output, messages, exit statuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.unit.fake_daemon import DOMAIN, INFO, KILLED, STOPPED, FakeDaemon
+from virtd import __version__, errors
+from virtd.cli import output
+from virtd.cli.main import COMMANDS, main
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).resolve().parents[2]
+STATUS = {
+    "version": "0.1.0",
+    "pid": 77,
+    "since": "2026-11-23T02:47:54Z",
+    "started_reason": "restart",
+    "recovered": {"objects": 2, "ms": 3.5, "adopted": ["web1"], "ended": ["db1"], "rolled_back": []},
+    "budget": {"used": 10, "max": 4000},
+    "problems": [],
+    "domains": {"running": 1, "stopped": 1, "paused": 0},
+    "degraded": [],
+}
+PROBLEM = {"object": "web1", "text": "a slot is missing", "hint": "virtctl stop web1"}
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaemon]:
+    fake = FakeDaemon(tmp_path / "virtd.sock")
+    monkeypatch.setenv("VIRTCTL_ADDRESS", fake.path)
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    yield fake
+    fake.close()
+
+
+class Ran:
+    """How a run of virtctl ended."""
+
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status = status
+        self.out = out
+        self.err = err
+
+
+@pytest.fixture
+def virtctl(capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*words: str) -> Ran:
+        status = main(words)
+        captured = capsys.readouterr()
+        return Ran(status, captured.out, captured.err)
+
+    return run
+
+
+# Finding the command.
+
+
+def test_help_shows_every_command(virtctl: Any) -> None:
+    ran = virtctl("--help")
+    assert ran.status == 0
+    for command in COMMANDS:
+        assert f"\n  {command} " in ran.out
+    assert virtctl("help").out == virtctl("-h").out == ran.out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command(virtctl: Any, command: str) -> None:
+    ran = virtctl(command, "--help")
+    assert ran.status == 0
+    assert ran.out.startswith(f"usage: virtctl {command}")
+    assert virtctl("help", command).out == ran.out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_man_page_and_the_completion_know_each_command_and_option(virtctl: Any, command: str) -> None:
+    page = (ROOT / "packaging/man/virtctl.1.rst").read_text()
+    completion = (ROOT / "packaging/virtctl.bash-completion").read_text()
+    assert f"\n``{command}" in page
+    assert command in completion.split()
+    for option in {
+        word.strip(",[]") for word in virtctl(command, "--help").out.split() if word.startswith(("--", "[--"))
+    }:
+        assert option.split("=")[0] in page
+        assert option.split("=")[0] in completion
+
+
+def test_version(virtctl: Any) -> None:
+    assert virtctl("--version").out == f"virtctl {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("frobnicate",),
+        ("network", "list"),
+        ("container",),
+        ("start",),
+        ("info",),
+        ("info", "a", "b"),
+        ("list", "--state", "flying"),
+        ("list", "--json=yaml"),
+        ("kill", "-s", "SIGNOTHING", "web1"),
+        ("shutdown", "--timeout", "soon", "web1"),
+        ("log", "-n", "some", "web1"),
+        ("console", "--escape", "abc", "web1"),
+        ("start", "--frob", "web1"),
+        ("start", "--daemon-tim", "1", "web1"),
+    ],
+)
+def test_wrong_usage_is_2(virtctl: Any, words: tuple[str, ...]) -> None:
+    ran = virtctl(*words)
+    assert ran.status == 2
+    assert ran.out == ""
+    assert ran.err.startswith("virtctl")
+    assert "Traceback" not in ran.err
+
+
+def test_a_noun_of_a_later_version_is_named(virtctl: Any) -> None:
+    assert (
+        virtctl("pool", "list").err == "virtctl: 'pool' isn't in this version, which manages virtual machines only\n"
+    )
+
+
+def test_options_before_the_command(virtctl: Any, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VIRTCTL_ADDRESS")
+    daemon.answers["Info"] = {"object": INFO}
+    ran = virtctl("--address", daemon.path, "--json", "info", "web1")
+    assert json.loads(ran.out) == INFO
+    assert virtctl("info", "--json", "web1", f"--address={daemon.path}").out == ran.out
+
+
+# list.
+
+
+def test_list(virtctl: Any, daemon: FakeDaemon) -> None:
+    daemon.answers["List"] = {"objects": [DOMAIN | {"since": _ago(185)}, STOPPED | {"since": None}]}
+    ran = virtctl("list")
+    assert ran.status == 0
+    header, stopped, running, empty, footer = ran.out.splitlines()
+    assert header.split() == ["NAME", "STATE", "PID", "SINCE", "AUTOSTART", "REASON"]
+    assert stopped.split() == ["db1", "stopped", "-", "-", "yes", "-"]
+    assert running.startswith("web1 running 4711 3min ")
+    assert running.endswith(" ago no        started")
+    assert stopped.index("yes") == running.index("no ") == header.index("AUTOSTART")
+    assert empty == ""
+    assert footer == "2 domains listed."
+
+
+def _ago(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S.000000Z", time.gmtime(time.time() - seconds))
+
+
+def test_no_command_lists(virtctl: Any, daemon: FakeDaemon) -> None:
+    daemon.answers["List"] = {"objects": []}
+    assert virtctl().out == "0 domains listed.\n"
+
+
+def test_list_without_legend(virtctl: Any, daemon: FakeDaemon) -> None:
+    daemon.answers["List"] = {"objects": [STOPPED | {"since": None}]}
+    assert virtctl("list", "--no-legend").out == "db1 stopped - - yes -\n"
+    assert virtctl("--no-legend", "list", "--running").out == ""
+
+
+def test_list_takes_domains_only_and_filters(virtctl: Any, daemon: FakeDaemon) -> None:
+    daemon.answers["List"] = {"objects": [DOMAIN, STOPPED, DOMAIN | {"name": "default", "driver": "network"}]}
+
+    def names(*words: str) -> list[str]:
+        return [item["name"] for item in json.loads(virtctl("list", "--json", *words).out)]
+
+    assert names() == ["db1", "web1"]
+    assert names("--all") == ["db1", "web1"]
+    assert names("--running") == ["web1"]
+    assert names("--state", "stopped,crashed") == ["db1"]
+    assert names("--state=paused") == []
+
+
+def test_list_json(virtctl: Any, daemon: FakeDaemon) -> None:
+    daemon.answers["List"] = {"objects": [DOMAIN]}
+    assert json.loads(virtctl("list", "--json").out) == [DOMAIN]
+    assert virtctl("list", "--json").out.count("\n") == 1
+    assert virtctl("list", "--json=pretty").out.startswith("[\n  {\n")
+    daemon.answers["List"] = {"objects": []}
+    assert virtctl("list", "--json").out == "[]\n"
+
+
+def test_what_a_guest_wrote_cant_reach_the_terminal(virtctl: Any, daemon: FakeDaemon) -> None:
+    daemon.answers["List"] = {"objects": [DOMAIN | {"reason": "\x1b]0;owned\x07 it\nis"}]}
+    out = virtctl("list").out
+    assert "\x1b" not in out
+    assert "\\x1b]0;owned\\x07 it is" in out
+
+
+# info, status, dump, wait.
+
+
+def test_info(virtctl: Any, daemon: FakeDaemon) -> None:
+    daemon.answers["Info"] = {"object": INFO}
+    ran = virtctl("info", "web1")
+    assert ran.status == 0
+    lines = ran.out.splitlines()
+    assert lines[0] == f"● web1 - qemu domain {INFO['uuid']}"
+    assert lines[1].startswith("     State: running (started) since Mon 2026-11-23 02:47:54 UTC; ")
+    for line in (
+        "       PID: 4711",
+        "      Unit: virtd-qemu-web1.service",
+        "    Memory: 256M",
+        "     vCPUs: 2",
+        "     Disks: /var/lib/virtd/images/web1.qcow2 (format qcow2)",
+        "   Monitor: connected",
+        " Autostart: no",
+        "Definition: /etc/virtd/qemu/web1.toml",
+        "            changed since the start; it takes effect with the next one",
+        "   Console: /var/log/virtd/qemu/web1.console.log",
+        "     Slots: stdin, stdout",
+    ):
+        assert line in lines
+    assert not any("VNC" in line or "Last exit" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("exit_", "words"),
+    [
+        (KILLED, "killed by SIGKILL"),
+        ({"cause": "guest-shutdown", "code": 0}, "powered off by the guest"),
+        ({"cause": "shutdown", "code": 0, "by": "root"}, "shut down by root"),
+        ({"cause": "stop", "code": 0, "by": ""}, "stopped"),
+        ({"cause": "oom", "signal": 9}, "killed, because the host ran out of memory"),
+        ({"cause": "panic", "code": 0}, "the guest's kernel panicked"),
+        ({"cause": "failed", "code": 1}, "QEMU failed with exit status 1"),
+        ({"cause": "host-shutdown"}, "ended by the shutdown of the host"),
+        ({"cause": "unknown", "signal": 99}, "ended by signal 99"),
+        ({"cause": "newer", "code": 3}, "ended with exit status 3"),
+        ({"cause": "unknown"}, "ended, it isn't known how"),
+    ],
+)
+def test_info_tells_how_it_ended(virtctl: Any, daemon: FakeDaemon, exit_: dict[str, Any], words: str) -> None:
+    daemon.answers["Info"] = {"object": INFO | {"state": "stopped", "pid": None, "exit": exit_}}
+    out = virtctl("info", "web1").out.splitlines()
+    assert out[0].startswith("○ web1")
+    assert f" Last exit: {words}" in out
+
+
+def test_info_of_a_name_that_isnt_there_is_4(virtctl: Any, daemon: FakeDaemon) -> None:
+    daemon.answers["Info"] = errors.NotFound("There is no domain nosuch", hint="virtctl list")
+    ran = virtctl("info", "nosuch")
+    assert ran.status == 4
+    assert ran.out == ""
+    assert ran.err == "Failed to show nosuch: There is no domain nosuch\nHint: virtctl list\n"
+
+
+def test_status(virtctl: Any, daemon: FakeDaemon) -> None:
+    daemon.answers["Status"] = {"status": STATUS}
+    ran = virtctl("status")
+    assert ran.status == 0
+    lines = ran.out.splitlines()
+    assert lines[0] == "● virtd 0.1.0 - host daemon for virtual machines"
+    assert lines[1].startswith("     State: running since Mon 2026-11-23 02:47:54 UTC; ")
+    assert lines[2:] == [
+        "       PID: 77",
+        "   Started: restart",
+        "   Domains: 1 running, 1 stopped",
+        " Recovered: 2 objects in 3.5 ms",
+        "            running on: web1",
+        "            ended meanwhile: db1",
+        "     Slots: 10 of 4000 in use",
+    ]
+    assert json.loads(virtctl("status", "--json").out) == STATUS
+
+
+def test_status_with_problems_is_1(virtctl: Any, daemon: FakeDaemon) -> None:
+    daemon.answers["Status"] = {"status": STATUS | {"problems": [PROBLEM]}}
+    ran = virtctl("status")
+    assert ran.status == 1
+    assert ran.out.endswith("  Problems: 1\n\n● web1: a slot is missing\n  Hint: virtctl stop web1\n")
+    assert virtctl("status", "--json").status == 1
+
+
+def test_status_without_a_daemon_is_3(virtctl: Any, tmp_path: Path) -> None:
+    ran = virtctl("status", "--address", str(tmp_path / "none"))
+    assert ran.status == 3
+    assert ran.err == "Failed to get the status of virtd: virtd isn't running\nHint: systemctl status virtd\n"
+    assert virtctl("list", "--address", str(tmp_path / "none")).status == 1
+
+
+def test_dump(virtctl: Any, daemon: FakeDaemon) -> None:
+    daemon.answers["Dump"] = {"text": 'name = "web1"\n'}
+    assert virtctl("dump", "web1").out == 'name = "web1"\n'
+    assert json.loads(virtctl("dump", "web1", "--json").out) == {"name": "web1", "text": 'name = "web1"\n'}
+
+
+def test_wait(virtctl: Any, daemon: FakeDaemon) -> None:
+    daemon.answers["Wait"] = {"object": DOMAIN}
+    assert virtctl("wait", "web1", "--state=running", "--timeout", "5").out == ""
+    assert json.loads(virtctl("wait", "web1", "--json").out) == DOMAIN
+    first, second = daemon.asked("Wait")
+    assert first["states"] == ["running"]
+    assert 0 < first["timeout"] <= 5
+    assert second["states"] == ["stopped", "crashed"]
+    assert second["timeout"] is None
+    daemon.answers["Wait"] = errors.TimedOut("web1 is still running")
+    assert virtctl("wait", "web1").status == 1
+
+
+# Changing.
+
+
+@pytest.mark.parametrize("command", ["start", "stop", "suspend", "resume", "undefine", "reboot", "kill", "shutdown"])
+def test_a_change_that_works_says_nothing(virtctl: Any, daemon: FakeDaemon, command: str) -> None:
+    daemon.answers[command.capitalize()] = {"name": "web1", "changed": True, "pid": 1}
+    ran = virtctl(command, "web1", "db1")
+    assert (ran.status, ran.out, ran.err) == (0, "", "")
+    assert sorted(asked["name"] for asked in daemon.asked(command.capitalize())) == ["db1", "web1"]
+
+
+def test_several_names_end_with_the_first_failure(virtctl: Any, daemon: FakeDaemon) -> None:
+    def start(call: Any) -> dict[str, Any]:
+        failures = {
+            "b": errors.NotFound("There is no domain b"),
+            "c": errors.StartFailed("QEMU said:\nqemu: no such machine", hint="virtctl log --qemu c"),
+        }
+        if error := failures.get(call.parameters["name"]):
+            raise error
+        return {"name": call.parameters["name"], "changed": True, "pid": 1}
+
+    daemon.answers["Start"] = start
+    ran = virtctl("start", "a", "b", "c")
+    assert ran.status == 4
+    assert ran.err.splitlines() == [
+        "Failed to start b: There is no domain b",
+        "Failed to start c: QEMU said:",
+        "qemu: no such machine",
+        "Hint: virtctl log --qemu c",
+    ]
+    assert virtctl("start", "c", "b").status == 1
+
+
+def test_many_names_are_under_way_at_once(virtctl: Any, daemon: FakeDaemon) -> None:
+    def start(call: Any) -> dict[str, Any]:
+        # Answered only when all have asked.
+        assert call.until(lambda: len(daemon.asked("Start")) == 10)
+        return {"name": call.parameters["name"], "changed": True, "pid": 1}
+
+    daemon.answers["Start"] = start
+    assert virtctl("start", *map(str, range(10))).status == 0
+
+
+def test_shutdown_passes_its_limit(virtctl: Any, daemon: FakeDaemon) -> None:
+    daemon.answers["Shutdown"] = {"name": "web1", "changed": True}
+    for words in ((), ("--timeout", "2min"), ("--timeout=infinity",), ("--no-wait",)):
+        assert virtctl("shutdown", "web1", *words).status == 0
+    limits = [asked["timeout"] for asked in daemon.asked("Shutdown")]
+    assert 59 < limits[0] <= 60
+    assert 119 < limits[1] <= 120
+    assert limits[2] is None
+    assert limits[3] == 0
+
+
+def test_shutdown_that_takes_too_long(virtctl: Any, daemon: FakeDaemon) -> None:
+    daemon.answers["Shutdown"] = errors.TimedOut("it still runs after 60 s")
+    ran = virtctl("shutdown", "web1")
+    assert ran.status == 1
+    assert ran.err.splitlines() == [
+        "Failed to shut down web1: it still runs after 60 s",
+        "Hint: the guest runs on; virtctl stop web1 stops it at once",
+    ]
+    assert virtctl("shutdown", "--no-wait", "web1").status == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "number"), [((), 15), (("-s", "KILL"), 9), (("--signal=sigusr1",), 10), (("-s", "2"), 2)]
+)
+def test_kill_takes_names_and_numbers(virtctl: Any, daemon: FakeDaemon, words: tuple[str, ...], number: int) -> None:
+    daemon.answers["Kill"] = {"name": "web1"}
+    assert virtctl("kill", "web1", *words).status == 0
+    assert daemon.asked("Kill") == [{"name": "web1", "signal": number}]
+
+
+def test_reboot_force(virtctl: Any, daemon: FakeDaemon) -> None:
+    daemon.answers["Reboot"] = {"name": "web1", "changed": True}
+    assert virtctl("reboot", "--force", "web1").status == 0
+    assert daemon.asked("Reboot") == [{"name": "web1", "force": True, "timeout": 60.0}]
+    daemon.answers["Reboot"] = errors.TimedOut("it still runs")
+    assert "virtctl reboot --force web1" in virtctl("reboot", "web1").err
+
+
+def test_autostart(virtctl: Any, daemon: FakeDaemon) -> None:
+    daemon.answers["Autostart"] = {"name": "web1", "changed": True}
+    assert virtctl("autostart", "web1").status == 0
+    assert virtctl("autostart", "--disable", "web1").status == 0
+    assert [asked["enable"] for asked in daemon.asked("Autostart")] == [True, False]
+
+
+def test_access_denied_says_what_to_do(virtctl: Any, daemon: FakeDaemon) -> None:
+    daemon.answers["Stop"] = errors.AccessDenied("alice may not stop domains")
+    ran = virtctl("stop", "web1")
+    assert ran.status == 1
+    assert ran.err == (
+        "Failed to stop web1: alice may not stop domains\nHint: changing anything needs root: try it with sudo\n"
+    )
+
+
+def test_reload(virtctl: Any, daemon: FakeDaemon) -> None:
+    daemon.answers["Reload"] = {"changed": [], "problems": []}
+    ran = virtctl("reload")
+    assert (ran.status, ran.out, ran.err) == (0, "", "")
+    daemon.answers["Reload"] = {"changed": ["web1", "db1"], "problems": [PROBLEM]}
+    ran = virtctl("reload")
+    assert ran.status == 1
+    assert ran.out == "Changed: web1, db1.\n"
+    assert ran.err == "web1: a slot is missing\nHint: virtctl stop web1\n"
+
+
+# define.
+
+
+def _defined(created: bool = True) -> dict[str, Any]:
+    return {"name": "web1", "uuid": DOMAIN["uuid"], "created": created, "path": "/etc/virtd/qemu/web1.toml"}
+
+
+def test_define_a_file(virtctl: Any, daemon: FakeDaemon, tmp_path: Path) -> None:
+    file = tmp_path / "web1.toml"
+    file.write_text('name = "wéb1"')
+    daemon.answers["Define"] = _defined()
+    assert virtctl("define", str(file)).out == "Defined web1 (/etc/virtd/qemu/web1.toml).\n"
+    assert daemon.asked("Define") == [{"text": 'name = "wéb1"', "source": str(file), "check": False}]
+    daemon.answers["Define"] = _defined(created=False)
+    assert virtctl("define", str(file)).out == "Changed the definition of web1 (/etc/virtd/qemu/web1.toml).\n"
+    assert virtctl("define", "--check", str(file)).out == f"{file}: OK, would change web1.\n"
+    assert daemon.asked("Define")[-1]["check"] is True
+
+
+def test_define_standard_input(virtctl: Any, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'name = "web1"')))
+    daemon.answers["Define"] = errors.InvalidDefinition(
+        "<stdin>", "memory", "at least 1M, not 0", hint='memory = "256M"'
+    )
+    ran = virtctl("define", "-")
+    assert ran.status == 1
+    assert ran.err == '<stdin>: memory: at least 1M, not 0\nHint: memory = "256M"\n'
+    assert daemon.asked("Define")[0]["source"] == "<stdin>"
+
+
+def test_define_what_cant_be_read(virtctl: Any, daemon: FakeDaemon, tmp_path: Path) -> None:
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"name\xff")
+    ran = virtctl("define", str(tmp_path / "none"), str(binary), str(tmp_path))
+    assert ran.status == 1
+    assert ran.err.splitlines() == [
+        f"Failed to define {tmp_path}/none: Can't read it: No such file or directory",
+        f"{binary}: UTF-8 text expected, but byte 4 isn't",
+        f"Failed to define {tmp_path}: Can't read it: Is a directory",
+    ]
+    assert daemon.calls == []
+
+
+# Daemons of another version, and none.
+
+
+def test_a_daemon_that_doesnt_know_a_command(virtctl: Any, daemon: FakeDaemon) -> None:
+    ran = virtctl("list")
+    assert ran.status == 1
+    assert ran.err.startswith("Failed to list domains: The running virtd doesn't know org.virtd1.List\nHint: ")
+
+
+def test_an_error_of_a_newer_daemon(virtctl: Any, daemon: FakeDaemon) -> None:
+    class Newer(errors.VirtdError):
+        pass
+
+    daemon.answers["Stop"] = Newer("something new is wrong", hint="read the news")
+    assert virtctl("stop", "web1").err == "Failed to stop web1: something new is wrong\nHint: read the news\n"
+
+
+def test_nonsense_instead_of_an_answer(virtctl: Any, daemon: FakeDaemon) -> None:
+    daemon.answers["List"] = lambda call: call.connection.sendall(b"[]\0")
+    ran = virtctl("list")
+    assert ran.status == 1
+    assert "no Varlink message" in ran.err
+
+
+def test_a_socket_that_one_may_not_use(virtctl: Any, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(_address: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("virtd.cli.client.Connection", connect)
+    assert virtctl("start", "web1").err.startswith(f"Failed to start web1: No access to {daemon.path}\n")
+
+
+# Output.
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (59.9, "59s"),
+        (185, "3min 5s"),
+        (3600, "1h"),
+        (7503, "2h 5min"),
+        (86400 + 7200, "1 day 2h"),
+        (2 * 86400 + 60, "2 days"),
+        (8 * 86400, "1 week 1 day"),
+        (35 * 86400, "1 month 4 days"),
+        (800 * 86400, "2 years 2 months"),
+    ],
+)
+def test_span(seconds: float, text: str) -> None:
+    assert output.span(seconds) == text
+
+
+@pytest.mark.parametrize("when", [0, 951782400, 951868799, 1583020800, 1709164800, 1795402074, 4107542400])
+def test_times_are_read_as_the_library_reads_them(when: int) -> None:
+    assert output.seconds(time.strftime("%Y-%m-%dT%H:%M:%S.250000Z", time.gmtime(when))) == when + 0.25
+
+
+@pytest.mark.parametrize("text", ["", "yesterday", "2026-11", None])
+def test_what_is_no_time_is_none(text: Any) -> None:
+    assert output.seconds(text) is None
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_colours_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert output.paint("x", output.RED, Terminal()) == "\x1b[1;31mx\x1b[0m"
+    assert output.paint("x", output.RED, io.StringIO()) == "x"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert output.paint("x", output.RED, Terminal()) == "x"
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setenv("TERM", "dumb")
+    assert output.paint("x", output.RED, Terminal()) == "x"
+
+
+def test_the_help_fits_a_terminal(virtctl: Any) -> None:
+    assert max(map(len, virtctl("--help").out.splitlines())) <= 80
