@@ -94,7 +94,9 @@ class Store:
         self._files_max = files_limit(resource.getrlimit(resource.RLIMIT_NOFILE)[0], headroom)
         self._changing = threading.RLock()
         self._slots: dict[str, Slot] = {}
-        self._doubles: dict[str, list[Slot]] = {}
+        # This one is replaced, not changed, when it changes, so that readers need no lock. The others are read as a
+        # whole, which is one step under the GIL.
+        self._doubles: dict[str, tuple[Slot, ...]] = {}
         self._sockets: dict[str, list[int]] = {}
         # Which slots may be the same open file, by dev:ino; asking the kernel about each pair would be quadratic.
         self._by_inode: dict[tuple[int, int], set[str]] = {}
@@ -102,7 +104,7 @@ class Store:
             if not slot_names.is_slot(name):
                 self._sockets.setdefault(name, []).append(fd)
             elif name in self._slots:
-                self._doubles.setdefault(name, []).append(Slot.of(name, fd))
+                self._doubles[name] = (*self._doubles.get(name, ()), Slot.of(name, fd))
             else:
                 self._keep(Slot.of(name, fd))
 
@@ -176,37 +178,34 @@ class Store:
         It takes another program (or `systemd-notify --fd`) to make one: `put()` never leaves two. `resolve()` settles
         it by what the daemon's own records say.
         """
-        with self._changing:
-            return {name: self._candidates(name) for name in self._doubles}
+        return {name: found for name in self._doubles if len(found := self._candidates(name)) > 1}
 
     def budget(self) -> Budget:
         """How much of the store is used, and what limits it."""
-        with self._changing:
-            return self._budget([])
+        return self._budget([])
 
     def room_for(self, names: Iterable[str]) -> None:
         """Return if all `names` could be put together; else raise StoreFull, which says what to change in the unit.
 
         Also BadName, for a name that can't be put at all.
         """
-        with self._changing:
-            new = [slot_names.check(name) for name in dict.fromkeys(names) if name not in self._slots]
-            over = exceeded(self._budget(new))
-            if over is None:
-                return
-            now = self._budget([])
-            what = f"{new[0]}" if len(new) == 1 else f"{len(new)} descriptors"
-            if over is Limit.STORE and not self._store_max:
-                raise StoreFull(
-                    f"no room for {what}: the unit has no FD store",
-                    limited_by=over,
-                    hint="set FileDescriptorStoreMax= in the unit; before systemd 254, pass fallback_max= as well",
-                )
+        new = [slot_names.check(name) for name in dict.fromkeys(names) if name not in self._slots]
+        over = exceeded(self._budget(new))
+        if over is None:
+            return
+        now = self._budget([])
+        what = new[0] if len(new) == 1 else f"{len(new)} descriptors"
+        if over is Limit.STORE and not self._store_max:
             raise StoreFull(
-                f"no room for {what} in the FD store: {now.used} slots are used, and {over} allows {now.max}",
+                f"no room for {what}: the unit has no FD store",
                 limited_by=over,
-                hint=HINTS[over],
+                hint="set FileDescriptorStoreMax= in the unit; before systemd 254, pass fallback_max= as well",
             )
+        raise StoreFull(
+            f"no room for {what} in the FD store: {now.used} slots are used, and {over} allows {now.max}",
+            limited_by=over,
+            hint=HINTS[over],
+        )
 
     def verify(self, dump: Iterable[tuple[str, int, int]]) -> Difference:
         """Compare with what PID 1 holds, given as StoredEntry or plain (name, dev, ino).
@@ -315,11 +314,11 @@ class Store:
             for fds in self._sockets.values():
                 for fd in fds:
                     os.close(fd)
-            self._sockets.clear()
+            self._sockets = {}
 
     def _budget(self, new: list[str]) -> Budget:
         """The budget with slots of these names besides."""
-        doubles = [name for name, slots in self._doubles.items() for _ in slots]
+        doubles = [slot.name for slots in self._doubles.values() for slot in slots]
         sockets = [name for name, fds in self._sockets.items() for _ in fds]
         return measure([*self._slots, *doubles, *new], sockets, self._store_max, self._files_max)
 
@@ -329,7 +328,8 @@ class Store:
 
     def _candidates(self, name: str) -> list[Slot]:
         """Every descriptor that we have under that name: one as a rule."""
-        return [*([self._slots[name]] if name in self._slots else []), *self._doubles.get(name, [])]
+        first = self._slots.get(name)
+        return [*([first] if first is not None else []), *self._doubles.get(name, ())]
 
     def _twin(self, slot: Slot) -> str | None:
         """The name of the slot that is the same open file description; None if there is none, or no way to tell.
@@ -352,7 +352,7 @@ class Store:
             same.discard(name)
             if not same:
                 self._by_inode.pop(slot[2:], None)
-        self._doubles.pop(name, None)
+        self._doubles = {other: slots for other, slots in self._doubles.items() if other != name}
         self._slots.pop(name, None)
 
 

@@ -1,0 +1,823 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Named slots, held against a fake PID 1 that keeps systemd's rules."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+import select
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.unit.fake_pid1 import FakePid1
+from virtd.fdstore import (
+    AlreadyStored,
+    BadName,
+    Difference,
+    Limit,
+    MissingSlot,
+    NotifyFailed,
+    Slot,
+    Store,
+    StoredEntry,
+    StoreError,
+    StoreFull,
+)
+from virtd.fdstore.budget import NAMES_BYTES, names_bytes
+from virtd.fdstore.notify import connect
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def pid1(tmp_path: Path) -> Iterator[FakePid1]:
+    fake = FakePid1(tmp_path)
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def store(pid1: FakePid1) -> Iterator[Store]:
+    store = Store.from_environment(pid1.environment())
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    ends = os.pipe()
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
+def inode(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
+def put_new(store: Store, name: str) -> Slot:
+    """Put a descriptor that nothing else holds."""
+    fd = os.memfd_create("slot")
+    try:
+        return store.put(name, fd)
+    finally:
+        os.close(fd)
+
+
+def entries(pid1: FakePid1) -> list[StoredEntry]:
+    return [StoredEntry.from_dump(entry) for entry in pid1.dump()]
+
+
+# Putting, reading, dropping.
+
+
+def test_put_reaches_pid1_with_its_name_and_without_polling(
+    pid1: FakePid1, store: Store, pipe: tuple[int, int]
+) -> None:
+    slot = store.put("qemu/web1/stdout", pipe[0])
+    assert pid1.names() == ["qemu/web1/stdout"]
+    assert inode(pid1.entries[0].fd) == inode(pipe[0]) == (slot.dev, slot.ino)
+    assert not pid1.entries[0].poll
+    assert pid1.history == ["FDSTORE=1\nFDPOLL=0\nFDNAME=qemu/web1/stdout"]
+
+
+def test_last_words_of_a_dead_writer_stay(pid1: FakePid1, store: Store) -> None:
+    reader, writer = os.pipe()
+    store.put("qemu/web1/stderr", reader)
+    os.write(writer, b"last words")
+    os.close(writer)
+    os.close(reader)
+    pid1.notice_hangups()
+    assert os.read(pid1.entries[0].fd, 100) == b"last words"
+
+
+def test_the_store_has_its_own_descriptor(store: Store) -> None:
+    reader, writer = os.pipe()
+    slot = store.put("a/b", reader)
+    os.close(reader)
+    os.write(writer, b"x")
+    os.close(writer)
+    assert slot.fd == store.get("a/b") != reader
+    assert os.read(slot.fd, 10) == b"x"
+    assert not os.get_inheritable(slot.fd)
+
+
+def test_get_says_what_is_missing(store: Store) -> None:
+    with pytest.raises(MissingSlot, match=r"^there is no slot qemu/web1/log$") as caught:
+        store.get("qemu/web1/log")
+    assert isinstance(caught.value, KeyError)
+    assert isinstance(caught.value, StoreError)
+
+
+def test_take_gives_the_descriptor_away(pid1: FakePid1, store: Store) -> None:
+    put_new(store, "a/b")
+    fd = store.take("a/b")
+    assert pid1.names() == ["a/b"] == store.names()
+    assert store.slots()["a/b"].fd == -1
+    with pytest.raises(MissingSlot, match="taken out"):
+        store.get("a/b")
+    with pytest.raises(MissingSlot):
+        store.take("a/b")
+    store.drop("a/b")
+    assert pid1.names() == []
+    os.close(fd)  # was ours: the drop didn't close it
+
+
+def test_drop_closes_and_removes(pid1: FakePid1, store: Store) -> None:
+    slot = put_new(store, "a/b")
+    store.drop("a/b")
+    store.drop("a/b")
+    assert pid1.names() == store.names() == []
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(slot.fd)
+    assert pid1.history[1:] == ["FDSTOREREMOVE=1\nFDNAME=a/b"], "the second drop told PID 1 something"
+
+
+@pytest.mark.parametrize("prefix", ["qemu/web1", "qemu/web1/"])
+def test_drop_prefix_stops_at_the_slash(pid1: FakePid1, store: Store, prefix: str) -> None:
+    for name in ("qemu/web1/log", "qemu/web1/stdin", "qemu/web10/log", "qemu/web", "lxc/web1/log"):
+        if name.count("/") == 2:
+            put_new(store, name)
+    assert store.drop_prefix(prefix) == ["qemu/web1/log", "qemu/web1/stdin"]
+    assert pid1.names() == ["lxc/web1/log", "qemu/web10/log"]
+
+
+def test_reading_gives_copies(store: Store) -> None:
+    put_new(store, "a/b")
+    store.slots().clear()
+    store.names().clear()
+    assert store.names() == ["a/b"]
+    assert "a/b" in store
+    assert "a/c" not in store
+
+
+# Replacing.
+
+
+def test_a_slot_can_be_replaced(pid1: FakePid1, store: Store) -> None:
+    old = put_new(store, "qemu/web1/log")
+    new = put_new(store, "qemu/web1/log")
+    assert (old.dev, old.ino) != (new.dev, new.ino)
+    assert not store.verify(entries(pid1))
+    assert store.slots() == {"qemu/web1/log": new}
+
+
+def test_a_full_store_still_replaces(tmp_path: Path) -> None:
+    pid1 = FakePid1(tmp_path, store_max=1)
+    store = Store.from_environment(pid1.environment())
+    put_new(store, "a/b")
+    put_new(store, "a/b")
+    assert not store.verify(entries(pid1))
+    assert pid1.warnings == []
+    store.close()
+    pid1.close()
+
+
+def test_putting_the_same_again_never_removes_it(pid1: FakePid1, store: Store, pipe: tuple[int, int]) -> None:
+    for _ in range(3):
+        store.put("a/b", pipe[0])
+    assert not store.verify(entries(pid1))
+    assert not any("REMOVE" in message for message in pid1.history)
+
+
+def test_a_lost_slot_is_put_back_by_putting_it_again(pid1: FakePid1, store: Store) -> None:
+    put_new(store, "a/b")
+    pid1.read()
+    os.close(pid1.entries.pop().fd)
+    assert store.verify(entries(pid1)).missing == ("a/b",)
+    store.put("a/b", store.get("a/b"))
+    assert not store.verify(entries(pid1))
+
+
+def test_one_open_file_has_one_name(pid1: FakePid1, store: Store, pipe: tuple[int, int]) -> None:
+    store.put("a/b", pipe[0])
+    copy = os.dup(pipe[0])
+    with pytest.raises(AlreadyStored, match="is in the FD store as a/b"):
+        store.put("a/c", copy)
+    os.close(copy)
+    # The other end has the same inode and is another file all the same.
+    store.put("a/w", pipe[1])
+    assert not store.verify(entries(pid1))
+    # A name that is free again frees the file.
+    store.drop("a/b")
+    store.put("a/c", pipe[0])
+    assert not store.verify(entries(pid1))
+
+
+def test_a_taken_slot_does_not_confuse_the_next_put(pid1: FakePid1, store: Store) -> None:
+    put_new(store, "a/b")
+    fd = store.take("a/b")
+    os.close(fd)
+    put_new(store, "a/c")
+    put_new(store, "a/b")
+    assert pid1.names() == ["a/b", "a/c"]
+    assert not store.verify(entries(pid1))
+
+
+def test_a_taken_descriptor_can_be_put_back(pid1: FakePid1, store: Store) -> None:
+    put_new(store, "a/b")
+    fd = store.take("a/b")
+    store.put("a/b", fd)
+    assert inode(store.get("a/b")) == inode(fd)
+    os.close(fd)
+    assert not store.verify(entries(pid1))
+
+
+# Names.
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "noslash",
+        "/",
+        "a/",
+        "/a",
+        "a//b",
+        "qemu/web1:0/log",
+        "qemu/wéb/log",
+        "qemu/web1/lo\ng",
+        "qemu/web1/\x7f",
+        "qemu/\t/x",
+        "a/b\nFDNAME=c/d",
+        "a/" + "b" * 254,
+    ],
+)
+def test_a_name_that_systemd_would_change_is_refused(
+    pid1: FakePid1, store: Store, name: str, pipe: tuple[int, int]
+) -> None:
+    with pytest.raises(BadName) as caught:
+        store.put(name, pipe[0])
+    assert isinstance(caught.value, ValueError)
+    assert pid1.read() == 0
+    assert store.names() == []
+    with pytest.raises(BadName):
+        store.room_for([name])
+
+
+@pytest.mark.parametrize("name", ["a/b", "qemu/web-1_x.y/console.log", "a/" + "b" * 253, "a b/~!@#$%^&*()=;'\"\\"])
+def test_a_name_that_systemd_keeps_is_taken(pid1: FakePid1, store: Store, name: str) -> None:
+    put_new(store, name)
+    assert pid1.names() == [name]
+    assert pid1.warnings == []
+
+
+# Taking over.
+
+NEXT_DAEMON = f"""
+import fcntl, json, os, subprocess, sys
+sys.path.insert(0, {str(ROOT)!r})
+from virtd.fdstore import Store
+store = Store.from_environment()
+seen = {{
+    "slots": {{name: [slot.dev, slot.ino] for name, slot in store.slots().items()}},
+    "sockets": store.sockets(),
+    "duplicates": {{name: [slot.ino for slot in slots] for name, slots in store.duplicates().items()}},
+    "inheritable": [slot.fd for slot in store.slots().values() if os.get_inheritable(slot.fd)],
+    "persistent": store.persistent,
+    "max": store.budget().max,
+    "environ": subprocess.run(["env"], stdout=subprocess.PIPE, text=True).stdout,
+}}
+exec(sys.argv[1])
+print(json.dumps(seen))
+"""
+
+
+def next_daemon(pid1: FakePid1, then: str = "", **options: Any) -> Any:
+    return pid1.restart([sys.executable, "-c", NEXT_DAEMON, then], **options)
+
+
+def test_a_new_process_finds_its_slots_by_name(pid1: FakePid1, store: Store, pipe: tuple[int, int]) -> None:
+    store.put("qemu/web1/stdout", pipe[0])
+    store.put("qemu/web1/stdin", pipe[1])
+    put_new(store, "qemu/web1/log")
+    expected = {name: [slot.dev, slot.ino] for name, slot in store.slots().items()}
+    seen = next_daemon(pid1)
+    assert seen["slots"] == expected
+    assert seen["inheritable"] == []
+    assert seen["persistent"]
+    assert seen["max"] == 1000
+
+
+def test_the_slots_work_in_the_new_process(pid1: FakePid1, store: Store) -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"one ")
+    store.put("a/r", reader)
+    store.put("a/w", writer)
+    os.close(reader)
+    os.close(writer)
+    seen = next_daemon(
+        pid1, "os.write(store.get('a/w'), b'two'); seen = os.read(store.get('a/r'), 100).decode(); store.drop('a/w')"
+    )
+    assert seen == "one two"
+    assert pid1.names() == ["a/r"]
+
+
+def test_no_child_of_the_new_process_sees_anything_of_it(pid1: FakePid1, store: Store) -> None:
+    put_new(store, "a/b")
+    seen = next_daemon(pid1)
+    assert "PATH=" in seen["environ"]
+    for key in ("LISTEN_", "NOTIFY_SOCKET", "FDSTORE"):
+        assert key not in seen["environ"]
+
+
+def test_descriptors_meant_for_another_process_are_left_alone(pid1: FakePid1, store: Store) -> None:
+    put_new(store, "a/b")
+    seen = next_daemon(pid1, "os.fstat(3)", pid="1")
+    assert seen["slots"] == seen["sockets"] == {}
+    assert "LISTEN_" not in seen["environ"]
+
+
+def test_sockets_of_socket_units_are_told_apart(pid1: FakePid1, store: Store) -> None:
+    put_new(store, "a/b")
+    with socket.socket() as one, socket.socket() as two:
+        passed = [("virtd.socket", one.fileno()), ("virtd.socket", two.fileno()), ("ctl", one.fileno())]
+        seen = next_daemon(pid1, sockets=passed)
+    assert seen["sockets"] == {"virtd.socket": [3, 4], "ctl": [5]}
+    assert list(seen["slots"]) == ["a/b"]
+
+
+def test_a_name_that_comes_back_twice_is_reported_and_settled(pid1: FakePid1) -> None:
+    send = connect(pid1.path)
+    files = [os.memfd_create("x") for _ in range(3)]
+    for fd in files:
+        send("FDSTORE=1\nFDPOLL=0\nFDNAME=a/b", [fd])
+    send("FDSTORE=1\nFDPOLL=0\nFDNAME=a/c", [files[0]])  # ignored: it has a name
+    seen = next_daemon(pid1)
+    assert seen["duplicates"] == {"a/b": [inode(fd)[1] for fd in reversed(files)]}
+
+    store = Store.from_environment(pid1.environment(), inherited=pid1.hand_over())
+    assert store.budget().used == 3
+    assert store.verify(entries(pid1)).mismatched == ("a/b",)
+    with pytest.raises(MissingSlot):
+        store.resolve("a/b", 0, 0)
+    assert len(store.duplicates()["a/b"]) == 3
+    kept = store.resolve("a/b", *inode(files[1]))
+    assert (kept.dev, kept.ino) == inode(files[1])
+    assert store.resolve("a/b", *inode(files[1])) == kept
+    assert store.duplicates() == {}
+    assert not store.verify(entries(pid1))
+    assert store.budget().used == 1
+    store.close()
+    for fd in files:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_either_of_two_can_be_the_right_one(pid1: FakePid1, which: int) -> None:
+    send = connect(pid1.path)
+    files = [os.memfd_create("x") for _ in range(2)]
+    for fd in files:
+        send("FDSTORE=1\nFDPOLL=0\nFDNAME=a/b", [fd])
+    store = Store.from_environment(pid1.environment(), inherited=pid1.hand_over())
+    store.resolve("a/b", *inode(files[which]))
+    assert not store.verify(entries(pid1))
+    assert inode(store.get("a/b")) == inode(files[which])
+    store.close()
+    for fd in files:
+        os.close(fd)
+
+
+def test_duplicates_go_with_their_name(pid1: FakePid1) -> None:
+    send = connect(pid1.path)
+    for _ in range(2):
+        fd = os.memfd_create("x")
+        send("FDSTORE=1\nFDNAME=a/b", [fd])
+        os.close(fd)
+    store = Store.from_environment(pid1.environment(), inherited=pid1.hand_over())
+    store.drop("a/b")
+    assert store.names() == pid1.names() == []
+    assert store.duplicates() == {}
+    store.close()
+
+
+# Budget.
+
+
+def limited(pid1: FakePid1, *, store_max: int | None = None, headroom: int = 0, files: int | None = None) -> Store:
+    """A store under these limits; `files` stands for the soft limit that the unit would set."""
+    environ = pid1.environment()
+    if store_max is not None:
+        environ["FDSTORE"] = str(store_max)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files is not None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    try:
+        return Store.from_environment(environ, headroom=headroom)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_the_store_fills_to_its_last_place_and_no_further(pid1: FakePid1) -> None:
+    pid1.store_max = 3
+    store = limited(pid1)
+    store.room_for(["a/1", "a/2", "a/3"])
+    with pytest.raises(StoreFull, match=r"no room for 4 descriptors.*FileDescriptorStoreMax allows 3"):
+        store.room_for(["a/1", "a/2", "a/3", "a/4"])
+    for n in range(3):
+        put_new(store, f"a/{n}")
+    assert store.budget()[:3] == (3, 3, Limit.STORE)
+    assert store.budget().left == 0
+    with pytest.raises(StoreFull, match=r"^no room for a/3 in the FD store: 3 slots are used") as caught:
+        put_new(store, "a/3")
+    assert caught.value.limited_by == "FileDescriptorStoreMax"
+    assert "FileDescriptorStoreMax=" in caught.value.hint
+    assert len(pid1.names()) == 3
+    assert pid1.warnings == [], "something was sent that PID 1 wouldn't keep"
+    store.room_for(["a/1", "a/2"])  # which are there already
+    store.drop("a/0")
+    put_new(store, "a/3")
+    store.close()
+
+
+def test_the_limit_on_open_files_counts_sockets_and_headroom(pid1: FakePid1) -> None:
+    # Descriptors start at 3: of 20, ten for the daemon itself, seven are left.
+    store = limited(pid1, files=20, headroom=10)
+    store.room_for(f"a/{n}" for n in range(7))
+    with pytest.raises(StoreFull) as caught:
+        store.room_for(f"a/{n}" for n in range(8))
+    assert caught.value.limited_by is Limit.FILES
+    assert "LimitNOFILE=" in caught.value.hint
+    assert store.budget()[:3] == (0, 7, Limit.FILES)
+    store.close()
+
+    inherited = {os.memfd_create("s"): "x.socket", os.memfd_create("t"): "y.socket"}
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (20, hard))
+    try:
+        store = Store.from_environment(pid1.environment(), inherited=inherited, headroom=10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert store.budget().max == 5
+    store.close()
+
+
+def test_the_daemon_may_raise_its_own_limit_without_moving_the_budget(pid1: FakePid1) -> None:
+    store = limited(pid1, files=50, headroom=0)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 50
+    assert store.budget().max == 47
+    store.close()
+
+
+def names_of_total(total: int, length: int = 200) -> list[str]:
+    """Distinct names that make LISTEN_FDNAMES= exactly `total` bytes long."""
+    names = [f"a/{n:0{length - 2}d}" for n in range((total - 15) // (length + 1) - 1)]
+    rest = total - names_bytes(names) - 1
+    names += (
+        [f"b/{'x' * (rest // 2 - 3)}", f"c/{'x' * (rest - rest // 2 - 2)}"]
+        if rest > 255
+        else [f"b/{'x' * (rest - 2)}"]
+    )
+    assert names_bytes(names) == total
+    return names
+
+
+def test_the_names_fill_what_the_kernel_takes_and_no_byte_more(pid1: FakePid1) -> None:
+    store = limited(pid1, store_max=100_000, files=None)
+    store.room_for(names_of_total(131_071))
+    with pytest.raises(StoreFull) as caught:
+        store.room_for(names_of_total(131_072))
+    assert caught.value.limited_by is Limit.NAMES
+    assert "shorter" in caught.value.hint
+    store.close()
+
+
+@pytest.mark.parametrize(("total", "starts"), [(NAMES_BYTES, True), (NAMES_BYTES + 1, False)])
+def test_that_is_what_the_kernel_takes(total: int, starts: bool) -> None:
+    variable = ":".join(names_of_total(total))
+    assert len("LISTEN_FDNAMES=") + len(variable) == total
+
+    def start() -> None:
+        os.waitpid(os.posix_spawn("/bin/true", ["true"], {"LISTEN_FDNAMES": variable}), 0)
+
+    if starts:
+        start()
+    else:
+        with pytest.raises(OSError, match="Argument list too long"):
+            start()
+
+
+def test_names_of_sockets_count(pid1: FakePid1) -> None:
+    name = "s" * 200
+    store = Store.from_environment(
+        pid1.environment() | {"FDSTORE": "100000"}, inherited={os.memfd_create("s"): name}, headroom=0
+    )
+    assert store.budget().names_bytes == 15 + 200
+    store.room_for(names_of_total(131_071 - 201))
+    with pytest.raises(StoreFull):
+        store.room_for(names_of_total(131_071 - 200))
+    store.close()
+
+
+def test_the_estimate_follows_the_length_of_the_names(pid1: FakePid1) -> None:
+    store = limited(pid1, store_max=100_000)
+    put_new(store, "a/" + "b" * 253)
+    # The one that is there and its colon take 256; so will each of the others.
+    assert store.budget()[:3] == (1, (NAMES_BYTES - 15 + 1) // 256, Limit.NAMES)
+    store.close()
+
+
+def test_without_fdstore_the_unit_has_none_unless_told(pid1: FakePid1) -> None:
+    environ = {"NOTIFY_SOCKET": pid1.path}
+    store = Store.from_environment(dict(environ))
+    with pytest.raises(StoreFull, match=r"^no room for a/b: the unit has no FD store$") as caught:
+        put_new(store, "a/b")
+    assert "fallback_max=" in caught.value.hint
+    store.close()
+    store = Store.from_environment(dict(environ), fallback_max=2)
+    put_new(store, "a/b")
+    assert store.budget().max == 2
+    store.close()
+    # What systemd says counts for more.
+    store = Store.from_environment(environ | {"FDSTORE": "7"}, fallback_max=2)
+    assert store.budget().max == 7
+    store.close()
+
+
+# Without a service manager.
+
+
+def test_by_hand_it_works_in_memory(pipe: tuple[int, int]) -> None:
+    environ = {"PATH": "/bin"}
+    store = Store.from_environment(environ)
+    assert not store.persistent
+    assert environ == {"PATH": "/bin"}
+    store.put("a/b", pipe[0])
+    store.put("a/b", pipe[1])
+    assert inode(store.get("a/b")) == inode(pipe[1])
+    assert store.budget().store_max is None
+    store.notify("READY=1")
+    store.reloading()
+    assert store.barrier(0)
+    store.drop("a/b")
+    assert store.names() == []
+    store.close()
+    store.close()
+
+
+# Talking to PID 1.
+
+
+def test_it_says_the_other_things_too(pid1: FakePid1, store: Store) -> None:
+    store.notify("READY=1\nSTATUS=All is well")
+    store.reloading()
+    pid1.read()
+    assert pid1.other[0] == "READY=1\nSTATUS=All is well"
+    reloading, clock = pid1.other[1].split("\n")
+    assert reloading == "RELOADING=1"
+    assert clock.startswith("MONOTONIC_USEC=")
+    assert abs(int(clock.partition("=")[2]) - float(Path("/proc/uptime").read_text().split()[0]) * 1e6) < 60e6
+
+
+def test_an_abstract_socket_will_do(pipe: tuple[int, int]) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"\0virtd-test-{os.getpid()}")
+        store = Store.from_environment({"NOTIFY_SOCKET": f"@virtd-test-{os.getpid()}", "FDSTORE": "5"})
+        store.put("a/b", pipe[0])
+        data, fds, _, _ = socket.recv_fds(manager, 4096, 5)
+        assert data.endswith(b"FDNAME=a/b")
+        os.close(fds[0])
+        store.close()
+
+
+def test_a_barrier_waits_until_all_was_read(pid1: FakePid1, store: Store) -> None:
+    put_new(store, "a/b")
+    assert not store.barrier(0.05)
+    reader = threading.Thread(target=pid1.serve_until_quiet, args=(0.5,))
+    reader.start()
+    assert store.barrier(10)
+    assert [entry.name for entry in pid1.entries] == ["a/b"]
+    reader.join()
+
+
+def fill(pid1: FakePid1) -> int:
+    """Fill PID 1's queue; returns how many messages it holds."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
+        sock.connect(pid1.path)
+        count = 0
+        try:
+            while True:
+                sock.send(b"X_FILL=1")
+                count += 1
+        except BlockingIOError:
+            return count
+
+
+def test_a_full_queue_is_waited_for(pid1: FakePid1, store: Store) -> None:
+    filled = fill(pid1)
+    writer = threading.Thread(target=put_new, args=(store, "a/b"))
+    writer.start()
+    # The queue is full, so it can't have returned; nor does anybody else wait meanwhile.
+    writer.join(0.2)
+    assert writer.is_alive()
+    assert store.names() == []
+    assert pid1.read(1) == 1
+    writer.join(10)
+    assert not writer.is_alive()
+    assert pid1.names() == ["a/b"]
+    assert len(pid1.other) == filled
+
+
+def test_a_manager_that_never_reads_is_given_up_on(pid1: FakePid1) -> None:
+    store = Store.from_environment(pid1.environment(), notify=connect(pid1.path, patience=0.05))
+    fill(pid1)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(NotifyFailed, match="took no message: Connection timed out"):
+        put_new(store, "a/b")
+    assert store.names() == []
+    assert len(os.listdir("/proc/self/fd")) == before
+    pid1.read()
+    put_new(store, "a/b")
+    assert pid1.names() == ["a/b"]
+    store.close()
+
+
+def test_a_failed_replacement_leaves_the_old_descriptor_here(pid1: FakePid1) -> None:
+    store = Store.from_environment(pid1.environment(), notify=connect(pid1.path, patience=0.05))
+    old = put_new(store, "a/b")
+    fill(pid1)
+    with pytest.raises(NotifyFailed):
+        put_new(store, "a/b")
+    assert store.slots() == {"a/b": old}
+    with pytest.raises(NotifyFailed):
+        store.drop("a/b")
+    assert store.get("a/b") == old.fd
+    store.close()
+
+
+def test_nobody_there_is_an_error_that_says_so(tmp_path: Path, pipe: tuple[int, int]) -> None:
+    store = Store.from_environment({"NOTIFY_SOCKET": str(tmp_path / "gone"), "FDSTORE": "5"})
+    with pytest.raises(NotifyFailed, match="No such file or directory"):
+        store.put("a/b", pipe[0])
+    with pytest.raises(NotifyFailed):
+        store.barrier()
+    store.close()
+    with pytest.raises(NotifyFailed, match="vsock:2:1234 is not an AF_UNIX socket"):
+        Store.from_environment({"NOTIFY_SOCKET": "vsock:2:1234"})
+
+
+def test_a_message_that_pid1_would_drop_is_refused(pid1: FakePid1, store: Store) -> None:
+    store.notify("STATUS=" + "x" * (4096 - 7))
+    with pytest.raises(NotifyFailed, match="4097 bytes"):
+        store.notify("STATUS=" + "x" * (4096 - 6))
+    pid1.read()
+    assert (len(pid1.other), pid1.warnings) == (1, [])
+
+
+def test_a_bad_descriptor_changes_nothing(pid1: FakePid1, store: Store) -> None:
+    put_new(store, "a/b")
+    fd = os.memfd_create("x")
+    os.close(fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        store.put("a/b", fd)
+    assert not store.verify(entries(pid1))
+
+
+# Comparing.
+
+
+def test_verify_names_every_kind_of_difference(pid1: FakePid1, store: Store) -> None:
+    for name in ("a/kept", "a/lost", "a/other", "a/twice"):
+        put_new(store, name)
+    assert store.verify(entries(pid1)) == Difference()
+    assert not store.verify(entries(pid1))
+    store.barrier(0)
+    pid1.read()
+    stranger = [os.memfd_create("x") for _ in range(3)]
+    for entry in list(pid1.entries):
+        if entry.name in ("a/lost", "a/other"):
+            pid1.entries.remove(entry)
+            os.close(entry.fd)
+    send = connect(pid1.path)
+    for name, fd in zip(("a/other", "a/twice", "a/new"), stranger, strict=True):
+        send(f"FDSTORE=1\nFDNAME={name}", [fd])
+        os.close(fd)
+    difference = store.verify(entries(pid1))
+    assert difference == Difference(missing=("a/lost",), unknown=("a/new",), mismatched=("a/other", "a/twice"))
+    assert difference
+
+
+def test_verify_takes_plain_tuples(store: Store) -> None:
+    slot = put_new(store, "a/b")
+    assert not store.verify([("a/b", slot.dev, slot.ino)])
+    assert store.verify([("a/b", slot.dev, slot.ino + 1)]).mismatched == ("a/b",)
+
+
+def test_a_dump_entry_is_read_by_its_place() -> None:
+    entry = ("qemu/web1/log", 0o100600, 8, 1, 4711, 0, 0, "/var/log/x", 2)
+    assert StoredEntry.from_dump(entry) == ("qemu/web1/log", os.makedev(8, 1), 4711)
+    assert StoredEntry.from_dump(list(entry)) == ("qemu/web1/log", os.makedev(8, 1), 4711)
+
+
+# Threads.
+
+
+def test_threads_change_it_at_once(pid1: FakePid1, store: Store) -> None:
+    """Eight threads put, replace, take and drop, while one reads and PID 1's short queue makes all of them wait."""
+    threads = 8
+    failures: list[BaseException] = []
+    done = threading.Event()
+
+    def work(mine: int) -> None:
+        try:
+            for n in range(40):
+                put_new(store, f"t{mine}/kept")
+                put_new(store, f"t{mine}/{n}")
+                if n % 3 == 0:
+                    os.close(store.take(f"t{mine}/{n}"))
+                store.drop(f"t{mine}/{n}")
+                put_new(store, f"t{mine}/sub/{n}")
+            store.drop_prefix(f"t{mine}/sub")
+        except BaseException as error:
+            failures.append(error)
+
+    def read() -> None:
+        try:
+            while not done.is_set():
+                select.select([pid1], [], [], 0.01)
+                pid1.read(5)
+                store.names(), store.slots(), store.budget(), store.duplicates()
+        except BaseException as error:
+            failures.append(error)
+
+    workers = [threading.Thread(target=work, args=(n,)) for n in range(threads)]
+    reader = threading.Thread(target=read)
+    reader.start()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    done.set()
+    reader.join()
+    assert [repr(f) for f in failures] == []
+    assert store.names() == [f"t{n}/kept" for n in range(threads)] == pid1.names()
+    assert not store.verify(entries(pid1))
+    assert pid1.warnings == []
+
+
+def test_only_one_of_many_threads_gets_the_last_place(tmp_path: Path) -> None:
+    pid1 = FakePid1(tmp_path, store_max=1)
+    store = Store.from_environment(pid1.environment())
+    outcomes: list[str] = []
+
+    def work(n: int) -> None:
+        try:
+            put_new(store, f"a/{n}")
+            outcomes.append("kept")
+        except StoreFull:
+            outcomes.append("refused")
+
+    # The full queue holds each of them up between looking for room and having used it.
+    fill(pid1)
+    workers = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for worker in workers:
+        worker.start()
+    workers[0].join(0.1)
+    while any(worker.is_alive() for worker in workers):
+        pid1.read()
+    for worker in workers:
+        worker.join()
+    assert sorted(outcomes) == ["kept", "refused", "refused", "refused"]
+    assert not store.verify(entries(pid1))
+    assert pid1.warnings == []
+    store.close()
+    pid1.close()
+
+
+def test_looking_never_waits_for_a_writer_that_does(pid1: FakePid1, store: Store) -> None:
+    put_new(store, "a/a")
+    fill(pid1)
+    writer = threading.Thread(target=put_new, args=(store, "a/b"))
+    writer.start()
+    writer.join(0.1)
+
+    def look() -> None:
+        store.budget(), store.get("a/a"), store.names(), store.slots(), store.duplicates(), store.sockets()
+        store.verify([])
+        store.room_for(["a/c"])
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    looker.join(10)
+    assert not looker.is_alive()
+    assert writer.is_alive()
+    pid1.read()
+    writer.join()
+    assert pid1.names() == ["a/a", "a/b"]
+
+
+def test_the_descriptor_is_close_on_exec_even_from_a_plain_one(store: Store, pipe: tuple[int, int]) -> None:
+    os.set_inheritable(pipe[0], True)
+    slot = store.put("a/b", pipe[0])
+    assert fcntl.fcntl(slot.fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
