@@ -308,8 +308,8 @@ class Machine:
     def _take_status(self, status: dict[str, Any]) -> None:
         match str(status.get("status")):
             case "running":
-                if self.state not in (State.STOPPING, State.RUNNING):
-                    self.note(State.RUNNING, "resumed" if self.state is State.PAUSED else "started")
+                if self.state is State.PAUSED:
+                    self.note(State.RUNNING, "resumed")
             case "shutdown":
                 self.guest_off.set()
                 self.note(State.PAUSED, "powered off, and kept")

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""ExecStop of a guest's unit: press the power button, wait, and pull the plug when the time is up.
+
+systemd runs it when the host goes down, as the guest's user and inside its sandbox, whether or not virtd is there. It
+imports next to nothing: many of these start at once, on a host that has other things to do.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+
+COMMANDS = {
+    "capabilities": b'{"execute": "qmp_capabilities"}\n',
+    "button": b'{"execute": "system_powerdown"}\n',
+    "plug": b'{"execute": "quit"}\n',
+}
+
+
+def ended(monitor: socket.socket, seconds: float) -> bool:
+    """Read what QEMU says until it hangs up, which is its end; False when that took longer than `seconds`."""
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        monitor.settimeout(left)
+        try:
+            if not monitor.recv(65536):
+                return True
+        except TimeoutError:
+            return False
+        except ConnectionError:
+            return True
+    return False
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`virtd-guest-stop SOCKET SECONDS`; 0 when the guest has ended, 1 when it is left to systemd's SIGTERM."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if len(arguments) != 2:
+        print("usage: virtd-guest-stop SOCKET SECONDS", file=sys.stderr)
+        return 2
+    path, seconds = arguments[0], float(arguments[1])
+    with socket.socket(socket.AF_UNIX) as monitor:
+        monitor.settimeout(5)
+        try:
+            monitor.connect(path)
+            monitor.sendall(COMMANDS["capabilities"] + COMMANDS["button"])
+            if ended(monitor, seconds):
+                return 0
+            monitor.sendall(COMMANDS["plug"])
+            return 0 if ended(monitor, 5) else 1
+        except OSError as exc:
+            print(f"virtd-guest-stop: {path}: {exc}", file=sys.stderr)
+            return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
