@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One lab's life: overlay, boot under systemd-nspawn, and the end, which leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from . import cgroups, enter, root
+from .paths import CHECKOUT, Lab, labs_dir, start_time
+from .say import LabError, run, say
+from .suites import Suite
+
+_BOOT_SECONDS = 90.0
+_UNIT = "virtd-lab-{}.service"
+
+
+@contextlib.contextmanager
+def _held(lab: Lab) -> Iterator[None]:
+    """Holds the lab's directory against another `up` or `down`; the kernel lets go when this process ends in any way."""
+    descriptor = os.open(lab.dir, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another command is at work on lab {lab.name}; waiting for it")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def up(name: str, suite: Suite, rpms: Sequence[Path], virtd: bool) -> Lab:
+    """Makes and boots a lab and, unless `virtd` is False, installs the given or the newest built RPMs in it.
+
+    When anything fails, the lab is cleared away again and LabError says why.
+    """
+    lab = Lab(name)
+    packages = _packages(rpms) if virtd else []
+    base = root.cached_root(suite)
+    labs_dir().mkdir(parents=True, exist_ok=True)
+    try:
+        lab.dir.mkdir()
+    except FileExistsError:
+        with _held(lab):
+            if is_up(lab):
+                raise LabError(f"lab {name} is up already; lab down {name} ends it") from None
+            say(f"clearing away what an earlier lab {name} left")
+            _clear(lab)
+        lab.dir.mkdir()
+    with _held(lab):
+        try:
+            _boot(lab, suite, base)
+            if packages:
+                _install(lab, packages)
+            lab.write(ready=True)
+        except BaseException:
+            say(f"lab {name} failed; clearing it away")
+            _clear(lab)
+            raise
+    return lab
+
+
+def is_up(lab: Lab) -> bool:
+    """True while the lab's PID 1 runs."""
+    try:
+        return enter.leader_of(lab) > 0
+    except LabError:
+        return False
+
+
+def down(name: str) -> bool:
+    """Ends a lab and removes all of it, in whatever condition it is. False when there was none."""
+    lab = Lab(name)
+    if not lab.dir.exists():
+        _clear(lab)
+        return False
+    with _held(lab):
+        _clear(lab)
+    say(f"lab {name} is gone")
+    return True
+
+
+def _packages(rpms: Sequence[Path]) -> list[Path]:
+    found = list(rpms) or sorted((CHECKOUT / "build/rpm").glob("*.noarch.rpm"), key=lambda path: path.stat().st_mtime)[-1:]
+    if not found:
+        raise LabError("there is no virtd RPM in build/rpm: run make rpm, or give --rpm FILE or --no-virtd")
+    for path in found:
+        if not path.is_file():
+            raise LabError(f"{path} does not exist")
+    return found
+
+
+def _boot(lab: Lab, suite: Suite, base: Path) -> None:
+    lab.write(suite=suite.name, root=str(base), created=time.time(), up_pid=os.getpid(), ready=False)
+    for directory in (lab.upper, lab.work, lab.root):
+        directory.mkdir()
+    options = f"lowerdir={base},upperdir={lab.upper},workdir={lab.work}"
+    run(["mount", "-t", "overlay", f"virtd-lab-{lab.name}", "-o", options, lab.root], what="mounting the lab's overlay")
+    (lab.root / "etc/hostname").write_text(f"{lab.name}\n")
+    (lab.root / "etc/hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {lab.name}\n::1 localhost\n")
+    (lab.root / "etc/machine-id").write_text(f"{uuid.uuid4().hex}\n")
+    say(f"booting lab {lab.name} ({suite.name}, systemd {suite.systemd})")
+    address = lab.dir / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(str(address))
+        child = _start_nspawn(lab, address)
+        _await_ready(lab, notify, child)
+    address.unlink()
+    said = enter_output(lab, ["systemctl", "is-system-running"])
+    if said != "running":
+        failed = enter_output(lab, ["systemctl", "list-units", "--failed", "--plain", "--no-legend"])
+        say(f"lab {lab.name} is {said}; failed units: {failed or 'none'}")
+    say(f"lab {lab.name} is booted")
+
+
+def _nspawn(lab: Lab) -> list[str]:
+    argv = ["systemd-nspawn", "--quiet", "--boot", f"--directory={lab.root}", f"--machine=virtd-lab-{lab.name}"]
+    argv += [f"--hostname={lab.name}", "--register=no", "--keep-unit", "--private-network", "--notify-ready=yes"]
+    argv += ["--console=read-only", "--resolv-conf=off", "--timezone=off", "--link-journal=no", "--settings=no"]
+    # virtd's guests and networks need TUN, mounts and BPF, as they would have them on a real machine.
+    argv += ["--capability=all", "--system-call-filter=@mount @keyring bpf", "--bind=/dev/net/tun"]
+    return argv
+
+
+def _start_nspawn(lab: Lab, notify: Path) -> subprocess.Popen[bytes] | None:
+    """Starts nspawn in a control group of its own. The process is returned where no systemd of the host owns it."""
+    environment = {
+        "PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"),
+        "NOTIFY_SOCKET": str(notify),
+        "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1",
+        "SYSTEMD_NSPAWN_API_VFS_WRITABLE": "network",
+    }
+    if cgroups.host_has_systemd():
+        unit = _UNIT.format(lab.name)
+        argv = ["systemd-run", "--quiet", "--collect", f"--unit={unit}", "--slice=virtd-lab.slice"]
+        argv += ["--property=Delegate=yes", "--property=KillMode=mixed", "--property=LimitNOFILE=524288"]
+        argv += [f"--property=StandardOutput=append:{lab.console}", "--property=StandardError=inherit"]
+        argv += [f"--setenv={name}={value}" for name, value in environment.items() if name != "PATH"]
+        run([*argv, "--", *_nspawn(lab)], what="starting the lab's unit", timeout=60)
+        group = run(["systemctl", "show", "--value", "--property=ControlGroup", unit], what="finding its group").strip()
+        lab.write(cgroup=f"{cgroups.unified_mount()}{group}")
+        return None
+    group_path = cgroups.unified_mount() / f"virtd-lab-{lab.name}"
+    # Recorded first: a group that nobody knows of would be left behind.
+    lab.write(cgroup=str(group_path))
+    group_path.mkdir(exist_ok=True)
+
+    def join() -> None:
+        (group_path / "cgroup.procs").write_text("0")
+
+    with lab.console.open("ab") as console:
+        return subprocess.Popen(
+            _nspawn(lab),
+            cwd="/",
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=console,
+            stderr=console,
+            start_new_session=True,
+            preexec_fn=join,
+        )
+
+
+def _await_ready(lab: Lab, notify: socket.socket, child: subprocess.Popen[bytes] | None) -> None:
+    """Waits for nspawn to name the lab's PID 1, and for that to say that it has finished booting."""
+    end = time.monotonic() + _BOOT_SECONDS
+    notify.settimeout(0.25)
+    while time.monotonic() < end:
+        if child is not None and child.poll() is not None:
+            raise LabError(f"systemd-nspawn ended with status {child.returncode}:\n{_tail(lab)}")
+        try:
+            message = notify.recv(4096).decode(errors="replace")
+        except TimeoutError:
+            continue
+        fields = dict(line.partition("=")[::2] for line in message.splitlines())
+        if leader := int(fields.get("X_NSPAWN_LEADER_PID", 0)):
+            supervisor = _parent(leader)
+            started = {"leader_start": start_time(leader), "supervisor_start": start_time(supervisor)}
+            lab.write(leader=leader, supervisor=supervisor, **started)
+        if fields.get("READY") == "1":
+            return
+    raise LabError(f"lab {lab.name} had not finished booting after {_BOOT_SECONDS:.0f} s:\n{_tail(lab)}")
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def _tail(lab: Lab) -> str:
+    try:
+        lines = lab.console.read_text(errors="replace").splitlines()[-30:]
+    except OSError:
+        return "    (it left no console)"
+    return "\n".join(f"    {line}" for line in lines)
+
+
+def enter_output(lab: Lab, command: Sequence[str], check: bool = False) -> str:
+    """What a command in the lab wrote, standard error included; LabError if it failed and `check` is True."""
+    done = subprocess.run(
+        enter.command_line(enter.leader_of(lab), command),
+        env=enter.environment(),
+        cwd="/",
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: enter.join_cgroup(lab),
+        text=True,
+        errors="replace",
+        timeout=120,
+        check=False,
+    )
+    if check and done.returncode != 0:
+        raise LabError(f"{' '.join(command)} ended with status {done.returncode} in lab {lab.name}:\n{done.stdout}")
+    return done.stdout.strip()
+
+
+def _install(lab: Lab, packages: Sequence[Path]) -> None:
+    """rpm -i with the packages' own scriptlets, then the start that a person would do."""
+    directory = lab.root / "var/cache/virtd-lab"
+    directory.mkdir(parents=True, exist_ok=True)
+    inside = []
+    for package in packages:
+        shutil.copy(package, directory / package.name)
+        inside.append(f"/var/cache/virtd-lab/{package.name}")
+    say(f"installing {', '.join(package.name for package in packages)}")
+    said = enter_output(lab, ["rpm", "--install", "--verbose", *inside], check=True)
+    for line in said.splitlines():
+        say(f"  rpm: {line}")
+    enter_output(lab, ["systemctl", "enable", "--now", "virtd.socket", "virtd.service"], check=True)
+    say("virtd is running")
+
+
+def _clear(lab: Lab) -> None:
+    """Removes all that a lab can have left, in an order that works from any point at which `up` may have stopped."""
+    state = lab.read()
+    group = Path(state.get("cgroup") or cgroups.unified_mount() / f"virtd-lab-{lab.name}")
+    # The PID 1 goes first: the kernel takes everything in its namespace along, and nspawn then tidies up by itself.
+    for key in ("leader", "supervisor"):
+        pid = int(state.get(key, 0))
+        if pid and start_time(pid) == state.get(f"{key}_start"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL if key == "leader" else signal.SIGTERM)
+            _await_end(pid, state[f"{key}_start"], 5.0)
+    if cgroups.host_has_systemd():
+        unit = _UNIT.format(lab.name)
+        for command in ("stop", "reset-failed"):
+            subprocess.run(["systemctl", "--quiet", command, unit], stderr=subprocess.DEVNULL, check=False)
+    if left := cgroups.kill(group):
+        raise LabError(f"processes of lab {lab.name} don't end: {' '.join(map(str, left))}")
+    _unmount(lab)
+    if group.exists():
+        cgroups.remove(group)
+    for mount in cgroups.mounts_of_all():
+        if (mount / group.name).is_dir():
+            cgroups.remove(mount / group.name)
+    root.remove_tree(lab.dir)
+
+
+def _await_end(pid: int, started: int, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while start_time(pid) == started and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def _unmount(lab: Lab) -> None:
+    """Unmounts everything in the lab's directory, the deepest first; several may be stacked on one point."""
+    prefix = f"{lab.dir.resolve()}/"
+    for attempt in range(50):
+        with open("/proc/self/mountinfo") as mounts:
+            points = [line.split()[4] for line in mounts]
+        inside = sorted((point for point in points if point.startswith(prefix)), key=len, reverse=True)
+        if not inside:
+            return
+        for point in inside:
+            # A namespace that is just being torn down can hold a mount for a moment; only then detach it lazily.
+            subprocess.run(
+                ["umount", *(["--lazy"] if attempt > 20 else []), point], stderr=subprocess.DEVNULL, check=False
+            )
+        time.sleep(0.02)
+    raise LabError(f"{prefix} has mounts that cannot be unmounted")

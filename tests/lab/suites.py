@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The Debian suites that a lab can be made of, and what is put into their roots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .say import LabError
+
+DEFAULT = "trixie"
+
+# What virtd and its tests use. Recommended packages are left out: they would bring a desktop along.
+_PACKAGES = (
+    "systemd", "systemd-sysv", "dbus", "python3", "python3-gi", "gir1.2-glib-2.0", "python3-systemd", "python3-pydbus",
+    "qemu-system-x86", "seabios", "ipxe-qemu", "qemu-utils", "dnsmasq-base", "nftables", "iproute2", "rpm", "kmod",
+    "strace", "procps", "util-linux", "less", "jq",
+)  # fmt: skip
+
+# What the guest and its disk are made of: fetched and unpacked, never installed.
+_GUEST_PACKAGES = ("busybox-static", "mtools", "dosfstools", "syslinux", "syslinux-common")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One suite: `python` is its Python's version, `wheels` what it lacks and PyPI has, as pip requirements."""
+
+    name: str
+    systemd: int
+    python: str
+    packages: tuple[str, ...]
+    wheels: tuple[str, ...]
+    kernel: str = "linux-image-cloud-amd64"
+    guest_packages: tuple[str, ...] = _GUEST_PACKAGES
+
+
+SUITES = {
+    suite.name: suite
+    for suite in (
+        Suite("bookworm", 252, "3.11", _PACKAGES, ("msgspec==0.19.0", "qemu.qmp==0.0.6")),
+        Suite("trixie", 257, "3.13", (*_PACKAGES, "python3-msgspec"), ("qemu.qmp==0.0.6",)),
+        Suite("forky", 262, "3.14", (*_PACKAGES, "python3-msgspec"), ("qemu.qmp==0.0.6",)),
+    )
+}
+
+
+def suite_named(name: str) -> Suite:
+    """The suite, or LabError with those there are."""
+    try:
+        return SUITES[name]
+    except KeyError:
+        raise LabError(f"no suite {name!r}; there are {', '.join(sorted(SUITES))}") from None
