@@ -115,6 +115,7 @@ class Bus:
         self._connection: Any = None
         self._context: Any = None
         self._stopping = False
+        self._told = False
         self._finished = asyncio.Event()
         self._pending: dict[int, asyncio.Future[Any]] = {}
         self._signals: list[Signal] = []
@@ -175,6 +176,7 @@ class Bus:
             while not self._stopping:
                 self._context.iteration(may_block=True)
             self._disconnect()
+            self._context.pop_thread_default()
         self._post(self._finished.set)
 
     def _connect(self) -> None:
@@ -198,22 +200,28 @@ class Bus:
                 f"no D-Bus at {self.address}: {exc.message}", hint="See: systemctl status dbus.service"
             ) from exc
         connection.set_exit_on_close(False)
-        self._closed_handler = connection.connect("closed", lambda *_: self._post(self._closed))
+        self._closed_handler = connection.connect("closed", self._on_closed_signal)
         self._filter = connection.add_filter(self._filter_message)
         self.unique_name = connection.get_unique_name()
         self._connection = connection
         self._context = context
 
     def _disconnect(self) -> None:
-        connection, context = self._connection, self._context
-        connection.disconnect(self._closed_handler)
         with contextlib.suppress(self._glib.Error):
-            connection.close_sync(None)
-        connection.remove_filter(self._filter)
-        # GDBus frees the connection's descriptor from a source of this context.
-        while context.iteration(may_block=False):
-            pass
-        context.pop_thread_default()
+            self._connection.close_sync(None)
+        # The closing is told by a source of this context, which holds the connection, which holds the context: unless
+        # it runs, none of them is ever freed.
+        while not self._told:
+            self._context.iteration(may_block=True)
+        self._connection.disconnect(self._closed_handler)
+        self._connection.remove_filter(self._filter)
+        # GDBus leaves the socket of a connection that was lost open until its last reference has gone.
+        with contextlib.suppress(self._glib.Error):
+            self._connection.get_stream().close(None)
+
+    def _on_closed_signal(self, *_: Any) -> None:
+        self._told = True
+        self._post(self._closed)
 
     def _post(self, function: Callable[..., None], *args: Any) -> None:
         # The loop may have been closed without us; then there is nobody left to tell.
@@ -339,8 +347,10 @@ class Bus:
     def _wrap(self, value: Any) -> Any:
         if isinstance(value, Var):
             return self._glib.Variant(value.signature, self._wrap(value.value))
-        if isinstance(value, (tuple, list)):
-            return type(value)(self._wrap(item) for item in value)
+        if isinstance(value, tuple):
+            return tuple(self._wrap(item) for item in value)
+        if isinstance(value, list):
+            return [self._wrap(item) for item in value]
         if isinstance(value, dict):
             return {key: self._wrap(item) for key, item in value.items()}
         return value
