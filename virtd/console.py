@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import secrets
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -120,7 +119,7 @@ class Writers:
         if present is not None:
             present.taken_by = by
             present.taken.set()
-        claim = Claim(token if mine and token else secrets.token_hex(16), by, pid, asyncio.Event())
+        claim = Claim(token if mine and token else os.urandom(16).hex(), by, pid, asyncio.Event())
         self._claims[name] = claim
         return claim
 

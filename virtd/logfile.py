@@ -215,9 +215,13 @@ class LogFile:
         _remove(fresh)
         fd = os.open(fresh, _OPEN | os.O_EXCL, 0o600)
         try:
-            for number in range(self._first_gap(), 1, -1):
+            last = self._first_gap()
+            # A rename over a file makes ext4 write the moved one to the disk there and then, which costs more than
+            # all the rest here; so the oldest is removed first.
+            _remove(self._backup(last) if last else self.path)
+            for number in range(last, 1, -1):
                 os.rename(self._backup(number - 1), self._backup(number))
-            if self.backups:
+            if last:
                 os.rename(self.path, self._backup(1))
             os.rename(fresh, self.path)
         except OSError:

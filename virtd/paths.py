@@ -56,4 +56,6 @@ def names(directory: str, suffix: str) -> list[str]:
         entries = os.listdir(directory)
     except FileNotFoundError:
         return []
-    return sorted(entry.removesuffix(suffix) for entry in entries if entry.endswith(suffix) and not entry.startswith("."))
+    return sorted(
+        entry.removesuffix(suffix) for entry in entries if entry.endswith(suffix) and not entry.startswith(".")
+    )

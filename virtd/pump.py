@@ -46,10 +46,17 @@ PIPE_SIZE = 1 << 20
 # One move; while it lasts the kernel holds the pipe's lock and the guest's write waits.
 CHUNK = 1 << 19
 
-NAP = 50
+NAP = 100
 """Milliseconds between two looks at a pipe that has a little in it at most, when nobody watches."""
 NAP_WATCHED = 5
 """The same for a pipe that somebody watches; also the shortest time between two calls of `on_bytes` for one key."""
+
+BRIEF = 0.002
+"""Seconds below which a nap is slept and not left to epoll, which counts in milliseconds."""
+FIRST = 0.0005
+"""Seconds to a second look at a pipe that has begun to fill."""
+PATIENCE = 3
+"""So often a pipe may be found empty after a long nap before it's left to epoll: waking costs far more than looking."""
 
 CHECK = 1.0
 """Seconds between two looks at where a log's path leads."""
@@ -82,6 +89,7 @@ class _Channel:
         "check_at",
         "dropped",
         "due",
+        "empty",
         "episode",
         "fd",
         "gone",
@@ -112,6 +120,7 @@ class _Channel:
         self.armed = False  # epoll will say when there is something
         self.due = 0  # the tick that the channel naps until; 0 when it doesn't
         self.gone = False
+        self.empty = PATIENCE  # long naps in a row that ended with an empty pipe; at PATIENCE it's left to epoll
         self.last = 0.0  # the last look, for the rate
         self.check_at = 0.0
         self.owed = False  # bytes have landed that the watchers weren't told of
@@ -278,7 +287,7 @@ class Pump:
                     ready.append(channel)
             now = time.monotonic()
             self._rise(int(now * 1000))
-            self._brief = 1.0
+            self._brief = BRIEF
             # Everyone who is ready has one turn, however much more a flooding one has to say.
             for _ in range(len(ready)):
                 channel = ready.popleft()
@@ -288,7 +297,7 @@ class Pump:
                     # A bug that concerns one guest must not stop the others' logs.
                     logger.exception("%s: the pump stumbled", channel.key)
                     self._nap(channel, int(now * 1000) + 1000)
-            if not ready or self._brief == 1.0:
+            if self._brief == BRIEF:
                 self._brief = 0.0
 
     def _obey(self) -> None:
@@ -389,7 +398,13 @@ class Pump:
                 channel.log.check()
             moved = channel.log.take(channel.fd, CHUNK)
         except BlockingIOError:
-            self._rest(channel)
+            if channel.empty < PATIENCE:
+                channel.empty += 1
+                if channel.waiting:
+                    self._answer(channel, everything=True)
+                self._nap(channel, (int(now * 1000) // NAP + 1) * NAP)
+            else:
+                self._rest(channel)
             return
         except OSError as error:
             self._refused(channel, now, error)
@@ -403,28 +418,31 @@ class Pump:
         if channel.waiting:
             self._answer(channel)
         longest = NAP
+        channel.empty = 0
         if channel.watchers:
             longest = NAP_WATCHED
+            channel.empty = PATIENCE
             channel.owed = True
             if now - channel.told_at >= NAP_WATCHED / 1000:
                 channel.told_at = now
                 self._tell_bytes(channel)
+        if moved > 4096:
+            channel.empty = PATIENCE
         half = channel.capacity >> 1
+        # The rate is what came since the pipe was last left empty; a move itself can last longer than all the rest.
+        since, channel.last = now - channel.last, time.monotonic()
         if moved >= half or channel.waiting:
             self._brief = 0.0
             self._ready.append(channel)
-            channel.last = now
             return
         if moved > 4096:
-            # At the rate seen since the last look, this long until the pipe is half full; a first look tells nothing.
-            seconds = (now - channel.last) * half / moved if now - channel.last < 1.0 else 0.001
-            if seconds < 0.002:
+            # At that rate it takes this long until the pipe is half full; a first look tells nothing.
+            seconds = since * half / moved if since < 1.0 else FIRST
+            if seconds < BRIEF:
                 self._brief = min(self._brief, seconds)
                 self._ready.append(channel)
-                channel.last = now
                 return
             longest = min(longest, int(seconds * 1000))
-        channel.last = now
         # On a grid, so that one wake serves everyone who naps.
         self._nap(channel, (int(now * 1000) // longest + 1) * longest)
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from typing import Any, TypeVar, get_type_hints
@@ -40,6 +39,8 @@ def _explain(exc: msgspec.ValidationError, source: str, kind: type[msgspec.Struc
     match = _AT.fullmatch(str(exc))
     what, path = (match["what"], match["path"] or "") if match else (str(exc), "")
     if unknown := _UNKNOWN.fullmatch(what):
+        import difflib  # 3 ms that only a mistake needs
+
         known = _fields(kind, path)
         close = difflib.get_close_matches(unknown[1], known, n=1)
         return errors.InvalidDefinition(

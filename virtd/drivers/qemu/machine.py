@@ -7,13 +7,12 @@ import asyncio
 import contextlib
 import logging
 import os
-import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ... import errors, journal, process
+from ... import errors, files, journal, process
 from ...child import Child, Services
 from ...messages import Message
 from ...model import domain as model
@@ -386,7 +385,7 @@ class Machine:
         owners = [hostinfo.Owner(*owner) for owner in record.data.get("owners", [])]
         with contextlib.suppress(errors.HostError):
             hostinfo.give_back(owners, hostinfo.account(self.shared.settings))
-        await asyncio.to_thread(shutil.rmtree, self.runtime, ignore_errors=True)
+        await asyncio.to_thread(files.remove_tree, self.runtime)
         units = await self.shared.services.units()
         with contextlib.suppress(errors.VirtdError):
             await units.collect(self.unit)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 QUIT_LIMIT = 5.0  # seconds for QEMU to flush its disks and exit when told to
 TERM_LIMIT = 5.0
+PRESS_AGAIN = 5.0
 KILL_LIMIT = 10.0
 
 
@@ -34,13 +35,18 @@ async def shutdown(machine: Machine, timeout: float, by: str) -> bool:
             if machine.alive:
                 machine.note(was, "could not be asked to shut down")
                 raise
-    if await _over(machine, max(0.0, deadline - time.monotonic())):
-        return True
+    while (left := deadline - time.monotonic()) > 0:
+        if await _over(machine, min(left, PRESS_AGAIN)):
+            return True
+        # A guest that is still booting, or dozes, misses the first press.
+        with contextlib.suppress(errors.MonitorError):
+            if machine.state is State.STOPPING:
+                await machine.command("system_powerdown")
     async with machine.exclusive("shut down"):
         if machine.state is State.STOPPING and machine.child is not None and machine.child.alive():
-            machine.note(State.RUNNING, f"did not shut down within {timeout:g} s")
+            machine.note(State.RUNNING, f"did not shut down within {timeout:.0f} s")
     raise errors.TimedOut(
-        f"{machine.name} did not shut down within {timeout:g} s",
+        f"{machine.name} did not shut down within {timeout:.0f} s",
         hint=f"It runs on. Give it more time with --timeout, or end it at once: virtctl stop {machine.name}.",
     )
 
@@ -130,7 +136,7 @@ async def reboot(machine: Machine, *, force: bool, timeout: float, by: str) -> b
                 State.RUNNING, f"did not shut down to be rebooted within {timeout:g} s", data=machine.ask("", "")
             )
             raise errors.TimedOut(
-                f"{machine.name} did not shut down within {timeout:g} s to be rebooted",
+                f"{machine.name} did not shut down within {timeout:.0f} s to be rebooted",
                 hint=f"Reset it at once: virtctl reboot --force {machine.name}.",
             ) from None
         return True

@@ -7,11 +7,10 @@ import asyncio
 import contextlib
 import logging
 import os
-import shutil
 from dataclasses import astuple
 from typing import TYPE_CHECKING
 
-from ... import errors, fdstore, journal
+from ... import errors, fdstore, files, journal
 from ...child import Child, Ends
 from ...messages import Message
 from ...model.state import State
@@ -134,7 +133,7 @@ class _Start:
         runtime = self.machine.runtime
         stem = command.events(runtime)
         try:
-            shutil.rmtree(runtime, ignore_errors=True)
+            files.remove_tree(runtime)
             os.makedirs(runtime, mode=0o700)
             for path, content in ((f"{stem}.in", CAPABILITIES), (f"{stem}.out", b"")):
                 with open(path, "xb") as file:
