@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the demo, the live tests and the benchmarks share: a lab to run commands in, and a checker for numbered lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+TOP = Path(__file__).resolve().parent.parent
+LAB = str(TOP / "tests/lab/lab")
+
+_LINE = re.compile(rb"line (\d{10}) ([a-z]{60}) \.\r?")
+_ALPHABET = b"abcdefghijklmnopqrstuvwxyz"
+
+
+def expected(number: int) -> bytes:
+    """The text of the guest's numbered line (see tests/lab/guest/console.c), so that a cut or mixed one is seen."""
+    start = number % 26
+    return (_ALPHABET * 4)[start : start + 60]
+
+
+@dataclass
+class Tally:
+    """What a stream of numbered lines held."""
+
+    lines: int = 0
+    first: int = 0
+    last: int = 0
+    lost: int = 0
+    repeated: int = 0
+    broken: list[bytes] = field(default_factory=list)
+    words: list[bytes] = field(default_factory=list)  # every other line
+
+    @property
+    def whole(self) -> bool:
+        return not (self.lost or self.repeated or self.broken)
+
+
+class Checker:
+    """Takes a stream in pieces and counts lines lost and repeated. The last, unfinished line waits for its end."""
+
+    def __init__(self, *, anywhere: bool = False) -> None:
+        self.tally = Tally()
+        self._rest = b""
+        self._anywhere = anywhere  # the stream may begin in the middle of a line
+
+    def feed(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._take(line.rstrip(b"\r"))
+
+    def _take(self, line: bytes) -> None:
+        tally = self.tally
+        if self._anywhere:
+            self._anywhere = False
+            return
+        match = _LINE.fullmatch(line)
+        if match is None:
+            (tally.broken if line.startswith(b"line ") or line.endswith(b" .") else tally.words).append(line)
+            return
+        number = int(match[1])
+        if match[2] != expected(number):
+            tally.broken.append(line)
+        tally.lines += 1
+        if not tally.first:
+            tally.first = number
+        elif number > tally.last + 1:
+            tally.lost += number - tally.last - 1
+        elif number <= tally.last:
+            tally.repeated += 1
+        tally.last = max(tally.last, number)
+
+
+def check(data: bytes) -> Tally:
+    """The tally of a whole log."""
+    checker = Checker()
+    checker.feed(data)
+    return checker.tally
+
+
+class Failed(Exception):
+    """A command in the lab failed; the message has what it said."""
+
+
+@dataclass
+class Lab:
+    """A booted lab. Made by `up`; `down` leaves nothing."""
+
+    name: str
+
+    @classmethod
+    def up(cls, name: str, *options: str, quiet: bool = False) -> Lab:
+        subprocess.run(
+            [LAB, "up", name, *options],
+            check=True,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL if quiet else None,
+        )
+        return cls(name)
+
+    def down(self) -> None:
+        subprocess.run([LAB, "down", self.name], check=True, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    @property
+    def root(self) -> Path:
+        """Where the host sees the lab's file system."""
+        return Path(
+            subprocess.run([LAB, "path", self.name], check=True, capture_output=True, text=True).stdout.strip()
+        )
+
+    def copy(self, source: str | Path, target: str) -> None:
+        """Copy a file of ours into the lab."""
+        shutil.copyfile(source, f"{self.root}{target}")
+
+    def write(self, target: str, text: str) -> None:
+        path = Path(f"{self.root}{target}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def run(
+        self, *command: str, check: bool = True, input: str | None = None, timeout: float = 120
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command in the lab. Raises Failed with its words, unless `check` is off."""
+        done = subprocess.run(
+            [LAB, "exec", self.name, "--", *command],
+            check=False, capture_output=True, text=True, input=input if input is not None else "", timeout=timeout,
+        )  # fmt: skip
+        if check and done.returncode:
+            raise Failed(f"{' '.join(command)}: exit status {done.returncode}\n{done.stdout}{done.stderr}")
+        return done
+
+    def sh(self, script: str, *, check: bool = True, timeout: float = 120) -> str:
+        """Run a shell script in the lab: its output."""
+        return self.run("sh", "-c", script, check=check, timeout=timeout).stdout
+
+    def virtctl(
+        self, *arguments: str, check: bool = True, input: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        return self.run("virtctl", *arguments, check=check, input=input)
+
+    def json(self, *arguments: str) -> Any:
+        """What a reading command of virtctl answers."""
+        return json.loads(self.virtctl(*arguments, "--json").stdout)
+
+    def info(self, domain: str) -> dict[str, Any]:
+        value: dict[str, Any] = self.json("info", domain)
+        return value
+
+    def define(
+        self, name: str, *, memory: str = "96M", cmdline: str = "", more: str = "", start: bool = False
+    ) -> None:
+        """Define one of the lab's own guests; `cmdline` is added to what its console needs."""
+        self.virtctl("define", "-", input=definition(name, memory=memory, cmdline=cmdline, more=more))
+        if start:
+            self.virtctl("start", name)
+
+    def undefine_all(self) -> None:
+        """Stop and forget every domain, for the next test."""
+        self.sh("systemctl start virtd")
+        names = [item["name"] for item in self.json("list")]
+        for name in names:
+            self.virtctl("stop", name, check=False)
+            self.virtctl("undefine", name, check=False)
+
+    def console(self, domain: str) -> bytes:
+        """The whole console log, backups included, oldest first."""
+        return subprocess.run(
+            [LAB, "exec", self.name, "--", "virtctl", "log", domain], check=True, capture_output=True, timeout=120
+        ).stdout
+
+    def slots(self) -> int:
+        """Descriptors in virtd's FD store, as PID 1 counts them."""
+        return int(self.sh("systemctl show -P NFileDescriptorStore virtd.service"))
+
+    def main_pid(self) -> int:
+        return int(self.sh("systemctl show -P MainPID virtd.service"))
+
+    def wait(self, what: str, condition: Any, timeout: float = 30) -> Any:
+        """Call `condition` until it is true; its value. Failed after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while True:
+            if value := condition():
+                return value
+            if time.monotonic() > deadline:
+                raise Failed(f"{what} did not come about within {timeout:g} s")
+            time.sleep(0.05)
+
+    def wait_ready(self, domain: str, timeout: float = 60) -> None:
+        """Until the guest has booted as far as its console program."""
+        self.wait(f"{domain}'s boot", lambda: b"virtd-lab ready" in self.console(domain), timeout)
+
+
+def definition(name: str, *, memory: str = "96M", cmdline: str = "", more: str = "") -> str:
+    """One of the lab's guests, as a person would write it."""
+    return f"""name = "{name}"
+memory = "{memory}"
+{more if not more.lstrip().startswith("[") else ""}
+[boot]
+kernel = "/usr/share/virtd-lab/vmlinuz"
+initrd = "/usr/share/virtd-lab/initramfs.gz"
+cmdline = "console=ttyS0 quiet {cmdline}"
+{more if more.lstrip().startswith("[") else ""}"""
+
+
+class Attached:
+    """A `virtctl console` that stays attached: what it shows is checked as it comes, and words can be typed."""
+
+    def __init__(self, lab: Lab, domain: str, *options: str) -> None:
+        self._process = subprocess.Popen(
+            [LAB, "exec", lab.name, "--", "virtctl", "console", domain, *options],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        self._checker = Checker(anywhere=True)
+        self._news = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        stdout: IO[bytes] = self._process.stdout  # type: ignore[assignment]
+        while data := os.read(stdout.fileno(), 1 << 16):
+            with self._news:
+                self._checker.feed(data)
+                self._news.notify_all()
+        with self._news:
+            self._news.notify_all()
+
+    @property
+    def tally(self) -> Tally:
+        with self._news:
+            return self._checker.tally
+
+    def type(self, text: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(text.encode())
+        self._process.stdin.flush()
+
+    def ask(self, word: str, timeout: float = 20) -> bool:
+        """Type `echo WORD`; whether the guest answered."""
+        self.type(f"echo {word}\n")
+        return self.heard(word, timeout)
+
+    def heard(self, word: str, timeout: float = 20) -> bool:
+        deadline = time.monotonic() + timeout
+        with self._news:
+            while word.encode() not in self._checker.tally.words:
+                if (left := deadline - time.monotonic()) <= 0 or self._process.poll() is not None:
+                    return word.encode() in self._checker.tally.words
+                self._news.wait(min(left, 0.5))
+        return True
+
+    def close(self) -> str:
+        """Detach; what it said on stderr."""
+        if self._process.poll() is None:
+            self._process.terminate()
+        _, err = self._process.communicate(timeout=20) if not self._reader.is_alive() else (None, b"")
+        self._reader.join(20)
+        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+            if stream is not None and not stream.closed:
+                if stream is self._process.stderr:
+                    err = stream.read() or b""
+                stream.close()
+        self._process.wait(20)
+        return (err or b"").decode(errors="replace")
+
+
+def build_rpm(version: str = "") -> Path:
+    """`make rpm` for the lab; the file."""
+    command = ["make", "-s", "-C", str(TOP), "rpm", "SITELIB=/usr/lib/python3/dist-packages"]
+    if version:
+        command.append(f"VERSION={version}")
+    done = subprocess.run(command, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        sys.stderr.write(done.stdout + done.stderr)
+        raise Failed("make rpm failed")
+    found = sorted(
+        (TOP / "build/rpm").glob(f"virtd-{version or '*'}-*.noarch.rpm"), key=lambda path: path.stat().st_mtime
+    )
+    return found[-1]
