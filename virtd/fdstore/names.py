@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 # systemd's fdname_is_valid(): printable ASCII without the colon that separates the names in $LISTEN_FDNAMES. A
 # descriptor with any other name isn't refused by PID 1 but stored under the name "stored", and so lost to its owner.
+# A backslash PID 1 keeps, but libsystemd takes it for an escape when it reads $LISTEN_FDNAMES.
 LONGEST = 255
 _FIRST, _LAST = " ", "~"
 
@@ -26,8 +27,8 @@ def check(name: str) -> str:
         raise BadName(f"slot name of {len(name)} characters, the longest allowed is {LONGEST}: {name[:40]!r}...")
     if not all(_FIRST <= character <= _LAST for character in name):
         raise BadName(f"slot name {name!r} has a character that is not printable ASCII")
-    if ":" in name:
-        raise BadName(f"slot name {name!r} has a colon, which separates the names in $LISTEN_FDNAMES")
+    if ":" in name or "\\" in name:
+        raise BadName(f"slot name {name!r} has a colon or a backslash, which don't come through $LISTEN_FDNAMES")
     parts = name.split("/")
     if len(parts) < 2 or not all(parts):
         raise BadName(f"slot name {name!r} is not made of parts joined by /, as in qemu/web1/stdin")
