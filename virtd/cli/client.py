@@ -59,6 +59,8 @@ class Connection:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._buffer = bytearray()
         self._fds: list[int] = []
+        # With a time limit, a full backlog is an error at once and not a wait without end.
+        self._socket.settimeout(PATIENCE)
         try:
             self._socket.connect(address)
         except BaseException:

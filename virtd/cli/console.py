@@ -60,7 +60,7 @@ class Link:
         try:
             self._connection = Connection(self._session.address)
             self._ask(again=False)
-        except ConnectionResetError:
+        except (ConnectionResetError, BrokenPipeError, BlockingIOError):
             self._lose()
         except OSError as exc:
             raise unreachable(self._session.address, exc) from exc
