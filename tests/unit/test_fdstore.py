@@ -822,3 +822,19 @@ def test_the_descriptor_is_close_on_exec_even_from_a_plain_one(store: Store, pip
     os.set_inheritable(pipe[0], True)
     slot = store.put("a/b", pipe[0])
     assert fcntl.fcntl(slot.fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+
+
+# The documentation.
+
+
+def test_the_readme_shows_the_unit_that_is_tested() -> None:
+    package = ROOT / "virtd" / "fdstore"
+    licence, _, unit = (package / "example.service").read_text().partition("\n")
+    assert "SPDX" in licence
+    assert f"```ini\n{unit}```\n" in (package / "README.md").read_text()
+
+
+def test_the_readme_names_every_public_method() -> None:
+    text = (ROOT / "virtd" / "fdstore" / "README.md").read_text().partition("## API")[2]
+    for name in dir(Store):
+        assert name.startswith("_") or f"`{name}" in text or f"Store.{name}(" in text or f" `{name}" in text, name
