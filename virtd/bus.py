@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import threading
+import time
+import weakref
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from . import errors
@@ -36,6 +39,9 @@ PEER: Final = "org.freedesktop.DBus.Peer"
 DO_NOT_QUEUE: Final = 4
 PRIMARY_OWNER: Final = 1
 ALREADY_OWNER: Final = 4
+
+# Seconds that a close waits for GDBus to let go of us.
+LINGER: Final = 1.0
 
 DISCONNECTED: Final = "org.freedesktop.DBus.Error.Disconnected"
 
@@ -116,6 +122,7 @@ class Bus:
         self._context: Any = None
         self._stopping = False
         self._told = False
+        self._filter_freed = threading.Event()
         self._finished = asyncio.Event()
         self._pending: dict[int, asyncio.Future[Any]] = {}
         self._signals: list[Signal] = []
@@ -159,7 +166,15 @@ class Bus:
         self._signals.clear()
         self._lost.clear()
         self._handler = None
+        if self._connection is None:
+            return
+        # The worker thread may be the last to hold the connection, whose end frees descriptors.
+        freed = threading.Event()
+        self._connection.weak_ref(freed.set)
         self._connection = self._context = None
+        deadline = time.monotonic() + LINGER
+        while not freed.is_set() and time.monotonic() < deadline:
+            await asyncio.sleep(0.0005)
 
     def on_closed(self, callback: Callable[[], None]) -> None:
         """Have `callback` called when the connection is lost (not by `close`)."""
@@ -193,15 +208,21 @@ class Bus:
         context = GLib.MainContext()
         context.push_thread_default()
         try:
-            connection = pydbus.connect(self.address).con
+            wrapper = pydbus.connect(self.address)
         except GLib.Error as exc:
             context.pop_thread_default()
             raise errors.HostError(
                 f"no D-Bus at {self.address}: {exc.message}", hint="See: systemctl status dbus.service"
             ) from exc
+        connection = wrapper.con
+        # The two refer to each other, and a cycle with a GObject in it is collected late or never.
+        wrapper.con = None
         connection.set_exit_on_close(False)
         self._closed_handler = connection.connect("closed", self._on_closed_signal)
-        self._filter = connection.add_filter(self._filter_message)
+        # An object of its own, so that it can be seen when GDBus has let go of it.
+        listener = functools.partial(self._filter_message)
+        self._filter = connection.add_filter(listener)
+        weakref.finalize(listener, self._filter_freed.set).atexit = False
         self.unique_name = connection.get_unique_name()
         self._connection = connection
         self._context = context
@@ -215,6 +236,11 @@ class Bus:
             self._context.iteration(may_block=True)
         self._connection.disconnect(self._closed_handler)
         self._connection.remove_filter(self._filter)
+        # Another one frees the filter, and is attached when the worker thread has come back from it, so perhaps later.
+        deadline = time.monotonic() + LINGER
+        while not self._filter_freed.is_set() and time.monotonic() < deadline:
+            if not self._context.iteration(may_block=False):
+                time.sleep(0.0005)
         # GDBus leaves the socket of a connection that was lost open until its last reference has gone.
         with contextlib.suppress(self._glib.Error):
             self._connection.get_stream().close(None)

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the D-Bus interfaces of org.virtd1 consist of: one table, for the server and for Introspect alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+from xml.sax.saxutils import quoteattr
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+MANAGER: Final = "org.virtd1.Manager"
+DOMAIN: Final = "org.virtd1.Domain"
+PROPERTIES: Final = "org.freedesktop.DBus.Properties"
+INTROSPECTABLE: Final = "org.freedesktop.DBus.Introspectable"
+OBJECT_MANAGER: Final = "org.freedesktop.DBus.ObjectManager"
+PEER: Final = "org.freedesktop.DBus.Peer"
+
+DOCTYPE: Final = (
+    '<!DOCTYPE node PUBLIC "-//freedesktop//DTD D-BUS Object Introspection 1.0//EN"\n'
+    ' "http://www.freedesktop.org/standards/dbus/1.0/introspect.dtd">\n'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Args:
+    """Arguments: "name:signature" each, separated by spaces."""
+
+    text: str = ""
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        for item in self.text.split():
+            name, _, signature = item.partition(":")
+            yield name, signature
+
+    @property
+    def signature(self) -> str:
+        return "".join(item.partition(":")[2] for item in self.text.split())
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A method; `reading` ones are for everybody, the others for root."""
+
+    takes: Args = Args()
+    gives: Args = Args()
+    reading: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Property:
+    """A property, read-only as all of ours are; `emits` is its EmitsChangedSignal."""
+
+    signature: str
+    emits: str = "true"
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """Methods, properties and signals by name."""
+
+    methods: dict[str, Method] = field(default_factory=dict)
+    properties: dict[str, Property] = field(default_factory=dict)
+    signals: dict[str, Args] = field(default_factory=dict)
+
+
+def _reading(takes: str = "", gives: str = "") -> Method:
+    return Method(Args(takes), Args(gives), reading=True)
+
+
+def _changing(takes: str = "", gives: str = "") -> Method:
+    return Method(Args(takes), Args(gives))
+
+
+INTERFACES: Final[dict[str, Interface]] = {
+    MANAGER: Interface(
+        methods={
+            "List": _reading("", "domains:a(sossus)"),  # name, path, uuid, state, pid, reason
+            "Status": _reading("", "status:a{sv}"),
+            "Define": _changing("text:s source:s check:b", "name:s uuid:s created:b file:s warnings:as"),
+            "Reload": _changing("", "changed:as problems:aa{sv}"),
+        },
+        properties={
+            "Version": Property("s", "const"),
+            "Domains": Property("u"),
+            "Running": Property("u"),
+        },
+    ),
+    DOMAIN: Interface(
+        methods={
+            "Info": _reading("", "info:a{sv}"),
+            "Dump": _reading("", "text:s"),
+            "Wait": _reading("states:as timeout:d", "state:s"),
+            "Start": _changing("", "changed:b"),
+            "Shutdown": _changing("timeout:d", "changed:b"),
+            "Stop": _changing("", "changed:b"),
+            "Kill": _changing("signal:i"),
+            "Reboot": _changing("force:b", "changed:b"),
+            "Suspend": _changing("", "changed:b"),
+            "Resume": _changing("", "changed:b"),
+            "SetAutostart": _changing("enable:b", "changed:b"),
+            "Undefine": _changing(),
+        },
+        properties={
+            "Name": Property("s", "const"),
+            "Driver": Property("s", "const"),
+            "Uuid": Property("s", "const"),
+            "Unit": Property("s", "const"),
+            "State": Property("s"),
+            "Reason": Property("s"),
+            "Since": Property("s"),
+            "Pid": Property("u"),
+            "Id": Property("i"),
+            "Autostart": Property("b"),
+            "Exit": Property("a{sv}", "invalidates"),
+        },
+        signals={"Ended": Args("exit:a{sv}")},
+    ),
+    INTROSPECTABLE: Interface(methods={"Introspect": _reading("", "xml:s")}),
+    PROPERTIES: Interface(
+        methods={
+            "Get": _reading("interface:s property:s", "value:v"),
+            "GetAll": _reading("interface:s", "properties:a{sv}"),
+            "Set": _reading("interface:s property:s value:v"),
+        },
+        signals={"PropertiesChanged": Args("interface:s changed:a{sv} invalidated:as")},
+    ),
+    OBJECT_MANAGER: Interface(
+        methods={"GetManagedObjects": _reading("", "objects:a{oa{sa{sv}}}")},
+        signals={
+            "InterfacesAdded": Args("object:o interfaces:a{sa{sv}}"),
+            "InterfacesRemoved": Args("object:o interfaces:as"),
+        },
+    ),
+    # GDBus answers its calls.
+    PEER: Interface(methods={"Ping": _reading(), "GetMachineId": _reading("", "id:s")}),
+}
+
+
+def document(interfaces: Iterable[str], children: Iterable[str]) -> str:
+    """The answer to Introspect, for an object with these interfaces and direct child nodes."""
+    lines = [DOCTYPE + "<node>"]
+    for name in interfaces:
+        lines += _interface(name, INTERFACES[name])
+    lines += [f" <node name={quoteattr(child)}/>" for child in children]
+    return "\n".join([*lines, "</node>"]) + "\n"
+
+
+def _interface(name: str, interface: Interface) -> list[str]:
+    lines = [f" <interface name={quoteattr(name)}>"]
+    for member, method in interface.methods.items():
+        lines.append(f"  <method name={quoteattr(member)}>")
+        lines += [_arg(*arg, direction="in") for arg in method.takes]
+        lines += [_arg(*arg, direction="out") for arg in method.gives]
+        lines.append("  </method>")
+    for member, args in interface.signals.items():
+        lines.append(f"  <signal name={quoteattr(member)}>")
+        lines += [_arg(*arg) for arg in args]
+        lines.append("  </signal>")
+    for member, prop in interface.properties.items():
+        lines.append(f'  <property name={quoteattr(member)} type="{prop.signature}" access="read">')
+        if prop.emits != "true":
+            lines.append(
+                f'   <annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal" value="{prop.emits}"/>'
+            )
+        lines.append("  </property>")
+    lines.append(" </interface>")
+    return lines
+
+
+def _arg(name: str, signature: str, *, direction: str = "") -> str:
+    way = f' direction="{direction}"' if direction else ""
+    return f'   <arg name="{name}" type="{signature}"{way}/>'
