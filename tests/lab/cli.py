@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 
 from . import enter, machine, root, setup
 from .paths import Lab, all_labs
-from .say import LabError, say
+from .say import say
+from .state import LabError, leader_of, read_state
 from .suites import DEFAULT, SUITES, suite_named
 
 
@@ -73,11 +73,11 @@ def _down(options: argparse.Namespace) -> int:
 def _list(options: argparse.Namespace) -> int:
     rows = []
     for lab in all_labs():
-        state = lab.read()
+        state = read_state(str(lab.dir))
         up = machine.is_up(lab)
         condition = ("up" if state.get("ready") else "starting") if up else "dead"
-        leader = enter.leader_of(lab) if up else None
-        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(state.get("created", 0)))
+        leader = leader_of(lab.name) if up else None
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(float(state.get("created", "0"))))
         suite = state.get("suite", "?")
         rows.append({"name": lab.name, "state": condition, "suite": suite, "leader": leader, "since": since})
     if options.json:
@@ -115,7 +115,3 @@ def _setup(_options: argparse.Namespace) -> int:
     setup.install()
     return 0
 
-
-def status_of(error: subprocess.CalledProcessError) -> int:
-    """The exit status for a command of the host that failed."""
-    return error.returncode or 1

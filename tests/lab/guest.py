@@ -14,7 +14,8 @@ from pathlib import Path
 
 from .cpio import Archive
 from .paths import SOURCE
-from .say import LabError, in_root, run, say
+from .say import in_root, run, say
+from .state import LabError
 
 # What the guest may meet in QEMU, by the modules' file names; what these depend on is found in modules.dep. A kernel
 # may have any of them built in.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,8 +17,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from . import cgroups, enter, root
-from .paths import CHECKOUT, Lab, labs_dir, start_time
-from .say import LabError, run, say
+from .paths import CHECKOUT, Lab
+from .say import run, say
+from .state import LabError, leader_of, read_state, recorded, start_time, write_state
 from .suites import Suite
 
 _BOOT_SECONDS = 90.0
@@ -47,7 +49,7 @@ def up(name: str, suite: Suite, rpms: Sequence[Path], virtd: bool) -> Lab:
     lab = Lab(name)
     packages = _packages(rpms) if virtd else []
     base = root.cached_root(suite)
-    labs_dir().mkdir(parents=True, exist_ok=True)
+    lab.dir.parent.mkdir(parents=True, exist_ok=True)
     try:
         lab.dir.mkdir()
     except FileExistsError:
@@ -62,7 +64,7 @@ def up(name: str, suite: Suite, rpms: Sequence[Path], virtd: bool) -> Lab:
             _boot(lab, suite, base)
             if packages:
                 _install(lab, packages)
-            lab.write(ready=True)
+            _note(lab, ready=1)
         except BaseException:
             say(f"lab {name} failed; clearing it away")
             _clear(lab)
@@ -70,10 +72,14 @@ def up(name: str, suite: Suite, rpms: Sequence[Path], virtd: bool) -> Lab:
     return lab
 
 
+def _note(lab: Lab, **changes: object) -> None:
+    write_state(str(lab.dir), changes)
+
+
 def is_up(lab: Lab) -> bool:
     """True while the lab's PID 1 runs."""
     try:
-        return enter.leader_of(lab) > 0
+        return leader_of(lab.name) > 0
     except LabError:
         return False
 
@@ -91,7 +97,12 @@ def down(name: str) -> bool:
 
 
 def _packages(rpms: Sequence[Path]) -> list[Path]:
-    found = list(rpms) or sorted((CHECKOUT / "build/rpm").glob("*.noarch.rpm"), key=lambda path: path.stat().st_mtime)[-1:]
+    """The files asked for, or the last built RPM of the version that the checkout says it is."""
+    found = list(rpms)
+    if not found:
+        match = re.search(r'^__version__ = "(.+)"', (CHECKOUT / "virtd/__init__.py").read_text(), re.MULTILINE)
+        pattern = f"virtd-{match[1] if match else '*'}-*.noarch.rpm"
+        found = sorted((CHECKOUT / "build/rpm").glob(pattern), key=lambda path: path.stat().st_mtime)[-1:]
     if not found:
         raise LabError("there is no virtd RPM in build/rpm: run make rpm, or give --rpm FILE or --no-virtd")
     for path in found:
@@ -101,7 +112,7 @@ def _packages(rpms: Sequence[Path]) -> list[Path]:
 
 
 def _boot(lab: Lab, suite: Suite, base: Path) -> None:
-    lab.write(suite=suite.name, root=str(base), created=time.time(), up_pid=os.getpid(), ready=False)
+    _note(lab, suite=suite.name, root=str(base), created=time.time())
     for directory in (lab.upper, lab.work, lab.root):
         directory.mkdir()
     options = f"lowerdir={base},upperdir={lab.upper},workdir={lab.work}"
@@ -148,11 +159,11 @@ def _start_nspawn(lab: Lab, notify: Path) -> subprocess.Popen[bytes] | None:
         argv += [f"--setenv={name}={value}" for name, value in environment.items() if name != "PATH"]
         run([*argv, "--", *_nspawn(lab)], what="starting the lab's unit", timeout=60)
         group = run(["systemctl", "show", "--value", "--property=ControlGroup", unit], what="finding its group").strip()
-        lab.write(cgroup=f"{cgroups.unified_mount()}{group}")
+        _note(lab, cgroup=f"{cgroups.unified_mount()}{group}")
         return None
     group_path = cgroups.unified_mount() / f"virtd-lab-{lab.name}"
     # Recorded first: a group that nobody knows of would be left behind.
-    lab.write(cgroup=str(group_path))
+    _note(lab, cgroup=str(group_path))
     group_path.mkdir(exist_ok=True)
 
     def join() -> None:
@@ -186,7 +197,7 @@ def _await_ready(lab: Lab, notify: socket.socket, child: subprocess.Popen[bytes]
         if leader := int(fields.get("X_NSPAWN_LEADER_PID", 0)):
             supervisor = _parent(leader)
             started = {"leader_start": start_time(leader), "supervisor_start": start_time(supervisor)}
-            lab.write(leader=leader, supervisor=supervisor, **started)
+            _note(lab, leader=leader, supervisor=supervisor, **started)
         if fields.get("READY") == "1":
             return
     raise LabError(f"lab {lab.name} had not finished booting after {_BOOT_SECONDS:.0f} s:\n{_tail(lab)}")
@@ -207,13 +218,13 @@ def _tail(lab: Lab) -> str:
 def enter_output(lab: Lab, command: Sequence[str], check: bool = False) -> str:
     """What a command in the lab wrote, standard error included; LabError if it failed and `check` is True."""
     done = subprocess.run(
-        enter.command_line(enter.leader_of(lab), command),
+        enter.command_line(leader_of(lab.name), command),
         env=enter.environment(),
         cwd="/",
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        preexec_fn=lambda: enter.join_cgroup(lab),
+        preexec_fn=lambda: enter.join_cgroup(lab.name),
         text=True,
         errors="replace",
         timeout=120,
@@ -242,15 +253,14 @@ def _install(lab: Lab, packages: Sequence[Path]) -> None:
 
 def _clear(lab: Lab) -> None:
     """Removes all that a lab can have left, in an order that works from any point at which `up` may have stopped."""
-    state = lab.read()
+    state = read_state(str(lab.dir))
     group = Path(state.get("cgroup") or cgroups.unified_mount() / f"virtd-lab-{lab.name}")
     # The PID 1 goes first: the kernel takes everything in its namespace along, and nspawn then tidies up by itself.
-    for key in ("leader", "supervisor"):
-        pid = int(state.get(key, 0))
-        if pid and start_time(pid) == state.get(f"{key}_start"):
+    for which, number in (("leader", signal.SIGKILL), ("supervisor", signal.SIGTERM)):
+        if pid := recorded(state, which):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL if key == "leader" else signal.SIGTERM)
-            _await_end(pid, state[f"{key}_start"], 5.0)
+                os.kill(pid, number)
+            _await_end(pid, state[f"{which}_start"], 5.0)
     if cgroups.host_has_systemd():
         unit = _UNIT.format(lab.name)
         for command in ("stop", "reset-failed"):
@@ -266,7 +276,7 @@ def _clear(lab: Lab) -> None:
     root.remove_tree(lab.dir)
 
 
-def _await_end(pid: int, started: int, seconds: float) -> None:
+def _await_end(pid: int, started: str, seconds: float) -> None:
     end = time.monotonic() + seconds
     while start_time(pid) == started and time.monotonic() < end:
         time.sleep(0.01)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the lab tells the person who waits for it, and the one error it raises."""
+"""Progress lines, and commands of the host run to their end."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from .state import LabError
+
 _BEGAN = time.monotonic()
-
-
-class LabError(Exception):
-    """The lab cannot do what was asked; the message says what and what to do about it. Ends in exit status 1."""
 
 
 def say(text: str) -> None:

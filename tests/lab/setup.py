@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 
-from .say import LabError, say
+from .say import say
+from .state import LabError
 
 # Program: its package on Debian and its kin, and on Fedora and its kin.
 _NEEDS = {
@@ -28,7 +29,8 @@ _NEEDS = {
 def missing() -> list[str]:
     """The programs that aren't on the host, and "pip" if Python has none and the archive keys if they are not there."""
     away = [program for program in _NEEDS if shutil.which(program) is None]
-    if importlib.util.find_spec("pip") is None:
+    # Asked of a new process, because the lab's own Python runs without site-packages.
+    if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, check=False).returncode != 0:
         away.append("pip")
     if not os.path.isdir("/usr/share/keyrings") or not any(
         name.startswith("debian-archive-") for name in os.listdir("/usr/share/keyrings")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .say import LabError
+from .state import LabError
 
 DEFAULT = "trixie"
 
