@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """`make demo`: one guest that lives through everything that can happen to its daemon, told while it happens.
 
-Each row of the table is one event: the guest's PID before and after, lines of its console lost and repeated (in the log
-and on an attached `virtctl console`), whether it answered what was typed, how long until the API answered, and how many
-descriptors PID 1 holds. Exit status 1 if a row is bad.
+Each row of the table is one event: the guest's PID before and after, lines of its console lost and repeated (in the
+log and on an attached `virtctl console`), whether it answered what was typed, how long until the API answered, and how
+many descriptors PID 1 holds. Exit status 1 if a row is bad.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -23,6 +22,7 @@ from tests.harness import LAB, Attached, Failed, Lab, Tally, build_rpm, check
 GUEST = "demo"
 RATE = 200  # console lines a second
 SLOTS = 5
+STOP_AND_START = "systemctl stop virtd.service 2>/dev/null; sleep 10; systemctl start virtd.service"
 
 # Runs in the lab: the event, then the first complete listing on a fresh connection. Prints milliseconds from the
 # event's beginning, and for events that take their time by intention, from the moment that the daemon may answer.
@@ -137,17 +137,11 @@ class Demo:
         lab.sh(f"sleep 1; kill -9 {pid}; sleep 0.5; systemctl start virtd.service")
         info = lab.wait("the end on record", lambda: (i := lab.info(GUEST))["exit"] and i, 20)
         tally = check(lab.console(GUEST))
-        text = f"state {info['state']}, {info['reason']}; signal {info['exit']['signal']}, cause {info['exit']['cause']}, at {info['exit']['at']}"
-        print(f"  virtctl info {GUEST}: {text}")
-        print(
-            f"  its log: {tally.lines} lines, number {tally.first} to {tally.last}; {tally.lost} lost, {tally.repeated} repeated"
-        )
-        good = (
-            info["exit"]["signal"] == "SIGKILL"
-            and info["exit"]["cause"] == "killed"
-            and tally.whole
-            and lab.slots() == 0
-        )
+        end = info["exit"]
+        print(f"  virtctl info {GUEST}: {info['state']}, {info['reason']}")
+        print(f"  on record: signal {end['signal']}, cause {end['cause']}, at {end['at']}")
+        print(f"  its log: lines {tally.first} to {tally.last}; {tally.lost} lost, {tally.repeated} repeated")
+        good = end["signal"] == "SIGKILL" and end["cause"] == "killed" and tally.whole and lab.slots() == 0
         print(f"  slots left in the store: {lab.slots()}{'' if good else '   <-- BAD'}", flush=True)
         return good
 
@@ -166,9 +160,9 @@ def main() -> int:
     try:
         say("booting a lab: Debian in systemd-nspawn, systemd as PID 1, virtd from its RPM")
         Lab.up(name, "--rpm", str(old))
-        return story(
-            lab, old.name, new.name, lambda: (lab.copy(old, f"/root/{old.name}"), lab.copy(new, f"/root/{new.name}"))
-        )
+        for package in (old, new):
+            lab.copy(package, f"/root/{package.name}")
+        return story(lab, old.name, new.name)
     except Failed as exc:
         say(f"FAILED: {exc}")
         print(lab.run("journalctl", "-n", "40", "--no-pager", check=False).stdout)
@@ -178,8 +172,7 @@ def main() -> int:
         lab.down()
 
 
-def story(lab: Lab, old: str, new: str, copy: Callable[[], object]) -> int:
-    copy()
+def story(lab: Lab, old: str, new: str) -> int:
     lab.write("/root/probe.py", PROBE)
     systemd = lab.sh("systemctl --version").split()[1]
     say(
@@ -197,7 +190,7 @@ def story(lab: Lab, old: str, new: str, copy: Callable[[], object]) -> int:
         demo.event("kill -9 of the daemon", "kill -9 $(systemctl show -P MainPID virtd.service)")
         demo.event(
             "stop for 10 s, then start",
-            "systemctl stop virtd.service 2>/dev/null; sleep 10; systemctl start virtd.service",
+            STOP_AND_START,
             after=True,
         )
         demo.event("RPM upgrade to 0.1.1", f"rpm -U /root/{new}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the demo, the live tests and the benchmarks share: a lab to run commands in, and a checker for numbered lines."""
+"""What the demo, the live tests and the benchmarks share: a lab to run commands in, a checker for its lines."""
 
 from __future__ import annotations
 
@@ -127,12 +127,12 @@ class Lab:
         path.write_text(text)
 
     def run(
-        self, *command: str, check: bool = True, input: str | None = None, timeout: float = 120
+        self, *command: str, check: bool = True, stdin: str = "", timeout: float = 120
     ) -> subprocess.CompletedProcess[str]:
         """Run a command in the lab. Raises Failed with its words, unless `check` is off."""
         done = subprocess.run(
             [LAB, "exec", self.name, "--", *command],
-            check=False, capture_output=True, text=True, input=input if input is not None else "", timeout=timeout,
+            check=False, capture_output=True, text=True, input=stdin, timeout=timeout,
         )  # fmt: skip
         if check and done.returncode:
             raise Failed(f"{' '.join(command)}: exit status {done.returncode}\n{done.stdout}{done.stderr}")
@@ -142,10 +142,8 @@ class Lab:
         """Run a shell script in the lab: its output."""
         return self.run("sh", "-c", script, check=check, timeout=timeout).stdout
 
-    def virtctl(
-        self, *arguments: str, check: bool = True, input: str | None = None
-    ) -> subprocess.CompletedProcess[str]:
-        return self.run("virtctl", *arguments, check=check, input=input)
+    def virtctl(self, *arguments: str, check: bool = True, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        return self.run("virtctl", *arguments, check=check, stdin=stdin)
 
     def json(self, *arguments: str) -> Any:
         """What a reading command of virtctl answers."""
@@ -159,7 +157,7 @@ class Lab:
         self, name: str, *, memory: str = "96M", cmdline: str = "", more: str = "", start: bool = False
     ) -> None:
         """Define one of the lab's own guests; `cmdline` is added to what its console needs."""
-        self.virtctl("define", "-", input=definition(name, memory=memory, cmdline=cmdline, more=more))
+        self.virtctl("define", "-", stdin=definition(name, memory=memory, cmdline=cmdline, more=more))
         if start:
             self.virtctl("start", name)
 

@@ -54,6 +54,7 @@ log = logging.getLogger("virtd")
 CODE_ID = "/usr/share/virtd/code-id"
 STORE_MAX = 4096  # FileDescriptorStoreMax= in virtd.service; systemd < 254 doesn't tell
 BUS_RETRY = 1.0
+UNITS_LIMIT = 20.0  # seconds that an operation waits for D-Bus to come (back)
 ITSELF = Caller(uid=0, pid=os.getpid(), name="virtd")
 
 
@@ -196,10 +197,18 @@ class Daemon:
         self._status_later()
 
     async def _serve_bus(self, bus: Bus) -> None:
-        from .api import dbus
+        try:
+            from .api import dbus
 
-        self._front_end = dbus.Server(self.host, bus)
-        await self._front_end.start()
+            self._front_end = dbus.Server(self.host, bus)
+            await self._front_end.start()
+            self.host.problems.pop("org.virtd1", None)
+        except Exception as exc:  # its clients do without then; guests and virtctl don't
+            log.exception("org.virtd1 is not served")
+            self.host.problems["org.virtd1"] = (
+                f"org.virtd1 is not served on D-Bus: {exc}",
+                "virtctl works all the same.",
+            )
 
     async def _autostart(self) -> None:
         """Once per boot, which a soft reboot isn't: the mark is in /run, and set before the first one is started."""
@@ -218,7 +227,14 @@ class Daemon:
         await self.host.driver.autostart()
 
     async def _get_units(self) -> Units:
-        await self._units_there.wait()
+        if not self._units_there.is_set():
+            try:
+                async with asyncio.timeout(UNITS_LIMIT):
+                    await self._units_there.wait()
+            except TimeoutError:
+                raise errors.HostError(
+                    "systemd can't be reached over D-Bus", hint="See: systemctl status dbus.service; virtctl status."
+                ) from None
         assert self._units is not None
         return self._units
 
