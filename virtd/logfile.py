@@ -162,40 +162,47 @@ class LogFile:
     def take(self, pipe_fd: int, most: int) -> int:
         """Move up to `most` bytes from the pipe to the end of the log; returns how many, 0 when the writers are gone.
 
+        Fewer than `most` means that the pipe was found empty then.
+
         Raises BlockingIOError when the pipe is empty, OSError when the file can't take them (they are then still in
         the pipe).
         """
         now = self._now
-        room = self._turn_at - now.size
-        if room <= 0:
-            return self._finish_line(pipe_fd)
-        moved = os.splice(pipe_fd, self.fd, room if room < most else most, flags=_SPLICE)
-        now.size += moved
+        if self._turn_at - now.size >= most:
+            moved = os.splice(pipe_fd, self.fd, most, flags=_SPLICE)
+            now.size += moved
+            return moved
+        return self._take_and_turn(pipe_fd, most)
+
+    def _take_and_turn(self, pipe_fd: int, most: int) -> int:
+        """The same where the limit may be in the way; moves on in the new file."""
+        moved = 0
+        while moved < most:
+            now = self._now
+            room = self._turn_at - now.size
+            if room <= 0 and (self._at_line_end() or room <= -LINE_SEARCH):
+                self._turn()
+                continue
+            # A pipe can't be peeked into, so the rest of the line goes byte by byte.
+            wanted = min(room, most - moved) if room > 0 else 1
+            try:
+                step = os.splice(pipe_fd, self.fd, wanted, flags=_SPLICE)
+            except OSError:
+                if moved:
+                    break
+                raise
+            now.size += step
+            moved += step
+            if step < wanted:
+                break
         return moved
 
-    def _finish_line(self, pipe_fd: int) -> int:
-        """Move the rest of the line, byte by byte since a pipe can't be peeked into, and turn to a new file after
-        it.
-        """
-        now = self._now
-        moved = 0
-        while not self._at_line_end() and now.size < self._turn_at + LINE_SEARCH:
-            try:
-                step = os.splice(pipe_fd, self.fd, 1, flags=_SPLICE)
-            except BlockingIOError:
-                if moved:
-                    return moved
-                raise
-            if not step:
-                return moved
-            moved += step
-            now.size += step
+    def _turn(self) -> None:
         try:
             self.rotate()
         except OSError as error:
             logger.warning("log %s cannot be rotated, it grows past its limit: %s", self.path, error.strerror)
-            self._turn_at = now.size + ROTATE_AGAIN
-        return moved or self.take(pipe_fd, _BLOCK)
+            self._turn_at = self.size + ROTATE_AGAIN
 
     def _at_line_end(self) -> bool:
         return self.size == 0 or os.pread(self.fd, 1, self.size - 1) == b"\n"

@@ -56,7 +56,7 @@ BRIEF = 0.002
 FIRST = 0.0005
 """Seconds to a second look at a pipe that has begun to fill."""
 PATIENCE = 3
-"""So often a pipe may be found empty after a long nap before it's left to epoll: waking costs far more than looking."""
+"""So often a pipe may be found empty after a long nap before epoll has it again: a look is cheaper than a wake."""
 
 CHECK = 1.0
 """Seconds between two looks at where a log's path leads."""
@@ -431,7 +431,7 @@ class Pump:
         half = channel.capacity >> 1
         # The rate is what came since the pipe was last left empty; a move itself can last longer than all the rest.
         since, channel.last = now - channel.last, time.monotonic()
-        if moved >= half or channel.waiting:
+        if moved >= half or moved >= CHUNK or channel.waiting:
             self._brief = 0.0
             self._ready.append(channel)
             return
