@@ -169,12 +169,12 @@ class Bus:
         if self._connection is None:
             return
         # The worker thread may be the last to hold the connection, whose end frees descriptors.
-        freed = threading.Event()
-        self._connection.weak_ref(freed.set)
+        freed = asyncio.Event()
+        self._connection.weak_ref(self._post, freed.set)
         self._connection = self._context = None
-        deadline = time.monotonic() + LINGER
-        while not freed.is_set() and time.monotonic() < deadline:
-            await asyncio.sleep(0.0005)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER):
+                await freed.wait()
 
     def on_closed(self, callback: Callable[[], None]) -> None:
         """Have `callback` called when the connection is lost (not by `close`)."""
@@ -236,7 +236,7 @@ class Bus:
             self._context.iteration(may_block=True)
         self._connection.disconnect(self._closed_handler)
         self._connection.remove_filter(self._filter)
-        # Another one frees the filter, and is attached when the worker thread has come back from it, so perhaps later.
+        # Another source frees the filter. It comes when the worker thread has returned from it, perhaps later.
         deadline = time.monotonic() + LINGER
         while not self._filter_freed.is_set() and time.monotonic() < deadline:
             if not self._context.iteration(may_block=False):
