@@ -48,7 +48,7 @@ unit: $(STAMP) ## tests that need no root and take seconds
 	$(PYTHON) -m pytest tests/unit
 
 live: $(STAMP) ## tests in a booted system (root)
-	$(PYTHON) -m pytest tests/live -m live
+	$(PYTHON) -m pytest tests/live -m live -o faulthandler_timeout=900
 
 demo: $(STAMP) ## one guest that lives through everything, with a verdict (root)
 	$(PYTHON) tests/demo.py
