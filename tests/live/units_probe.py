@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Runs inside a lab: what virtd.units promises, tried on that lab's systemd. `test_units` picks a check by its name.
+
+Status 77 means that the check can't be made there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from virtd import errors, units
+from virtd.bus import Bus, BusError
+from virtd.units import CLD_EXITED, CLD_KILLED, Units, UnitSpec, unit_name
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+NULL = os.open("/dev/null", os.O_RDWR)
+NO_STDIO = (NULL, NULL, NULL)
+
+
+def spec(name: str, *argv: str, **more: Any) -> UnitSpec:
+    return UnitSpec(unit_name("qemu", name), f"probe {name}", "virtd-qemu.slice", argv, **more)
+
+
+async def failure_of(operation: Awaitable[object]) -> errors.VirtdError:
+    try:
+        await operation
+    except errors.VirtdError as exc:
+        return exc
+    raise AssertionError("it succeeded")
+
+
+async def check_stdio_environment_and_status(systemd: Units) -> None:
+    stdin, stdout, stderr = os.pipe(), os.pipe(), os.pipe()
+    script = "env; id -un; read line; echo got $line; echo complaint >&2; exit 42"
+    state = await systemd.start(
+        spec("child", "/bin/sh", "-c", script, environment=(("GREETING", "hello world"),), user="nobody"),
+        (stdin[0], stdout[1], stderr[1]),
+    )
+    for fd in (stdin[0], stdout[1], stderr[1]):
+        os.close(fd)
+    assert (state.active, state.sub, state.load) == ("active", "running", "loaded"), state
+    assert state.main_pid > 0
+    assert state.running
+    assert len(bytes.fromhex(state.invocation_id)) == 16
+    assert state.description == "probe child"
+    assert state.started_at is not None
+    assert abs(state.started_at - time.time()) < 60
+    assert state.exited_at is None
+    with open(f"/proc/{state.main_pid}/cgroup") as file:
+        assert file.read().strip().endswith("/virtd.slice/virtd-qemu.slice/virtd-qemu-child.service")
+    os.write(stdin[1], b"a line\n")
+    with open(stdout[0]) as out, open(stderr[0]) as err:
+        lines = out.read().splitlines()
+        assert err.read() == "complaint\n"
+    assert lines[-2:] == ["nobody", "got a line"], lines
+    assert "GREETING=hello world" in lines
+    leaked = ("NOTIFY_SOCKET=", "LISTEN_", "FDSTORE=", "WATCHDOG_")
+    assert not [line for line in lines if line.startswith(leaked)], lines
+    os.close(stdin[1])
+    ended = await systemd.ended(state.name)
+    assert ended is not None
+    assert (ended.exec_code, ended.exec_status, ended.result, ended.active) == (CLD_EXITED, 42, "exit-code", "failed")
+    assert ended.invocation_id == state.invocation_id
+    assert ended.exited_at is not None
+    assert ended.exited_at >= state.started_at
+    await systemd.collect(state.name)
+    assert await systemd.state(state.name) is None
+
+
+async def check_success_stays_readable(systemd: Units) -> None:
+    state = await systemd.start(spec("short", "/bin/true"), NO_STDIO)
+    ended = await systemd.ended(state.name)
+    assert ended is not None
+    assert (ended.active, ended.sub, ended.exec_code, ended.exec_status) == ("active", "exited", CLD_EXITED, 0)
+    assert await systemd.list("virtd-qemu-*") == [(state.name, "probe short", "loaded", "active", "exited")]
+    again = await failure_of(systemd.start(spec("short", "/bin/true"), NO_STDIO))
+    assert isinstance(again, errors.Exists), again
+    await systemd.collect(state.name)
+    assert await systemd.list("virtd-qemu-*") == []
+    # Nothing to collect is fine.
+    await systemd.collect(state.name)
+
+
+async def check_signals(systemd: Units) -> None:
+    name = unit_name("qemu", "killed")
+    await systemd.start(spec("killed", "/bin/sleep", "1000"), NO_STDIO)
+    assert isinstance(await failure_of(systemd.collect(name)), errors.Busy)
+    await systemd.kill(name, signal.SIGKILL)
+    ended = await systemd.ended(name)
+    assert ended is not None
+    assert (ended.exec_code, ended.exec_status, ended.result) == (CLD_KILLED, signal.SIGKILL, "signal")
+    for _ in range(2):
+        # First nothing but the remains of it, then not even those.
+        assert isinstance(await failure_of(systemd.kill(name, signal.SIGTERM)), errors.NotFound)
+        await systemd.collect(name)
+
+
+async def check_out_of_memory(systemd: Units) -> None:
+    with open("/sys/fs/cgroup/cgroup.controllers") as file:
+        if "memory" not in file.read().split():
+            sys.exit(77)
+    limits = (("MemoryMax", "t", 40 << 20), ("MemorySwapMax", "t", 0))
+    hungry = spec("hungry", "/usr/bin/python3", "-c", "x = b'x' * (400 << 20)", properties=limits)
+    await systemd.start(hungry, NO_STDIO)
+    ended = await systemd.ended(hungry.name)
+    assert ended is not None
+    assert (ended.result, ended.exec_code, ended.exec_status) == ("oom-kill", CLD_KILLED, signal.SIGKILL), ended
+    await systemd.collect(hungry.name)
+
+
+async def check_stop(systemd: Units) -> None:
+    await systemd.start(spec("stopped", "/bin/sleep", "1000"), NO_STDIO)
+    name = unit_name("qemu", "stopped")
+    await systemd.stop(name)
+    assert await systemd.state(name) is None
+    await systemd.stop(name)
+
+
+async def check_failed_starts(systemd: Units) -> None:
+    cases = [
+        (spec("f", "/no/such/program"), "cannot execute /no/such/program"),
+        (spec("f", "/etc/passwd"), "203/EXEC"),
+        (spec("f", "/bin/true", user="no-such-user"), "217/USER"),
+        (spec("f", "/bin/true", properties=(("BindPaths", "a(ssbt)", [("/no", "/no", False, 0)]),)), "226/NAMESPACE"),
+    ]
+    for wrong, words in cases:
+        failed = await failure_of(systemd.start(wrong, NO_STDIO))
+        assert isinstance(failed, units.StartFailed), failed
+        assert words in failed.message, failed.message
+        assert failed.state is not None
+        assert failed.state.active == "failed"
+        await systemd.collect(wrong.name)
+    wrong = spec("f", "/bin/true", properties=(("NoSuchProperty", "b", True),))
+    refused = await failure_of(systemd.start(wrong, NO_STDIO))
+    assert type(refused) is errors.HostError, refused
+    assert "NoSuchProperty" in refused.message
+    assert await systemd.state(wrong.name) is None
+
+
+async def check_fifty_at_once(systemd: Units) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    states = await asyncio.gather(*(systemd.start(spec(f"g{n}", "/bin/sleep", "1000"), NO_STDIO) for n in range(50)))
+    assert len({state.main_pid for state in states}) == 50
+    assert all(state.running for state in states)
+    assert len(await systemd.list("virtd-qemu-g*")) == 50
+    await asyncio.gather(*(systemd.stop(state.name) for state in states))
+    assert await systemd.list("virtd-qemu-g*") == []
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def check_names_with_odd_characters(systemd: Units) -> None:
+    for name in ("a-b_c.d", ".hidden", "-", "x" * 64, "1.service"):
+        state = await systemd.start(spec(name, "/bin/sleep", "1000"), NO_STDIO)
+        assert units.object_name("qemu", state.name) == name
+        assert state.running
+        await systemd.stop(state.name)
+
+
+async def check_store(systemd: Units) -> None:
+    """This process is no service: another unit's store is asked for, and one that isn't there."""
+    assert await systemd.store_count("systemd-journald.service") >= 0
+    dump = await systemd.store_dump("systemd-journald.service")
+    try:
+        # Came with the same version.
+        await systemd.service_property("systemd-journald.service", "FileDescriptorStorePreserve")
+    except BusError:
+        assert dump is None
+    else:
+        assert dump is not None
+        assert len(dump) == await systemd.store_count("systemd-journald.service")
+
+
+async def check_another_connection_sees_the_same(systemd: Units) -> None:
+    """What a daemon finds after its restart."""
+    state = await systemd.start(spec("outlives", "/bin/sleep", "1000"), NO_STDIO)
+    bus = await Bus.open()
+    assert await Units(bus).state(state.name) == state
+    await bus.close()
+    await systemd.stop(state.name)
+
+
+async def main(check: Callable[[Units], Awaitable[None]]) -> None:
+    bus = await Bus.open()
+    systemd = Units(bus)
+    await check(systemd)
+    await systemd.close()
+    await bus.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(globals()[sys.argv[1]]))

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The parts of virtd.units that need no systemd; the rest is tried in tests/live/test_units.py."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from virtd import errors, units
+from virtd.bus import Var
+from virtd.units import CLD_DUMPED, CLD_EXITED, CLD_KILLED, Jobs, UnitSpec, UnitState
+
+PROPERTIES: dict[str, Any] = {
+    "LoadState": "loaded",
+    "ActiveState": "failed",
+    "SubState": "failed",
+    "InvocationID": list(range(16)),
+    "Description": "a guest",
+    "MainPID": 0,
+    "Result": "exit-code",
+    "ExecMainCode": 1,
+    "ExecMainStatus": 42,
+    "ExecMainStartTimestamp": 1_700_000_000_250_000,
+    "ExecMainExitTimestamp": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("", "_"),
+        ("web1", "web1"),
+        ("1web", "_31web"),
+        ("virtd-qemu-a_b.service", "virtd_2dqemu_2da_5fb_2eservice"),
+        ("ü", "_c3_bc"),
+    ],
+)
+def test_labels_are_escaped_as_systemd_does(text: str, label: str) -> None:
+    assert units.escape_label(text) == label
+    assert units.unescape_label(label) == text
+
+
+@given(st.text())
+def test_escaping_has_an_inverse(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return
+    label = units.escape_label(text)
+    assert units.unescape_label(label) == text
+    assert label.replace("_", "a").isalnum()
+    assert label.isascii()
+
+
+@pytest.mark.parametrize("label", ["", "a-b", "_4", "a_62", "_c3", "web1 ", "_2D", "a_"])
+def test_what_escaping_can_not_have_made(label: str) -> None:
+    with pytest.raises(ValueError, match="not an escaped name"):
+        units.unescape_label(label)
+
+
+def test_object_path() -> None:
+    assert units.object_path("a.service") == "/org/freedesktop/systemd1/unit/a_2eservice"
+
+
+@given(st.text("abcXYZ019._-", min_size=1, max_size=64))
+def test_unit_names_have_an_inverse(name: str) -> None:
+    unit = units.unit_name("qemu", name)
+    assert unit == f"virtd-qemu-{name}.service"
+    assert units.object_name("qemu", unit) == name
+    assert units.object_name("lxc", unit) is None
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a:b", "ü", "a b", "x" * 300, "a\n"])
+def test_what_can_be_no_unit(name: str) -> None:
+    with pytest.raises(ValueError, match="can't be part of a unit's name"):
+        units.unit_name("qemu", name)
+
+
+@pytest.mark.parametrize(
+    "unit", ["virtd.service", "virtd-qemu-.service", "virtd-qemu-a.scope", "xvirtd-qemu-a.service"]
+)
+def test_other_units_are_no_objects(unit: str) -> None:
+    assert units.object_name("qemu", unit) is None
+
+
+def test_parsing_a_state() -> None:
+    state = units.parse_state("u.service", PROPERTIES)
+    assert state == UnitState(
+        name="u.service",
+        load="loaded",
+        active="failed",
+        sub="failed",
+        result="exit-code",
+        main_pid=0,
+        invocation_id="000102030405060708090a0b0c0d0e0f",
+        exec_code=CLD_EXITED,
+        exec_status=42,
+        started_at=1_700_000_000.25,
+        exited_at=None,
+        description="a guest",
+    )
+    assert not state.running
+    assert units.parse_state("u.service", PROPERTIES | {"MainPID": 7, "InvocationID": []}).running
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "words"),
+    [
+        (CLD_EXITED, 203, "cannot execute /bin/x: the program is missing or not executable (status 203/EXEC)"),
+        (CLD_EXITED, 226, "226/NAMESPACE"),
+        (CLD_EXITED, 3, "/bin/x exited with status 3"),
+        (CLD_KILLED, 9, "/bin/x was killed by SIGKILL"),
+        (CLD_DUMPED, 11, "SIGSEGV"),
+        (CLD_KILLED, 99, "signal 99"),
+        (0, 0, "systemd could not start the unit: timeout, exit-code"),
+    ],
+)
+def test_failures_in_words(code: int, status: int, words: str) -> None:
+    state = units.parse_state("u.service", PROPERTIES | {"ExecMainCode": code, "ExecMainStatus": status})
+    assert words in units.failure("/bin/x", "timeout", state)
+
+
+def test_a_failure_without_remains() -> None:
+    assert units.failure("/bin/x", "dependency", None) == "systemd could not start the unit: dependency"
+
+
+def test_what_a_unit_is_made_of() -> None:
+    spec = UnitSpec(
+        name="u.service",
+        description="a guest",
+        slice="virtd-qemu.slice",
+        argv=("/bin/x", "-y"),
+        environment=(("A", "b=c d"),),
+        user="virtd-qemu",
+        supplementary_groups=("kvm",),
+        properties=(("NoNewPrivileges", "b", True),),
+    )
+    properties = dict(units.transient_properties(spec))
+    assert properties["ExecStart"] == Var("a(sasb)", [("/bin/x", ["/bin/x", "-y"], False)])
+    assert properties["Environment"] == Var("as", ["A=b=c d"])
+    assert properties["RemainAfterExit"] == Var("b", True)
+    assert properties["StandardErrorFileDescriptor"] == Var("h", 2)
+    assert properties["User"] == Var("s", "virtd-qemu")
+    assert properties["SupplementaryGroups"] == Var("as", ["kvm"])
+    assert properties["NoNewPrivileges"] == Var("b", True)
+    # systemd takes an empty group for a wish, too.
+    assert "Group" not in properties
+
+
+def test_a_job_can_end_before_it_is_known() -> None:
+    async def main() -> None:
+        jobs = Jobs("u.service")
+        jobs.removed("/job/1", "done")
+        assert await jobs.wait("/job/1", 1) == "done"
+        waiting = asyncio.create_task(jobs.wait("/job/3", 1))
+        await asyncio.sleep(0)
+        jobs.removed("/job/2", "failed")
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        jobs.removed("/job/3", "canceled")
+        assert await waiting == "canceled"
+        with pytest.raises(errors.TimedOut, match=r"u\.service did not end within 0\.01 s"):
+            await jobs.wait("/job/4", 0.01)
+
+    asyncio.run(main())
