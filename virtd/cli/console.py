@@ -51,7 +51,7 @@ class Link:
         self._more = more
         self._connection: Connection | None = None
         self._knocking = False
-        self._retry_at = 0.0
+        self._retry_at = float("inf")  # nothing is retried before open()
         self.lost_at: float | None = None
         self.asked = False
 
@@ -174,6 +174,11 @@ class Console:
         try:
             self._open()
             with self._terminal:
+                if self._terminal.is_terminal:
+                    escape = _show(self._escape) if self._escape else "off"
+                    self._say(f"Connected to domain {self._name}. Escape character is {escape}.", alone=True)
+                if not self._reading:
+                    self._input_ended()
                 while self._status is None:
                     self._step()
         finally:
@@ -185,10 +190,14 @@ class Console:
             self._say(self._farewell)
         return OK if self._status is None else self._status
 
-    def _say(self, text: str) -> None:
-        """A line of virtctl's own, on stderr, so that a script that reads the output isn't bothered."""
+    def _say(self, text: str, *, alone: bool = False) -> None:
+        """A line of virtctl's own, on stderr, so that a script that reads the output isn't bothered.
+
+        On a terminal the guest's output may stand in the same line before it, unless it is `alone`.
+        """
         end = self._terminal.line_end()
-        write_all(2, f"{end if self._terminal.is_terminal else ''}{clean(text)}{end}".encode(errors="replace"))
+        begin = end if self._terminal.is_terminal and not alone else ""
+        write_all(2, f"{begin}{clean(text)}{end}".encode(errors="replace"))
 
     def _open(self) -> None:
         """Get the right to write, then the place to read from, before anything is read from the user."""
@@ -211,13 +220,6 @@ class Console:
                 f"{self._name} isn't running",
                 hint=f"virtctl start {self._name}, or virtctl log {self._name} for what it wrote",
             )
-        if self._terminal.is_terminal:
-            escape = _show(self._escape) if self._escape else "off"
-            print(
-                f"Connected to domain {clean(self._name)}. Escape character is {escape}.", file=sys.stderr, flush=True
-            )
-        if not self._reading:
-            self._input_ended()
 
     def _await(self, settled: Callable[[], bool]) -> None:
         """Wait for a first answer: nothing else is to happen before."""

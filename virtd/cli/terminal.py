@@ -34,6 +34,7 @@ class RawTerminal:
         self.is_terminal = os.isatty(fd)
         self._modes: list[Any] = []
         self._handlers: dict[int, Any] = {}
+        self._is_raw = False
 
     def __enter__(self) -> RawTerminal:
         if self.is_terminal:
@@ -46,6 +47,7 @@ class RawTerminal:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        self._is_raw = False
         if self._modes:
             # It may have been hung up, and then nobody looks at it any more.
             with contextlib.suppress(termios.error):
@@ -54,6 +56,7 @@ class RawTerminal:
     def _raw(self) -> None:
         if self._modes:
             tty.setraw(self._fd, termios.TCSANOW)
+            self._is_raw = True
 
     def _continued(self, _number: int, _frame: FrameType | None) -> None:
         """After a stop from outside (kill -STOP) the shell has set modes of its own."""
@@ -61,8 +64,8 @@ class RawTerminal:
             self._raw()
 
     def line_end(self) -> str:
-        """What begins a message of virtctl's own amid the guest's output: raw mode doesn't return the carriage."""
-        return "\r\n" if self.is_terminal else "\n"
+        """What ends a line of virtctl's own: a raw terminal doesn't return the carriage by itself."""
+        return "\r\n" if self._is_raw else "\n"
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:
