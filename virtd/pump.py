@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 PIPE_SIZE = 1 << 20
 # One move; while it lasts the kernel holds the pipe's lock and the guest's write waits.
-CHUNK = 1 << 19
+CHUNK = 1 << 20
 
 NAP = 100
 """Milliseconds between two looks at a pipe that has a little in it at most, when nobody watches."""
@@ -184,7 +184,8 @@ class Pump:
             os.close(self._null)
             self._wake = -1
         for channel in self._channels.values():
-            self._let_go(channel)
+            channel.gone = True
+            self._answer(channel, everything=True)
         self._channels.clear()
 
     def add(self, key: str, pipe_fd: int, log: LogFile, on_eof: Callable[[str], object] | None = None) -> None:
@@ -214,7 +215,8 @@ class Pump:
     def drain(self, key: str) -> Future[int]:
         """Move what is in the pipe now, at once; the future has the number of bytes moved.
 
-        Less than all of it only if the file refuses it. For a key that isn't pumped (any more), 0.
+        Less than all of it only if the file refuses it. If the writers are gone, `on_eof` is called before the future
+        is done. For a key that isn't pumped (any more), 0.
         """
         future: Future[int] = Future()
         channel = self._channels.get(key)
@@ -325,6 +327,7 @@ class Pump:
 
     def _leave(self, channel: _Channel, future: Future[None]) -> None:
         self._let_go(channel)
+        self._answer(channel, everything=True)
         future.set_result(None)
 
     def _let_go(self, channel: _Channel) -> None:
@@ -334,7 +337,6 @@ class Pump:
             del self._by_fd[channel.fd]
             with contextlib.suppress(OSError, ValueError):
                 self._epoll.unregister(channel.fd)
-        self._answer(channel, everything=True)
 
     def _finish(self, channel: _Channel) -> None:
         self._let_go(channel)
@@ -343,6 +345,7 @@ class Pump:
         if channel.since:
             self._say(channel, over=True)
         self._tell(self._ended, channel)
+        self._answer(channel, everything=True)
 
     def _watched(self, channel: _Channel, step: int) -> None:
         channel.watchers = max(0, channel.watchers + step)
@@ -466,7 +469,8 @@ class Pump:
         left = []
         for start, wanted, future in channel.waiting:
             moved = channel.moved - start
-            if everything or moved >= wanted:
+            # One byte more than was there, so that an end of file that comes next is told first.
+            if everything or moved > wanted:
                 future.set_result(moved)
             else:
                 left.append((start, wanted, future))
