@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The Varlink front end (https://varlink.org): JSON objects, each ended by a NUL byte, on a unix socket.
 
-virtctl speaks it, and so does varlinkctl(1). It serves before the D-Bus front end can, since it needs nothing but a socket
-that systemd holds open while the daemon is away: a call made during a restart waits there and is answered.
+virtctl speaks it, and so does varlinkctl(1). It serves before the D-Bus front end can, since it needs nothing but a
+socket that systemd holds open while the daemon is away: a call made during a restart waits there and is answered.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ INTERFACE = "org.virtd1"
 SERVICE = "org.varlink.service"
 LIMIT = 4 << 20  # bytes of one message; a definition has at most 1 MiB
 READING = frozenset({"Status", "List", "Info", "Dump", "Wait"})
+WAITING = frozenset({"Wait", "Follow"})  # these change nothing, and may last until somebody else does something
 
 Handler = Callable[[Host, Caller, dict[str, Any]], Awaitable[Any]]
 
@@ -163,6 +164,14 @@ class Connection:
             reply = {"error": refused.name, "parameters": refused.parameters}
         except errors.VirtdError as error:
             reply = {"error": f"{INTERFACE}.{_kind(error)}", "parameters": error.fields()}
+        except ConnectionError:
+            raise
+        except Exception as exc:
+            # A bug of ours, or a file system that we didn't expect. Hanging up instead would look like a restart of
+            # the daemon, after which clients repeat their call.
+            log.exception("%s failed", method)
+            failure = errors.HostError(f"{method} failed: {exc}", hint="See: journalctl -u virtd.service")
+            reply = {"error": f"{INTERFACE}.{_kind(failure)}", "parameters": failure.fields()}
         else:
             fds = result.fds if isinstance(result, WithDescriptors) else []
             reply = {"parameters": result.value if isinstance(result, WithDescriptors) else result}
@@ -183,7 +192,35 @@ class Connection:
         if name not in HANDLERS:
             raise Refused(f"{SERVICE}.MethodNotFound", {"method": method})
         self._allow(name, parameters)
-        return await HANDLERS[name](self._host, self._caller, parameters)
+        answer = HANDLERS[name](self._host, self._caller, parameters)
+        return await (self._unless_gone(answer) if name in WAITING else answer)
+
+    async def _unless_gone(self, answer: Awaitable[Any]) -> Any:
+        """What `answer` brings; for one that may take for ever it ends when the client hangs up."""
+        task = asyncio.ensure_future(answer)
+
+        def look() -> None:
+            try:
+                waiting = self._socket.recv(1, socket.MSG_PEEK)
+            except BlockingIOError:
+                return
+            except OSError:
+                waiting = b""
+            # Either way there is nothing more to be learnt: a client that sent its next call is there.
+            self._loop.remove_reader(self._socket)
+            if not waiting:
+                task.cancel()
+
+        self._loop.add_reader(self._socket, look)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            ours = asyncio.current_task()
+            if ours is not None and ours.cancelling():
+                raise
+            raise ConnectionResetError("the client hung up") from None
+        finally:
+            self._loop.remove_reader(self._socket)
 
     def _allow(self, method: str, parameters: dict[str, Any]) -> None:
         if method not in READING and self._caller.uid != 0:
@@ -195,7 +232,10 @@ class Connection:
             raise Refused(f"{SERVICE}.InvalidParameter", {"parameter": wrong})
 
     async def _stream(self, replies: AsyncIterator[dict[str, Any] | WithDescriptors]) -> None:
-        """Send what `replies` yields until it ends or the client hangs up; a message from the client would be out of turn."""
+        """Send what `replies` yields until it ends or the client hangs up.
+
+        A message from the client would be out of turn, and counts as hanging up.
+        """
         gone = asyncio.ensure_future(self._receive())
         iterator = aiter(replies)
         try:
