@@ -17,6 +17,7 @@ from .. import errors
 from . import document, size
 
 NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,63})")
+UUID = re.compile(r"[0-9A-Fa-f]{8}(-?)(?:[0-9A-Fa-f]{4}\1){3}[0-9A-Fa-f]{12}")
 MAC = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}")
 MACHINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 CPU = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*(?:,[+-]?[A-Za-z0-9._-]+(?:=(?:on|off))?)*")
@@ -122,7 +123,8 @@ def parse(text: str, source: str) -> Domain:
     """
     domain = document.decode(text, source, Domain)
     check(domain, source)
-    return domain
+    # One spelling from here on, so that the same uuid written twice in two ways is still the same.
+    return msgspec.structs.replace(domain, uuid=canonical_uuid(domain.uuid)) if domain.uuid is not None else domain
 
 
 def check(domain: Domain, source: str) -> None:
@@ -194,10 +196,8 @@ def paths(domain: Domain) -> list[tuple[str, str]]:
 
 def canonical_uuid(text: str) -> str | None:
     """The UUID in lower case with hyphens, or None when `text` isn't one."""
-    try:
-        return str(uuidlib.UUID(text)) if len(text) in (32, 36) else None
-    except ValueError:
-        return None
+    # uuid.UUID alone takes much more for one: digits of other scripts, underscores, "urn:" anywhere.
+    return str(uuidlib.UUID(text)) if UUID.fullmatch(text) else None
 
 
 def shown(value: object) -> str:

@@ -182,10 +182,15 @@ class Driver:
         directory = f"{self._services.paths.etc}/{DRIVER}"
         changed = []
         self.problems = {key: problem for key, problem in self.problems.items() if not key.startswith("definition")}
-        found = set()
-        for name in names(directory, ".toml"):
+        found = names(directory, ".toml")
+        # First, so that a definition that was given another name doesn't meet its old self.
+        for name in [
+            name for name, machine in self.machines.items() if machine.definition is not None and name not in found
+        ]:
+            changed.append(name)
+            self._forget(name)
+        for name in found:
             path = f"{directory}/{name}.toml"
-            found.add(name)
             try:
                 with open(path, encoding="utf-8") as file:
                     text = file.read()
@@ -195,7 +200,10 @@ class Driver:
                         path, "name", f'expected "{name}", as the file is called, got "{domain.name}"'
                     )
                 self._check_unique(domain, path)
-            except (errors.InvalidDefinition, errors.Exists, OSError, ValueError) as exc:
+                if domain.uuid is None:
+                    domain, text = self._with_uuid(domain, text)
+                    files.write(path, text.encode(), mode=0o644)
+            except (errors.VirtdError, OSError, ValueError) as exc:
                 self._complain(name, path, exc)
                 continue
             machine = self.machines.get(name)
@@ -205,11 +213,6 @@ class Driver:
                 machine.definition, machine.definition_text = domain, text
                 changed.append(name)
                 self._publish("added" if new else "changed", name)
-        for name in [
-            name for name, machine in self.machines.items() if machine.definition is not None and name not in found
-        ]:
-            changed.append(name)
-            self._forget(name)
         return changed
 
     def _complain(self, name: str, path: str, exc: Exception) -> None:
@@ -225,7 +228,7 @@ class Driver:
         domain = model.parse(text, source)
         self._check_unique(domain, source)
         machine = self.machines.get(domain.name)
-        if machine is not None and machine.uuid and domain.uuid and model.canonical_uuid(domain.uuid) != machine.uuid:
+        if machine is not None and machine.uuid and domain.uuid and domain.uuid != machine.uuid:
             raise errors.Exists(
                 f"{source}: uuid: domain {domain.name} exists with another uuid, {machine.uuid}",
                 hint=f"Leave the uuid out to change the definition, or undefine it first: virtctl undefine {domain.name}.",
@@ -235,16 +238,15 @@ class Driver:
     def define(self, text: str, source: str) -> tuple[Machine, bool]:
         """Take a definition: the machine, and whether it is new. A uuid is made when there is none."""
         domain = self.check(text, source)
-        machine = self.machines.get(domain.name)
         if domain.uuid is None:
-            uuid = machine.uuid if machine is not None and machine.uuid else str(uuidlib.uuid4())
-            text = f'uuid = "{uuid}"\n{text}'
-        elif (canonical := model.canonical_uuid(domain.uuid)) != domain.uuid:
-            text = text.replace(f'"{domain.uuid}"', f'"{canonical}"', 1).replace(
-                f"'{domain.uuid}'", f'"{canonical}"', 1
-            )
-        domain = model.parse(text, source)
+            domain, text = self._with_uuid(domain, text)
         return self._write(domain, text)
+
+    def _with_uuid(self, domain: model.Domain, text: str) -> tuple[model.Domain, str]:
+        """The definition with a uuid of its own: the one that the domain has, or a new one."""
+        machine = self.machines.get(domain.name)
+        text = f'uuid = "{(machine.uuid if machine is not None else "") or uuidlib.uuid4()}"\n{text}'
+        return model.parse(text, domain.name), text
 
     def _write(self, domain: model.Domain, text: str) -> tuple[Machine, bool]:
         path = self._services.paths.definition(DRIVER, domain.name)
@@ -293,7 +295,7 @@ class Driver:
     def _check_unique(self, domain: model.Domain, source: str) -> None:
         if domain.uuid is None:
             return
-        uuid = model.canonical_uuid(domain.uuid)
+        uuid = domain.uuid
         for other in self.machines.values():
             if other.name != domain.name and other.uuid == uuid:
                 raise errors.Exists(
