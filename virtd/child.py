@@ -92,7 +92,11 @@ class Child:
     def prepare(self) -> tuple[Ends, dict[str, int]]:
         """Open the logs and make the pipes: the child's ends, and what belongs into the slots. Raises HostError."""
         self.console = self._log(CONSOLE_LOG, None)
-        self.stderr = self._log(STDERR_LOG, None)
+        try:
+            self.stderr = self._log(STDERR_LOG, None)
+        except BaseException:
+            self.console.close()
+            raise
         opened: list[int] = []
         try:
             for _ in range(3):
@@ -119,7 +123,6 @@ class Child:
     async def keep(self, descriptors: dict[str, int]) -> None:
         """Put `descriptors` into their slots and see that PID 1 has them. Raises HostError; then none is left there."""
         store = self.services.store
-        pipes = {self.slot(name) for name in (STDIN, STDOUT, STDERR)}
         try:
             for name, fd in descriptors.items():
                 store.put(name, fd)
@@ -131,8 +134,13 @@ class Child:
             self._drop_slots()
             raise
         finally:
-            for name in pipes:
-                os.close(descriptors[name])
+            self.discard(descriptors)
+
+    def discard(self, descriptors: dict[str, int]) -> None:
+        """Close what `prepare` has given for the slots, but for the logs, which go on to be used. Idempotent."""
+        for name in (STDIN, STDOUT, STDERR):
+            if (fd := descriptors.pop(self.slot(name), -1)) >= 0:
+                os.close(fd)
 
     async def _verify(self, wanted: list[str]) -> None:
         """A message that was sent is no receipt (sd_notify(3) is silent about a full store): compare what PID 1 holds."""

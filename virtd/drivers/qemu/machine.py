@@ -75,6 +75,7 @@ class Machine:
             asyncio.Event()
         )  # QEMU told that the guest has powered off, and waits (see operations.reboot)
         self._lock = asyncio.Lock()
+        self._linking = asyncio.Lock()  # held while the monitor is being connected
         self._holder = ""
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -278,7 +279,14 @@ class Machine:
         await self.put_away()
 
     async def attach(self, limit: float) -> None:
-        """Connect the monitor of a guest that runs, and see what it does. What fails is a problem, not the guest's end."""
+        """Connect the monitor of a guest that runs, and see what it does.
+
+        What fails is a problem, not the guest's end.
+        """
+        async with self._linking:
+            await self._connect(limit)
+
+    async def _connect(self, limit: float) -> None:
         monitor = Monitor(self.name, command.monitor_socket(self.runtime), self.on_event)
         self.monitor = monitor
         try:
@@ -292,16 +300,14 @@ class Machine:
 
     async def command(self, name: str, arguments: dict[str, Any] | None = None, *, limit: float = 5.0) -> Any:
         """One QMP command; a link that broke is made again first. Raises MonitorError."""
-        if self.monitor is None or self.monitor.link in (Link.CLOSED, Link.SILENT):
-            if self.monitor is not None:
-                await self.monitor.close()
-            await self.attach(GREETING_LIMIT)
-        monitor = self.monitor
-        assert monitor is not None
-        if monitor.link is Link.CONNECTING:
-            async with asyncio.timeout(GREETING_LIMIT + 1):
-                while monitor.link is Link.CONNECTING:
-                    await asyncio.sleep(0.005)
+        async with self._linking:
+            if self.monitor is None or self.monitor.link is not Link.CONNECTED:
+                if self.monitor is not None:
+                    await self.monitor.close()
+                await self._connect(GREETING_LIMIT)
+            monitor = self.monitor
+        if monitor is None:  # it ended meanwhile
+            raise errors.MonitorError(f"{self.name} has ended")
         return await monitor.execute(name, arguments, limit=limit)
 
     def _take_status(self, status: dict[str, Any]) -> None:

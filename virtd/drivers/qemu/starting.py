@@ -79,6 +79,7 @@ class _Start:
             await self._spawn(ends)
         except BaseException as exc:
             ends.close()
+            self.child.discard(descriptors)
             await asyncio.shield(self._undo(before, exc))
             if isinstance(exc, errors.VirtdError) and not isinstance(exc, errors.InvalidDefinition):
                 raise self._explained(exc) from exc
