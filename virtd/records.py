@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Records: what the daemon knows of one object, in a JSON file that outlives it.
 
-`/run/virtd/<driver>/<name>.json`, mode 0600, replaced atomically. A newer daemon reads every older schema. An older one
-(after a rollback) reads the fields that it knows and writes back, unchanged, those that it doesn't.
+`/run/virtd/<driver>/<name>.json`, mode 0600, replaced atomically. A newer daemon reads every older schema. An older
+one (after a rollback) reads the fields that it knows and writes back, unchanged, those that it doesn't.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Exit(msgspec.Struct, frozen=True, omit_defaults=False):
     """How a child ended.
 
     `code` is its exit status or None; `signal` the name of the signal that killed it, such as "SIGKILL", or None;
-    `cause` one word (guest-shutdown, shutdown, stop, killed, oom, panic, failed, host-shutdown, unknown); `at` ISO 8601
-    in UTC; `by` who asked for it, or None.
+    `cause` one word (guest-shutdown, shutdown, stop, killed, oom, panic, failed, host-shutdown, unknown); `at` ISO
+    8601 in UTC; `by` who asked for it, or None.
     """
 
     cause: str
@@ -74,7 +74,7 @@ def decode(raw: bytes) -> Record:
         return msgspec.convert(
             {key: value for key, value in table.items() if key in _FIELDS} | {"unknown": unknown}, Record
         )
-    except msgspec.MsgspecError as exc:
+    except (msgspec.MsgspecError, RecursionError) as exc:
         raise ValueError(str(exc)) from exc
 
 
