@@ -86,11 +86,11 @@ def test_help_of_each_command(virtctl: Any, command: str) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_man_page_and_the_completion_know_each_command_and_option(virtctl: Any, command: str) -> None:
     page = (ROOT / "packaging/man/virtctl.1.rst").read_text()
-    completion = (ROOT / "packaging/virtctl.bash-completion").read_text()
+    completion = (ROOT / "packaging/virtctl.bash").read_text()
     assert f"\n``{command}" in page
     assert command in completion.split()
     for option in {
-        word.strip(",[]") for word in virtctl(command, "--help").out.split() if word.startswith(("--", "[--"))
+        word.strip(",;[]") for word in virtctl(command, "--help").out.split() if word.startswith(("--", "[--"))
     }:
         assert option.split("=")[0] in page
         assert option.split("=")[0] in completion

@@ -290,6 +290,10 @@ class Console:
                 raise
             # It ended, or was even undefined, while the daemon was away.
             self._guest_ended()
+            if link is self._follow:
+                # Nobody will say any more when all is read, but what is in the file can be.
+                self._unread = self._cursor.ended = True
+                self._news = False
         except (Busy, AccessDenied) as error:
             if self._token is None:
                 raise
