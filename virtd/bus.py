@@ -512,10 +512,14 @@ class Bus:
             raise errors.Exists(f"the D-Bus name {name} is taken", hint=f"See: busctl status {name}")
         self._lost[name] = lost or (lambda: None)
 
-    async def release_name(self, name: str) -> None:
-        """Give a name back; `lost` isn't called."""
+    async def release_name(self, name: str, *, timeout: float = 25.0) -> None:
+        """Give a name back; `lost` isn't called. Whatever was sent to the name before is here when this returns."""
         self._lost.pop(name, None)
-        await self.call(DBUS, DBUS_PATH, DBUS, "ReleaseName", "s", (name,))
+        await self.call(DBUS, DBUS_PATH, DBUS, "ReleaseName", "s", (name,), timeout=timeout)
+
+    async def flush(self, *, timeout: float = 25.0) -> None:
+        """Returns when the bus has taken everything that was sent; `close` would throw the rest away."""
+        await self.call(DBUS, DBUS_PATH, PEER, "Ping", timeout=timeout)
 
 
 def _match(**keys: str | None) -> str:

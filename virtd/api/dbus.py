@@ -43,6 +43,7 @@ FREEDESKTOP: Final = "org.freedesktop.DBus.Error"
 STANDARD: Final = (INTROSPECTABLE, PEER, PROPERTIES)
 RUNNING: Final = frozenset({"starting", "running", "paused", "stopping"})
 MAX_CALLERS: Final = 256
+GRACE: Final = 0.25  # seconds
 
 Object = dict[str, Any]
 
@@ -103,20 +104,29 @@ class Server:
         self._named = True
 
     async def close(self) -> None:
-        """Stop serving. The Bus stays the owner's to close."""
+        """Stop serving, with an answer for everybody. The Bus stays the owner's to close.
+
+        A call that comes from here on waits with the bus, which has virtd started again for it. What has come before
+        is answered: with its result if that takes a moment only, else with an error. All this takes GRACE at most, but
+        for a bus that hangs.
+        """
         if self._unsubscribe is not None:
             self._unsubscribe()
             self._unsubscribe = None
-        if self._named and not self._bus.closed:
-            self._named = False
-            try:
-                await self._bus.release_name(NAME)
-            except errors.VirtdError as exc:
-                log.debug("Cannot release %s: %s", NAME, exc)
-        self._bus.serve(None)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        try:
+            if self._named and not self._bus.closed:
+                self._named = False
+                await self._bus.release_name(NAME, timeout=GRACE)
+                if self._tasks:
+                    await asyncio.wait(self._tasks, timeout=GRACE)
+            self._bus.serve(None)
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            if not self._bus.closed:
+                await self._bus.flush(timeout=GRACE)
+        except errors.VirtdError as exc:
+            log.debug("The end on D-Bus was not a clean one: %s", exc)
 
     # Calls
 
