@@ -107,8 +107,8 @@ class Server:
         """Stop serving, with an answer for everybody. The Bus stays the owner's to close.
 
         A call that comes from here on waits with the bus, which has virtd started again for it. What has come before
-        is answered: with its result if that takes a moment only, else with an error. All this takes GRACE at most, but
-        for a bus that hangs.
+        is answered: with its result if that takes a moment only, else with an error. All this takes GRACE at most,
+        unless the bus hangs.
         """
         if self._unsubscribe is not None:
             self._unsubscribe()
