@@ -341,7 +341,7 @@ class Pump:
     def _finish(self, channel: _Channel) -> None:
         self._let_go(channel)
         if channel.owed:
-            self._tell_bytes(channel)
+            self._tell_bytes(channel, 0.0)
         if channel.since:
             self._say(channel, over=True)
         self._tell(self._ended, channel)
@@ -406,8 +406,10 @@ class Pump:
                 if channel.waiting:
                     self._answer(channel, everything=True)
                 self._nap(channel, (int(now * 1000) // NAP + 1) * NAP)
+            elif channel.owed and now - channel.told_at < NAP_WATCHED / 1000:
+                self._nap(channel, int(now * 1000) + NAP_WATCHED)
             else:
-                self._rest(channel)
+                self._rest(channel, now)
             return
         except OSError as error:
             self._refused(channel, now, error)
@@ -427,8 +429,7 @@ class Pump:
             channel.empty = PATIENCE
             channel.owed = True
             if now - channel.told_at >= NAP_WATCHED / 1000:
-                channel.told_at = now
-                self._tell_bytes(channel)
+                self._tell_bytes(channel, now)
         if moved > 4096:
             channel.empty = PATIENCE
         half = channel.capacity >> 1
@@ -449,18 +450,19 @@ class Pump:
         # On a grid, so that one wake serves everyone who naps.
         self._nap(channel, (int(now * 1000) // longest + 1) * longest)
 
-    def _rest(self, channel: _Channel) -> None:
+    def _rest(self, channel: _Channel, now: float) -> None:
         """The pipe is empty: have epoll say when it isn't."""
-        if channel.owed and channel.watchers:
-            self._tell_bytes(channel)
+        if channel.owed:
+            self._tell_bytes(channel, now)
         channel.last = 0.0
         channel.armed = True
         self._epoll.modify(channel.fd, select.EPOLLIN | select.EPOLLONESHOT)
         if channel.waiting:
             self._answer(channel, everything=True)
 
-    def _tell_bytes(self, channel: _Channel) -> None:
+    def _tell_bytes(self, channel: _Channel, now: float) -> None:
         channel.owed = False
+        channel.told_at = now
         if self._on_bytes is not None:
             self._tell(self._on_bytes, channel.key)
 
@@ -508,16 +510,16 @@ class Pump:
             channel.episode += dropped
         if not fill:
             channel.retry_at = 0.0
-            self._serve_empty(channel)
+            self._serve_empty(channel, now)
         else:
             self._nap(channel, int(now * 1000) + (1 if spare else NAP))
 
-    def _serve_empty(self, channel: _Channel) -> None:
+    def _serve_empty(self, channel: _Channel, now: float) -> None:
         """Nothing to lose any more: either everyone is gone, or epoll says when there is something again."""
         if _hung_up(channel.fd):
             self._finish(channel)
         else:
-            self._rest(channel)
+            self._rest(channel, now)
 
     def _recovered(self, channel: _Channel) -> None:
         self._say(channel, over=True)
