@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import select
-import signal
 import socket
 import threading
 from typing import TYPE_CHECKING, Any
@@ -289,4 +288,4 @@ INFO = DOMAIN | {
     "log": "/var/log/virtd/qemu/web1.log",
     "console_log": "/var/log/virtd/qemu/web1.console.log",
 }
-KILLED = {"code": None, "signal": int(signal.SIGKILL), "cause": "killed", "at": "2026-11-23T02:50:00Z", "by": None}
+KILLED = {"code": None, "signal": "SIGKILL", "cause": "killed", "at": "2026-11-23T02:50:00Z", "by": None}

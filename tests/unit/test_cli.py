@@ -227,12 +227,15 @@ def test_info(virtctl: Any, daemon: FakeDaemon) -> None:
     ):
         assert line in lines
     assert not any("VNC" in line or "Last exit" in line for line in lines)
+    daemon.answers["Info"] = {"object": INFO | {"problems": [{"text": "a slot is lost", "hint": "stop it"}]}}
+    assert virtctl("info", "web1").out.endswith("\n\n● a slot is lost\n  Hint: stop it\n")
 
 
 @pytest.mark.parametrize(
     ("exit_", "words"),
     [
         (KILLED, "killed by SIGKILL"),
+        (KILLED | {"signal": 11}, "killed by SIGSEGV"),
         ({"cause": "guest-shutdown", "code": 0}, "powered off by the guest"),
         ({"cause": "shutdown", "code": 0, "by": "root"}, "shut down by root"),
         ({"cause": "stop", "code": 0, "by": ""}, "stopped"),
@@ -358,13 +361,12 @@ def test_many_names_are_under_way_at_once(virtctl: Any, daemon: FakeDaemon) -> N
 
 def test_shutdown_passes_its_limit(virtctl: Any, daemon: FakeDaemon) -> None:
     daemon.answers["Shutdown"] = {"name": "web1", "changed": True}
-    for words in ((), ("--timeout", "2min"), ("--timeout=infinity",), ("--no-wait",)):
+    for words in ((), ("--timeout", "2min"), ("--timeout=infinity",)):
         assert virtctl("shutdown", "web1", *words).status == 0
     limits = [asked["timeout"] for asked in daemon.asked("Shutdown")]
-    assert 59 < limits[0] <= 60
+    assert limits[0] is None  # the daemon's own
     assert 119 < limits[1] <= 120
-    assert limits[2] is None
-    assert limits[3] == 0
+    assert limits[2] > 1e8
 
 
 def test_shutdown_that_takes_too_long(virtctl: Any, daemon: FakeDaemon) -> None:
@@ -375,7 +377,16 @@ def test_shutdown_that_takes_too_long(virtctl: Any, daemon: FakeDaemon) -> None:
         "Failed to shut down web1: it still runs after 60 s",
         "Hint: the guest runs on; virtctl stop web1 stops it at once",
     ]
-    assert virtctl("shutdown", "--no-wait", "web1").status == 0
+
+
+def test_shutdown_without_waiting(virtctl: Any, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("virtd.cli.domains.ASKED", 0.2)
+    daemon.answers["Shutdown"] = lambda call: call.until(lambda: False) and None
+    ran = virtctl("shutdown", "--no-wait", "web1", "db1")
+    assert (ran.status, ran.out, ran.err) == (0, "", "")
+    assert len(daemon.asked("Shutdown")) == 2
+    daemon.answers["Shutdown"] = errors.InvalidState("web1 is stopped")
+    assert virtctl("shutdown", "--no-wait", "web1").status == 1
 
 
 @pytest.mark.parametrize(
@@ -390,7 +401,7 @@ def test_kill_takes_names_and_numbers(virtctl: Any, daemon: FakeDaemon, words: t
 def test_reboot_force(virtctl: Any, daemon: FakeDaemon) -> None:
     daemon.answers["Reboot"] = {"name": "web1", "changed": True}
     assert virtctl("reboot", "--force", "web1").status == 0
-    assert daemon.asked("Reboot") == [{"name": "web1", "force": True, "timeout": 60.0}]
+    assert daemon.asked("Reboot") == [{"name": "web1", "force": True, "timeout": None}]
     daemon.answers["Reboot"] = errors.TimedOut("it still runs")
     assert "virtctl reboot --force web1" in virtctl("reboot", "web1").err
 
@@ -437,7 +448,11 @@ def test_define_a_file(virtctl: Any, daemon: FakeDaemon, tmp_path: Path) -> None
     assert daemon.asked("Define") == [{"text": 'name = "wéb1"', "source": str(file), "check": False}]
     daemon.answers["Define"] = _defined(created=False)
     assert virtctl("define", str(file)).out == "Changed the definition of web1 (/etc/virtd/qemu/web1.toml).\n"
-    assert virtctl("define", "--check", str(file)).out == f"{file}: OK, would change web1.\n"
+    daemon.answers["Define"] = _defined(created=False) | {"warnings": ["disk[0].path: there is no such file"]}
+    ran = virtctl("define", "--check", str(file))
+    assert ran.status == 0
+    assert ran.out == f"{file}: OK, would change web1.\n"
+    assert ran.err == f"{file}: warning: disk[0].path: there is no such file\n"
     assert daemon.asked("Define")[-1]["check"] is True
 
 

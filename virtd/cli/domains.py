@@ -13,7 +13,7 @@ import time
 from virtd.cli.client import PATIENCE, Call, constant
 from virtd.cli.exits import FAILURE, OK, exit_status
 from virtd.cli.options import duration, signal_number
-from virtd.cli.output import clean, complain, paint
+from virtd.cli.output import RED, YELLOW, clean, complain, paint
 from virtd.errors import InvalidDefinition, InvalidState, NotFound, TimedOut, VirtdError
 
 TYPE_CHECKING = False
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 AT_ONCE = 64  # calls under way at the same time; each has a connection
 WORK = 120.0  # seconds that the daemon may take for one command; its own limits, for systemd and QEMU, are shorter
-SHUTDOWN_LIMIT = 60.0
+ASKED = 1.0  # seconds after which a guest counts as asked by `shutdown --no-wait`, if nothing else was said
+FOREVER = 1e9  # no limit: none at all would mean the daemon's own
 
 
 def act(names: Sequence[str], verb: str, begin: Callable[[str], Call], end: Callable[[str, Call], object]) -> int:
@@ -68,22 +69,25 @@ def kill(args: argparse.Namespace, session: Session) -> int:
 
 
 def shutdown(args: argparse.Namespace, session: Session) -> int:
-    limit: float | None = 0.0 if args.no_wait else args.timeout
-    until = None if limit is None else time.monotonic() + limit
+    now = time.monotonic()
+    until = None if args.timeout is None else now + args.timeout
 
     def begin(name: str) -> Call:
         def parameters(_attempt: int) -> Parameters:
             # After a restart of the daemon in the middle, only what is left of the time is asked for.
             return {"name": name, "timeout": None if until is None else max(0.0, until - time.monotonic())}
 
-        return Call(session, "Shutdown", parameters, limit=None if limit is None else limit + PATIENCE)
+        if args.no_wait:
+            # The daemon goes on whether or not anybody waits. What makes no sense, it says at once.
+            return Call(session, "Shutdown", parameters, limit=max(0.0, now + ASKED - time.monotonic()))
+        return Call(session, "Shutdown", parameters, limit=None if until is None else args.timeout + PATIENCE)
 
     def end(name: str, call: Call) -> None:
         try:
             call.result()
         except TimedOut as error:
             if args.no_wait:
-                return  # it was asked, and that is all that was wanted
+                return
             error.hint = error.hint or f"the guest runs on; virtctl stop {name} stops it at once"
             raise
         except InvalidState:
@@ -145,6 +149,8 @@ def define(args: argparse.Namespace, session: Session) -> int:
             with Call(session, "Define", constant(parameters), limit=WORK) as call:
                 reply = call.result().parameters
             _defined(reply, source, check=args.check)
+            for warning in reply.get("warnings") or []:
+                print(paint(clean(f"{source}: warning: {warning}"), YELLOW, sys.stderr), file=sys.stderr)
         except VirtdError as error:
             complain(error, f"define {source}")
             status = status or exit_status(error)
@@ -179,10 +185,16 @@ def reload(_args: argparse.Namespace, session: Session) -> int:
         print(f"Changed: {clean(', '.join(map(str, reply['changed'])))}.")
     for problem in reply.get("problems", []):
         text = f"{problem.get('object') or 'virtd'}: {problem.get('text')}"
-        print(paint(clean(text), "1;31", sys.stderr), file=sys.stderr)
+        print(paint(clean(text), RED, sys.stderr), file=sys.stderr)
         if problem.get("hint"):
             print(f"Hint: {clean(str(problem['hint']))}", file=sys.stderr)
     return FAILURE if reply.get("problems") else OK
+
+
+def time_limit(text: str) -> float:
+    """A length of time that the daemon is told."""
+    limit = duration(text)
+    return FOREVER if limit is None else limit
 
 
 def _names(parser: Parser) -> None:
@@ -201,10 +213,9 @@ def _shutdown_options(parser: Parser) -> None:
     parser.add_argument(
         "--timeout",
         metavar="SECONDS",
-        type=duration,
-        default=SHUTDOWN_LIMIT,
-        help=f"how long to wait for the guests to power off: {SHUTDOWN_LIMIT:g} unless given, or infinity; "
-        "one that hasn't by then runs on",
+        type=time_limit,
+        help="how long to wait for the guests to power off; one that hasn't by then runs on. Unless given, it is "
+        "shutdown_timeout of virtd.toml",
     )
     parser.add_argument("--no-wait", action="store_true", help="only ask the guests, and don't wait")
 
@@ -215,9 +226,8 @@ def _reboot_options(parser: Parser) -> None:
     parser.add_argument(
         "--timeout",
         metavar="SECONDS",
-        type=duration,
-        default=SHUTDOWN_LIMIT,
-        help=f"how long to wait for the guests to power off: {SHUTDOWN_LIMIT:g} unless given, or infinity",
+        type=time_limit,
+        help="how long to wait for the guests to power off; shutdown_timeout of virtd.toml unless given",
     )
 
 

@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
     "shutdown": ("domains", "Domains", "NAME...", "Ask guests to power off, and wait until they have", ""),
     "stop": ("domains", "Domains", "NAME...", "Stop domains at once, as if the power were cut", ""),
     "kill": ("domains", "Domains", "NAME...", "Send a signal to the domains' QEMU processes", ""),
-    "reboot": ("domains", "Domains", "NAME...", "Ask guests to power off, and start them again", ""),
+    "reboot": ("domains", "Domains", "NAME...", "Ask guests to shut down, and restart them", ""),
     "suspend": ("domains", "Domains", "NAME...", "Pause domains, keeping them in memory", ""),
     "resume": ("domains", "Domains", "NAME...", "Let paused domains run on", ""),
     "wait": ("show", "Domains", "NAME", "Wait until a domain is in a state", "wait for {name}"),

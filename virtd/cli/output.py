@@ -148,7 +148,11 @@ def moment(iso: str) -> str:
 
 
 def signal_name(number: object) -> str:
+    """`SIGKILL`, from the name itself or the number."""
     import signal
+
+    if str(number).startswith("SIG"):
+        return str(number)
 
     try:
         return signal.Signals(int(str(number))).name

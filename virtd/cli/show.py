@@ -81,6 +81,7 @@ def info(args: argparse.Namespace, session: Session) -> int:
     # The colour goes around the finished line's word, so that cleaning the text leaves it alone.
     print(f"{'State':>10}: {paint(clean(state), STATE_COLOURS.get(state, ''))}{clean(reason)}{since}")
     labelled(_details(item))
+    _problems(item.get("problems") or [])
     return OK
 
 
@@ -163,19 +164,24 @@ def status(args: argparse.Namespace, session: Session) -> int:
             ("Problems", str(len(problems)) if problems else ""),
         ]
     )
+    _problems(problems)
+    return FAILURE if problems else OK
+
+
+def _problems(problems: list[dict[str, Any]]) -> None:
     for problem in problems:
-        about = clean(f"{problem.get('object') or 'virtd'}: {problem.get('text')}")
-        print(f"\n{paint('●', RED)} {about}")
+        about = ": ".join(filter(None, [problem.get("object"), _text(problem.get("text"))]))
+        print(f"\n{paint('●', RED)} {clean(about)}")
         if problem.get("hint"):
             print(f"  Hint: {clean(_text(problem.get('hint')))}")
-    return FAILURE if problems else OK
 
 
 def _recovered(recovered: dict[str, Any]) -> str:
     if not recovered.get("objects"):
         return "nothing; there was nothing to recover" if recovered else ""
     lines = [f"{plural(int(recovered['objects']), 'object')} in {_text(recovered.get('ms'))} ms"]
-    for key, label in (("adopted", "running on"), ("ended", "ended meanwhile"), ("rolled_back", "rolled back")):
+    labels = {"adopted": "running on", "ended": "ended meanwhile", "rolled_back": "rolled back", "rebuilt": "rebuilt"}
+    for key, label in labels.items():
         if recovered.get(key):
             lines.append(f"{label}: {', '.join(map(str, recovered[key]))}")
     return "\n".join(lines)
