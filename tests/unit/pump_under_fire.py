@@ -4,7 +4,7 @@
     python pump_under_fire.py DIRECTORY KILLS LIMIT
 
 A program of its own, since it forks: this process keeps the pipe and the first log's descriptor as PID 1 does; one
-child writes; the pumps that come and go have both from here. Prints one JSON object, and to stderr how many lines were
+child writes; the pumps that come and go have both from here. Prints one JSON object, and to stderr the count of lines
 written.
 """
 
@@ -44,12 +44,13 @@ def write_lines(fd: int, stop: int) -> int:
             pass
 
 
-def pump(fd: int, kept: int, path: Path, limit: int) -> None:
+def pump(fd: int, kept: int, path: Path, limit: int, ready: int) -> None:
     """The process that is killed: adopt what was kept, move, end at the end of file."""
     over = threading.Event()
     pump = Pump(lambda function, *arguments: function(*arguments))
     pump.add("guest", fd, LogFile.adopt(os.dup(kept), path, limit=limit, backups=BACKUPS), lambda key: over.set())
     pump.start()
+    os.write(ready, b".")
     over.wait()
 
 
@@ -67,16 +68,22 @@ def main(directory: Path, kills: int, limit: int) -> None:
         sys.stderr.flush()
         os._exit(0)
     os.close(write)
+    ready_read, ready = os.pipe()
     landed = 0
     for shot in range(kills + 1):
         victim = os.fork()
         if not victim:
-            pump(read, first.fd, path, limit)
+            pump(read, first.fd, path, limit, ready)
             os._exit(0)
         if shot < kills:
-            time.sleep(dice.uniform(0.001, 0.03))
+            # Some while they adopt, most while they move.
+            if shot % 3:
+                os.read(ready_read, 1)
+            time.sleep(dice.uniform(0.0, 0.02))
             os.kill(victim, signal.SIGKILL)
         else:
+            while limit and len(os.listdir(directory)) < 10:
+                time.sleep(0.01)
             os.write(stop, b".")
         _, status = os.waitpid(victim, 0)
         landed += os.waitstatus_to_exitcode(status) == -signal.SIGKILL
