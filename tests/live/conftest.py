@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One lab for all live tests of a run, with virtd in it; each test begins without domains and with a fresh daemon.
+
+VIRTD_SUITE chooses the lab's suite (trixie by default). VIRTD_KEEP_LAB=1 leaves it running for a look afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.harness import Lab, build_rpm
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+SUITE = os.environ.get("VIRTD_SUITE", "trixie")
+
+
+@pytest.fixture(scope="session")
+def packages() -> dict[str, Path]:
+    """Two versions of the package, as `make rpm` builds them."""
+    return {version: build_rpm(version) for version in ("0.1.0", "0.1.1")}
+
+
+@pytest.fixture(scope="session")
+def booted(packages: dict[str, Path]) -> Iterator[Lab]:
+    name = f"live-{os.getpid()}"
+    lab = Lab(name)
+    try:
+        Lab.up(name, "--suite", SUITE, "--rpm", str(packages["0.1.0"]))
+        yield lab
+    finally:
+        if os.environ.get("VIRTD_KEEP_LAB") != "1":
+            lab.down()
+
+
+@pytest.fixture
+def lab(booted: Lab) -> Iterator[Lab]:
+    """The lab, and after the test: no domain, no slot, no unit and no record of one is left."""
+    yield booted
+    booted.undefine_all()
+    booted.wait("an empty store", lambda: booted.slots() == 0, 10)
+    units = booted.sh("systemctl list-units --all --plain --no-legend 'virtd-qemu-*.service'")
+    assert units == ""
+    assert booted.sh("ls /run/virtd/qemu") == ""
+    booted.sh("rm -f /var/log/virtd/qemu/*")
