@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,7 @@ class Client:
         self.process.communicate(timeout=30)
 
 
-@pytest.fixture(params=["trixie"])
+@pytest.fixture(params=[os.environ.get("VIRTD_SUITE", "trixie")])
 def lab(request: pytest.FixtureRequest) -> Iterator[BareLab]:
     with bare_lab("fdexample", request.param) as lab:
         lab.write(f"/etc/systemd/system/{UNIT}", (ROOT / "virtd" / "fdstore" / UNIT).read_text())
@@ -69,6 +70,10 @@ def lab(request: pytest.FixtureRequest) -> Iterator[BareLab]:
 
 def pid(lab: BareLab) -> str:
     return lab.show(UNIT, "MainPID")["MainPID"]
+
+
+def slots(lab: BareLab) -> int:
+    return int(lab.show(UNIT, "NFileDescriptorStore")["NFileDescriptorStore"])
 
 
 def test_a_connection_outlives_its_daemon(lab: BareLab) -> None:
@@ -88,11 +93,14 @@ def test_a_connection_outlives_its_daemon(lab: BareLab) -> None:
     assert client.say("after kill -9") == "4 after kill -9"
     pids.append(pid(lab))
 
-    lab.systemctl("stop", UNIT)
-    client.send("while it was stopped")
-    lab.systemctl("start", UNIT)
-    pids.append(pid(lab))
-    assert client.answer() == "5 while it was stopped"
+    if lab.version() >= 254:  # before, a stop empties the store
+        lab.systemctl("stop", UNIT)
+        client.send("while it was stopped")
+        lab.systemctl("start", UNIT)
+        pids.append(pid(lab))
+        assert client.answer() == "5 while it was stopped"
+    else:
+        assert client.say("not stopped") == "5 not stopped"
 
     lab.systemctl("daemon-reload")
     lab.systemctl("daemon-reexec")
@@ -101,10 +109,8 @@ def test_a_connection_outlives_its_daemon(lab: BareLab) -> None:
     assert other.say("still here") == "6 still here"
     assert len(set(pids)) == len(pids), "it was the same process all the time"
 
-    names = sorted(entry[0].rpartition("/")[0] for entry in lab.dump(UNIT))
-    assert names == ["echo", "echo", "echo/client", "echo/client"]
+    assert slots(lab) == 4, "the listener, the counter and two connections"
     client.close()
     assert other.say("alone") == "7 alone"
-    names = sorted(entry[0].rpartition("/")[0] for entry in lab.dump(UNIT))
-    assert names == ["echo", "echo", "echo/client"], "the slot of a closed connection stayed"
+    assert slots(lab) == 3, "the slot of a closed connection stayed"
     other.close()

@@ -8,7 +8,8 @@ import sys
 
 from virtd.fdstore import Store
 
-store = Store.from_environment()
+# As the unit says it; from systemd 254 on it says so itself.
+store = Store.from_environment(fallback_max=1000)
 if "echo/listener" not in store:
     with socket.create_server(("127.0.0.1", int(sys.argv[1]))) as server:
         store.put("echo/listener", server.fileno())
