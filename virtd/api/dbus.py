@@ -99,9 +99,9 @@ class Server:
         self._running = self._count_running()
         self._unsubscribe = self._host.subscribe(self._event)
         self._bus.serve(self._receive)
-        # Last, because the calls that activation has kept for us come with the name.
-        await self._bus.own_name(NAME, lost)
+        # Last, because the calls that activation has kept for us come with the name. The end may come while we wait.
         self._named = True
+        await self._bus.own_name(NAME, lost)
 
     async def close(self) -> None:
         """Stop serving, with an answer for everybody. The Bus stays the owner's to close.
