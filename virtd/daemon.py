@@ -96,7 +96,7 @@ class Daemon:
         self._task(self._bring_up)
         await self._stopping.wait()
         self._notify("STOPPING=1")
-        # Nothing needs it but the callers: what has been sent to us is answered, what comes now waits for our successor.
+        # For callers only: what has been sent to us is answered, and what comes now waits for our successor.
         if self._front_end is not None:
             await self._front_end.close()
 
