@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class Host:
                 "PATH": f"{self.path}/bin",
                 "HOST": str(self.path),
                 "VIRTD_CODE_ID": f"{self.path}/code-id",
-                "VIRTD_DAEMON": f"{self.path}/daemon.json",
+                "VIRTD_RUN": f"{self.path}/run",
                 "VIRTD_BOOTED": f"{self.path}/booted",
                 "VIRTD_SITELIB": f"{self.path}/lib",
                 "VIRTD_UNITDIR": str(SCRIPT.parents[1] / "units"),
@@ -58,7 +59,7 @@ class Host:
     def runs_daemon(self, code_id: str | None) -> None:
         (self.path / "active").touch()
         if code_id is not None:
-            (self.path / "daemon.json").write_text(f'{{"pid": 1, "code_id": "{code_id}", "version": "0.1.0"}}\n')
+            (self.path / "run/daemon.json").write_text(f'{{"pid": 1, "code_id": "{code_id}", "version": "0.1.0"}}\n')
 
     def has_guests(self, *names: str) -> None:
         lines = [f"virtd-qemu-{name}.service loaded active running\n" for name in names]
@@ -67,9 +68,9 @@ class Host:
 
 @pytest.fixture
 def host(tmp_path: Path) -> Host:
-    for directory in ("bin", "booted", "lib/virtd"):
+    for directory in ("bin", "booted", "lib/virtd/drivers/qemu", "run/qemu/web1"):
         (tmp_path / directory).mkdir(parents=True)
-    for tool in ("cat", "cp", "find", "python3", "rm", "rmdir", "sed", "wc"):
+    for tool in ("cat", "cp", "find", "install", "python3", "rm", "rmdir", "sed", "wc"):
         found = shutil.which(tool, path="/usr/bin:/bin")
         assert found is not None
         (tmp_path / "bin" / tool).symlink_to(found)
@@ -78,6 +79,7 @@ def host(tmp_path: Path) -> Host:
         program.write_text(SYSTEMCTL if tool == "systemctl" else f'#!/bin/sh\necho {tool} "$@" >>"$HOST/calls"\n')
         program.chmod(0o755)
     (tmp_path / "code-id").write_text("0123abc\n")
+    shutil.copy(SCRIPT.parents[1] / "virtd/drivers/qemu/powerdown.py", tmp_path / "lib/virtd/drivers/qemu")
     host = Host(tmp_path)
     host.has_guests()
     return host
@@ -176,6 +178,14 @@ def test_erasing_with_guests_keeps_their_descriptors(host: Host) -> None:
         assert line in keeper
         assert line in shipped, "the keeper must hold as many descriptors as virtd did"
     assert (host.path / "booted/virtd.socket").exists()
+    # What the guests' ExecStop= falls back on has to run without the package.
+    helper = subprocess.run(
+        [sys.executable, "-IS", host.path / "run/qemu/web1/guest-stop.py", "no.sock", "1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert "no.sock: [Errno 2]" in helper.stderr
 
 
 def test_installing_again_takes_over_from_the_keeper(host: Host) -> None:

@@ -73,7 +73,12 @@ def _bind(path: str, *, missing_ok: bool = False) -> tuple[str, str, bool, int]:
 def _stop_command(runtime: str, seconds: float) -> tuple[str, list[str], bool]:
     helper = "/usr/libexec/virtd-guest-stop"
     socket = command.shutdown_socket(runtime)
-    # systemd runs ExecStop for a process that has ended by itself too, then without $MAINPID: nothing to do, and
-    # no time to spend on a Python start.
-    script = f'test -z "$MAINPID" || exec {helper} {socket} {seconds:g}'
+    # systemd runs ExecStop for a process that has ended by itself too, then without $MAINPID: nothing to do, and no
+    # time to spend on a Python start. (No "$" here: systemd 252 writes it to the unit's file in a way that it can't read.)
+    # When the package is erased under a running guest, its scriptlet leaves the guest a copy of the helper.
+    script = (
+        "printenv MAINPID >/dev/null || exit 0; "
+        f"test ! -x {helper} || exec {helper} {socket} {seconds:g}; "
+        f"exec python3 -IS {runtime}/guest-stop.py {socket} {seconds:g}"
+    )
     return ("/bin/sh", ["/bin/sh", "-c", script], False)
