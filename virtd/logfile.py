@@ -29,7 +29,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from virtd.errors import HostError
+from .errors import HostError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from virtd.logfile import LogFile
+    from .logfile import LogFile
 
 logger = logging.getLogger(__name__)
 
