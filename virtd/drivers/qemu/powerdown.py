@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""ExecStop of a guest's unit: press the power button, wait, and pull the plug when the time is up.
+"""ExecStop of a guest's unit: press the power button until it is heard, and pull the plug when the time is up.
 
 systemd runs it when the host goes down, as the guest's user and inside its sandbox, whether or not virtd is there. It
 imports next to nothing: many of these start at once, on a host that has other things to do.
@@ -16,6 +16,8 @@ COMMANDS = {
     "button": b'{"execute": "system_powerdown"}\n',
     "plug": b'{"execute": "quit"}\n',
 }
+# A guest that is still booting, or dozes, misses the first press.
+PRESS_AGAIN = 5.0
 
 
 def ended(monitor: socket.socket, seconds: float) -> bool:
@@ -44,11 +46,16 @@ def main(argv: list[str] | None = None) -> int:
         monitor.settimeout(5)
         try:
             monitor.connect(path)
-            monitor.sendall(COMMANDS["capabilities"] + COMMANDS["button"])
-            if ended(monitor, seconds):
-                return 0
+            deadline = time.monotonic() + seconds
+            monitor.sendall(COMMANDS["capabilities"])
+            while (left := deadline - time.monotonic()) > 0:
+                monitor.sendall(COMMANDS["button"])
+                if ended(monitor, min(left, PRESS_AGAIN)):
+                    return 0
             monitor.sendall(COMMANDS["plug"])
             return 0 if ended(monitor, 5) else 1
+        except (BrokenPipeError, ConnectionResetError):
+            return 0
         except OSError as exc:
             print(f"virtd-guest-stop: {path}: {exc}", file=sys.stderr)
             return 1
