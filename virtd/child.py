@@ -65,7 +65,7 @@ class Ends:
 
 @dataclass
 class Child:
-    """A child of the driver's object `name`. `lost` names the slots that a record promised and the store didn't have."""
+    """A child of the driver's object `name`. `lost`: the slots that a record promised and the store didn't have."""
 
     services: Services
     driver: str
@@ -121,7 +121,7 @@ class Child:
         return Ends(in_read, out_write, err_write), {self.slot(name): fd for name, fd in ours.items()}
 
     async def keep(self, descriptors: dict[str, int]) -> None:
-        """Put `descriptors` into their slots and see that PID 1 has them. Raises HostError; then none is left there."""
+        """Put `descriptors` into their slots and see that PID 1 has them. Raises HostError, with none left there."""
         store = self.services.store
         try:
             for name, fd in descriptors.items():
@@ -143,7 +143,7 @@ class Child:
                 os.close(fd)
 
     async def _verify(self, wanted: list[str]) -> None:
-        """A message that was sent is no receipt (sd_notify(3) is silent about a full store): compare what PID 1 holds."""
+        """See what PID 1 holds: a message that was sent is no receipt, and sd_notify(3) is silent about a full store."""
         units = await self.services.units()
         missing: set[str] = set()
         for _ in range(3):
@@ -157,7 +157,7 @@ class Child:
             await asyncio.sleep(0.02)
         raise errors.HostError(
             f"systemd didn't keep {', '.join(sorted(missing))} in its FD store",
-            hint="See: journalctl -b _PID=1 -g FileDescriptorStoreMax; raise FileDescriptorStoreMax= of virtd.service.",
+            hint="Raise FileDescriptorStoreMax= of virtd.service. See: journalctl -b _PID=1 -g FileDescriptorStoreMax.",
         )
 
     async def spawn(self, spec: UnitSpec, ends: Ends) -> UnitState:
@@ -181,7 +181,10 @@ class Child:
 
     @classmethod
     def adopt(cls, services: Services, record: Record) -> Child:
-        """The child that `record` tells of, its pumps running. What is missing from the store is in `lost`; logs are reopened."""
+        """The child that `record` tells of, its pumps running.
+
+        What is missing from the store is in `lost`; logs are opened again.
+        """
         child = cls(services, record.driver, record.name, record.main_pid, record.main_start, record.invocation_id)
         held = services.store.slots()
         for name, identity in record.slots.items():

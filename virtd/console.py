@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Consoles and logs for those who look: places in a log file, and who may type.
 
-No byte passes through here. A follower gets the log file itself and is told when there is more; a writer gets the guest's
-pipe. Both ask again after a restart of the daemon with what they had (a cursor, a token), so they miss and repeat nothing.
+No byte passes through here. A follower gets the log file itself and is told when there is more; a writer gets the
+guest's pipe. Both ask again after a restart of the daemon with what they had (a cursor, a token), so they miss and
+repeat nothing.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class Writers:
     def claim(
         self, name: str, kept: dict[str, Any] | None, *, force: bool, token: str | None, by: str, pid: int
     ) -> Claim:
-        """Take the console. `kept` is what the record says of a writer from before the daemon's restart. Raises Busy."""
+        """Take the console. `kept`: what the record says of a writer from before a restart. Raises Busy."""
         present = self._claims.get(name)
         holder = f"{present.by} (PID {present.pid})" if present is not None else ""
         mine = False

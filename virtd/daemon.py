@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Wiring, signals and the order of a start.
 
-    1. slots and records are taken over, pumps run     (no bus, no D-Bus libraries: nothing that a guest could wait for)
+    1. slots and records are taken over, pumps run     (no bus, no D-Bus libraries: no guest should wait for them)
     2. the Varlink socket is served, READY=1
     3. in the background: D-Bus, each record compared with its unit, org.virtd1, the monitors
     4. autostart, once per boot
@@ -17,7 +17,7 @@ STARTED = time.monotonic()
 
 import sys  # noqa: E402
 
-# asyncio does without ssl where there is none, and so do we: 8 ms of a restart and 2 MB for something never used here.
+# asyncio does without ssl where there is none, and so do we: 8 ms of a restart and 2 MB for something never used.
 _ssl = sys.modules.pop("ssl", None)
 sys.modules["ssl"] = None  # type: ignore[assignment]
 import asyncio  # noqa: E402
@@ -321,7 +321,7 @@ class Daemon:
 
 
 def load_settings(paths: Paths) -> tuple[settings_model.Settings, errors.VirtdError | None]:
-    """virtd.toml, or the defaults and what is wrong with it: a bad file must not keep the guests from their daemon."""
+    """virtd.toml, or the defaults and what is wrong with it: a bad file must not keep guests from their daemon."""
     try:
         with open(paths.settings, encoding="utf-8") as file:
             return settings_model.parse(file.read(), paths.settings), None

@@ -15,7 +15,8 @@
      ├── HostError           systemd, the kernel or a file system refused something
      └── Disconnected        (clients) the daemon went away and didn't come back in time
 
-An error crosses a front end as its class name plus `fields()`; `from_wire` makes the same error of it on the other side.
+An error crosses a front end as its class name plus `fields()`; `from_wire` makes the same error of it on the other
+side.
 Anything else that is raised is a bug and may be loud.
 """
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The Varlink interface's own text, read for what the server must know: each method's parameters and their types.
 
-The text is what a client gets from GetInterfaceDescription (https://varlink.org/Interface-Definition), so what it says
-and what is accepted can't differ.
+The text is what a client gets from GetInterfaceDescription (https://varlink.org/Interface-Definition), so what it
+says and what is accepted can't differ.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _parameter(item: str) -> Parameter:
 
 
 def problem(method: str, parameters: dict[str, Any]) -> str | None:
-    """The name of the first parameter of `method` that is missing, unknown or of the wrong type; None when all is well."""
+    """The first parameter of `method` that is missing, unknown or of the wrong type; None when all is well."""
     known = {parameter.name: parameter for parameter in methods()[method]}
     for name in parameters:
         if name not in known:

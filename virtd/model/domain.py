@@ -136,7 +136,8 @@ def check(domain: Domain, source: str) -> None:
     if not NAME.fullmatch(domain.name):
         raise refuse(
             "name",
-            f"expected 1 to 64 letters, digits, '.', '_' or '-', the first one no '.' or '-', got {shown(domain.name)}",
+            "expected 1 to 64 letters, digits, '.', '_' or '-', the first one no '.' or '-', "
+            f"got {shown(domain.name)}",
         )
     if domain.uuid is not None and canonical_uuid(domain.uuid) is None:
         raise refuse("uuid", f"expected a UUID such as {uuidlib.UUID(int=0)}, got {shown(domain.uuid)}")

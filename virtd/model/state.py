@@ -20,7 +20,7 @@ class State(StrEnum):
 
     @classmethod
     def of(cls, word: str) -> State:
-        """The state of that name; a word that a newer version wrote counts as running, so that nothing is given up."""
+        """The state of that name; a word of a newer version counts as running, so that nothing is given up."""
         return cls(word) if word in cls.__members__.values() else cls.RUNNING
 
 

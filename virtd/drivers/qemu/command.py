@@ -24,7 +24,7 @@ def monitor_socket(runtime: str) -> str:
 
 
 def shutdown_socket(runtime: str) -> str:
-    """A second monitor, which the unit's ExecStop uses: a QMP monitor talks to one client at a time, and that is us."""
+    """A second monitor, for the unit's ExecStop: a QMP monitor talks to one client at a time, and that is us."""
     return f"{runtime}/shutdown.sock"
 
 
@@ -65,8 +65,8 @@ def argv(domain: Domain, uuid: str, host: Host) -> list[str]:
         "-mon", "chardev=monitor,mode=control",
         "-chardev", f"socket,id=shutdown,path={_escape(shutdown_socket(host.runtime))},server=on,wait=off",
         "-mon", "chardev=shutdown,mode=control",
-        # A third monitor writes every event to a file: what happens while virtd is away is on record. A `pipe` chardev
-        # opens STEM.in and STEM.out, and these may be plain files (`file` with input-path= needs QEMU 8.1).
+        # A third monitor writes every event to a file: what happens while virtd is away is on record. A `pipe`
+        # chardev opens STEM.in and STEM.out, and these may be plain files (`file` with input-path= needs QEMU 8.1).
         "-chardev", f"pipe,id=events,path={_escape(events(host.runtime))}",
         "-mon", "chardev=events,mode=control",
         "-chardev", "stdio,id=serial0,signal=off",
@@ -100,14 +100,14 @@ def argv(domain: Domain, uuid: str, host: Host) -> list[str]:
             f"virtio-blk-pci,drive=disk{index},id=virtio-disk{index}{_order(domain, index)}",
         ]
     for index, cdrom in enumerate(domain.cdrom):
-        order = "" if domain.boot.kernel is not None else f",bootindex={len(domain.disk) + index + 1}"
+        drive = "ide-cd" if domain.machine.startswith(("q35", "pc")) else "virtio-blk-pci"
         arguments += [
             "-blockdev",
             f"driver=file,node-name=cdfile{index},filename={_escape(cdrom.path)},read-only=on",
             "-blockdev",
             f"driver=raw,node-name=cd{index},file=cdfile{index},read-only=on",
             "-device",
-            f"{'ide-cd' if domain.machine.startswith(('q35', 'pc')) else 'virtio-blk-pci'},drive=cd{index},id=cdrom{index}{order}",
+            f"{drive},drive=cd{index},id=cdrom{index}{_order(domain, len(domain.disk) + index)}",
         ]
     for index, nic in enumerate(domain.nic):
         mac = (nic.mac or mac_of(uuid, index)).lower()

@@ -110,7 +110,7 @@ class Driver:
             await self._rebuild(name, unit=name in present, new=name not in known)
 
     async def _rebuild(self, name: str, *, unit: bool, new: bool) -> None:
-        """A unit or slots that no record tells of: made whole from what there is, or cleared away when nothing runs."""
+        """A unit or slots that no record tells of: made whole from what there is, or cleared away if nothing runs."""
         machine = self._machine(name)
         units = await self._services.units()
         state = await units.state(machine.unit) if unit else None
@@ -178,7 +178,10 @@ class Driver:
     # Definitions
 
     def load_definitions(self) -> list[str]:
-        """Read all definitions again; the names of those that changed. A bad one is a problem, and its domain is as before."""
+        """Read all definitions again; the names of those that changed.
+
+        A bad one is a problem, and its domain is as before.
+        """
         directory = f"{self._services.paths.etc}/{DRIVER}"
         changed = []
         self.problems = {key: problem for key, problem in self.problems.items() if not key.startswith("definition")}
@@ -231,7 +234,10 @@ class Driver:
         if machine is not None and machine.uuid and domain.uuid and domain.uuid != machine.uuid:
             raise errors.Exists(
                 f"{source}: uuid: domain {domain.name} exists with another uuid, {machine.uuid}",
-                hint=f"Leave the uuid out to change the definition, or undefine it first: virtctl undefine {domain.name}.",
+                hint=(
+                    "Leave the uuid out to change the definition, "
+                    f"or undefine it first: virtctl undefine {domain.name}."
+                ),
             )
         return domain
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Why a guest ended: put together from its unit, QEMU's event journal and what was asked of it. Pure but for the read."""
+"""Why a guest ended, put together from its unit, QEMU's event journal and what was asked of it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def judge(
 ) -> End:
     """The end of a guest.
 
-    `unit` None: systemd knows nothing of it any more; `words`: the last that QEMU wrote to stderr; `seen`: when we noticed.
+    `unit` None: systemd knows nothing of it any more; `words`: the last that QEMU wrote to stderr; `seen`: when we
+    noticed.
     """
     names = [event["event"] for event in events]
     if "RESET" in names:  # what was before the last reset is another life of the guest
@@ -100,7 +101,7 @@ def judge(
         return end(State.CRASHED, f"QEMU exited with status {code}", Cause.FAILED)
     if asked == "shutdown" and why.startswith("guest-"):
         return end(State.STOPPED, f"shut down by {by}", Cause.SHUTDOWN, by)
-    if why.startswith("guest-") and "POWERDOWN" in names:
+    if why.startswith("guest-") and "POWERDOWN" in names and not asked:
         # The power button, and not by us: the unit's ExecStop, while the host goes down.
         return end(State.STOPPED, "shut down with the host", Cause.HOST_SHUTDOWN)
     if why == "guest-reset":

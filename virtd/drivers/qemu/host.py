@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the QEMU driver must know of the host: the program, KVM, the guests' user, and the files that a guest is given."""
+"""What the QEMU driver must know of the host: the program, KVM, the guests' user, the files that a guest is given."""
 
 from __future__ import annotations
 

@@ -56,7 +56,10 @@ class Problem:
 
 
 class Machine:
-    """A domain: its definition (None when only a record or a unit is left of it), its record, and, while it lives, its child."""
+    """A domain: its definition, its record, and, while it lives, its child.
+
+    Without a definition only a record or a unit is left of it, and it goes when its guest ends.
+    """
 
     def __init__(self, shared: Shared, name: str) -> None:
         self.shared = shared
@@ -203,7 +206,7 @@ class Machine:
             self.shared.publish("changed", self)
 
     def ask(self, verb: str, by: str) -> dict[str, Any]:
-        """The record's data with what a person asks for ("": nothing more), so that the end is understood without us there."""
+        """The record's data with what a person asks for ("": nothing more), to explain an end that we don't see."""
         assert self.record is not None
         return self.record.data | {"request": {"verb": verb, "by": by, "at": now()} if verb else None}
 
@@ -379,7 +382,7 @@ class Machine:
         self.shared.publish("ended", self)
 
     async def put_away(self) -> None:
-        """Drop what an ended guest leaves: slots, sockets, unit, ownership of its disks. Safe to repeat after a crash."""
+        """Drop what an ended guest leaves: slots, sockets, unit, ownership of its disks. Safe to repeat."""
         record = self.record
         assert record is not None
         if self.monitor is not None:
@@ -396,7 +399,7 @@ class Machine:
         with contextlib.suppress(errors.VirtdError):
             await units.collect(self.unit)
         # Only after this is the object whole again: until here a crash finds the unit's name and comes by once more.
-        self.note(self.state, self.reason, unit="", slots={}, data={}, id=0)
+        self.note(self.state, self.reason, unit="", slots={}, data={}, id=0, main_pid=0, main_start=0)
         self.problems = {
             key: value for key, value in self.problems.items() if key in ("definition", "internal", "record")
         }

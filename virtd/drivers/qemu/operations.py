@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a person can do to a guest that is there. Each asks the record first, so that the end is understood afterwards."""
+"""What a person can do to a guest that is there.
+
+Each tells the record first, so that the guest's end is understood afterwards.
+"""
 
 from __future__ import annotations
 
@@ -128,12 +131,15 @@ async def reboot(machine: Machine, *, force: bool, timeout: float, by: str) -> b
         try:
             await machine.command("system_powerdown")
             async with asyncio.timeout(timeout):
-                await machine.guest_off.wait()
+                await _off_or_over(machine)
             await _reset(machine, by)
         except TimeoutError:
             await machine.command("set-action", {"shutdown": _poweroff(machine)})
+            # A request still, so that the button in the event journal isn't taken for the host's own shutdown.
             machine.note(
-                State.RUNNING, f"did not shut down to be rebooted within {timeout:g} s", data=machine.ask("", "")
+                State.RUNNING,
+                f"did not shut down to be rebooted within {timeout:.0f} s",
+                data=machine.ask("reboot given up", by),
             )
             raise errors.TimedOut(
                 f"{machine.name} did not shut down within {timeout:.0f} s to be rebooted",
@@ -152,8 +158,20 @@ async def finish_reboot(machine: Machine) -> None:
     elif machine.monitor is not None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(machine.shared.settings.shutdown_timeout):
-                await machine.guest_off.wait()
+                await _off_or_over(machine)
             await _reset(machine, request.by)
+
+
+async def _off_or_over(machine: Machine) -> None:
+    """Wait until the guest is off and QEMU waits. Raises InvalidState when all of it has ended instead."""
+    events = [asyncio.ensure_future(event.wait()) for event in (machine.guest_off, machine.over)]
+    try:
+        await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for event in events:
+            event.cancel()
+    if machine.over.is_set():
+        raise errors.InvalidState(f"{machine.name} ended instead of rebooting: {machine.reason}")
 
 
 async def _reset(machine: Machine, by: str) -> None:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The unit that a guest runs in: what it may see and do. Names and types: org.freedesktop.systemd1(5), systemd.exec(5)."""
+"""The unit that a guest runs in: what it may see and do.
+
+Names and types of the properties: org.freedesktop.systemd1(5); what they mean: systemd.exec(5).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ RESOLVER = ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf")
 
 
 def properties(domain: Domain, runtime: str, *, toplevel: list[str], kvm: bool, stop_after: float) -> list[Property]:
-    """Properties for StartTransientUnit. `toplevel`: the names in `/`; `stop_after`: seconds that host shutdown gives it."""
+    """Properties for StartTransientUnit.
+
+    `toplevel`: the names in `/`; `stop_after`: seconds that host shutdown gives it.
+    """
     network = bool(domain.nic)
     hidden = [(f"/{name}", "ro,mode=0755") for name in toplevel if name not in KEPT]
     read_only = [path for path in (domain.boot.kernel, domain.boot.initrd) if path]
@@ -74,9 +80,9 @@ def _stop_command(runtime: str, seconds: float) -> tuple[str, list[str], bool]:
     helper = "/usr/libexec/virtd-guest-stop"
     socket = command.shutdown_socket(runtime)
     # systemd runs ExecStop for a process that has ended by itself too, then without $MAINPID: nothing to do, and no
-    # time to spend on a Python start. When the package is erased under a running guest, its scriptlet leaves the guest
-    # a copy of the helper. (Neither "$" nor ";" nor quotes here: systemd 252 escapes them in the unit's file, and then
-    # doesn't know the escapes when it reads the file again.)
+    # time to spend on a Python start. When the package is erased under a running guest, its scriptlet leaves the
+    # guest a copy of the helper. (Neither "$" nor ";" nor quotes here: systemd 252 escapes them in the unit's file, and
+    # then doesn't know the escapes when it reads the file again.)
     script = (
         "printenv MAINPID >/dev/null || exit 0 && "
         f"test -x {helper} && exec {helper} {socket} {seconds:g} || "

@@ -31,7 +31,10 @@ CAPABILITIES = b'{"execute": "qmp_capabilities"}\n'
 
 
 async def start(machine: Machine, others: list[Machine], by: str) -> bool:
-    """Start it; False if it was running. `others`: the driver's other machines. Raises a VirtdError, with nothing left behind."""
+    """Start it; False if it was running. `others`: the driver's other machines.
+
+    Raises a VirtdError, with nothing left behind.
+    """
     async with machine.exclusive("start"):
         if machine.alive:
             return False
@@ -240,11 +243,14 @@ def check_disks(machine: Machine, domain: model.Domain, others: list[Machine]) -
         theirs = other.running_definition if other.alive else None
         if theirs is None:
             continue
-        for identity, (path, writes) in _used(theirs).items():
+        for identity, (_path, writes) in _used(theirs).items():
             if identity in mine and (writes or mine[identity][1]):
                 raise errors.Busy(
                     f"Cannot start {machine.name}: {mine[identity][0]} is in use by domain {other.name}",
-                    hint=f"Two guests that write to one disk destroy it. Stop {other.name}, or mark the disk readonly in both.",
+                    hint=(
+                        f"Two guests that write to one disk destroy it. Stop {other.name}, "
+                        "or mark the disk readonly in both."
+                    ),
                 )
 
 
