@@ -2,9 +2,9 @@
 """What a guest's process says on stderr, repeated in the journal under the guest's name.
 
 The lines are read from the log file, where they already are, from a place that the caller keeps in the record: a line
-is sent first and counted as sent afterwards, so a crash between the two sends it once more and never loses it. A child
-that floods its stderr fills its own log only: past a rate, lines are not repeated here but counted, and the journal
-says how many and where they are.
+is sent first and counted as sent afterwards, so a crash between the two sends it once more and never loses it. A
+child that floods its stderr fills its own log only: past a rate, lines are not repeated here but counted, and the
+journal says how many and where they are.
 """
 
 from __future__ import annotations
