@@ -287,7 +287,8 @@ class Machine:
         What fails is a problem, not the guest's end.
         """
         async with self._linking:
-            await self._connect(limit)
+            if self.monitor is None or self.monitor.link is not Link.CONNECTED:
+                await self._connect(limit)
 
     async def _connect(self, limit: float) -> None:
         monitor = Monitor(self.name, command.monitor_socket(self.runtime), self.on_event)
@@ -394,10 +395,11 @@ class Machine:
         owners = [hostinfo.Owner(*owner) for owner in record.data.get("owners", [])]
         with contextlib.suppress(errors.HostError):
             hostinfo.give_back(owners, hostinfo.account(self.shared.settings))
-        await asyncio.to_thread(files.remove_tree, self.runtime)
         units = await self.shared.services.units()
         with contextlib.suppress(errors.VirtdError):
             await units.collect(self.unit)
+        # After the unit: its ExecStop runs once more, in a sandbox that has this directory in it.
+        await asyncio.to_thread(files.remove_tree, self.runtime)
         # Only after this is the object whole again: until here a crash finds the unit's name and comes by once more.
         self.note(self.state, self.reason, unit="", slots={}, data={}, id=0, main_pid=0, main_start=0)
         self.problems = {
