@@ -15,6 +15,8 @@ import socket
 import subprocess
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from virtd.fdstore import Slot, Store, StoredEntry
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
@@ -183,3 +185,29 @@ class FakePid1:
         self.warnings.append(why)
         for fd in fds:
             os.close(fd)
+
+
+def put_new(store: Store, name: str) -> Slot:
+    """Put a descriptor that nothing else holds."""
+    fd = os.memfd_create("slot")
+    try:
+        return store.put(name, fd)
+    finally:
+        os.close(fd)
+
+
+def entries(pid1: FakePid1) -> list[StoredEntry]:
+    return [StoredEntry.from_dump(entry) for entry in pid1.dump()]
+
+
+def fill(pid1: FakePid1) -> int:
+    """Fill PID 1's queue; returns how many messages it holds."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
+        sock.connect(pid1.path)
+        count = 0
+        try:
+            while True:
+                sock.send(b"X_FILL=1")
+                count += 1
+        except BlockingIOError:
+            return count

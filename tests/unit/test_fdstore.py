@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import resource
 import select
 import socket
 import sys
@@ -15,21 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.unit.fake_pid1 import FakePid1
+from tests.unit.fake_pid1 import FakePid1, entries, fill, put_new
 from virtd.fdstore import (
     AlreadyStored,
     BadName,
     Difference,
-    Limit,
     MissingSlot,
-    NotifyFailed,
-    Slot,
     Store,
     StoredEntry,
     StoreError,
     StoreFull,
 )
-from virtd.fdstore.budget import NAMES_BYTES, names_bytes
 from virtd.fdstore.notify import connect
 
 if TYPE_CHECKING:
@@ -63,19 +58,6 @@ def pipe() -> Iterator[tuple[int, int]]:
 def inode(fd: int) -> tuple[int, int]:
     status = os.fstat(fd)
     return status.st_dev, status.st_ino
-
-
-def put_new(store: Store, name: str) -> Slot:
-    """Put a descriptor that nothing else holds."""
-    fd = os.memfd_create("slot")
-    try:
-        return store.put(name, fd)
-    finally:
-        os.close(fd)
-
-
-def entries(pid1: FakePid1) -> list[StoredEntry]:
-    return [StoredEntry.from_dump(entry) for entry in pid1.dump()]
 
 
 # Putting, reading, dropping.
@@ -401,288 +383,6 @@ def test_duplicates_go_with_their_name(pid1: FakePid1) -> None:
     assert store.names() == pid1.names() == []
     assert store.duplicates() == {}
     store.close()
-
-
-# Budget.
-
-
-def limited(pid1: FakePid1, *, store_max: int | None = None, headroom: int = 0, files: int | None = None) -> Store:
-    """A store under these limits; `files` stands for the soft limit that the unit would set."""
-    environ = pid1.environment()
-    if store_max is not None:
-        environ["FDSTORE"] = str(store_max)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if files is not None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
-    try:
-        return Store.from_environment(environ, headroom=headroom)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def test_the_store_fills_to_its_last_place_and_no_further(pid1: FakePid1) -> None:
-    pid1.store_max = 3
-    store = limited(pid1)
-    store.room_for(["a/1", "a/2", "a/3"])
-    with pytest.raises(StoreFull, match=r"no room for 4 descriptors.*FileDescriptorStoreMax allows 3"):
-        store.room_for(["a/1", "a/2", "a/3", "a/4"])
-    for n in range(3):
-        put_new(store, f"a/{n}")
-    assert store.budget()[:3] == (3, 3, Limit.STORE)
-    assert store.budget().left == 0
-    with pytest.raises(StoreFull, match=r"^no room for a/3 in the FD store: 3 slots are used") as caught:
-        put_new(store, "a/3")
-    assert caught.value.limited_by == "FileDescriptorStoreMax"
-    assert "FileDescriptorStoreMax=" in caught.value.hint
-    assert len(pid1.names()) == 3
-    assert pid1.warnings == [], "something was sent that PID 1 wouldn't keep"
-    store.room_for(["a/1", "a/2"])  # which are there already
-    store.drop("a/0")
-    put_new(store, "a/3")
-    store.close()
-
-
-def test_the_limit_on_open_files_counts_sockets_and_headroom(pid1: FakePid1) -> None:
-    # Descriptors start at 3: of 20, ten for the daemon itself, seven are left.
-    store = limited(pid1, files=20, headroom=10)
-    store.room_for(f"a/{n}" for n in range(7))
-    with pytest.raises(StoreFull) as caught:
-        store.room_for(f"a/{n}" for n in range(8))
-    assert caught.value.limited_by is Limit.FILES
-    assert "LimitNOFILE=" in caught.value.hint
-    assert store.budget()[:3] == (0, 7, Limit.FILES)
-    store.close()
-
-    inherited = {os.memfd_create("s"): "x.socket", os.memfd_create("t"): "y.socket"}
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (20, hard))
-    try:
-        store = Store.from_environment(pid1.environment(), inherited=inherited, headroom=10)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert store.budget().max == 5
-    store.close()
-
-
-def test_the_daemon_may_raise_its_own_limit_without_moving_the_budget(pid1: FakePid1) -> None:
-    store = limited(pid1, files=50, headroom=0)
-    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 50
-    assert store.budget().max == 47
-    store.close()
-
-
-def names_of_total(total: int, length: int = 200) -> list[str]:
-    """Distinct names that make LISTEN_FDNAMES= exactly `total` bytes long."""
-    names = [f"a/{n:0{length - 2}d}" for n in range((total - 15) // (length + 1) - 1)]
-    rest = total - names_bytes(names) - 1
-    names += (
-        [f"b/{'x' * (rest // 2 - 3)}", f"c/{'x' * (rest - rest // 2 - 2)}"]
-        if rest > 255
-        else [f"b/{'x' * (rest - 2)}"]
-    )
-    assert names_bytes(names) == total
-    return names
-
-
-def test_the_names_fill_what_the_kernel_takes_and_no_byte_more(pid1: FakePid1) -> None:
-    store = limited(pid1, store_max=100_000, files=None)
-    store.room_for(names_of_total(131_071))
-    with pytest.raises(StoreFull) as caught:
-        store.room_for(names_of_total(131_072))
-    assert caught.value.limited_by is Limit.NAMES
-    assert "shorter" in caught.value.hint
-    store.close()
-
-
-@pytest.mark.parametrize(("total", "starts"), [(NAMES_BYTES, True), (NAMES_BYTES + 1, False)])
-def test_that_is_what_the_kernel_takes(total: int, starts: bool) -> None:
-    variable = ":".join(names_of_total(total))
-    assert len("LISTEN_FDNAMES=") + len(variable) == total
-
-    def start() -> None:
-        os.waitpid(os.posix_spawn("/bin/true", ["true"], {"LISTEN_FDNAMES": variable}), 0)
-
-    if starts:
-        start()
-    else:
-        with pytest.raises(OSError, match="Argument list too long"):
-            start()
-
-
-def test_names_of_sockets_count(pid1: FakePid1) -> None:
-    name = "s" * 200
-    store = Store.from_environment(
-        pid1.environment() | {"FDSTORE": "100000"}, inherited={os.memfd_create("s"): name}, headroom=0
-    )
-    assert store.budget().names_bytes == 15 + 200
-    store.room_for(names_of_total(131_071 - 201))
-    with pytest.raises(StoreFull):
-        store.room_for(names_of_total(131_071 - 200))
-    store.close()
-
-
-def test_the_estimate_follows_the_length_of_the_names(pid1: FakePid1) -> None:
-    store = limited(pid1, store_max=100_000)
-    put_new(store, "a/" + "b" * 253)
-    # The one that is there and its colon take 256; so will each of the others.
-    assert store.budget()[:3] == (1, (NAMES_BYTES - 15 + 1) // 256, Limit.NAMES)
-    store.close()
-
-
-def test_without_fdstore_the_unit_has_none_unless_told(pid1: FakePid1) -> None:
-    environ = {"NOTIFY_SOCKET": pid1.path}
-    store = Store.from_environment(dict(environ))
-    with pytest.raises(StoreFull, match=r"^no room for a/b: the unit has no FD store$") as caught:
-        put_new(store, "a/b")
-    assert "fallback_max=" in caught.value.hint
-    store.close()
-    store = Store.from_environment(dict(environ), fallback_max=2)
-    put_new(store, "a/b")
-    assert store.budget().max == 2
-    store.close()
-    # What systemd says counts for more.
-    store = Store.from_environment(environ | {"FDSTORE": "7"}, fallback_max=2)
-    assert store.budget().max == 7
-    store.close()
-
-
-# Without a service manager.
-
-
-def test_by_hand_it_works_in_memory(pipe: tuple[int, int]) -> None:
-    environ = {"PATH": "/bin"}
-    store = Store.from_environment(environ)
-    assert not store.persistent
-    assert environ == {"PATH": "/bin"}
-    store.put("a/b", pipe[0])
-    store.put("a/b", pipe[1])
-    assert inode(store.get("a/b")) == inode(pipe[1])
-    assert store.budget().store_max is None
-    store.notify("READY=1")
-    store.reloading()
-    assert store.barrier(0)
-    store.drop("a/b")
-    assert store.names() == []
-    store.close()
-    store.close()
-
-
-# Talking to PID 1.
-
-
-def test_it_says_the_other_things_too(pid1: FakePid1, store: Store) -> None:
-    store.notify("READY=1\nSTATUS=All is well")
-    store.reloading()
-    pid1.read()
-    assert pid1.other[0] == "READY=1\nSTATUS=All is well"
-    reloading, clock = pid1.other[1].split("\n")
-    assert reloading == "RELOADING=1"
-    assert clock.startswith("MONOTONIC_USEC=")
-    assert abs(int(clock.partition("=")[2]) - float(Path("/proc/uptime").read_text().split()[0]) * 1e6) < 60e6
-
-
-def test_an_abstract_socket_will_do(pipe: tuple[int, int]) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(f"\0virtd-test-{os.getpid()}")
-        store = Store.from_environment({"NOTIFY_SOCKET": f"@virtd-test-{os.getpid()}", "FDSTORE": "5"})
-        store.put("a/b", pipe[0])
-        data, fds, _, _ = socket.recv_fds(manager, 4096, 5)
-        assert data.endswith(b"FDNAME=a/b")
-        os.close(fds[0])
-        store.close()
-
-
-def test_a_barrier_waits_until_all_was_read(pid1: FakePid1, store: Store) -> None:
-    put_new(store, "a/b")
-    assert not store.barrier(0.05)
-    reader = threading.Thread(target=pid1.serve_until_quiet, args=(0.5,))
-    reader.start()
-    assert store.barrier(10)
-    assert [entry.name for entry in pid1.entries] == ["a/b"]
-    reader.join()
-
-
-def fill(pid1: FakePid1) -> int:
-    """Fill PID 1's queue; returns how many messages it holds."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
-        sock.connect(pid1.path)
-        count = 0
-        try:
-            while True:
-                sock.send(b"X_FILL=1")
-                count += 1
-        except BlockingIOError:
-            return count
-
-
-def test_a_full_queue_is_waited_for(pid1: FakePid1, store: Store) -> None:
-    filled = fill(pid1)
-    writer = threading.Thread(target=put_new, args=(store, "a/b"))
-    writer.start()
-    # The queue is full, so it can't have returned; nor does anybody else wait meanwhile.
-    writer.join(0.2)
-    assert writer.is_alive()
-    assert store.names() == []
-    assert pid1.read(1) == 1
-    writer.join(10)
-    assert not writer.is_alive()
-    assert pid1.names() == ["a/b"]
-    assert len(pid1.other) == filled
-
-
-def test_a_manager_that_never_reads_is_given_up_on(pid1: FakePid1) -> None:
-    store = Store.from_environment(pid1.environment(), notify=connect(pid1.path, patience=0.05))
-    fill(pid1)
-    before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(NotifyFailed, match="took no message: Connection timed out"):
-        put_new(store, "a/b")
-    assert store.names() == []
-    assert len(os.listdir("/proc/self/fd")) == before
-    pid1.read()
-    put_new(store, "a/b")
-    assert pid1.names() == ["a/b"]
-    store.close()
-
-
-def test_a_failed_replacement_leaves_the_old_descriptor_here(pid1: FakePid1) -> None:
-    store = Store.from_environment(pid1.environment(), notify=connect(pid1.path, patience=0.05))
-    old = put_new(store, "a/b")
-    fill(pid1)
-    with pytest.raises(NotifyFailed):
-        put_new(store, "a/b")
-    assert store.slots() == {"a/b": old}
-    with pytest.raises(NotifyFailed):
-        store.drop("a/b")
-    assert store.get("a/b") == old.fd
-    store.close()
-
-
-def test_nobody_there_is_an_error_that_says_so(tmp_path: Path, pipe: tuple[int, int]) -> None:
-    store = Store.from_environment({"NOTIFY_SOCKET": str(tmp_path / "gone"), "FDSTORE": "5"})
-    with pytest.raises(NotifyFailed, match="No such file or directory"):
-        store.put("a/b", pipe[0])
-    with pytest.raises(NotifyFailed):
-        store.barrier()
-    store.close()
-    with pytest.raises(NotifyFailed, match="vsock:2:1234 is not an AF_UNIX socket"):
-        Store.from_environment({"NOTIFY_SOCKET": "vsock:2:1234"})
-
-
-def test_a_message_that_pid1_would_drop_is_refused(pid1: FakePid1, store: Store) -> None:
-    store.notify("STATUS=" + "x" * (4096 - 7))
-    with pytest.raises(NotifyFailed, match="4097 bytes"):
-        store.notify("STATUS=" + "x" * (4096 - 6))
-    pid1.read()
-    assert (len(pid1.other), pid1.warnings) == (1, [])
-
-
-def test_a_bad_descriptor_changes_nothing(pid1: FakePid1, store: Store) -> None:
-    put_new(store, "a/b")
-    fd = os.memfd_create("x")
-    os.close(fd)
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        store.put("a/b", fd)
-    assert not store.verify(entries(pid1))
 
 
 # Comparing.
