@@ -143,7 +143,7 @@ class Child:
                 os.close(fd)
 
     async def _verify(self, wanted: list[str]) -> None:
-        """See what PID 1 holds: a message that was sent is no receipt, and sd_notify(3) is silent about a full store."""
+        """See what PID 1 holds: that a message was sent says nothing, and sd_notify(3) not that the store is full."""
         units = await self.services.units()
         missing: set[str] = set()
         for _ in range(3):
@@ -157,7 +157,7 @@ class Child:
             await asyncio.sleep(0.02)
         raise errors.HostError(
             f"systemd didn't keep {', '.join(sorted(missing))} in its FD store",
-            hint="Raise FileDescriptorStoreMax= of virtd.service. See: journalctl -b _PID=1 -g FileDescriptorStoreMax.",
+            hint="Raise FileDescriptorStoreMax= of virtd.service. See: journalctl -b _PID=1 -g FileDescriptorStore",
         )
 
     async def spawn(self, spec: UnitSpec, ends: Ends) -> UnitState:

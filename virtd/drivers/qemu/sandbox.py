@@ -81,8 +81,8 @@ def _stop_command(runtime: str, seconds: float) -> tuple[str, list[str], bool]:
     socket = command.shutdown_socket(runtime)
     # systemd runs ExecStop for a process that has ended by itself too, then without $MAINPID: nothing to do, and no
     # time to spend on a Python start. When the package is erased under a running guest, its scriptlet leaves the
-    # guest a copy of the helper. (Neither "$" nor ";" nor quotes here: systemd 252 escapes them in the unit's file, and
-    # then doesn't know the escapes when it reads the file again.)
+    # guest a copy of the helper. (Neither "$" nor ";" nor quotes here: systemd 252 escapes them in the unit's file,
+    # and then doesn't know the escapes when it reads the file again.)
     script = (
         "printenv MAINPID >/dev/null || exit 0 && "
         f"test -x {helper} && exec {helper} {socket} {seconds:g} || "

@@ -1,0 +1,648 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Guests' lives, each a real process behind real pipes, over restarts and crashes of the daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.unit.whole_host import ROOT, World, on_loop, until
+from virtd import errors
+from virtd.drivers.qemu import ends, operations
+from virtd.messages import Message
+from virtd.model.state import State
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+SLOTS = [f"qemu/web1/{slot}" for slot in ("console.log", "log", "stderr", "stdin", "stdout")]
+
+
+@pytest.fixture
+def make_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., World]]:
+    worlds: list[World] = []
+
+    def make(**options: Any) -> World:
+        worlds.append(World(tmp_path, monkeypatch, **options))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.close()
+
+
+@pytest.fixture
+def world(make_world: Callable[..., World]) -> World:
+    return make_world()
+
+
+def nothing_left(world: World, name: str = "web1") -> None:
+    """What an ended guest must leave: its record and its logs, and nothing else."""
+    assert [slot for slot in world.slots() if slot.startswith(f"qemu/{name}/")] == []
+    assert f"virtd-qemu-{name}.service" not in world.units.units
+    assert not world.runtime_left(name)
+    record = world.record(name)
+    assert (record.unit, record.slots, record.main_pid, record.data) == ("", {}, 0, {})
+
+
+# Start
+
+
+@on_loop
+async def test_start(world: World) -> None:
+    async with world.daemon() as host:
+        pid = await world.run("web1", "print=3")
+        assert world.units.process("web1").pid == pid
+        info = await host.info("web1")
+        assert (info["state"], info["pid"], info["id"], info["monitor"]) == ("running", pid, 1, "connected")
+        assert sorted(info["slots"]) == SLOTS == world.slots()
+        await until(lambda: world.console("web1") == "line 0\nline 1\nline 2\n")
+        record = world.record("web1")
+        assert (record.state, record.main_pid, record.unit) == ("running", pid, "virtd-qemu-web1.service")
+        assert record.main_start > 0
+        assert world.told(Message.STARTED)[0]["VIRTD_PID"] == str(pid)
+        # Once more changes nothing.
+        assert await host.start("web1", by=ROOT) == {"name": "web1", "changed": False, "pid": pid}
+
+
+@on_loop
+async def test_input_reaches_the_guest(world: World) -> None:
+    async with world.daemon():
+        await world.run("web1")
+        world.type("web1", "echo hello")
+        await until(lambda: world.console("web1") == "hello\n")
+
+
+@on_loop
+async def test_qemu_gets_a_short_environment(world: World) -> None:
+    async with world.daemon():
+        await world.run("web1")
+        environment = dict(world.units.units["virtd-qemu-web1.service"].spec.environment)
+    assert environment == {"PATH": "/usr/sbin:/usr/bin", "LANG": "C.UTF-8", "HOME": "/"}
+
+
+@on_loop
+async def test_a_start_that_fails_says_why_in_qemus_words(world: World) -> None:
+    async with world.daemon() as host:
+        await world.define("web1", "fail=1")
+        with pytest.raises(errors.StartFailed, match=r"cannot set up guest memory 'pc\.ram': Cannot allocate memory"):
+            await host.start("web1", by=ROOT)
+        item = (await host.listing())[0]
+        assert item["state"] == "stopped"
+        assert "Cannot allocate memory" in item["reason"]
+        nothing_left(world)
+        # And not in those of an earlier failure.
+        world.units.refuse = errors.StartFailed("systemd could not start the unit: resources")
+        with pytest.raises(errors.StartFailed, match="resources"):
+            await host.start("web1", by=ROOT)
+        nothing_left(world)
+
+
+@on_loop
+async def test_a_guest_that_failed_can_be_started_when_it_is_mended(world: World) -> None:
+    async with world.daemon() as host:
+        await world.define("web1", "fail=1")
+        with pytest.raises(errors.StartFailed):
+            await host.start("web1", by=ROOT)
+        assert await world.run("web1") > 0
+        assert (await host.info("web1"))["state"] == "running"
+
+
+@on_loop
+async def test_a_monitor_that_never_answers_fails_the_start(make_world: Callable[..., World]) -> None:
+    world = make_world()
+    world.settings = type(world.settings)(binary=world.settings.binary, start_timeout=0.5)
+    async with world.daemon() as host:
+        await world.define("web1", "silent")
+        with pytest.raises(errors.StartFailed, match=r"didn't answer within 0\.5 s"):
+            await host.start("web1", by=ROOT)
+        nothing_left(world)
+
+
+@on_loop
+async def test_the_budget_refuses_before_anything_is_done(make_world: Callable[..., World]) -> None:
+    world = make_world(store_max=9)
+    async with world.daemon() as host:
+        first = await world.run("web1")
+        await world.define("web2")
+        with pytest.raises(errors.BudgetExceeded, match="no room") as caught:
+            await host.start("web2", by=ROOT)
+        assert "FileDescriptorStoreMax=" in caught.value.hint
+        assert world.slots() == SLOTS
+        assert not world.runtime_left("web2")
+        assert not os.path.exists(world.paths.record("qemu", "web2"))
+        assert world.told(Message.BUDGET_REFUSED)[0] | {"VIRTD_USED": "5", "VIRTD_MAX": "9"} in world.messages
+        assert world.units.process("web1").pid == first
+        assert world.units.process("web1").poll() is None
+
+
+@on_loop
+async def test_what_pid1_did_not_keep_fails_the_start(world: World) -> None:
+    async with world.daemon() as host:
+        await world.define("web1")
+        # The daemon believes in more room than there is.
+        world.pid1.store_max = 3
+        with pytest.raises(errors.HostError, match="didn't keep"):
+            await host.start("web1", by=ROOT)
+        nothing_left(world)
+
+
+@on_loop
+async def test_systemd_252_cannot_tell_what_it_keeps(make_world: Callable[..., World]) -> None:
+    world = make_world(old=True)
+    async with world.daemon():
+        await world.run("web1")
+        assert world.slots() == SLOTS
+
+
+@on_loop
+async def test_a_disk_goes_to_one_guest_only(world: World, tmp_path: Path) -> None:
+    (tmp_path / "disk").touch()
+    (tmp_path / "link").symlink_to("disk")
+    (tmp_path / "hard").hardlink_to(tmp_path / "disk")
+
+    def disk(name: str, *, readonly: bool = False) -> str:
+        return f'disk = [{{ path = "{tmp_path}/{name}", readonly = {str(readonly).lower()} }}]'
+
+    async with world.daemon() as host:
+        await world.run("web1", more=disk("disk"))
+        for name, path in (("web2", "disk"), ("web3", "link"), ("web4", "hard")):
+            await world.define(name, more=disk(path, readonly=name == "web4"))
+            with pytest.raises(errors.Busy, match=f"{path} is in use by domain web1"):
+                await host.start(name, by=ROOT)
+            assert not world.runtime_left(name)
+        await host.stop("web1", by=ROOT)
+        await host.start("web2", by=ROOT)
+        await host.stop("web2", by=ROOT)
+        # Readers share.
+        await world.run("web4", more=disk("hard", readonly=True))
+        await world.run("web3", more=disk("link", readonly=True))
+
+
+@on_loop
+async def test_the_definition_in_use_is_the_one_it_was_started_with(world: World, tmp_path: Path) -> None:
+    (tmp_path / "disk").touch()
+    async with world.daemon() as host:
+        await world.run("web1", more=f'disk = [{{ path = "{tmp_path}/disk" }}]')
+        await world.define("web1")
+        assert (await host.info("web1"))["pending"] is True
+        await world.define("web2", more=f'disk = [{{ path = "{tmp_path}/disk" }}]')
+        with pytest.raises(errors.Busy, match="in use by domain web1"):
+            await host.start("web2", by=ROOT)
+
+
+@on_loop
+async def test_a_file_that_is_missing(world: World) -> None:
+    async with world.daemon() as host:
+        result = await world.define("web1")
+        assert result["warnings"] == []
+        os.unlink(world.kernel)
+        result = await world.define("web1")
+        assert result["warnings"] == [f"boot.kernel: no such file: {world.kernel}"]
+        with pytest.raises(errors.InvalidDefinition, match=r"boot\.kernel: no such file") as caught:
+            await host.start("web1", by=ROOT)
+        assert caught.value.file == world.paths.definition("qemu", "web1")
+        assert world.slots() == []
+
+
+@pytest.mark.parametrize("where", ["record", "runtime", "log"])
+@on_loop
+async def test_a_file_system_that_refuses(world: World, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/run or /var/log is full: the start fails with a reason, the other guest is untouched, nothing stays behind."""
+    async with world.daemon() as host:
+        other = await world.run("web2")
+        await world.define("web1")
+        with monkeypatch.context() as patch:
+            full = OSError(28, "No space left on device")
+            real_open, real_makedirs = os.open, os.makedirs
+
+            def failing_open(path: str, *args: int, **kwargs: int) -> int:
+                if str(path).endswith({"record": "web1.json.new", "log": "web1.log"}.get(where, "never")):
+                    raise full
+                return real_open(path, *args, **kwargs)
+
+            def failing_makedirs(path: str, *args: Any, **kwargs: Any) -> None:
+                if where == "runtime" and path.endswith("qemu/web1"):
+                    raise full
+                real_makedirs(path, *args, **kwargs)
+
+            patch.setattr(os, "open", failing_open)
+            patch.setattr(os, "makedirs", failing_makedirs)
+            with pytest.raises(errors.HostError, match="No space left on device"):
+                await host.start("web1", by=ROOT)
+        assert not [slot for slot in world.slots() if slot.startswith("qemu/web1/")]
+        assert not world.runtime_left("web1")
+        assert world.units.process("web2").pid == other
+        assert (await host.info("web1"))["state"] == "stopped"
+        assert (await host.start("web1", by=ROOT))["changed"] is True
+
+
+# The end
+
+
+@on_loop
+async def test_shutdown_by_the_power_button(world: World) -> None:
+    async with world.daemon() as host:
+        await world.run("web1", "slow-exit=0.05")
+        assert await host.shutdown("web1", None, by=ROOT) == {"name": "web1", "changed": True}
+        info = await host.info("web1")
+        assert (info["state"], info["reason"], info["pid"]) == ("stopped", "shut down by root", None)
+        assert info["exit"] | {"at": ""} == {"code": 0, "signal": None, "cause": "shutdown", "at": "", "by": "root"}
+        nothing_left(world)
+        with pytest.raises(errors.InvalidState, match="Cannot shut down web1: it is stopped"):
+            await host.shutdown("web1", None, by=ROOT)
+
+
+@on_loop
+async def test_a_guest_that_ignores_the_button_runs_on(world: World) -> None:
+    async with world.daemon() as host:
+        pid = await world.run("web1", "deaf")
+        with pytest.raises(errors.TimedOut, match="did not shut down within"):
+            await host.shutdown("web1", 0.2, by=ROOT)
+        info = await host.info("web1")
+        assert (info["state"], info["pid"]) == ("running", pid)
+        assert "did not shut down" in info["reason"]
+        # What it does later, it does by itself.
+        world.type("web1", "die SIGSEGV")
+        item = await host.wait("web1", ["crashed"], 20)
+        assert item["reason"] == "killed by SIGSEGV"
+
+
+@on_loop
+async def test_stop(world: World) -> None:
+    async with world.daemon() as host:
+        await world.run("web1", "deaf print=5000")
+        assert await host.stop("web1", by=ROOT) == {"name": "web1", "changed": True}
+        info = await host.info("web1")
+        assert (info["state"], info["exit"]["cause"], info["exit"]["by"]) == ("stopped", "stop", "root")
+        nothing_left(world)
+        # Its last words are there, all of them.
+        assert world.console("web1").splitlines() == [f"line {number}" for number in range(5000)]
+        assert await host.stop("web1", by=ROOT) == {"name": "web1", "changed": False}
+
+
+@on_loop
+async def test_stop_without_the_monitors_help(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("virtd.drivers.qemu.machine.GREETING_LIMIT", 0.2)
+    monkeypatch.setattr(operations, "QUIT_LIMIT", 0.2)
+    async with world.daemon() as host:
+        pid = await world.run("web1")
+        os.kill(pid, signal.SIGSTOP)
+        monkeypatch.setattr(operations, "TERM_LIMIT", 0.2)
+        assert (await host.stop("web1", by=ROOT))["changed"] is True
+        info = await host.info("web1")
+        assert (info["state"], info["exit"]["signal"], info["exit"]["cause"]) == ("stopped", "SIGKILL", "stop")
+        nothing_left(world)
+
+
+@pytest.mark.parametrize(
+    ("line", "state", "cause", "code", "killer"),
+    [
+        ("poweroff", "stopped", "guest-shutdown", 0, None),
+        ("panic", "crashed", "panic", 1, None),
+        ("die SIGKILL", "crashed", "killed", None, "SIGKILL"),
+        ("die SIGTERM", "crashed", "killed", 0, "SIGTERM"),
+        ("die SIGABRT", "crashed", "killed", None, "SIGABRT"),
+    ],
+)
+@pytest.mark.parametrize("daemon", ["there", "away"])
+@on_loop
+async def test_an_end_and_its_cause(
+    world: World, line: str, state: str, cause: str, code: int | None, killer: str | None, daemon: str
+) -> None:
+    """The verdict and the last words are the same whether or not virtd was there."""
+    async with world.daemon():
+        await world.run("web1")
+        world.type("web1", "echo last words")
+        if daemon == "there":
+            world.type("web1", line)
+            assert world.host is not None
+            await world.host.driver.machines["web1"].over.wait()
+        else:
+            stdin = os.dup(world.host.driver.machines["web1"].child.stdin())  # type: ignore[union-attr]
+    if daemon == "away":
+        os.write(stdin, f"{line}\n".encode())
+        os.close(stdin)
+        await asyncio.to_thread(world.units.process("web1").wait)
+    async with world.daemon() as host:
+        info = await host.info("web1")
+        assert (info["state"], info["exit"]["cause"]) == (state, cause)
+        assert (info["exit"]["code"], info["exit"]["signal"]) == (code, killer)
+        assert world.console("web1") == "last words\n"
+        assert (await host.status())["recovered"]["ended"] == (["web1"] if daemon == "away" else [])
+        assert len(world.told(Message.ENDED)) == 1
+        assert world.told(Message.ENDED)[0]["VIRTD_CAUSE"] == cause
+        nothing_left(world)
+
+
+@on_loop
+async def test_kill(world: World) -> None:
+    async with world.daemon() as host:
+        await world.run("web1")
+        with pytest.raises(errors.InvalidState, match="no signal 99"):
+            await host.kill("web1", 99, by=ROOT)
+        await host.kill("web1", 9, by=ROOT)
+        info = await host.info("web1")
+        assert (info["state"], info["reason"]) == ("crashed", "killed by root")
+        ending = info["exit"]
+        assert (ending["code"], ending["signal"]) == (None, "SIGKILL")
+        assert (ending["cause"], ending["by"]) == ("killed", "root")
+        with pytest.raises(errors.InvalidState):
+            await host.kill("web1", 9, by=ROOT)
+
+
+@on_loop
+async def test_an_out_of_memory_kill(world: World) -> None:
+    async with world.daemon() as host:
+        await world.run("web1")
+        world.units.units["virtd-qemu-web1.service"].oom = True
+        world.type("web1", "die SIGKILL")
+        await host.wait("web1", ["crashed"], 20)
+        assert (await host.info("web1"))["exit"]["cause"] == "oom"
+
+
+@on_loop
+async def test_on_crash_keep_and_restart(world: World) -> None:
+    async with world.daemon() as host:
+        await world.run("web1", more='on_crash = "keep"')
+        world.type("web1", "panic")
+        item = await host.wait("web1", ["paused"], 20)
+        assert item["reason"] == "the guest's kernel panicked"
+        first = await world.run("web2", more='on_crash = "restart"')
+        world.type("web2", "panic")
+        await until(lambda: host.driver.machines["web2"].state is State.RUNNING and world.told(Message.ENDED))
+        assert (await host.info("web2"))["pid"] not in (None, first)
+
+
+@on_loop
+async def test_on_poweroff_keep(world: World) -> None:
+    async with world.daemon() as host:
+        pid = await world.run("web1", more='on_poweroff = "keep"')
+        world.type("web1", "poweroff")
+        item = await host.wait("web1", ["paused"], 20)
+        assert item["pid"] == pid
+
+
+# Pause and reboot
+
+
+@on_loop
+async def test_suspend_and_resume(world: World) -> None:
+    async with world.daemon() as host:
+        await world.define("web1")
+        with pytest.raises(errors.InvalidState, match="Cannot suspend web1: it is stopped") as caught:
+            await host.suspend("web1", by=ROOT)
+        assert caught.value.hint == "Start it first: virtctl start web1."
+        pid = await world.run("web1")
+        assert await host.suspend("web1", by=ROOT) == {"name": "web1", "changed": True}
+        assert await host.suspend("web1", by=ROOT) == {"name": "web1", "changed": False}
+        assert (await host.info("web1"))["state"] == "paused"
+        with pytest.raises(errors.InvalidState, match="it is paused"):
+            await host.reboot("web1", force=False, timeout=None, by=ROOT)
+    async with world.daemon() as host:
+        assert (await host.info("web1"))["state"] == "paused"
+        assert await host.resume("web1", by=ROOT) == {"name": "web1", "changed": True}
+        assert await host.resume("web1", by=ROOT) == {"name": "web1", "changed": False}
+        info = await host.info("web1")
+        assert (info["state"], info["pid"]) == ("running", pid)
+
+
+@pytest.mark.parametrize("force", [False, True])
+@on_loop
+async def test_reboot(world: World, force: bool) -> None:
+    async with world.daemon() as host:
+        pid = await world.run("web1")
+        assert (await host.reboot("web1", force=force, timeout=20, by=ROOT))["changed"] is True
+        info = await host.info("web1")
+        assert (info["state"], info["pid"]) == ("running", pid)
+        # After it the power button is what it was.
+        assert (await host.shutdown("web1", None, by=ROOT))["changed"] is True
+        assert (await host.info("web1"))["exit"]["cause"] == "shutdown"
+
+
+@on_loop
+async def test_a_reboot_that_the_guest_ignores(world: World) -> None:
+    async with world.daemon() as host:
+        await world.run("web1", "deaf")
+        with pytest.raises(errors.TimedOut, match="to be rebooted"):
+            await host.reboot("web1", force=False, timeout=0.2, by=ROOT)
+        assert (await host.info("web1"))["state"] == "running"
+        world.type("web1", "poweroff")
+        await host.driver.machines["web1"].over.wait()
+        assert (await host.info("web1"))["reason"] == "powered off by itself"
+
+
+@on_loop
+async def test_a_guest_that_dies_while_it_reboots(world: World) -> None:
+    async with world.daemon() as host:
+        await world.run("web1", "deaf")
+        rebooting = asyncio.ensure_future(host.reboot("web1", force=False, timeout=600, by=ROOT))
+        events = f"{world.paths.runtime('qemu', 'web1')}/events"
+        await until(lambda: "POWERDOWN" in [event["event"] for event in ends.read_events(events)])
+        world.type("web1", "die SIGKILL")
+        with pytest.raises(errors.InvalidState, match="ended instead of rebooting: killed by SIGKILL"):
+            await rebooting
+
+
+@on_loop
+async def test_two_operations_at_once_take_turns(world: World) -> None:
+    async with world.daemon() as host:
+        await world.define("web1")
+        results = await asyncio.gather(*(host.start("web1", by=ROOT) for _ in range(4)))
+        assert sorted(result["changed"] for result in results) == [False, False, False, True]
+        assert len({result["pid"] for result in results}) == 1
+        stopped = await asyncio.gather(*(host.stop("web1", by=ROOT) for _ in range(3)))
+        assert sorted(result["changed"] for result in stopped) == [False, False, True]
+        assert world.units.history.count("start virtd-qemu-web1.service") == 1
+
+
+# Restarts and crashes of the daemon
+
+
+@on_loop
+async def test_a_guest_does_not_notice_restarts(world: World) -> None:
+    async with world.daemon():
+        pid = await world.run("web1", "print=2000")
+    for number in range(3):
+        async with world.daemon() as host:
+            info = await host.info("web1")
+            assert (info["state"], info["pid"], info["id"]) == ("running", pid, 1)
+            world.type("web1", f"echo {number}")
+            expected = [f"line {line}" for line in range(2000)] + [str(line) for line in range(number + 1)]
+            await until(lambda expected=expected: world.console("web1").splitlines() == expected)
+            status = await host.status()
+            assert (status["recovered"]["objects"], status["recovered"]["adopted"]) == (1, ["web1"])
+            assert world.told(Message.ADOPTED)[number]["VIRTD_PID"] == str(pid)
+    async with world.daemon() as host:
+        assert (await host.shutdown("web1", None, by=ROOT))["changed"] is True
+        nothing_left(world)
+
+
+@on_loop
+async def test_pumps_run_before_there_is_a_bus(world: World) -> None:
+    async with world.daemon():
+        pid = await world.run("web1")
+    async with world.daemon(reconcile=False) as host:
+        assert (await host.listing())[0]["pid"] == pid
+        world.type("web1", "echo early")
+        await until(lambda: world.console("web1") == "early\n")
+
+
+@on_loop
+async def test_a_lost_slot_is_reported_and_the_guest_runs_on(world: World) -> None:
+    async with world.daemon():
+        pid = await world.run("web1")
+    for entry in list(world.pid1.entries):
+        if entry.name == "qemu/web1/stdin":
+            world.pid1.entries.remove(entry)
+            os.close(entry.fd)
+    async with world.daemon() as host:
+        info = await host.info("web1")
+        assert (info["state"], info["pid"]) == ("running", pid)
+        assert "qemu/web1/stdin" in info["problems"][0]["text"]
+        assert world.told(Message.SLOT_LOST)[0]["VIRTD_SLOT"] == "qemu/web1/stdin"
+        with pytest.raises(errors.HostError, match="takes no input"):
+            await anext(host.open_console("web1", by=ROOT))
+        await host.stop("web1", by=ROOT)
+        nothing_left(world)
+
+
+@on_loop
+async def test_a_slot_nobody_knows_is_cleared_away(world: World) -> None:
+    async with world.daemon() as host:
+        reader, writer = os.pipe()
+        host.driver._services.store.put("qemu/ghost/stdin", writer)
+        os.close(reader)
+        os.close(writer)
+    async with world.daemon() as host:
+        assert world.slots() == []
+        assert (await host.status())["recovered"]["rolled_back"] == ["ghost"]
+        assert await host.listing() == []
+        assert not os.path.exists(world.paths.record("qemu", "ghost"))
+
+
+@pytest.mark.parametrize("damage", ["cut short", "gone"])
+@on_loop
+async def test_a_guest_is_rebuilt_without_its_record(world: World, damage: str) -> None:
+    async with world.daemon():
+        pid = await world.run("web1")
+        other = await world.run("web2")
+    path = world.paths.record("qemu", "web1")
+    if damage == "gone":
+        os.unlink(path)
+    else:
+        os.truncate(path, os.path.getsize(path) // 2)
+    async with world.daemon() as host:
+        info = await host.info("web1")
+        assert (info["state"], info["pid"]) == ("running", pid)
+        assert (await host.info("web2"))["pid"] == other
+        assert (await host.status())["recovered"]["rebuilt"] == ["web1"]
+        assert bool(world.told(Message.RECORD_QUARANTINED)) == (damage == "cut short")
+        world.type("web1", "echo still here")
+        await until(lambda: world.console("web1") == "still here\n")
+        world.type("web1", "poweroff")
+        await host.driver.machines["web1"].over.wait()
+        assert (await host.info("web1"))["reason"] == "powered off by itself"
+        nothing_left(world)
+
+
+@on_loop
+async def test_a_guest_whose_unit_vanished(world: World) -> None:
+    """Somebody collected the unit while virtd was away: nobody saw how it ended, and that is what is said."""
+    async with world.daemon():
+        await world.run("web1")
+    process = world.units.process("web1")
+    process.kill()
+    process.wait()
+    world.units.units.clear()
+    async with world.daemon() as host:
+        info = await host.info("web1")
+        assert (info["state"], info["exit"]["cause"]) == ("crashed", "unknown")
+        nothing_left(world)
+
+
+@on_loop
+async def test_another_process_with_the_same_pid_is_not_the_guest(world: World) -> None:
+    async with world.daemon():
+        await world.run("web1")
+    process = world.units.process("web1")
+    process.kill()
+    process.wait()
+    world.units.units.clear()
+    path = world.paths.record("qemu", "web1")
+    with open(path) as file:
+        text = file.read()
+    with open(path, "w") as file:
+        file.write(text.replace(f'"main_pid": {process.pid}', f'"main_pid": {os.getpid()}'))
+    async with world.daemon() as host:
+        assert (await host.info("web1"))["state"] == "crashed"
+
+
+async def crash_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, *, running: bool
+) -> list[str]:
+    """Kill the daemon before every visible step of `operation`; see each time what the next daemon makes of it."""
+    crash_at = 0
+    seen: list[str] = []
+    while True:
+        crash_at += 1
+        with monkeypatch.context() as patch:
+            (tmp_path / str(crash_at)).mkdir()
+            world = World(tmp_path / str(crash_at), patch)
+            pid = 0
+            try:
+                async with world.daemon() as host:
+                    await world.define("web1")
+                    if running:
+                        pid = await world.run("web1")
+                        world.type("web1", "echo before")
+                    world.steps, world.crash_at = [], crash_at
+                    await world.unless_crashed(getattr(host, operation)("web1", by=ROOT))
+                    return seen
+                seen.append(world.steps[-1])  # type: ignore[unreachable]  # the context manager swallows Killed
+                async with world.daemon() as host:
+                    info = await host.info("web1")
+                    where = f"killed before step {crash_at}, {world.steps}: {info}"
+                    if info["state"] == "running":
+                        assert world.units.process("web1").pid == info["pid"], where
+                        assert world.slots() == SLOTS, where
+                        assert not pid or pid == info["pid"], where
+                        assert not info["problems"], where
+                        world.type("web1", "echo after")
+                        await until(lambda world=world: world.console("web1").endswith("after\n"))
+                    else:
+                        assert info["state"] == "stopped", where
+                        assert not info["problems"], where
+                        assert world.slots() == [], where
+                        assert world.units.units == {}, where
+                        assert not world.runtime_left("web1"), where
+                        if running:
+                            assert info["exit"]["cause"] == "stop", where
+                            assert world.console("web1") == "before\n", where
+                    changed = (await host.start("web1", by=ROOT))["changed"]
+                    assert changed == (info["state"] == "stopped"), where
+                    assert (await host.stop("web1", by=ROOT))["changed"] is True, where
+                    nothing_left(world)
+            finally:
+                world.close()
+
+
+@on_loop
+async def test_killed_at_every_step_of_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = await crash_everywhere(tmp_path, monkeypatch, "start", running=False)
+    # It has seen the record, the five slots, the unit, and the record with the PID.
+    assert sum("FDSTORE=1" in step for step in seen) == 5
+    assert sum(step.startswith("write web1.json") for step in seen) >= 2
+    assert "start virtd-qemu-web1.service" in seen
+
+
+@on_loop
+async def test_killed_at_every_step_of_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = await crash_everywhere(tmp_path, monkeypatch, "stop", running=True)
+    assert sum("FDSTOREREMOVE=1" in step for step in seen) == 5
+    assert "collect virtd-qemu-web1.service" in seen
