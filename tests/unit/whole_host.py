@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 ROOT = Caller(uid=0, pid=os.getpid(), name="root")
 P = ParamSpec("P")
+SLOTS = [f"qemu/web1/{slot}" for slot in ("console.log", "log", "stderr", "stdin", "stdout")]
 
 
 def on_loop(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
@@ -221,3 +222,12 @@ async def until(condition: Any, what: str = "it") -> None:
     async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110 (what is waited for is in other processes)
             await asyncio.sleep(0.005)
+
+
+def nothing_left(world: World, name: str = "web1") -> None:
+    """What an ended guest must leave: its record and its logs, and nothing else."""
+    assert [slot for slot in world.slots() if slot.startswith(f"qemu/{name}/")] == []
+    assert f"virtd-qemu-{name}.service" not in world.units.units
+    assert not world.runtime_left(name)
+    record = world.record(name)
+    assert (record.unit, record.slots, record.main_pid, record.data) == ("", {}, 0, {})

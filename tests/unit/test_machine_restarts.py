@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What becomes of guests over restarts and crashes of the daemon."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.unit.whole_host import ROOT, SLOTS, World, nothing_left, on_loop, until
+from virtd import errors
+from virtd.messages import Message
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@on_loop
+async def test_a_guest_does_not_notice_restarts(world: World) -> None:
+    async with world.daemon():
+        pid = await world.run("web1", "print=2000")
+    for number in range(3):
+        async with world.daemon() as host:
+            info = await host.info("web1")
+            assert (info["state"], info["pid"], info["id"]) == ("running", pid, 1)
+            world.type("web1", f"echo {number}")
+            expected = [f"line {line}" for line in range(2000)] + [str(line) for line in range(number + 1)]
+            await until(lambda expected=expected: world.console("web1").splitlines() == expected)
+            status = await host.status()
+            assert (status["recovered"]["objects"], status["recovered"]["adopted"]) == (1, ["web1"])
+            assert world.told(Message.ADOPTED)[number]["VIRTD_PID"] == str(pid)
+    async with world.daemon() as host:
+        assert (await host.shutdown("web1", None, by=ROOT))["changed"] is True
+        nothing_left(world)
+
+
+@on_loop
+async def test_pumps_run_before_there_is_a_bus(world: World) -> None:
+    async with world.daemon():
+        pid = await world.run("web1")
+    async with world.daemon(reconcile=False) as host:
+        assert (await host.listing())[0]["pid"] == pid
+        world.type("web1", "echo early")
+        await until(lambda: world.console("web1") == "early\n")
+
+
+@on_loop
+async def test_a_lost_slot_is_reported_and_the_guest_runs_on(world: World) -> None:
+    async with world.daemon():
+        pid = await world.run("web1")
+    for entry in list(world.pid1.entries):
+        if entry.name == "qemu/web1/stdin":
+            world.pid1.entries.remove(entry)
+            os.close(entry.fd)
+    async with world.daemon() as host:
+        info = await host.info("web1")
+        assert (info["state"], info["pid"]) == ("running", pid)
+        assert "qemu/web1/stdin" in info["problems"][0]["text"]
+        assert world.told(Message.SLOT_LOST)[0]["VIRTD_SLOT"] == "qemu/web1/stdin"
+        with pytest.raises(errors.HostError, match="takes no input"):
+            await anext(host.open_console("web1", by=ROOT))
+        await host.stop("web1", by=ROOT)
+        nothing_left(world)
+
+
+@on_loop
+async def test_a_slot_nobody_knows_is_cleared_away(world: World) -> None:
+    async with world.daemon() as host:
+        reader, writer = os.pipe()
+        host.driver._services.store.put("qemu/ghost/stdin", writer)
+        os.close(reader)
+        os.close(writer)
+    async with world.daemon() as host:
+        assert world.slots() == []
+        assert (await host.status())["recovered"]["rolled_back"] == ["ghost"]
+        assert await host.listing() == []
+        assert not os.path.exists(world.paths.record("qemu", "ghost"))
+
+
+@pytest.mark.parametrize("damage", ["cut short", "gone"])
+@on_loop
+async def test_a_guest_is_rebuilt_without_its_record(world: World, damage: str) -> None:
+    async with world.daemon():
+        pid = await world.run("web1")
+        other = await world.run("web2")
+    path = world.paths.record("qemu", "web1")
+    if damage == "gone":
+        os.unlink(path)
+    else:
+        os.truncate(path, os.path.getsize(path) // 2)
+    async with world.daemon() as host:
+        info = await host.info("web1")
+        assert (info["state"], info["pid"]) == ("running", pid)
+        assert (await host.info("web2"))["pid"] == other
+        assert (await host.status())["recovered"]["rebuilt"] == ["web1"]
+        assert bool(world.told(Message.RECORD_QUARANTINED)) == (damage == "cut short")
+        world.type("web1", "echo still here")
+        await until(lambda: world.console("web1") == "still here\n")
+        world.type("web1", "poweroff")
+        await host.driver.machines["web1"].over.wait()
+        assert (await host.info("web1"))["reason"] == "powered off by itself"
+        nothing_left(world)
+
+
+@on_loop
+async def test_a_guest_whose_unit_vanished(world: World) -> None:
+    """Somebody collected the unit while virtd was away: nobody saw how it ended, and that is what is said."""
+    async with world.daemon():
+        await world.run("web1")
+    process = world.units.process("web1")
+    process.kill()
+    process.wait()
+    world.units.units.clear()
+    async with world.daemon() as host:
+        info = await host.info("web1")
+        assert (info["state"], info["exit"]["cause"]) == ("crashed", "unknown")
+        nothing_left(world)
+
+
+@on_loop
+async def test_another_process_with_the_same_pid_is_not_the_guest(world: World) -> None:
+    async with world.daemon():
+        await world.run("web1")
+    process = world.units.process("web1")
+    process.kill()
+    process.wait()
+    world.units.units.clear()
+    path = world.paths.record("qemu", "web1")
+    with open(path) as file:
+        text = file.read()
+    with open(path, "w") as file:
+        file.write(text.replace(f'"main_pid": {process.pid}', f'"main_pid": {os.getpid()}'))
+    async with world.daemon() as host:
+        assert (await host.info("web1"))["state"] == "crashed"
+
+
+async def crash_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, *, running: bool
+) -> list[str]:
+    """Kill the daemon before every visible step of `operation`; see each time what the next daemon makes of it."""
+    crash_at = 0
+    seen: list[str] = []
+    while True:
+        crash_at += 1
+        with monkeypatch.context() as patch:
+            (tmp_path / str(crash_at)).mkdir()
+            world = World(tmp_path / str(crash_at), patch)
+            pid = 0
+            try:
+                async with world.daemon() as host:
+                    await world.define("web1")
+                    if running:
+                        pid = await world.run("web1")
+                        world.type("web1", "echo before")
+                    world.steps, world.crash_at = [], crash_at
+                    await world.unless_crashed(getattr(host, operation)("web1", by=ROOT))
+                    return seen
+                seen.append(world.steps[-1])  # type: ignore[unreachable]  # the context manager swallows Killed
+                async with world.daemon() as host:
+                    info = await host.info("web1")
+                    where = f"killed before step {crash_at}, {world.steps}: {info}"
+                    if info["state"] == "running":
+                        assert world.units.process("web1").pid == info["pid"], where
+                        assert world.slots() == SLOTS, where
+                        assert not pid or pid == info["pid"], where
+                        assert not info["problems"], where
+                        world.type("web1", "echo after")
+                        await until(lambda world=world: world.console("web1").endswith("after\n"))
+                    else:
+                        assert info["state"] == "stopped", where
+                        assert not info["problems"], where
+                        assert world.slots() == [], where
+                        assert world.units.units == {}, where
+                        assert not world.runtime_left("web1"), where
+                        if running:
+                            assert info["exit"]["cause"] == "stop", where
+                            assert world.console("web1") == "before\n", where
+                    changed = (await host.start("web1", by=ROOT))["changed"]
+                    assert changed == (info["state"] == "stopped"), where
+                    assert (await host.stop("web1", by=ROOT))["changed"] is True, where
+                    nothing_left(world)
+            finally:
+                world.close()
+
+
+@on_loop
+async def test_killed_at_every_step_of_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = await crash_everywhere(tmp_path, monkeypatch, "start", running=False)
+    # It has seen the record, the five slots, the unit, and the record with the PID.
+    assert sum("FDSTORE=1" in step for step in seen) == 5
+    assert sum(step.startswith("write web1.json") for step in seen) >= 2
+    assert "start virtd-qemu-web1.service" in seen
+
+
+@on_loop
+async def test_killed_at_every_step_of_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = await crash_everywhere(tmp_path, monkeypatch, "stop", running=True)
+    assert sum("FDSTOREREMOVE=1" in step for step in seen) == 5
+    assert "collect virtd-qemu-web1.service" in seen
