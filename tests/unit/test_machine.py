@@ -49,6 +49,20 @@ async def test_input_reaches_the_guest(world: World) -> None:
 
 
 @on_loop
+async def test_what_qemu_complains_of_is_in_the_journal(world: World) -> None:
+    async with world.daemon() as host:
+        await world.run("web1")
+        world.type("web1", "complain of everything")
+        await until(lambda: any("of everything" in message["text"] for message in world.messages))
+        entry = next(message for message in world.messages if "of everything" in message["text"])
+        assert (entry["VIRTD_NAME"], entry["VIRTD_UUID"]) == ("web1", (await host.info("web1"))["uuid"])
+    async with world.daemon():
+        world.type("web1", "complain again")
+        await until(lambda: any("again" in message["text"] for message in world.messages))
+    assert sum("of everything" in message["text"] for message in world.messages) == 1
+
+
+@on_loop
 async def test_qemu_gets_a_short_environment(world: World) -> None:
     async with world.daemon():
         await world.run("web1")

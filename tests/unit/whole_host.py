@@ -30,6 +30,7 @@ from virtd.host import Caller, Host
 from virtd.model.settings import Log, Qemu
 from virtd.paths import Paths
 from virtd.pump import Pump
+from virtd.stderrlog import StderrLog
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -88,6 +89,7 @@ class World:
         monkeypatch.setattr("virtd.drivers.qemu.host.account", lambda _settings: me)
         monkeypatch.setattr("virtd.drivers.qemu.host.has_kvm", lambda: False)
         monkeypatch.setattr("virtd.journal.send", self._journal)
+        monkeypatch.setitem(StderrLog.__init__.__kwdefaults__, "send", self._journal)
         self.units.step = self.step
         for module, name in ((files, "write"), (files, "remove"), (shutil, "rmtree")):
             monkeypatch.setattr(module, name, self._stepping(name, getattr(module, name)))
