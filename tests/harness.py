@@ -171,9 +171,12 @@ class Lab:
 
     def console(self, domain: str) -> bytes:
         """The whole console log, backups included, oldest first."""
-        return subprocess.run(
-            [LAB, "exec", self.name, "--", "virtctl", "log", domain], check=True, capture_output=True, timeout=120
-        ).stdout
+        done = subprocess.run(
+            [LAB, "exec", self.name, "--", "virtctl", "log", domain], check=False, capture_output=True, timeout=120
+        )
+        if done.returncode:
+            raise Failed(f"virtctl log {domain}: {done.stderr.decode()}")
+        return done.stdout
 
     def slots(self) -> int:
         """Descriptors in virtd's FD store, as PID 1 counts them."""
@@ -192,9 +195,13 @@ class Lab:
                 raise Failed(f"{what} did not come about within {timeout:g} s")
             time.sleep(0.05)
 
-    def wait_ready(self, domain: str, timeout: float = 60) -> None:
-        """Until the guest has booted as far as its console program."""
-        self.wait(f"{domain}'s boot", lambda: b"virtd-lab ready" in self.console(domain), timeout)
+    def wait_ready(self, domain: str, boots: int = 1, timeout: float = 60) -> None:
+        """Until the guest has booted as far as its console program, `boots` times in this log."""
+        self.wait(f"{domain}'s boot", lambda: self.console(domain).count(b"virtd-lab ready") >= boots, timeout)
+
+    def forget_log(self, domain: str) -> None:
+        """Remove a stopped domain's console log, so that the next start begins with an empty one."""
+        self.sh(f"rm -f /var/log/virtd/qemu/{domain}.console.log*")
 
 
 def definition(name: str, *, memory: str = "96M", cmdline: str = "", more: str = "") -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import logging
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -32,7 +33,10 @@ if TYPE_CHECKING:
     from .records import Record
     from .units import Units, UnitSpec, UnitState
 
+log = logging.getLogger(__name__)
+
 STDIN, STDOUT, STDERR, CONSOLE_LOG, STDERR_LOG = SLOTS = ("stdin", "stdout", "stderr", "console.log", "log")
+RENEW_EVERY = 1.0  # seconds between two renewals of one log's slot
 PIPE_SIZE = 1 << 20  # pipe(7): the most that an unprivileged process gets; what a guest may say while we are away
 
 
@@ -76,6 +80,9 @@ class Child:
     console: LogFile | None = None
     stderr: LogFile | None = None
     lost: list[str] = field(default_factory=list)
+    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    _fresh: dict[str, int] = field(default_factory=dict)  # new log files whose slots don't have them yet
+    _renewals: dict[str, asyncio.Task[None]] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -183,20 +190,24 @@ class Child:
     def adopt(cls, services: Services, record: Record) -> Child:
         """The child that `record` tells of, its pumps running.
 
-        What is missing from the store is in `lost`; logs are opened again.
+        A pipe that is missing from the store is in `lost`; logs are opened again.
         """
         child = cls(services, record.driver, record.name, record.main_pid, record.main_start, record.invocation_id)
         held = services.store.slots()
         for name, identity in record.slots.items():
+            if name.endswith("log"):
+                continue  # opened by its path if need be; one that was just being rotated may well be missing
             slot = held.get(name)
             if slot is None:
                 child.lost.append(name)
-            elif f"{slot.dev}:{slot.ino}" != identity and not name.endswith("log"):
-                # Not ours, whatever it is: nothing is read from it. (A log may have been rotated since.)
-                child.lost.append(name)
+            elif f"{slot.dev}:{slot.ino}" != identity:
+                child.lost.append(name)  # not ours, whatever it is: nothing is read from it
                 services.store.drop(name)
         child.console = child._log(CONSOLE_LOG, held.get(child.slot(CONSOLE_LOG)))
         child.stderr = child._log(STDERR_LOG, held.get(child.slot(STDERR_LOG)))
+        for slot_name, file in ((CONSOLE_LOG, child.console), (STDERR_LOG, child.stderr)):
+            if child.slot(slot_name) not in held:
+                child._rotated(child.slot(slot_name), file.fd)
         child._pump()
         return child
 
@@ -239,14 +250,44 @@ class Child:
         """Let go of the logs and pipes; the slots stay with PID 1."""
         pump = self.services.pump
         await asyncio.gather(*(asyncio.wrap_future(pump.remove(self.slot(name))) for name in (STDOUT, STDERR)))
-        for log in (self.console, self.stderr):
-            if log is not None:
-                log.close()
+        for file in (self.console, self.stderr):
+            if file is not None:
+                file.close()
         self.console = self.stderr = None
+        for task in list(self._renewals.values()):
+            task.cancel()
+        await asyncio.gather(*self._renewals.values(), return_exceptions=True)
 
     def _drop_slots(self) -> None:
         with contextlib.suppress(fdstore.NotifyFailed):
             self.services.store.drop_prefix(f"{self.key}/")
+
+    def _rotated(self, name: str, fd: int) -> None:
+        """A log goes on in another file: have its slot follow. In the pump's thread, which mustn't wait for PID 1."""
+        self._loop.call_soon_threadsafe(self._renew, name, os.dup(fd))
+
+    def _renew(self, name: str, fd: int) -> None:
+        """On the loop: the newest file wins, and a log that rotates all the time bothers PID 1 once a second."""
+        if (older := self._fresh.pop(name, None)) is not None:
+            os.close(older)
+        self._fresh[name] = fd
+        if name not in self._renewals:
+            self._renewals[name] = asyncio.create_task(self._renew_slot(name), name=f"renew-{name}")
+
+    async def _renew_slot(self, name: str) -> None:
+        try:
+            while (fd := self._fresh.pop(name, None)) is not None:
+                try:
+                    await asyncio.to_thread(self.services.store.put, name, fd)
+                except fdstore.StoreError as exc:  # the log is found by its path all the same
+                    log.warning("Slot %s still holds the log before its rotation: %s", name, exc)
+                finally:
+                    os.close(fd)
+                await asyncio.sleep(RENEW_EVERY)
+        finally:
+            if (fd := self._fresh.pop(name, None)) is not None:
+                os.close(fd)
+            del self._renewals[name]
 
     def _log(self, slot: str, held: fdstore.Slot | None) -> LogFile:
         services = self.services
@@ -257,12 +298,14 @@ class Child:
             of(self.driver, self.name),
             limit=limits.max_bytes,
             backups=limits.backups,
-            on_rotate=lambda fd: services.store.put(name, fd),
+            on_rotate=lambda fd: self._rotated(name, fd),
             fd=services.store.take(name) if held is not None else None,
         )
 
     def _pump(self) -> None:
         held = self.services.store.slots()
-        for name, log in ((STDOUT, self.console), (STDERR, self.stderr)):
-            if log is not None and self.slot(name) in held:
-                self.services.pump.add(self.slot(name), self.services.store.get(self.slot(name)), log)
+        for name, file in ((STDOUT, self.console), (STDERR, self.stderr)):
+            if file is not None and self.slot(name) in held:
+                self.services.pump.add(self.slot(name), self.services.store.get(self.slot(name)), file)
+                if name == STDERR:
+                    self.services.pump.watch(self.slot(name))  # QEMU says little, and the journal is to have it soon

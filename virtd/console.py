@@ -53,6 +53,8 @@ class Followers:
         self, log: LogFile, key: str, asked: Cursor | None, lines: int, over: asyncio.Event, *, wait: bool
     ) -> Place:
         """See Follow in org.virtd1.varlink. `key` is the pump's; `over` is set when the log won't grow any more."""
+        # What the guest said a moment ago may still be in the pipe.
+        await asyncio.wrap_future(self._pump.drain(key))
         start = asked if asked is not None else log.tail(lines)
         with self._watched(key) if wait else contextlib.nullcontext(asyncio.Event()) as grown:
             deadline = time.monotonic() + POLL

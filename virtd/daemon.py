@@ -263,6 +263,7 @@ class Daemon:
 
     def _grown(self, key: str) -> None:
         self.host.followers.grown(key)
+        self.host.driver.grown(key)
 
     def _lost(self, loss: Loss) -> None:
         """The pump couldn't write to a log, or can again."""

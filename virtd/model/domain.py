@@ -139,6 +139,9 @@ def check(domain: Domain, source: str) -> None:
             "expected 1 to 64 letters, digits, '.', '_' or '-', the first one no '.' or '-', "
             f"got {shown(domain.name)}",
         )
+    if domain.name.endswith(".console"):
+        # Its NAME.log would be the console log of the domain without that ending.
+        raise refuse("name", f'expected a name that doesn\'t end in ".console", got {shown(domain.name)}')
     if domain.uuid is not None and canonical_uuid(domain.uuid) is None:
         raise refuse("uuid", f"expected a UUID such as {uuidlib.UUID(int=0)}, got {shown(domain.uuid)}")
     try:

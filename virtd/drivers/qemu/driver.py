@@ -172,6 +172,12 @@ class Driver:
         ]
         await asyncio.gather(*(one(machine) for machine in wanted if not machine.alive))
 
+    def grown(self, key: str) -> None:
+        """The pump's word that bytes landed in a log that is watched: `key` is a slot's name."""
+        driver, name, slot = key.split("/")
+        if (driver, slot) == (DRIVER, "stderr") and (machine := self.machines.get(name)) is not None:
+            machine.forward_stderr()
+
     async def close(self) -> None:
         await asyncio.gather(*(machine.close() for machine in self.machines.values()))
 

@@ -14,10 +14,12 @@ import msgspec
 
 from ... import errors, files, journal, process
 from ...child import Child, Services
+from ...logfile import Cursor
 from ...messages import Message
 from ...model import domain as model
 from ...model.state import ALIVE, State
 from ...records import Record, Records, now
+from ...stderrlog import StderrLog
 from ...units import unit_name
 from . import command, ends
 from . import host as hostinfo
@@ -77,6 +79,7 @@ class Machine:
         self.guest_off = (
             asyncio.Event()
         )  # QEMU told that the guest has powered off, and waits (see operations.reboot)
+        self.stderr: StderrLog | None = None
         self._lock = asyncio.Lock()
         self._linking = asyncio.Lock()  # held while the monitor is being connected
         self._holder = ""
@@ -215,6 +218,28 @@ class Machine:
         if self.record is not None and self.alive:
             self.note(self.state, self.reason, data=self.record.data | {"console": writer})
 
+    # QEMU's own words
+
+    def begin_stderr(self, child: Child) -> None:
+        """Repeat what QEMU says in the journal, from where an earlier daemon stopped."""
+        if child.stderr is not None and self.record is not None:
+            kept = self.record.data.get("stderr")
+            cursor = Cursor(str(kept["file"]), int(kept["offset"])) if isinstance(kept, dict) else None
+            self.stderr = StderrLog(child.stderr, self.fields(), cursor)
+
+    def forward_stderr(self, *, final: bool = False) -> None:
+        """There is more of it."""
+        if self.stderr is None or self.record is None:
+            return
+        before = self.stderr.cursor
+        while self.stderr.forward(final=final):
+            pass
+        if (cursor := self.stderr.cursor) != before:
+            place = {"file": cursor.file, "offset": cursor.offset}
+            self.record = msgspec.structs.replace(self.record, data=self.record.data | {"stderr": place})
+            with contextlib.suppress(errors.HostError):  # sent twice after a crash, then
+                self.shared.records.save(self.record)
+
     # Taking it back
 
     def adopt(self, record: Record) -> bool:
@@ -227,6 +252,7 @@ class Machine:
         self.settled.clear()
         self.over.clear()
         self.child = Child.adopt(self.shared.services, record)
+        self.begin_stderr(self.child)
         for slot in self.child.lost:
             text = f"Slot {slot} of {self.name} is lost: {_meaning(slot)}"
             self.problems[f"slot {slot}"] = Problem(text, "The guest runs on. Restart it when convenient.")
@@ -372,6 +398,8 @@ class Machine:
         units = await self.shared.services.units()
         unit = await units.ended(self.unit)
         await child.drain()
+        self.forward_stderr(final=True)
+        self.stderr = None
         end = ends.judge(unit, ends.read_events(command.events(self.runtime)), self.request, self.last_words(), now())
         self.note(end.state, end.reason, exit=end.exit, since=end.exit.at, main_pid=0, main_start=0)
         level = "warning" if end.state is State.CRASHED else "notice"

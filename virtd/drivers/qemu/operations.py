@@ -131,7 +131,8 @@ async def reboot(machine: Machine, *, force: bool, timeout: float, by: str) -> b
         try:
             await machine.command("system_powerdown")
             async with asyncio.timeout(timeout):
-                await _off_or_over(machine)
+                while not await _off_or_over(machine, PRESS_AGAIN):
+                    await machine.command("system_powerdown")
             await _reset(machine, by)
         except TimeoutError:
             await machine.command("set-action", {"shutdown": _poweroff(machine)})
@@ -158,20 +159,25 @@ async def finish_reboot(machine: Machine) -> None:
     elif machine.monitor is not None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(machine.shared.settings.shutdown_timeout):
-                await _off_or_over(machine)
+                while not await _off_or_over(machine, PRESS_AGAIN):
+                    pass
             await _reset(machine, request.by)
 
 
-async def _off_or_over(machine: Machine) -> None:
-    """Wait until the guest is off and QEMU waits. Raises InvalidState when all of it has ended instead."""
+async def _off_or_over(machine: Machine, limit: float) -> bool:
+    """Whether the guest is off and QEMU waits, within `limit` seconds.
+
+    Raises InvalidState when all of it has ended instead.
+    """
     events = [asyncio.ensure_future(event.wait()) for event in (machine.guest_off, machine.over)]
     try:
-        await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(events, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for event in events:
             event.cancel()
     if machine.over.is_set():
         raise errors.InvalidState(f"{machine.name} ended instead of rebooting: {machine.reason}")
+    return machine.guest_off.is_set()
 
 
 async def _reset(machine: Machine, by: str) -> None:

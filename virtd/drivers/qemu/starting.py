@@ -75,6 +75,7 @@ class _Start:
             self.stderr_from = os.fstat(self.child.stderr.fd).st_size
             machine.over.clear()
             self._record(descriptors)
+            machine.begin_stderr(self.child)
             self._runtime()
             await self.child.keep(descriptors)
             with contextlib.suppress(errors.Busy):
@@ -215,6 +216,7 @@ class _Start:
             with contextlib.suppress(errors.VirtdError):
                 await units.ended(machine.unit)
             await self.child.drain()
+            machine.forward_stderr(final=True)
             self.words = machine.last_words(self.stderr_from)
             reason = self.words.splitlines()[-1] if self.words else str(why)
             machine.note(
