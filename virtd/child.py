@@ -277,8 +277,13 @@ class Child:
     async def _renew_slot(self, name: str) -> None:
         try:
             while (fd := self._fresh.pop(name, None)) is not None:
+                putting = asyncio.ensure_future(asyncio.to_thread(self.services.store.put, name, fd))
                 try:
-                    await asyncio.to_thread(self.services.store.put, name, fd)
+                    await asyncio.shield(putting)
+                except asyncio.CancelledError:
+                    # The thread goes on: what it puts must be there before anybody drops it, and the descriptor open.
+                    await asyncio.wait([putting])
+                    raise
                 except fdstore.StoreError as exc:  # the log is found by its path all the same
                     log.warning("Slot %s still holds the log before its rotation: %s", name, exc)
                 finally:

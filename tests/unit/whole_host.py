@@ -180,7 +180,12 @@ class World:
         store = Store.from_environment(
             {"FDSTORE": str(self.pid1.store_max)}, inherited=self.pid1.hand_over(), notify=send
         )
-        pump = Pump(loop.call_soon_threadsafe, on_bytes=lambda key: host.followers.grown(key))
+
+        def grown(key: str) -> None:
+            host.followers.grown(key)
+            host.driver.grown(key)
+
+        pump = Pump(loop.call_soon_threadsafe, on_bytes=grown)
         host = Host(Services(self.paths, store, pump, self.limits, self._get_units), self.settings)
         self.host = host
         try:
