@@ -6,13 +6,17 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.unit.fake_daemon import DOMAIN, INFO, FakeDaemon
+from tests.unit.fake_daemon import DOMAIN, INFO, FakeDaemon, Guest
 from virtd import errors
 from virtd.cli import client
+from virtd.cli.console import Link
+from virtd.cli.follow import Cursor
+from virtd.cli.log import chunks
 from virtd.cli.main import main
 
 if TYPE_CHECKING:
@@ -152,6 +156,51 @@ def test_a_backlog_that_is_full(daemon: FakeDaemon, tmp_path: Path) -> None:
         session = client.Session(path, 0.3)
         with pytest.raises(errors.TimedOut, match=r"answer|connections"):
             session.call("List")
+
+
+def test_a_viewer_doesnt_wake_a_daemon_that_was_stopped(daemon: FakeDaemon, tmp_path: Path) -> None:
+    guest = Guest(tmp_path)
+    daemon.guest(guest)
+    guest.write(b"before")
+    cgroups = tmp_path / "system.slice"
+    processes = cgroups / "virtd.service" / "cgroup.procs"
+    processes.parent.mkdir(parents=True)
+    processes.write_text("4711\n")
+    session = client.Session(daemon.path, None, wakes=False, cgroups=str(cgroups))
+    seen: list[bytes] = []
+    cursor = Cursor("web1", "console", -1)
+    viewer = threading.Thread(target=lambda: seen.extend(chunks(session, cursor, follow=True)), daemon=True)
+    link = Link(session, lambda _again: ("Status", {}), more=False)
+    viewer.start()
+    while len(daemon.asked("Follow")) < 2:
+        time.sleep(0.01)
+    daemon.answers["Status"] = {"status": {}}
+    link.open()
+    while link.receive() is None:
+        time.sleep(0.01)
+
+    processes.write_text("")
+    daemon.restart()
+    guest.write(b" and after")
+    asked = len(daemon.calls)
+    assert link.receive() is None
+    for _ in range(30):
+        assert link.poll_fd(time.monotonic()) == -1
+        time.sleep(0.01)
+    assert len(daemon.calls) == asked
+    assert seen == [b"before"]
+    processes.unlink()
+    assert session.must_wait()
+
+    processes.write_text("4712\n")
+    guest.state = "stopped"
+    viewer.join()
+    assert b"".join(seen) == b"before and after"
+    while link.poll_fd(time.monotonic()) < 0:
+        time.sleep(0.01)
+    link.close()
+    cursor.close()
+    guest.close()
 
 
 def test_descriptors_come_with_their_reply_and_close_with_it(daemon: FakeDaemon, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     Parameters = dict[str, Any]
 
 ADDRESS = "/run/virtd/virtd.sock"
+CGROUPS = "/sys/fs/cgroup/system.slice"  # virtd.service's is in it while virtd runs
 INTERFACE = "org.virtd1."
 PATIENCE = 30.0  # seconds that a daemon which went away may take to come back, unless --daemon-timeout says otherwise
 QUIET = 2.0  # seconds of its absence that aren't worth a word
@@ -155,11 +156,33 @@ def unreachable(address: str, exc: OSError) -> VirtdError:
 
 
 class Session:
-    """Where the daemon is, and how long virtctl waits for it. `patience` None: as long as it takes."""
+    """Where the daemon is, and how long virtctl waits for it. `patience` None: as long as it takes.
 
-    def __init__(self, address: str = ADDRESS, patience: float | None = PATIENCE) -> None:
+    `wakes` says whether a call that broke may start a daemon that was stopped, as any connection to systemd's socket
+    does.
+    """
+
+    def __init__(
+        self, address: str = ADDRESS, patience: float | None = PATIENCE, *, wakes: bool = True, cgroups: str = ""
+    ) -> None:
         self.address = address
         self.patience = patience
+        self.wakes = wakes
+        self._cgroups = cgroups or (CGROUPS if address == ADDRESS else "")
+
+    def must_wait(self) -> bool:
+        """Whether the daemon was stopped, and only a command may start it: a viewer that wants to go on must not.
+
+        Whether there is a process in its control group tells this without asking anybody. Where there are no such
+        groups as systemd makes them, nothing can be told, and the answer is no.
+        """
+        if self.wakes or not os.path.isdir(self._cgroups):
+            return False
+        try:
+            with open(os.path.join(self._cgroups, "virtd.service", "cgroup.procs"), "rb") as file:
+                return not file.read()
+        except OSError:
+            return True
 
     def notice(self) -> None:
         """Say, once for each absence, why nothing happens."""
@@ -279,6 +302,8 @@ class Call:
         patience = self._session.patience
         lost = time.monotonic()
         noticed = False
+        if not self._session.wakes:
+            time.sleep(RETRY)  # a daemon that exits closes its connections just before it leaves its control group
         while not self._knock():
             away = time.monotonic() - lost
             if patience is not None and away > patience:
@@ -298,6 +323,9 @@ class Call:
         """Take one short step towards an answer of the new daemon; whether it came."""
         try:
             if self._connection is None:
+                if self._session.must_wait():
+                    time.sleep(RETRY)
+                    return False
                 self._connection = Connection(self._session.address)
                 self._connection.send(KNOCK, {})
             return self._connection.receive(QUIET / 8) is not None

@@ -68,6 +68,9 @@ class Link:
     def poll_fd(self, now: float) -> int:
         """The descriptor to wait for; -1 while there is none. Connects, when it is time to."""
         if self._connection is None and now >= self._retry_at:
+            if self._session.must_wait():
+                self._lose()
+                return -1
             try:
                 self._connection = Connection(self._session.address)
                 self._connection.send(KNOCK, {})

@@ -145,11 +145,12 @@ def _run(command: str, words: list[str]) -> int:
         args = parser.parse_args(words)
     except SystemExit as exit_:  # from --help (0) and from a usage error (2)
         return int(exit_.code or 0)
+    viewer = command == "console" or getattr(args, "follow", False)
     patience = args.daemon_timeout
     if patience is ...:
-        patience = None if command == "console" or getattr(args, "follow", False) else PATIENCE
+        patience = None if viewer else PATIENCE
     try:
-        return int(module.RUN[command](args, Session(args.address, patience)))
+        return int(module.RUN[command](args, Session(args.address, patience, wakes=not viewer)))
     except VirtdError as error:
         complain(error, doing.format(name=getattr(args, "name", "")))
         return NOT_RUNNING if command == "status" and isinstance(error, Disconnected) else exit_status(error)

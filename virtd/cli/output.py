@@ -75,7 +75,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, legend: bool,
     body = [[clean(cell).replace("\n", " ") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*([header] if legend else []), *body, strict=True)]
     if legend and body:
-        print(paint(" ".join(cell.ljust(width) for cell, width in zip(header, widths, strict=True)), UNDERLINE))
+        line = " ".join(cell.ljust(width) for cell, width in zip(header, widths, strict=True))
+        print(paint(line, UNDERLINE) if colours(sys.stdout) else line.rstrip())
     for row in body:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         if colour is not None:
