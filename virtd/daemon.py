@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any  # noqa: E402
 from . import __version__, errors, fdstore, files, journal  # noqa: E402
 from .api import varlink  # noqa: E402
 from .child import Services  # noqa: E402
+from .drivers.qemu.machine import DRIVER  # noqa: E402
 from .host import Caller, Host  # noqa: E402
 from .messages import Message  # noqa: E402
 from .model import settings as settings_model  # noqa: E402
@@ -54,6 +55,7 @@ log = logging.getLogger("virtd")
 CODE_ID = "/usr/share/virtd/code-id"
 STORE_MAX = 4096  # FileDescriptorStoreMax= in virtd.service; systemd < 254 doesn't tell
 BUS_RETRY = 1.0
+LISTENER = "varlink"  # FileDescriptorName= in virtd.socket
 UNITS_LIMIT = 20.0  # seconds that an operation waits for D-Bus to come (back)
 ITSELF = Caller(uid=0, pid=os.getpid(), name="virtd")
 
@@ -104,7 +106,7 @@ class Daemon:
 
     def _listener(self) -> socket.socket:
         """systemd's socket, or, when run by hand, one of our own."""
-        inherited = [fd for fds in self._store.sockets().values() for fd in fds]
+        inherited = self._store.sockets().get(LISTENER, [])
         if inherited:
             return socket.socket(fileno=os.dup(inherited[0]))
         os.makedirs(self._paths.run, mode=0o755, exist_ok=True)
@@ -131,6 +133,12 @@ class Daemon:
             log.warning("%s", exc)
 
     def _degraded(self) -> None:
+        known = f"{DRIVER}/"
+        stray = [name for name in self._store.names() if not name.startswith(known)]
+        stray += [name for name in self._store.sockets() if name != LISTENER]
+        if stray:
+            # Perhaps a newer virtd's, before a rollback. They are as safe as our own, and none of our business.
+            self.host.degraded.append(f"the FD store holds what this version doesn't know: {', '.join(stray)}")
         if not self._store.persistent:
             self.host.degraded.append("not run by systemd: nothing is kept over a restart")
         elif not self._knows_store:
@@ -191,8 +199,9 @@ class Daemon:
                 )
                 if names
             ]
+            many = f"{recovery.objects} domain{'' if recovery.objects == 1 else 's'}"
             journal.send(
-                f"Recovered {recovery.objects} domains in {recovery.ms:.1f} ms ({', '.join(parts)})",
+                f"Recovered {many} in {recovery.ms:.1f} ms ({', '.join(parts)})",
                 message_id=Message.RECOVERED,
                 VIRTD_OBJECTS=str(recovery.objects),
                 VIRTD_MS=f"{recovery.ms:.1f}",
