@@ -193,16 +193,20 @@ class Child:
         A pipe that is missing from the store is in `lost`; logs are opened again.
         """
         child = cls(services, record.driver, record.name, record.main_pid, record.main_start, record.invocation_id)
-        held = services.store.slots()
+        doubles = services.store.duplicates()
         for name, identity in record.slots.items():
             if name.endswith("log"):
-                continue  # opened by its path if need be; one that was just being rotated may well be missing
-            slot = held.get(name)
-            if slot is None:
+                # Opened by its path if need be: one that was just being rotated may well be missing.
+                if name in doubles:
+                    services.store.drop(name)
+                continue
+            dev, _, ino = identity.partition(":")
+            try:
+                services.store.resolve(name, int(dev or 0), int(ino or 0))
+            except (fdstore.MissingSlot, ValueError):
                 child.lost.append(name)
-            elif f"{slot.dev}:{slot.ino}" != identity:
-                child.lost.append(name)  # not ours, whatever it is: nothing is read from it
-                services.store.drop(name)
+                services.store.drop(name)  # what there is isn't ours, whatever it is: nothing is read from it
+        held = services.store.slots()
         child.console = child._log(CONSOLE_LOG, held.get(child.slot(CONSOLE_LOG)))
         child.stderr = child._log(STDERR_LOG, held.get(child.slot(STDERR_LOG)))
         for slot_name, file in ((CONSOLE_LOG, child.console), (STDERR_LOG, child.stderr)):
