@@ -135,6 +135,24 @@ def test_a_reader_that_has_seen_enough(daemon: FakeDaemon, guest: Guest, running
     assert process.stderr.read() == b""
 
 
+def test_an_output_that_cant_be_written(daemon: FakeDaemon, guest: Guest) -> None:
+    guest.write(b"text")
+    for words in (("log", "web1"), ("--help",)):
+        with open("/dev/full", "wb") as full:
+            ran = subprocess.run(
+                command(daemon, *words), stdout=full, stderr=subprocess.PIPE, check=False, cwd=ROOT, timeout=60
+            )
+        assert (ran.returncode, ran.stderr) == (1, b"virtctl: No space left on device\n")
+
+
+def test_an_output_that_is_closed(daemon: FakeDaemon, guest: Guest) -> None:
+    daemon.answers["Stop"] = {"name": "web1", "changed": True}
+    closed = ["sh", "-c", '"$@" <&- >&- 2>&-', "sh"]
+    for words, status in ((("help",), 0), (("stop", "web1"), 0), (("info", "web1"), 1)):
+        ran = subprocess.run([*closed, *command(daemon, *words)], check=False, cwd=ROOT, timeout=60)
+        assert ran.returncode == status
+
+
 def test_following_ends_with_the_guest(daemon: FakeDaemon, guest: Guest, running: Any) -> None:
     guest.write(b"before\n")
     process = running("log", "-f", "web1")

@@ -73,20 +73,30 @@ def help_text() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run virtctl with the arguments `argv`; the process's exit status."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # Closed by whoever started us; in this order, each gets its number back and no socket of ours takes it.
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (as long-lived as the process)
     try:
         status = _main(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has seen enough (`virtctl log web1 | head`), which is no failure. What Python would still flush
-        # at exit goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), 1)
+        _drop_output()  # the reader has seen enough (`virtctl log web1 | head`), which is no failure
         return OK
     except KeyboardInterrupt:
         return INTERRUPTED
     except OSError as exc:
         print(f"virtctl: {exc.strerror or exc}", file=sys.stderr)
+        _drop_output()
         return FAILURE
     return status
+
+
+def _drop_output() -> None:
+    """Let what couldn't be written, and what Python would try to write once more at exit, go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
 
 
 def _main(words: list[str]) -> int:
