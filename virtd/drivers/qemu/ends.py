@@ -37,7 +37,10 @@ class End:
 
 
 def read_events(stem: str) -> list[dict[str, Any]]:
-    """The last events that QEMU wrote; a line cut short by its death is left out."""
+    """The last events that QEMU wrote; a line cut short by its death is left out.
+
+    The file is QEMU's, which its guest may have taken over: anything can be in it.
+    """
     try:
         with open(f"{stem}.out", "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -49,9 +52,13 @@ def read_events(stem: str) -> list[dict[str, Any]]:
     for line in lines:
         try:
             message = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(message, dict) and "event" in message:
+        if (
+            isinstance(message, dict)
+            and isinstance(message.get("event"), str)
+            and isinstance(message.setdefault("data", {}), dict)
+        ):
             found.append(message)
     return found
 

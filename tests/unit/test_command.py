@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""QEMU's command line and the unit around it, read back and compared by meaning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from virtd.drivers.qemu import command, sandbox
+from virtd.model import domain as model
+
+UUID = "0123abcd-4567-89ab-cdef-0123456789ab"
+RUNTIME = "/run/virtd/qemu/web1"
+HOST = command.Host("/usr/bin/qemu-system-x86_64", kvm=True, runtime=RUNTIME)
+
+
+def parse(text: str) -> model.Domain:
+    return model.parse(f'name = "web1"\nmemory = "256M"\n{text}', "x")
+
+
+KERNEL = parse('[boot]\nkernel = "/k,ernel"\ninitrd = "/i"\ncmdline = "console=ttyS0,115200 quiet"')
+DISKS = parse(
+    """
+    vcpus = 3
+    disk = [{ path = "/a,b/c=d.qcow2", format = "qcow2" }, { path = "/ro.img", readonly = true }]
+    cdrom = [{ path = "/c,d.iso" }]
+    nic = [{}, { mac = "52:54:00:AA:BB:CC" }]
+    vnc = {}
+    """
+)
+
+
+def options(domain: model.Domain, host: command.Host = HOST) -> list[tuple[str, str]]:
+    """The command line as (option, value) pairs."""
+    arguments = command.argv(domain, UUID, host)
+    assert arguments[0] == host.binary
+    found, rest = [], arguments[1:]
+    while rest:
+        option = rest.pop(0)
+        assert option.startswith("-")
+        found.append((option, rest.pop(0) if rest and not rest[0].startswith("-") else ""))
+    return found
+
+
+def values(domain: model.Domain, option: str, host: command.Host = HOST) -> list[str]:
+    return [value for name, value in options(domain, host) if name == option]
+
+
+def fields(value: str) -> dict[str, str]:
+    """One QemuOpts list; what has no "=" is under its own name."""
+    parts = value.replace(",,", "\0").split(",")
+    return {key: text for key, _, text in (part.replace("\0", ",").partition("=") for part in parts)}
+
+
+def test_who_it_is() -> None:
+    assert fields(values(KERNEL, "-name")[0])["guest"] == "web1"
+    assert values(KERNEL, "-uuid") == [UUID]
+    assert fields(values(KERNEL, "-m")[0]) == {"size": f"{256 << 10}k"}
+    assert values(DISKS, "-smp") == ["3"]
+
+
+@pytest.mark.parametrize(("kvm", "accel", "cpu"), [(True, "kvm", "host"), (False, "tcg", "max")])
+def test_with_and_without_kvm(kvm: bool, accel: str, cpu: str) -> None:
+    host = command.Host(HOST.binary, kvm, RUNTIME)
+    assert fields(values(KERNEL, "-machine", host)[0])["accel"] == accel
+    assert values(KERNEL, "-cpu", host) == [cpu]
+    assert values(parse('cpu = "qemu64,-svm"\ncdrom = [{ path = "/c" }]'), "-cpu", host) == ["qemu64,-svm"]
+
+
+def test_nothing_comes_of_itself() -> None:
+    names = [option for option, _ in options(KERNEL)]
+    assert {"-nodefaults", "-no-user-config"} <= set(names)
+    assert values(KERNEL, "-display") == ["none"]
+    assert "-netdev" not in names
+    assert "-vnc" not in names
+    assert "-blockdev" not in names
+
+
+def test_the_sandbox_is_on() -> None:
+    found = fields(values(KERNEL, "-sandbox")[0])
+    assert "on" in found
+    assert {found[key] for key in ("obsolete", "elevateprivileges", "spawn", "resourcecontrol")} == {"deny"}
+
+
+def test_three_monitors_and_a_console() -> None:
+    chardevs = {fields(value)["id"]: fields(value) for value in values(DISKS, "-chardev")}
+    assert chardevs["monitor"]["path"] == f"{RUNTIME}/qmp.sock"
+    assert chardevs["shutdown"]["path"] == f"{RUNTIME}/shutdown.sock"
+    for name in ("monitor", "shutdown"):
+        assert "socket" in chardevs[name]
+        assert (chardevs[name]["server"], chardevs[name]["wait"]) == ("on", "off")
+    assert "pipe" in chardevs["events"]
+    assert chardevs["events"]["path"] == f"{RUNTIME}/events"
+    # ^C typed on the console is the guest's.
+    assert chardevs["serial0"]["signal"] == "off"
+    monitors = [fields(value) for value in values(DISKS, "-mon")]
+    assert [(monitor["chardev"], monitor["mode"]) for monitor in monitors] == [
+        ("monitor", "control"), ("shutdown", "control"), ("events", "control"),
+    ]  # fmt: skip
+    assert values(DISKS, "-serial") == ["chardev:serial0"]
+
+
+def test_a_comma_in_a_path_is_a_comma() -> None:
+    host = command.Host("/q", kvm=True, runtime="/run/a,id=x")
+    assert fields(values(KERNEL, "-chardev", host)[0])["path"] == "/run/a,id=x/qmp.sock"
+    nodes = {fields(value)["node-name"]: fields(value) for value in values(DISKS, "-blockdev")}
+    assert nodes["file0"]["filename"] == "/a,b/c=d.qcow2"
+    assert nodes["cdfile0"]["filename"] == "/c,d.iso"
+    # -kernel, -initrd and -append are no lists: nothing is doubled there.
+    assert values(KERNEL, "-kernel") == ["/k,ernel"]
+    assert values(KERNEL, "-append") == ["console=ttyS0,115200 quiet"]
+    assert values(KERNEL, "-initrd") == ["/i"]
+
+
+def test_disks() -> None:
+    nodes = {fields(value)["node-name"]: fields(value) for value in values(DISKS, "-blockdev")}
+    assert (nodes["disk0"]["driver"], nodes["disk0"]["file"], nodes["disk0"]["read-only"]) == (
+        "qcow2",
+        "file0",
+        "off",
+    )
+    assert (nodes["disk1"]["driver"], nodes["disk1"]["file"], nodes["disk1"]["read-only"]) == ("raw", "file1", "on")
+    assert nodes["file1"]["read-only"] == nodes["cd0"]["read-only"] == nodes["cdfile0"]["read-only"] == "on"
+    # QEMU's own locks are a second guard against two writers.
+    assert nodes["file0"]["locking"] == "auto"
+    devices = {device["id"]: device for value in values(DISKS, "-device") if "id" in (device := fields(value))}
+    assert "virtio-blk-pci" in devices["virtio-disk0"]
+    assert [devices[name]["drive"] for name in ("virtio-disk0", "virtio-disk1", "cdrom0")] == [
+        "disk0",
+        "disk1",
+        "cd0",
+    ]
+    order = [int(devices[name]["bootindex"]) for name in ("virtio-disk0", "virtio-disk1", "cdrom0")]
+    assert order == sorted(set(order))
+
+
+def test_with_a_kernel_nothing_else_is_booted() -> None:
+    domain = parse('boot = { kernel = "/k" }\ndisk = [{ path = "/a" }]\ncdrom = [{ path = "/c" }]')
+    assert not [value for value in values(domain, "-device") if "bootindex" in value]
+
+
+def test_networks() -> None:
+    assert [fields(value)["id"] for value in values(DISKS, "-netdev")] == ["net0", "net1"]
+    cards = [fields(value) for value in values(DISKS, "-device") if value.startswith("virtio-net")]
+    assert [card["netdev"] for card in cards] == ["net0", "net1"]
+    assert cards[0]["mac"] == command.mac_of(UUID, 0) == "52:54:00:67:89:ab"
+    assert cards[1]["mac"] == "52:54:00:aa:bb:cc"
+
+
+def test_made_up_macs_are_stable_distinct_and_never_overflow() -> None:
+    macs = [command.mac_of("0" * 26 + "ffffff", index) for index in range(3)]
+    assert macs == ["52:54:00:ff:ff:ff", "52:54:00:00:00:00", "52:54:00:00:00:01"]
+
+
+@pytest.mark.parametrize(
+    ("text", "panic", "shutdown", "reboot"),
+    [
+        ("", "exit-failure", "poweroff", "reset"),
+        ('on_crash = "keep"', "pause", "poweroff", "reset"),
+        ('on_crash = "restart"', "exit-failure", "poweroff", "reset"),
+        ('on_poweroff = "keep"', "exit-failure", "pause", "reset"),
+        ('on_reboot = "stop"', "exit-failure", "poweroff", "shutdown"),
+    ],
+)
+def test_what_is_done_when(text: str, panic: str, shutdown: str, reboot: str) -> None:
+    domain = parse(f'{text}\nboot = {{ kernel = "/k" }}')
+    assert fields(values(domain, "-action")[0]) == {"panic": panic, "shutdown": shutdown, "reboot": reboot}
+
+
+def test_small_things() -> None:
+    assert "pvpanic" in values(KERNEL, "-device")
+    assert "virtio-rng-pci,rng=rng0" in values(KERNEL, "-device")
+    bare = parse('rng = false\nmachine = "microvm"\nboot = { kernel = "/k" }')
+    assert values(bare, "-device") == []
+    assert fields(values(DISKS, "-vnc")[0]) == {f"unix:{RUNTIME}/vnc.sock": ""}
+    assert values(parse('boot = { kernel = "/k" }\nvnc = { enabled = false }'), "-vnc") == []
+
+
+# The unit
+
+
+def properties(domain: model.Domain, *, kvm: bool = True) -> dict[str, Any]:
+    toplevel = ["bin", "boot", "dev", "etc", "home", "proc", "root", "run", "srv", "sys", "tmp", "usr", "var"]
+    found = sandbox.properties(domain, RUNTIME, toplevel=toplevel, kvm=kvm, stop_after=60)
+    names = [name for name, _, _ in found]
+    assert len(names) == len(set(names))
+    return {name: value for name, _, value in found}
+
+
+def bound(value: list[tuple[str, str, bool, int]]) -> dict[str, bool]:
+    """Bind mounts: source, and whether it may be missing."""
+    assert all(source == target for source, target, _, _ in value)
+    return {source: missing_ok for source, _, missing_ok, _ in value}
+
+
+def test_a_guest_sees_its_own_files_only() -> None:
+    found = properties(DISKS)
+    hidden = {path for path, _ in found["TemporaryFileSystem"]}
+    assert {"/etc", "/home", "/root", "/run", "/tmp", "/var", "/srv", "/boot"} <= hidden
+    assert not hidden & {"/usr", "/proc", "/sys", "/dev", "/bin"}
+    writable, readable = bound(found["BindPaths"]), bound(found["BindReadOnlyPaths"])
+    assert set(writable) == {RUNTIME, "/a,b/c=d.qcow2"}
+    assert {"/ro.img", "/c,d.iso"} <= set(readable)
+    # Its own files must be there; the host's may.
+    assert not any(writable.values())
+    assert not readable["/ro.img"]
+    assert readable["/etc/resolv.conf"]
+    assert not {path for path in readable if path.startswith("/etc")} & {"/etc/shadow", "/etc/passwd", "/etc/virtd"}
+
+
+def test_a_guest_without_a_network_has_none() -> None:
+    assert properties(KERNEL)["RestrictAddressFamilies"] == (True, ["AF_UNIX"])
+    assert "/etc/resolv.conf" not in bound(properties(KERNEL)["BindReadOnlyPaths"])
+    assert properties(DISKS)["RestrictAddressFamilies"] == (True, ["AF_UNIX", "AF_INET", "AF_INET6"])
+
+
+def test_a_guest_has_no_privileges() -> None:
+    found = properties(KERNEL)
+    assert found["CapabilityBoundingSet"] == 0
+    assert found["RestrictNamespaces"] == 0
+    for name in (
+        "NoNewPrivileges", "ProtectKernelTunables", "ProtectKernelModules", "ProtectKernelLogs",
+        "ProtectControlGroups", "ProtectClock", "RestrictSUIDSGID", "RestrictRealtime", "LockPersonality",
+    ):  # fmt: skip
+        assert found[name] is True, name
+    assert found["LimitCORE"] == 0
+
+
+def test_devices() -> None:
+    assert properties(KERNEL, kvm=True)["DeviceAllow"] == [("/dev/kvm", "rw")]
+    assert properties(KERNEL, kvm=True)["DevicePolicy"] == "closed"
+    assert properties(KERNEL, kvm=False)["PrivateDevices"] is True
+    assert "DeviceAllow" not in properties(KERNEL, kvm=False)
+
+
+def test_host_shutdown_asks_the_guest_first() -> None:
+    found = properties(KERNEL)
+    ((program, arguments, ignore_failure),) = found["ExecStop"]
+    assert program == arguments[0] == "/bin/sh"
+    assert ignore_failure is False
+    assert f"{RUNTIME}/shutdown.sock 60" in arguments[2]
+    # What systemd 252 can't read back from a transient unit's file.
+    assert not set("$;'\"\\") & set(arguments[2])
+    # systemd has patience for longer than the helper.
+    assert found["TimeoutStopUSec"] == 70_000_000
