@@ -14,8 +14,8 @@ import pytest
 from tests.unit.fake_daemon import DOMAIN, INFO, FakeDaemon, Guest
 from virtd import errors
 from virtd.cli import client
-from virtd.cli.console import Link
 from virtd.cli.follow import Cursor
+from virtd.cli.link import Link
 from virtd.cli.log import chunks
 from virtd.cli.main import main
 
