@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The control group that a lab lives in, on hosts whose PID 1 is systemd and on those where it isn't.
 
-Everything of a lab is in one group from its first instruction, so that `lab down` finds all of it, whatever went wrong.
+Everything of a lab is in one group from its first instruction on: so `lab down` finds all of it, whatever happened.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import signal
 import time
 from pathlib import Path
 
-from .say import LabError
+from .state import LabError
 
 
 def host_has_systemd() -> bool:
@@ -28,6 +28,13 @@ def unified_mount() -> Path:
             if right.startswith("cgroup2 "):
                 return Path(left.split()[4])
     raise LabError("the host has no cgroup v2 hierarchy mounted; systemd in a lab cannot do without one")
+
+
+def expected(machine: str) -> Path:
+    """The group of a lab that didn't get as far as noting it."""
+    if host_has_systemd():
+        return unified_mount() / "system.slice" / f"{machine}.service"
+    return unified_mount() / machine
 
 
 def mounts_of_all() -> list[Path]:
@@ -47,7 +54,7 @@ def processes(group: Path) -> list[int]:
 
 
 def kill(group: Path, seconds: float = 20.0) -> list[int]:
-    """SIGKILL to everything in the group and below until nothing is left; returns the PIDs that outlived `seconds`."""
+    """SIGKILL to everything in the group and below until nothing is left; returns PIDs that outlived `seconds`."""
     end = time.monotonic() + seconds
     while left := processes(group):
         if time.monotonic() > end:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lab", description="Disposable systems with a real systemd, for virtd's tests.")
+    parser = argparse.ArgumentParser(
+        prog="lab", description="Disposable systems with a real systemd for virtd's tests"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, text: str, act: Any) -> argparse.ArgumentParser:
@@ -36,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     made = command("up", "Make and boot a lab, with virtd installed in it.", _up)
     made.add_argument("name")
     made.add_argument("--suite", default=DEFAULT, choices=sorted(SUITES))
-    made.add_argument("--rpm", action="append", default=[], type=Path, metavar="FILE", help="instead of build/rpm's newest")
+    made.add_argument("--rpm", action="append", default=[], type=Path, metavar="FILE", help="instead of build/rpm's")
     made.add_argument("--no-virtd", action="store_true", help="install no RPM")
     run = command("exec", "Run a command in a lab: exec NAME -- COMMAND...", None)
     run.add_argument("name")
@@ -56,7 +59,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _terminated(_number: int, _frame: object) -> None:
+    raise LabError("terminated by a signal")
+
+
 def _up(options: argparse.Namespace) -> int:
+    # As for Ctrl-C, so that what is half made is cleared away.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminated)
     machine.up(options.name, suite_named(options.suite), options.rpm, not options.no_virtd)
     return 0
 
@@ -114,4 +124,3 @@ def _path(options: argparse.Namespace) -> int:
 def _setup(_options: argparse.Namespace) -> int:
     setup.install()
     return 0
-

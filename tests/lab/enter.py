@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """`lab exec`: becomes a command inside a lab.
 
-Benchmarks time what they run through this, so it imports next to nothing, forks nothing and replaces itself by nsenter.
+Benchmarks time what they run through this: it imports next to nothing, forks nothing and replaces itself by nsenter.
 """
 
 from __future__ import annotations

@@ -40,34 +40,35 @@ def make(root: Path, scratch: Path, log: Path) -> None:
     for deb in sorted((scratch / "debs").glob("*.deb")):
         paths = [f"/{path.relative_to(root)}" for path in (deb, unpacked)]
         run(in_root(root, ["dpkg-deb", "-x", *paths]), what=f"unpacking {deb.name}", log=log)
-    kernels = list((unpacked / "boot").glob("vmlinuz-*"))
-    if len(kernels) != 1:
-        raise LabError(f"expected one kernel in the suite's image package, found {len(kernels)}")
-    shutil.copyfile(kernels[0], target / "vmlinuz")
-    release = kernels[0].name.removeprefix("vmlinuz-")
     if not (unpacked / "lib").exists():
         (unpacked / "lib").symlink_to("usr/lib")
-    modules = _first(unpacked, f"lib/modules/{release}", f"usr/lib/modules/{release}")
+    # The kernel's file is in /boot or, as forky has it, beside its modules, from which it is linked when installed.
+    modules = _only([*unpacked.glob("lib/modules/*"), *unpacked.glob("usr/lib/modules/*")], "directory of modules")
+    release = modules.name
+    kernel = _only([*unpacked.glob("boot/vmlinuz-*"), *modules.glob("vmlinuz")], "kernel")
+    shutil.copyfile(kernel, target / "vmlinuz")
     # Debian's package leaves modules.dep to be made at its installation.
     base = f"/{unpacked.relative_to(root)}"
     run(in_root(root, ["depmod", "-b", base, release]), what="reading the modules' dependencies", log=log)
-    busybox = _first(unpacked, "usr/bin/busybox", "bin/busybox")
+    busybox = _only([*unpacked.glob("usr/bin/busybox"), *unpacked.glob("bin/busybox")], "busybox")
     initramfs = _initramfs(busybox, modules, _console_program(scratch, log))
     (target / "initramfs.gz").write_bytes(gzip.compress(initramfs, 6, mtime=0))
     _disk(root, scratch, target, log)
 
 
-def _first(base: Path, *candidates: str) -> Path:
-    for candidate in candidates:
-        if (base / candidate).exists():
-            return base / candidate
-    raise LabError(f"none of {', '.join(candidates)} is in the suite's packages")
+def _only(found: list[Path], what: str) -> Path:
+    if len({path.resolve() for path in found}) != 1:
+        raise LabError(f"the suite's packages should hold one {what}, but hold {len(found)}")
+    return found[0]
 
 
 def _console_program(scratch: Path, log: Path) -> bytes:
     program = scratch / "console"
-    flags = "-static -nostdlib -ffreestanding -fno-stack-protector -fno-pic -no-pie -fcf-protection=none -mno-sse -O2 -s"
-    run(["cc", *flags.split(), "-o", program, SOURCE / "guest/console.c"], what="compiling the guest's program", log=log)
+    flags = (
+        "-O2 -s -static -nostdlib -ffreestanding -fno-stack-protector -fno-pic -no-pie -fcf-protection=none -mno-sse"
+    )
+    argv: list[str | Path] = ["cc", *flags.split(), "-o", program, SOURCE / "guest/console.c"]
+    run(argv, what="compiling the guest's program", log=log)
     return program.read_bytes()
 
 

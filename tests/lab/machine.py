@@ -8,7 +8,6 @@ import fcntl
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -23,19 +22,29 @@ from .state import LabError, leader_of, read_state, recorded, start_time, write_
 from .suites import Suite
 
 _BOOT_SECONDS = 90.0
-_UNIT = "virtd-lab-{}.service"
+
+
+class _Gone(LabError):
+    """Another command has removed the lab meanwhile."""
 
 
 @contextlib.contextmanager
 def _held(lab: Lab) -> Iterator[None]:
-    """Holds the lab's directory against another `up` or `down`; the kernel lets go when this process ends in any way."""
-    descriptor = os.open(lab.dir, os.O_RDONLY | os.O_DIRECTORY)
+    """Holds the lab's directory against another `up` or `down`; however this process ends, the kernel lets go."""
+    gone = _Gone(f"another command has just removed lab {lab.name}")
+    try:
+        descriptor = os.open(lab.dir, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        raise gone from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             say(f"another command is at work on lab {lab.name}; waiting for it")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # Whoever had it before may have removed the directory, and a new one of that name is not the one held here.
+        if not lab.dir.exists() or not os.path.samestat(os.fstat(descriptor), lab.dir.stat()):
+            raise gone
         yield
     finally:
         os.close(descriptor)
@@ -90,8 +99,11 @@ def down(name: str) -> bool:
     if not lab.dir.exists():
         _clear(lab)
         return False
-    with _held(lab):
-        _clear(lab)
+    try:
+        with _held(lab):
+            _clear(lab)
+    except _Gone:
+        return False
     say(f"lab {name} is gone")
     return True
 
@@ -116,7 +128,7 @@ def _boot(lab: Lab, suite: Suite, base: Path) -> None:
     for directory in (lab.upper, lab.work, lab.root):
         directory.mkdir()
     options = f"lowerdir={base},upperdir={lab.upper},workdir={lab.work}"
-    run(["mount", "-t", "overlay", f"virtd-lab-{lab.name}", "-o", options, lab.root], what="mounting the lab's overlay")
+    run(["mount", "-t", "overlay", lab.machine, "-o", options, lab.root], what="mounting the lab's overlay")
     (lab.root / "etc/hostname").write_text(f"{lab.name}\n")
     (lab.root / "etc/hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {lab.name}\n::1 localhost\n")
     (lab.root / "etc/machine-id").write_text(f"{uuid.uuid4().hex}\n")
@@ -135,11 +147,13 @@ def _boot(lab: Lab, suite: Suite, base: Path) -> None:
 
 
 def _nspawn(lab: Lab) -> list[str]:
-    argv = ["systemd-nspawn", "--quiet", "--boot", f"--directory={lab.root}", f"--machine=virtd-lab-{lab.name}"]
+    argv = ["systemd-nspawn", "--quiet", "--boot", f"--directory={lab.root}", f"--machine={lab.machine}"]
     argv += [f"--hostname={lab.name}", "--register=no", "--keep-unit", "--private-network", "--notify-ready=yes"]
     argv += ["--console=read-only", "--resolv-conf=off", "--timezone=off", "--link-journal=no", "--settings=no"]
     # virtd's guests and networks need TUN, mounts and BPF, as they would have them on a real machine.
     argv += ["--capability=all", "--system-call-filter=@mount @keyring bpf", "--bind=/dev/net/tun"]
+    # What systemd gives its services on a real machine; the host's own hard limit may be far lower.
+    argv += ["--rlimit=NOFILE=1024:524288"]
     return argv
 
 
@@ -152,16 +166,16 @@ def _start_nspawn(lab: Lab, notify: Path) -> subprocess.Popen[bytes] | None:
         "SYSTEMD_NSPAWN_API_VFS_WRITABLE": "network",
     }
     if cgroups.host_has_systemd():
-        unit = _UNIT.format(lab.name)
-        argv = ["systemd-run", "--quiet", "--collect", f"--unit={unit}", "--slice=virtd-lab.slice"]
+        unit = f"{lab.machine}.service"
+        argv = ["systemd-run", "--quiet", "--collect", f"--unit={unit}"]
         argv += ["--property=Delegate=yes", "--property=KillMode=mixed", "--property=LimitNOFILE=524288"]
         argv += [f"--property=StandardOutput=append:{lab.console}", "--property=StandardError=inherit"]
         argv += [f"--setenv={name}={value}" for name, value in environment.items() if name != "PATH"]
         run([*argv, "--", *_nspawn(lab)], what="starting the lab's unit", timeout=60)
-        group = run(["systemctl", "show", "--value", "--property=ControlGroup", unit], what="finding its group").strip()
-        _note(lab, cgroup=f"{cgroups.unified_mount()}{group}")
+        show = ["systemctl", "show", "--value", "--property=ControlGroup", unit]
+        _note(lab, cgroup=f"{cgroups.unified_mount()}{run(show, what='finding its group').strip()}")
         return None
-    group_path = cgroups.unified_mount() / f"virtd-lab-{lab.name}"
+    group_path = cgroups.expected(lab.machine)
     # Recorded first: a group that nobody knows of would be left behind.
     _note(lab, cgroup=str(group_path))
     group_path.mkdir(exist_ok=True)
@@ -254,18 +268,16 @@ def _install(lab: Lab, packages: Sequence[Path]) -> None:
 def _clear(lab: Lab) -> None:
     """Removes all that a lab can have left, in an order that works from any point at which `up` may have stopped."""
     state = read_state(str(lab.dir))
-    group = Path(state.get("cgroup") or cgroups.unified_mount() / f"virtd-lab-{lab.name}")
-    # The PID 1 goes first: the kernel takes everything in its namespace along, and nspawn then tidies up by itself.
-    for which, number in (("leader", signal.SIGKILL), ("supervisor", signal.SIGTERM)):
-        if pid := recorded(state, which):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-            _await_end(pid, state[f"{which}_start"], 5.0)
+    group = Path(state.get("cgroup") or cgroups.expected(lab.machine))
+    # The lab's own processes go first: nspawn then ends by itself and tidies up what it keeps on the host.
+    left = cgroups.kill(group / "payload")
+    if supervisor := recorded(state, "supervisor"):
+        _await_end(supervisor, state["supervisor_start"], 3.0)
     if cgroups.host_has_systemd():
-        unit = _UNIT.format(lab.name)
         for command in ("stop", "reset-failed"):
-            subprocess.run(["systemctl", "--quiet", command, unit], stderr=subprocess.DEVNULL, check=False)
-    if left := cgroups.kill(group):
+            argv = ["systemctl", "--quiet", command, f"{lab.machine}.service"]
+            subprocess.run(argv, stderr=subprocess.DEVNULL, check=False)
+    if left := left or cgroups.kill(group):
         raise LabError(f"processes of lab {lab.name} don't end: {' '.join(map(str, left))}")
     _unmount(lab)
     if group.exists():

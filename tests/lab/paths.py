@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from pathlib import Path
 
 from .state import directory_of, labs_directory
@@ -27,6 +28,10 @@ class Lab:
         self.work = self.dir / "work"
         self.root = self.dir / "root"
         self.console = self.dir / "console.log"
+        # What the host knows the lab by: the name of its unit or control group. Labs in another directory than the
+        # usual may have the same names.
+        mark = f"-{zlib.crc32(bytes(self.dir.parent)):08x}" if os.environ.get("VIRTD_LAB_DIR") else ""
+        self.machine = f"virtd-lab-{name}{mark}"
 
 
 def all_labs() -> list[Lab]:

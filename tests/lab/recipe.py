@@ -26,16 +26,21 @@ def make(suite: Suite, root: Path, log: Path, key: str) -> None:
     """Makes the suite's root as `root`, which must not exist; what the steps print goes to `log`."""
     say(f"  Debian {suite.name}: {len(suite.packages)} packages and what they need (about a minute)")
     fetch = " ".join(suite.guest_packages)
-    # The image package is asked for by its metapackage, which only depends on the one of the moment.
+    # The image package is asked for by its metapackage, which only depends on the one of the moment; from forky on
+    # that one too depends on the packages that have the files.
     hook = f"""set -e
         mkdir -p "$1/{_SCRATCH}/debs"
         chroot "$1" sh -ec 'cd /{_SCRATCH}/debs
-            kernel=$(apt-cache depends {suite.kernel} | sed -n "s/.*Depends: *\\(linux-image-[^ ]*\\).*/\\1/p" | head -n 1)
-            apt-get download -q -o APT::Sandbox::User=root "$kernel" {fetch}'"""
+            needs() {{ apt-cache depends "$1" | sed -nE "s/.*Depends: *(linux-($2)-[^ ]*).*/\\1/p"; }}
+            kernel=$(needs {suite.kernel} image | head -n 1)
+            parts=$(needs "$kernel" "binary|modules")
+            apt-get download -q -o APT::Sandbox::User=root "$kernel" $parts {fetch}'"""
     # A mount and a PID namespace of its own: whatever ends this process ends the whole build and its mounts.
     argv = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private", "--"]
     argv += ["mmdebstrap", "--mode=root", "--variant=minbase", "--format=directory"]
-    argv += ["--aptopt=APT::Install-Recommends \"false\"", "--dpkgopt=force-unsafe-io"]
+    argv += ['--aptopt=APT::Install-Recommends "false"', "--dpkgopt=force-unsafe-io"]
+    if suite.lists_may_be_old:
+        argv += ['--aptopt=Acquire::Check-Valid-Until "false"']
     argv += [f"--dpkgopt=path-exclude=/usr/share/{junk}/*" for junk in ("doc", "man", "locale", "info")]
     argv += [f"--include={','.join(suite.packages)}", f"--customize-hook={hook}", suite.name, str(root)]
     run(argv, what=f"making the {suite.name} root", log=log, timeout=1800)

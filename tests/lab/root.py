@@ -18,7 +18,8 @@ from .state import LabError, read_state
 from .suites import Suite
 
 # Files whose text decides what a root holds. The rest of the lab may change without costing anybody a new root.
-_INPUTS = ("recipe.py", "suites.py", "guest.py", "cpio.py", "stubs.py", "guest/init", "guest/console.c")
+_INPUTS = ("recipe.py", "guest.py", "cpio.py", "stubs.py", "guest/init", "guest/console.c")
+
 
 def key_of(suite: Suite) -> str:
     """A short hash of everything that decides what the suite's root will hold, Debian's own changes excepted."""
@@ -37,7 +38,7 @@ def cached_root(suite: Suite) -> Path:
         return root
     with _lock(cache / f"{suite.name}.lock", f"another lab is making the {suite.name} root; waiting for it"):
         if not root.exists():
-            for left in cache.glob(f".building-{suite.name}-*"):
+            for left in cache.glob(f".*ing-{suite.name}-*"):
                 remove_tree(left)
             building = cache / f".building-{suite.name}-{os.getpid()}"
             log = cache / f"{suite.name}.log"
@@ -54,12 +55,25 @@ def cached_root(suite: Suite) -> Path:
 
 
 def prune(suite: Suite, keep: Path) -> None:
-    """Removes the suite's roots of other inputs, unless a lab still stands on one."""
-    used = {read_state(str(lab.dir)).get("root") for lab in all_labs()}
+    """Removes the suite's roots of other inputs, unless a lab still stands on one.
+
+    Each is renamed before the look at what labs use: a lab notes its root first and mounts it then, so one that comes
+    in between finds no root there and says so, and none gets a root that is being deleted.
+    """
     for old in cache_dir().glob(f"{suite.name}-*"):
-        if old.is_dir() and old != keep and str(old) not in used:
-            say(f"removing the outdated root {old.name}")
-            remove_tree(old)
+        if not old.is_dir() or old == keep or str(old) in _used():
+            continue
+        doomed = old.with_name(f".removing-{old.name}")
+        old.rename(doomed)
+        if str(old) in _used():
+            doomed.rename(old)
+            continue
+        say(f"removing the outdated root {old.name}")
+        remove_tree(doomed)
+
+
+def _used() -> set[str | None]:
+    return {read_state(str(lab.dir)).get("root") for lab in all_labs()}
 
 
 def remove_tree(top: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -33,7 +34,8 @@ def run(
     `what` names the step in the error. Output goes to `log` (appended) when that is given, else it is only kept to be
     quoted when the command fails. Raises LabError on a missing program, a non-zero status and a timeout (seconds).
     """
-    words = [str(word) for word in argv]
+    # Should this process be killed, the command is as well: a build that nobody waits for would spoil the next one.
+    words = ["setpriv", "--pdeathsig", "KILL", "--", *(str(word) for word in argv)]
     try:
         done = subprocess.run(
             words,
@@ -48,19 +50,23 @@ def run(
             check=False,
         )
     except FileNotFoundError:
-        raise LabError(f"{what}: {words[0]} is not installed; run tests/lab/lab setup") from None
+        raise LabError(f"{what}: setpriv is not installed; run tests/lab/lab setup") from None
     except subprocess.TimeoutExpired:
-        raise LabError(f"{what}: {words[0]} took more than {timeout:.0f} s") from None
+        raise LabError(f"{what}: {argv[0]} took more than {timeout:.0f} s") from None
     if log is not None:
         with log.open("a", encoding="utf-8") as file:
-            file.write(f"$ {' '.join(words)}\n{done.stdout}")
+            file.write(f"$ {' '.join(words[4:])}\n{done.stdout}")
     if done.returncode != 0:
+        # 127 is setpriv's word for a program that isn't there.
+        if done.returncode == 127 and shutil.which(words[4]) is None:
+            raise LabError(f"{what}: {argv[0]} is not installed; run tests/lab/lab setup")
         said = (done.stdout + (done.stderr or "")).strip().splitlines()[-25:]
-        raise LabError("\n".join([f"{what}: {words[0]} ended with status {done.returncode}", *("    " + x for x in said)]))
+        quoted = "".join(f"\n    {text}" for text in said)
+        raise LabError(f"{what}: {argv[0]} ended with status {done.returncode}{quoted}")
     return done.stdout
 
 
 def in_root(root: Path, argv: Sequence[str | Path]) -> list[str | Path]:
-    """The command line that runs `argv` with `root` as its file system, a /proc there, and nothing that outlives it."""
+    """The command line that runs `argv` with `root` as its file system, a /proc there, and nothing outliving it."""
     enter = ["unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child", f"--root={root}"]
     return [*enter, "--wd=/", "--mount-proc", "--", *argv]

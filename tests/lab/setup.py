@@ -27,7 +27,7 @@ _NEEDS = {
 
 
 def missing() -> list[str]:
-    """The programs that aren't on the host, and "pip" if Python has none and the archive keys if they are not there."""
+    """The programs that aren't on the host, "pip" if Python has none, and the archive keys if they aren't there."""
     away = [program for program in _NEEDS if shutil.which(program) is None]
     # Asked of a new process, because the lab's own Python runs without site-packages.
     if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, check=False).returncode != 0:
@@ -60,7 +60,12 @@ def install() -> None:
     say(f"the host lacks {', '.join(away)}: installing {', '.join(packages)}")
     for argv in calls:
         done = subprocess.run(
-            argv, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+            argv,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
         )
         if done.returncode != 0 and argv[1] != "update":
             raise LabError(f"{' '.join(argv)} failed:\n{done.stdout.decode(errors='replace')[-3000:]}")

@@ -22,7 +22,7 @@ def labs_directory() -> str:
 
 
 def directory_of(name: str) -> str:
-    """The directory of the lab of that name, there or not. LabError for what can't be a host name and a unit's name."""
+    """The directory of the lab of that name, there or not. LabError for what can't be a host's and a unit's name."""
     if not name or len(name) > 32 or not set(name) <= _LETTERS or name.startswith("-"):
         raise LabError(f"{name!r} is no name for a lab: letters, digits and -, at most 32, no - in front")
     return f"{labs_directory()}/{name}"
@@ -31,9 +31,9 @@ def directory_of(name: str) -> str:
 def read_state(directory: str) -> dict[str, str]:
     """The lab's notes, empty when there are none (yet).
 
-    As far as `up` has come: `suite`, `root` (the cached root), `created` (epoch seconds), `cgroup`, `leader` (the PID of
-    the lab's PID 1 as the host sees it), `supervisor` (systemd-nspawn's), each with `_start`, its start time in clock
-    ticks that tells a reused PID; and `ready`, once all is done.
+    As far as `up` has come: `suite`, `root` (the cached root), `created` (epoch seconds), `cgroup`, `leader` (the PID
+    of the lab's PID 1 as the host sees it), `supervisor` (systemd-nspawn's), each with `_start`, its start time in
+    clock ticks that tells a reused PID; and `ready`, once all is done.
     """
     try:
         with open(f"{directory}/state", encoding="utf-8") as file:
@@ -51,7 +51,7 @@ def write_state(directory: str, changes: Mapping[str, object]) -> None:
 
 
 def start_time(pid: int) -> str:
-    """The kernel's start time of a process in clock ticks since boot; "" when there is no such process, or a zombie."""
+    """The kernel's start time of a process in clock ticks since boot; "" when there is none, or a zombie."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             fields = file.read().rpartition(")")[2].split()

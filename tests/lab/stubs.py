@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An RPM that says, in Fedora's names, what the root has from Debian: so that virtd's dependencies are really checked.
+"""An RPM that says, in Fedora's names, what the root has from Debian, so that virtd's dependencies are checked.
 
-A name is provided only if the Debian package that stands for it is installed, so a root that lacks something fails the
-installation of virtd's RPM as a real system would.
+A name is provided only if the Debian package that stands for it is installed, so a root that lacks something fails
+the installation of virtd's RPM as a real system would.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ _FEDORA = {
     "python3-libs": "libpython3-stdlib",
     "python3-gobject-base": "python3-gi",
     "python3-gobject": "python3-gi",
-    "python3-qemu-qmp": "",
     "qemu-system-x86-core": "qemu-system-x86",
     "qemu-kvm-core": "qemu-system-x86",
     "qemu-kvm": "qemu-system-x86",
@@ -81,10 +80,10 @@ def _provides(root: Path, log: Path) -> list[str]:
         for name in os.listdir(root / directory):
             provided.add(f"/{directory}/{name}")
             provided.add(f"/{directory.removeprefix('usr/')}/{name}")
-    distributions = [path for path in root.glob("usr/local/lib/python3*/dist-packages/*.dist-info")]
-    for path in distributions:
+    for path in root.glob("usr/local/lib/python3*/dist-packages/*.dist-info"):
         name, _, version = path.name.removesuffix(".dist-info").partition("-")
-        provided |= {f"python3-{name.replace('_', '-')} = {version}", f"python3dist({name.replace('_', '.')}) = {version}"}
+        # qemu_qmp is Fedora's python3-qemu-qmp.
+        provided.add(f"python3-{name.replace('_', '-').lower()} = {version}")
     python = next(path.name for path in sorted(root.glob("usr/lib/python3.*")))
     provided.add(f"python(abi) = {python.removeprefix('python')}")
     return sorted(what for what in provided if " " not in what.partition(" = ")[0])
