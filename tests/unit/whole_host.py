@@ -89,7 +89,9 @@ class World:
         monkeypatch.setattr("virtd.drivers.qemu.host.account", lambda _settings: me)
         monkeypatch.setattr("virtd.drivers.qemu.host.has_kvm", lambda: False)
         monkeypatch.setattr("virtd.journal.send", self._journal)
-        monkeypatch.setitem(StderrLog.__init__.__kwdefaults__, "send", self._journal)
+        defaults = StderrLog.__init__.__kwdefaults__
+        assert defaults is not None
+        monkeypatch.setitem(defaults, "send", self._journal)
         self.units.step = self.step
         for module, name in ((files, "write"), (files, "remove"), (shutil, "rmtree")):
             monkeypatch.setattr(module, name, self._stepping(name, getattr(module, name)))

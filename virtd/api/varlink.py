@@ -170,7 +170,9 @@ class Connection:
             # A bug of ours, or a file system that we didn't expect. Hanging up instead would look like a restart of
             # the daemon, after which clients repeat their call.
             log.exception("%s failed", method)
-            failure = errors.HostError(f"{method} failed: {exc}", hint="See: journalctl -u virtd.service")
+            failure = errors.HostError(
+                f"{method.rpartition('.')[2]} failed: {exc}", hint="See: journalctl -u virtd.service"
+            )
             reply = {"error": f"{INTERFACE}.{_kind(failure)}", "parameters": failure.fields()}
         else:
             fds = result.fds if isinstance(result, WithDescriptors) else []
@@ -238,13 +240,12 @@ class Connection:
         """
         gone = asyncio.ensure_future(self._receive())
         iterator = aiter(replies)
+        following: asyncio.Future[dict[str, Any] | WithDescriptors] | None = None
         try:
             while True:
                 following = asyncio.ensure_future(anext(iterator))
                 await asyncio.wait((gone, following), return_when=asyncio.FIRST_COMPLETED)
                 if not following.done():
-                    following.cancel()
-                    await asyncio.gather(following, return_exceptions=True)
                     return
                 try:
                     item = following.result()
@@ -258,8 +259,10 @@ class Connection:
                     for fd in fds:
                         os.close(fd)
         finally:
-            gone.cancel()
-            await asyncio.gather(gone, return_exceptions=True)
+            tasks: list[asyncio.Future[Any]] = [gone] if following is None else [gone, following]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             if close := getattr(iterator, "aclose", None):
                 await close()
 
