@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def cached_root(suite: Suite) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     root = cache / f"{suite.name}-{key_of(suite)}"
     if root.exists():
+        os.utime(root)
         return root
     with _lock(cache / f"{suite.name}.lock", f"another lab is making the {suite.name} root; waiting for it"):
         if not root.exists():
@@ -47,6 +49,7 @@ def cached_root(suite: Suite) -> Path:
             try:
                 recipe.make(suite, building, log, key_of(suite))
                 building.rename(root)
+                os.utime(root)
             finally:
                 remove_tree(building)
             say(f"the {suite.name} root is ready: {root}")
@@ -55,13 +58,15 @@ def cached_root(suite: Suite) -> Path:
 
 
 def prune(suite: Suite, keep: Path) -> None:
-    """Removes the suite's roots of other inputs, unless a lab still stands on one.
+    """Removes the suite's roots of other inputs that no lab stands on and none has been made from for an hour.
 
-    Each is renamed before the look at what labs use: a lab notes its root first and mounts it then, so one that comes
-    in between finds no root there and says so, and none gets a root that is being deleted.
+    The hour is for two checkouts that share a cache. Each root is renamed before the second look at what labs use: a
+    lab notes its root first and mounts it then, so one that comes in between finds no root there and says so, and none
+    gets a root that is being deleted.
     """
     for old in cache_dir().glob(f"{suite.name}-*"):
-        if not old.is_dir() or old == keep or str(old) in _used():
+        recent = time.time() - old.stat().st_mtime < 3600
+        if not old.is_dir() or old == keep or recent or str(old) in _used():
             continue
         doomed = old.with_name(f".removing-{old.name}")
         old.rename(doomed)
