@@ -2,8 +2,8 @@
 """`make demo`: one guest that lives through everything that can happen to its daemon, told while it happens.
 
 Each row of the table is one event: the guest's PID before and after, lines of its console lost and repeated (in the
-log and on an attached `virtctl console`), whether it answered what was typed, how long until the API answered, and how
-many descriptors PID 1 holds. Exit status 1 if a row is bad.
+log and on an attached `virtctl console`), whether it answered what was typed, how long until the API answered, and
+how many descriptors PID 1 holds. Exit status 1 if a row is bad.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from tests.harness import LAB, Attached, Failed, Lab, Tally, build_rpm, check
 GUEST = "demo"
 RATE = 200  # console lines a second
 SLOTS = 5
-STOP_AND_START = "systemctl stop virtd.service 2>/dev/null; sleep 10; systemctl start virtd.service"
+STOP_AND_START = (
+    "systemctl stop virtd.service 2>/dev/null; sleep 10; "
+    "systemctl is-active virtd.service && exit 1; systemctl start virtd.service"
+)
 
 # Runs in the lab: the event, then the first complete listing on a fresh connection. Prints milliseconds from the
 # event's beginning, and for events that take their time by intention, from the moment that the daemon may answer.
@@ -115,7 +118,8 @@ class Demo:
             self.lab.slots(),
         )
         self.rows.append(row)
-        print(FORMAT.format(*HEADER, ""))
+        if len(self.rows) == 1:
+            print(FORMAT.format(*HEADER, ""))
         print(
             FORMAT.format(
                 row.event, row.before, row.after, row.lost, row.repeated,
@@ -175,9 +179,8 @@ def main() -> int:
 def story(lab: Lab, old: str, new: str) -> int:
     lab.write("/root/probe.py", PROBE)
     systemd = lab.sh("systemctl --version").split()[1]
-    say(
-        f"systemd {systemd}, {lab.sh('virtctl --version').strip()}, {lab.sh('qemu-system-x86_64 --version').splitlines()[0]}"
-    )
+    virtctl, qemu = lab.sh("virtctl --version").strip(), lab.sh("qemu-system-x86_64 --version").splitlines()[0]
+    say(f"systemd {systemd}, {virtctl}, {qemu}")
     lab.define(GUEST, cmdline=f"virtd.rate={RATE}")
     say(f"virtctl start {GUEST}: a real Linux guest that prints {RATE} numbered lines a second on its serial console")
     lab.virtctl("start", GUEST)

@@ -285,7 +285,8 @@ class Host:
         self, name: str, *, force: bool = False, token: str | None = None, by: Caller
     ) -> AsyncIterator[dict[str, Any] | WithDescriptors]:
         """See OpenConsole in org.virtd1.varlink. Closing the iterator gives the console up."""
-        machine = await self._find(name)
+        # Who was attached before the daemon's restart must not lose the console to a slow start of ours.
+        machine = await self._find(name, DOUBT if token is None else 60.0)
         require("attach to the console of", machine.name, machine.state)
         if machine.child is None or machine.record is None:
             raise errors.InvalidState(f"Cannot attach to the console of {machine.name}: it is {machine.state}")
@@ -304,12 +305,12 @@ class Host:
             if self._writers.release(machine.name, claim):
                 machine.keep_console(None)
 
-    async def _find(self, name: str) -> Machine:
+    async def _find(self, name: str, limit: float = DOUBT) -> Machine:
         """The machine, once it is known what became of it."""
         machine = self.driver.find(name)
         if not machine.settled.is_set():
             try:
-                async with asyncio.timeout(DOUBT):
+                async with asyncio.timeout(limit):
                     await machine.settled.wait()
             except TimeoutError:
                 raise errors.Busy(
