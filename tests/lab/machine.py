@@ -151,7 +151,9 @@ def _nspawn(lab: Lab) -> list[str]:
     argv += [f"--hostname={lab.name}", "--register=no", "--keep-unit", "--private-network", "--notify-ready=yes"]
     argv += ["--console=read-only", "--resolv-conf=off", "--timezone=off", "--link-journal=no", "--settings=no"]
     # virtd's guests and networks need TUN, mounts and BPF, as they would have them on a real machine.
-    argv += ["--capability=all", "--system-call-filter=@mount @keyring bpf", "--bind=/dev/net/tun"]
+    argv += ["--capability=all", "--system-call-filter=@mount @keyring bpf"]
+    if Path("/dev/net/tun").exists():
+        argv += ["--bind=/dev/net/tun"]
     # What systemd gives its services on a real machine; the host's own hard limit may be far lower.
     argv += ["--rlimit=NOFILE=1024:524288"]
     return argv

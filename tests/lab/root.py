@@ -61,8 +61,8 @@ def prune(suite: Suite, keep: Path) -> None:
     """Removes the suite's roots of other inputs that no lab stands on and none has been made from for an hour.
 
     The hour is for two checkouts that share a cache. Each root is renamed before the second look at what labs use: a
-    lab notes its root first and mounts it then, so one that comes in between finds no root there and says so, and none
-    gets a root that is being deleted.
+    lab notes its root first and mounts it then, so one that comes in between finds no root there and says so, and
+    none gets a root that is being deleted.
     """
     for old in cache_dir().glob(f"{suite.name}-*"):
         recent = time.time() - old.stat().st_mtime < 3600
