@@ -137,13 +137,15 @@ class Driver:
         machine.note(
             machine.state, machine.reason, main_start=machine.child.start if machine.child is not None else 0
         )
-        result = await machine.reconcile(unit_exists=unit)
         if state is None:
-            self.found.rolled_back.append(name)
+            # Said first: the next start finds nothing more to tell.
             journal.send(
                 f"Rolled back domain {name}: slots without a record or a unit",
                 message_id=Message.ROLLED_BACK, level="notice", **machine.fields(),
             )  # fmt: skip
+        result = await machine.reconcile(unit_exists=unit)
+        if state is None:
+            self.found.rolled_back.append(name)
             if machine.definition is None:
                 await machine.close()
                 self._shared.records.remove(name)

@@ -334,7 +334,7 @@ class Machine:
             if self.monitor is None or self.monitor.link is not Link.CONNECTED:
                 if self.monitor is not None:
                     await self.monitor.close()
-                await self._connect(GREETING_LIMIT)
+                await self._connect(min(GREETING_LIMIT, limit))
             monitor = self.monitor
         if monitor is None:  # it ended meanwhile
             raise errors.MonitorError(f"{self.name} has ended")
