@@ -98,10 +98,10 @@ class World:
 
     def step(self, what: str) -> None:
         """Called before everything that somebody outside could see."""
-        if self.host is None:
-            return
         if self.dead:
             raise Killed
+        if self.host is None:
+            return
         self.steps.append(what)
         if len(self.steps) == self.crash_at:
             self.dead = True

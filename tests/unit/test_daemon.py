@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The daemon's own small things; what it does as a whole is for tests/live."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from virtd import __version__
+from virtd.daemon import load_settings
+from virtd.model.settings import Settings
+from virtd.paths import Paths, names
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Paths:
+    paths = Paths(str(tmp_path))
+    os.makedirs(paths.etc)
+    return paths
+
+
+def test_no_settings_are_the_defaults(paths: Paths) -> None:
+    assert load_settings(paths) == (Settings(), None)
+
+
+def test_settings(paths: Paths) -> None:
+    Path(paths.settings).write_text('[log]\nmax_size = "1M"\n')
+    settings, problem = load_settings(paths)
+    assert (settings.log.max_bytes, problem) == (1 << 20, None)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[log", b"[log]\nmax_size = 1", b"\xff", b"x = 1", b'[qemu]\nuser = ""\nuser = ""', b"[" * 5000]
+)
+def test_bad_settings_are_a_problem_and_no_obstacle(paths: Paths, content: bytes) -> None:
+    Path(paths.settings).write_bytes(content)
+    settings, problem = load_settings(paths)
+    assert settings == Settings()
+    assert problem is not None
+    assert problem.message.startswith(paths.settings)
+
+
+def test_settings_that_are_no_file(paths: Paths) -> None:
+    os.mkdir(paths.settings)
+    settings, problem = load_settings(paths)
+    assert settings == Settings()
+    assert problem is not None
+    assert "can't be read" in problem.message
+
+
+def test_paths(tmp_path: Path) -> None:
+    assert Paths().definition("qemu", "web1") == "/etc/virtd/qemu/web1.toml"
+    assert Paths("/x").record("qemu", "web1") == "/x/run/virtd/qemu/web1.json"
+    for name in ("b.toml", "a.toml", ".c.toml.new", ".d.toml", "e.toml~", "f.json"):
+        (tmp_path / name).touch()
+    assert names(str(tmp_path), ".toml") == ["a", "b"]
+    assert names(str(tmp_path / "none"), ".toml") == []
+
+
+def virtd(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", "import sys; from virtd.daemon import main; sys.exit(main())", *arguments]
+
+
+def test_version() -> None:
+    run = subprocess.run(virtd("--version"), cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (run.returncode, run.stdout) == (0, f"virtd {__version__}\n")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["start"], ["--version", "x"]])
+def test_wrong_arguments(arguments: list[str]) -> None:
+    run = subprocess.run(virtd(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 2
+    assert run.stderr.startswith("usage: virtd")
+
+
+def test_it_serves_without_systemd_and_ends_on_sigterm(paths: Paths, tmp_path: Path) -> None:
+    """Run by hand, with no bus and bad settings: it answers, says what is wrong, and ends with status 0 when told."""
+    Path(paths.settings).write_text("nonsense")
+    environ = {
+        "PATH": os.environ["PATH"],
+        "VIRTD_ROOT": str(tmp_path),
+        "DBUS_SYSTEM_BUS_ADDRESS": f"unix:path={tmp_path}/no-bus",
+    }
+    with subprocess.Popen(virtd(), cwd=ROOT, env=environ, stderr=subprocess.DEVNULL) as process:
+        try:
+            status = ask(paths.socket, "org.virtd1.Status", process)["status"]
+            assert (status["pid"], status["version"]) == (process.pid, __version__)
+            assert status["recovered"]["objects"] == 0
+            assert "not run by systemd: nothing is kept over a restart" in status["degraded"]
+            assert any(problem["object"] == "settings" for problem in status["problems"])
+            assert ask(paths.socket, "org.virtd1.List", process) == {"objects": []}
+            with open(f"{paths.run}/daemon.json") as file:
+                assert json.load(file)["pid"] == process.pid
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()
+
+
+def ask(path: str, method: str, process: subprocess.Popen[bytes]) -> dict[str, Any]:
+    """One call, waiting for the daemon to be there."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(path)
+                client.sendall(json.dumps({"method": method}).encode() + b"\0")
+                data = b""
+                while not data.endswith(b"\0"):
+                    data += client.recv(65536)
+                answer: dict[str, Any] = json.loads(data[:-1])["parameters"]
+                return answer
+        except (FileNotFoundError, ConnectionRefusedError):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
