@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,8 @@ class Monitor:
                         await client.connect(self._path)
                         break
                     except ConnectError as exc:
-                        if not isinstance(exc.exc, (FileNotFoundError, ConnectionRefusedError)):
+                        # EINVAL is what asyncio makes of EAGAIN: a QEMU that hangs lets its queue of clients fill.
+                        if getattr(exc.exc, "errno", 0) not in (errno.ENOENT, errno.ECONNREFUSED, errno.EINVAL):
                             raise
                         await asyncio.sleep(RETRY)
         except TimeoutError:
