@@ -33,12 +33,14 @@ import time
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .logfile import LogFile
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -328,7 +330,7 @@ class Pump:
     def _leave(self, channel: _Channel, future: Future[None]) -> None:
         self._let_go(channel)
         self._answer(channel, everything=True)
-        future.set_result(None)
+        _settle(future, None)
 
     def _let_go(self, channel: _Channel) -> None:
         """Forget the channel; it may still lie in a queue, marked as gone."""
@@ -356,7 +358,7 @@ class Pump:
 
     def _drain(self, channel: _Channel, future: Future[int]) -> None:
         if channel.gone:
-            future.set_result(0)
+            _settle(future, 0)
             return
         channel.waiting.append((channel.moved, _fill(channel.fd), future))
         channel.retry_at = 0.0
@@ -473,7 +475,7 @@ class Pump:
             moved = channel.moved - start
             # One byte more than was there, so that an end of file that comes next is told first.
             if everything or moved > wanted:
-                future.set_result(moved)
+                _settle(future, moved)
             else:
                 left.append((start, wanted, future))
         channel.waiting = left
@@ -540,6 +542,12 @@ def _hung_up(fd: int) -> bool:
     poll = select.poll()
     poll.register(fd, 0)
     return bool(poll.poll(0))
+
+
+def _settle(future: Future[T], result: T) -> None:
+    """Tell the result, unless whoever wanted it has gone meanwhile (a follower that hung up)."""
+    if future.set_running_or_notify_cancel():
+        future.set_result(result)
 
 
 def _widen(fd: int) -> int:

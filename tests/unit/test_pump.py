@@ -196,6 +196,18 @@ def test_a_drain_ends_a_nap_and_tells_the_end_first(rig: Rig, monkeypatch: pytes
     assert rig.content("guest").endswith(b"last words\n")
 
 
+def test_a_drain_that_nobody_waits_for_any_more(rig: Rig) -> None:
+    """A follower that hangs up cancels its drain, at any moment; the next one is answered all the same."""
+    write = rig.add("guest")
+    for number in range(50):
+        os.write(write, b"x" * 1000)
+        rig.pump.drain("guest").cancel()
+        rig.pump.drain("guest").result(PATIENCE)
+        assert len(rig.content("guest")) == 1000 * (number + 1)
+    rig.pump.remove("guest").cancel()
+    wait_until(lambda: not rig.pump._by_fd)
+
+
 def test_a_drain_of_a_flood_has_an_end(rig: Rig) -> None:
     write = rig.add("guest", limit=1 << 20, backups=1)
     with Flood(write):
