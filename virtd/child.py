@@ -18,8 +18,9 @@ import contextlib
 import fcntl
 import logging
 import os
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
 
 from . import errors, fdstore, process
 from .logfile import LogFile
@@ -40,8 +41,7 @@ RENEW_EVERY = 1.0  # seconds between two renewals of one log's slot
 PIPE_SIZE = 1 << 20  # pipe(7): the most that an unprivileged process gets; what a guest may say while we are away
 
 
-@dataclass(frozen=True)
-class Services:
+class Services(NamedTuple):
     """What the drivers work with. `units` waits for the connection to systemd, which comes up after the adoption."""
 
     paths: Paths
@@ -52,8 +52,7 @@ class Services:
     unit: str = "virtd.service"  # the daemon's own unit, which holds the slots
 
 
-@dataclass
-class Ends:
+class Ends(msgspec.Struct):
     """The child's ends of its pipes, ours until they are passed on."""
 
     stdin: int
@@ -67,8 +66,7 @@ class Ends:
         self.stdin = self.stdout = self.stderr = -1
 
 
-@dataclass
-class Child:
+class Child(msgspec.Struct):
     """A child of the driver's object `name`. `lost`: the slots that a record promised and the store didn't have."""
 
     services: Services
@@ -79,10 +77,10 @@ class Child:
     invocation_id: str = ""
     console: LogFile | None = None
     stderr: LogFile | None = None
-    lost: list[str] = field(default_factory=list)
-    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
-    _fresh: dict[str, int] = field(default_factory=dict)  # new log files whose slots don't have them yet
-    _renewals: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    lost: list[str] = []
+    _loop: asyncio.AbstractEventLoop = msgspec.field(default_factory=asyncio.get_running_loop)
+    _fresh: dict[str, int] = {}  # new log files whose slots don't have them yet
+    _renewals: dict[str, asyncio.Task[None]] = {}
 
     @property
     def key(self) -> str:

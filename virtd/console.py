@@ -12,8 +12,9 @@ import asyncio
 import contextlib
 import os
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
 
 from . import errors
 
@@ -27,8 +28,7 @@ GRACE = 10.0  # seconds after the daemon's start in which a console that was att
 POLL = 25.0  # seconds after which a follower that waits in vain is told so, and asks again: dead ones don't pile up
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a follower goes on. `fd` (the receiver closes it) only when that is another file than it asked for."""
 
     cursor: Cursor
@@ -83,8 +83,7 @@ class Followers:
                 del self._waiting[key]
 
 
-@dataclass
-class Claim:
+class Claim(msgspec.Struct):
     """Who may type on one console."""
 
     token: str

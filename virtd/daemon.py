@@ -27,12 +27,14 @@ if _ssl is not None:
     sys.modules["ssl"] = _ssl
 
 import contextlib  # noqa: E402
-import json  # noqa: E402
+import gc  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
+
+import msgspec  # noqa: E402
 
 from . import __version__, errors, fdstore, files, journal  # noqa: E402
 from .api import varlink  # noqa: E402
@@ -56,6 +58,7 @@ CODE_ID = "/usr/share/virtd/code-id"
 STORE_MAX = 4096  # FileDescriptorStoreMax= in virtd.service; systemd < 254 doesn't tell
 BUS_RETRY = 1.0
 LISTENER = "varlink"  # FileDescriptorName= in virtd.socket
+GRACE = 0.05  # seconds after READY=1 in which those who waited for it are answered before D-Bus is brought up
 UNITS_LIMIT = 20.0  # seconds that an operation waits for D-Bus to come (back)
 ITSELF = Caller(uid=0, pid=os.getpid(), name="virtd")
 
@@ -70,6 +73,7 @@ class Daemon:
         self._loop = asyncio.get_running_loop()
         self._units: Units | None = None
         self._units_there = asyncio.Event()
+        self._units_wanted = asyncio.Event()
         self._front_end: dbus.Server | None = None
         self._stopping = asyncio.Event()
         self._status_due = False
@@ -93,6 +97,9 @@ class Daemon:
         self._degraded()
         self._announce()
         self._notify(f"READY=1\nSTATUS={self._status()}")
+        # Collecting was off during the imports; none of what they made will ever be garbage.
+        gc.freeze()
+        gc.enable()
         self.host.subscribe(lambda _event, _item: self._status_later())
         self._task(self._watchdog)
         self._task(self._bring_up)
@@ -128,7 +135,7 @@ class Daemon:
         content = {"version": __version__, "pid": os.getpid(), "code_id": code}
         try:
             os.makedirs(self._paths.run, mode=0o755, exist_ok=True)
-            files.write(f"{self._paths.run}/daemon.json", json.dumps(content).encode(), mode=0o644)
+            files.write(f"{self._paths.run}/daemon.json", msgspec.json.encode(content), mode=0o644)
         except (errors.HostError, OSError) as exc:
             log.warning("%s", exc)
 
@@ -151,6 +158,11 @@ class Daemon:
         from .bus import Bus
         from .units import Units
 
+        # Importing gi holds the interpreter's lock for tens of milliseconds: not before the first listing is out.
+        if self.host.settled():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(GRACE):
+                    await self._units_wanted.wait()
         first = True
         while True:
             try:
@@ -240,6 +252,7 @@ class Daemon:
 
     async def _get_units(self) -> Units:
         if not self._units_there.is_set():
+            self._units_wanted.set()
             try:
                 async with asyncio.timeout(UNITS_LIMIT):
                     await self._units_there.wait()

@@ -8,8 +8,9 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from . import __version__, console, errors
 from .child import CONSOLE_LOG, STDERR, STDERR_LOG, STDOUT, Services
@@ -30,8 +31,7 @@ DOUBT = 5.0  # seconds that a listing waits for a domain of which nobody knows y
 Listener = Callable[[str, dict[str, Any]], None]
 
 
-@dataclass(frozen=True)
-class Caller:
+class Caller(msgspec.Struct, frozen=True):
     """Who asks: SO_PEERCRED's answer, or D-Bus's."""
 
     uid: int
@@ -39,21 +39,19 @@ class Caller:
     name: str
 
 
-@dataclass(frozen=True)
-class WithDescriptors:
+class WithDescriptors(msgspec.Struct, frozen=True):
     """A reply with descriptors, which the front end passes on and then closes."""
 
     value: dict[str, Any]
     fds: list[int]
 
 
-@dataclass
-class Recovery:
+class Recovery(msgspec.Struct):
     """What this start found; `ms` from the process's first instruction of ours until the guests were taken back."""
 
     objects: int = 0
     ms: float = 0.0
-    since: str = field(default_factory=now)
+    since: str = msgspec.field(default_factory=now)
 
 
 class Host:
@@ -323,6 +321,10 @@ class Host:
 
     def live(self) -> int:
         return sum(machine.state in ALIVE for machine in self.driver.machines.values())
+
+    def settled(self) -> bool:
+        """Whether it is known of every domain what became of it, so that a listing needn't wait."""
+        return all(machine.settled.is_set() for machine in self.driver.machines.values())
 
     def restore(self, started: float) -> None:
         """The first step of a start; `started` is time.monotonic() at its beginning."""

@@ -26,8 +26,7 @@ import logging
 import os
 import stat
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import HostError
 
@@ -51,8 +50,7 @@ _OPEN = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NOCTTY
 _SPLICE = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """One file of the log: its id ("dev:ino"), its path at the time of asking, its size in bytes."""
 
     file: str
@@ -60,8 +58,7 @@ class Segment:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Cursor:
+class Cursor(NamedTuple):
     """A place in the log: a file's id and the offset of the next byte to read there."""
 
     file: str

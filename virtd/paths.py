@@ -4,22 +4,17 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
 
 
-@dataclass(frozen=True)
 class Paths:
     """The four directories of hier(7) that virtd uses, below `root`."""
 
-    root: str = ""
-    etc: str = field(init=False)
-    run: str = field(init=False)
-    log: str = field(init=False)
-    lib: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        for name, path in (("etc", "/etc"), ("run", "/run"), ("log", "/var/log"), ("lib", "/var/lib")):
-            object.__setattr__(self, name, f"{self.root}{path}/virtd")
+    def __init__(self, root: str = "") -> None:
+        self.root = root
+        self.etc = f"{root}/etc/virtd"
+        self.run = f"{root}/run/virtd"
+        self.log = f"{root}/var/log/virtd"
+        self.lib = f"{root}/var/lib/virtd"
 
     def definition(self, driver: str, name: str) -> str:
         return f"{self.etc}/{driver}/{name}.toml"

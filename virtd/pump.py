@@ -32,8 +32,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,8 +67,7 @@ LAST_WORDS = 5.0
 """Seconds that a guest's last bytes are kept in the pipe for a file that doesn't take them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Loss:
+class Loss(NamedTuple):
     """A log that can't be written: since when (seconds since the epoch), why, bytes dropped so far, and whether it
     is over.
     """

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime as dt
 import os
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -84,8 +83,7 @@ def encode(record: Record) -> bytes:
     return msgspec.json.format(msgspec.json.encode(unknown | table), indent=1) + b"\n"
 
 
-@dataclass(frozen=True)
-class Quarantined:
+class Quarantined(msgspec.Struct, frozen=True):
     """A record that couldn't be read: where it was, where it is now, and why."""
 
     driver: str
@@ -95,12 +93,11 @@ class Quarantined:
     reason: str
 
 
-@dataclass(frozen=True)
-class Loaded:
+class Loaded(msgspec.Struct, frozen=True):
     """What a driver's directory held."""
 
-    records: dict[str, Record] = field(default_factory=dict)
-    quarantined: list[Quarantined] = field(default_factory=list)
+    records: dict[str, Record] = {}
+    quarantined: list[Quarantined] = []
 
 
 class Records:

@@ -12,8 +12,9 @@ import contextlib
 import os
 import re
 import signal
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+
+import msgspec
 
 from . import errors
 from .bus import BusError, Var
@@ -66,8 +67,7 @@ EXEC_STATUS: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class UnitSpec:
+class UnitSpec(msgspec.Struct, frozen=True):
     """What a child's unit shall be. `environment` is all that the child gets, besides what systemd itself sets.
 
     `properties` are more of them, for the sandbox and limits: (D-Bus name, signature, value).
@@ -84,8 +84,7 @@ class UnitSpec:
     properties: tuple[tuple[str, str, Any], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class UnitState:
+class UnitState(msgspec.Struct, frozen=True):
     """A unit as PID 1 sees it.
 
     `load`, `active`, `sub` and `result` are systemd's words. `main_pid` is 0 when no process runs. `exec_code` is one

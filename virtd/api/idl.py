@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 _METHOD = re.compile(r"^method (\w+)\(([^)]*)\) ->", re.MULTILINE)
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -23,8 +22,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class Parameter:
+class Parameter(NamedTuple):
     """One parameter: `?` makes it optional, `[]` a list."""
 
     name: str

@@ -16,7 +16,6 @@ import pwd
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -62,12 +61,13 @@ async def _value(result: Awaitable[Any], key: str) -> dict[str, Any]:
     return {key: await result}
 
 
-@dataclass(frozen=True)
 class Refused(Exception):
     """A call that isn't one: an error of org.varlink.service."""
 
-    name: str
-    parameters: dict[str, str]
+    def __init__(self, name: str, parameters: dict[str, str]) -> None:
+        super().__init__(name)
+        self.name = name
+        self.parameters = parameters
 
 
 class Server:

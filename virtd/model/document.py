@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from typing import Any, TypeVar, get_type_hints
 
 import msgspec
@@ -13,9 +12,9 @@ from .. import errors
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-_AT = re.compile(r"(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?", re.DOTALL)
-_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
-_MISSING = re.compile(r"Object missing required field `(.*)`")
+_AT = r"(?s)(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?"
+_UNKNOWN = r"(?s)Object contains unknown field `(.*)`"
+_MISSING = r"Object missing required field `(.*)`"
 
 LIMIT = 1 << 20  # a definition of more than 1 MiB is a mistake (a disk image, most likely)
 
@@ -24,6 +23,8 @@ def decode(text: str, source: str, kind: type[T]) -> T:
     """A `kind` made of the TOML in `text`; raises InvalidDefinition, whose `file` is `source`."""
     if len(text) > LIMIT:
         raise errors.InvalidDefinition(source, "", f"expected a definition in TOML, got {len(text)} characters")
+    import tomllib  # 2 ms: a daemon whose guests all run need not read a definition before it answers
+
     try:
         table = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as exc:
@@ -36,9 +37,9 @@ def decode(text: str, source: str, kind: type[T]) -> T:
 
 def _explain(exc: msgspec.ValidationError, source: str, kind: type[msgspec.Struct]) -> errors.InvalidDefinition:
     """msgspec's message, taken apart: "Expected `int`, got `str` - at `$.disk[0].path`"."""
-    match = _AT.fullmatch(str(exc))
+    match = re.fullmatch(_AT, str(exc))
     what, path = (match["what"], match["path"] or "") if match else (str(exc), "")
-    if unknown := _UNKNOWN.fullmatch(what):
+    if unknown := re.fullmatch(_UNKNOWN, what):
         import difflib  # 3 ms that only a mistake needs
 
         known = _fields(kind, path)
@@ -49,7 +50,7 @@ def _explain(exc: msgspec.ValidationError, source: str, kind: type[msgspec.Struc
             "unknown key",
             hint=f"Did you mean {close[0]}?" if close else f"Keys here: {', '.join(known)}.",
         )
-    if missing := _MISSING.fullmatch(what):
+    if missing := re.fullmatch(_MISSING, what):
         return errors.InvalidDefinition(source, _join(path, missing[1]), "expected this key, which is missing")
     return errors.InvalidDefinition(source, path, what[:1].lower() + what[1:].replace("`", ""))
 

@@ -16,11 +16,12 @@ import msgspec
 from .. import errors
 from . import document, size
 
-NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,63})")
-UUID = re.compile(r"[0-9A-Fa-f]{8}(-?)(?:[0-9A-Fa-f]{4}\1){3}[0-9A-Fa-f]{12}")
-MAC = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}")
-MACHINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-CPU = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*(?:,[+-]?[A-Za-z0-9._-]+(?:=(?:on|off))?)*")
+# Not compiled here: a daemon that takes running guests over has no definition to check.
+NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,63})"
+UUID = r"[0-9A-Fa-f]{8}(-?)(?:[0-9A-Fa-f]{4}\1){3}[0-9A-Fa-f]{12}"
+MAC = r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}"
+MACHINE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+CPU = r"[A-Za-z0-9][A-Za-z0-9._+-]*(?:,[+-]?[A-Za-z0-9._-]+(?:=(?:on|off))?)*"
 
 MEMORY_MIN = 1 << 20
 MEMORY_MAX = 4 << 40  # x86 guests of QEMU 10 end there on q35 without special CPUs; a typo of unit is the usual cause
@@ -54,6 +55,13 @@ class OnCrash(StrEnum):
     STOP = "stop"
     KEEP = "keep"
     RESTART = "restart"
+
+
+class Console(StrEnum):
+    """What the guest sees as its console: a UART, byte by byte, or virtio, ten times as fast."""
+
+    SERIAL = "serial"
+    VIRTIO = "virtio"
 
 
 class Boot(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -105,6 +113,7 @@ class Domain(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     on_reboot: OnReboot = OnReboot.RESET
     on_crash: OnCrash = OnCrash.STOP
     rng: bool = True
+    console: Console = Console.SERIAL
     boot: Boot = Boot()
     disk: tuple[Disk, ...] = ()
     cdrom: tuple[Cdrom, ...] = ()
@@ -133,7 +142,7 @@ def check(domain: Domain, source: str) -> None:
     def refuse(key: str, expected: str, hint: str = "") -> errors.InvalidDefinition:
         return errors.InvalidDefinition(source, key, expected, hint=hint)
 
-    if not NAME.fullmatch(domain.name):
+    if not re.fullmatch(NAME, domain.name):
         raise refuse(
             "name",
             "expected 1 to 64 letters, digits, '.', '_' or '-', the first one no '.' or '-', "
@@ -150,9 +159,9 @@ def check(domain: Domain, source: str) -> None:
         raise refuse("memory", f'expected a size such as "256M" or "2G", got {shown(domain.memory)}') from None
     if not MEMORY_MIN <= memory <= MEMORY_MAX:
         raise refuse("memory", f"expected 1M to {size.show(MEMORY_MAX)}, got {shown(domain.memory)}")
-    if not MACHINE.fullmatch(domain.machine):
+    if not re.fullmatch(MACHINE, domain.machine):
         raise refuse("machine", f'expected a QEMU machine type such as "q35", got {shown(domain.machine)}')
-    if domain.cpu is not None and not CPU.fullmatch(domain.cpu):
+    if domain.cpu is not None and not re.fullmatch(CPU, domain.cpu):
         raise refuse("cpu", f'expected a CPU model such as "host" or "max,-avx2", got {shown(domain.cpu)}')
     if domain.boot.kernel is None and (domain.boot.initrd is not None or domain.boot.cmdline):
         raise refuse("boot.kernel", "expected a kernel, since boot.initrd or boot.cmdline is set")
@@ -177,7 +186,7 @@ def check(domain: Domain, source: str) -> None:
         if nic.mac is None:
             continue
         mac = nic.mac.lower()
-        if not MAC.fullmatch(mac) or int(mac[:2], 16) & 1:
+        if not re.fullmatch(MAC, mac) or int(mac[:2], 16) & 1:
             raise refuse(
                 f"nic[{index}].mac", f"expected a unicast address such as 52:54:00:12:34:56, got {shown(nic.mac)}"
             )
@@ -201,7 +210,7 @@ def paths(domain: Domain) -> list[tuple[str, str]]:
 def canonical_uuid(text: str) -> str | None:
     """The UUID in lower case with hyphens, or None when `text` isn't one."""
     # uuid.UUID alone takes much more for one: digits of other scripts, underscores, "urn:" anywhere.
-    return str(uuidlib.UUID(text)) if UUID.fullmatch(text) else None
+    return str(uuidlib.UUID(text)) if re.fullmatch(UUID, text) else None
 
 
 def shown(value: object) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
-_SIZE = re.compile(r"\s*(\d{1,18})\s*([KMGTP]?)(?:i?B)?\s*", re.IGNORECASE | re.ASCII)
+_SIZE = r"\s*(\d{1,18})\s*([KMGTP]?)(?:i?B)?\s*"
 
 
 def parse(value: str | int) -> int:
@@ -15,7 +15,7 @@ def parse(value: str | int) -> int:
         if isinstance(value, bool) or value < 0:
             raise ValueError(value)
         return value
-    match = _SIZE.fullmatch(value)
+    match = re.fullmatch(_SIZE, value, re.IGNORECASE | re.ASCII)
     if match is None:
         raise ValueError(value)
     return int(match[1]) * _UNITS[match[2].upper()]

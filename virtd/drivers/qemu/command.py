@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
-from ...model.domain import Domain, Format, OnCrash, OnPoweroff, OnReboot
+from ...model.domain import Console, Domain, Format, OnCrash, OnPoweroff, OnReboot
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
-@dataclass(frozen=True)
-class Host:
+class Host(msgspec.Struct, frozen=True):
     """What the command line must know of the host."""
 
     binary: str
@@ -70,9 +69,12 @@ def argv(domain: Domain, uuid: str, host: Host) -> list[str]:
         "-chardev", f"pipe,id=events,path={_escape(events(host.runtime))}",
         "-mon", "chardev=events,mode=control",
         "-chardev", "stdio,id=serial0,signal=off",
-        "-serial", "chardev:serial0",
     ]
     # fmt: on
+    if domain.console is Console.VIRTIO:
+        arguments += ["-device", "virtio-serial-pci", "-device", "virtconsole,chardev=serial0"]
+    else:
+        arguments += ["-serial", "chardev:serial0"]
     if domain.machine.startswith(("q35", "pc")):
         arguments += ["-device", "pvpanic"]
     if domain.rng:

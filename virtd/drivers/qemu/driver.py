@@ -8,14 +8,16 @@ import logging
 import os
 import re
 import uuid as uuidlib
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from ... import errors, files, journal
 from ...messages import Message
 from ...model import domain as model
 from ...model.state import Cause, State, require
 from ...paths import names
+from ...process import boot_id
 from ...records import Record, Records, now
 from ...units import object_name
 from . import command, operations, starting
@@ -31,18 +33,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 AT_ONCE = 8  # starts in parallel at boot; more only slow each other down on a small host
-_AUTOSTART = re.compile(r"^autostart[ \t]*=[ \t]*(?:true|false)\b", re.MULTILINE)
-_TABLE = re.compile(r"^[ \t]*\[", re.MULTILINE)
+_AUTOSTART = r"(?m)^autostart[ \t]*=[ \t]*(?:true|false)\b"
+_TABLE = r"(?m)^[ \t]*\["
 
 
-@dataclass
-class Found:
+class Found(msgspec.Struct):
     """What a start of the daemon found, by name."""
 
-    adopted: list[str] = field(default_factory=list)
-    ended: list[str] = field(default_factory=list)
-    rolled_back: list[str] = field(default_factory=list)
-    rebuilt: list[str] = field(default_factory=list)
+    adopted: list[str] = []
+    ended: list[str] = []
+    rolled_back: list[str] = []
+    rebuilt: list[str] = []
 
 
 class Driver:
@@ -54,7 +55,9 @@ class Driver:
         self.machines: dict[str, Machine] = {}
         self.problems: dict[str, Problem] = {}
         self.found = Found()
-        self._shared = Shared(services, Records(services.paths, DRIVER), settings, self._published, self._next_id)
+        self._shared = Shared(
+            services, Records(services.paths, DRIVER), settings, self._published, self._next_id, boot_id()
+        )
         self._last_id = 0
 
     # Start-up
@@ -205,7 +208,8 @@ class Driver:
             try:
                 with open(path, encoding="utf-8") as file:
                     text = file.read()
-                domain = model.parse(text, path)
+                known = self.machines.get(name)
+                domain = (known.parsed(text) if known is not None else None) or model.parse(text, path)
                 if domain.name != name:
                     raise errors.InvalidDefinition(
                         path, "name", f'expected "{name}", as the file is called, got "{domain.name}"'
@@ -293,10 +297,10 @@ class Driver:
         if machine.definition.autostart == enable:
             return False
         text = machine.definition_text
-        table = _TABLE.search(text)
+        table = re.search(_TABLE, text)
         head, tail = (text[: table.start()], text[table.start() :]) if table else (text, "")
         line = f"autostart = {str(enable).lower()}"
-        head, count = _AUTOSTART.subn(line, head, count=1)
+        head, count = re.subn(_AUTOSTART, line, head, count=1)
         text = head + tail if count else f"{line}\n{text}"
         domain = model.parse(text, machine.source)
         if domain.autostart != enable:

@@ -3,23 +3,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from ...model.state import Cause, State
 from ...records import Exit, stamp
 from ...units import UnitState, signal_name
 
 CLD_EXITED = 1  # siginfo(2); KILLED is 2, DUMPED 3
-TERMINATING = re.compile(r"terminating on signal (\d+) from pid (\d+) \((.*)\)")  # QEMU's own words on stderr
+TERMINATING = r"terminating on signal (\d+) from pid (\d+) \((.*)\)"  # QEMU's own words on stderr
 TAIL = 1 << 16  # the last events tell; a guest can make any number of them
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(msgspec.Struct, frozen=True):
     """What a person asked for last: `verb` (shutdown, stop, kill, reboot), `by` whom, `at` when."""
 
     verb: str
@@ -27,8 +26,7 @@ class Request:
     at: str
 
 
-@dataclass(frozen=True)
-class End:
+class End(msgspec.Struct, frozen=True):
     """The verdict, ready for the record."""
 
     state: State
@@ -41,6 +39,8 @@ def read_events(stem: str) -> list[dict[str, Any]]:
 
     The file is QEMU's, which its guest may have taken over: anything can be in it.
     """
+    import json  # 1 ms, which no start of the daemon needs to spend
+
     try:
         with open(f"{stem}.out", "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -98,7 +98,7 @@ def judge(
         return end(State.CRASHED, "the guest's kernel panicked", Cause.PANIC)
     if why == "host-signal":
         # QEMU catches SIGTERM, SIGINT and SIGHUP and exits with status 0: only its own words tell which it was.
-        said = TERMINATING.search(words)
+        said = re.search(TERMINATING, words)
         killer = signal_name(int(said[1])) if said else "SIGTERM"
         sender = f" from {said[3]} (PID {said[2]})" if said else ""
         return end(State.CRASHED, f"killed by {killer}{sender}", Cause.KILLED)

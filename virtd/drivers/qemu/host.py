@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import grp
 import os
-import platform
 import pwd
 import stat
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from ... import errors
 from ...model import domain as model
@@ -23,8 +23,7 @@ PLACES = ("/usr/bin", "/usr/libexec", "/usr/local/bin")
 ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64", "i686": "i386"}
 
 
-@dataclass(frozen=True)
-class Account:
+class Account(msgspec.Struct, frozen=True):
     """Whom the guests run as."""
 
     user: str
@@ -63,7 +62,7 @@ def binary(settings: Qemu) -> str:
     if settings.binary:
         candidates = [settings.binary]
     else:
-        machine = platform.machine()
+        machine = os.uname().machine
         name = f"qemu-system-{ARCHITECTURES.get(machine, machine)}"
         candidates = [f"{place}/{name}" for place in PLACES] + ["/usr/libexec/qemu-kvm"]
     for candidate in candidates:
@@ -121,8 +120,7 @@ def memory_total() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-@dataclass(frozen=True)
-class Owner:
+class Owner(msgspec.Struct, frozen=True):
     """Whose a file was before a guest was given it."""
 
     path: str

@@ -7,10 +7,11 @@ import asyncio
 import contextlib
 import logging
 import os
-from dataclasses import astuple
 from typing import TYPE_CHECKING
 
-from ... import errors, fdstore, files, journal
+import msgspec
+
+from ... import __version__, errors, fdstore, files, journal
 from ...child import Child, Ends
 from ...messages import Message
 from ...model.state import State
@@ -119,7 +120,9 @@ class _Start:
             slots={name: _identity(fd) for name, fd in descriptors.items()},
             data={
                 "definition": machine.definition_text,
-                "owners": [list(astuple(owner)) for owner in owners],
+                "parsed": msgspec.to_builtins(self.domain),
+                "parsed_by": __version__,
+                "owners": [list(msgspec.structs.astuple(owner)) for owner in owners],
                 "request": None,
             },
         )
