@@ -9,7 +9,8 @@ It takes virtd's own command line. The kernel's command line (-append) steers it
     deaf               ignore the power button
     slow-exit=SECONDS  be that long about an end by `quit` or the power button
 
-A line on its console is obeyed: `echo WORD`, `poweroff`, `reset`, `panic`, `die SIGNAL`, `complain TEXT` (on stderr).
+A line on its console is obeyed: `echo WORD`, `burst N` (N lines, and then it powers off), `poweroff`, `reset`,
+`panic`, `die SIGNAL`, `complain TEXT` (on stderr).
 """
 
 from __future__ import annotations
@@ -161,6 +162,9 @@ class Machine:
             match verb:
                 case "echo":
                     self.console(f"{rest}\n")
+                case "burst":
+                    self.console("".join(f"line {number}\n" for number in range(int(rest))))
+                    self.off()
                 case "complain":
                     self.complain(rest)
                 case "poweroff":

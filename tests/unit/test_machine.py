@@ -325,6 +325,16 @@ async def test_an_end_and_its_cause(
 
 
 @on_loop
+async def test_the_last_words_are_in_the_log_when_the_end_is_told(world: World) -> None:
+    async with world.daemon() as host:
+        await world.run("web1")
+        world.type("web1", "burst 5000")
+        item = await host.wait("web1", ["stopped"], 20)
+        assert item["reason"] == "powered off by itself"
+        assert world.console("web1").splitlines() == [f"line {number}" for number in range(5000)]
+
+
+@on_loop
 async def test_kill(world: World) -> None:
     async with world.daemon() as host:
         await world.run("web1")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from virtd import errors
 from virtd.messages import Message
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -158,6 +160,9 @@ async def crash_everywhere(
                     return seen
                 seen.append(world.steps[-1])  # type: ignore[unreachable]  # the context manager swallows Killed
                 async with world.daemon() as host:
+                    machine = host.driver.machines["web1"]
+                    if machine.request is not None:  # what was cut off is finished in the background
+                        await asyncio.wait_for(machine.over.wait(), 20)
                     info = await host.info("web1")
                     where = f"killed before step {crash_at}, {world.steps}: {info}"
                     if info["state"] == "running":
@@ -198,3 +203,52 @@ async def test_killed_at_every_step_of_a_stop(tmp_path: Path, monkeypatch: pytes
     seen = await crash_everywhere(tmp_path, monkeypatch, "stop", running=True)
     assert sum("FDSTOREREMOVE=1" in step for step in seen) == 5
     assert "collect virtd-qemu-web1.service" in seen
+
+
+@on_loop
+async def test_killed_at_every_step_of_a_reboot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guest is rebooted by the next daemon, or not at all; and its power button is what it was."""
+    crash_at, finished = 0, False
+    seen: list[str] = []
+    while not finished:
+        crash_at += 1
+        with monkeypatch.context() as patch:
+            (tmp_path / str(crash_at)).mkdir()
+            world = World(tmp_path / str(crash_at), patch)
+            try:
+                async with world.daemon() as host:
+                    pid = await world.run("web1")
+                    world.steps, world.crash_at = [], crash_at
+                    await world.unless_crashed(host.reboot("web1", force=False, timeout=20, by=ROOT))
+                    finished = True
+                seen.append(world.steps[-1])
+                async with world.daemon() as host:
+                    machine = host.driver.machines["web1"]
+                    await until(lambda machine=machine: machine.request is None)
+                    where = f"killed before step {crash_at}, {seen[-1]}: {machine.reason}"
+                    assert (machine.state, (await host.info("web1"))["pid"]) == ("running", pid), where
+                    assert machine.problems == {}, where
+                    assert (await host.shutdown("web1", None, by=ROOT))["changed"] is True, where
+                    assert (await host.info("web1"))["exit"]["cause"] == "shutdown", where
+            finally:
+                world.close()
+    assert {"qmp set-action", "qmp system_powerdown", "qmp system_reset", "qmp cont"} <= set(seen)
+
+
+@on_loop
+async def test_a_reboot_that_was_cut_off_and_is_ignored_is_given_up(make_world: Callable[..., World]) -> None:
+    world = make_world()
+    world.settings = type(world.settings)(binary=world.settings.binary, shutdown_timeout=0.2)
+    async with world.daemon() as host:
+        await world.run("web1", "deaf")
+        reboot = asyncio.ensure_future(host.reboot("web1", force=False, timeout=600, by=ROOT))
+        await until(lambda: "qmp system_powerdown" in world.steps)
+        reboot.cancel()
+        await asyncio.gather(reboot, return_exceptions=True)
+    async with world.daemon() as host:
+        machine = host.driver.machines["web1"]
+        await until(lambda: "did not shut down" in machine.reason)
+        assert machine.problems == {}
+        world.type("web1", "poweroff")
+        await machine.over.wait()
+        assert machine.reason == "powered off by itself"

@@ -24,6 +24,7 @@ from tests.unit.fake_units import FakeUnits
 from virtd import files, records
 from virtd.child import Services
 from virtd.drivers.qemu.host import Account
+from virtd.drivers.qemu.monitor import Monitor
 from virtd.fdstore import Store
 from virtd.fdstore.notify import connect
 from virtd.host import Caller, Host
@@ -93,6 +94,13 @@ class World:
         assert defaults is not None
         monkeypatch.setitem(defaults, "send", self._journal)
         self.units.step = self.step
+        real = Monitor.execute
+
+        async def execute(monitor: Monitor, command: str, *args: Any, **kwargs: Any) -> Any:
+            self.step(f"qmp {command}")
+            return await real(monitor, command, *args, **kwargs)
+
+        monkeypatch.setattr(Monitor, "execute", execute)
         for module, name in ((files, "write"), (files, "remove"), (shutil, "rmtree")):
             monkeypatch.setattr(module, name, self._stepping(name, getattr(module, name)))
 

@@ -106,7 +106,7 @@ class Driver:
             elif result:
                 getattr(self.found, result.replace(" ", "_")).append(machine.name)
                 if result == "adopted":
-                    machine.spawn(operations.finish_reboot(machine), "reboot")
+                    machine.spawn(operations.finish(machine), "finish")
         slots = {name.split("/")[1] for name in self._services.store.names() if name.startswith(f"{DRIVER}/")}
         recorded = {machine.name for machine in machines}
         for name in sorted((present | slots) - recorded):

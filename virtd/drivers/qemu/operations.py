@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import time
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ from ...model.state import State, require
 
 if TYPE_CHECKING:
     from .machine import Machine
+
+log = logging.getLogger(__name__)
 
 QUIT_LIMIT = 5.0  # seconds for QEMU to flush its disks and exit when told to
 TERM_LIMIT = 5.0
@@ -126,49 +129,56 @@ async def reboot(machine: Machine, *, force: bool, timeout: float, by: str) -> b
             return True
         machine.note(State.RUNNING, f"asked to reboot by {by}", data=machine.ask("reboot", by))
         machine.guest_off.clear()
-        # There is no reboot button: the guest is shut down with QEMU told to stay, and then reset.
-        await machine.command("set-action", {"shutdown": "pause"})
-        try:
-            await machine.command("system_powerdown")
-            async with asyncio.timeout(timeout):
-                while not await _off_or_over(machine, PRESS_AGAIN):
-                    await machine.command("system_powerdown")
-            await _reset(machine, by)
-        except TimeoutError:
-            await machine.command("set-action", {"shutdown": _poweroff(machine)})
-            # A request still, so that the button in the event journal isn't taken for the host's own shutdown.
-            machine.note(
-                State.RUNNING,
-                f"did not shut down to be rebooted within {timeout:.0f} s",
-                data=machine.ask("reboot given up", by),
-            )
-            raise errors.TimedOut(
-                f"{machine.name} did not shut down within {timeout:.0f} s to be rebooted",
-                hint=f"Reset it at once: virtctl reboot --force {machine.name}.",
-            ) from None
+        await _press_and_reset(machine, timeout, by)
         return True
 
 
-async def finish_reboot(machine: Machine) -> None:
-    """After a restart of the daemon: a reboot that was under way is brought to its end, whatever stage it was in."""
+async def finish(machine: Machine) -> None:
+    """After a restart of the daemon: what was asked of the guest before is done, whatever stage it was in."""
     request = machine.request
-    if request is None or request.verb != "reboot" or not machine.alive:
+    if request is None or not machine.alive:
         return
-    if machine.guest_off.is_set():
-        await _reset(machine, request.by)
-    elif machine.monitor is not None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(machine.shared.settings.shutdown_timeout):
-                while not await _off_or_over(machine, PRESS_AGAIN):
-                    pass
-            await _reset(machine, request.by)
+    limit = machine.shared.settings.shutdown_timeout
+    try:
+        match request.verb:
+            case "stop":
+                await stop(machine, request.by)
+            case "shutdown" if machine.state is State.STOPPING:
+                await shutdown(machine, limit, request.by)
+            case "reboot":
+                await _press_and_reset(machine, limit, request.by)
+    except errors.VirtdError as exc:  # nobody waits for the answer any more
+        log.warning("What a restart of virtd cut off: %s", exc)
 
 
-async def _off_or_over(machine: Machine, limit: float) -> bool:
-    """Whether the guest is off and QEMU waits, within `limit` seconds.
+async def _press_and_reset(machine: Machine, timeout: float, by: str) -> None:
+    """There is no reboot button: the guest is shut down with QEMU told to stay, and then reset. Raises TimedOut."""
+    # One whose reboot was cut off may be off, or waiting for its reset, or may never have heard of it.
+    if (await machine.command("query-status")).get("status") == "shutdown":
+        machine.guest_off.set()
+    await machine.command("set-action", {"shutdown": "pause"})
+    try:
+        async with asyncio.timeout(timeout):
+            while not machine.guest_off.is_set():
+                await machine.command("system_powerdown")
+                await _off_or_over(machine, PRESS_AGAIN)
+    except TimeoutError:
+        await machine.command("set-action", {"shutdown": _poweroff(machine)})
+        # A request still, so that the button in the event journal isn't taken for the host's own shutdown.
+        machine.note(
+            State.RUNNING,
+            f"did not shut down to be rebooted within {timeout:.0f} s",
+            data=machine.ask("reboot given up", by),
+        )
+        raise errors.TimedOut(
+            f"{machine.name} did not shut down within {timeout:.0f} s to be rebooted",
+            hint=f"Reset it at once: virtctl reboot --force {machine.name}.",
+        ) from None
+    await _reset(machine, by)
 
-    Raises InvalidState when all of it has ended instead.
-    """
+
+async def _off_or_over(machine: Machine, limit: float) -> None:
+    """Wait, `limit` seconds at most, until the guest is off and QEMU waits. Raises InvalidState if all has ended."""
     events = [asyncio.ensure_future(event.wait()) for event in (machine.guest_off, machine.over)]
     try:
         await asyncio.wait(events, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
@@ -177,7 +187,6 @@ async def _off_or_over(machine: Machine, limit: float) -> bool:
             event.cancel()
     if machine.over.is_set():
         raise errors.InvalidState(f"{machine.name} ended instead of rebooting: {machine.reason}")
-    return machine.guest_off.is_set()
 
 
 async def _reset(machine: Machine, by: str) -> None:
