@@ -120,6 +120,13 @@ def judge(
     return end(State.STOPPED, "ended", Cause.UNKNOWN)
 
 
+def how(unit: UnitState | None) -> str:
+    """How a process ended, for one of which nothing else is known."""
+    if (killer := _signal(unit)) is not None:
+        return f"was killed by {killer}"
+    return "ended at once" if unit is None else f"exited with status {unit.exec_status}"
+
+
 def _signal(unit: UnitState | None) -> str | None:
     if unit is None or unit.exec_code in (0, CLD_EXITED) or not unit.exec_status:
         return None

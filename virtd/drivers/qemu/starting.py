@@ -17,7 +17,7 @@ from ...messages import Message
 from ...model.state import State
 from ...records import Record, now
 from ...units import UnitSpec
-from . import command, sandbox
+from . import command, ends, sandbox
 from . import host as hostinfo
 from .machine import DRIVER, Machine, Problem
 
@@ -185,7 +185,9 @@ class _Start:
         try:
             await asyncio.wait((attaching, ended), return_when=asyncio.FIRST_COMPLETED)
             if ended.done():
-                raise errors.StartFailed("QEMU ended at once")
+                units = await self.services.units()
+                how = ends.how(await units.ended(machine.unit))
+                raise errors.StartFailed(f"Cannot start {machine.name}: {self.host.binary} {how}")
             if (problem := machine.problems.pop("monitor", None)) is not None:
                 raise errors.StartFailed(problem.text)
         finally:
