@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One lab for all live tests of a run, with virtd in it; each test begins without domains and with a fresh daemon.
 
-VIRTD_SUITE chooses the lab's suite (trixie by default). VIRTD_KEEP_LAB=1 leaves it running for a look afterwards.
+VIRTD_SUITE chooses the lab's suite (trixie by default). VIRTD_KEEP_LAB=1 leaves it running for a look afterwards;
+VIRTD_LAB=NAME uses a lab that is up already, as it is.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ def packages() -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def booted(packages: dict[str, Path]) -> Iterator[Lab]:
+def booted(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    if "VIRTD_LAB" in os.environ:
+        yield Lab(os.environ["VIRTD_LAB"])
+        return
+    packages: dict[str, Path] = request.getfixturevalue("packages")
     name = f"live-{os.getpid()}"
     lab = Lab(name)
     try:
