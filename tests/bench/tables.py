@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Figures as a person reads them: milliseconds and MiB, virtd's first, and what libvirt's is to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Figures = dict[str, Any]
+
+
+def restart(figures: Figures) -> list[str]:
+    lines = [f"from the command to a fresh connection's complete listing; ms, median of {figures['runs']} (fastest)"]
+    for way in ("restart", "kill"):
+        lines += ["", f"{way:<16}{_heads(figures[way])}"]
+        lines += _by_guests(figures[way])
+    if tail := figures.get("tail"):
+        lines += [
+            "",
+            f"virtd, {tail['runs']} in a row: median {_ms(tail['median'])} ms, slowest {_ms(tail['max'])} ms",
+        ]
+    return lines
+
+
+def listing(figures: Figures) -> list[str]:
+    return [
+        f"the whole process; ms, median of {figures['runs']} (fastest)", "",
+        f"{'':<16}{_heads(figures['list'])}", *_by_guests(figures["list"]),
+    ]  # fmt: skip
+
+
+def start(figures: Figures) -> list[str]:
+    lines = ["s, median (fastest)", "", f"{'':<16}{'one by one':>18}{str(figures['at_once']) + ' at once':>18}"]
+    for name, one in figures["one"].items():
+        together = figures["together"].get(name)
+        cells = [f"{one['median']:.3f} ({one['min']:.3f})"]
+        cells += [f"{together['median']:.2f} ({together['min']:.2f})"] if together else []
+        lines.append(f"{name:<16}" + "".join(f"{cell:>18}" for cell in cells))
+    if "libvirt" in figures["one"]:
+        ratios = [figures[key]["virtd"]["median"] / figures[key]["libvirt"]["median"] for key in ("one", "together")]
+        lines.append(f"{'ratio':<16}{ratios[0]:>18.2f}{ratios[1]:>18.2f}")
+    return lines
+
+
+def memory(figures: Figures) -> list[str]:
+    lines = ["PSS in MiB (libvirt: libvirtd and virtlogd)"]
+    for how in ("started", "adopted"):
+        counts = list(next(iter(figures[how].values())))
+        lines += ["", f"{how:<16}" + "".join(f"{count + ' guests':>18}" for count in counts)]
+        lines += [
+            f"{name:<16}" + "".join(f"{values[count]:>18.1f}" for count in counts)
+            for name, values in figures[how].items()
+        ]
+    return lines
+
+
+def _heads(by_peer: dict[str, Figures]) -> str:
+    return "".join(f"{count + ' guests':>18}" for count in next(iter(by_peer.values())))
+
+
+def _by_guests(by_peer: dict[str, Figures]) -> list[str]:
+    """A line for each peer, a column for each number of guests, and the ratio of the medians."""
+    lines = []
+    for name, values in by_peer.items():
+        cells = (f"{_ms(value['median'])} ({_ms(value['min'])})" for value in values.values())
+        lines.append(f"{name:<16}" + "".join(f"{cell:>18}" for cell in cells))
+    if "libvirt" in by_peer:
+        ratios = (value["median"] / by_peer["libvirt"][count]["median"] for count, value in by_peer["virtd"].items())
+        lines.append(f"{'ratio':<16}" + "".join(f"{ratio:>18.2f}" for ratio in ratios))
+    return lines
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:.0f}"
+
+
+TABLES: dict[str, Callable[[Figures], list[str]]] = {
+    "restart": restart,
+    "list": listing,
+    "start": start,
+    "memory": memory,
+}
