@@ -104,7 +104,7 @@ class Demo:
         done = self.lab.run("python3", "/root/probe.py", command, *(["after"] if after else []), timeout=180)
         ms = int(done.stdout.split()[0])
         self.words += 1
-        answered = self.console.ask(f"word-{self.words}")
+        answered = self.console.ask(f"word-{self.words}", 60)
         info = self.lab.info(GUEST)
         log_now, shown_now = check(self.lab.console(GUEST)), self.snapshot()
         row = Row(
@@ -184,10 +184,10 @@ def story(lab: Lab, old: str, new: str) -> int:
     lab.define(GUEST, cmdline=f"virtd.rate={RATE}")
     say(f"virtctl start {GUEST}: a real Linux guest that prints {RATE} numbered lines a second on its serial console")
     lab.virtctl("start", GUEST)
-    lab.wait("the guest's console", lambda: check(lab.console(GUEST)).lines > RATE)
+    lab.wait("the guest's console", lambda: check(lab.console(GUEST)).lines > RATE, 120)
     demo = Demo(lab)
     try:
-        if not demo.console.ask("word-0"):
+        if not demo.console.ask("word-0", 60):
             raise Failed("the guest doesn't answer on its console")
         demo.event("systemctl restart virtd", "systemctl restart virtd.service")
         demo.event("kill -9 of the daemon", "kill -9 $(systemctl show -P MainPID virtd.service)")

@@ -57,6 +57,7 @@ log = logging.getLogger("virtd")
 CODE_ID = "/usr/share/virtd/code-id"
 STORE_MAX = 4096  # FileDescriptorStoreMax= in virtd.service; systemd < 254 doesn't tell
 BUS_RETRY = 1.0
+NAME_RETRY = 10.0
 LISTENER = "varlink"  # FileDescriptorName= in virtd.socket
 GRACE = 0.05  # seconds after READY=1 in which those who waited for it are answered before D-Bus is brought up
 UNITS_LIMIT = 20.0  # seconds that an operation waits for D-Bus to come (back)
@@ -179,10 +180,12 @@ class Daemon:
             try:
                 if first:
                     await self._recover()
-                await self._serve_bus(bus)
                 if first:
                     first = False
                     self._task(self._autostart)
+                while not await self._serve_bus(bus):
+                    if await _within(lost, NAME_RETRY):
+                        break
                 await lost.wait()
             except errors.VirtdError as exc:
                 self.host.problems["bus"] = (exc.message, exc.hint)
@@ -220,19 +223,22 @@ class Daemon:
             )
         self._status_later()
 
-    async def _serve_bus(self, bus: Bus) -> None:
+    async def _serve_bus(self, bus: Bus) -> bool:
+        """Have org.virtd1 on the bus; False when that can't be: a bus policy that isn't in force yet, most likely."""
         try:
             from .api import dbus
 
             self._front_end = dbus.Server(self.host, bus)
             await self._front_end.start()
             self.host.problems.pop("org.virtd1", None)
+            return True
         except Exception as exc:  # its clients do without then; guests and virtctl don't
             log.exception("org.virtd1 is not served")
             self.host.problems["org.virtd1"] = (
                 f"org.virtd1 is not served on D-Bus: {exc}",
-                "virtctl works all the same.",
+                "virtctl works all the same. See: systemctl reload dbus.service.",
             )
+            return False
 
     async def _autostart(self) -> None:
         """Once per boot, which a soft reboot isn't: the mark is in /run, and set before the first one is started."""
@@ -341,6 +347,16 @@ class Daemon:
                 f"{task.get_name()} failed: {exc}",
                 "This is a bug: see journalctl -u virtd.",
             )
+
+
+async def _within(event: asyncio.Event, seconds: float) -> bool:
+    """Whether `event` comes within `seconds`."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True
 
 
 def load_settings(paths: Paths) -> tuple[settings_model.Settings, errors.VirtdError | None]:

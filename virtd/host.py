@@ -201,7 +201,12 @@ class Host:
         """Read the definitions again; nothing that runs is touched."""
         changed = self.driver.load_definitions()
         log.info("Reloaded: %d definitions changed", len(changed))
-        return {"changed": changed, "problems": self._all_problems()}
+        problems = [
+            {"object": f"{DRIVER}/{key.partition(' ')[2]}", "text": problem.text, "hint": problem.hint}
+            for key, problem in self.driver.problems.items()
+            if key.startswith("definition")
+        ]
+        return {"changed": changed, "problems": problems}
 
     # Operations
 

@@ -49,7 +49,7 @@ def names(directory: str, suffix: str) -> list[str]:
     """The files in `directory` that end in `suffix`, without it, sorted; hidden ones (half-written) left out."""
     try:
         entries = os.listdir(directory)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(
         entry.removesuffix(suffix) for entry in entries if entry.endswith(suffix) and not entry.startswith(".")

@@ -62,7 +62,7 @@ async def test_check_changes_nothing(world: World) -> None:
         assert result["created"] is True
         assert not path_of(world, "web1").exists()
         assert await host.listing() == []
-        with pytest.raises(errors.InvalidDefinition, match=r"^stdin: vcpus: expected int, got str$"):
+        with pytest.raises(errors.InvalidDefinition, match=r"^stdin: vcpus: expected integer, got string$"):
             await host.define(world.text("web1", more='vcpus = "x"'), "stdin", check=True, by=ROOT)
 
 

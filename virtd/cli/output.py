@@ -189,7 +189,9 @@ def complain(error: VirtdError, doing: str) -> None:
     An error in a definition stands alone, because `file: key: expected` is what editors jump to.
     """
     alone = not doing or isinstance(error, InvalidDefinition)
-    text = error.message if alone else f"Failed to {doing}: {error.message}"
+    # "Cannot start web1: QEMU is missing" becomes "Failed to start web1: QEMU is missing".
+    why = error.message.removeprefix(f"Cannot {doing}: ")
+    text = error.message if alone else f"Failed to {doing}: {why}"
     print(paint(clean(text), RED, sys.stderr), file=sys.stderr)
     hint = error.hint or ("changing anything needs root: try it with sudo" if isinstance(error, AccessDenied) else "")
     if hint:

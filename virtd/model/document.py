@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from enum import Enum
 from typing import Any, TypeVar, get_type_hints
 
 import msgspec
@@ -15,6 +16,9 @@ T = TypeVar("T", bound=msgspec.Struct)
 _AT = r"(?s)(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?"
 _UNKNOWN = r"(?s)Object contains unknown field `(.*)`"
 _MISSING = r"Object missing required field `(.*)`"
+
+# msgspec speaks of Python's and JSON's types, the readers of its errors of TOML's.
+_WORDS = ((" | null", ""), ("`object`", "table"), ("`str`", "string"), ("`int`", "integer"), ("`bool`", "boolean"))
 
 LIMIT = 1 << 20  # a definition of more than 1 MiB is a mistake (a disk image, most likely)
 
@@ -52,6 +56,10 @@ def _explain(exc: msgspec.ValidationError, source: str, kind: type[msgspec.Struc
         )
     if missing := re.fullmatch(_MISSING, what):
         return errors.InvalidDefinition(source, _join(path, missing[1]), "expected this key, which is missing")
+    if what.startswith("Invalid enum value"):
+        what = f"Expected one of {', '.join(_choices(kind, path))}, got {what.removeprefix('Invalid enum value ')}"
+    for theirs, ours in _WORDS:
+        what = what.replace(theirs, ours)
     return errors.InvalidDefinition(source, path, what[:1].lower() + what[1:].replace("`", ""))
 
 
@@ -61,13 +69,28 @@ def _join(path: str, key: str) -> str:
 
 def _fields(kind: type[msgspec.Struct], path: str) -> tuple[str, ...]:
     """The keys that are known at `path`, such as `disk[0]` or `disk[...]`."""
+    here = _type_at(kind, path)
+    if isinstance(here, type) and issubclass(here, msgspec.Struct):
+        return tuple(field.encode_name for field in msgspec.structs.fields(here))
+    return ()
+
+
+def _choices(kind: type[msgspec.Struct], path: str) -> tuple[str, ...]:
+    """The values that the key at `path` can have, quoted."""
+    here = _type_at(kind, path)
+    return tuple(f'"{member.value}"' for member in here) if isinstance(here, type) and issubclass(here, Enum) else ()
+
+
+def _type_at(kind: type[msgspec.Struct], path: str) -> Any:
+    """The struct or enumeration at `path`; None for anything else."""
     here: Any = kind
     for part in filter(None, re.sub(r"\[[^]]*\]", "", path).split(".")):
         hint = get_type_hints(here).get(part)
+        here = None
         for candidate in (hint, *getattr(hint, "__args__", ())):
-            if isinstance(candidate, type) and issubclass(candidate, msgspec.Struct):
+            if isinstance(candidate, type) and issubclass(candidate, (msgspec.Struct, Enum)):
                 here = candidate
                 break
-        else:
-            return ()
-    return tuple(field.encode_name for field in msgspec.structs.fields(here))
+        if here is None:
+            return None
+    return here

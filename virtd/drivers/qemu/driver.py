@@ -107,6 +107,9 @@ class Driver:
                 getattr(self.found, result.replace(" ", "_")).append(machine.name)
                 if result == "adopted":
                     machine.spawn(operations.finish(machine), "finish")
+        for machine in machines:
+            if machine.definition is None and not machine.alive and machine.settled.is_set() and not machine.problems:
+                self._forget(machine.name)  # its definition was removed, or it ended as a transient one, meanwhile
         slots = {name.split("/")[1] for name in self._services.store.names() if name.startswith(f"{DRIVER}/")}
         recorded = {machine.name for machine in machines}
         for name in sorted((present | slots) - recorded):
@@ -378,7 +381,7 @@ class Driver:
             else [],
             "monitor": machine.monitor.link.value if machine.monitor is not None else None,
             "vnc": command.vnc_socket(machine.runtime)
-            if machine.alive and domain is not None and domain.vnc is not None
+            if machine.alive and domain is not None and domain.vnc is not None and domain.vnc.enabled
             else None,
             "log": paths.stderr_log(DRIVER, machine.name),
             "console_log": paths.console_log(DRIVER, machine.name),

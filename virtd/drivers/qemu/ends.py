@@ -79,7 +79,12 @@ def judge(
     why = str((shutdown or {}).get("data", {}).get("reason", ""))
     at = stamp(unit.exited_at) if unit is not None and unit.exited_at else seen
     code = unit.exec_status if unit is not None and unit.exec_code == CLD_EXITED else None
-    killer = _signal(unit)
+    killer, sender = _signal(unit), ""
+    if killer is None and why == "host-signal":
+        # QEMU catches SIGTERM, SIGINT and SIGHUP and exits with status 0: only its own words tell which it was.
+        said = re.search(TERMINATING, words)
+        killer = signal_name(int(said[1])) if said else "SIGTERM"
+        sender = f" from {said[3]} (PID {said[2]})" if said else ""
     asked = request.verb if request is not None else ""
     by = request.by if request is not None else None
 
@@ -90,18 +95,12 @@ def judge(
         return end(State.CRASHED, "killed: out of memory", Cause.OOM)
     if asked == "stop" and (killer in (None, "SIGTERM", "SIGKILL")):
         return end(State.STOPPED, f"stopped by {by}", Cause.STOP, by)
-    if asked == "kill" and (killer is not None or why == "host-signal"):
+    if asked == "kill" and killer is not None:
         return end(State.CRASHED, f"killed by {by}", Cause.KILLED, by)
     if killer is not None:
-        return end(State.CRASHED, f"killed by {killer}", Cause.KILLED)
+        return end(State.CRASHED, f"killed by {killer}{sender}", Cause.KILLED)
     if "GUEST_PANICKED" in names and (why == "guest-panic" or code not in (0, None)):
         return end(State.CRASHED, "the guest's kernel panicked", Cause.PANIC)
-    if why == "host-signal":
-        # QEMU catches SIGTERM, SIGINT and SIGHUP and exits with status 0: only its own words tell which it was.
-        said = re.search(TERMINATING, words)
-        killer = signal_name(int(said[1])) if said else "SIGTERM"
-        sender = f" from {said[3]} (PID {said[2]})" if said else ""
-        return end(State.CRASHED, f"killed by {killer}{sender}", Cause.KILLED)
     if why == "host-qmp-quit" and asked != "shutdown":
         return end(State.STOPPED, "ended through its monitor", Cause.HOST_SHUTDOWN)
     if code not in (0, None):

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 DRIVER = "qemu"
 PATIENCE = 60.0  # seconds that an operation waits for another one on the same domain
+FINISH_AGAIN = 1.0  # seconds until an end that systemd couldn't be asked about is looked into again
 GREETING_LIMIT = 5.0  # seconds for the monitor of a guest that runs already
 
 
@@ -397,7 +398,14 @@ class Machine:
     async def _watch(self) -> None:
         assert self.child is not None
         await self.child.ended()
-        await self.finish()
+        while True:
+            try:
+                return await self.finish()
+            except (errors.HostError, errors.TimedOut) as exc:  # no bus at this moment, or a PID 1 that is very busy
+                self.problems["end"] = Problem(
+                    f"{self.name} has ended, but not all is known: {exc.message}", exc.hint
+                )
+                await asyncio.sleep(FINISH_AGAIN)
 
     async def finish(self) -> None:
         """The process has ended: find out why, put it on record, then put everything away."""

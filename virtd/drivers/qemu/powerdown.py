@@ -13,6 +13,7 @@ import time
 
 COMMANDS = {
     "capabilities": b'{"execute": "qmp_capabilities"}\n',
+    "resume": b'{"execute": "cont"}\n',  # a paused guest couldn't react to the button
     "button": b'{"execute": "system_powerdown"}\n',
     "plug": b'{"execute": "quit"}\n',
 }
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             monitor.connect(path)
             deadline = time.monotonic() + seconds
-            monitor.sendall(COMMANDS["capabilities"])
+            monitor.sendall(COMMANDS["capabilities"] + COMMANDS["resume"])
             while (left := deadline - time.monotonic()) > 0:
                 monitor.sendall(COMMANDS["button"])
                 if ended(monitor, min(left, PRESS_AGAIN)):
