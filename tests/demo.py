@@ -22,13 +22,11 @@ from tests.harness import LAB, Attached, Failed, Lab, Tally, build_rpm, check
 GUEST = "demo"
 RATE = 200  # console lines a second
 SLOTS = 5
-STOP_AND_START = (
-    "systemctl stop virtd.service 2>/dev/null; sleep 10; "
-    "systemctl is-active virtd.service && exit 1; systemctl start virtd.service"
-)
+# An attached console must not have woken it through its socket meanwhile.
+STOP = "systemctl stop virtd.service 2>/dev/null; sleep 10; ! systemctl is-active virtd.service"
 
-# Runs in the lab: the event, then the first complete listing on a fresh connection. Prints milliseconds from the
-# event's beginning, and for events that take their time by intention, from the moment that the daemon may answer.
+# Runs in the lab: what goes before, the event, then the first complete listing on a fresh connection. Prints the
+# milliseconds from the beginning of the event to that listing.
 PROBE = r"""
 import json, socket, subprocess, sys, time
 def listing():
@@ -42,10 +40,11 @@ def listing():
                 raise ConnectionError
             data += piece
         return json.loads(data[:-1])["parameters"]["objects"]
+def run(command):
+    subprocess.run(["sh", "-c", command], check=True, stdout=subprocess.DEVNULL)
+run(sys.argv[1])
 began = time.monotonic()
-subprocess.run(["sh", "-c", sys.argv[1]], check=True, stdout=subprocess.DEVNULL)
-if sys.argv[2:] == ["after"]:
-    began = time.monotonic()
+run(sys.argv[2])
 while True:
     try:
         found = listing()
@@ -96,12 +95,12 @@ class Demo:
         self.console = Attached(lab, GUEST)
         self.words = 0
 
-    def event(self, name: str, command: str, *, after: bool = False) -> None:
-        """Do it, look, and print the row."""
-        say(f"{name}: {command}")
+    def event(self, name: str, command: str, *, first: str = "true") -> None:
+        """Do it, look, and print the row. `first`: what goes before and isn't timed."""
+        say(f"{name}: {command if first == 'true' else f'{first}; {command}'}")
         before = self.lab.info(GUEST)["pid"]
         log, shown = check(self.lab.console(GUEST)), self.snapshot()
-        done = self.lab.run("python3", "/root/probe.py", command, *(["after"] if after else []), timeout=180)
+        done = self.lab.run("python3", "/root/probe.py", first, command, timeout=180)
         ms = int(done.stdout.split()[0])
         self.words += 1
         answered = self.console.ask(f"word-{self.words}", 60)
@@ -193,8 +192,8 @@ def story(lab: Lab, old: str, new: str) -> int:
         demo.event("kill -9 of the daemon", "kill -9 $(systemctl show -P MainPID virtd.service)")
         demo.event(
             "stop for 10 s, then start",
-            STOP_AND_START,
-            after=True,
+            "systemctl start virtd.service",
+            first=STOP,
         )
         demo.event("RPM upgrade to 0.1.1", f"rpm -U /root/{new}")
         demo.event("RPM rollback to 0.1.0", f"rpm -U --oldpackage /root/{old}")
