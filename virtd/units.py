@@ -176,6 +176,8 @@ class Units:
         self._watchers: dict[str, list[Jobs]] = {}
         self._subscribing: asyncio.Future[None] | None = None
         self._unsubscribe: Callable[[], Awaitable[None]] | None = None
+        self._next_dump: dict[str, asyncio.Future[StoreEntries | None]] = {}
+        self._dumping = asyncio.Lock()
 
     async def start(self, spec: UnitSpec, stdio: tuple[int, int, int], *, timeout: float = 60.0) -> UnitState:
         """Start a unit whose standard input, output and error are `stdio`, which stay the caller's; await the exec.
@@ -284,7 +286,22 @@ class Units:
             await patience.pause()
 
     async def store_dump(self, unit: str) -> StoreEntries | None:
-        """What PID 1 holds in a unit's FD store: (name, device, inode) each. None: systemd is older than 254."""
+        """What PID 1 holds in a unit's FD store: (name, device, inode) each. None: systemd is older than 254.
+
+        When many ask at once (guests being started) they share an answer, which is asked for after the last of them
+        came: each has an entry for every slot of every guest.
+        """
+        dump = self._next_dump.get(unit)
+        if dump is None:
+            dump = self._next_dump[unit] = asyncio.ensure_future(self._dump(unit))
+        return await asyncio.shield(dump)
+
+    async def _dump(self, unit: str) -> StoreEntries | None:
+        async with self._dumping:
+            del self._next_dump[unit]  # whoever comes from here on needs a later one
+            return await self._ask_for_dump(unit)
+
+    async def _ask_for_dump(self, unit: str) -> StoreEntries | None:
         try:
             (entries,) = await self._call("DumpUnitFileDescriptorStore", "s", (unit,))
         except BusError as exc:

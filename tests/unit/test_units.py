@@ -167,3 +167,36 @@ def test_a_job_can_end_before_it_is_known() -> None:
             await jobs.wait("/job/4", 0.01)
 
     asyncio.run(main())
+
+
+class SlowBus:
+    """Answers each DumpUnitFileDescriptorStore when it is told to, with the number of the call as the inode."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.answer = asyncio.Semaphore(0)
+
+    async def call(self, *_: Any, **__: Any) -> tuple[Any, ...]:
+        self.asked += 1
+        number = self.asked
+        await self.answer.acquire()
+        return ([("qemu/web1/stdin", 0, 0, 8, number, 0, 0, "", 0)],)
+
+
+def test_dumps_are_shared_but_never_with_one_who_came_after_the_question() -> None:
+    async def dumps() -> list[Any]:
+        bus: Any = SlowBus()
+        systemd = units.Units(bus)
+        first = asyncio.create_task(systemd.store_dump("virtd.service"))
+        while bus.asked == 0:
+            await asyncio.sleep(0)
+        later = [asyncio.create_task(systemd.store_dump("virtd.service")) for _ in range(3)]
+        await asyncio.sleep(0)
+        later[0].cancel()
+        for _ in range(2):
+            bus.answer.release()
+        answers = await asyncio.gather(first, *later[1:])
+        assert bus.asked == 2
+        return [entries[0][2] for entries in answers]
+
+    assert asyncio.run(dumps()) == [1, 2, 2]
