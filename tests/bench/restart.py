@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def measure(peers: list[Peer], *, quick: bool) -> dict[str, Any]:
     """Seconds by peer and number of guests; for virtd also what a hundred restarts in a row look like."""
-    runs = 3 if quick else 15
+    runs = 3 if quick else 9
     result: dict[str, Any] = {"runs": runs, "restart": {}, "kill": {}}
     for count in (1, 10) if quick else (1, 10, 50):
         taken: dict[str, dict[str, list[float]]] = {"restart": {}, "kill": {}}
