@@ -174,10 +174,12 @@ class SlowBus:
 
     def __init__(self) -> None:
         self.asked = 0
+        self.question = asyncio.Event()
         self.answer = asyncio.Semaphore(0)
 
     async def call(self, *_: Any, **__: Any) -> tuple[Any, ...]:
         self.asked += 1
+        self.question.set()
         number = self.asked
         await self.answer.acquire()
         return ([("qemu/web1/stdin", 0, 0, 8, number, 0, 0, "", 0)],)
@@ -188,14 +190,13 @@ def test_dumps_are_shared_but_never_with_one_who_came_after_the_question() -> No
         bus: Any = SlowBus()
         systemd = units.Units(bus)
         first = asyncio.create_task(systemd.store_dump("virtd.service"))
-        while bus.asked == 0:
-            await asyncio.sleep(0)
+        await bus.question.wait()
         later = [asyncio.create_task(systemd.store_dump("virtd.service")) for _ in range(3)]
         await asyncio.sleep(0)
         later[0].cancel()
         for _ in range(2):
             bus.answer.release()
-        answers = await asyncio.gather(first, *later[1:])
+        answers: list[Any] = await asyncio.gather(first, *later[1:])
         assert bus.asked == 2
         return [entries[0][2] for entries in answers]
 
