@@ -358,7 +358,12 @@ class Pump:
         if channel.gone:
             _settle(future, 0)
             return
-        channel.waiting.append((channel.moved, _fill(channel.fd), future))
+        try:
+            wanted = _fill(channel.fd)
+        except OSError:  # the pipe was closed under us: a bug elsewhere, for which nobody here has to wait for ever
+            _settle(future, 0)
+            raise
+        channel.waiting.append((channel.moved, wanted, future))
         channel.retry_at = 0.0
         self._hurry(channel)
 

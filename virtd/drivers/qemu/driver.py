@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+RECONCILE_LIMIT = 30.0  # seconds that a start waits after the daemon's own
 AT_ONCE = 8  # starts in parallel at boot; more only slow each other down on a small host
 _AUTOSTART = r"(?m)^autostart[ \t]*=[ \t]*(?:true|false)\b"
 _TABLE = r"(?m)^[ \t]*\["
@@ -59,11 +60,14 @@ class Driver:
             services, Records(services.paths, DRIVER), settings, self._published, self._next_id, boot_id()
         )
         self._last_id = 0
+        self._reconciled = asyncio.Event()  # cleared while what runs isn't known for certain
+        self._reconciled.set()
 
     # Start-up
 
     def restore(self) -> None:
         """First step: records, slots and pumps; no bus yet."""
+        self._reconciled.clear()
         loaded = self._shared.records.load()
         for bad in loaded.quarantined:
             text = f"The record of domain {bad.name} can't be read: {bad.reason}"
@@ -114,6 +118,7 @@ class Driver:
         recorded = {machine.name for machine in machines}
         for name in sorted((present | slots) - recorded):
             await self._rebuild(name, unit=name in present, new=name not in known)
+        self._reconciled.set()
 
     async def _rebuild(self, name: str, *, unit: bool, new: bool) -> None:
         """A unit or slots that no record tells of: made whole from what there is, or cleared away if nothing runs."""
@@ -396,7 +401,25 @@ class Driver:
 
     async def start(self, name: str, by: str) -> bool:
         machine = self.find(name)
+        await self._certain()
         return await starting.start(machine, [other for other in self.machines.values() if other is not machine], by)
+
+    async def _certain(self) -> None:
+        """Wait until reconcile() is through.
+
+        A start in the middle of it would be taken for one that a crash cut off, and rolled back while it is under
+        way; and a guest whose record was lost would be started a second time. Raises Busy.
+        """
+        if self._reconciled.is_set():
+            return
+        await self._services.units()  # which says so if it is D-Bus that is away
+        try:
+            async with asyncio.timeout(RECONCILE_LIMIT):
+                await self._reconciled.wait()
+        except TimeoutError:
+            raise errors.Busy(
+                "virtd is still finding out what runs", hint="Try again in a moment. See: virtctl status."
+            ) from None
 
     def _next_id(self) -> int:
         """A number for a guest that starts, larger than all that are in use, as libvirt's users know it."""
