@@ -266,3 +266,14 @@ def test_systemctl_status(lab: Lab) -> None:
     assert "1 running" in shown
     assert "running on: web1" in shown
     assert "Slots: 5 of 4096 in use" in shown
+
+
+def test_a_start_right_after_the_daemons_own(lab: Lab) -> None:
+    """The daemon answers before it has compared what it knows with systemd; a start waits for that."""
+    lab.define("web1")
+    for _ in range(8):
+        lab.sh("systemctl restart virtd.service; virtctl start web1")
+        info = lab.info("web1")
+        assert (info["state"], len(info["slots"])) == ("running", 5)
+        lab.virtctl("stop", "web1")
+    assert lab.json("status")["problems"] == []
