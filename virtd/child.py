@@ -114,8 +114,15 @@ class Child(msgspec.Struct):
             raise errors.HostError(f"Cannot make pipes for {self.name}: {exc.strerror}") from exc
         in_read, in_write, out_read, out_write, err_read, err_write = opened
         for fd in (out_read, err_read):
-            with contextlib.suppress(OSError):  # past fs.pipe-user-pages-soft the kernel grants less: that works too
+            try:
                 fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+            except OSError as exc:
+                # Past fs.pipe-user-pages-soft, without CAP_SYS_RESOURCE. It works, but not for long without us.
+                size = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
+                log.warning(
+                    "%s gets a pipe of %d bytes only (%s): while virtd is away, its output may be lost past that. "
+                    "Raise fs.pipe-user-pages-soft (sysctl)", self.name, size, exc.strerror,
+                )  # fmt: skip
         ours = {
             STDIN: in_write,
             STDOUT: out_read,
