@@ -428,7 +428,7 @@ def test_qemu_that_says_why(lab: Lab) -> None:
         ('cpu = "Z80"', "unable to find CPU model 'Z80'"),
     ):
         lab.virtctl("define", "-", stdin=domain(more=more))
-        refused_start(lab, "Cannot start newcomer: ", said)
+        refused_start(lab, "start newcomer: ", said)
 
 
 def test_a_monitor_that_never_answers(lab: Lab) -> None:
