@@ -184,7 +184,8 @@ class _Start:
         ended = asyncio.ensure_future(self.child.ended())
         try:
             await asyncio.wait((attaching, ended), return_when=asyncio.FIRST_COMPLETED)
-            if ended.done():
+            # The monitor can break off with QEMU's end a moment before we are told of that.
+            if ended.done() or not self.child.alive():
                 units = await self.services.units()
                 how = ends.how(await units.ended(machine.unit))
                 raise errors.StartFailed(f"Cannot start {machine.name}: {self.host.binary} {how}")
