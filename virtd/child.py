@@ -113,16 +113,17 @@ class Child(msgspec.Struct):
             self.stderr.close()
             raise errors.HostError(f"Cannot make pipes for {self.name}: {exc.strerror}") from exc
         in_read, in_write, out_read, out_write, err_read, err_write = opened
-        for fd in (out_read, err_read):
-            try:
-                fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
-            except OSError as exc:
-                # Past fs.pipe-user-pages-soft, without CAP_SYS_RESOURCE. It works, but not for long without us.
-                size = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
-                log.warning(
-                    "%s gets a pipe of %d bytes only (%s): while virtd is away, its output may be lost past that. "
-                    "Raise fs.pipe-user-pages-soft (sysctl)", self.name, size, exc.strerror,
-                )  # fmt: skip
+        # Only the console's: QEMU says little on stderr, and where root hasn't CAP_SYS_RESOURCE (in a container) all its
+        # large pipes come out of one allowance of 64 MiB.
+        try:
+            fcntl.fcntl(out_read, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+        except OSError as exc:
+            # Past fs.pipe-user-pages-soft. It works, but not for long without us.
+            size = fcntl.fcntl(out_read, fcntl.F_GETPIPE_SZ)
+            log.warning(
+                "%s gets a pipe of %d bytes only (%s): while virtd is away, its output may be lost past that. "
+                "Raise fs.pipe-user-pages-soft (sysctl)", self.name, size, exc.strerror,
+            )  # fmt: skip
         ours = {
             STDIN: in_write,
             STDOUT: out_read,
@@ -320,6 +321,7 @@ class Child(msgspec.Struct):
         held = self.services.store.slots()
         for name, file in ((STDOUT, self.console), (STDERR, self.stderr)):
             if file is not None and self.slot(name) in held:
-                self.services.pump.add(self.slot(name), self.services.store.get(self.slot(name)), file)
+                fd, size = self.services.store.get(self.slot(name)), PIPE_SIZE if name == STDOUT else 1
+                self.services.pump.add(self.slot(name), fd, file, size=size)
                 if name == STDERR:
-                    self.services.pump.watch(self.slot(name))  # QEMU says little, and the journal is to have it soon
+                    self.services.pump.watch(self.slot(name))  # the journal is to have it soon

@@ -188,8 +188,18 @@ class Pump:
             self._answer(channel, everything=True)
         self._channels.clear()
 
-    def add(self, key: str, pipe_fd: int, log: LogFile, on_eof: Callable[[str], object] | None = None) -> None:
+    def add(
+        self,
+        key: str,
+        pipe_fd: int,
+        log: LogFile,
+        on_eof: Callable[[str], object] | None = None,
+        *,
+        size: int | None = None,
+    ) -> None:
         """Move what comes out of the pipe to the log until `remove` or the end of file.
+
+        The pipe is made to hold `size` bytes, 1 MiB if None, or as many as the kernel allows.
 
         Both stay the caller's, who leaves them alone until the future of `remove` is done or `on_eof(key)` was
         called; at that call everything is in the log, and the key is free. ValueError if the key is in use.
@@ -197,6 +207,7 @@ class Pump:
         if key in self._channels:
             raise ValueError(f"{key} is pumped already")
         channel = _Channel(key, pipe_fd, log, on_eof)
+        channel.capacity = PIPE_SIZE if size is None else size
         self._channels[key] = channel
         self._post(self._enter, channel)
 
@@ -315,7 +326,7 @@ class Pump:
         self._running = False
 
     def _enter(self, channel: _Channel) -> None:
-        channel.capacity = _widen(channel.fd)
+        channel.capacity = _widen(channel.fd, channel.capacity)
         channel.armed = True
         try:
             self._epoll.register(channel.fd, select.EPOLLIN | select.EPOLLONESHOT)
@@ -553,13 +564,12 @@ def _settle(future: Future[T], result: T) -> None:
         future.set_result(result)
 
 
-def _widen(fd: int) -> int:
-    """Make the pipe as large as it may be, 1 MiB at most; returns its size in bytes."""
+def _widen(fd: int, wanted: int) -> int:
+    """Make the pipe hold `wanted` bytes, or as many as it may; returns its size in bytes."""
     try:
         size = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
     except OSError:
         return 1 << 16
-    wanted = PIPE_SIZE
     while wanted > size:
         # Past the user's share of pipe memory the kernel says EPERM; a smaller one may still fit.
         try:
