@@ -113,8 +113,8 @@ class Child(msgspec.Struct):
             self.stderr.close()
             raise errors.HostError(f"Cannot make pipes for {self.name}: {exc.strerror}") from exc
         in_read, in_write, out_read, out_write, err_read, err_write = opened
-        # Only the console's: QEMU says little on stderr, and where root hasn't CAP_SYS_RESOURCE (in a container) all its
-        # large pipes come out of one allowance of 64 MiB.
+        # Only the console's: QEMU says little on stderr, and where root hasn't CAP_SYS_RESOURCE (in a container) all
+        # its large pipes come out of one allowance of 64 MiB.
         try:
             fcntl.fcntl(out_read, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
         except OSError as exc:
