@@ -261,7 +261,9 @@ def test_systemctl_status(lab: Lab) -> None:
         "the status", lambda: "1 domain running" in (s := lab.sh("systemctl status virtd.service --no-pager")) and s
     )
     assert re.search(r"1 domain running; recovered 1 in [0-9.]+ ms at the last start", shown), shown
-    assert re.search(r"Recovered 1 domain in [0-9.]+ ms \(1 adopted\)", lab.sh("journalctl -u virtd.service -n 20"))
+    # That is said once systemd was asked, a moment after READY.
+    recovered = re.compile(r"Recovered 1 domain in [0-9.]+ ms \(1 adopted\)")
+    lab.wait("the journal", lambda: recovered.search(lab.sh("journalctl -u virtd.service -n 20")), 20)
     shown = lab.virtctl("status").stdout
     assert "1 running" in shown
     assert "running on: web1" in shown
