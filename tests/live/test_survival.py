@@ -117,11 +117,11 @@ def test_erased_and_installed_again(lab: Lab, guest: str, packages: dict[str, Pa
 
 
 def test_two_hundred_kills_under_load(lab: Lab) -> None:
-    """The guest streams megabytes a second; the daemon is killed 200 times. Not a byte more or less."""
+    """The guest streams as fast as a UART can, 0.7 to 0.9 MB/s; the daemon is killed 200 times. No byte is lost."""
     lab.write("/etc/virtd/virtd.toml", '[log]\nmax_size = "64M"\nbackups = 100\n')
     lab.sh("systemctl restart virtd.service")
     try:
-        lab.define("flood", cmdline="console=hvc0 virtd.rate=max", more='console = "virtio"', start=True)
+        lab.define("flood", cmdline="virtd.rate=max", start=True)
         pid = lab.info("flood")["pid"]
         lab.wait("the flood", lambda: check(lab.console("flood")).lines > 1000, 60)
         # The kill comes at a random moment of the daemon's life: from the middle of its start-up to long after it.

@@ -57,13 +57,6 @@ class OnCrash(StrEnum):
     RESTART = "restart"
 
 
-class Console(StrEnum):
-    """What the guest sees as its console: a UART, byte by byte, or virtio, ten times as fast."""
-
-    SERIAL = "serial"
-    VIRTIO = "virtio"
-
-
 class Boot(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Where the guest boots from: a kernel given here, or, without one, its first disk."""
 
@@ -113,7 +106,6 @@ class Domain(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     on_reboot: OnReboot = OnReboot.RESET
     on_crash: OnCrash = OnCrash.STOP
     rng: bool = True
-    console: Console = Console.SERIAL
     boot: Boot = Boot()
     disk: tuple[Disk, ...] = ()
     cdrom: tuple[Cdrom, ...] = ()
