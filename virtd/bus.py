@@ -184,15 +184,16 @@ class Bus:
         """The thread: imports, connects, and waits for the connection's end, which only a GLib loop is told of."""
         try:
             self._connect()
-        except BaseException as exc:
-            self._post(_settle, ready, exc)
-        else:
             self._post(_settle, ready, None)
             while not self._stopping:
                 self._context.iteration(may_block=True)
             self._disconnect()
             self._context.pop_thread_default()
-        self._post(self._finished.set)
+        except BaseException as exc:
+            self._post(_settle, ready, exc)
+        finally:
+            # Whatever happened: `close` waits for it.
+            self._post(self._finished.set)
 
     def _connect(self) -> None:
         try:
