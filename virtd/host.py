@@ -16,7 +16,7 @@ from . import __version__, console, errors
 from .child import CONSOLE_LOG, STDERR, STDERR_LOG, STDOUT, Services
 from .drivers.qemu import operations
 from .drivers.qemu.driver import Driver
-from .drivers.qemu.machine import DRIVER, Machine
+from .drivers.qemu.machine import DRIVER, Machine, Problem
 from .logfile import Cursor, LogFile
 from .model.state import ALIVE, State, require
 from .records import now
@@ -132,16 +132,18 @@ class Host:
 
     def _all_problems(self) -> list[dict[str, str]]:
         found = [{"object": key, "text": text, "hint": hint} for key, (text, hint) in self.problems.items()]
-        found += [
-            {"object": f"{DRIVER}/{key.partition(' ')[2]}", "text": problem.text, "hint": problem.hint}
-            for key, problem in self.driver.problems.items()
-        ]
+        found += self._driver_problems()
         for machine in self.driver.machines.values():
-            found += [
-                {"object": f"{DRIVER}/{machine.name}", "text": problem.text, "hint": problem.hint}
-                for problem in machine.problems.values()
-            ]
+            found += [_row(machine.name, problem) for problem in machine.problems.values()]
         return found
+
+    def _driver_problems(self, about: str = "") -> list[dict[str, str]]:
+        """The driver's own troubles, besides its machines': all, or those `about` "definition" or "record"."""
+        return [
+            _row(key.partition(" ")[2], problem)
+            for key, problem in self.driver.problems.items()
+            if key.startswith(about)
+        ]
 
     async def wait(self, name: str, states: list[str], timeout: float | None) -> dict[str, Any]:
         """Returns the object when it is in one of `states`. Raises TimedOut."""
@@ -201,12 +203,7 @@ class Host:
         """Read the definitions again; nothing that runs is touched."""
         changed = self.driver.load_definitions()
         log.info("Reloaded: %d definitions changed", len(changed))
-        problems = [
-            {"object": f"{DRIVER}/{key.partition(' ')[2]}", "text": problem.text, "hint": problem.hint}
-            for key, problem in self.driver.problems.items()
-            if key.startswith("definition")
-        ]
-        return {"changed": changed, "problems": problems}
+        return {"changed": changed, "problems": self._driver_problems("definition")}
 
     # Operations
 
@@ -336,3 +333,8 @@ class Host:
         self.driver.restore()
         self.recovery.objects = self.live()
         self.recovery.ms = (time.monotonic() - started) * 1000
+
+
+def _row(name: str, problem: Problem) -> dict[str, str]:
+    """A problem of the domain `name`, as every front end tells it."""
+    return {"object": f"{DRIVER}/{name}", "text": problem.text, "hint": problem.hint}
