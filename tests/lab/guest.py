@@ -19,7 +19,7 @@ from .state import LabError
 
 # What the guest may meet in QEMU, by the modules' file names; what these depend on is found in modules.dep. A kernel
 # may have any of them built in.
-_MODULES = ("evdev", "button", "pvpanic-mmio", "pvpanic-pci", "virtio_blk", "virtio_net", "virtio-rng")
+_MODULES = ("evdev", "button", "pvpanic-mmio", "pvpanic-pci", "virtio_blk", "virtio_net", "virtio-rng", "af_packet")
 
 _DISK_CONFIG = """\
 DEFAULT linux
@@ -89,10 +89,11 @@ def _load_order(modules: Path) -> list[Path]:
 
 def _initramfs(busybox: Path, modules: Path, console: bytes) -> bytes:
     archive = Archive()
-    for name in ("bin", "dev", "proc", "sys", "lib", "lib/modules"):
+    for name in ("bin", "dev", "etc", "proc", "sys", "tmp", "lib", "lib/modules"):
         archive.directory(name)
     archive.character_device("dev/console", 5, 1)
     archive.file("init", (SOURCE / "guest/init").read_bytes(), 0o755)
+    archive.file("etc/udhcpc", (SOURCE / "guest/udhcpc").read_bytes(), 0o755)
     archive.file("bin/busybox", busybox.read_bytes(), 0o755)
     archive.file("bin/console", console, 0o755)
     order = []

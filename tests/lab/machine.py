@@ -131,6 +131,8 @@ def _boot(lab: Lab, suite: Suite, base: Path) -> None:
     run(["mount", "-t", "overlay", lab.machine, "-o", options, lab.root], what="mounting the lab's overlay")
     (lab.root / "etc/hostname").write_text(f"{lab.name}\n")
     (lab.root / "etc/hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {lab.name}\n::1 localhost\n")
+    # As udev makes it. The host's own may be root's alone, where no udev runs.
+    (lab.root / "etc/tmpfiles.d/virtd-lab.conf").write_text("c! /dev/net/tun 0666 root root - 10:200\n")
     (lab.root / "etc/machine-id").write_text(f"{uuid.uuid4().hex}\n")
     say(f"booting lab {lab.name} ({suite.name}, systemd {suite.systemd})")
     address = lab.dir / "notify"
@@ -152,8 +154,6 @@ def _nspawn(lab: Lab) -> list[str]:
     argv += ["--console=read-only", "--resolv-conf=off", "--timezone=off", "--link-journal=no", "--settings=no"]
     # virtd's guests and networks need TUN, mounts and BPF, as they would have them on a real machine.
     argv += ["--capability=all", "--system-call-filter=@mount @keyring bpf"]
-    if Path("/dev/net/tun").exists():
-        argv += ["--bind=/dev/net/tun"]
     # What systemd gives its services on a real machine; the host's own hard limit may be far lower.
     argv += ["--rlimit=NOFILE=1024:524288"]
     return argv
