@@ -39,7 +39,7 @@ import msgspec  # noqa: E402
 from . import __version__, errors, fdstore, files, journal  # noqa: E402
 from .api import varlink  # noqa: E402
 from .child import Services  # noqa: E402
-from .drivers.qemu.machine import DRIVER  # noqa: E402
+from .drivers.registry import MODULES  # noqa: E402
 from .host import Caller, Host  # noqa: E402
 from .messages import Message  # noqa: E402
 from .model import settings as settings_model  # noqa: E402
@@ -82,7 +82,7 @@ class Daemon:
         settings, problem = load_settings(paths)
         self.pump = Pump(self._loop.call_soon_threadsafe, on_bytes=self._grown, on_drop=self._lost)
         services = Services(paths, store, self.pump, settings.log, self._get_units)
-        self.host = Host(services, settings.qemu)
+        self.host = Host(services, settings)
         if problem is not None:
             self._settings_problem(problem)
 
@@ -141,8 +141,7 @@ class Daemon:
             log.warning("%s", exc)
 
     def _degraded(self) -> None:
-        known = f"{DRIVER}/"
-        stray = [name for name in self._store.names() if not name.startswith(known)]
+        stray = [name for name in self._store.names() if name.partition("/")[0] not in MODULES]
         stray += [name for name in self._store.sockets() if name != LISTENER]
         if stray:
             # Perhaps a newer virtd's, before a rollback. They are as safe as our own, and none of our business.
@@ -201,22 +200,21 @@ class Daemon:
 
     async def _recover(self) -> None:
         """Second step: every record beside its unit. One that fails is a problem of its own."""
-        await self.host.driver.reconcile()
-        found = self.host.driver.found
+        await self.host.reconcile()
+        found = self.host.found()
         recovery = self.host.recovery
-        if found.adopted or found.ended or found.rolled_back or found.rebuilt:
+        if any(found.values()):
             parts = [
                 f"{len(names)} {what}"
                 for what, names in (
-                    ("adopted", found.adopted + found.rebuilt),
-                    ("ended meanwhile", found.ended),
-                    ("rolled back", found.rolled_back),
+                    ("adopted", found["adopted"] + found["rebuilt"]),
+                    ("ended meanwhile", found["ended"]),
+                    ("rolled back", found["rolled_back"]),
                 )
                 if names
             ]
-            many = f"{recovery.objects} domain{'' if recovery.objects == 1 else 's'}"
             journal.send(
-                f"Recovered {many} in {recovery.ms:.1f} ms ({', '.join(parts)})",
+                f"Recovered {recovery.what} in {recovery.ms:.1f} ms ({', '.join(parts)})",
                 message_id=Message.RECOVERED,
                 VIRTD_OBJECTS=str(recovery.objects),
                 VIRTD_MS=f"{recovery.ms:.1f}",
@@ -254,7 +252,7 @@ class Daemon:
         except errors.HostError as exc:
             self.host.problems["autostart"] = (f"Nothing was autostarted: {exc.message}", exc.hint)
             return
-        await self.host.driver.autostart()
+        await self.host.autostart()
 
     async def _get_units(self) -> Units:
         if not self._units_there.is_set():
@@ -290,8 +288,7 @@ class Daemon:
             await asyncio.sleep(int(limit) / 2_000_000)
 
     def _grown(self, key: str) -> None:
-        self.host.followers.grown(key)
-        self.host.driver.grown(key)
+        self.host.grown(key)
 
     def _lost(self, loss: Loss) -> None:
         """The pump couldn't write to a log, or can again."""
@@ -312,11 +309,11 @@ class Daemon:
         )
 
     def _status(self) -> str:
-        live, recovery = self.host.live(), self.host.recovery
+        recovery = self.host.recovery
         recovered = (
             f"recovered {recovery.objects} in {recovery.ms:.1f} ms" if recovery.objects else "nothing to recover"
         )
-        return f"{live} domain{'' if live == 1 else 's'} running; {recovered} at the last start"
+        return f"{self.host.summary()} running; {recovered} at the last start"
 
     def _status_later(self) -> None:
         """Tell systemd the new status, once for a burst of changes."""

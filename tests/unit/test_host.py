@@ -190,7 +190,7 @@ async def test_autostarting(world: World) -> None:
     async with world.daemon() as host:
         for name in ("web1", "web2", "web3"):
             await world.define(name, "fail=1" if name == "web2" else "", "autostart = true" if name != "web3" else "")
-        await host.driver.autostart()
+        await host.autostart()
         states = {item["name"]: item["state"] for item in await host.listing()}
         assert states == {"web1": "running", "web2": "stopped", "web3": "stopped"}
         assert [problem["object"] for problem in (await host.status())["problems"]] == ["qemu/web2"]
@@ -268,7 +268,7 @@ async def test_a_listener_that_fails_harms_nobody(world: World) -> None:
 @on_loop
 async def test_before_systemd_can_be_asked(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """D-Bus isn't there yet, and a guest ended while we were away: reading waits a little and is then answered."""
-    monkeypatch.setattr("virtd.host.DOUBT", 0.1)
+    monkeypatch.setattr("virtd.host.domains.DOUBT", 0.1)
     monkeypatch.setattr(Host._find, "__defaults__", (0.1,))
     async with world.daemon():
         await world.run("web1")
@@ -279,7 +279,7 @@ async def test_before_systemd_can_be_asked(world: World, monkeypatch: pytest.Mon
         with pytest.raises(errors.Busy, match="doesn't know yet"):
             await host.start("web1", by=ROOT)
         waiting = asyncio.ensure_future(host.info("web1"))
-        await host.driver.reconcile()
+        await host.reconcile()
         assert (await waiting)["state"] == "crashed"
 
 

@@ -28,7 +28,7 @@ from virtd.drivers.qemu.monitor import Monitor
 from virtd.fdstore import Store
 from virtd.fdstore.notify import connect
 from virtd.host import Caller, Host
-from virtd.model.settings import Log, Qemu
+from virtd.model.settings import Log, Qemu, Settings
 from virtd.paths import Paths
 from virtd.pump import Pump
 from virtd.stderrlog import StderrLog
@@ -192,23 +192,22 @@ class World:
         )
 
         def grown(key: str) -> None:
-            host.followers.grown(key)
-            host.driver.grown(key)
+            host.grown(key)
 
         pump = Pump(loop.call_soon_threadsafe, on_bytes=grown)
-        host = Host(Services(self.paths, store, pump, self.limits, self._get_units), self.settings)
+        host = Host(Services(self.paths, store, pump, self.limits, self._get_units), Settings(qemu=self.settings))
         self.host = host
         try:
             host.restore(time.monotonic())
             pump.start()
             if reconcile:
-                await host.driver.reconcile()
+                await host.reconcile()
             yield host
         except Killed:
             pass
         finally:
             self.dead = True
-            await host.driver.close()
+            await host.close()
             pump.close()
             store.close()
             self.host = None

@@ -5,12 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import re
-import uuid as uuidlib
 from typing import TYPE_CHECKING, Any
-
-import msgspec
 
 from ... import errors, files, journal
 from ...messages import Message
@@ -20,35 +15,34 @@ from ...paths import names
 from ...process import boot_id
 from ...records import Record, Records, now
 from ...units import object_name
+from .. import definitions
+from ..protocol import Found, Problem
 from . import command, operations, starting
 from . import host as hostinfo
-from .machine import DRIVER, Machine, Problem, Shared
+from .machine import DRIVER, Machine, Shared
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ...child import Services
-    from ...model.settings import Qemu
+    from ...model.settings import Qemu, Settings
+    from ..protocol import Peers, Publish
 
 log = logging.getLogger(__name__)
 
 RECONCILE_LIMIT = 30.0  # seconds that a start waits after the daemon's own
 AT_ONCE = 8  # starts in parallel at boot; more only slow each other down on a small host
-_AUTOSTART = r"(?m)^autostart[ \t]*=[ \t]*(?:true|false)\b"
-_TABLE = r"(?m)^[ \t]*\["
 
 
-class Found(msgspec.Struct):
-    """What a start of the daemon found, by name."""
-
-    adopted: list[str] = []
-    ended: list[str] = []
-    rolled_back: list[str] = []
-    rebuilt: list[str] = []
+def make(services: Services, settings: Settings, publish: Publish, _peers: Peers) -> Driver:
+    return Driver(services, settings.qemu, publish)
 
 
 class Driver:
     """`publish(event, name)` is told "added", "removed", "changed" and "ended"."""
+
+    name = DRIVER
+    noun = "domain"
 
     def __init__(self, services: Services, settings: Qemu, publish: Callable[[str, str], None]) -> None:
         self._publish = publish
@@ -191,6 +185,9 @@ class Driver:
         if (driver, slot) == (DRIVER, "stderr") and (machine := self.machines.get(name)) is not None:
             machine.forward_stderr()
 
+    async def reload(self) -> None:
+        """Nothing of a domain's is ever removed by others."""
+
     async def close(self) -> None:
         await asyncio.gather(*(machine.close() for machine in self.machines.values()))
 
@@ -214,20 +211,16 @@ class Driver:
         for name in found:
             path = f"{directory}/{name}.toml"
             try:
-                with open(path, encoding="utf-8") as file:
-                    text = file.read()
+                text = definitions.read(path)
                 known = self.machines.get(name)
                 domain = (known.parsed(text) if known is not None else None) or model.parse(text, path)
-                if domain.name != name:
-                    raise errors.InvalidDefinition(
-                        path, "name", f'expected "{name}", as the file is called, got "{domain.name}"'
-                    )
+                definitions.check_name(domain.name, name, path)
                 self._check_unique(domain, path)
                 if domain.uuid is None:
                     domain, text = self._with_uuid(domain, text)
-                    files.write(path, text.encode(), mode=0o644)
+                    definitions.write(path, text)
             except (errors.VirtdError, OSError, ValueError) as exc:
-                self._complain(name, path, exc)
+                self.problems[f"definition {name}"] = definitions.complain(path, exc)
                 continue
             machine = self.machines.get(name)
             if machine is None or machine.definition_text != text or machine.definition is None:
@@ -237,14 +230,6 @@ class Driver:
                 changed.append(name)
                 self._publish("added" if new else "changed", name)
         return changed
-
-    def _complain(self, name: str, path: str, exc: Exception) -> None:
-        text = exc.message if isinstance(exc, errors.VirtdError) else f"{path}: {exc}"
-        hint = (
-            exc.hint if isinstance(exc, errors.VirtdError) and exc.hint else "Mend it, then: systemctl reload virtd."
-        )
-        self.problems[f"definition {name}"] = Problem(text, hint)
-        journal.send(text, message_id=Message.DEFINITION_PROBLEM, level="error", VIRTD_FILE=path)
 
     def check(self, text: str, source: str) -> model.Domain:
         """The definition in `text`, as it would be taken. Raises InvalidDefinition or Exists."""
@@ -271,13 +256,11 @@ class Driver:
     def _with_uuid(self, domain: model.Domain, text: str) -> tuple[model.Domain, str]:
         """The definition with a uuid of its own: the one that the domain has, or a new one."""
         machine = self.machines.get(domain.name)
-        text = f'uuid = "{(machine.uuid if machine is not None else "") or uuidlib.uuid4()}"\n{text}'
+        text = definitions.with_uuid(text, machine.uuid if machine is not None else "")
         return model.parse(text, domain.name), text
 
     def _write(self, domain: model.Domain, text: str) -> tuple[Machine, bool]:
-        path = self._services.paths.definition(DRIVER, domain.name)
-        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
-        files.write(path, text.encode(), mode=0o644)
+        definitions.write(self._services.paths.definition(DRIVER, domain.name), text)
         new = domain.name not in self.machines
         machine = self._machine(domain.name)
         changed = machine.definition_text != text or machine.definition is None
@@ -304,12 +287,7 @@ class Driver:
             raise errors.NotFound(f"Domain {machine.name} has no definition")
         if machine.definition.autostart == enable:
             return False
-        text = machine.definition_text
-        table = re.search(_TABLE, text)
-        head, tail = (text[: table.start()], text[table.start() :]) if table else (text, "")
-        line = f"autostart = {str(enable).lower()}"
-        head, count = re.subn(_AUTOSTART, line, head, count=1)
-        text = head + tail if count else f"{line}\n{text}"
+        text = definitions.with_autostart(machine.definition_text, enable=enable)
         domain = model.parse(text, machine.source)
         if domain.autostart != enable:
             raise errors.HostError(
@@ -392,6 +370,34 @@ class Driver:
             "console_log": paths.console_log(DRIVER, machine.name),
             "problems": [{"text": problem.text, "hint": problem.hint} for problem in machine.problems.values()],
         }
+
+    def describe_named(self, name: str) -> dict[str, Any]:
+        machine = self.machines.get(name)
+        return self.describe(machine) if machine is not None else {"name": name, "driver": DRIVER}
+
+    def live(self) -> int:
+        return sum(machine.alive for machine in self.machines.values())
+
+    def settled(self) -> bool:
+        """Whether it is known of every domain what became of it, so that a listing needn't wait."""
+        return all(machine.settled.is_set() for machine in self.machines.values())
+
+    def counts(self) -> dict[str, int]:
+        counts = {state.value: 0 for state in State}
+        for machine in self.machines.values():
+            counts[machine.state.value] += 1
+        return counts
+
+    def troubles(self) -> list[tuple[str, Problem]]:
+        found = [(key.partition(" ")[2], problem) for key, problem in self.problems.items()]
+        for machine in self.machines.values():
+            found += [(machine.name, problem) for problem in machine.problems.values()]
+        return found
+
+    def bad_definitions(self) -> list[tuple[str, Problem]]:
+        return [
+            (key.partition(" ")[2], problem) for key, problem in self.problems.items() if key.startswith("definition")
+        ]
 
     def warnings(self, domain: model.Domain) -> list[str]:
         """What a definition names and the host hasn't got yet: no error before the start."""

@@ -20,6 +20,7 @@ from ...model.state import ALIVE, State
 from ...records import Record, Records, now
 from ...stderrlog import StderrLog
 from ...units import unit_name
+from ..protocol import Problem
 from . import command, ends
 from . import host as hostinfo
 from .monitor import Event, Link, Monitor
@@ -46,13 +47,6 @@ class Shared(NamedTuple):
     publish: Callable[[str, Machine], None]
     next_id: Callable[[], int]
     boot_id: str
-
-
-class Problem(msgspec.Struct, frozen=True):
-    """Something that a person should look at."""
-
-    text: str
-    hint: str = ""
 
 
 class Machine:

@@ -17,9 +17,10 @@ from ...messages import Message
 from ...model.state import State
 from ...records import Record, now
 from ...units import UnitSpec
+from ..protocol import Problem
 from . import command, ends, sandbox
 from . import host as hostinfo
-from .machine import DRIVER, Machine, Problem
+from .machine import DRIVER, Machine
 
 if TYPE_CHECKING:
     from ...model import domain as model

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the host asks of every driver, and the words that they share.
+
+A driver owns the objects of one kind: it takes them back at a start (restore, then reconcile), reads what they shall
+be (load_definitions), and carries out what the host's operations ask of it. It knows child, records and model, and
+never a front end. Drivers that need each other ask the host for a peer by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+
+if TYPE_CHECKING:
+    from ..child import Services
+    from ..model.settings import Settings
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """Something that a person should look at."""
+
+    text: str
+    hint: str = ""
+
+
+class Found(msgspec.Struct):
+    """What a start of the daemon found, by name."""
+
+    adopted: list[str] = []
+    ended: list[str] = []
+    rolled_back: list[str] = []
+    rebuilt: list[str] = []
+
+
+class Driver(Protocol):
+    """One driver. All methods are called on the event loop."""
+
+    name: str  # the first part of its slots' names and of its units' names: "qemu"
+    noun: str  # what a person calls one of its objects: "domain"
+    found: Found
+
+    def restore(self) -> None:
+        """First step of a start: records, slots, pumps, definitions; no bus yet."""
+
+    async def reconcile(self) -> None:
+        """Second step, with systemd at hand: see each record beside its unit, finish or undo what a crash cut off."""
+
+    def load_definitions(self) -> list[str]:
+        """Read the definitions again; the names of those that changed. A bad one is a problem of its own."""
+
+    async def reload(self) -> None:
+        """Apply again what others may have removed, such as firewall rules. Nothing that runs is touched."""
+
+    async def autostart(self) -> None:
+        """Start what is to be started at boot. Failures are problems of their objects."""
+
+    def grown(self, key: str) -> None:
+        """The pump's word that bytes landed in a log that is watched: `key` is a slot's name of this driver."""
+
+    def live(self) -> int:
+        """How many objects have something running."""
+
+    def settled(self) -> bool:
+        """Whether it is known of every object what became of it."""
+
+    def counts(self) -> dict[str, int]:
+        """The number of objects in each state, those without any included."""
+
+    def troubles(self) -> list[tuple[str, Problem]]:
+        """What is wrong: the object's name and the problem, of definitions and records as well as of what runs."""
+
+    def bad_definitions(self) -> list[tuple[str, Problem]]:
+        """Those of `troubles` that are about definitions."""
+
+    def describe_named(self, name: str) -> dict[str, Any]:
+        """The short form of an object for events, with "name" and "driver" at least, also when it is gone."""
+
+    async def close(self) -> None:
+        """Let go of everything in this process; what runs, its slots and records stay."""
+
+
+Publish = Callable[[str, str], None]  # (event, name): "added", "removed", "changed", "ended"
+Peers = Callable[[str], Any]  # the driver of that name, made at its first use
+
+
+class Factory(Protocol):
+    """What each driver's module has as `make`."""
+
+    def __call__(self, services: Services, settings: Settings, publish: Publish, peers: Peers) -> Driver: ...

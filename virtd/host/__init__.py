@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The operations, once. Every front end is a thin adapter over a Host.
+
+A Host speaks of domains unless a noun says otherwise, as virtctl does. Each other noun has a module of its own here,
+and a property of Host that makes its operations when they are first asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from typing import TYPE_CHECKING, Any, cast
+
+import msgspec
+
+from .. import __version__, console
+from ..drivers.qemu.machine import DRIVER
+from ..drivers.registry import Drivers
+from ..records import now
+from .base import Caller, Listener, WithDescriptors
+from .domains import Domains
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..child import Services
+    from ..drivers import qemu
+    from ..drivers.protocol import Driver, Problem
+    from ..model.settings import Settings
+
+__all__ = ["Caller", "Host", "Listener", "WithDescriptors"]
+
+log = logging.getLogger(__name__)
+
+
+class Recovery(msgspec.Struct):
+    """What this start found; `ms` from the process's first instruction of ours until the guests were taken back."""
+
+    objects: int = 0
+    ms: float = 0.0
+    what: str = ""  # "2 domains, 1 network"
+    since: str = msgspec.field(default_factory=now)
+
+
+class Host(Domains):
+    """Everything that can be asked of virtd. All methods are to be called on the event loop."""
+
+    def __init__(self, services: Services, settings: Settings) -> None:
+        self._listeners: list[Listener] = []
+        self.drivers = Drivers(services, settings, self._publisher)
+        self.followers = console.Followers(services.pump)
+        domains = cast("qemu.driver.Driver", self.drivers.get(DRIVER))
+        super().__init__(services, settings.qemu, domains, self.followers, self.subscribe)
+        self.recovery = Recovery()
+        self.degraded: list[str] = []
+        self.problems: dict[str, tuple[str, str]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # Events
+
+    def subscribe(self, listener: Listener) -> Callable[[], None]:
+        """`listener(event, object)`, event one of "added", "removed", "changed", "ended"; returns how to end it."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    def _publisher(self, driver: str) -> Callable[[str, str], None]:
+        def publish(event: str, name: str) -> None:
+            item = self.drivers.get(driver).describe_named(name)
+            for listener in list(self._listeners):
+                try:
+                    listener(event, item)
+                except Exception:  # a front end's trouble is not the object's
+                    log.exception("A listener failed on %s of %s/%s", event, driver, name)
+
+        return publish
+
+    # The drivers
+
+    def use(self, name: str) -> Driver:
+        """The driver `name`, for an operation: one that had nothing to do so far is made, and starts with nothing."""
+        if name not in self.drivers:
+            self._wake(name)
+        return self.drivers.get(name)
+
+    def _wake(self, name: str) -> None:
+        driver = self.drivers.get(name)
+        self._restore(driver)
+        task = asyncio.create_task(self._reconcile(driver), name=f"reconcile-{name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def restore(self, started: float) -> None:
+        """The first step of a start; `started` is time.monotonic() at its beginning."""
+        for name in self.drivers.wanted():
+            self.drivers.get(name)
+        for driver in self.drivers:
+            self._restore(driver)
+        self.recovery.objects = self.live()
+        self.recovery.what = self.summary()
+        self.recovery.ms = (time.monotonic() - started) * 1000
+
+    def _restore(self, driver: Driver) -> None:
+        try:
+            driver.restore()
+        except Exception as exc:  # one driver's trouble must not cost the others their daemon
+            self._trouble(driver, "restored", exc)
+
+    async def reconcile(self) -> None:
+        """The second step, once systemd can be asked."""
+        await asyncio.gather(*(self._reconcile(driver) for driver in self.drivers))
+
+    async def _reconcile(self, driver: Driver) -> None:
+        try:
+            await driver.reconcile()
+        except Exception as exc:
+            self._trouble(driver, "reconciled", exc)
+
+    async def autostart(self) -> None:
+        """Start what is to be started at boot, one driver after the other: what others stand on comes first."""
+        for driver in self.drivers:
+            try:
+                await driver.autostart()
+            except Exception as exc:
+                self._trouble(driver, "autostarted", exc)
+
+    def _trouble(self, driver: Driver, what: str, exc: Exception) -> None:
+        log.error("The driver %s can't be %s: %s", driver.name, what, exc, exc_info=exc)
+        self.problems[f"{driver.name} driver"] = (
+            f"Its objects couldn't be {what}: {exc}",
+            "They were left alone. This is a bug: see journalctl -u virtd.",
+        )
+
+    def grown(self, key: str) -> None:
+        """The pump's word that bytes landed in a log: `key` is a slot's name."""
+        self.followers.grown(key)
+        name = key.partition("/")[0]
+        if name in self.drivers:
+            self.drivers.get(name).grown(key)
+
+    def live(self) -> int:
+        return sum(driver.live() for driver in self.drivers)
+
+    def summary(self) -> str:
+        """What runs: "2 domains, 1 network"."""
+        counted = [(driver.live(), driver.noun) for driver in self.drivers if driver.live()]
+        return ", ".join(f"{count} {noun}{'' if count == 1 else 's'}" for count, noun in counted) or "0 domains"
+
+    def settled(self) -> bool:
+        """Whether it is known of every object what became of it, so that a listing needn't wait."""
+        return all(driver.settled() for driver in self.drivers)
+
+    async def close(self) -> None:
+        """Let go of everything in this process; what runs stays."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(driver.close() for driver in self.drivers))
+
+    # The daemon
+
+    async def status(self) -> dict[str, Any]:
+        budget = self._services.store.budget()
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "since": self.recovery.since,
+            "recovered": {
+                "objects": self.recovery.objects,
+                "ms": round(self.recovery.ms, 1),
+                **self.found(),
+            },
+            "budget": {"used": budget.used, "max": budget.max, "limited_by": str(budget.limited_by)},
+            "domains": self.driver.counts(),
+            "objects": {driver.name: driver.counts() for driver in self.drivers},
+            "problems": self._all_problems(),
+            "degraded": list(self.degraded),
+        }
+
+    def found(self) -> dict[str, list[str]]:
+        """What this start found of every driver; what isn't a domain has its driver before its name."""
+        found: dict[str, list[str]] = {"adopted": [], "ended": [], "rolled_back": [], "rebuilt": []}
+        for driver in self.drivers:
+            prefix = "" if driver.name == DRIVER else f"{driver.name}/"
+            for what, names in found.items():
+                names += [f"{prefix}{name}" for name in getattr(driver.found, what)]
+        return found
+
+    def _all_problems(self) -> list[dict[str, str]]:
+        found = [{"object": key, "text": text, "hint": hint} for key, (text, hint) in self.problems.items()]
+        for driver in self.drivers:
+            found += [_row(driver.name, *trouble) for trouble in driver.troubles()]
+        return found
+
+    async def reload(self, *, by: Caller) -> dict[str, Any]:
+        """Read the definitions again, and apply again what others may have removed; nothing that runs is touched."""
+        for name in self.drivers.wanted():
+            self._wake(name)
+        changed: list[str] = []
+        problems: list[dict[str, str]] = []
+        for driver in self.drivers:
+            prefix = "" if driver.name == DRIVER else f"{driver.name}/"
+            changed += [f"{prefix}{name}" for name in driver.load_definitions()]
+            await driver.reload()
+            problems += [_row(driver.name, *trouble) for trouble in driver.bad_definitions()]
+        log.info("Reloaded: %d definitions changed", len(changed))
+        return {"changed": changed, "problems": problems}
+
+
+def _row(driver: str, name: str, problem: Problem) -> dict[str, str]:
+    """A problem of the object `name`, as every front end tells it."""
+    return {"object": f"{driver}/{name}", "text": problem.text, "hint": problem.hint}

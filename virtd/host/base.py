@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What all operations share: who asks, and replies that carry descriptors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+Listener = Callable[[str, dict[str, Any]], None]
+
+
+class Caller(msgspec.Struct, frozen=True):
+    """Who asks: SO_PEERCRED's answer, or D-Bus's."""
+
+    uid: int
+    pid: int
+    name: str
+
+
+class WithDescriptors(msgspec.Struct, frozen=True):
+    """A reply with descriptors, which the front end passes on and then closes."""
+
+    value: dict[str, Any]
+    fds: list[int]
