@@ -14,7 +14,7 @@ import socket
 import threading
 from typing import TYPE_CHECKING, Any
 
-from virtd.api import idl
+from virtd.api import idl, interfaces
 from virtd.errors import Busy, InvalidState, NotFound, VirtdError
 
 if TYPE_CHECKING:
@@ -237,13 +237,15 @@ class FakeDaemon:
         if interface == "org.varlink.service":
             call.reply({"product": "virtd"})
             return
-        assert interface == "org.virtd1"
+        assert interface in interfaces.MODULES
+        if noun := interface.removeprefix("org.virtd1").removeprefix("."):
+            method = f"{noun}.{method}"  # as virtctl calls it: answers["Network.List"]
         self.calls.append((method, parameters))
         if method in self.dies_on:
             self.dies_on.remove(method)
             raise Gone
         error: dict[str, Any] | None = None
-        if wrong := idl.problem(method, parameters):
+        if wrong := idl.problem(interface, method.rpartition(".")[2], parameters):
             error = {"error": "org.varlink.service.InvalidParameter", "parameters": {"parameter": wrong}}
         elif method not in self.answers:
             error = {"error": "org.varlink.service.MethodNotFound", "parameters": {"method": message["method"]}}

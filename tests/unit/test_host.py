@@ -27,7 +27,7 @@ def path_of(world: World, name: str) -> Path:
 
 def replied(method: str) -> set[str]:
     """The names in a method's reply, as the interface declares them."""
-    found = re.search(rf"^method {method}\([^)]*\) -> \(([^)]*)\)", idl.text(), re.MULTILINE)
+    found = re.search(rf"^method {method}\([^)]*\) -> \(([^)]*)\)", idl.text("org.virtd1"), re.MULTILINE)
     assert found is not None
     return {item.strip().partition(":")[0] for item in found[1].split(",")}
 

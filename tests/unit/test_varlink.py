@@ -17,7 +17,7 @@ import pytest
 
 from tests.unit.whole_host import on_loop, until
 from virtd import __version__, errors
-from virtd.api import idl, varlink
+from virtd.api import idl, interfaces, varlink
 from virtd.host import Caller, Host, WithDescriptors
 
 if TYPE_CHECKING:
@@ -158,14 +158,15 @@ async def serving(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caller: Caller
 # The interface's text
 
 
-def test_every_method_has_a_handler_and_the_other_way_round() -> None:
-    assert set(idl.methods()) == {*varlink.HANDLERS, "OpenConsole"}
-    assert set(idl.methods()) >= varlink.READING
-    assert set(idl.methods()) >= varlink.WAITING
+@pytest.mark.parametrize("interface", interfaces.MODULES)
+def test_every_method_has_a_handler_and_the_other_way_round(interface: str) -> None:
+    table = interfaces.methods(interface)
+    assert set(idl.methods(interface)) == set(table)
+    assert all((method.answer is None) != (method.stream is None) for method in table.values())
 
 
 def test_the_interfaces_errors_are_the_trees() -> None:
-    told = dict(re.findall(r"^error (\w+)\((.*)\)$", idl.text(), re.MULTILINE))
+    told = dict(re.findall(r"^error (\w+)\((.*)\)$", idl.text("org.virtd1"), re.MULTILINE))
     assert set(told) == set(errors.KINDS)
     for kind, text in told.items():
         assert [item.partition(":")[0] for item in text.split(", ")] == [
@@ -175,10 +176,13 @@ def test_the_interfaces_errors_are_the_trees() -> None:
         ]
 
 
-def test_every_method_of_the_interface_is_described_completely() -> None:
+@pytest.mark.parametrize("interface", interfaces.MODULES)
+def test_every_method_of_the_interface_is_described_completely(interface: str) -> None:
     """Each line that begins a method was understood, and so was every type in it."""
-    assert len(re.findall(r"^method ", idl.text(), re.MULTILINE)) == len(idl.methods())
-    kinds = {parameter.kind for parameters in idl.methods().values() for parameter in parameters}
+    assert f"\ninterface {interface}\n" in f"\n{idl.text(interface)}"
+    methods = idl.methods(interface)
+    assert len(re.findall(r"^method ", idl.text(interface), re.MULTILINE)) == len(methods)
+    kinds = {parameter.kind for parameters in methods.values() for parameter in parameters}
     assert kinds <= {"string", "bool", "int", "float", "object"}
 
 
@@ -211,7 +215,7 @@ def test_every_method_of_the_interface_is_described_completely() -> None:
     ],
 )
 def test_parameters(method: str, parameters: dict[str, Any], wrong: str | None) -> None:
-    assert idl.problem(method, parameters) == wrong
+    assert idl.problem("org.virtd1", method, parameters) == wrong
 
 
 # The wire
@@ -384,7 +388,7 @@ async def test_only_root_may_change_things(tmp_path: Any, monkeypatch: pytest.Mo
     sample: dict[str, Any] = {"string": "a", "int": 1, "bool": True, "float": 1.0}
     async with serving(tmp_path, monkeypatch, ANN) as world:
         with world.client() as client:
-            for method, declared in idl.methods().items():
+            for method, declared in idl.methods("org.virtd1").items():
                 parameters = {p.name: [sample[p.kind]] if p.many else sample[p.kind] for p in declared}
                 reply = await client.call(f"org.virtd1.{method}", parameters, more=method == "OpenConsole")
                 assert reply is not None
@@ -465,7 +469,9 @@ async def test_a_large_reply_with_a_descriptor(tmp_path: Any, monkeypatch: pytes
             assert len(client.fds) == 1
 
 
-@pytest.mark.parametrize("method", sorted(varlink.WAITING))
+@pytest.mark.parametrize(
+    "method", [name for name, method in interfaces.methods("org.virtd1").items() if method.waiting]
+)
 @on_loop
 async def test_who_hangs_up_is_not_waited_for(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     parameters = {

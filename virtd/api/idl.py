@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The Varlink interface's own text, read for what the server must know: each method's parameters and their types.
+"""The Varlink interfaces' own texts, read for what the server must know: each method's parameters and their types.
 
 The text is what a client gets from GetInterfaceDescription (https://varlink.org/Interface-Definition), so what it
 says and what is accepted can't differ.
@@ -42,16 +42,17 @@ class Parameter(NamedTuple):
 
 
 @functools.cache
-def text() -> str:
-    with open(os.path.join(os.path.dirname(__file__), "org.virtd1.varlink"), encoding="utf-8") as file:
+def text(interface: str) -> str:
+    with open(os.path.join(os.path.dirname(__file__), f"{interface}.varlink"), encoding="utf-8") as file:
         return file.read()
 
 
 @functools.cache
-def methods() -> dict[str, tuple[Parameter, ...]]:
+def methods(interface: str) -> dict[str, tuple[Parameter, ...]]:
     """Parameters by method name, without the interface's name."""
     return {
-        match[1]: tuple(map(_parameter, filter(None, match[2].split(", ")))) for match in _METHOD.finditer(text())
+        match[1]: tuple(map(_parameter, filter(None, match[2].split(", "))))
+        for match in _METHOD.finditer(text(interface))
     }
 
 
@@ -61,9 +62,9 @@ def _parameter(item: str) -> Parameter:
     return Parameter(name, kind.removeprefix("[]"), optional=optional, many=kind.startswith("[]"))
 
 
-def problem(method: str, parameters: dict[str, Any]) -> str | None:
+def problem(interface: str, method: str, parameters: dict[str, Any]) -> str | None:
     """The first parameter of `method` that is missing, unknown or of the wrong type; None when all is well."""
-    known = {parameter.name: parameter for parameter in methods()[method]}
+    known = {parameter.name: parameter for parameter in methods(interface)[method]}
     for name in parameters:
         if name not in known:
             return name

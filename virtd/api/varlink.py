@@ -15,50 +15,22 @@ import os
 import pwd
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from .. import __version__, errors
 from ..host import Caller, Host, WithDescriptors
-from . import idl
+from . import idl, interfaces
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable
 
 log = logging.getLogger(__name__)
 
-INTERFACE = "org.virtd1"
 SERVICE = "org.varlink.service"
+ERRORS = "org.virtd1"  # all interfaces share its errors
 LIMIT = 4 << 20  # bytes of one message; a definition has at most 1 MiB
-READING = frozenset({"Status", "List", "Info", "Dump", "Wait"})
-WAITING = frozenset({"Wait", "Follow"})  # these change nothing, and may last until somebody else does something
-
-Handler = Callable[[Host, Caller, dict[str, Any]], Awaitable[Any]]
-
-HANDLERS: dict[str, Handler] = {
-    "Status": lambda host, by, p: _value(host.status(), "status"),
-    "List": lambda host, by, p: _value(host.listing(), "objects"),
-    "Info": lambda host, by, p: _value(host.info(p["name"]), "object"),
-    "Dump": lambda host, by, p: _value(host.dump(p["name"]), "text"),
-    "Define": lambda host, by, p: host.define(p["text"], p["source"], check=bool(p.get("check")), by=by),
-    "Undefine": lambda host, by, p: host.undefine(p["name"], by=by),
-    "Start": lambda host, by, p: host.start(p["name"], by=by),
-    "Shutdown": lambda host, by, p: host.shutdown(p["name"], p.get("timeout"), by=by),
-    "Stop": lambda host, by, p: host.stop(p["name"], by=by),
-    "Kill": lambda host, by, p: host.kill(p["name"], p["signal"], by=by),
-    "Reboot": lambda host, by, p: host.reboot(p["name"], force=bool(p.get("force")), timeout=p.get("timeout"), by=by),
-    "Suspend": lambda host, by, p: host.suspend(p["name"], by=by),
-    "Resume": lambda host, by, p: host.resume(p["name"], by=by),
-    "Autostart": lambda host, by, p: host.set_autostart(p["name"], p["enable"], by=by),
-    "Reload": lambda host, by, p: host.reload(by=by),
-    "Wait": lambda host, by, p: _value(host.wait(p["name"], p["states"], p.get("timeout")), "object"),
-    "Follow": lambda host, by, p: host.follow(
-        p["name"], p["log"], p.get("file"), p.get("offset"), p.get("lines"), wait=bool(p.get("wait"))
-    ),
-}
-
-
-async def _value(result: Awaitable[Any], key: str) -> dict[str, Any]:
-    return {key: await result}
 
 
 class Refused(Exception):
@@ -153,17 +125,17 @@ class Connection:
         fds: list[int] = []
         oneway, more = bool(call.get("oneway")), bool(call.get("more"))
         try:
-            if method == f"{INTERFACE}.OpenConsole":
-                self._allow("OpenConsole", parameters)
+            found = self._find(method, parameters)
+            if found is not None and found.stream is not None:
                 if not more:
                     raise Refused(f"{SERVICE}.ExpectedMore", {})
-                await self._stream(self._host.open_console(**_given(parameters), by=self._caller))
+                await self._stream(found.stream(self._host, self._caller, parameters))
                 return True
-            result = await self._call(method, parameters)
+            result = await self._call(found, method, parameters)
         except Refused as refused:
             reply = {"error": refused.name, "parameters": refused.parameters}
         except errors.VirtdError as error:
-            reply = {"error": f"{INTERFACE}.{_kind(error)}", "parameters": error.fields()}
+            reply = {"error": f"{ERRORS}.{_kind(error)}", "parameters": error.fields()}
         except ConnectionError:
             raise
         except Exception as exc:
@@ -173,7 +145,7 @@ class Connection:
             failure = errors.HostError(
                 f"{method.rpartition('.')[2]} failed: {exc}", hint="See: journalctl -u virtd.service"
             )
-            reply = {"error": f"{INTERFACE}.{_kind(failure)}", "parameters": failure.fields()}
+            reply = {"error": f"{ERRORS}.{_kind(failure)}", "parameters": failure.fields()}
         else:
             fds = result.fds if isinstance(result, WithDescriptors) else []
             reply = {"parameters": result.value if isinstance(result, WithDescriptors) else result}
@@ -185,17 +157,31 @@ class Connection:
                 os.close(fd)
         return True
 
-    async def _call(self, method: str, parameters: dict[str, Any]) -> Any:
+    def _find(self, method: str, parameters: dict[str, Any]) -> interfaces.Method | None:
+        """The method, if its caller may and its parameters fit; None for one of org.varlink.service."""
         interface, _, name = method.rpartition(".")
         if interface == SERVICE:
-            return _service(name, parameters)
-        if interface != INTERFACE:
+            return None
+        if interface not in interfaces.MODULES:
             raise Refused(f"{SERVICE}.InterfaceNotFound", {"interface": interface})
-        if name not in HANDLERS:
+        table = interfaces.methods(interface)
+        if name not in table:
             raise Refused(f"{SERVICE}.MethodNotFound", {"method": method})
-        self._allow(name, parameters)
-        answer = HANDLERS[name](self._host, self._caller, parameters)
-        return await (self._unless_gone(answer) if name in WAITING else answer)
+        if not table[name].reading and self._caller.uid != 0:
+            raise errors.AccessDenied(
+                f"{self._caller.name} may not call {name}",
+                hint="Only root may change anything or read consoles.",
+            )
+        if wrong := idl.problem(interface, name, parameters):
+            raise Refused(f"{SERVICE}.InvalidParameter", {"parameter": wrong})
+        return table[name]
+
+    async def _call(self, found: interfaces.Method | None, method: str, parameters: dict[str, Any]) -> Any:
+        if found is None:
+            return _service(method.rpartition(".")[2], parameters)
+        assert found.answer is not None
+        answer = found.answer(self._host, self._caller, parameters)
+        return await (self._unless_gone(answer) if found.waiting else answer)
 
     async def _unless_gone(self, answer: Awaitable[Any]) -> Any:
         """What `answer` brings; for one that may take for ever it ends when the client hangs up."""
@@ -223,15 +209,6 @@ class Connection:
             raise ConnectionResetError("the client hung up") from None
         finally:
             self._loop.remove_reader(self._socket)
-
-    def _allow(self, method: str, parameters: dict[str, Any]) -> None:
-        if method not in READING and self._caller.uid != 0:
-            raise errors.AccessDenied(
-                f"{self._caller.name} may not call {method}",
-                hint="Only root may change domains or read their consoles.",
-            )
-        if wrong := idl.problem(method, parameters):
-            raise Refused(f"{SERVICE}.InvalidParameter", {"parameter": wrong})
 
     async def _stream(self, replies: AsyncIterator[dict[str, Any] | WithDescriptors]) -> None:
         """Send what `replies` yields until it ends or the client hangs up.
@@ -304,10 +281,6 @@ def _kind(error: errors.VirtdError) -> str:
     return next(cls.__name__ for cls in type(error).__mro__ if cls.__name__ in errors.KINDS)
 
 
-def _given(parameters: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in parameters.items() if value is not None}
-
-
 def _service(method: str, parameters: dict[str, Any]) -> dict[str, Any]:
     """org.varlink.service: what every Varlink service answers about itself."""
     match method:
@@ -317,12 +290,12 @@ def _service(method: str, parameters: dict[str, Any]) -> dict[str, Any]:
                 "product": "virtd",
                 "version": __version__,
                 "url": "https://varlink.org",
-                "interfaces": [SERVICE, INTERFACE],
+                "interfaces": [SERVICE, *interfaces.MODULES],
             }
         case "GetInterfaceDescription":
             wanted = parameters.get("interface")
-            if wanted == INTERFACE:
-                return {"description": idl.text()}
+            if wanted in interfaces.MODULES:
+                return {"description": idl.text(wanted)}
             if wanted == SERVICE:
                 return {"description": _SERVICE_TEXT}
             raise Refused(f"{SERVICE}.InterfaceNotFound", {"interface": str(wanted)})

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The Varlink interfaces: which there are, and which module answers for each.
+
+A module has METHODS, and the interface's text, with the parameters that are let through, is the file of its name
+beside it. Modules are imported at their first call.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NamedTuple
+
+from ..host import Caller, Host, WithDescriptors
+
+Answer = Callable[[Host, Caller, dict[str, Any]], Awaitable[Any]]
+Stream = Callable[[Host, Caller, dict[str, Any]], AsyncIterator[dict[str, Any] | WithDescriptors]]
+
+
+class Method(NamedTuple):
+    """One method: what answers it, or, for one that is called with `more`, what makes its replies.
+
+    `reading` ones are for everybody. `waiting` ones change nothing and may last until somebody else does something:
+    they end when the client hangs up. A stream's last reply is the one with an "event".
+    """
+
+    answer: Answer | None = None
+    stream: Stream | None = None
+    reading: bool = False
+    waiting: bool = False
+
+
+MODULES: dict[str, str] = {
+    "org.virtd1": "virtd.api.domains",
+}
+
+
+def methods(interface: str) -> dict[str, Method]:
+    """The methods of one of MODULES."""
+    table: dict[str, Method] = importlib.import_module(MODULES[interface]).METHODS
+    return table
+
+
+async def under(key: str, result: Awaitable[Any]) -> dict[str, Any]:
+    """A reply that has its value as `key`."""
+    return {key: await result}
