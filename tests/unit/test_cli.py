@@ -14,8 +14,8 @@ import pytest
 
 from tests.unit.fake_daemon import DOMAIN, INFO, KILLED, STOPPED, FakeDaemon
 from virtd import __version__, errors
-from virtd.cli import output
-from virtd.cli.main import COMMANDS, main
+from virtd.cli import exits, output
+from virtd.cli.main import COMMANDS, NOUNS, main
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -127,10 +127,54 @@ def test_wrong_usage_is_2(virtctl: Any, words: tuple[str, ...]) -> None:
     assert "Traceback" not in ran.err
 
 
-def test_a_noun_of_a_later_version_is_named(virtctl: Any) -> None:
-    assert (
-        virtctl("pool", "list").err == "virtctl: 'pool' isn't in this version, which manages virtual machines only\n"
-    )
+def test_a_noun_of_a_later_version_is_named(virtctl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("virtd.cli.main.LATER", ("teapot",))
+    assert virtctl("teapot", "list").err == "virtctl: 'teapot' isn't in this version\n"
+    assert virtctl("teapot", "list").status == exits.USAGE_ERROR
+
+
+class Noun:
+    """A module of commands, as those of `virtctl NOUN` are."""
+
+    COMMANDS = {  # noqa: RUF012 (a module's)
+        "list": ("noun_of_a_test", "Things", "", "List things", "list things"),
+        "info": ("noun_of_a_test", "Things", "NAME", "Show a thing", "show {name}"),
+    }
+    OPTIONS = {"list": lambda parser: parser.json(), "info": lambda parser: parser.name()}  # noqa: RUF012
+
+    @staticmethod
+    def info(args: Any, _session: Any) -> int:
+        raise errors.NotFound(f"There is no thing {args.name}")
+
+    RUN = {"list": lambda args, _session: print("things", args.json) or 7, "info": info}  # noqa: RUF012
+
+
+@pytest.fixture
+def noun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "virtd.cli.noun_of_a_test", Noun)
+    monkeypatch.setitem(NOUNS, "thing", ("noun_of_a_test", "Control things"))
+
+
+@pytest.mark.usefixtures("noun")
+def test_a_nouns_commands(virtctl: Any) -> None:
+    for words in (["thing", "list"], ["thing"], ["--address=/x", "thing", "list"]):
+        assert (virtctl(*words).out, virtctl(*words).status) == ("things None\n", 7)
+    assert virtctl("thing", "list", "--json").out == "things short\n"
+    failed = virtctl("thing", "info", "a")
+    assert "Failed to show a" in failed.err
+    assert "There is no thing a" in failed.err
+    assert failed.status == exits.exit_status(errors.NotFound(""))
+
+
+@pytest.mark.usefixtures("noun")
+def test_a_nouns_help(virtctl: Any) -> None:
+    assert "thing COMMAND" in virtctl("--help").out
+    for words in (["thing", "--help"], ["help", "thing"]):
+        assert "virtctl thing [OPTIONS...] COMMAND ...\n\nControl things.\n" in virtctl(*words).out
+    for words in (["help", "thing", "info"], ["thing", "info", "--help"]):
+        assert virtctl(*words).out.startswith("usage: virtctl thing info")
+    unknown = virtctl("thing", "fly")
+    assert unknown.err == "virtctl: Unknown command 'thing fly'.\nTry 'virtctl thing --help' for more information.\n"
 
 
 def test_options_before_the_command(virtctl: Any, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,7 +160,7 @@ async def serving(bus: PrivateBus, *, uid: int = 0) -> AsyncIterator[tuple[FakeH
     host = FakeHost()
     host.add("web1")
     service, connection = await Bus.open(bus.address), await Bus.open(bus.address)
-    server = Server(host, service)
+    server = Server(host, service)  # type: ignore[arg-type]
     try:
         await server.start()
         server._callers[connection.unique_name] = Caller(uid=uid, pid=1, name="root" if uid == 0 else "somebody")
@@ -476,7 +476,7 @@ def test_a_bus_that_is_lost(shared_bus: PrivateBus) -> None:
             service = await Bus.open(bus.address)
             closed = asyncio.Event()
             service.on_closed(closed.set)
-            server = Server(host, service)
+            server = Server(host, service)  # type: ignore[arg-type]
             await server.start()
             bus.process.kill()
             await closed.wait()
@@ -485,7 +485,7 @@ def test_a_bus_that_is_lost(shared_bus: PrivateBus) -> None:
             await service.close()
         # The same host, on the next bus.
         again = await Bus.open(shared_bus.address)
-        server = Server(host, again)
+        server = Server(host, again)  # type: ignore[arg-type]
         await server.start()
         (answer,) = await again.call(NAME, WEB, PROPERTIES, "Get", "ss", (DOMAIN, "State"))
         assert answer == "running"
@@ -500,7 +500,7 @@ def test_ending_answers_everybody(shared_bus: PrivateBus) -> None:
         host = FakeHost()
         host.add("web1")
         service, client = await Bus.open(shared_bus.address), await Bus.open(shared_bus.address)
-        server = Server(host, service)
+        server = Server(host, service)  # type: ignore[arg-type]
         await server.start()
         waiting = asyncio.create_task(client.call(NAME, WEB, DOMAIN, "Wait", "asd", (["running"], 0.0)))
         await client.call(NAME, "/", INTROSPECTABLE, "Introspect")
@@ -526,7 +526,7 @@ def test_the_name_is_taken(shared_bus: PrivateBus) -> None:
     async def main() -> None:
         async with serving(shared_bus):
             other = await Bus.open(shared_bus.address)
-            server = Server(FakeHost(), other)
+            server = Server(FakeHost(), other)  # type: ignore[arg-type]
             with pytest.raises(errors.Exists):
                 await server.start()
             await server.close()

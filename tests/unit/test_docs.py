@@ -16,6 +16,7 @@ import pytest
 
 from virtd import child, errors, messages
 from virtd.api import introspection
+from virtd.api.kinds import KINDS
 from virtd.cli import exits, main, options
 from virtd.model import document, domain, settings
 from virtd.model.state import Cause, State
@@ -110,11 +111,17 @@ def hint_struct(hint: Any) -> type[msgspec.Struct]:
 # virtctl(1)
 
 
-@pytest.mark.parametrize("command", main.COMMANDS)
-def test_each_command_is_documented_with_its_options(command: str) -> None:
-    found = re.search(rf"^``{command}(?: .*)?``\n((?:(?: {{4}}.*)?\n)+)", page("virtctl.1"), re.M)
-    assert found, f"virtctl(1) has no entry for {command}"
-    module = importlib.import_module(f"virtd.cli.{main.COMMANDS[command][0]}")
+def all_commands() -> list[tuple[str, str]]:
+    """Each noun, "" for domains, with each of its commands."""
+    return [(noun, command) for noun in ("", *main.NOUNS) for command in main.commands_of(noun)]
+
+
+@pytest.mark.parametrize(("noun", "command"), all_commands())
+def test_each_command_is_documented_with_its_options(noun: str, command: str) -> None:
+    whole = f"{noun} {command}".strip()
+    found = re.search(rf"^``{whole}(?: .*)?``\n((?:(?: {{4}}.*)?\n)+)", page("virtctl.1"), re.M)
+    assert found, f"virtctl(1) has no entry for {whole}"
+    module = importlib.import_module(f"virtd.cli.{main.commands_of(noun)[command][0]}")
     parser = options.Parser(command, "")
     module.OPTIONS[command](parser)
     common = section(page("virtctl.1"), "OPTIONS")
@@ -158,7 +165,7 @@ def test_each_slot_is_documented(slot: str) -> None:
 
 def test_the_bus_is_documented() -> None:
     text = section(page("virtd.8"), "INTERFACES")
-    assert all(f"*{name}*" in text for name in (introspection.MANAGER, introspection.DOMAIN))
+    assert all(f"*{name}*" in text for name in (introspection.MANAGER, *(kind.interface for kind in KINDS)))
 
 
 # Links and examples

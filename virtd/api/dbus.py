@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The D-Bus front end: org.virtd1, with an object for each domain under an ObjectManager.
+"""The D-Bus front end: org.virtd1, with an object for each domain, and each other thing, under an ObjectManager.
 
     /org/virtd1                 org.virtd1.Manager
     /org/virtd1/domain/<name>   org.virtd1.Domain; the name is escaped as sd_bus_path_encode(3) does it
+    ...                         the other kinds of kinds.py
 
 Reading is for everybody, changing for root. An error's name is org.virtd1.Error.<class of virtd.errors>.
 """
@@ -12,14 +13,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import pwd
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 from .. import __version__, errors
 from ..bus import DBUS, DBUS_PATH, Bus, MethodCall, Var
 from ..host import Caller
-from ..units import escape_label, unescape_label, unit_name
+from ..units import escape_label, unescape_label
 from .introspection import (
-    DOMAIN,
     INTERFACES,
     INTROSPECTABLE,
     MANAGER,
@@ -28,15 +28,18 @@ from .introspection import (
     PROPERTIES,
     document,
 )
+from .kinds import KINDS, Kind
+from .variants import Object, dictionary
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Sequence
+
+    from ..host import Host
 
 log = logging.getLogger(__name__)
 
 NAME: Final = "org.virtd1"
 ROOT: Final = "/org/virtd1"
-DOMAINS: Final = f"{ROOT}/domain"
 ERROR: Final = "org.virtd1.Error"
 FREEDESKTOP: Final = "org.freedesktop.DBus.Error"
 
@@ -45,30 +48,8 @@ RUNNING: Final = frozenset({"starting", "running", "paused", "stopping"})
 MAX_CALLERS: Final = 256
 GRACE: Final = 0.25  # seconds
 
-Object = dict[str, Any]
-
-
-class Host(Protocol):
-    """What this front end needs of virtd.host.Host."""
-
-    async def status(self) -> Object: ...
-    async def listing(self) -> list[Object]: ...
-    async def info(self, name: str) -> Object: ...
-    async def dump(self, name: str) -> str: ...
-    async def wait(self, name: str, states: list[str], timeout: float | None) -> Object: ...
-    async def define(self, text: str, source: str, *, check: bool, by: Caller) -> Object: ...
-    async def undefine(self, name: str, *, by: Caller) -> Object: ...
-    async def start(self, name: str, *, by: Caller) -> Object: ...
-    async def shutdown(self, name: str, timeout: float | None, *, by: Caller) -> Object: ...
-    async def stop(self, name: str, *, by: Caller) -> Object: ...
-    async def kill(self, name: str, signum: int, *, by: Caller) -> Object: ...
-    async def reboot(self, name: str, *, force: bool, timeout: float | None, by: Caller) -> Object: ...
-    async def suspend(self, name: str, *, by: Caller) -> Object: ...
-    async def resume(self, name: str, *, by: Caller) -> Object: ...
-    async def set_autostart(self, name: str, enable: bool, *, by: Caller) -> Object: ...  # noqa: FBT001
-    async def reload(self, *, by: Caller) -> Object: ...
-    def subscribe(self, callback: Callable[[str, Object], None]) -> Callable[[], None]:
-        """`callback(event, object)`, with event one of added, removed, changed, ended."""
+BY_SEGMENT: Final = {kind.segment: kind for kind in KINDS}
+BY_DRIVER: Final = {kind.driver: kind for kind in KINDS}
 
 
 class Refused(Exception):
@@ -85,8 +66,8 @@ class Server:
     def __init__(self, host: Host, bus: Bus) -> None:
         self._host = host
         self._bus = bus
-        # The domains as the bus was last told of them: changes are sent as the difference to this.
-        self._domains: dict[str, Object] = {}
+        # The objects of each kind as the bus was last told of them: changes are sent as the difference to this.
+        self._objects: dict[str, dict[str, Object]] = {kind.segment: {} for kind in KINDS}
         self._running = 0
         self._callers: dict[str, Caller] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -95,7 +76,8 @@ class Server:
 
     async def start(self, lost: Callable[[], None] | None = None) -> None:
         """Serve, and take the name; `lost` is called if the bus takes it away. Raises Exists or HostError."""
-        self._domains = {item["name"]: item for item in await self._host.listing()}
+        for kind in KINDS:
+            self._objects[kind.segment] = {item["name"]: item for item in await kind.listing(self._host)}
         self._running = self._count_running()
         self._unsubscribe = self._host.subscribe(self._event)
         self._bus.serve(self._receive)
@@ -174,15 +156,31 @@ class Server:
         match interface:
             case "org.virtd1.Manager":
                 return await self._manager(call)
-            case "org.virtd1.Domain":
-                return await self._domain(self._name_at(call.path), call)
             case "org.freedesktop.DBus.Properties":
                 return await self._properties(call)
             case "org.freedesktop.DBus.ObjectManager":
-                infos = await asyncio.gather(*(self._host.info(name) for name in sorted(self._domains)))
-                return ({path_of(info["name"]): {DOMAIN: domain_properties(info)} for info in infos},)
-            case _:
+                return (await self._managed(),)
+            case "org.freedesktop.DBus.Introspectable":
                 return (document(self._interfaces(call.path), self._children(call.path)),)
+        by = None if INTERFACES[interface].methods[call.member].reading else await self._authorised(call)
+        kind, name = self._at(call.path)
+        if name is not None:
+            return await kind.call(self._host, name, call.member, call.args, by)
+        assert kind.manage is not None
+        return await kind.manage(self._host, call.member, call.args, by)
+
+    async def _managed(self) -> dict[str, dict[str, dict[str, Var]]]:
+        """All objects with their properties; one that is gone by the time it is asked for isn't among them."""
+        found = {}
+        for kind in KINDS:
+            names = sorted(self._objects[kind.segment])
+            infos = await asyncio.gather(*(kind.info(self._host, name) for name in names), return_exceptions=True)
+            for name, info in zip(names, infos, strict=True):
+                if isinstance(info, dict):
+                    found[path_of(name, kind.segment)] = {kind.interface: kind.properties(info)}
+                elif not isinstance(info, errors.NotFound):
+                    raise info
+        return found
 
     async def _manager(self, call: MethodCall) -> tuple[Any, ...]:
         match call.member:
@@ -202,33 +200,6 @@ class Server:
         done = await self._host.reload(by=by)
         return done["changed"], [dictionary(problem) for problem in done["problems"]]
 
-    async def _domain(self, name: str, call: MethodCall) -> tuple[Any, ...]:
-        host = self._host
-        match call.member:
-            case "Info":
-                return (dictionary(await host.info(name)),)
-            case "Dump":
-                return (await host.dump(name),)
-            case "Wait":
-                states, timeout = call.args
-                return ((await host.wait(name, states, limit(timeout)))["state"],)
-        by = await self._authorised(call)
-        done: Awaitable[Object]
-        match call.member:
-            case "Shutdown":
-                done = host.shutdown(name, limit(call.args[0]), by=by)
-            case "Kill":
-                done = host.kill(name, call.args[0], by=by)
-            case "Reboot":
-                done = host.reboot(name, force=call.args[0], timeout=None, by=by)
-            case "SetAutostart":
-                done = host.set_autostart(name, call.args[0], by=by)
-            case simple:
-                # Start, Stop, Suspend, Resume, Undefine: the table has let nothing else through.
-                done = getattr(host, simple.lower())(name, by=by)
-        result = await done
-        return (result["changed"],) if INTERFACES[DOMAIN].methods[call.member].gives.signature else ()
-
     async def _properties(self, call: MethodCall) -> tuple[Any, ...]:
         interface = call.args[0]
         # An empty name means whatever interface the object has of its own; there is never more than one.
@@ -239,15 +210,17 @@ class Server:
             raise Refused("PropertyReadOnly", "Properties are changed by methods only")
         values: dict[str, Var] = {}
         if own is not None and interface in ("", own):
-            values = self._manager_properties() if own == MANAGER else await self._read_domain(call.path)
+            values = self._manager_properties() if own == MANAGER else await self._read(call.path)
         if call.member == "GetAll":
             return (values,)
         if call.args[1] not in values:
             raise Refused("UnknownProperty", f"{interface or call.path} has no property {call.args[1]}")
         return (values[call.args[1]],)
 
-    async def _read_domain(self, path: str) -> dict[str, Var]:
-        return domain_properties(await self._host.info(self._name_at(path)))
+    async def _read(self, path: str) -> dict[str, Var]:
+        kind, name = self._at(path)
+        assert name is not None
+        return kind.properties(await kind.info(self._host, name))
 
     async def _authorised(self, call: MethodCall) -> Caller:
         """Who calls, if they may change something; AccessDenied else."""
@@ -264,7 +237,7 @@ class Server:
             self._callers[call.sender] = by
         if by.uid != 0:
             raise errors.AccessDenied(
-                f"{by.name} may not call {call.member}", hint="Only root may change domains for now."
+                f"{by.name} may not call {call.member}", hint="Only root may change anything for now."
             )
         return by
 
@@ -274,60 +247,70 @@ class Server:
         """The interfaces of the object at `path`; none when there is no such object."""
         if path == ROOT:
             return (MANAGER, OBJECT_MANAGER, *STANDARD)
-        if path in ("/", "/org", DOMAINS):
+        if path in ("/", "/org"):
             return (INTROSPECTABLE, PEER)
         try:
-            self._name_at(path)
+            kind, name = self._at(path)
         except Refused:
             return ()
-        return (DOMAIN, *STANDARD)
+        if name is not None:
+            return (kind.interface, *STANDARD)
+        return (*([kind.manager] if kind.manager else []), INTROSPECTABLE, PEER)
 
     def _children(self, path: str) -> Iterable[str]:
-        if path == DOMAINS:
-            return map(escape_label, sorted(self._domains))
-        return {"/": ("org",), "/org": ("virtd1",), ROOT: ("domain",)}.get(path, ())
+        fixed = {"/": ["org"], "/org": ["virtd1"], ROOT: list(BY_SEGMENT)}
+        if path in fixed:
+            return fixed[path]
+        kind, name = self._at(path)
+        return map(escape_label, sorted(self._objects[kind.segment])) if name is None else ()
 
-    def _name_at(self, path: str) -> str:
-        """The domain whose object is at `path`."""
-        parent, _, label = path.rpartition("/")
-        try:
-            name = unescape_label(label)
-        except ValueError:
-            name = ""
-        if parent != DOMAINS or name not in self._domains:
-            raise Refused("UnknownObject", f"There is no object {path}")
-        return name
+    def _at(self, path: str) -> tuple[Kind, str | None]:
+        """The kind and name of the object at `path`; no name for the place above a kind's objects."""
+        segment, _, label = path.removeprefix(f"{ROOT}/").partition("/")
+        if path.startswith(f"{ROOT}/") and (kind := BY_SEGMENT.get(segment)) is not None:
+            if not label and not path.endswith("/"):
+                return kind, None
+            try:
+                name = unescape_label(label)
+            except ValueError:
+                name = ""
+            if name in self._objects[segment]:
+                return kind, name
+        raise Refused("UnknownObject", f"There is no object {path}")
 
     def _manager_properties(self) -> dict[str, Var]:
         return {
             "Version": Var("s", __version__),
-            "Domains": Var("u", len(self._domains)),
+            "Domains": Var("u", len(self._objects["domain"])),
             "Running": Var("u", self._running),
         }
 
     def _count_running(self) -> int:
-        return sum(item["state"] in RUNNING for item in self._domains.values())
+        return sum(item["state"] in RUNNING for item in self._objects["domain"].values())
 
     # Events
 
     def _event(self, event: str, item: Object) -> None:
-        name = item["name"]
-        path = path_of(name)
+        kind = BY_DRIVER.get(item["driver"])
+        if kind is None:
+            return
+        known, name = self._objects[kind.segment], item["name"]
+        path = path_of(name, kind.segment)
         before = self._manager_properties()
         if event == "removed":
-            if self._domains.pop(name, None) is not None:
-                self._bus.emit(ROOT, OBJECT_MANAGER, "InterfacesRemoved", "oas", path, [DOMAIN, *STANDARD])
-        elif name not in self._domains:
-            self._domains[name] = item
-            everything = {DOMAIN: domain_properties(item) | {"Exit": Var("a{sv}", {})}}
+            if known.pop(name, None) is not None:
+                self._bus.emit(ROOT, OBJECT_MANAGER, "InterfacesRemoved", "oas", path, [kind.interface, *STANDARD])
+        elif name not in known:
+            known[name] = item
+            everything = {kind.interface: kind.properties(item) | kind.late}
             self._bus.emit(ROOT, OBJECT_MANAGER, "InterfacesAdded", "oa{sa{sv}}", path, everything)
         else:
-            old, self._domains[name] = self._domains[name], item
-            # Events come in the short form, without the last exit.
-            stale = ["Exit"] if event == "ended" or old["since"] != item["since"] else []
-            self._changed(path, DOMAIN, domain_properties(old), domain_properties(item), stale)
-        if event == "ended":
-            self._task(self._ended(name), "ended")
+            old, known[name] = known[name], item
+            # Events come in the short form, without what only the long one has.
+            stale = list(kind.late) if event == "ended" or old.get("since") != item.get("since") else []
+            self._changed(path, kind.interface, kind.properties(old), kind.properties(item), stale)
+        if event == "ended" and kind.ended:
+            self._task(self._ended(kind, name), "ended")
         self._running = self._count_running()
         self._changed(ROOT, MANAGER, before, self._manager_properties())
 
@@ -338,65 +321,19 @@ class Server:
         if changed or stale:
             self._bus.emit(path, PROPERTIES, "PropertiesChanged", "sa{sv}as", interface, changed, list(stale))
 
-    async def _ended(self, name: str) -> None:
+    async def _ended(self, kind: Kind, name: str) -> None:
         try:
-            info = await self._host.info(name)
+            info = await kind.info(self._host, name)
         except errors.VirtdError as exc:
             log.debug("%s ended, and is gone: %s", name, exc)
             return
-        self._bus.emit(path_of(name), DOMAIN, "Ended", "a{sv}", dictionary(info["exit"] or {}))
+        ending = dictionary(info["exit"] or {})
+        self._bus.emit(path_of(name, kind.segment), kind.interface, "Ended", "a{sv}", ending)
 
 
-def path_of(name: str) -> str:
-    """The object path of a domain."""
-    return f"{DOMAINS}/{escape_label(name)}"
-
-
-def domain_properties(item: Object) -> dict[str, Var]:
-    """org.virtd1.Domain's properties from what Host.info says; all but Exit from the short form."""
-    number = item.get("id")
-    return {
-        "Name": Var("s", item["name"]),
-        "Driver": Var("s", item["driver"]),
-        "Uuid": Var("s", item["uuid"]),
-        "Unit": Var("s", item.get("unit") or unit_name(item["driver"], item["name"])),
-        "State": Var("s", str(item["state"])),
-        "Reason": Var("s", item.get("reason") or ""),
-        "Since": Var("s", item.get("since") or ""),
-        "Pid": Var("u", item.get("pid") or 0),
-        # What has no number isn't running: -1, as users of libvirt know it.
-        "Id": Var("i", -1 if number is None else number),
-        "Autostart": Var("b", bool(item.get("autostart"))),
-    } | ({"Exit": Var("a{sv}", dictionary(item["exit"] or {}))} if "exit" in item else {})
-
-
-def dictionary(value: Object) -> dict[str, Var]:
-    """A JSON object as a{sv}. D-Bus has no null: those keys are left out."""
-    return {key: variant(item) for key, item in value.items() if item is not None}
-
-
-def variant(value: Any) -> Var:
-    """A JSON value as the variant that comes closest."""
-    match value:
-        case bool():
-            return Var("b", value)
-        case int():
-            return Var("x", value)
-        case float():
-            return Var("d", value)
-        case dict():
-            return Var("a{sv}", dictionary(value))
-        case list() | tuple() if all(isinstance(item, str) for item in value):
-            return Var("as", [str(item) for item in value])
-        case list() | tuple():
-            return Var("av", [variant(item) for item in value if item is not None])
-        case _:
-            return Var("s", str(value))
-
-
-def limit(timeout: float) -> float | None:
-    """A time limit as D-Bus has it, where 0 and less mean the one that virtd has by itself."""
-    return timeout if timeout > 0 else None
+def path_of(name: str, segment: str = "domain") -> str:
+    """The object path of a domain, or of what else there is."""
+    return f"{ROOT}/{segment}/{escape_label(name)}"
 
 
 def kind_of(error: errors.VirtdError) -> str:

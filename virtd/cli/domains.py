@@ -117,44 +117,62 @@ def reboot(args: argparse.Namespace, session: Session) -> int:
     return act(args.names, "reboot", begin, end)
 
 
-def undefine(args: argparse.Namespace, session: Session) -> int:
-    def begin(name: str) -> Call:
-        return Call(session, "Undefine", constant({"name": name}), limit=WORK)
+def undefining(method: str = "Undefine") -> Callable[[argparse.Namespace, Session], int]:
+    """The command that removes definitions by `method`."""
 
-    def end(_name: str, call: Call) -> None:
-        try:
-            call.result()
-        except NotFound:
-            if not call.repeated:
-                raise
+    def run(args: argparse.Namespace, session: Session) -> int:
+        def begin(name: str) -> Call:
+            return Call(session, method, constant({"name": name}), limit=WORK)
 
-    return act(args.names, "undefine", begin, end)
+        def end(_name: str, call: Call) -> None:
+            try:
+                call.result()
+            except NotFound:
+                if not call.repeated:
+                    raise
 
+        return act(args.names, "undefine", begin, end)
 
-def autostart(args: argparse.Namespace, session: Session) -> int:
-    def begin(name: str) -> Call:
-        return Call(session, "Autostart", constant({"name": name, "enable": not args.disable}), limit=WORK)
-
-    return act(args.names, "disable the autostart of" if args.disable else "enable the autostart of", begin, _result)
+    return run
 
 
-def define(args: argparse.Namespace, session: Session) -> int:
-    """One file after the other, for a later one may name what an earlier one defines."""
-    status = OK
-    for file in args.files:
-        source = "<stdin>" if file == "-" else file
-        try:
-            text = _read(file, source)
-            parameters: Parameters = {"text": text, "source": source, "check": args.check}
-            with Call(session, "Define", constant(parameters), limit=WORK) as call:
-                reply = call.result().parameters
-            _defined(reply, source, check=args.check)
-            for warning in reply.get("warnings") or []:
-                print(paint(clean(f"{source}: warning: {warning}"), YELLOW, sys.stderr), file=sys.stderr)
-        except VirtdError as error:
-            complain(error, f"define {source}")
-            status = status or exit_status(error)
-    return status
+def autostarting(method: str = "Autostart") -> Callable[[argparse.Namespace, Session], int]:
+    """The command that says what is started at boot, by `method`."""
+
+    def run(args: argparse.Namespace, session: Session) -> int:
+        def begin(name: str) -> Call:
+            return Call(session, method, constant({"name": name, "enable": not args.disable}), limit=WORK)
+
+        verb = "disable the autostart of" if args.disable else "enable the autostart of"
+        return act(args.names, verb, begin, _result)
+
+    return run
+
+
+def defining(method: str = "Define") -> Callable[[argparse.Namespace, Session], int]:
+    """The command that takes definitions by `method`.
+
+    One file after the other, for a later one may name what an earlier one defines.
+    """
+
+    def run(args: argparse.Namespace, session: Session) -> int:
+        status = OK
+        for file in args.files:
+            source = "<stdin>" if file == "-" else file
+            try:
+                text = _read(file, source)
+                parameters: Parameters = {"text": text, "source": source, "check": args.check}
+                with Call(session, method, constant(parameters), limit=WORK) as call:
+                    reply = call.result().parameters
+                _defined(reply, source, check=args.check)
+                for warning in reply.get("warnings") or []:
+                    print(paint(clean(f"{source}: warning: {warning}"), YELLOW, sys.stderr), file=sys.stderr)
+            except VirtdError as error:
+                complain(error, f"define {source}")
+                status = status or exit_status(error)
+        return status
+
+    return run
 
 
 def _read(file: str, source: str) -> str:
@@ -197,7 +215,7 @@ def time_limit(text: str) -> float:
     return FOREVER if limit is None else limit
 
 
-def _names(parser: Parser) -> None:
+def names(parser: Parser) -> None:
     parser.names()
 
 
@@ -231,12 +249,12 @@ def _reboot_options(parser: Parser) -> None:
     )
 
 
-def _autostart_options(parser: Parser) -> None:
+def autostart_options(parser: Parser) -> None:
     parser.names()
     parser.add_argument("--disable", action="store_true", help="don't start them at boot any longer")
 
 
-def _define_options(parser: Parser) -> None:
+def define_options(parser: Parser) -> None:
     parser.add_argument("files", metavar="FILE|-", nargs="+", help="a definition in TOML; - reads standard input")
     parser.add_argument("--check", action="store_true", help="only check the definition, and change nothing")
 
@@ -246,16 +264,16 @@ def _reload_options(_parser: Parser) -> None:
 
 
 OPTIONS: dict[str, Callable[[Parser], None]] = {
-    "start": _names,
+    "start": names,
     "shutdown": _shutdown_options,
-    "stop": _names,
+    "stop": names,
     "kill": _kill_options,
     "reboot": _reboot_options,
-    "suspend": _names,
-    "resume": _names,
-    "define": _define_options,
-    "undefine": _names,
-    "autostart": _autostart_options,
+    "suspend": names,
+    "resume": names,
+    "define": define_options,
+    "undefine": names,
+    "autostart": autostart_options,
     "reload": _reload_options,
 }
 RUN: dict[str, Callable[[argparse.Namespace, Session], int]] = {
@@ -266,8 +284,8 @@ RUN: dict[str, Callable[[argparse.Namespace, Session], int]] = {
     "reboot": reboot,
     "suspend": plain("suspend", "Suspend"),
     "resume": plain("resume", "Resume"),
-    "define": define,
-    "undefine": undefine,
-    "autostart": autostart,
+    "define": defining(),
+    "undefine": undefining(),
+    "autostart": autostarting(),
     "reload": reload,
 }

@@ -45,6 +45,9 @@ COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
     "status": ("show", "The daemon", "", "Show the state of virtd, and what it recovered", "get the status of virtd"),
     "reload": ("domains", "The daemon", "", "Make virtd read the definitions again", "reload the definitions"),
 }
+# What isn't a domain: `virtctl NOUN COMMAND ...`. noun -> (module, summary); the module has a COMMANDS of the same
+# shape, whose entries name modules again, and its own OPTIONS and RUN.
+NOUNS: dict[str, tuple[str, str]] = {}
 LATER = ("network", "pool", "volume", "container")
 HELP_OPTIONS = """\
 Options:
@@ -58,17 +61,35 @@ Options:
 See virtctl(1) for details."""
 
 
-def help_text() -> str:
-    """What `virtctl --help` prints: the commands by group, as systemctl shows its own."""
-    lines = ["virtctl [OPTIONS...] COMMAND ...", "", "Control the virtual machines of virtd.", ""]
-    width = max(len(f"{name} {entry[2]}") for name, entry in COMMANDS.items()) + 2
+def help_text(noun: str = "") -> str:
+    """What `virtctl [NOUN] --help` prints: the commands by group, as systemctl shows its own."""
+    commands = commands_of(noun)
+    about = NOUNS[noun][1] if noun else "Control the virtual machines of virtd"
+    usage = " ".join(filter(None, ["virtctl", noun, "[OPTIONS...] COMMAND ..."]))
+    lines = [usage, "", f"{about}.", ""]
+    width = max(len(f"{name} {entry[2]}") for name, entry in commands.items()) + 2
     group = ""
-    for name, (_module, its_group, arguments, summary, _doing) in COMMANDS.items():
+    for name, (_module, its_group, arguments, summary, _doing) in commands.items():
         if its_group != group:
             lines += [""] * bool(group) + [f"{its_group}:"]
             group = its_group
         lines.append(f"  {f'{name} {arguments}':<{width}} {summary}")
+    if NOUNS and not noun:
+        lines += ["", "What isn't a domain (virtctl NOUN --help shows its commands):"]
+        lines += [f"  {f'{name} COMMAND':<{width}} {summary}" for name, (_module, summary) in NOUNS.items()]
     return "\n".join([*lines, "", HELP_OPTIONS])
+
+
+def commands_of(noun: str) -> dict[str, tuple[str, str, str, str, str]]:
+    """The commands of a noun; "" for those of domains and of the daemon."""
+    if not noun:
+        return COMMANDS
+    import importlib
+
+    commands: dict[str, tuple[str, str, str, str, str]] = importlib.import_module(
+        f"virtd.cli.{NOUNS[noun][0]}"
+    ).COMMANDS
+    return commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,18 +131,29 @@ def _main(words: list[str]) -> int:
             print(help_text())
             return OK
         command = "list"
+    noun = ""
     if command == "help":
-        if not rest or rest[0] not in COMMANDS:
+        command, rest = (rest[0], [*rest[1:], "--help"]) if rest else (None, ["--help"])
+        if command is None or (command not in COMMANDS and command not in NOUNS):
             print(help_text())
             return OK
-        command, rest = rest[0], ["--help"]
-    if command in LATER:
-        print(f"virtctl: '{command}' isn't in this version, which manages virtual machines only", file=sys.stderr)
+    if command in NOUNS:
+        noun = command
+        command, rest = _split(rest)
+        if command is None:
+            if "--help" in rest or "-h" in rest:
+                print(help_text(noun))
+                return OK
+            command = "list"
+    if command in LATER and not noun:
+        print(f"virtctl: '{command}' isn't in this version", file=sys.stderr)
         return USAGE_ERROR
-    if command not in COMMANDS:
-        print(f"virtctl: Unknown command '{command}'.\nTry 'virtctl --help' for more information.", file=sys.stderr)
+    if command not in commands_of(noun):
+        whole = " ".join(filter(None, (noun, command)))
+        tool = " ".join(filter(None, ("virtctl", noun)))
+        print(f"virtctl: Unknown command '{whole}'.\nTry '{tool} --help' for more information.", file=sys.stderr)
         return USAGE_ERROR
-    return _run(command, rest)
+    return _run(noun, command, rest)
 
 
 def _split(words: list[str]) -> tuple[str | None, list[str]]:
@@ -139,16 +171,16 @@ def _split(words: list[str]) -> tuple[str | None, list[str]]:
     return words[at], words[:at] + words[at + 1 :]
 
 
-def _run(command: str, words: list[str]) -> int:
+def _run(noun: str, command: str, words: list[str]) -> int:
     import importlib
 
     from virtd.cli.client import PATIENCE, Session
     from virtd.cli.options import Parser
     from virtd.cli.output import complain
 
-    module_name, _group, _arguments, summary, doing = COMMANDS[command]
+    module_name, _group, _arguments, summary, doing = commands_of(noun)[command]
     module = importlib.import_module(f"virtd.cli.{module_name}")
-    parser = Parser(command, summary + ".")
+    parser = Parser(f"{noun} {command}".strip(), summary + ".")
     module.OPTIONS[command](parser)
     parser.common()
     try:
@@ -163,4 +195,8 @@ def _run(command: str, words: list[str]) -> int:
         return int(module.RUN[command](args, Session(args.address, patience, wakes=not viewer)))
     except VirtdError as error:
         complain(error, doing.format(name=getattr(args, "name", "")))
-        return NOT_RUNNING if command == "status" and isinstance(error, Disconnected) else exit_status(error)
+        return (
+            NOT_RUNNING
+            if (noun, command) == ("", "status") and isinstance(error, Disconnected)
+            else exit_status(error)
+        )

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The kinds of objects that D-Bus knows, each below a path of its own: /org/virtd1/<segment>/<name>."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from . import domain_objects
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from ..bus import Var
+    from ..host import Caller, Host
+    from .variants import Object
+
+    # What answers a method: (host, the object's name, the method, its arguments, who calls). A method that is for
+    # everybody is called without a caller. Gives the values of the reply.
+    Call = Callable[[Host, str, str, tuple[Any, ...], Caller | None], Awaitable[tuple[Any, ...]]]
+    # The same for the manager of a kind, which has no name.
+    Manage = Callable[[Host, str, tuple[Any, ...], Caller | None], Awaitable[tuple[Any, ...]]]
+
+
+class Kind(NamedTuple):
+    """One kind.
+
+    `driver` is what its objects and events have as "driver". `listing` gives the short forms, `info` the long one;
+    `properties` makes the properties of either, and `late` names those that only the long form has, with the value
+    that stands for them until somebody asks. `ended` is for kinds whose objects end: the signal Ended carries what
+    the long form has as "exit".
+    """
+
+    segment: str
+    interface: str
+    driver: str
+    listing: Callable[[Host], Awaitable[list[Object]]]
+    info: Callable[[Host, str], Awaitable[Object]]
+    properties: Callable[[Object], dict[str, Var]]
+    call: Call
+    late: dict[str, Var]
+    ended: bool = False
+    manager: str = ""  # the interface of /org/virtd1/<segment> itself, for what a kind offers besides its objects
+    manage: Manage | None = None
+
+
+KINDS: tuple[Kind, ...] = (
+    Kind(
+        segment="domain",
+        interface="org.virtd1.Domain",
+        driver="qemu",
+        listing=lambda host: host.listing(),
+        info=lambda host, name: host.info(name),
+        properties=domain_objects.properties,
+        call=domain_objects.call,
+        late=domain_objects.LATE,
+        ended=True,
+    ),
+)

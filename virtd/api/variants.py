@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""From what the host answers to D-Bus's types, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..bus import Var
+
+Object = dict[str, Any]
+
+
+def dictionary(value: Object) -> dict[str, Var]:
+    """A JSON object as a{sv}. D-Bus has no null: those keys are left out."""
+    return {key: variant(item) for key, item in value.items() if item is not None}
+
+
+def variant(value: Any) -> Var:
+    """A JSON value as the variant that comes closest."""
+    match value:
+        case bool():
+            return Var("b", value)
+        case int():
+            return Var("x", value)
+        case float():
+            return Var("d", value)
+        case dict():
+            return Var("a{sv}", dictionary(value))
+        case list() | tuple() if all(isinstance(item, str) for item in value):
+            return Var("as", [str(item) for item in value])
+        case list() | tuple():
+            return Var("av", [variant(item) for item in value if item is not None])
+        case _:
+            return Var("s", str(value))
+
+
+def limit(timeout: float) -> float | None:
+    """A time limit as D-Bus has it, where 0 and less mean the one that virtd has by itself."""
+    return timeout if timeout > 0 else None
