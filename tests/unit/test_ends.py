@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from virtd.drivers.qemu.ends import TAIL, Request, judge, read_events
+from virtd.drivers.guest import Request
+from virtd.drivers.qemu.ends import TAIL, judge, read_events
 from virtd.records import stamp
 from virtd.units import UnitState
 

@@ -7,31 +7,14 @@ import os
 import re
 from typing import Any
 
-import msgspec
-
 from ...model.state import Cause, State
 from ...records import Exit, stamp
 from ...units import UnitState, signal_name
+from ..guest import End, Request
 
 CLD_EXITED = 1  # siginfo(2); KILLED is 2, DUMPED 3
 TERMINATING = r"terminating on signal (\d+) from pid (\d+) \((.*)\)"  # QEMU's own words on stderr
 TAIL = 1 << 16  # the last events tell; a guest can make any number of them
-
-
-class Request(msgspec.Struct, frozen=True):
-    """What a person asked for last: `verb` (shutdown, stop, kill, reboot), `by` whom, `at` when."""
-
-    verb: str
-    by: str
-    at: str
-
-
-class End(msgspec.Struct, frozen=True):
-    """The verdict, ready for the record."""
-
-    state: State
-    reason: str
-    exit: Exit
 
 
 def read_events(stem: str) -> list[dict[str, Any]]:

@@ -138,7 +138,7 @@ async def finish(machine: Machine) -> None:
     request = machine.request
     if request is None or not machine.alive:
         return
-    limit = machine.shared.settings.shutdown_timeout
+    limit = machine.settings.shutdown_timeout
     try:
         match request.verb:
             case "stop":

@@ -1,31 +1,21 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Starting a guest. Record and slots come before the process; whatever fails or is cut off on the way is undone."""
+"""Starting a guest: what QEMU needs besides what every start does."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import os
-from typing import TYPE_CHECKING
+from typing import Any
 
 import msgspec
 
-from ... import __version__, errors, fdstore, files, journal
-from ...child import Child, Ends
-from ...messages import Message
-from ...model.state import State
-from ...records import Record, now
+from ... import errors, files
+from ...model import domain as model
 from ...units import UnitSpec
-from ..protocol import Problem
+from ..start import Start
 from . import command, ends, sandbox
 from . import host as hostinfo
 from .machine import DRIVER, Machine
-
-if TYPE_CHECKING:
-    from ...model import domain as model
-
-log = logging.getLogger(__name__)
 
 # All that QEMU gets of an environment: nothing of ours.
 ENVIRONMENT = (("PATH", "/usr/sbin:/usr/bin"), ("LANG", "C.UTF-8"), ("HOME", "/"))
@@ -46,96 +36,34 @@ async def start(machine: Machine, others: list[Machine], by: str) -> bool:
             raise errors.NotFound(
                 f"Domain {machine.name} has no definition", hint=f'virtctl define FILE, with name = "{machine.name}".'
             )
-        await _Start(machine, domain, by).run(others)
+        await _Start(machine, domain, others, by).run()
         return True
 
 
-class _Start:
-    """One try. Each step says what it adds; `_undo` takes it all back."""
-
-    def __init__(self, machine: Machine, domain: model.Domain, by: str) -> None:
-        self.machine = machine
-        self.domain = domain
-        self.by = by
-        self.services = machine.shared.services
-        self.settings = machine.shared.settings
+class _Start(Start[Machine, model.Domain]):
+    def __init__(self, machine: Machine, domain: model.Domain, others: list[Machine], by: str) -> None:
+        super().__init__(machine, domain, by)
+        self.others = others
+        self.settings = machine.settings
         self.account = hostinfo.account(self.settings)
         self.host = command.Host(hostinfo.binary(self.settings), hostinfo.has_kvm(), machine.runtime)
-        self.child = Child(self.services, DRIVER, machine.name)
-        self.stderr_from = 0
+        self.owners: list[hostinfo.Owner] = []
 
-    async def run(self, others: list[Machine]) -> None:
-        machine = self.machine
-        hostinfo.check_files(self.domain, machine.source, self.account)
-        check_disks(machine, self.domain, others)
-        self._check_budget()
-        units = await self.services.units()
-        before = machine.record
-        ends, descriptors = self.child.prepare()
-        try:
-            assert self.child.stderr is not None
-            self.stderr_from = os.fstat(self.child.stderr.fd).st_size
-            machine.over.clear()
-            self._record(descriptors)
-            machine.begin_stderr(self.child)
-            self._runtime()
-            await self.child.keep(descriptors)
-            with contextlib.suppress(errors.Busy):
-                await units.collect(machine.unit)
-            await self._spawn(ends)
-        except BaseException as exc:
-            ends.close()
-            self.child.discard(descriptors)
-            await asyncio.shield(self._undo(before, exc))
-            if isinstance(exc, errors.VirtdError) and not isinstance(exc, errors.InvalidDefinition):
-                raise self._explained(exc) from exc
-            raise
-        self._running()
+    def check(self) -> None:
+        hostinfo.check_files(self.definition, self.machine.source, self.account)
+        check_disks(self.machine, self.definition, self.others)
 
-    def _check_budget(self) -> None:
-        try:
-            self.services.store.room_for(self.child.slot_names())
-        except fdstore.StoreFull as exc:
-            budget = self.services.store.budget()
-            text = f"Domain {self.machine.name} was not started: {exc}"
-            journal.send(
-                text, message_id=Message.BUDGET_REFUSED, level="error",
-                VIRTD_USED=str(budget.used), VIRTD_MAX=str(budget.max), **self.machine.fields(),
-            )  # fmt: skip
-            raise errors.BudgetExceeded(f"Cannot start {self.machine.name}: {exc}", hint=exc.hint) from exc
+    def data(self) -> dict[str, Any]:
+        self.owners = hostinfo.give(self.definition, self.account)
+        return {"owners": [list(msgspec.structs.astuple(owner)) for owner in self.owners]}
 
-    def _record(self, descriptors: dict[str, int]) -> None:
-        """The record, before anything else exists: a crash from here on finds it and rolls back."""
-        machine = self.machine
-        owners = hostinfo.give(self.domain, self.account)
-        machine_record = Record(
-            driver=DRIVER,
-            name=machine.name,
-            uuid=machine.uuid,
-            state=State.STARTING.value,
-            reason=f"being started by {self.by}",
-            since=now(),
-            id=machine.shared.next_id(),
-            unit=machine.unit,
-            boot_id=machine.shared.boot_id,
-            slots={name: _identity(fd) for name, fd in descriptors.items()},
-            data={
-                "definition": machine.definition_text,
-                "parsed": msgspec.to_builtins(self.domain),
-                "parsed_by": __version__,
-                "owners": [list(msgspec.structs.astuple(owner)) for owner in owners],
-                "request": None,
-            },
-        )
-        machine.shared.records.save(machine_record)
-        machine.record = machine_record
-        machine.child = self.child
-        machine.shared.publish("changed", machine)
-        for owner in owners:
+    def prepare(self) -> None:
+        for owner in self.owners:
             try:
                 os.chown(owner.path, self.account.uid, self.account.gid)
             except OSError as exc:
                 raise errors.HostError(f"Cannot give {owner.path} to {self.account.user}: {exc.strerror}") from exc
+        self._runtime()
 
     def _runtime(self) -> None:
         """The guest's own directory, with the two files of the event journal."""
@@ -153,20 +81,20 @@ class _Start:
         except OSError as exc:
             raise errors.HostError(f"Cannot make {runtime}: {exc.strerror}") from exc
 
-    async def _spawn(self, ends: Ends) -> None:
+    def spec(self) -> UnitSpec:
         machine = self.machine
-        spec = UnitSpec(
+        return UnitSpec(
             name=machine.unit,
             description=f"Domain {machine.name}",
             slice=f"virtd-{DRIVER}.slice",
-            argv=tuple(command.argv(self.domain, machine.uuid, self.host)),
+            argv=tuple(command.argv(self.definition, machine.uuid, self.host)),
             environment=ENVIRONMENT,
             user=self.account.user,
             group=self.account.group,
             supplementary_groups=self.account.groups if self.host.kvm else (),
             properties=tuple(
                 sandbox.properties(
-                    self.domain,
+                    self.definition,
                     machine.runtime,
                     toplevel=sorted(entry.name for entry in os.scandir("/") if entry.is_dir(follow_symlinks=False)),
                     kvm=self.host.kvm,
@@ -174,11 +102,8 @@ class _Start:
                 )
             ),
         )
-        unit = await self.child.spawn(spec, ends)
-        machine.save(main_pid=self.child.pid, main_start=self.child.start, invocation_id=unit.invocation_id)
-        await self._greet()
 
-    async def _greet(self) -> None:
+    async def come_up(self) -> None:
         """Wait until QEMU answers its monitor, or ends."""
         machine = self.machine
         attaching = asyncio.ensure_future(machine.attach(self.settings.start_timeout))
@@ -197,52 +122,13 @@ class _Start:
                 task.cancel()
             await asyncio.gather(attaching, ended, return_exceptions=True)
 
-    def _running(self) -> None:
-        machine = self.machine
-        if machine.state is State.STARTING:
-            machine.note(State.RUNNING, f"started by {self.by}")
-        machine.problems.pop("start", None)
-        machine.watch()
-        journal.send(
-            f"Started domain {machine.name} (PID {self.child.pid})",
-            message_id=Message.STARTED, VIRTD_PID=str(self.child.pid), **machine.fields(),
-        )  # fmt: skip
-
-    async def _undo(self, before: Record | None, why: BaseException) -> None:
-        """Whatever there is of it by now goes away again."""
-        machine = self.machine
-        if machine.record is before:  # not even a record yet
-            await self.child.close()
-            self.services.store.drop_prefix(f"{self.child.key}/")
-            machine.over.set()
-            return
-        try:
-            units = await self.services.units()
-            with contextlib.suppress(errors.VirtdError):
-                await units.kill(machine.unit, 9)
-            with contextlib.suppress(errors.VirtdError):
-                await units.ended(machine.unit)
-            await self.child.drain()
-            machine.forward_stderr(final=True)
-            self.words = machine.last_words(self.stderr_from)
-            reason = self.words.splitlines()[-1] if self.words else str(why)
-            machine.note(
-                State.STOPPED, f"failed to start: {reason}", exit=before.exit if before is not None else None
-            )
-            await machine.put_away()
-        except Exception as exc:
-            log.exception("%s: undoing its start failed", machine.name)
-            machine.problems["start"] = Problem(f"Undoing a failed start failed: {exc}")
-
-    def _explained(self, exc: errors.VirtdError) -> errors.VirtdError:
-        """The error with QEMU's own words, where it left any."""
-        words = getattr(self, "words", "")
-        if not words:
-            return exc
-        return errors.StartFailed(
-            f"Cannot start {self.machine.name}: {_own_words(words)}",
-            hint=exc.hint or f"See: virtctl log --stderr {self.machine.name}",
-        )
+    def own_words(self, words: str) -> str:
+        """QEMU's last lines without the program's name before each."""
+        lines = [
+            line.partition(": ")[2] if line.split(":")[0].rpartition("/")[2].startswith("qemu") else line
+            for line in words.splitlines()
+        ]
+        return "; ".join(line for line in lines[-3:] if line)
 
 
 def check_disks(machine: Machine, domain: model.Domain, others: list[Machine]) -> None:
@@ -272,17 +158,3 @@ def _used(domain: model.Domain) -> dict[tuple[int, int], tuple[str, bool]]:
         if (identity := hostinfo.identity(path)) is not None:
             found[identity] = (path, writes)
     return found
-
-
-def _identity(fd: int) -> str:
-    status = os.fstat(fd)
-    return f"{status.st_dev}:{status.st_ino}"
-
-
-def _own_words(words: str) -> str:
-    """QEMU's last lines without the program's name before each."""
-    lines = [
-        line.partition(": ")[2] if line.split(":")[0].rpartition("/")[2].startswith("qemu") else line
-        for line in words.splitlines()
-    ]
-    return "; ".join(line for line in lines[-3:] if line)

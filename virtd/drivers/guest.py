@@ -1,0 +1,441 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One supervised object, a domain or a container: what it is, what it was told, how it ended.
+
+Every change is on record before it is told. What is QEMU's or LXC's own is in the subclasses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+
+import msgspec
+
+from .. import __version__, errors, files, journal
+from ..child import Child, Services
+from ..logfile import Cursor
+from ..messages import Message
+from ..model.state import ALIVE, State
+from ..records import Exit, Record, Records, now
+from ..stderrlog import StderrLog
+from ..units import UnitState, unit_name
+from .protocol import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 60.0  # seconds that an operation waits for another one on the same object
+FINISH_AGAIN = 1.0  # seconds until an end that systemd couldn't be asked about is looked into again
+
+
+class Definition(Protocol):
+    """What every definition has."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def uuid(self) -> str | None: ...
+    @property
+    def autostart(self) -> bool: ...
+
+
+D = TypeVar("D", bound=Definition)
+
+
+class Shared(NamedTuple):
+    """What all guests of a driver share. `publish(event, guest)`: "changed" or "ended"."""
+
+    services: Services
+    records: Records
+    publish: Callable[[str, Any], None]
+    next_id: Callable[[], int]
+    boot_id: str
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What a person asked for last: `verb` (shutdown, stop, kill, reboot), `by` whom, `at` when."""
+
+    verb: str
+    by: str
+    at: str
+
+
+class End(msgspec.Struct, frozen=True):
+    """The verdict, ready for the record."""
+
+    state: State
+    reason: str
+    exit: Exit
+
+
+class Guest(Generic[D]):
+    """An object: its definition, its record, and, while it lives, its child.
+
+    Without a definition only a record or a unit is left of it, and it goes when its child ends.
+    """
+
+    driver = ""  # the first part of its slots' and units' names
+    noun = ""  # what a person calls it
+    virtctl = ""  # the beginning of commands about it
+    definition_type: type[D]
+
+    def __init__(self, shared: Shared, name: str) -> None:
+        self.shared = shared
+        self.name = name
+        self.definition: D | None = None
+        self.definition_text = ""
+        self.record: Record | None = None
+        self.child: Child | None = None
+        self.problems: dict[str, Problem] = {}
+        self.over = asyncio.Event()  # set while there is no child
+        self.over.set()
+        self.settled = asyncio.Event()  # cleared while nobody knows yet what became of it
+        self.settled.set()
+        self.stderr: StderrLog | None = None
+        self._lock = asyncio.Lock()
+        self._holder = ""
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # What each driver does in its own way
+
+    def parse(self, text: str, source: str) -> D:
+        """The definition that `text` holds. Raises InvalidDefinition."""
+        raise NotImplementedError
+
+    def judge(self, unit: UnitState | None) -> End:
+        """Why it ended; everything it wrote is in the logs by now."""
+        raise NotImplementedError
+
+    def adopted(self) -> None:
+        """It runs, and this process has only now come to look after it."""
+
+    async def let_go(self) -> None:
+        """End what this process has open to it, besides the child's pipes. Idempotent."""
+
+    async def give_back(self, record: Record) -> None:
+        """Undo what was done to the host for it, as the record says. Idempotent."""
+
+    def meaning(self, slot: str) -> str:
+        """What the loss of a slot, one of child.SLOTS, means for it."""
+        raise NotImplementedError
+
+    # What it is
+
+    @property
+    def state(self) -> State:
+        return State.of(self.record.state) if self.record is not None else State.STOPPED
+
+    @property
+    def reason(self) -> str:
+        return self.record.reason if self.record is not None else "not started since boot"
+
+    @property
+    def alive(self) -> bool:
+        return self.state in ALIVE
+
+    @property
+    def uuid(self) -> str:
+        if self.definition is not None and self.definition.uuid is not None:
+            return self.definition.uuid
+        return self.record.uuid if self.record is not None else ""
+
+    @property
+    def unit(self) -> str:
+        return unit_name(self.driver, self.name)
+
+    @property
+    def runtime(self) -> str:
+        return self.shared.services.paths.runtime(self.driver, self.name)
+
+    @property
+    def source(self) -> str:
+        """The definition's file."""
+        return self.shared.services.paths.definition(self.driver, self.name)
+
+    @property
+    def running_definition(self) -> D | None:
+        """The definition that the guest was started with, or the present one when it isn't running."""
+        if self.pending and self.record is not None and (text := self.record.data.get("definition")):
+            with contextlib.suppress(errors.InvalidDefinition):
+                return self.parsed(text) or self.parse(text, self.source)
+        return self.definition
+
+    def parsed(self, text: str) -> D | None:
+        """The definition that `text` holds, if the guest was started with it by this version of virtd.
+
+        The record has it in a form that takes microseconds to read, where TOML takes a millisecond for each guest.
+        """
+        data = self.record.data if self.record is not None else {}
+        if data.get("definition") != text or data.get("parsed_by") != __version__:
+            return None
+        try:
+            return msgspec.convert(data.get("parsed"), self.definition_type)
+        except msgspec.ValidationError:
+            return None
+
+    @property
+    def pending(self) -> bool:
+        """Whether the definition was changed since the guest started, so that the change waits for the next start."""
+        return bool(
+            self.alive and self.record is not None and self.record.data.get("definition") != self.definition_text
+        )
+
+    @property
+    def request(self) -> Request | None:
+        asked = self.record.data.get("request") if self.record is not None else None
+        return Request(asked["verb"], asked["by"], asked["at"]) if asked else None
+
+    def fields(self) -> dict[str, str]:
+        """The journal fields of this object."""
+        return {
+            "VIRTD_DRIVER": self.driver,
+            "VIRTD_NAME": self.name,
+            "VIRTD_UUID": self.uuid,
+            "VIRTD_UNIT": self.unit,
+        }
+
+    # One operation at a time
+
+    @contextlib.asynccontextmanager
+    async def exclusive(self, what: str) -> AsyncIterator[None]:
+        """Let one operation through; the next waits, and is told who holds it when that takes too long."""
+        await self.settled.wait()
+        try:
+            async with asyncio.timeout(PATIENCE):
+                await self._lock.acquire()
+        except TimeoutError:
+            raise errors.Busy(f"Cannot {what} {self.name}: it is still busy ({self._holder})") from None
+        self._holder = what
+        try:
+            yield
+        finally:
+            self._holder = ""
+            self._lock.release()
+
+    def spawn(self, work: Any, name: str) -> None:
+        """A task of this object's; it is cancelled by `close`."""
+        task: asyncio.Task[None] = asyncio.create_task(work, name=f"{name}-{self.name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            log.error("%s: %s failed: %s", self.name, task.get_name(), exc, exc_info=exc)
+            self.problems["internal"] = Problem(
+                f"{task.get_name()} failed: {exc}", "This is a bug: see journalctl -u virtd."
+            )
+
+    async def close(self) -> None:
+        """Let go of everything in this process; the guest, its slots and its record stay."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.let_go()
+        if self.child is not None:
+            await self.child.close()
+
+    # The record
+
+    def save(self, **changes: Any) -> None:
+        """Change the record and write it. Raises HostError; what is in memory is then as before."""
+        assert self.record is not None
+        record = msgspec.structs.replace(self.record, **changes)
+        self.shared.records.save(record)
+        self.record = record
+
+    def note(self, state: State, reason: str, **changes: Any) -> None:
+        """Go into a state that came about by itself: in memory for certain, on record if the file system lets us."""
+        assert self.record is not None
+        if (state.value, reason) != (self.record.state, self.record.reason) or changes:
+            changes.setdefault("since", now() if state.value != self.record.state else self.record.since)
+            record = msgspec.structs.replace(self.record, state=state.value, reason=reason, **changes)
+            self.record = record
+            try:
+                self.shared.records.save(record)
+                self.problems.pop("record", None)
+            except errors.HostError as exc:
+                self.problems["record"] = Problem(exc.message, exc.hint)
+                log.warning("%s: %s", self.name, exc)
+            self.shared.publish("changed", self)
+
+    def ask(self, verb: str, by: str) -> dict[str, Any]:
+        """The record's data with what a person asks for ("": nothing more), to explain an end that we don't see."""
+        assert self.record is not None
+        return self.record.data | {"request": {"verb": verb, "by": by, "at": now()} if verb else None}
+
+    def keep_console(self, writer: dict[str, Any] | None) -> None:
+        """Put on record who types on the console, so that the same one can go on after a restart of the daemon."""
+        if self.record is not None and self.alive:
+            self.note(self.state, self.reason, data=self.record.data | {"console": writer})
+
+    # Its own words
+
+    def begin_stderr(self, child: Child) -> None:
+        """Repeat what it says on stderr in the journal, from where an earlier daemon stopped."""
+        if child.stderr is not None and self.record is not None:
+            kept = self.record.data.get("stderr")
+            cursor = Cursor(str(kept["file"]), int(kept["offset"])) if isinstance(kept, dict) else None
+            self.stderr = StderrLog(child.stderr, self.fields(), cursor)
+
+    def forward_stderr(self, *, final: bool = False) -> None:
+        """There is more of it."""
+        if self.stderr is None or self.record is None:
+            return
+        before = self.stderr.cursor
+        while self.stderr.forward(final=final):
+            pass
+        if (cursor := self.stderr.cursor) != before:
+            place = {"file": cursor.file, "offset": cursor.offset}
+            self.record = msgspec.structs.replace(self.record, data=self.record.data | {"stderr": place})
+            with contextlib.suppress(errors.HostError):  # sent twice after a crash, then
+                self.shared.records.save(self.record)
+
+    # Taking it back
+
+    def adopt(self, record: Record) -> bool:
+        """First step, before there is a bus: take slots and pumps over. True if the guest runs."""
+        self.record = record
+        if not self.alive:
+            if record.unit or record.slots:  # its end was on record, but not everything was put away
+                self.settled.clear()
+            return False
+        self.settled.clear()
+        self.over.clear()
+        self.child = Child.adopt(self.shared.services, record)
+        self.begin_stderr(self.child)
+        for slot in self.child.lost:
+            text = f"Slot {slot} of {self.name} is lost: {self.meaning(slot.rpartition('/')[2])}"
+            self.problems[f"slot {slot}"] = Problem(text, "It runs on. Restart it when convenient.")
+            journal.send(text, message_id=Message.SLOT_LOST, level="warning", VIRTD_SLOT=slot, **self.fields())
+        if self.child.alive() and record.state != State.STARTING:
+            # What the record says is good enough to be told.
+            self.settled.set()
+            return True
+        return False
+
+    async def reconcile(self, *, unit_exists: bool) -> str:
+        """Second step, with systemd at hand: what became of it. Returns "adopted", "ended", "rolled back" or ""."""
+        try:
+            return await self._reconcile(unit_exists=unit_exists)
+        finally:
+            self.settled.set()
+
+    async def _reconcile(self, *, unit_exists: bool) -> str:
+        record = self.record
+        if record is None:
+            return ""
+        if not self.alive:
+            if not self.settled.is_set():
+                await self.put_away()
+            return ""
+        assert self.child is not None
+        units = await self.shared.services.units()
+        if record.state == State.STARTING or not self.child.alive():
+            unit = await units.state(self.unit) if unit_exists else None
+            if unit is None and record.state == State.STARTING and not self.child.alive():
+                await self._roll_back("its start was interrupted before the guest ran")
+                return "rolled back"
+            if unit is None or not unit.running:
+                await self.finish()
+                return "ended"
+            self.child.identify(unit)
+            self.save(main_pid=self.child.pid, main_start=self.child.start, invocation_id=unit.invocation_id)
+        if not unit_exists:
+            self.problems["unit"] = Problem(f"{self.unit} is gone, but its process runs (PID {self.child.pid})")
+        if record.state == State.STARTING:
+            self.note(State.RUNNING, "started while virtd was restarted")
+        self.watch()
+        text = f"Adopted {self.noun} {self.name} (PID {self.child.pid})"
+        journal.send(text, message_id=Message.ADOPTED, VIRTD_PID=str(self.child.pid), **self.fields())
+        self.adopted()
+        return "adopted"
+
+    async def _roll_back(self, why: str) -> None:
+        journal.send(
+            f"Rolled back {self.noun} {self.name}: {why}",
+            message_id=Message.ROLLED_BACK,
+            level="notice",
+            **self.fields(),
+        )
+        self.note(State.STOPPED, why)
+        await self.put_away()
+
+    # The end
+
+    def watch(self) -> None:
+        """Wait for the end in the background."""
+        self.spawn(self._watch(), "watch")
+
+    async def _watch(self) -> None:
+        assert self.child is not None
+        await self.child.ended()
+        while True:
+            try:
+                return await self.finish()
+            except (errors.HostError, errors.TimedOut) as exc:  # no bus at this moment, or a PID 1 that is very busy
+                self.problems["end"] = Problem(
+                    f"{self.name} has ended, but not all is known: {exc.message}", exc.hint
+                )
+                await asyncio.sleep(FINISH_AGAIN)
+
+    async def finish(self) -> None:
+        """The process has ended: find out why, put it on record, then put everything away."""
+        child, record = self.child, self.record
+        if child is None or record is None or not self.alive:
+            return
+        if self.state is not State.STOPPING:
+            self.note(State.STOPPING, "ending")
+        units = await self.shared.services.units()
+        unit = await units.ended(self.unit)
+        await child.drain()
+        self.forward_stderr(final=True)
+        self.stderr = None
+        end = self.judge(unit)
+        self.note(end.state, end.reason, exit=end.exit, since=end.exit.at, main_pid=0, main_start=0)
+        level = "warning" if end.state is State.CRASHED else "notice"
+        journal.send(
+            f"{self.noun.capitalize()} {self.name} ended: {end.reason}",
+            message_id=Message.ENDED, level=level, VIRTD_CAUSE=end.exit.cause, **self.fields(),
+        )  # fmt: skip
+        await self.put_away()
+        self.shared.publish("ended", self)
+
+    async def put_away(self) -> None:
+        """Drop what an ended guest leaves: slots, sockets, unit, changes of the host. Safe to repeat."""
+        record = self.record
+        assert record is not None
+        await self.let_go()
+        child = self.child or Child(self.shared.services, self.driver, self.name)
+        await child.release()
+        self.child = None
+        await self.give_back(record)
+        units = await self.shared.services.units()
+        with contextlib.suppress(errors.VirtdError):
+            await units.collect(self.unit)
+        # After the unit: its ExecStop runs once more, in a sandbox that has this directory in it.
+        await asyncio.to_thread(files.remove_tree, self.runtime)
+        # Only after this is the object whole again: until here a crash finds the unit's name and comes by once more.
+        self.note(self.state, self.reason, unit="", slots={}, data={}, id=0, main_pid=0, main_start=0)
+        self.problems = {
+            key: value for key, value in self.problems.items() if key in ("definition", "internal", "record")
+        }
+        self.over.set()
+        self.settled.set()
+
+    def last_words(self, since: int | None = None) -> str:
+        """The end of what it wrote to stderr: the last 4 KiB, or what came after offset `since`."""
+        path = self.shared.services.paths.stderr_log(self.driver, self.name)
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                start = max(0, size - 4096) if since is None else min(since, size)
+                file.seek(max(start, size - 4096))
+                return file.read(4096).decode(errors="replace").strip()
+        except OSError:
+            return ""

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Starting an object's process. Record and slots come first; whatever fails or is cut off on the way is undone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import msgspec
+
+from .. import __version__, errors, fdstore, journal
+from ..child import Child, Ends
+from ..messages import Message
+from ..model.state import State
+from ..records import Record, now
+from .guest import D, Guest
+from .protocol import Problem
+
+if TYPE_CHECKING:
+    from ..units import UnitSpec
+
+log = logging.getLogger(__name__)
+
+G = TypeVar("G", bound=Guest[Any])
+
+
+class Start(Generic[G, D]):
+    """One try. Each step says what it adds; `_undo` takes it all back."""
+
+    def __init__(self, machine: G, definition: D, by: str) -> None:
+        self.machine = machine
+        self.definition = definition
+        self.by = by
+        self.services = machine.shared.services
+        self.child = Child(self.services, machine.driver, machine.name)
+        self.stderr_from = 0
+
+    # What each driver does in its own way
+
+    def check(self) -> None:
+        """Look at the host before anything is done. Raises a VirtdError."""
+
+    def data(self) -> dict[str, Any]:
+        """More for the record: what `Guest.give_back` needs to know. Nothing is changed yet."""
+        return {}
+
+    def prepare(self) -> None:
+        """Change the host as the record says by now, and make the runtime directory. Raises HostError."""
+
+    def spec(self) -> UnitSpec:
+        """The unit."""
+        raise NotImplementedError
+
+    async def come_up(self) -> None:
+        """Wait until the process does what it is there for. Raises StartFailed."""
+
+    def own_words(self, words: str) -> str:
+        """What the process said when it failed, for a person."""
+        return words
+
+    # The steps
+
+    async def run(self) -> None:
+        """Raises a VirtdError, with nothing left behind."""
+        machine = self.machine
+        self.check()
+        self._check_budget()
+        units = await self.services.units()
+        before = machine.record
+        ends, descriptors = self.child.prepare()
+        try:
+            assert self.child.stderr is not None
+            self.stderr_from = os.fstat(self.child.stderr.fd).st_size
+            machine.over.clear()
+            self._record(descriptors)
+            machine.begin_stderr(self.child)
+            self.prepare()
+            await self.child.keep(descriptors)
+            with contextlib.suppress(errors.Busy):
+                await units.collect(machine.unit)
+            await self._spawn(ends)
+        except BaseException as exc:
+            ends.close()
+            self.child.discard(descriptors)
+            await asyncio.shield(self._undo(before, exc))
+            if isinstance(exc, errors.VirtdError) and not isinstance(exc, errors.InvalidDefinition):
+                raise self._explained(exc) from exc
+            raise
+        self._running()
+
+    def _check_budget(self) -> None:
+        try:
+            self.services.store.room_for(self.child.slot_names())
+        except fdstore.StoreFull as exc:
+            budget = self.services.store.budget()
+            text = f"{self.machine.noun.capitalize()} {self.machine.name} was not started: {exc}"
+            journal.send(
+                text, message_id=Message.BUDGET_REFUSED, level="error",
+                VIRTD_USED=str(budget.used), VIRTD_MAX=str(budget.max), **self.machine.fields(),
+            )  # fmt: skip
+            raise errors.BudgetExceeded(f"Cannot start {self.machine.name}: {exc}", hint=exc.hint) from exc
+
+    def _record(self, descriptors: dict[str, int]) -> None:
+        """The record, before anything else exists: a crash from here on finds it and rolls back."""
+        machine = self.machine
+        record = Record(
+            driver=machine.driver,
+            name=machine.name,
+            uuid=machine.uuid,
+            state=State.STARTING.value,
+            reason=f"being started by {self.by}",
+            since=now(),
+            id=machine.shared.next_id(),
+            unit=machine.unit,
+            boot_id=machine.shared.boot_id,
+            slots={name: _identity(fd) for name, fd in descriptors.items()},
+            data={
+                "definition": machine.definition_text,
+                "parsed": msgspec.to_builtins(self.definition),
+                "parsed_by": __version__,
+                "request": None,
+                **self.data(),
+            },
+        )
+        machine.shared.records.save(record)
+        machine.record = record
+        machine.child = self.child
+        machine.shared.publish("changed", machine)
+
+    async def _spawn(self, ends: Ends) -> None:
+        unit = await self.child.spawn(self.spec(), ends)
+        self.machine.save(main_pid=self.child.pid, main_start=self.child.start, invocation_id=unit.invocation_id)
+        await self.come_up()
+
+    def _running(self) -> None:
+        machine = self.machine
+        if machine.state is State.STARTING:
+            machine.note(State.RUNNING, f"started by {self.by}")
+        machine.problems.pop("start", None)
+        machine.watch()
+        journal.send(
+            f"Started {machine.noun} {machine.name} (PID {self.child.pid})",
+            message_id=Message.STARTED, VIRTD_PID=str(self.child.pid), **machine.fields(),
+        )  # fmt: skip
+
+    async def _undo(self, before: Record | None, why: BaseException) -> None:
+        """Whatever there is of it by now goes away again."""
+        machine = self.machine
+        if machine.record is before:  # not even a record yet
+            await self.child.close()
+            self.services.store.drop_prefix(f"{self.child.key}/")
+            machine.over.set()
+            return
+        try:
+            units = await self.services.units()
+            with contextlib.suppress(errors.VirtdError):
+                await units.kill(machine.unit, 9)
+            with contextlib.suppress(errors.VirtdError):
+                await units.ended(machine.unit)
+            await self.child.drain()
+            machine.forward_stderr(final=True)
+            self.words = machine.last_words(self.stderr_from)
+            reason = self.words.splitlines()[-1] if self.words else str(why)
+            machine.note(
+                State.STOPPED, f"failed to start: {reason}", exit=before.exit if before is not None else None
+            )
+            await machine.put_away()
+        except Exception as exc:
+            log.exception("%s: undoing its start failed", machine.name)
+            machine.problems["start"] = Problem(f"Undoing a failed start failed: {exc}")
+
+    def _explained(self, exc: errors.VirtdError) -> errors.VirtdError:
+        """The error with the process's own words, where it left any."""
+        words = getattr(self, "words", "")
+        if not words:
+            return exc
+        return errors.StartFailed(
+            f"Cannot start {self.machine.name}: {self.own_words(words)}",
+            hint=exc.hint or f"See: {self.machine.virtctl} log --stderr {self.machine.name}",
+        )
+
+
+def _identity(fd: int) -> str:
+    status = os.fstat(fd)
+    return f"{status.st_dev}:{status.st_ino}"
