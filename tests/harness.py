@@ -51,7 +51,7 @@ class Checker:
     def __init__(self, *, anywhere: bool = False) -> None:
         self.tally = Tally()
         self._rest = b""
-        self._anywhere = anywhere  # the stream may begin in the middle of a line
+        self._beginning = anywhere  # the stream may begin in the middle of a line, and does so here
 
     def feed(self, data: bytes) -> None:
         *lines, self._rest = (self._rest + data).split(b"\n")
@@ -60,12 +60,15 @@ class Checker:
 
     def _take(self, line: bytes) -> None:
         tally = self.tally
-        if self._anywhere:
-            self._anywhere = False
-            return
+        beginning, self._beginning = self._beginning, False
         match = _LINE.fullmatch(line)
         if match is None:
-            (tally.broken if line.startswith(b"line ") or line.endswith(b" .") else tally.words).append(line)
+            if not (line.startswith(b"line ") or line.endswith(b" .")):
+                tally.words.append(line)
+            # Only the end of a numbered line may come first, and only that is passed over: what begins with a whole
+            # line may begin with the answer that somebody waits for.
+            elif not beginning or line.startswith(b"line "):
+                tally.broken.append(line)
             return
         number = int(match[1])
         if match[2] != expected(number):
@@ -261,6 +264,12 @@ class Attached:
                     return word.encode() in self._checker.tally.words
                 self._news.wait(min(left, 0.5))
         return True
+
+    def forget(self, word: str) -> None:
+        """Until it is heard again, `word` counts as not heard."""
+        with self._news:
+            words = self._checker.tally.words
+            words[:] = [other for other in words if other != word.encode()]
 
     def close(self) -> str:
         """Detach; what it said on stderr."""

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.live
 
+READY = "virtd-lab ready"
+BOOTS = int(os.environ.get("VIRTD_BOOTS", "4"))  # of a guest, half of them its own reboots: see CONTRIBUTING.md
+
 
 @pytest.fixture
 def guest(lab: Lab) -> str:
@@ -125,6 +128,30 @@ def test_one_writer_and_any_number_of_readers(lab: Lab, guest: str) -> None:
     done = lab.virtctl("console", "--timeout", "1", guest, stdin="echo from-the-third\n")
     assert "from-the-third" in done.stdout
     assert b"from-nobody" not in lab.console(guest)
+
+
+def test_a_word_typed_as_soon_as_the_guest_is_ready(lab: Lab) -> None:
+    lab.define("web1")
+    for boot in range(0, BOOTS, 2):
+        lab.virtctl("start", "web1")
+        with attached(lab, "web1", "-n", "all") as console:
+            assert console.heard(READY, 60), f"boot {boot}"
+            assert console.ask(f"word-{boot}"), f"boot {boot}: {console.tally.words}"
+            console.forget(READY)
+            console.type("reboot\n")
+            assert console.heard(READY, 60), f"reboot {boot + 1}"
+            assert console.ask(f"word-{boot + 1}"), f"reboot {boot + 1}: {console.tally.words}"
+            console.forget(READY)
+        lab.virtctl("stop", "web1")
+        lab.forget_log("web1")
+
+
+def test_answers_are_the_first_that_a_new_console_shows(lab: Lab, guest: str) -> None:
+    """Ten lines a second: the answer is there before the next one, and a console shows what follows its attaching."""
+    lab.virtctl("console", "--timeout", "0", guest, stdin="lines 10\n")
+    for number in range(10):
+        with attached(lab, guest) as console:
+            assert console.ask(f"word-{number}"), console.tally.words
 
 
 def test_an_attached_console_over_restarts(lab: Lab, guest: str) -> None:

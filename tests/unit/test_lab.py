@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import Checker
 from tests.lab import cpio, lines, root, state, suites
 
 
@@ -42,6 +43,27 @@ def test_lost_lines_are_found_in_the_middle_and_at_the_beginning() -> None:
 
 def test_a_stream_that_may_begin_anywhere_has_lost_nothing_at_its_beginning() -> None:
     assert lines.check([stream(70, 80)]).whole
+
+
+def test_what_is_shown_from_anywhere_may_begin_with_the_answer() -> None:
+    # A console that is attached between two lines shows the answer first when the guest is quick: see test_console.
+    checker = Checker(anywhere=True)
+    checker.feed(b"word\r\n" + stream(7, 9))
+    assert (checker.tally.words, checker.tally.first, checker.tally.whole) == ([b"word"], 7, True)
+
+
+@pytest.mark.parametrize("cut", [1, 5, 30, 76])
+def test_the_end_of_a_line_at_the_beginning_is_no_fault(cut: int) -> None:
+    data = lines.line(6)[cut:] + stream(7, 9)
+    checker = Checker(anywhere=True)
+    checker.feed(data)
+    assert (checker.tally.lines, checker.tally.first, checker.tally.whole) == (3, 7, True)
+    # The same where a whole line had to come first, or further on, is one.
+    whole = Checker()
+    whole.feed(data)
+    checker.feed(data)
+    assert not whole.tally.whole
+    assert not checker.tally.whole
 
 
 def test_repeated_lines_are_found() -> None:
