@@ -12,7 +12,7 @@ _virtctl_domains() {
 _virtctl() {
     local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]} command='' word skip=0 options
     local -r commands='list info start shutdown stop kill reboot suspend resume wait console log
-        define undefine dump autostart status reload help'
+        define undefine dump autostart status fsck reload help'
     local -r common='--help --daemon-timeout --address'
     local -r with_value='--address --daemon-timeout --escape --lines -n --signal -s --state --timeout'
     COMPREPLY=()
@@ -70,6 +70,7 @@ _virtctl() {
         '') options="--version --json --no-legend" ;;
         list) options='--all --running --state --no-legend --json' ;;
         info | dump | status) options='--json' ;;
+        fsck) options='--repair --no-legend --json' ;;
         shutdown) options='--timeout --no-wait' ;;
         reboot) options='--force --timeout' ;;
         kill) options='--signal' ;;

@@ -36,6 +36,17 @@ def write(path: str, data: bytes, *, mode: int = 0o600) -> None:
         raise errors.HostError(f"Cannot write {path}: {exc.strerror}", hint=hint(exc)) from exc
 
 
+def leftovers(directory: str) -> list[str]:
+    """What `write` has left in `directory` where a crash cut it off, to be removed by whoever knows that none is at
+    work there.
+    """
+    try:
+        entries = os.listdir(directory)
+    except OSError:
+        return []
+    return [f"{directory}/{entry}" for entry in sorted(entries) if entry.startswith(".") and entry.endswith(".new")]
+
+
 def remove(path: str) -> bool:
     """Unlink `path`; False when it wasn't there."""
     try:

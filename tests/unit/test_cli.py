@@ -341,6 +341,54 @@ def test_status_without_a_daemon_is_3(virtctl: Any, tmp_path: Path) -> None:
     assert virtctl("list", "--address", str(tmp_path / "none")).status == 1
 
 
+ROW = {
+    "kind": "slot",
+    "object": "qemu/ghost",
+    "text": "slot qemu/ghost/stdin is kept, and ghost doesn't run",
+    "repair": "drop it",
+    "repaired": False,
+}
+OTHER = {"kind": "unit", "object": "", "text": "it is gone", "repair": "", "repaired": False}
+
+
+def test_fsck_without_differences(virtctl: Any, daemon: FakeDaemon) -> None:
+    daemon.answers["Check"] = {"differences": [], "objects": 3}
+    ran = virtctl("fsck")
+    assert (ran.status, ran.out) == (0, "3 objects looked at: no differences.\n")
+
+
+def test_fsck(virtctl: Any, daemon: FakeDaemon) -> None:
+    daemon.answers["Check"] = {"differences": [ROW, OTHER], "objects": 3}
+    ran = virtctl("fsck")
+    assert ran.status == 1
+    assert ran.out.splitlines() == [
+        "OBJECT     KIND REPAIR           DIFFERENCE",
+        "qemu/ghost slot drop it          slot qemu/ghost/stdin is kept, and ghost doesn't run",
+        "-          unit by a person only it is gone",
+        "",
+        "2 differences found, 1 of which virtctl fsck --repair can mend.",
+    ]
+    ran = virtctl("fsck", "--json")
+    assert (ran.status, json.loads(ran.out)) == (1, daemon.answers["Check"])
+
+
+def test_fsck_repairs(virtctl: Any, daemon: FakeDaemon) -> None:
+    daemon.answers["Repair"] = {"differences": [ROW | {"repaired": True}], "objects": 3}
+    ran = virtctl("fsck", "--repair")
+    assert ran.status == 0
+    assert "done: drop it" in ran.out
+    assert ran.out.endswith("1 difference found, 1 repaired.\n")
+    daemon.answers["Repair"] = {"differences": [ROW | {"repaired": True}, OTHER], "objects": 3}
+    assert virtctl("fsck", "--repair", "--no-legend").status == 1
+
+
+def test_fsck_without_a_daemon_is_3_and_says_where_to_look(virtctl: Any, tmp_path: Path) -> None:
+    ran = virtctl("fsck", "--address", str(tmp_path / "none"))
+    assert ran.status == 3
+    assert ran.err.startswith("Failed to compare: virtd isn't running\nHint: Only virtd can compare")
+    assert "systemd-analyze fdstore virtd.service" in ran.err
+
+
 def test_dump(virtctl: Any, daemon: FakeDaemon) -> None:
     daemon.answers["Dump"] = {"text": 'name = "web1"\n'}
     assert virtctl("dump", "web1").out == 'name = "web1"\n'

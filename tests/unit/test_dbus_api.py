@@ -91,6 +91,10 @@ class FakeHost:
         self.asked.append(("define", text, source, check, by))
         return {"name": "n", "uuid": "u", "created": True, "path": "/p", "warnings": ["w"]}
 
+    async def check_all(self, *, repair: bool, by: Caller | None) -> dict[str, Any]:
+        self.asked.append(("check_all", repair, by))
+        return {"differences": [{"kind": "slot", "object": "qemu/a", "text": "t", "repaired": repair}], "objects": 2}
+
     async def reload(self, *, by: Caller) -> dict[str, Any]:
         return {"changed": ["a"], "problems": [{"object": "qemu/b", "text": "bad", "hint": ""}]}
 
@@ -266,6 +270,18 @@ def test_define_and_reload(shared_bus: PrivateBus) -> None:
                 ["a"],
                 [{"object": "qemu/b", "text": "bad", "hint": ""}],
             )
+
+    asyncio.run(main())
+
+
+def test_check_and_repair(shared_bus: PrivateBus) -> None:
+    async def main() -> None:
+        async with serving(shared_bus) as (host, client):
+            row = {"kind": "slot", "object": "qemu/a", "text": "t"}
+            assert await client.call(ROOT, f"{MANAGER}.Check") == ([row | {"repaired": False}], 2)
+            assert await client.call(ROOT, f"{MANAGER}.Repair") == ([row | {"repaired": True}], 2)
+            root = Caller(uid=0, pid=1, name="root")
+            assert host.asked == [("check_all", False, None), ("check_all", True, root)]
 
     asyncio.run(main())
 

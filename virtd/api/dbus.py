@@ -192,11 +192,15 @@ class Server:
                 return (rows,)
             case "Status":
                 return (dictionary(await self._host.status()),)
+            case "Check":
+                return _differences(await self._host.check_all(repair=False, by=None))
         by = await self._authorised(call)
         if call.member == "Define":
             text, source, check = call.args
             done = await self._host.define(text, source, check=check, by=by)
             return done["name"], done["uuid"], done["created"], done["path"] or "", done["warnings"]
+        if call.member == "Repair":
+            return _differences(await self._host.check_all(repair=True, by=by))
         done = await self._host.reload(by=by)
         return done["changed"], [dictionary(problem) for problem in done["problems"]]
 
@@ -329,6 +333,10 @@ class Server:
             return
         ending = dictionary(info["exit"] or {})
         self._bus.emit(path_of(name, kind.segment), kind.interface, "Ended", "a{sv}", ending)
+
+
+def _differences(answer: Object) -> tuple[list[dict[str, Var]], int]:
+    return [dictionary(row) for row in answer["differences"]], answer["objects"]
 
 
 def path_of(name: str, segment: str = "domain") -> str:

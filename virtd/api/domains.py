@@ -40,6 +40,8 @@ METHODS: dict[str, Method] = {
     "Suspend": _changing(lambda host, by, p: host.suspend(p["name"], by=by)),
     "Resume": _changing(lambda host, by, p: host.resume(p["name"], by=by)),
     "Autostart": _changing(lambda host, by, p: host.set_autostart(p["name"], p["enable"], by=by)),
+    "Check": _reading(lambda host, by, p: host.check_all(repair=False, by=by)),
+    "Repair": _changing(lambda host, by, p: host.check_all(repair=True, by=by)),
     "Reload": _changing(lambda host, by, p: host.reload(by=by)),
     "Wait": Method(
         lambda host, by, p: under("object", host.wait(p["name"], p["states"], p.get("timeout"))),

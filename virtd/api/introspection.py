@@ -79,6 +79,8 @@ INTERFACES: Final[dict[str, Interface]] = {
             "List": _reading("", "domains:a(sossus)"),  # name, path, uuid, state, pid, reason
             "Status": _reading("", "status:a{sv}"),
             "Define": _changing("text:s source:s check:b", "name:s uuid:s created:b file:s warnings:as"),
+            "Check": _reading("", "differences:aa{sv} objects:u"),
+            "Repair": _changing("", "differences:aa{sv} objects:u"),
             "Reload": _changing("", "changed:as problems:aa{sv}"),
         },
         properties={

@@ -6,7 +6,7 @@ from virtd.errors import NotFound, VirtdError
 OK = 0
 FAILURE = 1
 USAGE_ERROR = 2
-NOT_RUNNING = 3  # of `status`: there is no daemon
+NOT_RUNNING = 3  # of `status` and `fsck`: there is no daemon
 NO_SUCH = 4  # there is no object of that name
 INTERRUPTED = 130
 

@@ -43,6 +43,7 @@ COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
     "dump": ("show", "Definitions", "NAME", "Print a domain's definition", "print the definition of {name}"),
     "autostart": ("domains", "Definitions", "NAME...", "Start domains when the host boots, or no longer", ""),
     "status": ("show", "The daemon", "", "Show the state of virtd, and what it recovered", "get the status of virtd"),
+    "fsck": ("fsck", "The daemon", "", "Compare all that is known of each object", "compare"),
     "reload": ("domains", "The daemon", "", "Make virtd read the definitions again", "reload the definitions"),
 }
 # What isn't a domain: `virtctl NOUN COMMAND ...`. noun -> (module, summary); the module has a COMMANDS of the same
@@ -53,7 +54,7 @@ HELP_OPTIONS = """\
 Options:
   -h --help                  Show this help, or with a command its own
      --version               Show the version
-     --json[=short|pretty]   Print JSON (list, info, status, wait, dump, log)
+     --json[=short|pretty]   Print JSON, where a command reads
      --no-legend             Print neither header nor footer
      --daemon-timeout=SEC    How long to wait for a daemon that went away
      --address=PATH          The daemon's socket
@@ -197,6 +198,6 @@ def _run(noun: str, command: str, words: list[str]) -> int:
         complain(error, doing.format(name=getattr(args, "name", "")))
         return (
             NOT_RUNNING
-            if (noun, command) == ("", "status") and isinstance(error, Disconnected)
+            if not noun and command in ("status", "fsck") and isinstance(error, Disconnected)
             else exit_status(error)
         )

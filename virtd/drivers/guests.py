@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -18,7 +19,7 @@ from ..records import Record, Records, now
 from ..units import object_name
 from . import definitions
 from .guest import D, Guest, Shared
-from .protocol import Found, Problem
+from .protocol import Difference, Found, Problem
 
 if TYPE_CHECKING:
     from ..child import Services
@@ -50,6 +51,14 @@ class Guests(Generic[G, D]):
         self._reconciled = asyncio.Event()  # cleared while what runs isn't known for certain
         self._reconciled.set()
 
+    @property
+    def services(self) -> Services:
+        return self._services
+
+    @property
+    def records(self) -> Records:
+        return self._shared.records
+
     # What each driver does in its own way
 
     def make(self, name: str) -> G:
@@ -76,6 +85,9 @@ class Guests(Generic[G, D]):
     def restore(self) -> None:
         """First step: records, slots and pumps; no bus yet."""
         self._reconciled.clear()
+        for path in self.half_written():
+            with contextlib.suppress(errors.HostError):  # a file system that is read-only by now, perhaps
+                files.remove(path)
         loaded = self._shared.records.load()
         for bad in loaded.quarantined:
             text = f"The record of {self.noun} {bad.name} can't be read: {bad.reason}"
@@ -97,6 +109,11 @@ class Guests(Generic[G, D]):
                 )
                 machine.settled.set()
         self.load_definitions()
+
+    def half_written(self) -> list[str]:
+        """Files that never got their real names, because a crash came in between."""
+        paths = self._services.paths
+        return [path for directory in (paths.etc, paths.run) for path in files.leftovers(f"{directory}/{self.name}")]
 
     async def reconcile(self) -> None:
         """Second step: compare with systemd, finish or roll back what a crash cut off."""
@@ -129,6 +146,15 @@ class Guests(Generic[G, D]):
         for name in sorted((present | slots) - recorded):
             await self._rebuild(name, unit=name in present, new=name not in known)
         self._reconciled.set()
+
+    async def compare(self, *, repair: bool) -> list[Difference]:
+        from . import fsck  # no start of the daemon needs it
+
+        return await fsck.compare(self, repair=repair)
+
+    async def rebuild(self, name: str) -> None:
+        """Make an object whole again from its unit, while the daemon runs."""
+        await self._rebuild(name, unit=True, new=name not in self.machines)
 
     async def _rebuild(self, name: str, *, unit: bool, new: bool) -> None:
         """A unit or slots that no record tells of: made whole from what there is, or cleared away if nothing runs."""
@@ -248,6 +274,30 @@ class Guests(Generic[G, D]):
                 changed.append(name)
                 self._publish("added" if new else "changed", name)
         return changed
+
+    def unread_definitions(self) -> list[Difference]:
+        """Files that aren't what was read of them last; a reload reads them."""
+        directory = f"{self._services.paths.etc}/{self.name}"
+        there = names(directory, ".toml")
+        found = [
+            Difference(
+                "definition", name, f"{directory}/{name}.toml is gone, and virtd doesn't know that yet", "reload"
+            )
+            for name, machine in self.machines.items()
+            if machine.definition is not None and name not in there
+        ]
+        for name in there:
+            machine = self.machines.get(name)
+            try:
+                text: str | None = definitions.read(f"{directory}/{name}.toml")
+            except (OSError, ValueError):
+                text = None
+            if (bad := self.problems.get(f"definition {name}")) is not None:
+                found.append(Difference("definition", name, bad.text))
+            elif machine is None or machine.definition is None or machine.definition_text != text:
+                what = f"{directory}/{name}.toml was changed, and virtd hasn't read it yet"
+                found.append(Difference("definition", name, what, "reload"))
+        return found
 
     def check(self, text: str, source: str) -> D:
         """The definition in `text`, as it would be taken. Raises InvalidDefinition or Exists."""

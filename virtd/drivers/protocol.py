@@ -9,7 +9,7 @@ never a front end. Drivers that need each other ask the host for a peer by its n
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import msgspec
 
@@ -32,6 +32,21 @@ class Found(msgspec.Struct):
     ended: list[str] = []
     rolled_back: list[str] = []
     rebuilt: list[str] = []
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """Where units, slots, records, definitions and files don't tell the same.
+
+    `kind` is a word: unit, process, slot, record, definition, directory, file, busy. `object` is the object's name,
+    or "" for what is no object's. `repair` says what a repair does about it; empty if only a person can. `repaired`:
+    it did.
+    """
+
+    kind: str
+    object: str
+    text: str
+    repair: str = ""
+    repaired: bool = False
 
 
 class Driver(Protocol):
@@ -79,6 +94,16 @@ class Driver(Protocol):
 
     async def close(self) -> None:
         """Let go of everything in this process; what runs, its slots and records stay."""
+
+
+@runtime_checkable
+class Comparing(Protocol):
+    """A driver that can be asked by `virtctl fsck`."""
+
+    async def compare(self, *, repair: bool) -> list[Difference]:
+        """Compare what there is of its objects in all places. With `repair`, mend what can be mended without touching
+        anything that runs; what was found is told all the same.
+        """
 
 
 Publish = Callable[[str, str], None]  # (event, name): "added", "removed", "changed", "ended"

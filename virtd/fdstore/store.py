@@ -272,6 +272,24 @@ class Store:
                 self._tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
                 self._forget(name)
 
+    def expel(self, name: str) -> None:
+        """Drop the slot also if only PID 1 knows of it (see `verify`)."""
+        with self._changing:
+            self._tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
+            self._forget(name)
+
+    def renew(self, name: str) -> None:
+        """Send the slot's descriptor to PID 1 again, as the only one of its name; here it stays the same.
+
+        For a store that lost it, or has something else there. Raises MissingSlot or NotifyFailed.
+        """
+        with self._changing:
+            fd = self.get(name)
+            # First as one more of that name: if we are killed before the rest is done, the next start can choose.
+            self._tell(f"FDSTORE=1\nFDPOLL=0\nFDNAME={name}", fd)
+            self._tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
+            self._tell(f"FDSTORE=1\nFDPOLL=0\nFDNAME={name}", fd)
+
     def drop_prefix(self, prefix: str) -> list[str]:
         """Drop `prefix` itself and all below it, part by part: qemu/web1 spares qemu/web10. Returns their names."""
         with self._changing:

@@ -193,6 +193,18 @@ class Host(Domains):
             found += [_row(driver.name, *trouble) for trouble in driver.troubles()]
         return found
 
+    async def check_all(self, *, repair: bool, by: Caller | None) -> dict[str, Any]:
+        """Compare what systemd, /run, /etc and virtd tell of every object; with `repair`, mend what can be mended
+        without touching what runs.
+        """
+        from . import fsck
+
+        rows = await fsck.compare(self, self._services, repair=repair)
+        if repair and rows:
+            who = by.name if by is not None else "nobody"
+            log.info("fsck for %s: %d of %d differences repaired", who, sum(map(_repaired, rows)), len(rows))
+        return {"differences": rows, "objects": sum(sum(driver.counts().values()) for driver in self.drivers)}
+
     async def reload(self, *, by: Caller) -> dict[str, Any]:
         """Read the definitions again, and apply again what others may have removed; nothing that runs is touched."""
         for name in self.drivers.wanted():
@@ -206,6 +218,10 @@ class Host(Domains):
             problems += [_row(driver.name, *trouble) for trouble in driver.bad_definitions()]
         log.info("Reloaded: %d definitions changed", len(changed))
         return {"changed": changed, "problems": problems}
+
+
+def _repaired(row: dict[str, Any]) -> bool:
+    return bool(row["repaired"])
 
 
 def _row(driver: str, name: str, problem: Problem) -> dict[str, str]:

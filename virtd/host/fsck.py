@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`virtctl fsck` over all drivers, and over what belongs to none of them."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from .. import errors, files
+from ..drivers.protocol import Comparing, Difference
+from ..drivers.registry import MODULES
+from ..paths import names
+
+if TYPE_CHECKING:
+    from ..child import Services
+    from . import Host
+
+
+async def compare(host: Host, services: Services, *, repair: bool) -> list[dict[str, Any]]:
+    """The differences as rows: kind, object ("qemu/web1", or "" for none), text, repair, repaired."""
+    units = await services.units()
+    present = {unit.name for unit in await units.list("virtd-*.service")}
+    for name in MODULES:
+        if any(unit.startswith(f"virtd-{name}-") for unit in present):
+            host.use(name)
+    rows = []
+    for driver in host.drivers:
+        if isinstance(driver, Comparing):
+            found = await driver.compare(repair=repair)
+            rows += [_row(difference, f"{driver.name}/{difference.object}") for difference in found]
+    rows += [_row(difference, "") for difference in await _strangers(services)]
+    rows += [_row(difference, "") for difference in _quarantine(services, repair=repair)]
+    return rows
+
+
+def _row(difference: Difference, key: str) -> dict[str, Any]:
+    return {
+        "kind": difference.kind,
+        "object": key if difference.object else "",
+        "text": difference.text,
+        "repair": difference.repair,
+        "repaired": difference.repaired,
+    }
+
+
+async def _strangers(services: Services) -> list[Difference]:
+    """Slots of no driver of ours: a newer virtd's, before a rollback. They may be all that keeps something alive."""
+    units = await services.units()
+    dump = await units.store_dump(services.unit)
+    found = {name for name, _dev, _ino in dump or [] if name.partition("/")[0] not in MODULES}
+    return [Difference("slot", "", f"slot {name} is one that this version doesn't know") for name in sorted(found)]
+
+
+def _quarantine(services: Services, *, repair: bool) -> list[Difference]:
+    """Records that couldn't be read at a start. Their objects are rebuilt; the files are for a person."""
+    found = []
+    for name in names(services.paths.quarantine, ".json"):
+        path = os.path.join(services.paths.quarantine, f"{name}.json")
+        repaired = False
+        if repair:
+            try:
+                repaired = files.remove(path)
+            except errors.HostError:
+                repaired = False
+        text = f"{path} is a record that couldn't be read; its object was rebuilt without it"
+        found.append(Difference("record", "", text, "remove it", repaired))
+    return found
