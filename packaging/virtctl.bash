@@ -9,10 +9,44 @@ _virtctl_domains() {
     done
 }
 
+_virtctl_networks() {
+    timeout 2 virtctl network list --no-legend "$@" 2>/dev/null | while read -r name _; do
+        printf '%s\n' "$name"
+    done
+}
+
+# `virtctl network ...`; the variables are _virtctl's.
+_virtctl_network() {
+    case $second in
+        list) options='--active --no-legend --json' ;;
+        info | dump) options='--json' ;;
+        leases) options='--no-legend --json' ;;
+        stop) options='--force' ;;
+        define) options='--check' ;;
+        autostart) options='--disable' ;;
+        *) options='' ;;
+    esac
+    if [[ $current == -* ]]; then
+        mapfile -t COMPREPLY < <(compgen -W "$options $common" -- "$current")
+        return
+    fi
+    case $second in
+        '')
+            mapfile -t COMPREPLY < <(compgen -W 'list info leases start stop define undefine dump autostart' -- "$current")
+            ;;
+        define)
+            compopt -o filenames
+            mapfile -t COMPREPLY < <(compgen -W default -- "$current"; compgen -f -- "$current")
+            ;;
+        stop) mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_networks --active)" -- "$current") ;;
+        *) mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_networks)" -- "$current") ;;
+    esac
+}
+
 _virtctl() {
-    local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]} command='' word skip=0 options
+    local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]} command='' second='' word skip=0 options
     local -r commands='list info start shutdown stop kill reboot suspend resume wait console log
-        define undefine dump autostart status fsck reload help'
+        define undefine dump autostart status fsck reload network help'
     local -r common='--help --daemon-timeout --address'
     local -r with_value='--address --daemon-timeout --escape --lines -n --signal -s --state --timeout'
     COMPREPLY=()
@@ -24,6 +58,8 @@ _virtctl() {
             skip=1
         elif [[ -z $command && $word != [-=]* ]]; then
             command=$word
+        elif [[ -z $second && $word != [-=]* ]]; then
+            second=$word
         fi
     done
 
@@ -66,6 +102,10 @@ _virtctl() {
             ;;
     esac
 
+    if [[ $command == network ]]; then
+        _virtctl_network
+        return
+    fi
     case $command in
         '') options="--version --json --no-legend" ;;
         list) options='--all --running --state --no-legend --json' ;;

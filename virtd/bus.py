@@ -436,8 +436,13 @@ class Bus:
         member: str | None,
         path: str | None,
         callback: Callable[[str, str, str, tuple[Any, ...]], None],
+        *,
+        arg0: str | None = None,
     ) -> Callable[[], Awaitable[None]]:
         """Have `callback(path, interface, member, args)` called for each such signal, from when this returns.
+
+        With `arg0` the bus sends only those whose first argument is that; the callback may get others that somebody
+        else has asked for.
 
         Signals of a well-known name count only when its owner sent them: everybody on a bus may send us anything. The
         result, awaited, ends the subscription.
@@ -445,7 +450,7 @@ class Bus:
         signal = Signal(sender, interface, member, path, callback)
         if sender and not sender.startswith(":") and sender != DBUS:
             await self._watch_owner(sender)
-        rule = _match(type="signal", sender=sender, interface=interface, member=member, path=path)
+        rule = _match(type="signal", sender=sender, interface=interface, member=member, path=path, arg0=arg0)
         await self._add_match(rule)
         self._signals.append(signal)
 

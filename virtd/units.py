@@ -179,6 +179,11 @@ class Units:
         self._next_dump: dict[str, asyncio.Future[StoreEntries | None]] = {}
         self._dumping = asyncio.Lock()
 
+    @property
+    def bus(self) -> Bus:
+        """The connection, for what else there is on it."""
+        return self._bus
+
     async def start(self, spec: UnitSpec, stdio: tuple[int, int, int], *, timeout: float = 60.0) -> UnitState:
         """Start a unit whose standard input, output and error are `stdio`, which stay the caller's; await the exec.
 

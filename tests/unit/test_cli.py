@@ -104,7 +104,7 @@ def test_version(virtctl: Any) -> None:
     "words",
     [
         ("frobnicate",),
-        ("network", "list"),
+        ("network", "frobnicate"),
         ("container",),
         ("start",),
         ("info",),

@@ -29,10 +29,55 @@ pytestmark = pytest.mark.filterwarnings("ignore::ImportWarning")
 WEB = "/org/virtd1/domain/web1"
 
 
+class FakeNetworks:
+    """The same for networks."""
+
+    def __init__(self) -> None:
+        self.nets: dict[str, dict[str, Any]] = {}
+        self.asked: list[tuple[Any, ...]] = []
+
+    async def listing(self) -> list[dict[str, Any]]:
+        return [self.nets[name] for name in sorted(self.nets)]
+
+    async def info(self, name: str) -> dict[str, Any]:
+        return self.nets[name] | {"users": ["qemu/web1"], "pending": False}
+
+    async def leases(self, name: str) -> list[dict[str, Any]]:
+        return [{"address": "192.168.7.2", "mac": "52:54:00:00:00:01", "name": None, "expires": None}]
+
+    async def start(self, name: str, *, by: Caller) -> dict[str, Any]:
+        self.asked.append(("start", name, by.name))
+        return {"name": name, "changed": True}
+
+    async def stop(self, name: str, *, force: bool, by: Caller) -> dict[str, Any]:
+        self.asked.append(("stop", name, force))
+        return {"name": name, "changed": False}
+
+    async def define_default(self, *, by: Caller) -> dict[str, Any]:
+        return {"name": "default", "uuid": "u", "created": True, "path": "/p", "warnings": []}
+
+
+NET = {
+    "name": "lab",
+    "driver": "network",
+    "uuid": "uuid-of-lab",
+    "state": "active",
+    "reason": "started by root",
+    "pid": 42,
+    "since": "2026-01-01T00:00:00Z",
+    "autostart": True,
+    "mode": "nat",
+    "bridge": "vd-lab",
+    "ipv4": "192.168.7.1/24",
+    "ipv6": None,
+}
+
+
 class FakeHost:
     """Has domains, and notes what it is asked for."""
 
     def __init__(self) -> None:
+        self.networks = FakeNetworks()
         self.domains: dict[str, dict[str, Any]] = {}
         self.exits: dict[str, dict[str, Any]] = {}
         self.asked: list[tuple[Any, ...]] = []
@@ -471,7 +516,7 @@ def test_the_tree_can_be_walked(shared_bus: PrivateBus) -> None:
                 return found
 
             tree = await walk("/")
-            assert list(tree) == ["/", "/org", ROOT, f"{ROOT}/domain", WEB]
+            assert list(tree) == ["/", "/org", ROOT, f"{ROOT}/domain", WEB, f"{ROOT}/network"]
             # What is described is what there is.
             (values,) = await client.call(WEB, f"{PROPERTIES}.GetAll", "s", DOMAIN)
             described = tree[WEB].find(f"interface[@name='{DOMAIN}']")
@@ -480,6 +525,48 @@ def test_the_tree_can_be_walked(shared_bus: PrivateBus) -> None:
             kill = described.find("method[@name='Kill']/arg")
             assert kill is not None
             assert kill.attrib == {"name": "signal", "type": "i", "direction": "in"}
+
+    asyncio.run(main())
+
+
+def test_networks_have_objects(shared_bus: PrivateBus) -> None:
+    lab, interface = f"{ROOT}/network/lab", "org.virtd1.Network"
+
+    async def main() -> None:
+        async with serving(shared_bus) as (host, client):
+            networks = host.networks
+            networks.nets["lab"] = NET
+            for listener in host.listeners:
+                listener("added", dict(NET))
+            assert await client.call(lab, f"{PROPERTIES}.GetAll", "s", interface) == (
+                {
+                    "Name": "lab",
+                    "Driver": "network",
+                    "Uuid": "uuid-of-lab",
+                    "State": "active",
+                    "Reason": "started by root",
+                    "Since": "2026-01-01T00:00:00Z",
+                    "Pid": 42,
+                    "Autostart": True,
+                    "Mode": "nat",
+                    "Bridge": "vd-lab",
+                    "Addresses": ["192.168.7.1/24"],
+                },
+            )
+            ((lease,),) = await client.call(lab, f"{interface}.Leases")
+            assert lease == {"address": "192.168.7.2", "mac": "52:54:00:00:00:01"}
+            assert (await client.call(lab, f"{interface}.Info"))[0]["users"] == ["qemu/web1"]
+            assert await client.call(lab, f"{interface}.Start") == (True,)
+            assert await client.call(lab, f"{interface}.Stop", "b", True) == (False,)
+            assert networks.asked == [("start", "lab", "root"), ("stop", "lab", True)]
+            default = await client.call(f"{ROOT}/network", "org.virtd1.NetworkManager.DefineDefault")
+            assert default == ("default", "u", True, "/p", [])
+            (managed,) = await client.call(ROOT, f"{OBJECT_MANAGER}.GetManagedObjects")
+            assert managed[lab][interface]["State"] == "active"
+            for listener in host.listeners:
+                listener("removed", {"name": "lab", "driver": "network"})
+            heard = [(member, args[0]) for _path, _interface, member, args in await client.signals()]
+            assert heard == [("InterfacesAdded", lab), ("InterfacesRemoved", lab)]
 
     asyncio.run(main())
 
@@ -568,7 +655,7 @@ def test_busctl_reads_it(shared_bus: PrivateBus) -> None:
                 return out.decode()
 
             tree = await busctl("tree", "--list", NAME)
-            assert tree.split()[-3:] == ["/org/virtd1/domain", "/org/virtd1/domain/a_2db", WEB]
+            assert tree.split()[-4:] == [f"{ROOT}/domain", f"{ROOT}/domain/a_2db", WEB, f"{ROOT}/network"]
             lines = (await busctl("introspect", NAME, WEB)).splitlines()
             state = next(line.split() for line in lines if line.startswith(".State"))
             assert state == [".State", "property", "s", '"stopped"', "emits-change"]

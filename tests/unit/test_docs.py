@@ -18,7 +18,7 @@ from virtd import child, errors, messages
 from virtd.api import introspection
 from virtd.api.kinds import KINDS
 from virtd.cli import exits, main, options
-from virtd.model import document, domain, settings
+from virtd.model import document, domain, network, settings
 from virtd.model.state import Cause, State
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,8 +32,15 @@ TABLES: list[tuple[str, str, type[msgspec.Struct]]] = [
     ("virtd-domain.5", "[[cdrom]]", domain.Cdrom),
     ("virtd-domain.5", "[[nic]]", domain.Nic),
     ("virtd-domain.5", "[vnc]", domain.Vnc),
+    ("virtd-network.5", "Keys of the network", network.Network),
+    ("virtd-network.5", "[ipv4]", network.Ipv4),
+    ("virtd-network.5", "[ipv6]", network.Ipv6),
+    ("virtd-network.5", "[[host]]", network.Lease),
+    ("virtd-network.5", "[[record]]", network.Name),
+    ("virtd-network.5", "[[forward]]", network.Forward),
     ("virtd.toml.5", "[log]", settings.Log),
     ("virtd.toml.5", "[qemu]", settings.Qemu),
+    ("virtd.toml.5", "[dnsmasq]", settings.Dnsmasq),
 ]
 
 
@@ -69,6 +76,8 @@ def is_table(hint: Any) -> bool:
 
 
 def in_toml(value: object) -> str:
+    if value == ():
+        return "[]"
     return str(value).lower() if isinstance(value, bool | int | float) else f'"{value}"'
 
 
@@ -92,7 +101,8 @@ def test_each_key_is_documented_with_its_default(name: str, title: str, kind: ty
 
 
 def test_each_table_has_its_section() -> None:
-    structs = {hint_struct(hint) for kind in (domain.Domain, settings.Settings) for hint in tables(kind)}
+    kinds = (domain.Domain, network.Network, settings.Settings)
+    structs = {hint_struct(hint) for kind in kinds for hint in tables(kind)}
     assert structs <= {kind for _name, _title, kind in TABLES}
 
 
@@ -153,7 +163,7 @@ def test_each_journal_field_is_documented(field: str) -> None:
     assert f"*{field}=*" in section(page("virtd.8"), "JOURNAL")
 
 
-@pytest.mark.parametrize("word", [*State, *Cause])
+@pytest.mark.parametrize("word", [*State, *network.State, *Cause])
 def test_each_state_and_cause_is_documented(word: str) -> None:
     assert re.search(rf"\*{word}\*", section(page("virtd.8"), "STATES AND CAUSES"))
 
@@ -212,8 +222,10 @@ def examples() -> list[tuple[str, str]]:
 
 def parse(text: str) -> None:
     """As a definition, or, if it has tables of virtd.toml, as settings."""
-    if re.search(r"^\[(?:log|qemu)\]", text, re.M):
+    if re.search(r"^\[(?:log|qemu|dnsmasq)\]", text, re.M):
         settings.parse(text, "example")
+    elif re.search(r"^mode = \"(?:nat|routed|isolated|bridge)\"", text, re.M):
+        network.parse(text, "example")
     elif re.search(r"^name = ", text, re.M):
         domain.parse(text, "example")
     else:

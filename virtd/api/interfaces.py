@@ -32,6 +32,7 @@ class Method(NamedTuple):
 
 MODULES: dict[str, str] = {
     "org.virtd1": "virtd.api.domains",
+    "org.virtd1.Network": "virtd.api.networks",
 }
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 MANAGER: Final = "org.virtd1.Manager"
 DOMAIN: Final = "org.virtd1.Domain"
+NETWORK: Final = "org.virtd1.Network"
+NETWORK_MANAGER: Final = "org.virtd1.NetworkManager"
 PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 INTROSPECTABLE: Final = "org.freedesktop.DBus.Introspectable"
 OBJECT_MANAGER: Final = "org.freedesktop.DBus.ObjectManager"
@@ -118,6 +120,36 @@ INTERFACES: Final[dict[str, Interface]] = {
             "Exit": Property("a{sv}", "invalidates"),
         },
         signals={"Ended": Args("exit:a{sv}")},
+    ),
+    NETWORK_MANAGER: Interface(
+        methods={
+            "Define": _changing("text:s source:s check:b", "name:s uuid:s created:b file:s warnings:as"),
+            "DefineDefault": _changing("", "name:s uuid:s created:b file:s warnings:as"),
+        }
+    ),
+    NETWORK: Interface(
+        methods={
+            "Info": _reading("", "info:a{sv}"),
+            "Dump": _reading("", "text:s"),
+            "Leases": _reading("", "leases:aa{sv}"),
+            "Start": _changing("", "changed:b"),
+            "Stop": _changing("force:b", "changed:b"),
+            "SetAutostart": _changing("enable:b", "changed:b"),
+            "Undefine": _changing(),
+        },
+        properties={
+            "Name": Property("s", "const"),
+            "Driver": Property("s", "const"),
+            "Uuid": Property("s", "const"),
+            "State": Property("s"),
+            "Reason": Property("s"),
+            "Since": Property("s"),
+            "Pid": Property("u"),
+            "Autostart": Property("b"),
+            "Mode": Property("s"),
+            "Bridge": Property("s"),
+            "Addresses": Property("as"),
+        },
     ),
     INTROSPECTABLE: Interface(methods={"Introspect": _reading("", "xml:s")}),
     PROPERTIES: Interface(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import domain_objects
+from . import domain_objects, network_objects
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -54,5 +54,17 @@ KINDS: tuple[Kind, ...] = (
         call=domain_objects.call,
         late=domain_objects.LATE,
         ended=True,
+    ),
+    Kind(
+        segment="network",
+        interface="org.virtd1.Network",
+        driver="network",
+        listing=lambda host: host.networks.listing(),
+        info=lambda host, name: host.networks.info(name),
+        properties=network_objects.properties,
+        call=network_objects.call,
+        late={},
+        manager="org.virtd1.NetworkManager",
+        manage=network_objects.manage,
     ),
 )

@@ -77,8 +77,9 @@ class Connection:
             os.close(self._fds.pop())
 
     def send(self, method: str, parameters: Parameters, *, more: bool = False) -> None:
-        """Send one call; a method without an interface is one of virtd's own."""
-        message: Parameters = {"method": method if "." in method else INTERFACE + method, "parameters": parameters}
+        """Send one call, by its whole name or what comes after "org.virtd1."."""
+        whole = method if method.startswith("org.") else INTERFACE + method
+        message: Parameters = {"method": whole, "parameters": parameters}
         if more:
             message["more"] = True
         self._socket.settimeout(PATIENCE)

@@ -48,8 +48,10 @@ COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
 }
 # What isn't a domain: `virtctl NOUN COMMAND ...`. noun -> (module, summary); the module has a COMMANDS of the same
 # shape, whose entries name modules again, and its own OPTIONS and RUN.
-NOUNS: dict[str, tuple[str, str]] = {}
-LATER = ("network", "pool", "volume", "container")
+NOUNS: dict[str, tuple[str, str]] = {
+    "network": ("network", "Control the networks that guests are connected to"),
+}
+LATER = ("pool", "volume", "container")
 HELP_OPTIONS = """\
 Options:
   -h --help                  Show this help, or with a command its own

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 GREEN, YELLOW, RED, BOLD, UNDERLINE, NORMAL = "1;32", "1;33", "1;31", "1", "4", "0"
 STATE_COLOURS = {
     "running": GREEN,
+    "active": GREEN,
     "starting": YELLOW,
     "stopping": YELLOW,
     "paused": YELLOW,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Name -> module, in the order in which they are restored and autostarted: what others stand on comes first.
 MODULES: dict[str, str] = {
+    "network": "virtd.drivers.network.driver",
     "qemu": "virtd.drivers.qemu.driver",
 }
 

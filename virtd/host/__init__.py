@@ -8,6 +8,7 @@ and a property of Host that makes its operations when they are first asked for.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import time
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from ..drivers import qemu
     from ..drivers.protocol import Driver, Problem
     from ..model.settings import Settings
+    from .networks import Networks
 
 __all__ = ["Caller", "Host", "Listener", "WithDescriptors"]
 
@@ -57,6 +59,15 @@ class Host(Domains):
         self.degraded: list[str] = []
         self.problems: dict[str, tuple[str, str]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self.services = services
+
+    # The other nouns
+
+    @functools.cached_property
+    def networks(self) -> Networks:
+        from .networks import Networks
+
+        return Networks(self)
 
     # Events
 

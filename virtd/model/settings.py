@@ -35,11 +35,19 @@ class Qemu(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host_shutdown_timeout: Seconds = 60
 
 
+class Dnsmasq(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What serves networks with addresses and names. `binary` empty: dnsmasq in the usual places."""
+
+    binary: str = ""
+    user: str = "virtd-dnsmasq"
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file."""
 
     log: Log = Log()
     qemu: Qemu = Qemu()
+    dnsmasq: Dnsmasq = Dnsmasq()
 
 
 def parse(text: str, source: str) -> Settings:
@@ -51,6 +59,7 @@ def parse(text: str, source: str) -> Settings:
         limit = -1
     if limit < 1 << 16:
         raise errors.InvalidDefinition(source, "log.max_size", 'expected a size of at least 64K, such as "16M"')
-    if settings.qemu.binary and not settings.qemu.binary.startswith("/"):
-        raise errors.InvalidDefinition(source, "qemu.binary", "expected an absolute path")
+    for key, binary in (("qemu.binary", settings.qemu.binary), ("dnsmasq.binary", settings.dnsmasq.binary)):
+        if binary and not binary.startswith("/"):
+            raise errors.InvalidDefinition(source, key, "expected an absolute path")
     return settings

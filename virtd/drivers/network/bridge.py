@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A network's bridge: made as the definition says, or brought back to it. Everything here may be done twice.
+
+These block, and are called in a thread.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from ... import errors
+from . import host, links
+from .netlink import Netlink
+
+if TYPE_CHECKING:
+    from ...model.network import Network
+
+
+class Raised(NamedTuple):
+    """What `raise_it` did: whether the bridge is a new one, which ports it took back, which settings it changed."""
+
+    new: bool
+    ports: list[str]
+    settings: list[str]
+
+
+def mac_of(uuid: str) -> str:
+    """The address by which a network's bridge is known as its own: a locally administered one, made of its uuid."""
+    digits = uuid.replace("-", "")
+    return "56:44:" + ":".join(digits[at : at + 2] for at in range(0, 8, 2))
+
+
+def is_ours(name: str, mac: str) -> bool:
+    return links.is_bridge(name) and links.mac(name) == mac
+
+
+def raise_it(network: Network, mac: str) -> Raised:
+    """Make the bridge, or see that the one that is there is as it should be. Raises HostError."""
+    name = network.bridge_name
+    new = not links.exists(name)
+    try:
+        with Netlink() as netlink:
+            if new:
+                netlink.add_bridge(name, mac)
+            elif not is_ours(name, mac):
+                raise errors.HostError(f"{name} isn't the bridge of network {network.name}")
+            netlink.set_link(name, alias=f"virtd network {network.name}", mtu=network.mtu)
+            host.calm_ipv6(name, wanted=network.ipv6 is not None)
+            wanted = {
+                (host.canonical(str(interface.ip)), interface.network.prefixlen)
+                for interface in (network.interface4, network.interface6)
+                if interface is not None
+            }
+            there = {(address.address, address.prefix) for address in netlink.addresses(name)}
+            for address, prefix in there - wanted:
+                netlink.delete_address(name, address, prefix)
+            for address, prefix in wanted - there:
+                netlink.add_address(name, address, prefix)
+            netlink.set_link(name, up=True)
+            settings = host.allow_forwarding(network)
+            taken = []
+            for port in links.ports():
+                if port.network == network.name and links.master(port.interface) != name:
+                    _join(netlink, port.interface, name)
+                    taken.append(port.interface)
+    except OSError as exc:
+        raise errors.HostError(f"Cannot make the bridge {name}: {exc.strerror}") from exc
+    return Raised(new, taken, settings)
+
+
+def lower_it(name: str, mac: str) -> bool:
+    """Delete the bridge if it is ours; what is in it is then in none. Raises HostError."""
+    if not is_ours(name, mac):
+        return False
+    try:
+        with Netlink() as netlink:
+            return netlink.delete_link(name)
+    except OSError as exc:
+        raise errors.HostError(f"Cannot delete the bridge {name}: {exc.strerror}") from exc
+
+
+def add_tap(interface: str, bridge: str, *, alias: str, mac: str, uid: int) -> None:
+    """Make a tap for processes of `uid` and put it into the bridge. Raises HostError, with none left.
+
+    Its own address is the guest's with another first byte: a bridge sends nothing there, and people see whose it is.
+    """
+    try:
+        links.make_tap(interface, uid)
+        with Netlink() as netlink:
+            try:
+                netlink.set_link(interface, alias=alias, mac=f"fe{mac[2:]}")
+                _join(netlink, interface, bridge)
+            except BaseException:
+                netlink.delete_link(interface)
+                raise
+    except OSError as exc:
+        raise errors.HostError(f"Cannot make the tap {interface}: {exc.strerror}") from exc
+
+
+def add_port(interface: str, bridge: str, *, alias: str) -> None:
+    """Put an interface that somebody else made, such as a container's veth, into the bridge. Raises HostError."""
+    try:
+        with Netlink() as netlink:
+            netlink.set_link(interface, alias=alias)
+            _join(netlink, interface, bridge)
+    except OSError as exc:
+        raise errors.HostError(f"Cannot put {interface} into {bridge}: {exc.strerror}") from exc
+
+
+def remove(interface: str) -> bool:
+    """Delete an interface; False when there is none of that name. Raises HostError."""
+    if not links.exists(interface):
+        return False
+    try:
+        with Netlink() as netlink:
+            return netlink.delete_link(interface)
+    except OSError as exc:
+        raise errors.HostError(f"Cannot delete {interface}: {exc.strerror}") from exc
+
+
+def _join(netlink: Netlink, interface: str, bridge: str) -> None:
+    host.set_sysctl(f"net/ipv6/conf/{interface}/disable_ipv6", "1")
+    # First the MTU: a bridge whose own wasn't set takes the smallest of its ports'.
+    netlink.set_link(interface, mtu=links.mtu(bridge))
+    netlink.set_link(interface, master=bridge)
+    netlink.set_link(interface, up=True)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A network as the front ends show it. What is told of bridge, users and leases is asked of the kernel each time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import links
+from .server import DRIVER
+
+if TYPE_CHECKING:
+    from .net import Net
+
+
+def short(net: Net) -> dict[str, Any]:
+    """As `virtctl network list --json` has it."""
+    network = net.running or net.definition
+    record = net.record
+    return {
+        "name": net.name,
+        "driver": DRIVER,
+        "uuid": net.uuid,
+        "state": net.state.value,
+        "reason": net.reason,
+        "pid": record.main_pid if record is not None and net.active and record.main_pid else None,
+        "since": record.since if record is not None else None,
+        "autostart": bool(net.definition and net.definition.autostart),
+        "mode": network.mode.value if network is not None else None,
+        "bridge": net.bridge_name or None,
+        "ipv4": network.ipv4.address if network is not None and network.ipv4 is not None else None,
+        "ipv6": network.ipv6.address if network is not None and network.ipv6 is not None else None,
+    }
+
+
+def long(net: Net, slots: list[str], log: str) -> dict[str, Any]:
+    """As `virtctl network info --json` has it."""
+    network = net.running or net.definition
+    net.look()
+    given = [network.range4, network.range6] if network is not None and network.own else []
+    return short(net) | {
+        "unit": net.unit if network is not None and network.serves else None,
+        "slots": slots,
+        "domain": network.domain if network is not None else None,
+        "mtu": links.mtu(net.bridge_name) if net.active and net.bridge_name else None,
+        "ranges": [f"{found[0]} - {found[1]}" for found in given if found is not None],
+        "users": net.users(),
+        "leases": len(net.leases()),
+        "forwards": [
+            f"{forward.protocol} {forward.port} to {forward.to} port {forward.to_port or forward.port}"
+            for forward in (network.forward if network is not None else ())
+        ],
+        "persistent": net.definition is not None,
+        "pending": net.pending,
+        "definition_path": net.source if net.definition is not None else None,
+        "log": log if network is not None and network.serves else None,
+        "problems": [{"text": problem.text, "hint": problem.hint} for problem in net.problems.values()],
+    }

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""dnsmasq for one network: its files, its command line and the unit that it runs in.
+
+dnsmasq.conf is read at its start. The two others are read again at SIGHUP: static leases and names change live.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ...model.network import Mode
+from ...units import UnitSpec
+
+if TYPE_CHECKING:
+    from ...model.network import Network
+    from .host import Account
+
+ENVIRONMENT = (("PATH", "/usr/sbin:/usr/bin"), ("LANG", "C.UTF-8"), ("HOME", "/"))
+READY = b"started, version"  # what it writes when its sockets are open
+
+# capabilities(7), by number: the ports below 1024; addresses and ARP entries of clients that have none yet; pings.
+CAPABILITIES = (1 << 10) | (1 << 12) | (1 << 13)
+
+
+class Files(NamedTuple):
+    """Where its files are. `leases` is on disk, and its directory dnsmasq's own."""
+
+    config: str
+    hosts: str
+    names: str
+    leases: str
+
+
+def files_in(runtime: str, state: str) -> Files:
+    return Files(f"{runtime}/dnsmasq.conf", f"{runtime}/hosts", f"{runtime}/names", f"{state}/leases")
+
+
+def config(network: Network, files: Files) -> str:
+    """dnsmasq.conf, one option a line as dnsmasq(8) has them, without the hyphens."""
+    isolated = network.mode is Mode.ISOLATED
+    lines = [
+        f"# Network {network.name}: written by virtd, and again at each change.",
+        f"interface={network.bridge_name}",
+        "except-interface=lo",
+        # Addresses and bridges that come later are served as well, and other dnsmasqs are left their own.
+        "bind-dynamic",
+        f"dhcp-leasefile={files.leases}",
+        f"dhcp-hostsfile={files.hosts}",
+    ]
+    if network.dns:
+        lines += ["no-hosts", f"addn-hosts={files.names}", "domain-needed", "bogus-priv"]
+        if isolated:
+            lines.append("no-resolv")  # a name is a way out, too
+    else:
+        lines.append("port=0")
+    if network.domain is not None:
+        lines += [f"domain={network.domain}", "expand-hosts"]
+        if network.dns:
+            lines.append(f"local=/{network.domain}/")
+    lines += _dhcp4(network, isolated=isolated) + _dhcp6(network, isolated=isolated)
+    return "\n".join([*lines, *network.dnsmasq]) + "\n"
+
+
+def _dhcp4(network: Network, *, isolated: bool) -> list[str]:
+    given = network.range4
+    if given is None or network.ipv4 is None or network.interface4 is None:
+        return []
+    mask = network.interface4.netmask
+    lines = [f"dhcp-range={given[0]},{given[1]},{mask},{network.ipv4.lease}", "dhcp-authoritative"]
+    lines += ["dhcp-no-override", f"dhcp-lease-max={min(int(given[1]) - int(given[0]) + 1, 65536)}"]
+    if isolated:
+        lines.append("dhcp-option=option:router")  # none
+    if network.mtu is not None:
+        lines.append(f"dhcp-option=option:mtu,{network.mtu}")
+    return lines
+
+
+def _dhcp6(network: Network, *, isolated: bool) -> list[str]:
+    if network.ipv6 is None or network.interface6 is None or not network.ipv6.dhcp:
+        return []
+    given = network.range6
+    if given is None:
+        # Static leases are given by DHCPv6 also where it has nothing for others.
+        kind = "static,slaac" if any(host.ipv6 for host in network.host) else "slaac"
+        lines = [f"dhcp-range={network.interface6.network.network_address},{kind},64,{network.ipv6.lease}"]
+    else:
+        lines = [f"dhcp-range={given[0]},{given[1]},slaac,64,{network.ipv6.lease}"]
+    lines.append("enable-ra")
+    mtu = f"mtu:{network.mtu}," if network.mtu is not None else ""
+    if isolated:
+        lines.append(f"ra-param={network.bridge_name},{mtu}0,0")  # a lifetime of 0: this is no router
+    elif mtu:
+        lines.append(f"ra-param={network.bridge_name},{mtu}600")
+    return lines
+
+
+def hosts(network: Network) -> str:
+    """The static leases, for dhcp-hostsfile."""
+    lines = []
+    for host in network.host:
+        parts = [host.mac.lower(), host.ipv4, f"[{host.ipv6}]" if host.ipv6 else None, host.name]
+        lines.append(",".join(part for part in parts if part))
+    return "".join(f"{line}\n" for line in lines)
+
+
+def names(network: Network) -> str:
+    """What DNS knows besides the leases, in the form of hosts(5).
+
+    Names of static leases are in it, so that they are known also before their guests have asked for a lease.
+    """
+    lines = [f"{record.address} {record.name}" for record in network.record]
+    for host in network.host:
+        lines += [f"{address} {host.name}" for address in (host.ipv4, host.ipv6) if address and host.name]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def spec(network: Network, unit: str, binary: str, files: Files, account: Account) -> UnitSpec:
+    state = files.leases.rpartition("/")[0]
+    return UnitSpec(
+        name=unit,
+        description=f"DHCP and DNS of network {network.name}",
+        slice="virtd-network.slice",
+        argv=(binary, "--keep-in-foreground", "--log-facility=-", "--pid-file=", f"--conf-file={files.config}"),
+        environment=ENVIRONMENT,
+        user=account.user,
+        properties=tuple(_sandbox(state)),
+    )
+
+
+def _sandbox(state: str) -> list[tuple[str, str, Any]]:
+    return [
+        ("NoNewPrivileges", "b", True),
+        ("CapabilityBoundingSet", "t", CAPABILITIES),
+        ("AmbientCapabilities", "t", CAPABILITIES),
+        ("ProtectSystem", "s", "strict"),
+        ("ReadWritePaths", "as", [state]),
+        ("InaccessiblePaths", "as", ["-/boot", "-/root", "-/srv", "-/tmp", "-/var/log", "-/var/tmp"]),
+        ("ProtectHome", "s", "yes"),
+        ("PrivateDevices", "b", True),
+        ("ProtectProc", "s", "invisible"),
+        ("ProtectKernelTunables", "b", True),
+        ("ProtectKernelModules", "b", True),
+        ("ProtectKernelLogs", "b", True),
+        ("ProtectControlGroups", "b", True),
+        ("ProtectClock", "b", True),
+        ("ProtectHostname", "b", True),
+        ("RestrictSUIDSGID", "b", True),
+        ("RestrictRealtime", "b", True),
+        ("RestrictNamespaces", "t", 0),
+        ("RestrictAddressFamilies", "(bas)", (True, ["AF_UNIX", "AF_INET", "AF_INET6", "AF_NETLINK"])),
+        ("SystemCallFilter", "(bas)", (True, ["@system-service"])),
+        ("SystemCallArchitectures", "as", ["native"]),
+        ("LockPersonality", "b", True),
+        ("MemoryDenyWriteExecute", "b", True),
+        ("UMask", "u", 0o027),
+        ("LimitCORE", "t", 0),
+        ("TimeoutStopUSec", "t", 5_000_000),
+    ]

@@ -1,0 +1,509 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The network driver: all networks, from their definitions, records, units and slots.
+
+Other drivers connect their guests by `attach`, `add_port` and `detach`, see there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ... import errors, files, journal
+from ...messages import Message
+from ...model import network as model
+from ...model.domain import canonical_uuid
+from ...model.network import State
+from ...paths import names
+from ...process import boot_id
+from ...records import Record, Records, now
+from ...units import object_name
+from .. import definitions
+from ..protocol import Found, Problem
+from . import bridge, describing, host, links
+from .guard import Guard
+from .net import Net, Shared
+from .server import DRIVER
+
+if TYPE_CHECKING:
+    from ...child import Services
+    from ...model.settings import Dnsmasq, Settings
+    from ..protocol import Peers, Publish
+
+log = logging.getLogger(__name__)
+
+RECONCILE_LIMIT = 30.0  # seconds that an operation waits after the daemon's own start
+DEFAULT = "default"
+
+
+class Connection(msgspec.Struct, frozen=True):
+    """How a guest is connected: the interface of the host's, the bridge it is in, and the MTU of both."""
+
+    network: str
+    interface: str
+    bridge: str
+    mtu: int
+
+
+def make(services: Services, settings: Settings, publish: Publish, _peers: Peers) -> Driver:
+    return Driver(services, settings.dnsmasq, publish)
+
+
+class Driver:
+    """`publish(event, name)` is told "added", "removed" and "changed"."""
+
+    name = DRIVER
+    noun = "network"
+
+    def __init__(self, services: Services, settings: Dnsmasq, publish: Publish) -> None:
+        self._publish = publish
+        self._services = services
+        self.nets: dict[str, Net] = {}
+        self.problems: dict[str, Problem] = {}
+        self.found = Found()
+        self._shared = Shared(services, Records(services.paths, DRIVER), settings, self._published, boot_id())
+        self._reconciled = asyncio.Event()
+        self._reconciled.set()
+        self._guard = Guard(services, self.nets, self.problems, publish)
+
+    # Start-up
+
+    def restore(self) -> None:
+        """First step: records, slots and pumps; no bus yet."""
+        self._reconciled.clear()
+        loaded = self._shared.records.load()
+        for bad in loaded.quarantined:
+            text = f"The record of network {bad.name} can't be read: {bad.reason}"
+            self.problems[f"record {bad.name}"] = Problem(
+                text, f"It was moved to {bad.moved_to}; the network is put together again from what there is."
+            )
+            journal.send(
+                text, message_id=Message.RECORD_QUARANTINED, level="error",
+                VIRTD_DRIVER=DRIVER, VIRTD_NAME=bad.name, VIRTD_FILE=bad.moved_to,
+            )  # fmt: skip
+        for name, record in loaded.records.items():
+            net = self._net(name)
+            try:
+                net.adopt(record)
+            except Exception as exc:  # one bad record must not cost the others their daemon
+                log.exception("%s can't be adopted", name)
+                net.problems["adoption"] = Problem(
+                    f"{name} could not be adopted: {exc}", "The network was left alone."
+                )
+                net.settled.set()
+        self.load_definitions()
+        self._guard.begin(beside_firewalld=False)
+
+    async def reconcile(self) -> None:
+        """Second step: compare with systemd and the kernel, finish what a crash cut off."""
+        units = await self._services.units()
+        present = {
+            name for unit in await units.list(f"virtd-{DRIVER}-*.service") if (name := object_name(DRIVER, unit.name))
+        }
+        nets = [net for net in self.nets.values() if net.record is not None]
+        results = await asyncio.gather(
+            *(net.reconcile(unit_exists=net.name in present) for net in nets), return_exceptions=True
+        )
+        for net, result in zip(nets, results, strict=True):
+            if isinstance(result, BaseException):
+                log.error("%s can't be reconciled: %s", net.name, result, exc_info=result)
+                net.problems["adoption"] = Problem(
+                    f"{net.name} can't be made whole: {result}",
+                    f"What there is of it was left alone. Try: virtctl network start {net.name}.",
+                )
+            elif result:
+                getattr(self.found, result.replace(" ", "_")).append(net.name)
+        slots = {name.split("/")[1] for name in self._services.store.names() if name.startswith(f"{DRIVER}/")}
+        recorded = {net.name for net in nets}
+        lost = {net.name for net in self.nets.values() if net.definition is not None and self._has_bridge(net)}
+        for name in sorted((present | slots | lost) - recorded):
+            await self._rebuild(name, unit=name in present)
+        for net in list(self.nets.values()):
+            if net.definition is None and not net.active and not net.problems:
+                self._forget(net.name)
+        self._reconciled.set()
+        await self._guard.restore_rules(set(self.nets), why="while virtd was away")
+        self._guard.begin()
+
+    def _has_bridge(self, net: Net) -> bool:
+        assert net.definition is not None
+        return net.definition.own and bridge.is_ours(net.definition.bridge_name, net.mac)
+
+    async def _rebuild(self, name: str, *, unit: bool) -> None:
+        """A unit, slots or a bridge that no record tells of: made whole by the definition, or cleared away."""
+        net = self._net(name)
+        held = self._services.store.slots()
+        slots = {slot: f"{held[slot].dev}:{held[slot].ino}" for slot in held if slot.startswith(f"{DRIVER}/{name}/")}
+        network = net.definition
+        whole = network is not None and self._has_bridge(net)
+        data: dict[str, Any] = {}
+        if network is not None and whole:
+            data = {"definition": net.definition_text, "mac": net.mac, "bridge": network.bridge_name}
+        net.record = Record(
+            driver=DRIVER,
+            name=name,
+            uuid=net.uuid,
+            state=State.ACTIVE.value if whole else State.STOPPING.value,
+            reason="rebuilt without its record",
+            since=now(),
+            unit=net.unit if unit else "",
+            boot_id=self._shared.boot_id,
+            slots=slots,
+            data=data,
+        )
+        net.note(State(net.record.state), net.record.reason)
+        if slots or unit:
+            net.server.adopt(net.record)
+        await net.reconcile(unit_exists=unit)
+        if whole:
+            await net.start("virtd")  # what is missing of it
+            self.found.rebuilt.append(name)
+            self.problems.pop(f"record {name}", None)
+            log.warning("Network %s was rebuilt from its bridge", name)
+            return
+        self.found.rolled_back.append(name)
+        journal.send(
+            f"Rolled back network {name}: there was no record of it",
+            message_id=Message.ROLLED_BACK, level="notice", **net.fields(),
+        )  # fmt: skip
+
+    async def autostart(self) -> None:
+        """Start what is to be started at boot."""
+        for net in list(self.nets.values()):
+            if net.definition is not None and net.definition.autostart and not net.active:
+                try:
+                    await self.start(net.name, "autostart")
+                except errors.VirtdError as exc:
+                    log.error("Cannot autostart network %s: %s", net.name, exc)
+                    net.problems["start"] = Problem(f"Autostart failed: {exc.message}", exc.hint)
+
+    def grown(self, key: str) -> None:
+        """The pump's word that bytes landed in a log that is watched: `key` is a slot's name."""
+        driver, name, slot = key.split("/")
+        if (driver, slot) == (DRIVER, "stderr") and (net := self.nets.get(name)) is not None:
+            net.server.forward()
+
+    async def close(self) -> None:
+        await self._guard.close()
+        await asyncio.gather(*(net.close() for net in self.nets.values()))
+
+    # Operations
+
+    async def start(self, name: str, by: str) -> bool:
+        net = self.find(name)
+        await self._certain()
+        changed = await net.start(by)
+        self._guard.begin()
+        return changed
+
+    async def stop(self, name: str, by: str, *, force: bool) -> bool:
+        net = self.find(name)
+        await self._certain()
+        changed = await net.stop(by, force=force)
+        if net.definition is None:
+            self._forget(net.name)
+        return changed
+
+    async def undefine(self, name: str) -> None:
+        net = self.find(name)
+        await self._certain()
+        async with net.exclusive("undefine"):
+            if net.active:
+                raise errors.InvalidState(
+                    f"Cannot undefine network {net.name}: it is {net.state}",
+                    hint=f"virtctl network stop {net.name} first.",
+                )
+            files.remove(net.source)
+            await asyncio.to_thread(files.remove_tree, net.state_directory)
+            self._forget(net.name)
+
+    async def _certain(self) -> None:
+        """Wait until reconcile() is through. Raises Busy."""
+        if self._reconciled.is_set():
+            return
+        await self._services.units()  # which says so if it is D-Bus that is away
+        try:
+            async with asyncio.timeout(RECONCILE_LIMIT):
+                await self._reconciled.wait()
+        except TimeoutError:
+            raise errors.Busy(
+                "virtd is still finding out which networks are active", hint="Try again in a moment."
+            ) from None
+
+    # For other drivers
+
+    async def attach(self, network: str, *, user: str, interface: str, mac: str, uid: int) -> Connection:
+        """Make a tap in `network` for processes of `uid`; the network is started if it isn't active.
+
+        `user` is whose it is, as "qemu/web1": seen in `virtctl network info`, and the reason why the network isn't
+        stopped. `interface` is the tap's name, at most 15 characters and the caller's to choose and to put on record
+        before this is called; `detach` removes it, whatever became of it. Raises a VirtdError, with no tap left.
+        """
+        net = await self._used(network, user)
+        name = net.bridge_name
+        alias = links.alias_of(net.name, user)
+        await asyncio.to_thread(bridge.add_tap, interface, name, alias=alias, mac=mac, uid=uid)
+        return Connection(net.name, interface, name, links.mtu(name))
+
+    async def add_port(self, network: str, *, user: str, interface: str) -> Connection:
+        """The same for an interface that is there: the host's end of a container's veth, say."""
+        net = await self._used(network, user)
+        name = net.bridge_name
+        alias = links.alias_of(net.name, user)
+        await asyncio.to_thread(bridge.add_port, interface, name, alias=alias)
+        return Connection(net.name, interface, name, links.mtu(name))
+
+    async def bridge_of(self, network: str, *, user: str) -> Connection:
+        """The network's bridge, for whoever makes the interface in one go with its place in it (lxc.net.0.link).
+
+        It should be told of by `add_port` afterwards: an interface without our alias counts as a stranger's.
+        """
+        net = await self._used(network, user)
+        return Connection(net.name, "", net.bridge_name, links.mtu(net.bridge_name))
+
+    async def detach(self, interface: str) -> bool:
+        """Delete an interface that `attach` made; False when it isn't there (any more)."""
+        return await asyncio.to_thread(bridge.remove, interface)
+
+    async def sweep(self, driver: str, alive: set[str]) -> list[str]:
+        """Delete the interfaces of a driver's objects that aren't `alive`, which a crash may have left."""
+        gone = []
+        for port in links.ports():
+            owner, _, name = port.user.partition("/")
+            if owner == driver and name not in alive:
+                log.warning("Interface %s was left by %s", port.interface, port.user)
+                if await self.detach(port.interface):
+                    gone.append(port.interface)
+        return gone
+
+    def addresses_of(self, network: str, mac: str) -> list[str]:
+        """The addresses that DHCP gave to this MAC."""
+        net = self.nets.get(network)
+        return [lease.address for lease in net.leases() if lease.mac == mac.lower()] if net is not None else []
+
+    async def _used(self, network: str, user: str) -> Net:
+        """The network, active. Raises NotFound, or what its start raises."""
+        net = self.find(network)
+        await self._certain()
+        if net.state is not State.ACTIVE or net.lost_bridge():
+            await self.start(net.name, user)
+        return net
+
+    # Definitions
+
+    def load_definitions(self) -> list[str]:
+        """Read all definitions again; the names of those that changed.
+
+        A bad one is a problem, and its network is as before.
+        """
+        directory = f"{self._services.paths.etc}/{DRIVER}"
+        changed = []
+        for key in [key for key in self.problems if key.startswith("definition")]:
+            del self.problems[key]
+        found = names(directory, ".toml")
+        for name in [name for name, net in self.nets.items() if net.definition is not None and name not in found]:
+            changed.append(name)
+            self._forget(name)
+        for name in found:
+            path = f"{directory}/{name}.toml"
+            try:
+                text = definitions.read(path)
+                known = self.nets.get(name)
+                network = (known.parsed(text) if known is not None else None) or model.parse(text, path)
+                definitions.check_name(network.name, name, path)
+                self._check_unique(network, path)
+                if network.uuid is None:
+                    network, text = self._with_uuid(network, text)
+                    definitions.write(path, text)
+            except (errors.VirtdError, OSError, ValueError) as exc:
+                self.problems[f"definition {name}"] = definitions.complain(path, exc)
+                continue
+            net = self.nets.get(name)
+            if net is None or net.definition_text != text or net.definition is None:
+                new = net is None
+                net = net or self._net(name)
+                net.definition, net.definition_text = network, text
+                changed.append(name)
+                self._publish("added" if new else "changed", name)
+        return changed
+
+    async def reload(self) -> None:
+        """Put changed definitions in force, and see that rules and bridges are as they should be."""
+        for net in list(self.nets.values()):
+            try:
+                await net.adapt()
+                self.problems.pop(f"definition {net.name} in force", None)
+            except errors.VirtdError as exc:
+                self.problems[f"definition {net.name} in force"] = Problem(exc.message, exc.hint)
+                journal.send(exc.message, message_id=Message.DEFINITION_PROBLEM, level="error", VIRTD_FILE=net.source)
+            net.look()
+            await net.join_firewalld()
+        await self._guard.restore_rules(set(self.nets), why="by the time of the reload")
+
+    def check(self, text: str, source: str) -> model.Network:
+        """The definition in `text`, as it would be taken. Raises InvalidDefinition or Exists."""
+        network = model.parse(text, source)
+        self._check_unique(network, source)
+        net = self.nets.get(network.name)
+        if net is not None and net.uuid and network.uuid and network.uuid != net.uuid:
+            raise errors.Exists(
+                f"{source}: uuid: network {network.name} exists with another uuid, {net.uuid}",
+                hint=(
+                    "Leave the uuid out to change the definition, "
+                    f"or undefine it first: virtctl network undefine {network.name}."
+                ),
+            )
+        uuid = network.uuid or (net.uuid if net is not None else "")
+        if net is None or not net.active:
+            host.check_routes(network, source)
+            if network.own:  # a bridge of the host's may come up later
+                host.check_bridge(network, source, bridge.mac_of(uuid) if uuid else "")
+        return network
+
+    def define(self, text: str, source: str) -> tuple[Net, bool]:
+        """Take a definition: the network, and whether it is new. A uuid is made when there is none."""
+        network = self.check(text, source)
+        if network.uuid is None:
+            network, text = self._with_uuid(network, text)
+        return self._write(network, text)
+
+    def default(self) -> str:
+        """A definition for the network "default": NAT, with a private range that is free here. Raises HostError."""
+        taken = [subnet for net in self.nets.values() if net.definition for _key, subnet in net.definition.subnets()]
+        address = host.free_prefix(taken)
+        return f'name = "{DEFAULT}"\nmode = "nat"\nautostart = true\n\n[ipv4]\naddress = "{address}"\n'
+
+    def _with_uuid(self, network: model.Network, text: str) -> tuple[model.Network, str]:
+        net = self.nets.get(network.name)
+        text = definitions.with_uuid(text, net.uuid if net is not None else "")
+        return model.parse(text, network.name), text
+
+    def _write(self, network: model.Network, text: str) -> tuple[Net, bool]:
+        definitions.write(self._services.paths.definition(DRIVER, network.name), text)
+        new = network.name not in self.nets
+        net = self._net(network.name)
+        changed = net.definition_text != text or net.definition is None
+        net.definition, net.definition_text = network, text
+        self.problems.pop(f"definition {network.name}", None)
+        if new:
+            self._publish("added", network.name)
+        elif changed:
+            self._publish("changed", network.name)
+        return net, new
+
+    def set_autostart(self, name: str, *, enable: bool) -> bool:
+        """Change the definition's file; False if it said so already."""
+        net = self.find(name)
+        if net.definition is None:
+            raise errors.NotFound(f"Network {net.name} has no definition")
+        if net.definition.autostart == enable:
+            return False
+        in_force = not net.pending
+        text = definitions.with_autostart(net.definition_text, enable=enable)
+        network = model.parse(text, net.source)
+        if network.autostart != enable:
+            raise errors.HostError(
+                f"Cannot change autostart in {net.source}", hint="Edit it, then: systemctl reload virtd."
+            )
+        self._write(network, text)
+        if net.active and in_force:
+            net.remember(definition=text, parsed=msgspec.to_builtins(network))
+        return True
+
+    def _check_unique(self, network: model.Network, source: str) -> None:
+        for other in self.nets.values():
+            theirs = other.running or other.definition
+            if other.name == network.name or theirs is None:
+                continue
+            if network.uuid is not None and other.uuid == network.uuid:
+                raise errors.Exists(
+                    f"{source}: uuid: {network.uuid} is the uuid of network {other.name}",
+                    hint="Leave it out: a new one is made.",
+                )
+            if not (network.own and theirs.own):
+                continue
+            if network.bridge_name == theirs.bridge_name:
+                raise errors.InvalidDefinition(
+                    source, "bridge", f"{network.bridge_name} is the bridge of network {other.name} already"
+                )
+            for key, subnet in network.subnets():
+                for _key, taken in theirs.subnets():
+                    if subnet.version == taken.version and subnet.overlaps(taken):
+                        raise errors.InvalidDefinition(
+                            source, key, f"{subnet} overlaps with {taken} of network {other.name}"
+                        )
+
+    # Finding and describing
+
+    def find(self, name: str) -> Net:
+        """By name or uuid. Raises NotFound."""
+        if (net := self.nets.get(name)) is not None:
+            return net
+        if (uuid := canonical_uuid(name)) is not None:
+            for net in self.nets.values():
+                if net.uuid == uuid:
+                    return net
+        raise errors.NotFound(f"There is no network {name}", hint="virtctl network list shows all.")
+
+    def describe(self, net: Net) -> dict[str, Any]:
+        return describing.short(net)
+
+    def describe_fully(self, net: Net) -> dict[str, Any]:
+        mine = f"{DRIVER}/{net.name}/"
+        slots = [slot for slot in self._services.store.names() if slot.startswith(mine)]
+        return describing.long(net, slots, self._services.paths.stderr_log(DRIVER, net.name))
+
+    def describe_named(self, name: str) -> dict[str, Any]:
+        net = self.nets.get(name)
+        return self.describe(net) if net is not None else {"name": name, "driver": DRIVER}
+
+    def live(self) -> int:
+        return sum(net.active for net in self.nets.values())
+
+    def settled(self) -> bool:
+        return all(net.settled.is_set() for net in self.nets.values())
+
+    def counts(self) -> dict[str, int]:
+        counts = {state.value: 0 for state in State}
+        for net in self.nets.values():
+            counts[net.state.value] += 1
+        return counts
+
+    def troubles(self) -> list[tuple[str, Problem]]:
+        found = [(key.split(" ")[1] if " " in key else "", problem) for key, problem in self.problems.items()]
+        for net in self.nets.values():
+            found += [(net.name, problem) for problem in net.problems.values()]
+        return found
+
+    def bad_definitions(self) -> list[tuple[str, Problem]]:
+        found = [(key.split(" ")[1], item) for key, item in self.problems.items() if key.startswith("definition")]
+        for net in self.nets.values():
+            if (pending := net.problems.get("pending")) is not None:
+                found.append((net.name, pending))
+        return found
+
+    def _net(self, name: str) -> Net:
+        if name not in self.nets:
+            self.nets[name] = Net(self._shared, name)
+        return self.nets[name]
+
+    def _forget(self, name: str) -> None:
+        """The definition is gone. A network that is active stays until it is stopped."""
+        net = self.nets[name]
+        net.definition, net.definition_text = None, ""
+        if net.active:
+            self._publish("changed", name)
+            return
+        if net.record is not None:
+            with contextlib.suppress(errors.HostError):
+                self._shared.records.remove(name)
+        del self.nets[name]
+        self._publish("removed", name)
+
+    def _published(self, event: str, net: Net) -> None:
+        if self.nets.get(net.name) is net:
+            self._publish(event, net.name)

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Beside firewalld: its chains drop what comes from an interface that is in none of its zones.
+
+So each bridge is put into the zone "virtd", which the package brings: forwarding is ours to decide, by our own rules,
+and of the host's services guests reach DHCP and DNS. firewalld keeps that over a reload and forgets it when it ends.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ... import errors
+from ...bus import BusError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from ...bus import Bus
+    from ...units import Units
+
+NAME = "org.fedoraproject.FirewallD1"
+PATH = "/org/fedoraproject/FirewallD1"
+ZONES = "org.fedoraproject.FirewallD1.zone"
+DBUS = "org.freedesktop.DBus"
+ZONE = "virtd"
+LIMIT = 10.0
+
+
+async def running(bus: Bus) -> bool:
+    """Whether firewalld is there, without starting it."""
+    (there,) = await bus.call(DBUS, "/org/freedesktop/DBus", DBUS, "NameHasOwner", "s", (NAME,), timeout=LIMIT)
+    return bool(there)
+
+
+async def adopt(units: Units, bridge: str) -> None:
+    """Put a bridge into our zone, where firewalld runs. Raises HostError."""
+    bus = units.bus
+    try:
+        if await running(bus):
+            await bus.call(NAME, PATH, ZONES, "changeZoneOfInterface", "ss", (ZONE, bridge), timeout=LIMIT)
+    except BusError as exc:
+        if "ZONE_ALREADY_SET" in exc.message:
+            return
+        if "INVALID_ZONE" in exc.message:
+            raise errors.HostError(
+                f"it doesn't know the zone {ZONE} yet", hint="firewall-cmd --reload, then: systemctl reload virtd."
+            ) from exc
+        raise errors.HostError(f"it refused: {exc.message}", hint="See: systemctl status firewalld.") from exc
+
+
+async def watch(bus: Bus, back: Callable[[], None]) -> Callable[[], Awaitable[None]]:
+    """Call `back` when firewalld has come up or was reloaded; returns how to end that."""
+
+    def owner(_path: str, _interface: str, _member: str, args: tuple[str, ...]) -> None:
+        if args[0] == NAME and args[2]:
+            back()
+
+    def reloaded(*_signal: object) -> None:
+        back()
+
+    first = await bus.subscribe(DBUS, DBUS, "NameOwnerChanged", "/org/freedesktop/DBus", owner, arg0=NAME)
+    second = await bus.subscribe(NAME, NAME, "Reloaded", PATH, reloaded)
+
+    async def end() -> None:
+        await first()
+        await second()
+
+    return end

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Looks after what others can take away from networks: rules, bridges, firewalld's consent.
+
+Nothing is polled: the kernel tells of tables and interfaces, firewalld of its own start and reload.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from ... import errors, journal
+from ...messages import Message
+from ..protocol import Problem
+from . import firewalld
+from .server import DRIVER
+from .watch import ALL, Watch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ...child import Services
+    from ..protocol import Publish
+    from .net import Net
+
+log = logging.getLogger(__name__)
+
+SETTLE = 0.2  # seconds in which changes by others count as one
+BUS_RETRY = 2.0
+
+
+class Guard:
+    """One for all networks; `problems` are the driver's. It begins with the first active network."""
+
+    def __init__(
+        self, services: Services, nets: dict[str, Net], problems: dict[str, Problem], publish: Publish
+    ) -> None:
+        self._services = services
+        self._nets = nets
+        self._problems = problems
+        self._publish = publish
+        self._watch: Watch | None = None
+        self._doubtful: set[str] = set()  # networks whose rules somebody has touched
+        self._bridges: set[str] = set()  # networks to whose bridges something has happened
+        self._soon: asyncio.TimerHandle | None = None
+        self._looking: asyncio.Task[None] | None = None
+        self._beside: asyncio.Task[None] | None = None
+
+    def begin(self, *, beside_firewalld: bool = True) -> None:
+        """Listen, if there is a network to listen for. The bus is left alone until `beside_firewalld`."""
+        if not any(net.active for net in self._nets.values()):
+            return
+        if self._watch is None:
+            try:
+                self._watch = Watch(self._touched, self._link_changed)
+                self._problems.pop("watch", None)
+            except OSError as exc:
+                self._problems["watch"] = Problem(
+                    f"Rules that vanish won't be noticed: {exc.strerror}", "virtd.service needs CAP_NET_ADMIN."
+                )
+        if self._beside is None and beside_firewalld:
+            self._beside = asyncio.create_task(self._follow_firewalld(), name="firewalld")
+
+    async def close(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+        if self._soon is not None:
+            self._soon.cancel()
+            self._soon = None
+        tasks = [task for task in (self._looking, self._beside) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # Rules
+
+    def _touched(self, name: str) -> None:
+        """Somebody, perhaps we ourselves, changed a network's table."""
+        self._doubtful |= set(self._nets) if name == ALL else {name} & set(self._nets)
+        if self._doubtful and self._looking is None:
+            self._looking = asyncio.create_task(self._look(), name="look-at-rules")
+
+    async def _look(self) -> None:
+        try:
+            while self._doubtful:
+                await asyncio.sleep(SETTLE)
+                doubtful, self._doubtful = self._doubtful, set()
+                await self.restore_rules(doubtful, why="by somebody else")
+        finally:
+            self._looking = None
+
+    async def restore_rules(self, which: set[str], *, why: str) -> None:
+        """Apply the rules again that are gone or changed; the journal is told once, however many networks it is."""
+        restored = []
+        for name in sorted(which):
+            if (net := self._nets.get(name)) is None:
+                continue
+            try:
+                if await net.restore_rules():
+                    restored.append(name)
+            except errors.VirtdError as exc:
+                log.error("The rules of network %s can't be applied: %s", name, exc)
+        if restored:
+            what = f"network {restored[0]}" if len(restored) == 1 else f"networks {', '.join(restored)}"
+            journal.send(
+                f"The firewall rules of {what} had been removed or changed {why}, and were applied again",
+                message_id=Message.NETWORK_RULES_RESTORED, level="warning",
+                VIRTD_DRIVER=DRIVER, VIRTD_NAME=" ".join(restored),
+            )  # fmt: skip
+            for name in restored:
+                self._publish("changed", name)
+
+    # Bridges
+
+    def _link_changed(self, name: str) -> None:
+        """Something happened to an interface. The last word of one that goes away comes before it has gone."""
+        self._bridges |= {net.name for net in self._nets.values() if net.active and name in (ALL, net.bridge_name)}
+        if self._bridges and self._soon is None:
+            self._soon = asyncio.get_running_loop().call_later(SETTLE, self._look_at_bridges)
+
+    def _look_at_bridges(self) -> None:
+        names, self._bridges, self._soon = self._bridges, set(), None
+        for name in names:
+            if (net := self._nets.get(name)) is not None and net.active and not net.busy:
+                net.look()
+
+    # firewalld
+
+    async def _follow_firewalld(self) -> None:
+        """For as long as the daemon runs: when firewalld comes up, our bridges have to be put into their zone."""
+        while True:
+            try:
+                await self._once()
+            except errors.VirtdError as exc:
+                log.debug("firewalld isn't watched: %s", exc)
+            await asyncio.sleep(BUS_RETRY)
+
+    async def _once(self) -> None:
+        """Until this bus is lost."""
+        bus = (await self._services.units()).bus
+        back, closed = asyncio.Event(), asyncio.Event()
+        bus.on_closed(_both(back.set, closed.set))
+        await firewalld.watch(bus, back.set)
+        while not closed.is_set():
+            await back.wait()
+            back.clear()
+            for net in list(self._nets.values()):
+                await net.join_firewalld()
+            self._touched(ALL)
+
+
+def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+    def call() -> None:
+        first()
+        second()
+
+    return call

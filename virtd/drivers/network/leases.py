@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""dnsmasq's lease file, as it keeps it (dnsmasq(8), --dhcp-leasefile): read, never written."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+
+from ...records import stamp
+
+
+class Lease(msgspec.Struct, frozen=True):
+    """One lease. `mac` is "" for a DHCPv6 client whose identifier has none; `expires` 0 for a lease without end."""
+
+    address: str
+    mac: str
+    name: str
+    expires: int
+
+    @property
+    def family(self) -> str:
+        return "ipv6" if ":" in self.address else "ipv4"
+
+    def described(self) -> dict[str, Any]:
+        """As `virtctl network leases --json` has it."""
+        return {
+            "address": self.address,
+            "family": self.family,
+            "mac": self.mac or None,
+            "name": self.name or None,
+            "expires": stamp(self.expires) if self.expires else None,
+        }
+
+
+def read(path: str) -> list[Lease]:
+    """The leases in the file that haven't run out, by address; none when there is no such file."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return []
+    return parse(lines, time.time())
+
+
+def parse(lines: list[str], now: float) -> list[Lease]:
+    found: list[Lease] = []
+    for line in lines:
+        fields = line.split()
+        # "duid ..." is the server's own identifier; after it come the leases of DHCPv6.
+        if len(fields) < 5 or not fields[0].isdigit():
+            continue
+        expires, key, address, name, client = int(fields[0]), *fields[1:5]
+        if expires and expires < now:
+            continue
+        mac = _mac_of_duid(client) if ":" in address else key.rpartition("-")[2].lower()
+        found.append(Lease(address, mac, "" if name == "*" else name, expires))
+    return sorted(found, key=_place)
+
+
+def _place(lease: Lease) -> tuple[int, bytes]:
+    import socket
+
+    family = socket.AF_INET6 if ":" in lease.address else socket.AF_INET
+    try:
+        return int(family), socket.inet_pton(family, lease.address)
+    except OSError:
+        return int(family), lease.address.encode()
+
+
+def _mac_of_duid(duid: str) -> str:
+    """The MAC in a DUID-LLT or DUID-LL of an Ethernet card (RFC 8415, 11.2 and 11.4), "" in others."""
+    parts = duid.lower().split(":")
+    if parts[:4] == ["00", "01", "00", "01"] and len(parts) == 14:
+        return ":".join(parts[8:])
+    if parts[:4] == ["00", "03", "00", "01"] and len(parts) == 10:
+        return ":".join(parts[4:])
+    return ""

@@ -1,0 +1,535 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One network and its life. Its pieces, in the order in which they are made:
+
+    record    what shall be there; state "starting"
+    bridge    known as ours by its address, which is made of the uuid
+    rules     a table of nftables' own
+    dnsmasq   a child like any other: slots, unit
+    record    state "active"
+
+Each piece is made so that making it twice does nothing, and so is its removal. A start that was cut off is finished
+by making all of them once more, a stop by removing all of them once more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from ... import __version__, errors, files, journal
+from ...messages import Message
+from ...model import network as model
+from ...model.network import State
+from ...records import Record, Records, now
+from ...units import unit_name
+from ..protocol import Problem
+from . import bridge, firewall, firewalld, host, leases, links
+from .server import DRIVER, Server
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from ...child import Services
+    from ...model.settings import Dnsmasq
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 60.0  # seconds that an operation waits for another one on the same network
+ON = (State.STARTING, State.ACTIVE, State.STOPPING)
+
+
+class Shared(NamedTuple):
+    """What all networks of the driver share. `publish(event, net)`: "changed"."""
+
+    services: Services
+    records: Records
+    settings: Dnsmasq
+    publish: Callable[[str, Net], None]
+    boot_id: str
+
+
+class Net:
+    """A network: its definition, its record, and, while it is active, its pieces."""
+
+    def __init__(self, shared: Shared, name: str) -> None:
+        self.shared = shared
+        self.name = name
+        self.definition: model.Network | None = None
+        self.definition_text = ""
+        self.record: Record | None = None
+        self.problems: dict[str, Problem] = {}
+        self.settled = asyncio.Event()  # cleared while nobody knows yet whether it is whole
+        self.settled.set()
+        self.server = Server(self)
+        self._lock = asyncio.Lock()
+        self._holder = ""
+
+    # What it is
+
+    @property
+    def state(self) -> State:
+        return State(self.record.state) if self.record is not None else State.INACTIVE
+
+    @property
+    def active(self) -> bool:
+        return self.state in ON
+
+    @property
+    def reason(self) -> str:
+        return self.record.reason if self.record is not None else "not started since boot"
+
+    @property
+    def uuid(self) -> str:
+        if self.definition is not None and self.definition.uuid is not None:
+            return self.definition.uuid
+        return self.record.uuid if self.record is not None else ""
+
+    @property
+    def mac(self) -> str:
+        """The bridge's address; of an active network the one that it was made with."""
+        kept = self.record.data.get("mac") if self.record is not None and self.active else None
+        return str(kept) if kept else bridge.mac_of(self.uuid)
+
+    @property
+    def unit(self) -> str:
+        return unit_name(DRIVER, self.name)
+
+    @property
+    def runtime(self) -> str:
+        return self.shared.services.paths.runtime(DRIVER, self.name)
+
+    @property
+    def state_directory(self) -> str:
+        return f"{self.shared.services.paths.lib}/{DRIVER}/{self.name}"
+
+    @property
+    def source(self) -> str:
+        """The definition's file."""
+        return self.shared.services.paths.definition(DRIVER, self.name)
+
+    @property
+    def running(self) -> model.Network | None:
+        """The definition that is in force, or None while the network is inactive."""
+        if self.record is None or not self.active or not (text := self.record.data.get("definition")):
+            return None
+        if text == self.definition_text and self.definition is not None:
+            return self.definition
+        with contextlib.suppress(errors.InvalidDefinition):
+            return self.parsed(text) or model.parse(text, self.source)
+        return None
+
+    def parsed(self, text: str) -> model.Network | None:
+        """The definition that `text` holds, if it was put in force by this version of virtd: TOML takes longer."""
+        data = self.record.data if self.record is not None else {}
+        if data.get("definition") != text or data.get("parsed_by") != __version__:
+            return None
+        try:
+            return msgspec.convert(data.get("parsed"), model.Network)
+        except msgspec.ValidationError:
+            return None
+
+    @property
+    def pending(self) -> bool:
+        """Whether the definition says something else than what is in force."""
+        return self.active and self.record is not None and self.record.data.get("definition") != self.definition_text
+
+    @property
+    def bridge_name(self) -> str:
+        network = self.running or self.definition
+        return network.bridge_name if network is not None else ""
+
+    def users(self) -> list[str]:
+        """Who is connected: "qemu/web1" for what virtd connected, the interface's name for everything else."""
+        network = self.running
+        if network is None:
+            return []
+        ours = {port.interface: port.user for port in links.ports() if port.network == self.name}
+        if not network.own:
+            return sorted(set(ours.values()))
+        return sorted(
+            {ours.get(member, member) for member in links.members(network.bridge_name)} | set(ours.values())
+        )
+
+    def leases(self) -> list[leases.Lease]:
+        return leases.read(f"{self.state_directory}/leases")
+
+    def fields(self) -> dict[str, str]:
+        """The journal fields of this object."""
+        return {"VIRTD_DRIVER": DRIVER, "VIRTD_NAME": self.name, "VIRTD_UUID": self.uuid, "VIRTD_UNIT": self.unit}
+
+    def lost_bridge(self) -> str:
+        """What is wrong with the bridge of an active network, or ""."""
+        network = self.running
+        if network is None or self.state is not State.ACTIVE:
+            return ""
+        name = network.bridge_name
+        if not links.exists(name):
+            return f"its bridge {name} is gone"
+        if network.own and not bridge.is_ours(name, self.mac):
+            return f"its bridge {name} was replaced by something that isn't virtd's"
+        if network.own and not links.is_up(name):
+            return f"its bridge {name} is down"
+        return ""
+
+    # One operation at a time
+
+    @contextlib.asynccontextmanager
+    async def exclusive(self, what: str) -> AsyncIterator[None]:
+        """Let one operation through; the next waits, and is told who holds it when that takes too long."""
+        try:
+            async with asyncio.timeout(PATIENCE):
+                await self._lock.acquire()
+        except TimeoutError:
+            raise errors.Busy(f"Cannot {what} {self.name}: it is still busy ({self._holder})") from None
+        self._holder = what
+        try:
+            yield
+        finally:
+            self._holder = ""
+            self._lock.release()
+
+    @property
+    def busy(self) -> bool:
+        return self._lock.locked()
+
+    # The record
+
+    def save(self, **changes: Any) -> None:
+        """Change the record and write it. Raises HostError; what is in memory is then as before."""
+        assert self.record is not None
+        record = msgspec.structs.replace(self.record, **changes)
+        self.shared.records.save(record)
+        self.record = record
+
+    def note(self, state: State, reason: str, **changes: Any) -> None:
+        """Go into a state: in memory for certain, on record if the file system lets us."""
+        assert self.record is not None
+        changes.setdefault("since", now() if state.value != self.record.state else self.record.since)
+        self.record = msgspec.structs.replace(self.record, state=state.value, reason=reason, **changes)
+        try:
+            self.shared.records.save(self.record)
+            self.problems.pop("record", None)
+        except errors.HostError as exc:
+            self.problems["record"] = Problem(exc.message, exc.hint)
+            log.warning("%s: %s", self.name, exc)
+        self.shared.publish("changed", self)
+
+    def remember(self, **data: Any) -> None:
+        """Change the driver's own part of the record."""
+        assert self.record is not None
+        self.save(data=self.record.data | data)
+
+    # Starting and stopping
+
+    async def start(self, by: str) -> bool:
+        """Make all of its pieces, or those that are missing; False if it was whole. Raises a VirtdError."""
+        async with self.exclusive("start"):
+            if self.state is State.ACTIVE:
+                return await self._repair()
+            network = self.definition
+            if network is None:
+                raise errors.NotFound(
+                    f"Network {self.name} has no definition",
+                    hint=f'virtctl network define FILE, with name = "{self.name}".',
+                )
+            await asyncio.to_thread(host.check_routes, network, self.source)
+            await asyncio.to_thread(host.check_bridge, network, self.source, bridge.mac_of(self.uuid))
+            record = Record(
+                driver=DRIVER,
+                name=self.name,
+                uuid=self.uuid,
+                state=State.STARTING.value,
+                reason=f"being started by {by}",
+                since=now(),
+                boot_id=self.shared.boot_id,
+                data=self._in_force(network, self.definition_text) | {"mac": bridge.mac_of(self.uuid)},
+            )
+            self.shared.records.save(record)
+            self.record = record
+            self.shared.publish("changed", self)
+            try:
+                await self.make(network)
+            except BaseException as exc:
+                await asyncio.shield(self._undo(exc))
+                raise
+            self.note(State.ACTIVE, f"started by {by}")
+            self.problems.pop("start", None)
+            journal.send(f"Started network {self.name} ({network.bridge_name})", **self.fields())
+            return True
+
+    def _in_force(self, network: model.Network, text: str) -> dict[str, Any]:
+        return {
+            "definition": text,
+            "parsed": msgspec.to_builtins(network),
+            "parsed_by": __version__,
+            # What has to be removed, also by a daemon that can't read the definition any more.
+            "bridge": network.bridge_name if network.own else "",
+        }
+
+    async def make(self, network: model.Network) -> None:
+        """Every piece; those that are there already stay as they are."""
+        if not network.own:
+            await asyncio.to_thread(host.check_bridge, network, self.source, self.mac)
+            return
+        raised = await asyncio.to_thread(bridge.raise_it, network, self.mac)
+        for setting in raised.settings:
+            log.warning("Network %s: the host forwards from now on: %s", self.name, setting)
+        await self.apply_rules(network)
+        await self._tell_firewalld(network)
+        await self._look_for_droppers(network)
+        if network.serves:
+            await self.server.run(network, afresh=raised.new)
+        self.problems.pop("bridge", None)
+
+    async def _repair(self) -> bool:
+        """Something of an active network may be gone: see to it. Its users are connected again."""
+        network = self.running
+        if network is None:
+            raise errors.HostError(
+                f"Network {self.name} is active with a definition that can't be read",
+                hint=f"virtctl network stop --force {self.name}, then start it.",
+            )
+        whole = not self.lost_bridge() and not self.problems.keys() & {"rules", "server"}
+        if whole and (not network.serves or self.server.alive) and not await self.rules_lost(network):
+            return False
+        await self.make(network)
+        journal.send(f"Repaired network {self.name} ({network.bridge_name})", **self.fields())
+        self.note(State.ACTIVE, self.reason)
+        return True
+
+    async def _undo(self, why: BaseException) -> None:
+        """A start that failed: whatever there is of it by now goes away again."""
+        assert self.record is not None
+        try:
+            await self.unmake()
+        except Exception as exc:
+            log.exception("%s: undoing its start failed", self.name)
+            self.problems["start"] = Problem(f"Undoing a failed start failed: {exc}")
+        reason = why.message if isinstance(why, errors.VirtdError) else str(why) or type(why).__name__
+        self.note(State.INACTIVE, f"failed to start: {reason}", slots={}, unit="", main_pid=0, main_start=0, data={})
+
+    async def stop(self, by: str, *, force: bool) -> bool:
+        """Remove all of its pieces; False if it was inactive. Raises Busy when it is in use, unless `force`."""
+        async with self.exclusive("stop"):
+            if not self.active:
+                return False
+            if (users := self.users()) and not force:
+                raise errors.Busy(
+                    f"Cannot stop network {self.name}: it is in use by {', '.join(users)}",
+                    hint="Stop these first, or cut them off: --force. They are connected again at its next start.",
+                )
+            self.note(State.STOPPING, f"being stopped by {by}")
+            await self.unmake()
+            self.note(State.INACTIVE, f"stopped by {by}", slots={}, unit="", main_pid=0, main_start=0, data={})
+            self.problems.clear()
+            journal.send(f"Stopped network {self.name}", **self.fields())
+            return True
+
+    async def unmake(self) -> None:
+        """Remove every piece that is there, in the opposite order. Raises HostError, and may be repeated then."""
+        await self.server.end()
+        kept = self.record.data.get("bridge") if self.record is not None else None
+        if kept:
+            await asyncio.to_thread(firewall.remove, self.name)
+            await asyncio.to_thread(bridge.lower_it, str(kept), self.mac)
+        await asyncio.to_thread(files.remove_tree, self.runtime)
+
+    # Rules
+
+    async def apply_rules(self, network: model.Network) -> None:
+        """Put the network's table in place of what there is, and note how the kernel has it. Raises NftError."""
+        listing = await asyncio.to_thread(firewall.replace, network)
+        self.remember(rules=listing)
+        self.problems.pop("rules", None)
+
+    async def rules_lost(self, network: model.Network) -> bool:
+        """Whether the kernel has other rules than those that were applied last."""
+        if not network.own or self.record is None:
+            return False
+        return await asyncio.to_thread(firewall.mark, self.name) != self.record.data.get("rules")
+
+    async def restore_rules(self) -> bool:
+        """Apply them again if they are gone or were changed by somebody; whether that was so."""
+        network = self.running
+        if network is None or self.state is not State.ACTIVE:
+            return False
+        async with self.exclusive("look after the rules of"):
+            if self.state is not State.ACTIVE or not await self.rules_lost(network):
+                return False
+            try:
+                await self.apply_rules(network)
+            except errors.VirtdError as exc:
+                self.problems["rules"] = Problem(f"Its rules are gone: {exc.message}", exc.hint)
+                raise
+            return True
+
+    async def _look_for_droppers(self, network: model.Network) -> None:
+        """Another's chain that drops what is forwarded can't be overruled, and isn't ours to change: it is said."""
+        self.problems.pop("dropped", None)
+        if network.mode not in (model.Mode.NAT, model.Mode.ROUTED):
+            return
+        with contextlib.suppress(errors.HostError):
+            if found := await asyncio.to_thread(firewall.droppers):
+                name = network.bridge_name
+                self.problems["dropped"] = Problem(
+                    f"The chain {' and '.join(found)} drops what the host forwards, its guests' packets as well",
+                    f"With docker: iptables -I DOCKER-USER -i {name} -j ACCEPT; "
+                    f"iptables -I DOCKER-USER -o {name} -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT.",
+                )
+
+    async def _tell_firewalld(self, network: model.Network) -> None:
+        try:
+            await firewalld.adopt(await self.shared.services.units(), network.bridge_name)
+            self.problems.pop("firewalld", None)
+        except errors.VirtdError as exc:
+            self.problems["firewalld"] = Problem(f"firewalld doesn't let its guests through: {exc.message}", exc.hint)
+            log.warning("%s: %s", self.name, exc)
+
+    async def join_firewalld(self) -> None:
+        """After firewalld's own start: it has forgotten which zone the bridge was in."""
+        network = self.running
+        if network is not None and network.own and self.state is State.ACTIVE:
+            await self._tell_firewalld(network)
+
+    # A changed definition
+
+    async def adapt(self) -> list[str]:
+        """Put a changed definition in force, as far as that can be done live; what waits, in words.
+
+        Leases and connections go on: rules are replaced in one step and connections that are established stay
+        allowed, static leases and names are read again, and a dnsmasq that is replaced takes its leases over.
+        """
+        async with self.exclusive("reload"):
+            new, old = self.definition, self.running
+            if self.state is not State.ACTIVE or new is None or not self.pending:
+                self.problems.pop("pending", None)
+                return []
+            keys = fixed(old, new) if old is not None else ["definition"]
+            if keys:
+                what = ", ".join(keys)
+                text = f"{what} can't be changed while network {self.name} is active: the new definition waits"
+                hint = f"virtctl network stop {self.name} and start it, when its guests can do without it."
+                if self.problems.get("pending") != Problem(text, hint):
+                    journal.send(text, message_id=Message.NETWORK_PENDING, level="warning", **self.fields())
+                self.problems["pending"] = Problem(text, hint)
+                return [text]
+            assert old is not None
+            await self._switch(old, new)
+            self.problems.pop("pending", None)
+            return []
+
+    async def _switch(self, old: model.Network, new: model.Network) -> None:
+        if new.own:
+            if firewall.rules(old) != firewall.rules(new):
+                for setting in await asyncio.to_thread(host.allow_forwarding, new):
+                    log.warning("Network %s: the host forwards from now on: %s", self.name, setting)
+                await self.apply_rules(new)
+            await self.server.adapt(new, old)
+        self.remember(**self._in_force(new, self.definition_text))
+        log.info("Network %s: the new definition is in force", self.name)
+
+    # Taking it back
+
+    def adopt(self, record: Record) -> None:
+        """First step of a daemon's start, before there is a bus."""
+        self.record = record
+        if self.active:
+            self.settled.clear()
+            if record.slots:
+                self.server.adopt(record)
+            if self.state is State.ACTIVE and not self.lost_bridge() and (not record.unit or self.server.alive):
+                # What the record says is good enough to be told; the rest is looked at in a moment.
+                self.settled.set()
+
+    async def reconcile(self, *, unit_exists: bool) -> str:
+        """Second step: whole again, whatever a crash cut off. Returns "adopted", "ended", "rolled back" or ""."""
+        try:
+            async with self.exclusive("take back"):
+                return await self._reconcile(unit_exists=unit_exists)
+        finally:
+            self.settled.set()
+
+    async def _reconcile(self, *, unit_exists: bool) -> str:
+        record = self.record
+        if record is None:
+            return ""
+        network = self.running
+        match self.state:
+            case State.INACTIVE:
+                if record.slots or record.unit:
+                    await self.unmake()
+                    self.note(State.INACTIVE, record.reason, slots={}, unit="", main_pid=0, main_start=0, data={})
+                return ""
+            case State.STOPPING:
+                await self.unmake()
+                self.note(
+                    State.INACTIVE, "its stop was interrupted, and finished", slots={}, unit="", main_pid=0, data={}
+                )
+                return "ended"
+        await self.server.identify(unit_exists=unit_exists)
+        if self.state is State.STARTING:
+            if network is None:
+                await self._undo(errors.HostError("its start was interrupted, and its definition can't be read"))
+                return "rolled back"
+            try:
+                await self.make(network)
+            except errors.VirtdError as exc:
+                await self._undo(exc)
+                journal.send(
+                    f"Rolled back network {self.name}: {exc.message}",
+                    message_id=Message.ROLLED_BACK, level="notice", **self.fields(),
+                )  # fmt: skip
+                return "rolled back"
+            self.note(State.ACTIVE, "its start was interrupted, and finished")
+            return "adopted"
+        if network is None:
+            self.problems["definition"] = Problem("The definition that it was started with can't be read")
+            return "adopted"
+        self.look()
+        if network.own and network.serves:
+            await self.server.take_back(network)
+        return "adopted"
+
+    def look(self) -> None:
+        """See whether the bridge is still there, and say so once when it isn't."""
+        lost = self.lost_bridge()
+        if not lost:
+            self.problems.pop("bridge", None)
+            return
+        problem = Problem(lost[0].upper() + lost[1:], f"virtctl network start {self.name} makes it again.")
+        if self.problems.get("bridge") != problem:
+            self.problems["bridge"] = problem
+            journal.send(
+                f"Network {self.name}: {lost}", message_id=Message.NETWORK_BRIDGE_LOST, level="error", **self.fields()
+            )
+            self.shared.publish("changed", self)
+
+    async def close(self) -> None:
+        """Let go of everything in this process; the network stays as it is."""
+        await self.server.close()
+
+
+def fixed(old: model.Network, new: model.Network) -> list[str]:
+    """The keys that differ and can't be changed while guests use the network."""
+
+    def address(ip: model.Ipv4 | model.Ipv6 | None) -> str | None:
+        return ip.address if ip is not None else None
+
+    found = []
+    if (old.mode is model.Mode.BRIDGE) != (new.mode is model.Mode.BRIDGE):
+        found.append("mode")
+    if old.bridge_name != new.bridge_name:
+        found.append("bridge")
+    if old.uuid != new.uuid:
+        found.append("uuid")
+    if old.mtu != new.mtu:
+        found.append("mtu")
+    if address(old.ipv4) != address(new.ipv4):
+        found.append("ipv4.address")
+    if address(old.ipv6) != address(new.ipv6):
+        found.append("ipv6.address")
+    return found

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What virtd needs of rtnetlink(7): bridges, addresses, and what belongs to which bridge.
+
+By hand, because it is little. pyroute2, measured with 0.7.7 on Python 3.13, takes 90 ms to import and 15 MB of
+memory, 262 modules with an HTTP server and unittest among them; that is as much as all of the daemon. The layout of
+the messages is the kernel's, include/uapi/linux/{netlink,rtnetlink,if_link,if_addr,neighbour}.h.
+
+Calls block, for microseconds mostly, but a deletion waits for the kernel's grace periods: use a thread for those.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
+_ATTRIBUTE = struct.Struct("=HH")  # nlattr: length, type
+_LINK = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
+_ADDRESS = struct.Struct("=BBBBi")  # ifaddrmsg: family, prefix length, flags, scope, index
+_INT = struct.Struct("=I")
+
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 16, 17, 20, 21, 22
+_REQUEST, _ACK, _DUMP, _REPLACE, _EXCL, _CREATE = 0x1, 0x4, 0x300, 0x100, 0x200, 0x400
+_CAPPED, _WITH_TEXT = 0x100, 0x200  # NLM_F_CAPPED and NLM_F_ACK_TLVS, in answers
+SOL_NETLINK, NETLINK_CAP_ACK, NETLINK_EXT_ACK = 270, 10, 11
+
+_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_IFALIAS = 1, 3, 4, 10, 18, 20
+_INFO_KIND, _INFO_DATA = 1, 2
+_BR_FORWARD_DELAY, _BR_STP_STATE = 1, 5
+_IFA_ADDRESS, _IFA_LOCAL, _IFA_BROADCAST, _IFA_FLAGS = 1, 2, 4, 8
+_IFA_F_NODAD = 0x02
+_IFF_UP = 0x1
+
+
+class NetlinkError(OSError):
+    """The kernel refused; `strerror` has its own words where it has any."""
+
+
+class Address(NamedTuple):
+    """An interface's address as the kernel has it: text, length of the prefix."""
+
+    address: str
+    prefix: int
+
+
+class Netlink:
+    """A socket to the kernel's routing. Close it, or use it in a with statement."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+        try:
+            self._socket.bind((0, 0))
+            for option in (NETLINK_CAP_ACK, NETLINK_EXT_ACK):
+                self._socket.setsockopt(SOL_NETLINK, option, 1)
+        except BaseException:
+            self._socket.close()
+            raise
+        self._sequence = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._socket.close()
+
+    def add_bridge(self, name: str, mac: str) -> None:
+        """Make a bridge with this address, by which it is known again. Raises NetlinkError, EEXIST for one."""
+        data = _attribute(_BR_FORWARD_DELAY, _INT.pack(0)) + _attribute(_BR_STP_STATE, _INT.pack(0))
+        info = _attribute(_INFO_KIND, b"bridge\0") + _attribute(_INFO_DATA, data)
+        body = _LINK.pack(0, 0, 0, 0, 0)
+        body += _attribute(_IFLA_IFNAME, name.encode() + b"\0") + _attribute(_IFLA_ADDRESS, _mac(mac))
+        body += _attribute(_IFLA_LINKINFO, info)
+        self._ask(RTM_NEWLINK, _CREATE | _EXCL, body)
+
+    def set_link(
+        self,
+        name: str,
+        *,
+        up: bool | None = None,
+        mtu: int | None = None,
+        master: str | None = None,
+        alias: str | None = None,
+        mac: str | None = None,
+    ) -> None:
+        """Change what is given; `master` "" takes the interface out of its bridge."""
+        flags = _IFF_UP if up else 0
+        body = _LINK.pack(0, 0, _index(name), flags, 0 if up is None else _IFF_UP)
+        if mtu is not None:
+            body += _attribute(_IFLA_MTU, _INT.pack(mtu))
+        if master is not None:
+            body += _attribute(_IFLA_MASTER, _INT.pack(_index(master) if master else 0))
+        if alias is not None:
+            body += _attribute(_IFLA_IFALIAS, alias.encode()[:255])
+        if mac is not None:
+            body += _attribute(_IFLA_ADDRESS, _mac(mac))
+        self._ask(RTM_NEWLINK, 0, body)
+
+    def delete_link(self, name: str) -> bool:
+        """Delete an interface; False when there is none of that name."""
+        try:
+            self._ask(RTM_DELLINK, 0, _LINK.pack(0, 0, _index(name), 0, 0))
+        except OSError as exc:
+            if exc.errno == errno.ENODEV:
+                return False
+            raise
+        return True
+
+    def add_address(self, name: str, address: str, prefix: int) -> None:
+        """Give an interface an address, at once: IPv6 doesn't look first whether another host has it."""
+        family, packed = _packed(address)
+        body = _ADDRESS.pack(family, prefix, _IFA_F_NODAD, 0, _index(name))
+        body += _attribute(_IFA_LOCAL, packed) + _attribute(_IFA_ADDRESS, packed)
+        if family == socket.AF_INET:
+            number = int.from_bytes(packed, "big") | ((1 << (32 - prefix)) - 1)
+            body += _attribute(_IFA_BROADCAST, number.to_bytes(4, "big"))
+        self._ask(RTM_NEWADDR, _CREATE | _REPLACE, body)
+
+    def delete_address(self, name: str, address: str, prefix: int) -> None:
+        family, packed = _packed(address)
+        body = _ADDRESS.pack(family, prefix, 0, 0, _index(name)) + _attribute(_IFA_LOCAL, packed)
+        self._ask(RTM_DELADDR, 0, body)
+
+    def addresses(self, name: str) -> list[Address]:
+        """All addresses of an interface but the link-local ones."""
+        index = _index(name)
+        found = []
+        for body in self._dump(RTM_GETADDR, _ADDRESS.pack(0, 0, 0, 0, 0)):
+            family, prefix, _flags, scope, of = _ADDRESS.unpack_from(body)
+            if of != index or scope >= 253:  # RT_SCOPE_LINK
+                continue
+            attributes = dict(_attributes(body[_ADDRESS.size :]))
+            packed = attributes.get(_IFA_LOCAL) or attributes[_IFA_ADDRESS]
+            found.append(Address(socket.inet_ntop(family, packed), prefix))
+        return found
+
+    def _ask(self, kind: int, flags: int, body: bytes) -> None:
+        self._send(kind, flags | _ACK, body)
+        for message_kind, message_flags, answer in self._answers():
+            if message_kind == NLMSG_ERROR:
+                _check(message_flags, answer)
+                return
+
+    def _dump(self, kind: int, body: bytes) -> Iterator[bytes]:
+        self._send(kind, _DUMP, body)
+        for message_kind, message_flags, answer in self._answers():
+            if message_kind == NLMSG_DONE:
+                return
+            if message_kind == NLMSG_ERROR:
+                _check(message_flags, answer)
+            yield answer
+
+    def _send(self, kind: int, flags: int, body: bytes) -> None:
+        self._sequence += 1
+        head = _HEADER.pack(_HEADER.size + len(body), kind, flags | _REQUEST, self._sequence, 0)
+        self._socket.send(head + body)
+
+    def _answers(self) -> Iterator[tuple[int, int, bytes]]:
+        """Type, flags and body of each message in answer to the last request."""
+        while True:
+            data = self._socket.recv(1 << 16)
+            while len(data) >= _HEADER.size:
+                length, kind, flags, sequence, _port = _HEADER.unpack_from(data)
+                if sequence == self._sequence:
+                    yield kind, flags, data[_HEADER.size : length]
+                data = data[length + 3 & ~3 :]
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    length = _ATTRIBUTE.size + len(value)
+    return _ATTRIBUTE.pack(length, kind) + value + bytes(-length % 4)
+
+
+def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    while len(data) >= _ATTRIBUTE.size:
+        length, kind = _ATTRIBUTE.unpack_from(data)
+        if length < _ATTRIBUTE.size:
+            return
+        yield kind & 0x3FFF, data[_ATTRIBUTE.size : length]
+        data = data[length + 3 & ~3 :]
+
+
+def _check(flags: int, answer: bytes) -> None:
+    """Raise what an NLMSG_ERROR says; the number 0 is the acknowledgement."""
+    number = -struct.unpack_from("=i", answer)[0]
+    if number == 0:
+        return
+    words = os.strerror(number)
+    if flags & _WITH_TEXT:
+        rest = answer[4 + _HEADER.size :]
+        if not flags & _CAPPED:
+            rest = answer[4 + _HEADER.unpack_from(answer, 4)[0] :]
+        text = dict(_attributes(rest)).get(1, b"").rstrip(b"\0").decode(errors="replace")
+        words = f"{words} ({text})" if text else words
+    raise NetlinkError(number, words)
+
+
+def _index(name: str) -> int:
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        raise NetlinkError(errno.ENODEV, f"no interface {name}") from None
+
+
+def _mac(text: str) -> bytes:
+    return bytes.fromhex(text.replace(":", ""))
+
+
+def _packed(address: str) -> tuple[int, bytes]:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return family, socket.inet_pton(family, address)

@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The dnsmasq of one network: begun, watched, begun again when it dies, told of changes, ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import time
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ... import errors, fdstore, files, journal
+from ...child import Child, Ends
+from ...logfile import Cursor
+from ...messages import Message
+from ...stderrlog import StderrLog
+from ...units import CLD_EXITED, UnitState, signal_name
+from ..protocol import Problem
+from . import dnsmasq, host
+
+if TYPE_CHECKING:
+    from ...model.network import Network
+    from ...records import Record
+    from .net import Net
+
+log = logging.getLogger(__name__)
+
+DRIVER = "network"
+READY_LIMIT = 10.0  # seconds from its start until its sockets are open
+LOOK = 0.01  # seconds between two looks at whether they are
+BACKOFF = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # seconds before one try and the next
+STEADY = 60.0  # seconds after which one that runs counts as well again
+STOP_LIMIT = 15.0
+
+
+class Server:
+    """A network's dnsmasq; `net` keeps the record that tells of it."""
+
+    def __init__(self, net: Net) -> None:
+        self.net = net
+        self.child: Child | None = None
+        self._stderr: StderrLog | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failures = 0
+        self._begun = 0.0
+
+    @property
+    def alive(self) -> bool:
+        return self.child is not None and self.child.alive()
+
+    @property
+    def files(self) -> dnsmasq.Files:
+        return dnsmasq.files_in(self.net.runtime, self.net.state_directory)
+
+    # Beginning and ending
+
+    async def run(self, network: Network, *, afresh: bool) -> None:
+        """Have it run with the network's files; with `afresh` also one that runs is replaced. Raises a VirtdError."""
+        changed = await asyncio.to_thread(self._write, network)
+        if self.alive and not afresh and self.files.config not in changed:
+            if changed:
+                await self._hangup()
+            return
+        await self._replace(network)
+        self.net.problems.pop("server", None)
+
+    async def adapt(self, new: Network, old: Network) -> None:
+        """A changed definition: replaced only if it must be, and if it can't be begun so, begun as it was."""
+        if not new.serves:
+            await self.end()
+            self.net.save(slots={}, unit="", main_pid=0, main_start=0)
+            return
+        try:
+            await self.run(new, afresh=False)
+        except errors.VirtdError as exc:
+            if not old.serves:
+                raise
+            await asyncio.to_thread(self._write, old)
+            await self._replace(old)
+            raise errors.StartFailed(
+                f"Network {self.net.name}: dnsmasq doesn't take the new definition, and goes on with the old one: "
+                f"{exc.message}",
+                hint="Mend the definition, then: systemctl reload virtd.",
+            ) from exc
+
+    async def _replace(self, network: Network) -> None:
+        await self.end()
+        await self._spawn(network)
+        self._task(self._watch(), "watch")
+
+    async def end(self) -> None:
+        """Stop it and clear away what it leaves. Idempotent."""
+        await self._cancel()
+        record = self.net.record
+        if self.child is None and (record is None or not (record.unit or record.slots)):
+            return
+        units = await self.net.shared.services.units()
+        await units.stop(self.net.unit, timeout=STOP_LIMIT)
+        await self._clear()
+
+    async def _clear(self) -> None:
+        """Drain, drop the slots, have systemd forget the unit. The record is the caller's."""
+        units = await self.net.shared.services.units()
+        child = self.child or Child(self.net.shared.services, DRIVER, self.net.name)
+        if self.child is not None:
+            await child.drain()
+            self.forward(final=True)
+        self._stderr = None
+        await child.release()
+        self.child = None
+        with contextlib.suppress(errors.VirtdError):
+            await units.collect(self.net.unit)
+
+    def _write(self, network: Network) -> set[str]:
+        """Bring its files up to date: the paths of those that were changed. In a thread."""
+        mine = self.files
+        account = host.account(self.net.shared.settings)
+        changed = set()
+        try:
+            os.makedirs(self.net.runtime, mode=0o755, exist_ok=True)
+            os.chmod(self.net.runtime, 0o755)  # a umask of ours is in the way of makedirs
+            if not os.path.isdir(self.net.state_directory):
+                os.makedirs(os.path.dirname(self.net.state_directory), mode=0o711, exist_ok=True)
+                os.chmod(os.path.dirname(self.net.state_directory), 0o711)
+                os.mkdir(self.net.state_directory, 0o750)
+            os.chown(self.net.state_directory, account.uid, account.gid)
+        except OSError as exc:
+            raise errors.HostError(f"Cannot make the directories of network {self.net.name}: {exc}") from exc
+        for path, text in (
+            (mine.config, dnsmasq.config(network, mine)),
+            (mine.hosts, dnsmasq.hosts(network)),
+            (mine.names, dnsmasq.names(network)),
+        ):
+            if _content(path) != text:
+                files.write(path, text.encode(), mode=0o644)
+                changed.add(path)
+        return changed
+
+    async def _spawn(self, network: Network) -> None:
+        net = self.net
+        services = net.shared.services
+        account, binary = host.account(net.shared.settings), host.dnsmasq(net.shared.settings)
+        child = Child(services, DRIVER, net.name)
+        self._check_budget(child)
+        units = await services.units()
+        ends, descriptors = child.prepare()
+        assert child.stderr is not None
+        begun_at = os.fstat(child.stderr.fd).st_size
+        try:
+            net.save(
+                unit=net.unit,
+                slots={name: _identity(fd) for name, fd in descriptors.items()},
+                main_pid=0,
+                main_start=0,
+                invocation_id="",
+            )
+            self.child = child
+            self._begin_stderr(child)
+            await child.keep(descriptors)
+            with contextlib.suppress(errors.Busy):
+                await units.collect(net.unit)
+            spec = dnsmasq.spec(network, net.unit, binary, self.files, account)
+            state = await child.spawn(spec, ends)
+            net.save(main_pid=child.pid, main_start=child.start, invocation_id=state.invocation_id)
+            await self._ready(child, begun_at)
+        except BaseException as exc:
+            await asyncio.shield(self._undo(ends, child, descriptors))
+            words = _words(net, begun_at)
+            if isinstance(exc, errors.StartFailed) and words:
+                raise errors.StartFailed(
+                    f"dnsmasq of network {net.name} didn't start: {words}", hint=f"See {self.files.config}."
+                ) from exc
+            raise
+        self._begun = time.monotonic()
+
+    async def _undo(self, ends: Ends, child: Child, descriptors: dict[str, int]) -> None:
+        ends.close()
+        child.discard(descriptors)
+        self.child = child
+        units = await self.net.shared.services.units()
+        with contextlib.suppress(errors.VirtdError):
+            await units.kill(self.net.unit, signal.SIGKILL)
+        with contextlib.suppress(errors.VirtdError):
+            await units.ended(self.net.unit)
+        await self._clear()
+        with contextlib.suppress(errors.HostError):
+            self.net.save(slots={}, unit="", main_pid=0, main_start=0)
+
+    def _check_budget(self, child: Child) -> None:
+        store = self.net.shared.services.store
+        try:
+            store.room_for(child.slot_names())
+        except fdstore.StoreFull as exc:
+            budget = store.budget()
+            journal.send(
+                f"Network {self.net.name}: dnsmasq was not started: {exc}",
+                message_id=Message.BUDGET_REFUSED, level="error",
+                VIRTD_USED=str(budget.used), VIRTD_MAX=str(budget.max), **self.net.fields(),
+            )  # fmt: skip
+            raise errors.BudgetExceeded(f"Cannot start network {self.net.name}: {exc}", hint=exc.hint) from exc
+
+    async def _ready(self, child: Child, since: int) -> None:
+        """Wait until its sockets are open, or it has ended. Raises StartFailed."""
+        deadline = time.monotonic() + READY_LIMIT
+        while child.alive():
+            # The pump has it in the log within a tenth of a second, since somebody watches.
+            if dnsmasq.READY in _read(self.net, since):
+                return
+            if time.monotonic() > deadline:
+                raise errors.StartFailed(f"dnsmasq of network {self.net.name} isn't ready after {READY_LIMIT:g} s")
+            await asyncio.sleep(LOOK)
+        units = await self.net.shared.services.units()
+        await child.drain()
+        raise errors.StartFailed(
+            f"dnsmasq of network {self.net.name} {how(await units.ended(self.net.unit))} at its start"
+        )
+
+    async def _hangup(self) -> None:
+        """Have it read its lists again."""
+        units = await self.net.shared.services.units()
+        with contextlib.suppress(errors.NotFound):  # it has just died, and is begun again with the new lists
+            await units.kill(self.net.unit, signal.SIGHUP)
+
+    # Its own end
+
+    async def _watch(self) -> None:
+        assert self.child is not None
+        await self.child.ended()
+        self._task(self._again(), "again")
+
+    async def _again(self) -> None:
+        """It has died: say so, and begin it again, after ever longer pauses while it doesn't stay."""
+        net = self.net
+        async with net.exclusive("restart dnsmasq of"):
+            network = net.running
+            if network is None or net.state.value != "active" or self.alive:
+                return
+            units = await net.shared.services.units()
+            text = f"dnsmasq {how(await units.ended(net.unit))}"
+            self._failures = 0 if time.monotonic() - self._begun > STEADY else self._failures + 1
+            net.problems["server"] = Problem(
+                f"Its {text}: no leases and no names until it is back",
+                f"It is started again. See: journalctl VIRTD_DRIVER=network VIRTD_NAME={net.name}.",
+            )
+            journal.send(
+                f"Network {net.name}: {text}, and is started again",
+                message_id=Message.NETWORK_SERVER_ENDED, level="error", **net.fields(),
+            )  # fmt: skip
+            net.shared.publish("changed", net)
+            await self._clear()
+            net.save(slots={}, unit="", main_pid=0, main_start=0)
+        pause = BACKOFF[min(self._failures, len(BACKOFF) - 1)]
+        while True:
+            await asyncio.sleep(pause)
+            async with net.exclusive("restart dnsmasq of"):
+                network = net.running
+                if network is None or net.state.value != "active" or self.alive:
+                    return
+                try:
+                    await asyncio.to_thread(self._write, network)
+                    await self._spawn(network)
+                except errors.VirtdError as exc:
+                    self._failures += 1
+                    pause = BACKOFF[min(self._failures, len(BACKOFF) - 1)]
+                    net.problems["server"] = Problem(
+                        f"dnsmasq can't be started again: {exc.message}", exc.hint or f"Tried again in {pause:g} s."
+                    )
+                    log.warning("Network %s: %s; tried again in %g s", net.name, exc.message, pause)
+                    continue
+                net.problems.pop("server", None)
+                net.note(net.state, f"{text} and was started again")
+                self._task(self._watch(), "watch")
+                return
+
+    # Taking it back
+
+    def adopt(self, record: Record) -> None:
+        """First step of a daemon's start: slots and pumps."""
+        self.child = Child.adopt(self.net.shared.services, record)
+        self._begin_stderr(self.child)
+        for slot in self.child.lost:
+            text = f"Slot {slot} of network {self.net.name} is lost: what dnsmasq says is lost from now on"
+            self.net.problems[f"slot {slot}"] = Problem(
+                text, f"It runs on. virtctl network stop and start {self.net.name} when convenient."
+            )
+            journal.send(text, message_id=Message.SLOT_LOST, level="warning", VIRTD_SLOT=slot, **self.net.fields())
+
+    async def identify(self, *, unit_exists: bool) -> None:
+        """A crash between the unit's start and the record of its PID: ask systemd who it is."""
+        if self.child is None or self.alive or not unit_exists:
+            return
+        units = await self.net.shared.services.units()
+        state = await units.state(self.net.unit)
+        if state is not None and state.running:
+            self.child.identify(state)
+            self.net.save(main_pid=self.child.pid, main_start=self.child.start, invocation_id=state.invocation_id)
+
+    async def take_back(self, network: Network) -> None:
+        """Watch the one that runs. One that ended meanwhile is begun again, as if it had ended under our eyes."""
+        if self.alive:
+            assert self.child is not None
+            journal.send(
+                f"Adopted network {self.net.name} (dnsmasq is PID {self.child.pid})",
+                message_id=Message.ADOPTED, VIRTD_PID=str(self.child.pid), **self.net.fields(),
+            )  # fmt: skip
+            self._task(self._watch(), "watch")
+            # A daemon that was killed between a new file and the word of it has left that word to us.
+            if await asyncio.to_thread(self._write, network):
+                await self._hangup()
+        else:
+            self._task(self._again(), "again")
+
+    # What it says
+
+    def _begin_stderr(self, child: Child) -> None:
+        record = self.net.record
+        if child.stderr is not None and record is not None:
+            kept = record.data.get("stderr")
+            cursor = Cursor(str(kept["file"]), int(kept["offset"])) if isinstance(kept, dict) else None
+            self._stderr = StderrLog(child.stderr, self.net.fields(), cursor, send=_send)
+
+    def forward(self, *, final: bool = False) -> None:
+        """Repeat in the journal what has come on its stderr."""
+        net = self.net
+        if self._stderr is None or net.record is None:
+            return
+        before = self._stderr.cursor
+        while self._stderr.forward(final=final):
+            pass
+        if (cursor := self._stderr.cursor) != before:
+            place = {"file": cursor.file, "offset": cursor.offset}
+            net.record = msgspec.structs.replace(net.record, data=net.record.data | {"stderr": place})
+            with contextlib.suppress(errors.HostError):  # sent twice after a crash, then
+                net.shared.records.save(net.record)
+
+    # Tasks
+
+    def _task(self, work: Any, name: str) -> None:
+        task: asyncio.Task[None] = asyncio.create_task(work, name=f"{name}-{self.net.name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            log.error("%s failed: %s", task.get_name(), exc, exc_info=exc)
+            self.net.problems["internal"] = Problem(
+                f"{task.get_name()} failed: {exc}", "This is a bug: see journalctl -u virtd."
+            )
+
+    async def _cancel(self) -> None:
+        mine = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in mine:
+            task.cancel()
+        await asyncio.gather(*mine, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Let go of everything in this process; dnsmasq and its slots stay."""
+        await self._cancel()
+        if self.child is not None:
+            await self.child.close()
+
+
+def how(state: UnitState | None) -> str:
+    """How it ended, in words."""
+    if state is None:
+        return "ended, nobody knows how"
+    if state.exec_code == CLD_EXITED:
+        return f"exited with status {state.exec_status}"
+    return f"was killed by {signal_name(state.exec_status)}" if state.exec_code else "ended"
+
+
+def _send(text: str, **fields: Any) -> None:
+    """Into the journal, as what it mostly is: the daily business of a server."""
+    journal.send(text, **fields | {"level": "warning" if "failed" in text or "error" in text else "info"})
+
+
+def _identity(fd: int) -> str:
+    status = os.fstat(fd)
+    return f"{status.st_dev}:{status.st_ino}"
+
+
+def _content(path: str) -> str | None:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, ValueError):
+        return None
+
+
+def _read(net: Net, since: int) -> bytes:
+    """What is in its log from an offset on, 64 KiB at most."""
+    try:
+        with open(net.shared.services.paths.stderr_log(DRIVER, net.name), "rb") as file:
+            if os.fstat(file.fileno()).st_size < since:  # rotated meanwhile
+                since = 0
+            file.seek(since)
+            return file.read(1 << 16)
+    except OSError:
+        return b""
+
+
+def _words(net: Net, since: int) -> str:
+    """Its last words, without its name before each line."""
+    lines = _read(net, since).decode(errors="replace").splitlines()
+    return "; ".join(line.partition(": ")[2] or line for line in lines[-2:] if line)

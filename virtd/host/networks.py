@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The operations on networks."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, cast
+
+from .. import errors
+
+if TYPE_CHECKING:
+    from ..drivers.network.driver import Driver
+    from ..drivers.network.net import Net
+    from . import Host
+    from .base import Caller
+
+DRIVER = "network"
+DOUBT = 5.0  # seconds that a listing waits for a network of which nobody knows yet whether it is whole
+
+
+class Networks:
+    """What can be asked of virtd about networks."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    @property
+    def driver(self) -> Driver:
+        return cast("Driver", self._host.use(DRIVER))
+
+    # Reading
+
+    async def listing(self) -> list[dict[str, Any]]:
+        if DRIVER not in self._host.drivers:  # nothing has made it yet, so there is none
+            return []
+        nets = [self.driver.nets[name] for name in sorted(self.driver.nets)]
+        for net in nets:
+            await self._settled(net)
+        return [self.driver.describe(net) for net in nets]
+
+    async def info(self, name: str) -> dict[str, Any]:
+        return self.driver.describe_fully(await self._find(name))
+
+    async def dump(self, name: str) -> str:
+        net = self.driver.find(name)
+        if net.definition is None:
+            raise errors.NotFound(
+                f"Network {net.name} has no definition", hint="It stays as it is until it is stopped."
+            )
+        return net.definition_text
+
+    async def leases(self, name: str) -> list[dict[str, Any]]:
+        return [lease.described() for lease in self.driver.find(name).leases()]
+
+    # Definitions
+
+    async def define(self, text: str, source: str, *, check: bool, by: Caller) -> dict[str, Any]:
+        """An active network takes the definition over at once, as far as that can be done live."""
+        driver = self.driver
+        if check:
+            network = driver.check(text, source)
+            existing = driver.nets.get(network.name)
+            return {
+                "name": network.name,
+                "uuid": network.uuid or (existing.uuid if existing else ""),
+                "created": existing is None,
+                "path": self._path(network.name),
+                "warnings": [],
+            }
+        network = driver.check(text, source)
+        before = driver.nets.get(network.name)
+        kept = before.definition_text if before is not None and before.definition is not None else ""
+        net, created = driver.define(text, source)
+        try:
+            warnings = await net.adapt()
+        except errors.VirtdError:
+            if kept:
+                driver.define(kept, net.source)  # the old one is what is in force
+            raise
+        return {
+            "name": net.name,
+            "uuid": net.uuid,
+            "created": created,
+            "path": net.source,
+            "warnings": warnings,
+        }
+
+    async def define_default(self, *, by: Caller) -> dict[str, Any]:
+        """The network "default", if there is none: NAT, with a private range that is free on this host."""
+        driver = self.driver
+        if (net := driver.nets.get("default")) is not None and net.definition is not None:
+            return {"name": net.name, "uuid": net.uuid, "created": False, "path": net.source, "warnings": []}
+        text = await asyncio.to_thread(driver.default)
+        return await self.define(text, "default", check=False, by=by)
+
+    async def undefine(self, name: str, *, by: Caller) -> dict[str, Any]:
+        net = await self._find(name)
+        await self.driver.undefine(net.name)
+        return {"name": net.name}
+
+    async def set_autostart(self, name: str, enable: bool, *, by: Caller) -> dict[str, Any]:  # noqa: FBT001
+        net = self.driver.find(name)
+        return {"name": net.name, "changed": self.driver.set_autostart(net.name, enable=enable)}
+
+    # Life
+
+    async def start(self, name: str, *, by: Caller) -> dict[str, Any]:
+        net = await self._find(name)
+        return {"name": net.name, "changed": await self.driver.start(net.name, by.name)}
+
+    async def stop(self, name: str, *, force: bool, by: Caller) -> dict[str, Any]:
+        net = await self._find(name)
+        return {"name": net.name, "changed": await self.driver.stop(net.name, by.name, force=force)}
+
+    async def _find(self, name: str) -> Net:
+        net = self.driver.find(name)
+        await self._settled(net)
+        return net
+
+    async def _settled(self, net: Net) -> None:
+        if not net.settled.is_set():
+            try:
+                async with asyncio.timeout(DOUBT):
+                    await net.settled.wait()
+            except TimeoutError:
+                raise errors.Busy(
+                    f"virtd doesn't know yet what became of network {net.name}",
+                    hint="Is D-Bus up? systemctl status dbus.service",
+                ) from None
+
+    def _path(self, name: str) -> str:
+        return self._host.services.paths.definition(DRIVER, name)
