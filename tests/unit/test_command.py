@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from virtd.drivers.qemu import command, sandbox
+from virtd.drivers.qemu import command, nics, sandbox
+from virtd.drivers.qemu import host as hostinfo
 from virtd.model import domain as model
 
 UUID = "0123abcd-4567-89ab-cdef-0123456789ab"
@@ -180,9 +181,12 @@ def test_small_things() -> None:
 # The unit
 
 
-def properties(domain: model.Domain, *, kvm: bool = True) -> dict[str, Any]:
+def properties(
+    domain: model.Domain, *, kvm: bool = True, tap: bool = False, vhost: bool = False, after: Any = ()
+) -> dict[str, Any]:
     toplevel = ["bin", "boot", "dev", "etc", "home", "proc", "root", "run", "srv", "sys", "tmp", "usr", "var"]
-    found = sandbox.properties(domain, RUNTIME, toplevel=toplevel, kvm=kvm, stop_after=60)
+    devices = hostinfo.devices(kvm=kvm, tap=tap, vhost=vhost)
+    found = sandbox.properties(domain, RUNTIME, toplevel=toplevel, devices=devices, after=list(after), stop_after=60)
     names = [name for name, _, _ in found]
     assert len(names) == len(set(names))
     return {name: value for name, _, value in found}
@@ -232,6 +236,28 @@ def test_devices() -> None:
     assert properties(KERNEL, kvm=True)["DevicePolicy"] == "closed"
     assert properties(KERNEL, kvm=False)["PrivateDevices"] is True
     assert "DeviceAllow" not in properties(KERNEL, kvm=False)
+    found = properties(KERNEL, kvm=False, tap=True, vhost=True)
+    assert found["DeviceAllow"] == [("/dev/net/tun", "rw"), ("/dev/vhost-net", "rw")]
+
+
+def test_cards_in_networks() -> None:
+    domain = parse('boot = { kernel = "/k" }\nnic = [{}, { network = "lab" }]')
+    host = command.Host("/q", True, RUNTIME, {1: "vt-web1-1"}, True)
+    arguments = command.argv(domain, UUID, host)
+    assert values(domain, "-netdev")[0] == "user,id=net0"
+    assert "tap,ifname=vt-web1-1,script=no,downscript=no,vhost=on,id=net1" in arguments
+    # Through a tap it speaks to nobody but the kernel; and the network is there until it has ended.
+    only = parse('boot = { kernel = "/k" }\nnic = [{ network = "lab" }]')
+    found = properties(only, tap=True, after=["virtd-network-lab.service"])
+    assert found["RestrictAddressFamilies"] == (True, ["AF_UNIX"])
+    assert found["After"] == ["virtd-network-lab.service"]
+
+
+def test_names_of_taps() -> None:
+    names = {nics.interface_name(name, 0) for name in ("web1", "a" * 10, "a" * 11, "a" * 64, "b" * 64)}
+    assert len(names) == 5
+    assert max(map(len, names)) <= 15
+    assert "vt-web1-0" in names
 
 
 def test_host_shutdown_asks_the_guest_first() -> None:

@@ -109,6 +109,8 @@ def test_a_full_definition() -> None:
         ("machine = ''", "machine", "expected a QEMU machine type"),
         ("cpu = 'host -machine none'", "cpu", "expected a CPU model"),
         ("nic = [ { mode = 'bridge' } ]", "nic[0].mode", 'expected "user", got "bridge"'),
+        ("nic = [ { mode = 'user', network = 'lab' } ]", "nic[0].mode", "expected no mode, since network is given"),
+        ("nic = [ { network = 'a/b' } ]", "nic[0].network", "expected the name of a network"),
         ("nic = [ { mac = '52:54:00:12:34' } ]", "nic[0].mac", "expected a unicast address"),
         ("nic = [ { mac = '53:54:00:12:34:56' } ]", "nic[0].mac", "expected a unicast address"),
         ("nic = [ { mac = '52:54:00:12:34:56,x=y' } ]", "nic[0].mac", "expected a unicast address"),
@@ -206,7 +208,7 @@ def test_memory_of_a_wrong_type(memory: str) -> None:
         ("memroy = 1", "memroy", "Did you mean memory?"),
         ("zzz = 1", "zzz", "Keys here: name, memory, uuid"),
         ("disk = [ { path = '/a', fromat = 'raw' } ]", "disk[0].fromat", "Did you mean format?"),
-        ("nic = [ { address = 1 } ]", "nic[0].address", "Keys here: mode, mac."),
+        ("nic = [ { address = 1 } ]", "nic[0].address", "Keys here: mode, network, mac."),
         ("vnc = { enable = true }", "vnc.enable", "Did you mean enabled?"),
     ],
 )

@@ -98,7 +98,7 @@ def _details(item: dict[str, Any]) -> list[tuple[str, str]]:
         ("Memory", _size(item.get("memory"))),
         ("vCPUs", _text(item.get("vcpus"))),
         ("Disks", "\n".join(map(_part, item.get("disks") or []))),
-        ("NICs", "\n".join(map(_part, item.get("nics") or []))),
+        ("NICs", "\n".join(map(_nic, item.get("nics") or []))),
         ("VNC", _text(item.get("vnc"))),
         ("Monitor", _text(item.get("monitor"))),
         ("Autostart", "yes" if item.get("autostart") else "no"),
@@ -130,6 +130,15 @@ def _part(value: object) -> str:
         return _text(value)
     rest = [f"{key} {part}" for key, part in value.items() if key != "path" and part not in (None, "", False)]
     return " ".join(filter(None, [_text(value.get("path")), f"({', '.join(rest)})" if rest else ""]))
+
+
+def _nic(value: object) -> str:
+    """Where it is connected, its MAC, and the addresses that it was given."""
+    if not isinstance(value, dict):
+        return _text(value)
+    place = f"network {value['network']}" if value.get("network") else _text(value.get("mode"))
+    addresses = ", ".join(map(str, value.get("addresses") or []))
+    return ", ".join(filter(None, [place, _text(value.get("mac")), _text(value.get("interface")), addresses]))
 
 
 def _slot(value: object) -> str:

@@ -50,6 +50,9 @@ class Start(Generic[G, D]):
     def prepare(self) -> None:
         """Change the host as the record says by now, and make the runtime directory. Raises HostError."""
 
+    async def connect(self) -> None:
+        """The same, for what has to be waited for. Raises a VirtdError."""
+
     def spec(self) -> UnitSpec:
         """The unit."""
         raise NotImplementedError
@@ -78,6 +81,7 @@ class Start(Generic[G, D]):
             self._record(descriptors)
             machine.begin_stderr(self.child)
             self.prepare()
+            await self.connect()
             await self.child.keep(descriptors)
             with contextlib.suppress(errors.Busy):
                 await units.collect(machine.unit)

@@ -80,9 +80,10 @@ class Cdrom(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 
 
 class Nic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One virtio network card. `mode = "user"` is QEMU's own NAT: no privilege, no incoming connections."""
+    """One virtio network card: in a network of virtd's, or without one, `mode = "user"`, behind QEMU's own NAT."""
 
-    mode: str = "user"
+    mode: str | None = None
+    network: str | None = None
     mac: str | None = None
 
 
@@ -173,8 +174,12 @@ def check(domain: Domain, source: str) -> None:
         seen.setdefault(path, key)
     macs: dict[str, str] = {}
     for index, nic in enumerate(domain.nic):
-        if nic.mode != "user":
-            raise refuse(f"nic[{index}].mode", f'expected "user", got {shown(nic.mode)}')
+        if nic.mode not in (None, "user"):
+            raise refuse(f"nic[{index}].mode", f'expected "user", got {shown(nic.mode)}', 'Or: network = "default".')
+        if nic.network is not None and nic.mode is not None:
+            raise refuse(f"nic[{index}].mode", "expected no mode, since network is given")
+        if nic.network is not None and not re.fullmatch(NAME, nic.network):
+            raise refuse(f"nic[{index}].network", f"expected the name of a network, got {shown(nic.network)}")
         if nic.mac is None:
             continue
         mac = nic.mac.lower()

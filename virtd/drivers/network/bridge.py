@@ -84,6 +84,9 @@ def add_tap(interface: str, bridge: str, *, alias: str, mac: str, uid: int) -> N
 
     Its own address is the guest's with another first byte: a bridge sends nothing there, and people see whose it is.
     """
+    owner = links.read(interface, "ifalias")
+    if links.exists(interface) and owner != alias:
+        raise errors.HostError(f"{interface} is there already: {owner or 'nobody knows whose it is'}")
     try:
         links.make_tap(interface, uid)
         with Netlink() as netlink:

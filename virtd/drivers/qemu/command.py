@@ -16,6 +16,8 @@ class Host(msgspec.Struct, frozen=True):
     binary: str
     kvm: bool
     runtime: str  # the guest's own directory, see `monitor_socket` and its neighbours
+    taps: dict[int, str] = {}  # the interface of each NIC that is in a network
+    vhost: bool = False
 
 
 def monitor_socket(runtime: str) -> str:
@@ -112,9 +114,13 @@ def argv(domain: Domain, uuid: str, host: Host) -> list[str]:
         ]
     for index, nic in enumerate(domain.nic):
         mac = (nic.mac or mac_of(uuid, index)).lower()
+        backend = "user"
+        if (tap := host.taps.get(index)) is not None:
+            # It is there already, and the guest's user's to open: QEMU needs no privilege for it, and no script.
+            backend = f"tap,ifname={_escape(tap)},script=no,downscript=no{',vhost=on' if host.vhost else ''}"
         arguments += [
             "-netdev",
-            f"user,id=net{index}",
+            f"{backend},id=net{index}",
             "-device",
             # No option ROM: nobody boots from the network here, and each costs the firmware a tenth of a second.
             f"virtio-net-pci,netdev=net{index},id=nic{index},mac={mac},romfile=",

@@ -11,7 +11,7 @@ from ...model import domain as model
 from ...model.state import Cause
 from ..guests import Guests
 from ..protocol import Problem
-from . import command, operations, starting
+from . import command, nics, operations, starting
 from . import host as hostinfo
 from .machine import DRIVER, Machine
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def make(services: Services, settings: Settings, publish: Publish, _peers: Peers) -> Driver:
-    return Driver(services, settings.qemu, publish)
+def make(services: Services, settings: Settings, publish: Publish, peers: Peers) -> Driver:
+    return Driver(services, settings.qemu, publish, peers)
 
 
 class Driver(Guests[Machine, model.Domain]):
@@ -34,15 +34,25 @@ class Driver(Guests[Machine, model.Domain]):
     noun = "domain"
     virtctl = "virtctl"
 
-    def __init__(self, services: Services, settings: Qemu, publish: Publish) -> None:
+    def __init__(self, services: Services, settings: Qemu, publish: Publish, peers: Peers) -> None:
         super().__init__(services, publish)
         self._settings = settings
+        self._peers = peers
 
     def make(self, name: str) -> Machine:
-        return Machine(self._shared, name, self._settings)
+        return Machine(self._shared, name, self._settings, self._peers)
 
     def parse(self, text: str, source: str) -> model.Domain:
         return model.parse(text, source)
+
+    def check(self, text: str, source: str) -> model.Domain:
+        domain = super().check(text, source)
+        nics.check(domain, source, self._peers)
+        return domain
+
+    async def reconcile(self) -> None:
+        await super().reconcile()
+        await nics.sweep({machine.name for machine in self.machines.values() if machine.alive}, self._peers)
 
     async def start(self, name: str, by: str) -> bool:
         machine = self.find(name)
@@ -76,6 +86,7 @@ class Driver(Guests[Machine, model.Domain]):
             "disks": [disk.path for disk in domain.disk] + [cdrom.path for cdrom in domain.cdrom]
             if domain is not None
             else [],
+            "nics": nics.describe(machine, domain),
             "monitor": machine.monitor.link.value if machine.monitor is not None else None,
             "vnc": command.vnc_socket(machine.runtime)
             if machine.alive and domain is not None and domain.vnc is not None and domain.vnc.enabled

@@ -85,6 +85,21 @@ def has_kvm() -> bool:
     return True
 
 
+def has_vhost() -> bool:
+    """Whether the kernel takes packets from a guest by itself: the device is there and opens."""
+    try:
+        os.close(os.open("/dev/vhost-net", os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
+def devices(*, kvm: bool, tap: bool, vhost: bool) -> list[str]:
+    """What QEMU opens in /dev, besides what everybody may."""
+    wanted = (("/dev/kvm", kvm), ("/dev/net/tun", tap), ("/dev/vhost-net", vhost))
+    return [path for path, needed in wanted if needed]
+
+
 def missing_files(domain: model.Domain) -> list[tuple[str, str]]:
     """What the definition names and the host doesn't have, as (key, text)."""
     return [(key, f"no such file: {path}") for key, path in model.paths(domain) if not os.path.exists(path)]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ...model.settings import Qemu
     from ...records import Record
     from ...units import UnitState
+    from ..protocol import Peers
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +38,10 @@ class Machine(Guest[model.Domain]):
     virtctl = "virtctl"
     definition_type = model.Domain
 
-    def __init__(self, shared: Shared, name: str, settings: Qemu) -> None:
+    def __init__(self, shared: Shared, name: str, settings: Qemu, peers: Peers) -> None:
         super().__init__(shared, name)
         self.settings = settings
+        self.peers = peers
         self.monitor: Monitor | None = None
         # QEMU told that the guest has powered off, and waits (see operations.reboot).
         self.guest_off = asyncio.Event()
@@ -64,6 +66,9 @@ class Machine(Guest[model.Domain]):
         owners = [hostinfo.Owner(*owner) for owner in record.data.get("owners", [])]
         with contextlib.suppress(errors.HostError):
             hostinfo.give_back(owners, hostinfo.account(self.settings))
+        for nic in record.data.get("nics", []):
+            with contextlib.suppress(errors.HostError):
+                await self.peers("network").detach(nic["interface"])
         self.guest_off.clear()
 
     def meaning(self, slot: str) -> str:

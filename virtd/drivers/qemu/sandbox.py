@@ -21,12 +21,15 @@ LIBRARIES = ("/etc/ld.so.cache", "/etc/alternatives")
 RESOLVER = ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf")
 
 
-def properties(domain: Domain, runtime: str, *, toplevel: list[str], kvm: bool, stop_after: float) -> list[Property]:
+def properties(
+    domain: Domain, runtime: str, *, toplevel: list[str], devices: list[str], after: list[str], stop_after: float
+) -> list[Property]:
     """Properties for StartTransientUnit.
 
-    `toplevel`: the names in `/`; `stop_after`: seconds that host shutdown gives it.
+    `toplevel`: the names in `/`; `devices`: those it may open; `after`: units that it stands on, which host shutdown
+    leaves until it has ended; `stop_after`: seconds that host shutdown gives it.
     """
-    network = bool(domain.nic)
+    network = any(nic.network is None for nic in domain.nic)
     hidden = [(f"/{name}", "ro,mode=0755") for name in toplevel if name not in KEPT]
     read_only = [path for path in (domain.boot.kernel, domain.boot.initrd) if path]
     read_only += [disk.path for disk in domain.disk if disk.readonly] + [cdrom.path for cdrom in domain.cdrom]
@@ -65,8 +68,10 @@ def properties(domain: Domain, runtime: str, *, toplevel: list[str], kvm: bool, 
         # At host shutdown systemd stops the unit itself, with or without virtd: the guest is asked first.
         ("ExecStop", "a(sasb)", [_stop_command(runtime, stop_after)]),
     ]
-    if kvm:
-        found += [("DevicePolicy", "s", "closed"), ("DeviceAllow", "a(ss)", [("/dev/kvm", "rw")])]
+    if after:
+        found += [("After", "as", after)]
+    if devices:
+        found += [("DevicePolicy", "s", "closed"), ("DeviceAllow", "a(ss)", [(device, "rw") for device in devices])]
     else:
         found += [("PrivateDevices", "b", True)]
     return found

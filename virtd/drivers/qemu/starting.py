@@ -11,9 +11,9 @@ import msgspec
 
 from ... import errors, files
 from ...model import domain as model
-from ...units import UnitSpec
+from ...units import UnitSpec, unit_name
 from ..start import Start
-from . import command, ends, sandbox
+from . import command, ends, nics, sandbox
 from . import host as hostinfo
 from .machine import DRIVER, Machine
 
@@ -46,16 +46,28 @@ class _Start(Start[Machine, model.Domain]):
         self.others = others
         self.settings = machine.settings
         self.account = hostinfo.account(self.settings)
-        self.host = command.Host(hostinfo.binary(self.settings), hostinfo.has_kvm(), machine.runtime)
+        self.nics = nics.plan(machine, domain)
+        self.vhost = bool(self.nics) and hostinfo.has_vhost()
+        self.host = command.Host(
+            hostinfo.binary(self.settings),
+            hostinfo.has_kvm(),
+            machine.runtime,
+            {nic.index: nic.interface for nic in self.nics},
+            self.vhost,
+        )
         self.owners: list[hostinfo.Owner] = []
 
     def check(self) -> None:
         hostinfo.check_files(self.definition, self.machine.source, self.account)
         check_disks(self.machine, self.definition, self.others)
+        nics.check(self.definition, self.machine.source, self.machine.peers)
 
     def data(self) -> dict[str, Any]:
         self.owners = hostinfo.give(self.definition, self.account)
-        return {"owners": [list(msgspec.structs.astuple(owner)) for owner in self.owners]}
+        return {
+            "owners": [list(msgspec.structs.astuple(owner)) for owner in self.owners],
+            "nics": [msgspec.to_builtins(nic) for nic in self.nics],
+        }
 
     def prepare(self) -> None:
         for owner in self.owners:
@@ -64,6 +76,9 @@ class _Start(Start[Machine, model.Domain]):
             except OSError as exc:
                 raise errors.HostError(f"Cannot give {owner.path} to {self.account.user}: {exc.strerror}") from exc
         self._runtime()
+
+    async def connect(self) -> None:
+        await nics.connect(self.machine, self.nics, self.account.uid)
 
     def _runtime(self) -> None:
         """The guest's own directory, with the two files of the event journal."""
@@ -91,13 +106,14 @@ class _Start(Start[Machine, model.Domain]):
             environment=ENVIRONMENT,
             user=self.account.user,
             group=self.account.group,
-            supplementary_groups=self.account.groups if self.host.kvm else (),
+            supplementary_groups=self.account.groups if self.host.kvm or self.vhost else (),
             properties=tuple(
                 sandbox.properties(
                     self.definition,
                     machine.runtime,
                     toplevel=sorted(entry.name for entry in os.scandir("/") if entry.is_dir(follow_symlinks=False)),
-                    kvm=self.host.kvm,
+                    devices=hostinfo.devices(kvm=self.host.kvm, tap=bool(self.nics), vhost=self.vhost),
+                    after=[unit_name("network", nic.network) for nic in self.nics],
                     stop_after=self.settings.host_shutdown_timeout,
                 )
             ),

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The network cards of a domain that are in a network of virtd's: a tap for each, which is the network driver's work.
+
+A tap belongs to the guest's user and stays when nobody has it open. Its name is made of the domain's and on record
+before the tap is there, so that whoever comes after a crash knows what to remove.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ... import errors
+from . import command
+
+if TYPE_CHECKING:
+    from ...model.domain import Domain
+    from ..protocol import Peers
+    from .machine import Machine
+
+DRIVER = "qemu"
+PREFIX = "vt-"
+NETWORK = "network"  # the driver that has them
+INTERFACES = "/sys/class/net"
+
+
+class Planned(msgspec.Struct, frozen=True):
+    """One of them, as the record has it: which of the domain's cards, in which network, at which tap."""
+
+    index: int
+    network: str
+    interface: str
+    mac: str
+
+
+def interface_name(domain: str, index: int) -> str:
+    """The tap's name: at most 15 characters, the domain's own in it where that fits."""
+    name = f"{PREFIX}{domain}-{index}"
+    return name if len(name) <= 15 else f"{PREFIX}{zlib.crc32(domain.encode()):08x}-{index}"
+
+
+def plan(machine: Machine, domain: Domain) -> list[Planned]:
+    """What is needed for the domain's cards."""
+    return [
+        Planned(index, nic.network, interface_name(domain.name, index), _mac(machine, domain, index))
+        for index, nic in enumerate(domain.nic)
+        if nic.network is not None
+    ]
+
+
+def _mac(machine: Machine, domain: Domain, index: int) -> str:
+    return (domain.nic[index].mac or command.mac_of(machine.uuid, index)).lower()
+
+
+def check(domain: Domain, source: str, peers: Peers) -> None:
+    """Refuse networks that there aren't. Raises InvalidDefinition."""
+    for index, nic in enumerate(domain.nic):
+        if nic.network is None:
+            continue
+        try:
+            peers(NETWORK).find(nic.network)
+        except errors.NotFound as exc:
+            raise errors.InvalidDefinition(
+                source,
+                f"nic[{index}].network",
+                f"there is no network {nic.network}",
+                hint="virtctl network define default makes one; virtctl network list shows those that there are.",
+            ) from exc
+
+
+async def connect(machine: Machine, planned: list[Planned], uid: int) -> None:
+    """Make the taps; networks that aren't active are started. Raises a VirtdError."""
+    for nic in planned:
+        await machine.peers(NETWORK).attach(
+            nic.network, user=f"{DRIVER}/{machine.name}", interface=nic.interface, mac=nic.mac, uid=uid
+        )
+
+
+async def sweep(alive: set[str], peers: Peers) -> None:
+    """Remove taps of domains that don't run: what a crash left whose record is gone too."""
+    try:
+        found = [name for name in os.listdir(INTERFACES) if name.startswith(PREFIX)]
+    except OSError:
+        return
+    if found:
+        await peers(NETWORK).sweep(DRIVER, alive)
+
+
+def describe(machine: Machine, domain: Domain | None) -> list[dict[str, Any]]:
+    """The cards as `virtctl info --json` has them."""
+    if domain is None:
+        return []
+    rows = []
+    for index, nic in enumerate(domain.nic):
+        mac = _mac(machine, domain, index)
+        connected = nic.network is not None and machine.alive
+        rows.append(
+            {
+                "network": nic.network,
+                "mode": "user" if nic.network is None else None,
+                "mac": mac,
+                "interface": interface_name(machine.name, index) if connected else None,
+                "addresses": machine.peers(NETWORK).addresses_of(nic.network, mac) if connected else [],
+            }
+        )
+    return rows
