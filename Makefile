@@ -10,6 +10,9 @@ STAMP := .venv/.ready
 VERSION :=
 SITELIB :=
 
+# How many labs the live tests have at a time. They wait more than they work.
+JOBS := 2
+
 # Where `make install` puts things; virtd.spec sets all of them.
 DESTDIR :=
 PREFIX := /usr
@@ -47,8 +50,8 @@ test: unit live ## the unit tests, then the live ones
 unit: $(STAMP) ## tests that need no root and take seconds
 	$(PYTHON) -m pytest tests/unit
 
-live: $(STAMP) ## tests in a booted system (root)
-	$(PYTHON) -m pytest tests/live -m live -o faulthandler_timeout=900
+live: $(STAMP) ## tests in booted systems (root), JOBS of them at once [JOBS=2]
+	$(PYTHON) -m pytest tests/live -m live -o faulthandler_timeout=900 -n $(JOBS) --dist loadfile
 
 demo: $(STAMP) ## one guest that lives through everything, with a verdict (root)
 	$(PYTHON) tests/demo.py
