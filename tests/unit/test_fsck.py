@@ -98,7 +98,9 @@ DAMAGE: dict[str, tuple[Callable[[World], object], str, bool]] = {
 
 async def two(world: World) -> int:
     """web1 runs and answers, idle is defined: web1's PID."""
-    pid = await world.run("web1")
+    disk = f"{world.paths.root}/disk"
+    write(disk, "")
+    pid = await world.run("web1", more=f'[[disk]]\npath = "{disk}"\nformat = "raw"\n')
     await world.define("idle")
     return pid
 

@@ -248,6 +248,7 @@ def _record(guests: AnyGuests, name: str) -> list[Difference]:
         return [Difference("record", name, f"{path} is there, and virtd knows of no {name}", "remove it")]
     if there is None:
         return [Difference("record", name, f"{path} is missing", "write it anew")]
+    known = records.decode(records.encode(known))  # JSON has no tuples
     if there != known:
         keys = [key for key in known.__struct_fields__ if getattr(known, key) != getattr(there, key)]
         return [Difference("record", name, f"{path} says something else of {', '.join(keys)}", "write it anew")]
