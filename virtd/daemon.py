@@ -44,7 +44,6 @@ from .host import Caller, Host  # noqa: E402
 from .messages import Message  # noqa: E402
 from .model import settings as settings_model  # noqa: E402
 from .paths import Paths  # noqa: E402
-from .process import boot_id  # noqa: E402
 from .pump import Loss, Pump  # noqa: E402
 
 if TYPE_CHECKING:
@@ -181,7 +180,7 @@ class Daemon:
                     await self._recover()
                 if first:
                     first = False
-                    self._task(self._autostart)
+                    self._task(self.host.autostart)
                 while not await self._serve_bus(bus):
                     if await _within(lost, NAME_RETRY):
                         break
@@ -237,22 +236,6 @@ class Daemon:
                 "virtctl works all the same. See: systemctl reload dbus.service.",
             )
             return False
-
-    async def _autostart(self) -> None:
-        """Once per boot, which a soft reboot isn't: the mark is in /run, and set before the first one is started."""
-        mark = f"{self._paths.run}/autostarted"
-        try:
-            with open(mark, encoding="ascii") as file:
-                if file.read().strip() == boot_id():
-                    return
-        except OSError:
-            pass
-        try:
-            files.write(mark, f"{boot_id()}\n".encode())
-        except errors.HostError as exc:
-            self.host.problems["autostart"] = (f"Nothing was autostarted: {exc.message}", exc.hint)
-            return
-        await self.host.autostart()
 
     async def _get_units(self) -> Units:
         if not self._units_there.is_set():

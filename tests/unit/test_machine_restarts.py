@@ -236,6 +236,39 @@ async def test_killed_at_every_step_of_a_reboot(tmp_path: Path, monkeypatch: pyt
 
 
 @on_loop
+async def test_killed_at_every_step_of_an_autostart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each guest is started once in this boot, by this daemon or the next."""
+    crash_at, finished = 0, False
+    seen: list[str] = []
+    while not finished:
+        crash_at += 1
+        with monkeypatch.context() as patch:
+            (tmp_path / str(crash_at)).mkdir()
+            world = World(tmp_path / str(crash_at), patch)
+            try:
+                async with world.daemon() as host:
+                    for name in ("web1", "web2"):
+                        await world.define(name, more="autostart = true\n")
+                    world.steps, world.crash_at = [], crash_at
+                    await world.unless_crashed(host.autostart())
+                    finished = True
+                seen.append(world.steps[-1])
+                async with world.daemon() as host:
+                    await host.autostart()
+                    where = f"killed before step {crash_at}, {seen[-1]}: {await host.listing()}"
+                    assert [item["state"] for item in await host.listing()] == ["running", "running"], where
+                    assert host.drivers.get("qemu").troubles() == [], where
+                    await host.stop("web1", by=ROOT)
+                async with world.daemon() as host:
+                    await host.autostart()
+                    assert (await host.info("web1"))["state"] == "stopped", where
+            finally:
+                world.close()
+    assert "write autostarted" in seen
+    assert len(seen) > 20
+
+
+@on_loop
 async def test_a_reboot_that_was_cut_off_and_is_ignored_is_given_up(make_world: Callable[..., World]) -> None:
     world = make_world()
     world.settings = type(world.settings)(binary=world.settings.binary, shutdown_timeout=0.2)

@@ -119,12 +119,18 @@ class World:
 
     async def unless_crashed(self, work: Coroutine[Any, Any, Any]) -> None:
         """Do `work`; Killed as soon as the run is cut off, wherever that was."""
+        before = asyncio.all_tasks()
         tasks = [asyncio.ensure_future(work), asyncio.ensure_future(self._crashed.wait())]
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if self.dead:
+            # What several tasks did at once was cut off in one of them; a process that is killed ends all of them.
+            others = asyncio.all_tasks() - before
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
             raise Killed
         await tasks[0]
 

@@ -207,7 +207,7 @@ class Guests(Generic[G, D]):
                 self._publish("added", name)
 
     async def autostart(self) -> None:
-        """Start what is to be started at boot; a name is started once per boot, however often the daemon starts."""
+        """Start what is to be started at boot, but for what has run and ended since, should this be a second try."""
         slots = asyncio.Semaphore(AT_ONCE)
 
         async def one(machine: G) -> None:
@@ -218,10 +218,12 @@ class Guests(Generic[G, D]):
                     log.error("Cannot autostart %s: %s", machine.name, exc)
                     machine.problems["start"] = Problem(f"Autostart failed: {exc.message}", exc.hint)
 
-        wanted = [
-            machine for machine in self.machines.values() if machine.definition and machine.definition.autostart
-        ]
-        await asyncio.gather(*(one(machine) for machine in wanted if not machine.alive))
+        def wanted(machine: G) -> bool:
+            record = machine.record
+            had_its_turn = record is not None and record.exit is not None and record.boot_id == self._shared.boot_id
+            return bool(machine.definition and machine.definition.autostart) and not (machine.alive or had_its_turn)
+
+        await asyncio.gather(*(one(machine) for machine in list(self.machines.values()) if wanted(machine)))
 
     def grown(self, key: str) -> None:
         """The pump's word that bytes landed in a log that is watched: `key` is a slot's name."""

@@ -69,7 +69,10 @@ class Driver(Protocol):
         """Apply again what others may have removed, such as firewall rules. Nothing that runs is touched."""
 
     async def autostart(self) -> None:
-        """Start what is to be started at boot. Failures are problems of their objects."""
+        """Start what is to be started at boot. Failures are problems of their objects.
+
+        It may be the second try in this boot, after a crash in the middle of the first.
+        """
 
     def grown(self, key: str) -> None:
         """The pump's word that bytes landed in a log that is watched: `key` is a slot's name of this driver."""

@@ -8,6 +8,7 @@ and a property of Host that makes its operations when they are first asked for.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import os
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from .. import __version__, console
+from .. import __version__, console, errors, files
 from ..drivers.qemu.machine import DRIVER
 from ..drivers.registry import Drivers
+from ..process import boot_id
 from ..records import now
 from .base import Caller, Listener, WithDescriptors
 from .domains import Domains
@@ -129,7 +131,25 @@ class Host(Domains):
             self._trouble(driver, "reconciled", exc)
 
     async def autostart(self) -> None:
-        """Start what is to be started at boot, one driver after the other: what others stand on comes first."""
+        """Start what is to be started at boot: once per boot, which a soft reboot isn't.
+
+        The mark is in /run, and says "begun" before the first one is started, so that a daemon that takes over in the
+        middle goes on with the rest. One driver comes after the other: what others stand on is first.
+        """
+        mark, boot = f"{self._services.paths.run}/autostarted", boot_id()
+        with contextlib.suppress(OSError), open(mark, encoding="ascii") as file:
+            if file.read().strip() == boot:
+                return
+        try:
+            files.write(mark, f"{boot} begun\n".encode())
+        except errors.HostError as exc:
+            self.problems["autostart"] = (f"Nothing was autostarted: {exc.message}", exc.hint)
+            return
+        await self._start_at_boot()
+        with contextlib.suppress(errors.HostError):  # the next daemon will find nothing left to do
+            files.write(mark, f"{boot}\n".encode())
+
+    async def _start_at_boot(self) -> None:
         for driver in self.drivers:
             try:
                 await driver.autostart()
