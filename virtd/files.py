@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 
 from . import errors
+
+log = logging.getLogger(__name__)
 
 
 def write(path: str, data: bytes, *, mode: int = 0o600) -> None:
@@ -67,12 +70,18 @@ def remove_tree(directory: str) -> None:
 
 
 def sync(directory: str) -> None:
-    """Make a rename in `directory` outlive a power cut."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Make a rename in `directory` outlive a power cut, as far as the file system lets us.
+
+    What was renamed or removed is that already, for everybody who looks: to call it a failure would be wrong.
+    """
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as exc:
+        log.warning("%s may not outlive a power cut: %s", directory, exc.strerror)
 
 
 def hint(exc: OSError) -> str:

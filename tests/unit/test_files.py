@@ -116,3 +116,23 @@ def test_remove(tmp_path: Path) -> None:
     path.mkdir()
     with pytest.raises(errors.HostError, match="Cannot remove"):
         files.remove(str(path))
+
+
+@pytest.mark.parametrize("step", ["open", "fsync"])
+def test_a_directory_that_is_not_synced_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """The file is in its place, or gone, for all to see."""
+    real = getattr(os, step)
+
+    def refuse(what: Any, *args: Any, **kwargs: Any) -> Any:
+        path = what if step == "open" else os.readlink(f"/proc/self/fd/{what}")
+        if path == str(tmp_path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(what, *args, **kwargs)
+
+    monkeypatch.setattr(os, step, refuse)
+    files.write(str(tmp_path / "a"), b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert files.remove(str(tmp_path / "a"))
+    assert os.listdir(tmp_path) == []

@@ -432,3 +432,44 @@ async def test_a_console_outlives_the_daemon(world: World, monkeypatch: pytest.M
         os.close((await anext(late)).fds[0])  # type: ignore[union-attr]
         await late.aclose()  # type: ignore[attr-defined]
     os.close(pipe)
+
+
+@on_loop
+async def test_an_undefined_domain_is_gone_although_its_record_stays(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world.daemon() as host:
+        await world.run("web1")
+        await host.stop("web1", by=ROOT)
+
+        def refuse(_name: str) -> None:
+            raise errors.HostError("read-only")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(host.driver.records, "remove", refuse)
+            await host.undefine("web1", by=ROOT)
+        assert await host.listing() == []
+        rows = (await host.check_all(repair=True, by=ROOT))["differences"]
+        assert [(row["object"], row["kind"], row["repaired"]) for row in rows] == [("qemu/web1", "record", True)]
+
+
+@on_loop
+async def test_a_record_that_could_not_be_written_is_tried_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("virtd.drivers.guest.SAVE_AGAIN", 0.01)
+    async with world.daemon() as host:
+        await world.run("web1")
+        machine = host.driver.machines["web1"]
+
+        def refuse(_record: object) -> None:
+            raise errors.HostError("full")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(machine.shared.records, "save", refuse)
+            await host.suspend("web1", by=ROOT)
+            assert machine.problems["record"].text == "full"
+            assert world.record("web1").state == "running"
+        await until(lambda: world.record("web1").state == "paused")
+        await until(lambda: machine.problems == {})
+        await host.stop("web1", by=ROOT)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PATIENCE = 60.0  # seconds that an operation waits for another one on the same object
+SAVE_AGAIN = 1.0  # seconds between two tries to write a record
 FINISH_AGAIN = 1.0  # seconds until an end that systemd couldn't be asked about is looked into again
 
 
@@ -99,6 +100,7 @@ class Guest(Generic[D]):
         self.stderr: StderrLog | None = None
         self._lock = asyncio.Lock()
         self._holder = ""
+        self._saving = False  # whether a record that couldn't be written is tried again
         self._tasks: set[asyncio.Task[None]] = set()
 
     # What each driver does in its own way
@@ -262,7 +264,21 @@ class Guest(Generic[D]):
             except errors.HostError as exc:
                 self.problems["record"] = Problem(exc.message, exc.hint)
                 log.warning("%s: %s", self.name, exc)
+                if not self._saving:
+                    self._saving = True
+                    self.spawn(self._save_again(), "save")
             self.shared.publish("changed", self)
+
+    async def _save_again(self) -> None:
+        """Until the record says what is so: the next daemon will go by it."""
+        try:
+            while "record" in self.problems and self.record is not None:
+                await asyncio.sleep(SAVE_AGAIN)
+                with contextlib.suppress(errors.HostError):
+                    self.shared.records.save(self.record)
+                    self.problems.pop("record", None)
+        finally:
+            self._saving = False
 
     def ask(self, verb: str, by: str) -> dict[str, Any]:
         """The record's data with what a person asks for ("": nothing more), to explain an end that we don't see."""

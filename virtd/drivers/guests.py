@@ -496,7 +496,10 @@ class Guests(Generic[G, D]):
             self._publish("changed", name)
             return
         if machine.record is not None:
-            self._shared.records.remove(name)
+            try:
+                self._shared.records.remove(name)
+            except errors.HostError as exc:  # it is gone all the same; the next start, or fsck, removes the file
+                log.warning("The record of %s stays: %s", name, exc)
         del self.machines[name]
         self._publish("removed", name)
 
