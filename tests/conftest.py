@@ -52,7 +52,7 @@ def glib_threads() -> int:
     """How many of GLib's permanent threads there are."""
     count = 0
     for task in os.listdir("/proc/self/task"):
-        with contextlib.suppress(FileNotFoundError), open(f"/proc/self/task/{task}/comm") as file:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/self/task/{task}/comm") as file:
             count += file.read().strip() in GLIB_THREADS
     return count
 

@@ -218,6 +218,16 @@ class Units:
             raise StartFailed(f"{spec.name} vanished right after its start")
         return state
 
+    async def start_other(
+        self, name: str, properties: tuple[tuple[str, str, Any], ...], *, timeout: float = 60.0
+    ) -> str:
+        """Start a transient unit that isn't a service: how its job ended, "done" if well. Raises BusError."""
+        with self._watch(name) as jobs:
+            await self._subscribed()
+            values = [(key, Var(signature, value)) for key, signature, value in properties]
+            (job,) = await self._call("StartTransientUnit", "ssa(sv)a(sa(sv))", (name, "fail", values, []))
+            return await jobs.wait(job, timeout)
+
     async def state(self, name: str) -> UnitState | None:
         """The unit's state, or None when systemd has no such unit loaded."""
         path = object_path(name)
@@ -324,6 +334,11 @@ class Units:
         (value,) = await self._bus.call(SYSTEMD, object_path(unit), PROPERTIES, "Get", "ss", (SERVICE, name))
         return value
 
+    async def unit_property(self, unit: str, name: str) -> Any:
+        """One property of org.freedesktop.systemd1.Unit, which every kind of unit has."""
+        (value,) = await self._bus.call(SYSTEMD, object_path(unit), PROPERTIES, "Get", "ss", (UNIT, name))
+        return value
+
     async def close(self) -> None:
         """End the subscription; the Bus stays open."""
         if self._unsubscribe is not None:
@@ -417,7 +432,8 @@ def transient_properties(spec: UnitSpec) -> list[tuple[str, Var]]:
         ("Slice", "s", spec.slice),
         # "exec": the job is done when the program runs, and fails when it can't.
         ("Type", "s", "exec"),
-        ("ExecStart", "a(sasb)", [(spec.argv[0], list(spec.argv), False)]),
+        # systemd.service(5), "Command lines": a "$" is doubled, or what follows it is taken for a variable's name.
+        ("ExecStart", "a(sasb)", [(spec.argv[0], [word.replace("$", "$$") for word in spec.argv], False)]),
         # An exit status stays readable until collected: a success by this, a failure by CollectMode=inactive.
         ("RemainAfterExit", "b", True),
         ("KillMode", "s", "mixed"),

@@ -18,7 +18,7 @@ from virtd import child, errors, messages
 from virtd.api import introspection
 from virtd.api.kinds import KINDS
 from virtd.cli import exits, main, options
-from virtd.model import document, domain, network, settings
+from virtd.model import document, domain, network, pool, settings
 from virtd.model.state import Cause, State
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +38,7 @@ TABLES: list[tuple[str, str, type[msgspec.Struct]]] = [
     ("virtd-network.5", "[[host]]", network.Lease),
     ("virtd-network.5", "[[record]]", network.Name),
     ("virtd-network.5", "[[forward]]", network.Forward),
+    ("virtd-pool.5", "Keys of the pool", pool.Pool),
     ("virtd.toml.5", "[log]", settings.Log),
     ("virtd.toml.5", "[qemu]", settings.Qemu),
     ("virtd.toml.5", "[dnsmasq]", settings.Dnsmasq),
@@ -226,6 +227,8 @@ def parse(text: str) -> None:
         settings.parse(text, "example")
     elif re.search(r"^mode = \"(?:nat|routed|isolated|bridge)\"", text, re.M):
         network.parse(text, "example")
+    elif re.search(r"^path = ", text.partition("[")[0], re.M):
+        pool.parse(text, "example")
     elif re.search(r"^name = ", text, re.M):
         domain.parse(text, "example")
     else:

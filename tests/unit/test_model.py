@@ -63,7 +63,7 @@ def test_a_full_definition() -> None:
     )
     assert found.uuid == UUID
     assert found.memory_bytes == 1 << 30
-    assert [disk.format for disk in found.disk] == ["qcow2", "raw"]
+    assert [disk.format for disk in found.disk] == ["qcow2", None]
     assert found.vnc is not None
     assert found.vnc.enabled
 
@@ -93,7 +93,7 @@ def test_a_full_definition() -> None:
             'expected one of "raw", "qcow2", got \'vmdk\'',
         ),
         ("disk = [ { path = '/a', readonly = 'no' } ]", "disk[0].readonly", "expected boolean, got string"),
-        ("disk = [ { format = 'raw' } ]", "disk[0].path", "expected this key, which is missing"),
+        ("disk = [ { format = 'raw' } ]", "disk[0]", "expected path, or pool and volume"),
         ("cdrom = [ {} ]", "cdrom[0].path", "expected this key, which is missing"),
         ("nic = [ { mode = 1 } ]", "nic[0].mode", "expected string, got integer"),
         ("nic = [ { mac = 1 } ]", "nic[0].mac", "expected string, got integer"),

@@ -50,8 +50,10 @@ COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
 # shape, whose entries name modules again, and its own OPTIONS and RUN.
 NOUNS: dict[str, tuple[str, str]] = {
     "network": ("network", "Control the networks that guests are connected to"),
+    "pool": ("pool", "Control storage pools"),
+    "volume": ("volume", "Control the volumes of storage pools"),
 }
-LATER = ("pool", "volume", "container")
+LATER = ("container",)
 HELP_OPTIONS = """\
 Options:
   -h --help                  Show this help, or with a command its own
@@ -197,7 +199,7 @@ def _run(noun: str, command: str, words: list[str]) -> int:
     try:
         return int(module.RUN[command](args, Session(args.address, patience, wakes=not viewer)))
     except VirtdError as error:
-        complain(error, doing.format(name=getattr(args, "name", "")))
+        complain(error, doing.format(**vars(args)))
         return (
             NOT_RUNNING
             if not noun and command in ("status", "fsck") and isinstance(error, Disconnected)

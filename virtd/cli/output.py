@@ -95,6 +95,16 @@ def labelled(lines: Iterable[tuple[str, str]], width: int = 10) -> None:
                 print(" " * (width + 2) + line)
 
 
+def rounded(number: int) -> str:
+    """Bytes as people read them, to three digits: `512M`, `1.5G`, `9.31T`; always a multiple of 1024's powers."""
+    value, units = float(number), "BKMGTP"
+    while value >= 1000 and len(units) > 1 and not (value < 1024 and value == int(value)):
+        value, units = value / 1024, units[1:]
+    digits = 0 if units[0] == "B" or value >= 100 else 1 if value >= 10 else 2
+    text = f"{value:.{digits}f}"
+    return (text.rstrip("0").rstrip(".") if "." in text else text) + units[0]
+
+
 def plural(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 

@@ -168,6 +168,7 @@ def status(args: argparse.Namespace, session: Session) -> int:
             ("Started", _text(it.get("started_reason"))),
             ("Domains", ", ".join(f"{count} {state}" for state, count in (it.get("domains") or {}).items() if count)),
             ("Recovered", _recovered(recovered)),
+            ("Jobs", "\n".join(filter(None, map(_job, it.get("jobs") or [])))),
             ("Slots", f"{budget.get('used')} of {budget.get('max')} in use" if budget else ""),
             ("Degraded", "\n".join(map(str, degraded))),
             ("Problems", str(len(problems)) if problems else ""),
@@ -183,6 +184,16 @@ def _problems(problems: list[dict[str, Any]]) -> None:
         print(f"\n{paint('●', RED)} {clean(about)}")
         if problem.get("hint"):
             print(f"  Hint: {clean(_text(problem.get('hint')))}")
+
+
+def _job(job: dict[str, Any]) -> str:
+    """One that is under way; nothing for one that is over."""
+    if job.get("state") not in ("running", "waiting"):
+        return ""
+    progress = job.get("progress")
+    done = f", {progress:.0f} %" if isinstance(progress, (int, float)) else ""
+    waits = ", waits for its client" if job["state"] == "waiting" else ""
+    return f"{job.get('job')}: {job.get('verb')} {job.get('pool')}/{job.get('volume')}{done}{waits}"
 
 
 def _recovered(recovered: dict[str, Any]) -> str:

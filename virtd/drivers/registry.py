@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # Name -> module, in the order in which they are restored and autostarted: what others stand on comes first.
 MODULES: dict[str, str] = {
     "network": "virtd.drivers.network.driver",
+    "storage": "virtd.drivers.storage.driver",
     "qemu": "virtd.drivers.qemu.driver",
 }
 

@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..child import Services
-    from ..drivers import qemu
+    from ..drivers import qemu, storage
     from ..drivers.protocol import Driver, Problem
     from ..model.settings import Settings
     from .networks import Networks
+    from .pools import Pools
+    from .volumes import Volumes
 
 __all__ = ["Caller", "Host", "Listener", "WithDescriptors"]
 
@@ -88,6 +90,20 @@ class Host(Domains):
                     log.exception("A listener failed on %s of %s/%s", event, driver, name)
 
         return publish
+
+    # The other nouns
+
+    @property
+    def pools(self) -> Pools:
+        from .pools import Pools
+
+        return Pools(cast("storage.driver.Driver", self.use("storage")))
+
+    @property
+    def volumes(self) -> Volumes:
+        from .volumes import Volumes
+
+        return Volumes(cast("storage.driver.Driver", self.use("storage")))
 
     # The drivers
 
@@ -205,6 +221,7 @@ class Host(Domains):
             "budget": {"used": budget.used, "max": budget.max, "limited_by": str(budget.limited_by)},
             "domains": self.driver.counts(),
             "objects": {driver.name: driver.counts() for driver in self.drivers},
+            "jobs": await self.volumes.jobs() if "storage" in self.drivers else [],
             "problems": self._all_problems(),
             "degraded": list(self.degraded),
         }

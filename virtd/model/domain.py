@@ -9,15 +9,20 @@ from __future__ import annotations
 import re
 import uuid as uuidlib
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
 from .. import errors
 from . import document, size
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 # Not compiled here: a daemon that takes running guests over has no definition to check.
 NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,63})"
+# A volume is a file of this name in a pool's directory, or a logical volume. lvm(8) allows a few characters less.
+VOLUME = r"[A-Za-z0-9_][A-Za-z0-9._+@-]{0,126}"
 UUID = r"[0-9A-Fa-f]{8}(-?)(?:[0-9A-Fa-f]{4}\1){3}[0-9A-Fa-f]{12}"
 MAC = r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}"
 MACHINE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
@@ -66,10 +71,12 @@ class Boot(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
 
 
 class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One virtio-blk disk."""
+    """One virtio-blk disk: a file, or a volume of a storage pool, which knows its format."""
 
-    path: str
-    format: Format = Format.RAW
+    path: str | None = None
+    pool: str | None = None
+    volume: str | None = None
+    format: Format | None = None
     readonly: bool = False
 
 
@@ -172,6 +179,7 @@ def check(domain: Domain, source: str) -> None:
         if key.startswith("disk") and path in seen:
             raise refuse(key, f"{path} is {seen[path]} already")
         seen.setdefault(path, key)
+    _check_volumes(domain, refuse)
     macs: dict[str, str] = {}
     for index, nic in enumerate(domain.nic):
         if nic.mode not in (None, "user"):
@@ -192,6 +200,24 @@ def check(domain: Domain, source: str) -> None:
         macs[mac] = f"nic[{index}]"
 
 
+def _check_volumes(domain: Domain, refuse: Callable[[str, str], errors.InvalidDefinition]) -> None:
+    """Each disk is a file or a volume, and no volume is two disks."""
+    seen: dict[tuple[str, str], int] = {}
+    for index, disk in enumerate(domain.disk):
+        if disk.path is not None:
+            if disk.pool is not None or disk.volume is not None:
+                raise refuse(f"disk[{index}]", "expected path, or pool and volume, got both")
+            continue
+        if disk.pool is None or disk.volume is None:
+            raise refuse(f"disk[{index}]", "expected path, or pool and volume")
+        if not re.fullmatch(NAME, disk.pool):
+            raise refuse(f"disk[{index}].pool", f"expected a pool's name, got {shown(disk.pool)}")
+        if not re.fullmatch(VOLUME, disk.volume):
+            raise refuse(f"disk[{index}].volume", f"expected a volume's name, got {shown(disk.volume)}")
+        if (other := seen.setdefault((disk.pool, disk.volume), index)) != index:
+            raise refuse(f"disk[{index}].volume", f"{disk.volume} of {disk.pool} is disk[{other}] already")
+
+
 def paths(domain: Domain) -> list[tuple[str, str]]:
     """Every file that the definition names, as (key, path)."""
     found = [
@@ -199,7 +225,7 @@ def paths(domain: Domain) -> list[tuple[str, str]]:
         for key, path in (("kernel", domain.boot.kernel), ("initrd", domain.boot.initrd))
         if path is not None
     ]
-    found += [(f"disk[{index}].path", disk.path) for index, disk in enumerate(domain.disk)]
+    found += [(f"disk[{index}].path", disk.path) for index, disk in enumerate(domain.disk) if disk.path is not None]
     found += [(f"cdrom[{index}].path", cdrom.path) for index, cdrom in enumerate(domain.cdrom)]
     return found
 

@@ -3,9 +3,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
 
-from ...model.domain import Domain, Format, OnCrash, OnPoweroff, OnReboot
+from ...model.domain import Domain, OnCrash, OnPoweroff, OnReboot
+from .images import Image, plain
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
@@ -44,8 +50,8 @@ def mac_of(uuid: str, index: int) -> str:
     return "52:54:00:" + ":".join(f"{tail >> shift & 255:02x}" for shift in (16, 8, 0))
 
 
-def argv(domain: Domain, uuid: str, host: Host) -> list[str]:
-    """The whole command line, the program first."""
+def argv(domain: Domain, uuid: str, host: Host, images: Sequence[Image] | None = None) -> list[str]:
+    """The whole command line, the program first. `images` are the disks' files; None: as the definition has them."""
     machine = f"{domain.machine},accel={'kvm' if host.kvm else 'tcg'}"
     cpu = domain.cpu or ("host" if host.kvm else "max")
     # fmt: off
@@ -86,19 +92,9 @@ def argv(domain: Domain, uuid: str, host: Host) -> list[str]:
             arguments += ["-initrd", domain.boot.initrd]
         if domain.boot.cmdline:
             arguments += ["-append", domain.boot.cmdline]
-    for index, disk in enumerate(domain.disk):
-        readonly = "on" if disk.readonly else "off"
+    for index, image in enumerate(plain(domain) if images is None else images):
         arguments += [
-            "-blockdev",
-            (
-                f"driver=file,node-name=file{index},filename={_escape(disk.path)},read-only={readonly}"
-                f",auto-read-only=off,locking=auto"
-            ),
-            "-blockdev",
-            (
-                f"driver={'qcow2' if disk.format is Format.QCOW2 else 'raw'},node-name=disk{index},file=file{index}"
-                f",read-only={readonly},discard=unmap"
-            ),
+            *_blockdevs(index, image),
             "-device",
             f"virtio-blk-pci,drive=disk{index},id=virtio-disk{index}{_order(domain, index)}",
         ]
@@ -128,6 +124,43 @@ def argv(domain: Domain, uuid: str, host: Host) -> list[str]:
     if domain.vnc is not None and domain.vnc.enabled:
         arguments += ["-device", "VGA", "-vnc", f"unix:{_escape(vnc_socket(host.runtime))}"]
     return arguments
+
+
+def _blockdevs(index: int, image: Image) -> list[str]:
+    """The nodes of one disk, what it stands on first.
+
+    Each names the one below it, so that QEMU never asks an image what it stands on, and in which format that is.
+    """
+    arguments: list[str] = []
+    below = ""
+    for number in range(len(image.backing), 0, -1):
+        path, kind = image.backing[number - 1]
+        name = f"{index}b{number}"
+        arguments += [
+            "-blockdev",
+            f"driver={_driver(path)},node-name=file{name},filename={_escape(path)},read-only=on,auto-read-only=off",
+            "-blockdev",
+            f"driver={kind.value},node-name=disk{name},file=file{name},read-only=on{below}",
+        ]
+        below = f",backing=disk{name}"
+    readonly = "on" if image.readonly else "off"
+    return [
+        *arguments,
+        "-blockdev",
+        (
+            f"driver={_driver(image.path)},node-name=file{index},filename={_escape(image.path)},read-only={readonly}"
+            ",auto-read-only=off,locking=auto"
+        ),
+        "-blockdev",
+        (
+            f"driver={image.format.value},node-name=disk{index},file=file{index}"
+            f",read-only={readonly},discard=unmap{below}"
+        ),
+    ]
+
+
+def _driver(path: str) -> str:
+    return "host_device" if path.startswith("/dev/") else "file"
 
 
 def _order(domain: Domain, index: int) -> str:

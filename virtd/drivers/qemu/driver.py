@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ...child import Services
     from ...model.settings import Qemu, Settings
     from ..protocol import Peers, Publish
+    from .images import Use
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ class Driver(Guests[Machine, model.Domain]):
     async def start(self, name: str, by: str) -> bool:
         machine = self.find(name)
         await self.certain()
-        return await starting.start(machine, [other for other in self.machines.values() if other is not machine], by)
+        others = [other for other in self.machines.values() if other is not machine]
+        return await starting.start(machine, others, by)
 
     async def go_on(self, machine: Machine) -> None:
         await operations.finish(machine)
@@ -83,7 +85,8 @@ class Driver(Guests[Machine, model.Domain]):
             "memory": domain.memory_bytes if domain is not None else None,
             "vcpus": domain.vcpus if domain is not None else None,
             "machine": domain.machine if domain is not None else None,
-            "disks": [disk.path for disk in domain.disk] + [cdrom.path for cdrom in domain.cdrom]
+            "disks": [disk.path or f"{disk.pool}/{disk.volume}" for disk in domain.disk]
+            + [cdrom.path for cdrom in domain.cdrom]
             if domain is not None
             else [],
             "nics": nics.describe(machine, domain),
@@ -92,6 +95,14 @@ class Driver(Guests[Machine, model.Domain]):
             if machine.alive and domain is not None and domain.vnc is not None and domain.vnc.enabled
             else None,
         }
+
+    def images(self) -> list[Use]:
+        """Which running domain has which image open, for those who would change or delete one."""
+        return [
+            (machine.name, path, identity, writes)
+            for machine in self.machines.values()
+            for identity, (path, writes) in machine.images().items()
+        ]
 
     def warnings(self, domain: model.Domain) -> list[str]:
         """What a definition names and the host hasn't got yet: no error before the start."""

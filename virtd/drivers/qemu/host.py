@@ -16,6 +16,8 @@ from ...model import domain as model
 from ...model import size
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ...model.settings import Qemu
 
 PLACES = ("/usr/bin", "/usr/libexec", "/usr/local/bin")
@@ -111,7 +113,9 @@ def check_files(domain: model.Domain, source: str, who: Account) -> None:
         raise errors.InvalidDefinition(source, key, text)
     for key, path in model.paths(domain):
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(status.st_mode) and not (
+            key.startswith("disk") and path.startswith("/dev/") and stat.S_ISBLK(status.st_mode)
+        ):
             raise errors.InvalidDefinition(source, key, f"expected a regular file: {path}")
         if key.startswith("boot") and not may(status, who, os.R_OK):
             raise errors.InvalidDefinition(
@@ -143,14 +147,15 @@ class Owner(msgspec.Struct, frozen=True):
     gid: int
 
 
-def give(domain: model.Domain, who: Account) -> list[Owner]:
-    """The files whose owner must change for the guest's user to open them, with the owner they have now."""
-    found = []
-    wanted = [(disk.path, os.R_OK if disk.readonly else os.R_OK | os.W_OK) for disk in domain.disk]
-    wanted += [(cdrom.path, os.R_OK) for cdrom in domain.cdrom]
-    for path, mode in wanted:
+def give(opened: Iterable[tuple[str, bool]], who: Account) -> list[Owner]:
+    """The files whose owner must change for the guest's user to open them, with the owner they have now.
+
+    `opened`: each path, and whether it is written.
+    """
+    found: list[Owner] = []
+    for path, writes in opened:
         status = os.stat(path)
-        if not may(status, who, mode):
+        if not may(status, who, os.R_OK | os.W_OK if writes else os.R_OK):
             found.append(Owner(path, status.st_uid, status.st_gid))
     return found
 

@@ -14,7 +14,7 @@ from ...model.state import State
 from ...records import now
 from ..guest import End, Guest, Shared
 from ..protocol import Problem
-from . import command, ends
+from . import command, ends, images
 from . import host as hostinfo
 from .monitor import Event, Link, Monitor
 
@@ -49,6 +49,12 @@ class Machine(Guest[model.Domain]):
 
     def parse(self, text: str, source: str) -> model.Domain:
         return model.parse(text, source)
+
+    def images(self) -> dict[tuple[int, int], tuple[str, bool]]:
+        """What the guest has open, by device and inode: the path, and whether it writes. Nothing when it is off."""
+        if not self.alive or self.record is None:
+            return {}
+        return images.taken(self.record.data, self.running_definition)
 
     def judge(self, unit: UnitState | None) -> End:
         events = ends.read_events(command.events(self.runtime))

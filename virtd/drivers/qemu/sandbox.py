@@ -6,12 +6,15 @@ Names and types of the properties: org.freedesktop.systemd1(5); what they mean: 
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from . import command
+from .images import plain
 
 if TYPE_CHECKING:
     from ...model.domain import Domain
+    from .images import Image
 
 Property = tuple[str, str, Any]
 
@@ -22,18 +25,29 @@ RESOLVER = ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf")
 
 
 def properties(
-    domain: Domain, runtime: str, *, toplevel: list[str], devices: list[str], after: list[str], stop_after: float
+    domain: Domain,
+    runtime: str,
+    *,
+    toplevel: list[str],
+    devices: list[str],
+    after: list[str],
+    stop_after: float,
+    images: list[Image] | None = None,
 ) -> list[Property]:
     """Properties for StartTransientUnit.
 
-    `toplevel`: the names in `/`; `devices`: those it may open; `after`: units that it stands on, which host shutdown
-    leaves until it has ended; `stop_after`: seconds that host shutdown gives it.
+    `toplevel`: the names in `/`; `devices`: those it may open besides its disks; `after`: units that it stands on,
+    which host shutdown leaves until it has ended; `stop_after`: seconds that host shutdown gives it; `images`: the
+    disks' files, as the definition has them unless given.
     """
+    images = plain(domain) if images is None else images
     network = any(nic.network is None for nic in domain.nic)
     hidden = [(f"/{name}", "ro,mode=0755") for name in toplevel if name not in KEPT]
     read_only = [path for path in (domain.boot.kernel, domain.boot.initrd) if path]
-    read_only += [disk.path for disk in domain.disk if disk.readonly] + [cdrom.path for cdrom in domain.cdrom]
-    writable = [disk.path for disk in domain.disk if not disk.readonly]
+    read_only += [image.path for image in images if image.readonly] + [cdrom.path for cdrom in domain.cdrom]
+    read_only += sorted({path for image in images for path, _format in image.backing})
+    writable = [image.path for image in images if not image.readonly]
+    disks = [os.path.realpath(image.path) for image in images if image.is_device]
     optional = LIBRARIES + (RESOLVER if network else ())
     families = ["AF_UNIX", "AF_INET", "AF_INET6"] if network else ["AF_UNIX"]
     found: list[Property] = [
@@ -68,12 +82,14 @@ def properties(
         # At host shutdown systemd stops the unit itself, with or without virtd: the guest is asked first.
         ("ExecStop", "a(sasb)", [_stop_command(runtime, stop_after)]),
     ]
-    if after:
+    if after := sorted({*after, *(image.after for image in images if image.after)}):
         found += [("After", "as", after)]
     if devices:
-        found += [("DevicePolicy", "s", "closed"), ("DeviceAllow", "a(ss)", [(device, "rw") for device in devices])]
+        found += [("DevicePolicy", "s", "closed")]
     else:
         found += [("PrivateDevices", "b", True)]
+    if allowed := [*devices, *disks]:
+        found += [("DeviceAllow", "a(ss)", [(device, "rw") for device in allowed])]
     return found
 
 

@@ -13,7 +13,7 @@ from ... import errors, files
 from ...model import domain as model
 from ...units import UnitSpec, unit_name
 from ..start import Start
-from . import command, ends, nics, sandbox
+from . import command, ends, images, nics, sandbox
 from . import host as hostinfo
 from .machine import DRIVER, Machine
 
@@ -36,13 +36,22 @@ async def start(machine: Machine, others: list[Machine], by: str) -> bool:
             raise errors.NotFound(
                 f"Domain {machine.name} has no definition", hint=f'virtctl define FILE, with name = "{machine.name}".'
             )
-        await _Start(machine, domain, others, by).run()
+        disks = await images.resolve(domain, machine.source, machine.peers, by)
+        await _Start(machine, domain, disks, others, by).run()
         return True
 
 
 class _Start(Start[Machine, model.Domain]):
-    def __init__(self, machine: Machine, domain: model.Domain, others: list[Machine], by: str) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        domain: model.Domain,
+        disks: list[images.Image],
+        others: list[Machine],
+        by: str,
+    ) -> None:
         super().__init__(machine, domain, by)
+        self.disks = disks
         self.others = others
         self.settings = machine.settings
         self.account = hostinfo.account(self.settings)
@@ -59,12 +68,16 @@ class _Start(Start[Machine, model.Domain]):
 
     def check(self) -> None:
         hostinfo.check_files(self.definition, self.machine.source, self.account)
-        check_disks(self.machine, self.definition, self.others)
+        check_disks(self.machine, self.definition, self.disks, self.others)
         nics.check(self.definition, self.machine.source, self.machine.peers)
 
     def data(self) -> dict[str, Any]:
-        self.owners = hostinfo.give(self.definition, self.account)
+        # Once more, for others may have had their turn since. From the record on they see that the images are ours.
+        check_disks(self.machine, self.definition, self.disks, self.others)
+        images.require_free(self.disks, self.machine.peers)
+        self.owners = hostinfo.give(images.opened(self.definition, self.disks), self.account)
         return {
+            "images": images.recorded(images.identified(self.definition, self.disks)),
             "owners": [list(msgspec.structs.astuple(owner)) for owner in self.owners],
             "nics": [msgspec.to_builtins(nic) for nic in self.nics],
         }
@@ -102,7 +115,7 @@ class _Start(Start[Machine, model.Domain]):
             name=machine.unit,
             description=f"Domain {machine.name}",
             slice=f"virtd-{DRIVER}.slice",
-            argv=tuple(command.argv(self.definition, machine.uuid, self.host)),
+            argv=tuple(command.argv(self.definition, machine.uuid, self.host, self.disks)),
             environment=ENVIRONMENT,
             user=self.account.user,
             group=self.account.group,
@@ -115,6 +128,7 @@ class _Start(Start[Machine, model.Domain]):
                     devices=hostinfo.devices(kvm=self.host.kvm, tap=bool(self.nics), vhost=self.vhost),
                     after=[unit_name("network", nic.network) for nic in self.nics],
                     stop_after=self.settings.host_shutdown_timeout,
+                    images=self.disks,
                 )
             ),
         )
@@ -147,14 +161,11 @@ class _Start(Start[Machine, model.Domain]):
         return "; ".join(line for line in lines[-3:] if line)
 
 
-def check_disks(machine: Machine, domain: model.Domain, others: list[Machine]) -> None:
-    """No disk is given to two guests when one of them writes. Raises Busy."""
-    mine = _used(domain)
+def check_disks(machine: Machine, domain: model.Domain, disks: list[images.Image], others: list[Machine]) -> None:
+    """No image is given to two guests when one of them writes. Raises Busy."""
+    mine = images.identified(domain, disks)
     for other in others:
-        theirs = other.running_definition if other.alive else None
-        if theirs is None:
-            continue
-        for identity, (_path, writes) in _used(theirs).items():
+        for identity, (_path, writes) in other.images().items():
             if identity in mine and (writes or mine[identity][1]):
                 raise errors.Busy(
                     f"Cannot start {machine.name}: {mine[identity][0]} is in use by domain {other.name}",
@@ -163,14 +174,3 @@ def check_disks(machine: Machine, domain: model.Domain, others: list[Machine]) -
                         "or mark the disk readonly in both."
                     ),
                 )
-
-
-def _used(domain: model.Domain) -> dict[tuple[int, int], tuple[str, bool]]:
-    """The images that a domain opens: by identity, the path and whether it writes."""
-    found: dict[tuple[int, int], tuple[str, bool]] = {}
-    for path, writes in [(disk.path, not disk.readonly) for disk in domain.disk] + [
-        (cdrom.path, False) for cdrom in domain.cdrom
-    ]:
-        if (identity := hostinfo.identity(path)) is not None:
-            found[identity] = (path, writes)
-    return found

@@ -1,0 +1,451 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Pools without systemd: definitions, what images say of themselves, a directory in which nothing is half made."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import struct
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+
+from tests.unit.whole_host import on_loop
+from virtd import errors
+from virtd.cli.output import rounded
+from virtd.drivers.qemu import command, images
+from virtd.drivers.storage import mounts, qcow2, worker
+from virtd.drivers.storage.aside import Aside
+from virtd.drivers.storage.backend import Backing, Meta
+from virtd.drivers.storage.directory import Directory
+from virtd.model import domain as domain_model
+from virtd.model import pool as model
+from virtd.model.domain import Format
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+    from pathlib import Path
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "expected"),
+    [
+        ('path = "/srv/p"', "name", "missing"),
+        ('name = "../x"\npath = "/srv/p"', "name", "letters"),
+        ('name = "job-7"\npath = "/srv/p"', "name", "job-"),
+        ('name = "p"', "path", "missing"),
+        ('name = "p"\npath = "srv"', "path", "absolute"),
+        ('name = "p"\npath = "/srv/../etc"', "path", "without"),
+        ('name = "p"\npath = "/srv//p"', "path", "without"),
+        ('name = "p"\npath = "/srv/\\u0000"', "path", "absolute"),
+        ('name = "p"\npath = "/"', "path", "of its own"),
+        ('name = "p"\npath = "/srv/p"\nsource = "/dev/vdb"', "source", "filesystem"),
+        ('name = "p"\npath = "/srv/p"\ntype = "filesystem"', "source", "what to mount"),
+        ('name = "p"\npath = "/srv"\ntype = "filesystem"\nsource = "/dev/vdb"', "path", "two levels"),
+        ('name = "p"\npath = "/srv/p"\ntype = "filesystem"\nsource = "vdb"', "source", "a device"),
+        ('name = "p"\npath = "/srv/p"\ntype = "filesystem"\nsource = "/dev/../etc"', "source", "a device"),
+        ('name = "p"\npath = "/srv/p"\ntype = "filesystem"\nsource = "nas:/x"\nfstype = "ext4"', "fstype", "nfs"),
+        ('name = "p"\npath = "/srv/p"\ntype = "filesystem"\nsource = "/dev/vdb"\nfstype = "nfs"', "source", "export"),
+        (
+            'name = "p"\npath = "/srv/p"\ntype = "filesystem"\nsource = "/dev/vdb"\noptions = "a b"',
+            "options",
+            "mount",
+        ),
+        ('name = "p"\npath = "/srv/p"\ntype = "logical"', "path", "volume group"),
+        ('name = "p"\npath = "/dev/a/b"\ntype = "logical"', "path", "volume group"),
+        ('name = "p"\npath = "/srv/p"\ntype = "rbd"', "type", "one of"),
+        ('name = "p"\npath = "/srv/p"\nuuid = "1"', "uuid", "UUID"),
+        ('name = "p"\npath = "/srv/p"\nsize = 1', "size", "unknown"),
+    ],
+)
+def test_what_a_pool_cant_be(text: str, key: str, expected: str) -> None:
+    with pytest.raises(errors.InvalidDefinition) as caught:
+        model.parse(text, "p.toml")
+    assert caught.value.key == key
+    assert expected in caught.value.expected
+    assert caught.value.message.startswith("p.toml: ")
+
+
+def test_pools() -> None:
+    for source in ("/dev/disk/by-label/x", "nas:/data", "[fd00::1]:/data"):
+        text = f'name = "p"\npath = "/srv/p"\ntype = "filesystem"\nsource = "{source}"\noptions = "noatime,discard"'
+        assert model.parse(text, "x").source == source
+    assert model.parse('name = "vg"\npath = "/dev/vg0"\ntype = "logical"', "x").type is model.Type.LOGICAL
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", ".x", "-x", "a/b", "../x", "a b", "a\n", "é", "x" * 128, "a\0", "a,b"]
+)
+def test_what_a_volume_cant_be_called(name: str) -> None:
+    with pytest.raises(errors.InvalidDefinition):
+        model.check_volume(name)
+
+
+@pytest.mark.parametrize(("value", "size"), [("10G", 10 << 30), ("512MiB", 512 << 20), (513, 1024), ("1k", 1024)])
+def test_sizes(value: str | int, size: int) -> None:
+    assert model.volume_size(value) == size
+
+
+@pytest.mark.parametrize("value", ["0", 0, "-1", "", "10X", "8000P", "1.5G"])
+def test_bad_sizes(value: str | int) -> None:
+    with pytest.raises(errors.InvalidDefinition):
+        model.volume_size(value)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0B"),
+        (512, "512B"),
+        (1000, "1000B"),
+        (1024, "1K"),
+        (196 << 10, "196K"),
+        (1536 << 20, "1.5G"),
+        (10 << 30, "10G"),
+        (1001 << 20, "1001M"),
+        ((1001 << 20) + 1, "0.98G"),
+        (252 << 30, "252G"),
+        (5 << 60, "5120P"),
+    ],
+)
+def test_sizes_as_people_read_them(number: int, text: str) -> None:
+    assert rounded(number) == text
+
+
+def test_mount_units() -> None:
+    # systemd-escape --path --suffix=mount of these.
+    assert mounts.unit_of("/srv/pool") == "srv-pool.mount"
+    assert mounts.unit_of("/srv/my-pool/.x") == "srv-my\\x2dpool-.x.mount"
+    assert mounts.unit_of("/.a b") == "\\x2ea\\x20b.mount"
+
+
+# qcow2 headers
+
+
+def header(
+    *,
+    backing: bytes = b"",
+    kind: bytes = b"",
+    size: int = 1 << 30,
+    bits: int = 16,
+    version: int = 3,
+    features: int = 0,
+    snapshots: tuple[tuple[bytes, bytes], ...] = (),
+) -> bytes:
+    """A header as docs/interop/qcow2.txt has it, and a snapshot table behind it."""
+    extensions = (
+        struct.pack(">II", 0xE2792ACA, len(kind)) + kind.ljust((len(kind) + 7) // 8 * 8, b"\0") if kind else b""
+    )
+    extensions += bytes(8)
+    at = 104 + len(extensions) if backing else 0
+    table = b""
+    for number, (identifier, name) in enumerate(snapshots):
+        entry = struct.pack(">QIHHIIQII", 0, 0, len(identifier), len(name), 1000 + number, 0, 0, 7, 16)
+        entry += struct.pack(">QQ", 5 << 32, 0) + identifier + name
+        table += entry + bytes(-len(entry) % 8)
+    first = struct.pack(
+        ">4sIQIIQIIQQIIQ", b"QFI\xfb", version, at, len(backing), bits, size, 0, 0, 0, 0, 0, len(snapshots),
+        1 << 16 if snapshots else 0,
+    )  # fmt: skip
+    first += struct.pack(">QQQII", features, 0, 0, 4, 104)
+    return (first + extensions + backing).ljust(1 << 16, b"\0") + table
+
+
+def read(tmp_path: Path, data: bytes) -> qcow2.Header:
+    path = tmp_path / "image"
+    path.write_bytes(data)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return qcow2.read(fd, "image", snapshots=True)
+    finally:
+        os.close(fd)
+
+
+def test_a_header(tmp_path: Path) -> None:
+    found = read(
+        tmp_path, header(backing=b"/srv/base", kind=b"qcow2", snapshots=((b"1", b"before"), (b"22", b"x" * 9)))
+    )
+    assert (found.size, found.backing, found.backing_format) == (1 << 30, "/srv/base", "qcow2")
+    assert [(snapshot.id, snapshot.name, snapshot.at) for snapshot in found.snapshots] == [
+        ("1", "before", 1000),
+        ("22", "x" * 9, 1001),
+    ]
+    assert found.snapshots[0].state == 5 << 32
+    plain = read(tmp_path, header())
+    assert (plain.backing, plain.backing_format, plain.snapshots) == ("", "", ())
+    assert read(tmp_path, header(features=2)).corrupt
+    assert read(tmp_path, header(features=4)).data_file
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "doesn't begin"),
+        (b"QFI\xfb" + bytes(20), "doesn't begin"),
+        (bytes(200), "doesn't begin"),
+        (header(version=7), "version"),
+        (header(bits=60), "clusters"),
+        (header()[:90], "cut off"),
+        (header(backing=b"x" * 1024), "outside the header"),
+        (header(backing=b"abc")[:114], "cut off"),
+        (header(backing=b"a\0b"), "cut off"),
+        (header(snapshots=((b"1", b"a"),))[: 1 << 16], "outside the file"),
+    ],
+)
+def test_headers_that_lie(tmp_path: Path, data: bytes, why: str) -> None:
+    with pytest.raises(errors.InvalidState) as caught:
+        read(tmp_path, data)
+    assert why in caught.value.message
+
+
+def test_random_headers_raise_nothing_else(tmp_path: Path) -> None:
+    good = bytearray(header(backing=b"/base", kind=b"raw", snapshots=((b"1", b"a"),)))
+    for at in range(4, 160):
+        for value in (0, 1, 127, 255):
+            changed = bytearray(good)
+            changed[at] = value
+            try:
+                read(tmp_path, bytes(changed))
+            except errors.InvalidState:
+                continue
+
+
+def test_probing(tmp_path: Path) -> None:
+    for data, kind in (
+        (header(), "qcow2"),
+        (b"KDMV", "vmdk"),
+        (b"vhdxfile", "vhdx"),
+        (b"", "raw"),
+        (b"hello", "raw"),
+    ):
+        path = tmp_path / "image"
+        path.write_bytes(data)
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            assert qcow2.probe(fd) == kind
+        finally:
+            os.close(fd)
+
+
+# A directory
+
+
+def directory(tmp_path: Path) -> Directory:
+    top = tmp_path / "pool"
+    top.mkdir(mode=0o755, exist_ok=True)
+    top.chmod(0o755)
+    return Directory(model.Pool("p", str(top)), os.getuid(), os.getgid())
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(work)
+
+
+def test_a_volume_is_there_when_it_is_whole(tmp_path: Path) -> None:
+    pool = directory(tmp_path)
+
+    async def work() -> None:
+        await pool.start()
+        path = await pool.begin("job-1", "a", 4096)
+        assert os.path.getsize(path) == 4096
+        assert await pool.volumes() == {}
+        with pytest.raises(errors.NotFound):
+            await pool.volume("a")
+        assert await pool.sweep({"job-1"}) == []
+        await pool.commit("job-1", "a", Meta(Format.RAW, job="job-1"))
+        await pool.commit("job-1", "a", Meta(Format.RAW, job="job-1"))  # as a second daemon does
+        found = await pool.volume("a")
+        assert (found.meta.format, found.capacity, found.trouble) == (Format.RAW, 4096, "")
+        with pytest.raises(errors.Exists):
+            await pool.free("a")
+        await pool.begin("job-2", "a", 1)
+        with pytest.raises(errors.Exists):
+            await pool.commit("job-2", "a", Meta(Format.QCOW2, job="job-2"))
+        assert (await pool.volume("a")).meta.format is Format.RAW, "the one that was there is as it was"
+        assert await pool.sweep(()) == ["job-2"]
+        await pool.delete(found)
+        await pool.delete(found)
+        assert sorted(os.listdir(pool.pool.path)) == [".virtd"]
+        assert os.listdir(f"{pool.pool.path}/.virtd") == ["new"]
+
+    run(work())
+
+
+@pytest.mark.parametrize("cut", ["meta", "link"])
+def test_a_commit_that_is_cut_off(tmp_path: Path, cut: str) -> None:
+    """What a SIGKILL leaves after each step of it, made by hand, is finished or swept away."""
+    pool = directory(tmp_path)
+    top = pool.pool.path
+
+    async def work() -> None:
+        await pool.start()
+        await pool.begin("job-1", "a", 512)
+        meta = Meta(Format.RAW, job="job-1")
+        await pool.describe("a", meta)
+        if cut == "link":
+            os.link(f"{top}/.virtd/new/job-1", f"{top}/a")
+        assert await pool.sweep({"job-1"}) == []
+        await pool.commit("job-1", "a", meta)
+        assert set(await pool.volumes()) == {"a"}
+        assert os.listdir(f"{top}/.virtd/new") == []
+        # The same with nobody to finish it.
+        await pool.begin("job-2", "b", 512)
+        await pool.describe("b", Meta(Format.RAW, job="job-2"))
+        assert set(await pool.sweep(())) == {"job-2", "b.json"}
+        assert set(await pool.volumes()) == {"a"}
+
+    run(work())
+
+
+def test_only_regular_files_are_volumes(tmp_path: Path) -> None:
+    pool = directory(tmp_path)
+    top = tmp_path / "pool"
+
+    async def work() -> None:
+        await pool.start()
+        (top / "link").symlink_to("/etc/passwd")
+        (top / "dir").mkdir()
+        os.mkfifo(top / "fifo")
+        (top / ".hidden").touch()
+        (top / "with space").touch()
+        (top / "foreign").write_bytes(header())
+        assert set(await pool.volumes()) == {"foreign"}
+        assert (await pool.volume("foreign")).meta.format is None, "nobody has said what it is"
+        for name, word in (("link", "symbolic link"), ("dir", "regular"), ("fifo", "regular")):
+            with pytest.raises(errors.InvalidState, match=word):
+                await pool.volume(name)
+        for name in ("../x", ".virtd", "a/b"):
+            with pytest.raises(errors.InvalidDefinition):
+                await pool.volume(name)
+        # What is on record but can't be read is said, and isn't taken for raw.
+        (top / ".virtd/foreign.json").write_text("{")
+        found = await pool.volume("foreign")
+        assert found.meta.format is None
+        assert "can't be read" in found.trouble
+        (top / ".virtd/foreign.json").write_bytes(
+            msgspec.json.encode(Meta(Format.QCOW2, Backing("p", "b", Format.RAW)))
+        )
+        found = await pool.volume("foreign")
+        assert (found.capacity, found.meta.backing) == (1 << 30, Backing("p", "b", Format.RAW))
+
+    run(work())
+
+
+def test_directories_that_are_refused(tmp_path: Path) -> None:
+    async def refused(path: Path) -> str:
+        with pytest.raises(errors.HostError) as caught:
+            await Directory(model.Pool("p", str(path)), os.getuid(), os.getgid()).start()
+        return caught.value.message
+
+    async def work() -> None:
+        assert "no directory" in await refused(tmp_path / "missing")
+        (tmp_path / "file").touch()
+        assert "is no directory" in await refused(tmp_path / "file")
+        real = tmp_path / "real"
+        real.mkdir()
+        (tmp_path / "link").symlink_to(real)
+        assert "directory" in await refused(tmp_path / "link")
+        real.chmod(0o777)
+        assert "written by everybody" in await refused(real)
+
+    run(work())
+
+
+@on_loop
+async def test_a_file_system_that_hangs_costs_one_thread() -> None:
+    release = threading.Event()
+    aside = Aside("Pool p")
+    with pytest.raises(errors.TimedOut):
+        await aside(release.wait, limit=0.05)
+    with pytest.raises(errors.TimedOut, match="doesn't answer"):
+        await aside(lambda: 1)
+    release.set()
+    for _ in range(100):
+        try:
+            assert await aside(lambda: 1) == 1
+            break
+        except errors.TimedOut:
+            await asyncio.sleep(0.01)
+    else:
+        pytest.fail("it answers again, and nobody noticed")
+    with pytest.raises(ZeroDivisionError):
+        await aside(lambda: 1 // 0)
+
+
+# The copying program
+
+
+def test_copying_keeps_holes(tmp_path: Path) -> None:
+    source, target = tmp_path / "a", tmp_path / "b"
+    with open(source, "wb") as file:
+        file.truncate(64 << 20)
+        file.seek(32 << 20)
+        file.write(b"x" * 100_000)
+    target.write_bytes(b"")
+    done = subprocess.run(
+        [sys.executable, "-IS", worker.__file__, "copy", source, target, "--", "/bin/echo", "after"],
+        check=True, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert target.read_bytes() == source.read_bytes()
+    assert target.stat().st_blocks * 512 < 4 << 20
+    assert "(100.00/100%)" in done.stdout
+    assert done.stdout.endswith("after\n")
+
+
+def test_wiping(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    target.write_bytes(os.urandom(100_000))
+    subprocess.run([sys.executable, "-IS", worker.__file__, "wipe", target], check=True, stdout=subprocess.DEVNULL)
+    assert target.read_bytes() == bytes(100_000)
+
+
+def test_the_copying_program_says_what_is_wrong(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-IS", worker.__file__, "copy", tmp_path / "none", tmp_path / "b"],
+        check=False, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "No such file or directory\n")
+
+
+# Domains
+
+
+@pytest.mark.parametrize(
+    ("disk", "expected"),
+    [
+        ('path = "/a"\npool = "p"\nvolume = "v"', "both"),
+        ('pool = "p"', "path, or pool and volume"),
+        ('volume = "v"', "path, or pool and volume"),
+        ("readonly = true", "path, or pool and volume"),
+        ('pool = "../p"\nvolume = "v"', "pool's name"),
+        ('pool = "p"\nvolume = "../v"', "volume's name"),
+        ('pool = "p"\nvolume = "v"\n[[disk]]\npool = "p"\nvolume = "v"', "already"),
+    ],
+)
+def test_disks_that_cant_be(disk: str, expected: str) -> None:
+    with pytest.raises(errors.InvalidDefinition) as caught:
+        domain_model.parse(f'name = "d"\nmemory = "64M"\n[[disk]]\n{disk}\n', "d.toml")
+    assert caught.value.key.startswith("disk[")
+    assert expected in caught.value.expected
+
+
+def test_qemu_is_told_what_an_image_stands_on() -> None:
+    domain = domain_model.parse('name = "d"\nmemory = "64M"\n[[disk]]\npool = "p"\nvolume = "v"\n', "d.toml")
+    image = images.Image("/p/top", Format.QCOW2, backing=(("/p/mid", Format.QCOW2), ("/p/base", Format.RAW)))
+    argv = command.argv(
+        domain, "00000000-0000-0000-0000-000000000001", command.Host("qemu", False, "/run/d"), [image]
+    )
+    nodes = [argv[at + 1] for at, word in enumerate(argv) if word == "-blockdev"]
+    names = [dict(part.split("=", 1) for part in node.split(",")) for node in nodes]
+    assert [(node["node-name"], node.get("backing")) for node in names] == [
+        ("file0b2", None), ("disk0b2", None), ("file0b1", None), ("disk0b1", "disk0b2"), ("file0", None),
+        ("disk0", "disk0b1"),
+    ]  # fmt: skip
+    assert [node["read-only"] for node in names] == ["on", "on", "on", "on", "off", "off"]
+    assert [node["driver"] for node in names] == ["file", "raw", "file", "qcow2", "file", "qcow2"]
+    device = command.argv(domain, "0" * 32, command.Host("qemu", False, "/run/d"), [images.Image("/dev/vg0/v")])
+    assert any(word.startswith("driver=host_device,node-name=file0,filename=/dev/vg0/v") for word in device)

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""org.virtd1.Volume on Varlink."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .interfaces import Method, under
+
+
+def _given(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in parameters.items() if value is not None}
+
+
+METHODS: dict[str, Method] = {
+    "List": Method(lambda host, by, p: under("objects", host.volumes.listing(p["pool"])), reading=True),
+    "Info": Method(lambda host, by, p: under("object", host.volumes.info(p["pool"], p["name"])), reading=True),
+    "Snapshots": Method(
+        lambda host, by, p: under("objects", host.volumes.snapshots(p["pool"], p["name"])), reading=True
+    ),
+    "Create": Method(lambda host, by, p: host.volumes.create(**_given(p), by=by)),
+    "Clone": Method(lambda host, by, p: host.volumes.clone(**_given(p), by=by)),
+    "Import": Method(lambda host, by, p: host.volumes.import_(**_given(p), by=by)),
+    "Resize": Method(lambda host, by, p: host.volumes.resize(**_given(p), by=by)),
+    "Wipe": Method(lambda host, by, p: host.volumes.wipe(**_given(p), by=by)),
+    "Delete": Method(lambda host, by, p: host.volumes.delete(p["pool"], p["name"], by=by)),
+    "Upload": Method(lambda host, by, p: host.volumes.upload(**_given(p), by=by)),
+    "Uploaded": Method(lambda host, by, p: host.volumes.uploaded(p["job"], by=by)),
+    "Download": Method(lambda host, by, p: host.volumes.download(p["pool"], p["name"], by=by)),
+    "Jobs": Method(lambda host, by, p: under("objects", host.volumes.jobs()), reading=True),
+    "Await": Method(
+        lambda host, by, p: under("object", host.volumes.wait(p["job"], p.get("timeout"))), reading=True, waiting=True
+    ),
+    "Cancel": Method(lambda host, by, p: host.volumes.cancel(p["job"], by=by)),
+}

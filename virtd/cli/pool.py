@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""virtctl pool: the storage pools."""
+
+from __future__ import annotations
+
+from virtd.cli.client import Call, constant
+from virtd.cli.domains import (
+    WORK,
+    act,
+    autostart_options,
+    autostarting,
+    define_options,
+    defining,
+    names,
+    plain,
+    undefining,
+)
+from virtd.cli.exits import OK
+from virtd.cli.output import BOLD, GREEN, YELLOW, clean, labelled, moment, paint, plural, rounded, table, write_json
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+    from typing import Any
+
+    from virtd.cli.client import Session
+    from virtd.cli.options import Parser
+
+COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
+    "list": ("pool", "Pools", "", "List storage pools with their state", "list pools"),
+    "info": ("pool", "Pools", "NAME", "Show all about one pool", "show {name}"),
+    "start": ("pool", "Pools", "NAME...", "Make pools usable", ""),
+    "stop": ("pool", "Pools", "NAME...", "Take pools out of use; their volumes stay", ""),
+    "refresh": ("pool", "Pools", "NAME...", "Look again what is in pools, and remove what is unfinished", ""),
+    "build": ("pool", "Pools", "NAME...", "Make the directories of directory pools", ""),
+    "define": ("pool", "Definitions", "FILE|-...", "Define pools, or change their definitions", ""),
+    "undefine": ("pool", "Definitions", "NAME...", "Remove the definitions of pools", ""),
+    "dump": ("pool", "Definitions", "NAME", "Print a pool's definition", "print the definition of {name}"),
+    "autostart": ("pool", "Definitions", "NAME...", "Start pools when the host boots, or no longer", ""),
+}
+COLOURS = {"active": GREEN, "starting": YELLOW, "stopping": YELLOW}
+
+
+def list_(args: argparse.Namespace, session: Session) -> int:
+    pools = session.call("Pool.List")["objects"]
+    if args.json:
+        write_json(pools, args.json)
+        return OK
+    rows = [
+        (
+            str(pool.get("name")),
+            str(pool.get("state")),
+            str(pool.get("type") or "-"),
+            _size(pool.get("capacity")),
+            _size(pool.get("available")),
+            "yes" if pool.get("autostart") else "no",
+            str(pool.get("path") or "-"),
+        )
+        for pool in pools
+    ]
+    header = ("NAME", "STATE", "TYPE", "SIZE", "AVAILABLE", "AUTOSTART", "PATH")
+    table(header, rows, legend=not args.no_legend)
+    if not args.no_legend:
+        print(("\n" if rows else "") + plural(len(rows), "pool") + " listed.")
+    return OK
+
+
+def _size(number: object) -> str:
+    return rounded(number) if isinstance(number, int) else "-"
+
+
+def info(args: argparse.Namespace, session: Session) -> int:
+    pool = session.call("Pool.Info", {"name": args.name})["object"]
+    if args.json:
+        write_json(pool, args.json)
+        return OK
+    state = str(pool.get("state"))
+    dot = paint("●" if state == "active" else "○", COLOURS.get(state, ""))
+    print(
+        f"{dot} {paint(clean(str(pool.get('name'))), BOLD)} - {clean(str(pool.get('type')))} pool {pool.get('uuid')}"
+    )
+    reason = f" ({pool['reason']})" if pool.get("reason") else ""
+    since = f" since {moment(pool['since'])}" if pool.get("since") else ""
+    print(f"{'State':>10}: {paint(clean(state), COLOURS.get(state, ''))}{clean(reason)}{since}")
+    pending = "\nchanged since the start; it takes effect with the next one" if pool.get("pending") else ""
+    source = str(pool.get("source") or "")
+    labelled(
+        [
+            ("Path", str(pool.get("path") or "")),
+            ("Source", source + (f" ({pool['fstype']})" if pool.get("fstype") else "")),
+            ("Options", str(pool.get("options") or "")),
+            ("Size", _size(pool.get("capacity")).replace("-", "")),
+            ("Used", _size(pool.get("allocation")).replace("-", "")),
+            ("Available", _size(pool.get("available")).replace("-", "")),
+            ("Autostart", "yes" if pool.get("autostart") else "no"),
+            ("Definition", str(pool.get("definition_path") or "") + pending),
+        ]
+    )
+    problems(pool.get("problems") or [])
+    return OK
+
+
+def problems(found: list[dict[str, Any]]) -> None:
+    for problem in found:
+        print(paint(clean(f"{'Problem':>10}: {problem.get('text')}"), YELLOW))
+        if problem.get("hint"):
+            print(f"{'':>12}{clean(str(problem['hint']))}")
+
+
+def dump(args: argparse.Namespace, session: Session) -> int:
+    text = session.call("Pool.Dump", {"name": args.name})["text"]
+    if args.json:
+        write_json({"text": text}, args.json)
+    else:
+        print(text, end="")
+    return OK
+
+
+def refresh(args: argparse.Namespace, session: Session) -> int:
+    def begin(name: str) -> Call:
+        return Call(session, "Pool.Refresh", constant({"name": name}), limit=WORK)
+
+    def end(_name: str, call: Call) -> None:
+        reply = call.result().parameters
+        for item in reply.get("removed") or []:
+            print(f"Removed {clean(str(item))}, which was unfinished.")
+
+    return act(args.names, "refresh", begin, end)
+
+
+def _list_options(parser: Parser) -> None:
+    parser.legend()
+    parser.json()
+
+
+def _info_options(parser: Parser) -> None:
+    parser.name()
+    parser.json()
+
+
+OPTIONS: dict[str, Callable[[Parser], None]] = {
+    "list": _list_options,
+    "info": _info_options,
+    "start": names,
+    "stop": names,
+    "refresh": names,
+    "build": names,
+    "define": define_options,
+    "undefine": names,
+    "dump": _info_options,
+    "autostart": autostart_options,
+}
+RUN: dict[str, Callable[[argparse.Namespace, Session], int]] = {
+    "list": list_,
+    "info": info,
+    "start": plain("start", "Pool.Start"),
+    "stop": plain("stop", "Pool.Stop"),
+    "refresh": refresh,
+    "build": plain("build", "Pool.Build"),
+    "define": defining("Pool.Define"),
+    "undefine": undefining("Pool.Undefine"),
+    "dump": dump,
+    "autostart": autostarting("Pool.Autostart"),
+}

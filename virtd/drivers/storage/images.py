@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Images beyond their names: what they stand on, what stands on them, what a foreign one is."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from ... import errors
+from ...model.domain import Format
+from . import qcow2
+from .aside import Aside
+from .backend import Backing, Meta, Volume
+from .directory import told
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .backend import Backend
+    from .driver import Driver
+    from .job import Task
+    from .pool import StoragePool
+
+DEPTH = 64  # volumes in one chain
+FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vhdx", "vpc")
+
+
+class Link(NamedTuple):
+    """One volume of a chain."""
+
+    pool: StoragePool
+    volume: Volume
+
+    @property
+    def key(self) -> str:
+        return f"{self.pool.name}/{self.volume.name}"
+
+    @property
+    def format(self) -> Format:
+        assert self.volume.meta.format is not None
+        return self.volume.meta.format
+
+    @property
+    def pair(self) -> tuple[str, Format]:
+        return self.volume.path, self.format
+
+    @property
+    def backing(self) -> Backing:
+        return Backing(self.pool.name, self.volume.name, self.format)
+
+
+async def chain(driver: Driver, pool: StoragePool, volume: Volume) -> list[Link]:
+    """The volume and all that it stands on, from virtd's own records: what images say of themselves isn't asked."""
+    found = [Link(pool, volume)]
+    while (backing := found[-1].volume.meta.backing) is not None:
+        if len(found) > DEPTH:
+            raise errors.InvalidState(f"{volume.name} stands on more than {DEPTH} volumes, or on itself")
+        try:
+            below = driver.find(backing.pool)
+            lower = await below.usable.volume(backing.volume)
+        except (errors.NotFound, errors.InvalidState) as exc:
+            raise errors.InvalidState(
+                f"{found[-1].volume.name} stands on volume {backing.volume} of pool {backing.pool}: {exc.message}",
+                hint=exc.hint,
+            ) from exc
+        found.append(Link(below, lower))
+    return found
+
+
+def require_format(links: Sequence[Link]) -> None:
+    """Raise InvalidState for a volume that nobody has told the format of, or that is damaged."""
+    for pool, volume in links:
+        if volume.meta.format is None:
+            raise errors.InvalidState(
+                f"The format of volume {volume.name} isn't known: it was put into pool {pool.name} by others",
+                hint=f"Say what it is: virtctl volume import {pool.name} {volume.name} --from raw (or qcow2), "
+                "or have virtd look: --probe.",
+            )
+        if volume.trouble:
+            raise errors.InvalidState(f"Volume {volume.name} of pool {pool.name} can't be used: {volume.trouble}")
+
+
+async def dependents(driver: Driver, pool: str, volume: str) -> list[tuple[str, str]]:
+    """The volumes, in all active pools, that stand directly on this one."""
+    found = []
+    for other in sorted(driver.pools.values(), key=lambda other: other.name):
+        if not other.active:
+            continue
+        for candidate in (await other.backend.volumes()).values():
+            backing = candidate.meta.backing
+            if backing is not None and (backing.pool, backing.volume) == (pool, volume):
+                found.append((other.name, candidate.name))
+    for job in driver.jobs.values():  # and those that are being made
+        made = job.task.meta.backing if job.alive and job.task.undo and job.task.meta is not None else None
+        if made is not None and (made.pool, made.volume) == (pool, volume):
+            found.append((job.task.pool, job.task.volume))
+    return found
+
+
+class Foreign(NamedTuple):
+    """An image that virtd knows nothing of yet. `size`: of a raw one, in bytes; `backing` as it says itself."""
+
+    path: str
+    format: str
+    identity: tuple[int, int]
+    size: int | None
+    backing: str = ""
+
+
+async def look(file: str, told_format: str | None, *, probe: bool) -> Foreign:
+    """Open an image and see that it can be what it is said to be. It is probed only if that was asked for."""
+    if not file.startswith("/"):
+        raise errors.InvalidDefinition("image", "file", f"expected an absolute path, got {file}")
+    if told_format is not None and told_format not in FORMATS:
+        raise errors.InvalidDefinition("image", "from", f"expected one of {', '.join(FORMATS)}, got {told_format}")
+    if told_format is None and not probe:
+        raise errors.InvalidDefinition(
+            "image",
+            "from",
+            f"expected the format of {file}",
+            hint="Say it with --from, or have it probed with --probe. A guest that wrote a header into its raw disk "
+            "could then have it taken for another format.",
+        )
+    return await Aside(file)(lambda: _look(file, told_format, file))
+
+
+def _look(file: str, told_format: str | None, name: str) -> Foreign:
+    """`name` is for errors."""
+    path = os.path.realpath(file)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as exc:
+        raise errors.HostError(f"Cannot read {name}: {exc.strerror}") from exc
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise errors.InvalidState(f"{name} is no regular file")
+        found = told_format or qcow2.probe(fd)
+        identity = (status.st_dev, status.st_ino)
+        if found != "qcow2":
+            return Foreign(path, found, identity, status.st_size if found == "raw" else None)
+        header = qcow2.read(fd, name)
+        if wrong := told(header):
+            raise errors.InvalidState(f"{name} can't be imported: {wrong}")
+        return Foreign(path, found, identity, header.size, header.backing)
+    finally:
+        os.close(fd)
+
+
+def native(found: str) -> Format:
+    """What an image of this format becomes, unless told otherwise."""
+    return Format.RAW if found == "raw" else Format.QCOW2
+
+
+async def known_backing(driver: Driver, file: str, foreign: Foreign) -> Backing:
+    """The volume that a foreign image stands on. Raises InvalidState when it is none of ours."""
+    path = os.path.normpath(os.path.join(os.path.dirname(foreign.path), foreign.backing))
+    for pool in driver.pools.values():
+        if not pool.active or os.path.dirname(path) != pool.present.path:
+            continue
+        volume = await pool.backend.volume(os.path.basename(path))
+        require_format([Link(pool, volume)])
+        return Link(pool, volume).backing
+    raise errors.InvalidState(
+        f"{file} has a backing file outside any pool: {foreign.backing}",
+        hint=f"Import that first, or make one image of both: qemu-img convert -O qcow2 {file} NEW.",
+    )
+
+
+# What clients write and read
+
+
+async def open_begun(backend: Backend, job: str, name: str) -> tuple[int, int]:
+    """A descriptor to write a begun volume with, and how much of it is there."""
+    path = backend.begun(job, name)
+
+    def work() -> tuple[int, int]:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (0 if path.startswith("/dev/") else os.O_NOFOLLOW))
+        status = os.fstat(fd)
+        return fd, status.st_size if stat.S_ISREG(status.st_mode) else 0
+
+    try:
+        return await Aside(path)(work)
+    except OSError as exc:
+        raise errors.HostError(f"Cannot open what is to become {name}: {exc.strerror}") from exc
+
+
+async def open_whole(backend: Backend, volume: Volume) -> int:
+    path = volume.path
+
+    def work() -> int:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if path.startswith("/dev/") else os.O_NOFOLLOW))
+
+    try:
+        return await Aside(path)(work)
+    except OSError as exc:
+        raise errors.HostError(f"Cannot open {path}: {exc.strerror}") from exc
+
+
+async def received(driver: Driver, backend: Backend, job: str, task: Task) -> tuple[Meta, str]:
+    """What was uploaded, if it can be what it is said to be, and where it is."""
+    assert task.meta is not None
+    path = backend.begun(job, task.volume)
+    if path.startswith("/dev/"):
+        return task.meta, path
+    wanted = str(task.meta.format)
+    foreign = await Aside(path)(lambda: _look(path, wanted, task.volume))
+    if foreign.size == 0:
+        raise errors.InvalidState("Nothing was uploaded")
+    if task.meta.format is Format.RAW:
+        return task.meta, path
+    backing = None
+    if foreign.backing:
+        # Where it will be, which is what a relative name means.
+        final = foreign._replace(path=f"{os.path.dirname(os.path.dirname(os.path.dirname(path)))}/{task.volume}")
+        backing = await known_backing(driver, task.volume, final)
+    return msgspec.structs.replace(task.meta, backing=backing), path

@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One job: a child that works on a volume, and goes on whatever becomes of the daemon.
+
+    being begun   nothing, or what `Backend.sweep` removes
+    running       record, slots and unit: adopted by the next daemon
+    ended         the same; its result is taken up then, twice if need be
+    over          record with the verdict; what is left of the child is put away
+
+A job without a program (an upload) waits for a client, and has a record only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from ... import errors, fdstore
+from ...child import Child, Services
+from ...records import Record, Records, now
+from ...units import CLD_EXITED, UnitSpec, signal_name, unit_name
+from .backend import Meta
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from ...units import UnitState
+
+log = logging.getLogger(__name__)
+
+DRIVER = "storage"
+SLICE = "virtd-storage.slice"
+ENVIRONMENT = (("PATH", "/usr/sbin:/usr/bin"), ("LANG", "C.UTF-8"), ("HOME", "/"))
+PATIENCE = 5.0  # seconds between SIGTERM and SIGKILL
+AGAIN = 1.0
+KEPT = 32  # verdicts that are kept for whoever asks later
+# qemu-img(1): how a check ends that finds nothing but clusters which nobody uses. They cost space, and nothing else.
+LEAKED = 3
+CORRUPT = 2
+CHECKING = frozenset({"import", "adopt", "upload"})
+_PROGRESS = rb"\((\d+(?:\.\d+)?)/100%\)"
+
+
+class State(StrEnum):
+    """What a job is doing."""
+
+    RUNNING = "running"
+    WAITING = "waiting"  # for its client
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class Task(msgspec.Struct, frozen=True, kw_only=True):
+    """What a job is for, as its record has it.
+
+    `meta`: of the volume that it makes (None: it makes none). `reads` and `writes`: the volumes, "POOL/NAME", that
+    nobody may write or use meanwhile.
+    """
+
+    verb: str
+    pool: str
+    volume: str
+    by: str
+    token: str = ""
+    meta: Meta | None = None
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    size: int | None = None
+    undo: bool = True  # whether what it made goes away when it fails; else the volume is damaged then
+    note: str = ""
+
+
+class Program(NamedTuple):
+    """What a job runs: as whom, and in which sandbox. `tool`: its output is wanted, and nobody else's business."""
+
+    argv: tuple[str, ...]
+    properties: tuple[tuple[str, str, Any], ...]
+    user: str = ""
+    group: str = ""
+
+
+class Shared(NamedTuple):
+    """What all jobs have in common. `concluded(job, ok)` carries out what the end means; it may raise VirtdError."""
+
+    services: Services
+    records: Records
+    boot_id: str
+    concluded: Callable[[Job, bool], Awaitable[None]]
+    published: Callable[[Job], None]
+
+
+class Job:
+    """See the module. `over` is set when there is a verdict and everything is put away."""
+
+    def __init__(self, shared: Shared, name: str, task: Task) -> None:
+        self.shared = shared
+        self.name = name
+        self.task = task
+        self.record: Record | None = None
+        self.child: Child | None = None
+        self.over = asyncio.Event()
+        self.problem = ""
+        self.result = ""  # what a tool wrote
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def unit(self) -> str:
+        return unit_name(DRIVER, self.name)
+
+    @property
+    def state(self) -> State:
+        return State(self.record.state) if self.record is not None else State.RUNNING
+
+    @property
+    def alive(self) -> bool:
+        return self.state in (State.RUNNING, State.WAITING)
+
+    @property
+    def cancelled(self) -> str:
+        """By whom; "" when nobody has cancelled it."""
+        return str(self.record.data.get("cancelled", "")) if self.record is not None else ""
+
+    @property
+    def error(self) -> str:
+        return str(self.record.data.get("error", "")) if self.record is not None else ""
+
+    def describe(self) -> dict[str, Any]:
+        record = self.record
+        return {
+            "job": self.name,
+            "verb": self.task.verb,
+            "pool": self.task.pool,
+            "volume": self.task.volume,
+            "state": self.state.value,
+            "progress": self.progress(),
+            "by": self.task.by,
+            "since": record.since if record is not None else None,
+            "pid": record.main_pid if record is not None and record.main_pid and self.alive else None,
+            "error": self.error,
+        }
+
+    def progress(self) -> float | None:
+        """Percent, as far as the program has told."""
+        if self.state is State.DONE:
+            return 100.0
+        if self.child is None:
+            return None
+        found = re.findall(_PROGRESS, self.output(1024))
+        return float(found[-1]) if found else None
+
+    def output(self, last: int = 1 << 20) -> bytes:
+        """The end of what the program wrote to stdout."""
+        return _tail(self.shared.services.paths.console_log(DRIVER, self.name), last)
+
+    def words(self) -> str:
+        """What it wrote to stderr, without the program's name."""
+        text = _tail(self.shared.services.paths.stderr_log(DRIVER, self.name), 4096).decode(errors="replace")
+        lines = [line.removeprefix("qemu-img: ").strip() for line in text.splitlines()]
+        return "; ".join(line for line in lines[-3:] if line)
+
+    # Starting
+
+    def save(self, state: State, **changes: Any) -> None:
+        """Raises HostError; the record is then as before."""
+        before = self.record
+        data = {"task": msgspec.to_builtins(self.task)}
+        if before is None:
+            before = Record(
+                driver=DRIVER, name=self.name, uuid="", state=state.value, reason=self.task.verb, since=now(),
+                boot_id=self.shared.boot_id, data=data,
+            )  # fmt: skip
+        record = msgspec.structs.replace(before, state=state.value, **changes)
+        self.shared.records.save(record)
+        self.record = record
+
+    def wait_for_client(self) -> None:
+        """A job without a program."""
+        self.save(State.WAITING)
+        self.shared.published(self)
+
+    async def run(self, program: Program) -> None:
+        """Start the program; whatever fails is undone, but for what the job was to fill. Raises VirtdError."""
+        child = Child(self.shared.services, DRIVER, self.name)
+        try:
+            self.shared.services.store.room_for(child.slot_names())
+        except fdstore.StoreFull as exc:
+            raise errors.BudgetExceeded(f"Cannot {self.task.verb} {self.task.volume}: {exc}", hint=exc.hint) from exc
+        ends, descriptors = child.prepare()
+        self.child = child
+        try:
+            slots = {name: _identity(fd) for name, fd in descriptors.items()}
+            self.save(State.RUNNING, slots=slots, unit=self.unit)
+            await child.keep(descriptors)
+            state = await child.spawn(
+                UnitSpec(
+                    name=self.unit,
+                    description=f"{self.task.verb} {self.task.volume} in pool {self.task.pool}",
+                    slice=SLICE,
+                    argv=program.argv,
+                    environment=ENVIRONMENT,
+                    user=program.user,
+                    group=program.group,
+                    properties=program.properties,
+                ),
+                ends,
+            )
+            self.save(
+                State.RUNNING,
+                main_pid=child.pid,
+                main_start=child.start,
+                invocation_id=state.invocation_id,
+            )
+        except BaseException:
+            ends.close()
+            child.discard(descriptors)
+            await asyncio.shield(self._undo())
+            raise
+        self.shared.published(self)
+        self.spawn(self._watch())
+
+    async def _undo(self) -> None:
+        units = await self.shared.services.units()
+        with contextlib.suppress(errors.VirtdError):
+            await units.kill(self.unit, 9)
+        await self._put_away()
+        self.shared.records.remove(self.name)
+        self.record = None
+        self.over.set()
+
+    # Taking it back
+
+    @classmethod
+    def of(cls, shared: Shared, record: Record) -> Job:
+        """The job that a record tells of. Raises ValueError."""
+        try:
+            task = msgspec.convert(record.data.get("task"), Task)
+        except msgspec.ValidationError as exc:
+            raise ValueError(str(exc)) from exc
+        job = cls(shared, record.name, task)
+        job.record = record
+        if not job.alive and not record.unit and not record.slots:
+            job.over.set()
+        elif job.state is not State.WAITING:
+            job.child = Child.adopt(shared.services, record)
+        return job
+
+    async def reconcile(self) -> str:
+        """Second step of a start: "adopted", "ended", or "" for what is over."""
+        if self.state is State.WAITING or self.over.is_set():
+            return ""
+        if not self.alive:
+            await self._put_away()
+            self.over.set()
+            return ""
+        assert self.child is not None
+        if self.child.alive():
+            self.spawn(self._watch())
+            return "adopted"
+        units = await self.shared.services.units()
+        state = await units.state(self.unit)
+        if state is not None and state.running:
+            # Killed between the start of the unit and the record of its PID.
+            self.child.identify(state)
+            self.save(State.RUNNING, main_pid=self.child.pid, main_start=self.child.start)
+            self.spawn(self._watch())
+            return "adopted"
+        await self.finish()
+        return "ended"
+
+    # Its end
+
+    async def cancel(self, by: str) -> bool:
+        """Have it end; False when it has ended already."""
+        if not self.alive:
+            return False
+        assert self.record is not None
+        self.save(self.state, data=self.record.data | {"cancelled": by})
+        if self.state is State.WAITING:
+            await self.conclude(ok=False, error=f"cancelled by {by}")
+            return True
+        units = await self.shared.services.units()
+        for signum in (15, 9):
+            with contextlib.suppress(errors.NotFound):
+                await units.kill(self.unit, signum)
+            try:
+                async with asyncio.timeout(PATIENCE):
+                    await self.over.wait()
+                    return True
+            except TimeoutError:
+                continue
+        await self.over.wait()
+        return True
+
+    async def _watch(self) -> None:
+        assert self.child is not None
+        await self.child.ended()
+        while True:
+            try:
+                return await self.finish()
+            except errors.VirtdError as exc:  # no bus at this moment, or a file system that doesn't answer
+                self.problem = f"{self.task.verb} of {self.task.volume} has ended, but isn't finished: {exc.message}"
+                await asyncio.sleep(AGAIN)
+
+    async def finish(self) -> None:
+        """The program has ended: take up its result."""
+        if not self.alive or self.child is None:
+            return
+        units = await self.shared.services.units()
+        unit = await units.ended(self.unit)
+        await self.child.drain()
+        good = (0, LEAKED) if self.task.verb in CHECKING else (0,)
+        ok = unit is not None and unit.exec_code == CLD_EXITED and unit.exec_status in good
+        await self.conclude(ok=ok, error="" if ok else self._why(unit))
+        self.problem = ""
+
+    def _why(self, unit: UnitState | None) -> str:
+        if self.cancelled:
+            return f"cancelled by {self.cancelled}"
+        if self.task.verb in CHECKING and unit is not None and unit.exec_status == CORRUPT:
+            return "the image is corrupt"
+        if words := self.words():
+            return words
+        if unit is None:
+            return "its unit has gone, and with it how it ended"
+        if unit.result == "oom-kill":
+            return "it was killed, because memory ran out"
+        if unit.exec_code != CLD_EXITED:
+            return f"it was killed by {signal_name(unit.exec_status)}"
+        return f"it ended with exit status {unit.exec_status}"
+
+    async def conclude(self, *, ok: bool, error: str = "") -> None:
+        """Carry out what the end means, say so on record, then put away what is left."""
+        assert self.record is not None
+        try:
+            await self.shared.concluded(self, ok)
+        except errors.TimedOut:
+            raise  # the file system doesn't answer: tried again
+        except errors.VirtdError as exc:
+            ok, error = False, error or exc.message
+            with contextlib.suppress(errors.VirtdError):
+                await self.shared.concluded(self, False)
+        state = State.DONE if ok else State.CANCELLED if self.cancelled else State.FAILED
+        data = self.record.data | {"error": "" if ok else error}
+        self.save(state, data=data, since=now(), main_pid=0, main_start=0)
+        if self.task.verb == "tool":
+            self.result = self.output().decode(errors="replace")
+        await self._put_away()
+        self.over.set()
+        self.shared.published(self)
+
+    async def _put_away(self) -> None:
+        """Slots, unit and logs of a child that has ended. Safe to repeat."""
+        child = self.child or Child(self.shared.services, DRIVER, self.name)
+        await child.release()
+        self.child = None
+        if self.record is not None and self.record.unit:
+            units = await self.shared.services.units()
+            with contextlib.suppress(errors.VirtdError):
+                await units.ended(self.unit)
+                await units.collect(self.unit)
+        paths = self.shared.services.paths
+        for log_file in (paths.console_log(DRIVER, self.name), paths.stderr_log(DRIVER, self.name)):
+            for path in (log_file, *(f"{log_file}.{number}" for number in range(1, 4))):
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+        if self.record is not None and (self.record.unit or self.record.slots):
+            with contextlib.suppress(errors.HostError):
+                self.save(self.state, unit="", slots={})
+
+    # Tasks
+
+    def spawn(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.create_task(work, name=self.name)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            log.error("%s failed: %s", self.name, exc, exc_info=exc)
+            self.problem = f"{self.name} failed: {exc}"
+
+    async def close(self) -> None:
+        """Let go of it in this process; it goes on."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.child is not None:
+            await self.child.close()
+
+
+def _identity(fd: int) -> str:
+    status = os.fstat(fd)
+    return f"{status.st_dev}:{status.st_ino}"
+
+
+def _tail(path: str, last: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - last))
+            return file.read(last)
+    except OSError:
+        return b""

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A pool that is an LVM volume group: its volumes are logical volumes, always raw.
+
+The group's own metadata is the record: a volume that isn't finished has the tag `virtd_new` and its job's, one that
+is damaged has `virtd_damaged`. LVM's tools run as root, each in a unit of its own, for only root may use them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from ... import errors
+from ...model import pool as model
+from ...model.domain import Format
+from . import host, sandbox
+from .aside import Aside
+from .backend import Capacity, Meta, Volume
+from .job import Program
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Collection
+
+NEW = "virtd_new"
+DAMAGED = "virtd_damaged"
+JOB = "virtd_job_"
+TOKEN = "virtd_token_"
+# lvs(8), the first letter of lv_attr: what can be given to a guest. Pools, their metadata and such can't.
+PLAIN = frozenset("-oOsVmMrR")
+
+
+class Logical:
+    """See Backend. `run_tool(pool, program)` gives what the program wrote."""
+
+    def __init__(self, pool: model.Pool, uid: int, run_tool: Callable[[str, Program], Awaitable[str]]) -> None:
+        self.pool = pool
+        self._uid = uid
+        self._run_tool = run_tool
+        self._group = pool.path.rpartition("/")[2]
+        self._aside = Aside(f"Pool {pool.name} ({pool.path})")
+
+    async def _lvm(self, tool: str, *arguments: str) -> str:
+        argv = (host.program(tool, "lvm2"), *arguments)
+        return await self._run_tool(self.pool.name, Program(argv, tuple(sandbox.privileged())))
+
+    async def _report(self, tool: str, fields: str) -> list[dict[str, str]]:
+        text = await self._lvm(
+            tool, "--reportformat", "json", "--units", "b", "--nosuffix", "-o", fields, self._group
+        )
+        try:
+            value: Any = json.loads(text)
+            (report,) = value["report"]
+            rows: list[dict[str, str]] = next(iter(report.values()))
+        except (ValueError, LookupError, TypeError, StopIteration) as exc:
+            raise errors.HostError(f"{tool} answered what isn't understood: {text[:200]}") from exc
+        return rows
+
+    # The pool
+
+    async def start(self) -> None:
+        await self._report("vgs", "vg_name")
+        await self._lvm("vgchange", "-q", "--activate", "y", self._group)
+
+    async def stop(self) -> None:
+        try:
+            await self._lvm("vgchange", "-q", "--activate", "n", self._group)
+        except errors.HostError as exc:
+            raise errors.HostError(exc.message, hint="Is one of its volumes mounted, or in use otherwise?") from exc
+
+    async def lost(self) -> str:
+        try:
+            await self._report("vgs", "vg_name")
+        except errors.HostError as exc:
+            return exc.message
+        return ""
+
+    async def capacity(self) -> Capacity:
+        (row,) = await self._report("vgs", "vg_size,vg_free")
+        size, free = int(row["vg_size"]), int(row["vg_free"])
+        return Capacity(size, size - free, free)
+
+    # Its volumes
+
+    async def _all(self) -> dict[str, tuple[Volume, frozenset[str]]]:
+        rows = await self._report("lvs", "lv_name,lv_size,lv_attr,lv_tags")
+        found = {}
+        for row in rows:
+            name = row["lv_name"]
+            if row["lv_attr"][:1] not in PLAIN:
+                continue
+            tags = frozenset(filter(None, row["lv_tags"].split(",")))
+            path = f"{self.pool.path}/{name}"
+            size = int(row["lv_size"])
+            meta = Meta(
+                Format.RAW,
+                job=_after(JOB, tags),
+                token=_after(TOKEN, tags),
+                damaged="it was being wiped: wipe it again, or delete it" if DAMAGED in tags else "",
+            )
+            try:
+                status = os.stat(path)
+                identity, trouble = (status.st_dev, status.st_ino), ""
+            except OSError:
+                identity, trouble = (0, 0), "it isn't activated"
+            found[name] = Volume(name, path, meta, size, size, identity, meta.damaged or trouble), tags
+        return found
+
+    async def volumes(self) -> dict[str, Volume]:
+        return {name: volume for name, (volume, tags) in sorted((await self._all()).items()) if NEW not in tags}
+
+    async def volume(self, name: str) -> Volume:
+        model.check_volume(name, model.Type.LOGICAL)
+        try:
+            return (await self.volumes())[name]
+        except KeyError:
+            raise errors.NotFound(
+                f"There is no volume {name} in pool {self.pool.name}",
+                hint=f"virtctl volume list {self.pool.name} shows all.",
+            ) from None
+
+    async def free(self, name: str) -> None:
+        model.check_volume(name, model.Type.LOGICAL)
+        if name in await self._all():
+            raise errors.Exists(
+                f"There is a volume {name} in pool {self.pool.name} already",
+                hint=f"virtctl volume info {self.pool.name} {name}",
+            )
+
+    async def begin(self, job: str, name: str, size: int | None, *, allocate: bool = False) -> str:
+        if size is None:
+            raise errors.InvalidDefinition(
+                "volume", "size", "expected a size: a logical volume has one from the start"
+            )
+        await self._lvm(
+            "lvcreate", "-q", "--yes", "--wipesignatures", "y", "--size", f"{size}b",
+            "--addtag", NEW, "--addtag", f"{JOB}{job}", "--name", name, self._group,
+        )  # fmt: skip
+        path = self.begun(job, name)
+        # udev makes the link, a moment later.
+        await self._aside(lambda: _await(path))
+        await self._aside(lambda: os.chown(path, self._uid, -1))  # for the job that fills it
+        return path
+
+    def begun(self, _job: str, name: str) -> str:
+        return f"{self.pool.path}/{name}"
+
+    async def commit(self, job: str, name: str, meta: Meta) -> None:
+        found = (await self._all()).get(name)
+        if found is None or f"{JOB}{job}" not in found[1]:
+            raise errors.HostError(f"What was to become volume {name} has gone")
+        if NEW in found[1]:
+            await self._aside(lambda: _flush(found[0].path), limit=None)
+            await self.take(name)
+            token = ("--addtag", f"{TOKEN}{meta.token}") if meta.token else ()
+            await self._lvm("lvchange", "-q", "--deltag", NEW, *token, f"{self._group}/{name}")
+
+    async def discard(self, job: str, name: str) -> None:
+        found = (await self._all()).get(name)
+        if found is not None and {NEW, f"{JOB}{job}"} <= found[1]:
+            await self._remove(name)
+
+    async def sweep(self, jobs: Collection[str]) -> list[str]:
+        removed = []
+        for name, (volume, tags) in (await self._all()).items():
+            if NEW in tags and volume.meta.job not in jobs:
+                await self._remove(name)
+                removed.append(name)
+        return removed
+
+    async def grow(self, volume: Volume, size: int) -> None:
+        shrink = ("--force",) if volume.capacity is not None and size < volume.capacity else ()
+        await self._lvm("lvresize", "-q", "--yes", *shrink, "--size", f"{size}b", f"{self._group}/{volume.name}")
+
+    async def lend(self, volume: Volume) -> None:
+        await self._aside(lambda: os.chown(volume.path, self._uid, -1))
+
+    async def take(self, name: str) -> None:
+        """As udev gives it: root's, and for the group of disks."""
+
+        def work() -> None:
+            try:
+                group = grp.getgrnam("disk").gr_gid
+            except KeyError:
+                group = 0
+            with contextlib.suppress(OSError):
+                os.chown(f"{self.pool.path}/{name}", 0, group)
+
+        await self._aside(work)
+
+    async def describe(self, name: str, meta: Meta) -> None:
+        how = "--addtag" if meta.damaged else "--deltag"
+        await self._lvm("lvchange", "-q", how, DAMAGED, f"{self._group}/{name}")
+
+    async def delete(self, volume: Volume) -> None:
+        await self._remove(volume.name)
+
+    async def _remove(self, name: str) -> None:
+        await self._lvm("lvremove", "-q", "--yes", f"{self._group}/{name}")
+
+
+def _after(prefix: str, tags: Collection[str]) -> str:
+    return next((tag.removeprefix(prefix) for tag in tags if tag.startswith(prefix)), "")
+
+
+def _await(path: str) -> None:
+    import time
+
+    for _ in range(100):
+        if os.path.exists(path):
+            return
+        time.sleep(0.1)
+    raise errors.HostError(f"{path} didn't come about", hint="Is udev running?")
+
+
+def _flush(path: str) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Mounts as systemd's units: it mounts and unmounts, keeps the mount when virtd goes, and orders it at shutdown."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING
+
+from ... import errors
+from ...bus import BusError
+
+if TYPE_CHECKING:
+    from ...units import Units
+
+MOUNT_INFO = "/proc/self/mountinfo"
+LIMIT = 90.0  # seconds; mount.nfs gives a server that doesn't answer about as long
+
+
+def unit_of(path: str) -> str:
+    """The unit of a mount point, escaped as systemd-escape(1) --path does it."""
+    text = path.strip("/")
+    if not text:
+        return "-.mount"
+    escaped = re.sub(rb"[^A-Za-z0-9:_./]|^\.", lambda match: b"\\x%02x" % match[0][0], text.encode())
+    return escaped.decode().replace("/", "-") + ".mount"
+
+
+def mounted(path: str) -> str | None:
+    """What is mounted at `path`, as mount(8) would name it; None when nothing is. Doesn't touch the file system."""
+    found = None
+    with open(MOUNT_INFO, encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            fields = line.split()
+            if _plain(fields[4]) == path:
+                found = _plain(fields[fields.index("-") + 2])
+    return found
+
+
+def _plain(field: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
+
+
+def same_source(one: str, other: str) -> bool:
+    """Whether two names are one device or export."""
+    if one == other:
+        return True
+    return one.startswith("/") and other.startswith("/") and os.path.realpath(one) == os.path.realpath(other)
+
+
+async def mount(units: Units, what: str, where: str, kind: str, options: str) -> None:
+    """Have systemd mount it. Raises HostError with mount(8)'s own words."""
+    name = unit_of(where)
+    try:
+        result = await units.start_other(
+            name,
+            (
+                ("Description", "s", f"Storage pool at {where}"),
+                ("What", "s", what),
+                ("Type", "s", kind),
+                ("Options", "s", options),
+                ("CollectMode", "s", "inactive-or-failed"),
+                ("TimeoutUSec", "t", int(LIMIT * 1_000_000)),
+            ),
+            timeout=LIMIT + 10,
+        )
+    except BusError as exc:
+        raise errors.HostError(f"systemd refused to mount {what} at {where}: {exc.message}") from exc
+    if result != "done":
+        words = await _words(name)
+        raise errors.HostError(
+            f"Cannot mount {what} at {where}: {words or result}", hint=f"See: journalctl -u {name}"
+        )
+
+
+async def _words(unit: str) -> str:
+    """What mount(8) said, from the journal: systemd runs it, and keeps nothing else of it."""
+    import asyncio
+
+    return await asyncio.to_thread(_read_words, unit)
+
+
+def _read_words(unit: str) -> str:
+    try:
+        from systemd import journal
+
+        with journal.Reader() as reader:
+            reader.this_boot()
+            reader.add_match(_SYSTEMD_UNIT=unit)
+            reader.seek_tail()
+            found: list[str] = []
+            while len(found) < 3 and (entry := reader.get_previous()):
+                found.insert(0, str(entry.get("MESSAGE", "")).strip())
+    except (ImportError, OSError):
+        return ""
+    last = [line for line in found if line.startswith("mount")] or found
+    return re.sub(r"\s+", " ", "; ".join(last[-1:]))
+
+
+async def unmount(units: Units, where: str) -> None:
+    """Raises HostError when something is still open there."""
+    try:
+        await units.stop(unit_of(where), timeout=LIMIT)
+    except errors.HostError as exc:
+        raise errors.HostError(
+            f"Cannot unmount {where}: something still uses it", hint=f"fuser -vm {where} shows what."
+        ) from exc
+    if mounted(where) is not None:
+        raise errors.HostError(
+            f"Cannot unmount {where}: something still uses it", hint=f"fuser -vm {where} shows what."
+        )
+
+
+async def is_ours(units: Units, where: str) -> bool:
+    """Whether virtd had it mounted, and not fstab(5) or a person."""
+    return bool(await units.unit_property(unit_of(where), "Transient"))

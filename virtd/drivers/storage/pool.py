@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One pool and its life: what it shall be, whether it is active, who is busy with it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ... import errors, journal
+from ...messages import Message
+from ...model import pool as model
+from ...records import Record, Records, now
+from .job import DRIVER
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from ...paths import Paths
+    from ..protocol import Problem
+    from .backend import Backend, Capacity
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 120.0  # seconds that an operation waits for another one on the same pool
+
+
+class State(StrEnum):
+    """Whether a pool's volumes can be used."""
+
+    INACTIVE = "inactive"
+    STARTING = "starting"
+    ACTIVE = "active"
+    STOPPING = "stopping"
+
+
+class StoragePool:
+    """A pool. Without a definition only the record of an active one is left of it, and it goes when it is stopped.
+
+    `make` makes the backend of a definition. `published(event, pool)` is told of changes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        paths: Paths,
+        records: Records,
+        boot_id: str,
+        make: Callable[[model.Pool], Backend],
+        published: Callable[[str, StoragePool], None],
+    ) -> None:
+        self.name = name
+        self.definition: model.Pool | None = None
+        self.definition_text = ""
+        self.record: Record | None = None
+        self.problems: dict[str, Problem] = {}
+        self.capacity: Capacity | None = None
+        self._paths = paths
+        self._records = records
+        self._boot_id = boot_id
+        self._make = make
+        self._published = published
+        self._backend: Backend | None = None
+        self._lock = asyncio.Lock()
+        self._holder = ""
+
+    @property
+    def active(self) -> bool:
+        return self.record is not None and self.record.state in (State.ACTIVE, State.STOPPING)
+
+    @property
+    def state(self) -> State:
+        return State(self.record.state) if self.record is not None else State.INACTIVE
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether a start or a stop was cut off, or is under way."""
+        return self.state in (State.STARTING, State.STOPPING)
+
+    @property
+    def reason(self) -> str:
+        return self.record.reason if self.record is not None else "not started since boot"
+
+    @property
+    def uuid(self) -> str:
+        if self.definition is not None and self.definition.uuid is not None:
+            return self.definition.uuid
+        return self.record.uuid if self.record is not None else ""
+
+    @property
+    def source(self) -> str:
+        """The definition's file."""
+        return self._paths.definition(DRIVER, self.name)
+
+    @property
+    def present(self) -> model.Pool:
+        """What the pool is: the definition that it was started with while it is active. Raises NotFound."""
+        if (
+            self.state is not State.INACTIVE
+            and self.record is not None
+            and (text := self.record.data.get("definition"))
+        ):
+            if text == self.definition_text and self.definition is not None:
+                return self.definition
+            with contextlib.suppress(errors.InvalidDefinition):
+                return model.parse(text, self.source)
+        if self.definition is None:
+            raise errors.NotFound(
+                f"Pool {self.name} has no definition", hint=f'virtctl pool define FILE, with name = "{self.name}".'
+            )
+        return self.definition
+
+    @property
+    def backend(self) -> Backend:
+        present = self.present
+        if self._backend is None or self._backend.pool != present:
+            self._backend = self._make(present)
+        return self._backend
+
+    @property
+    def usable(self) -> Backend:
+        """The backend of an active pool. Raises InvalidState."""
+        if not self.active:
+            raise errors.InvalidState(
+                f"Pool {self.name} isn't active", hint=f"Start it first: virtctl pool start {self.name}."
+            )
+        return self.backend
+
+    def fields(self) -> dict[str, str]:
+        return {"VIRTD_DRIVER": DRIVER, "VIRTD_NAME": self.name, "VIRTD_UUID": self.uuid}
+
+    @contextlib.asynccontextmanager
+    async def exclusive(self, what: str) -> AsyncIterator[None]:
+        """Let one operation through; the next waits, and is told who holds it when that takes too long."""
+        try:
+            async with asyncio.timeout(PATIENCE):
+                await self._lock.acquire()
+        except TimeoutError:
+            raise errors.Busy(f"Cannot {what} pool {self.name}: it is still busy ({self._holder})") from None
+        self._holder = what
+        try:
+            yield
+        finally:
+            self._holder = ""
+            self._lock.release()
+
+    def note(self, state: State, reason: str, definition: str) -> None:
+        """Put a state on record. Raises HostError; all is then as before."""
+        record = Record(
+            driver=DRIVER, name=self.name, uuid=self.uuid, state=state.value, reason=reason, since=now(),
+            boot_id=self._boot_id, data={"definition": definition} if definition else {},
+        )  # fmt: skip
+        if self.record is not None:
+            record = msgspec.structs.replace(record, unknown=self.record.unknown)
+        self._records.save(record)
+        self.record = record
+        self._published("changed", self)
+
+    async def start(self, by: str) -> bool:
+        """False if it was active."""
+        async with self.exclusive("start"):
+            if self.active and not await self.backend.lost():
+                return False
+            text = self.definition_text or self._text()
+            backend = self.backend
+            # On record first: what a crash leaves is finished, or taken back, by the next start of the daemon.
+            self.note(State.STARTING, f"being started by {by}", text)
+            try:
+                await backend.start()
+                self.note(State.ACTIVE, f"started by {by}", text)
+            except BaseException as exc:
+                with contextlib.suppress(errors.VirtdError):
+                    await backend.stop()
+                with contextlib.suppress(errors.VirtdError):
+                    self.note(State.INACTIVE, f"failed to start: {exc}", "")
+                raise
+            self.problems.clear()
+            journal.send(f"Started pool {self.name}", message_id=Message.STARTED, **self.fields())
+            await self.measure()
+            return True
+
+    def _text(self) -> str:
+        return str(self.record.data.get("definition", "")) if self.record is not None else ""
+
+    async def stop(self, by: str) -> bool:
+        """False if it wasn't active. Whether somebody uses its volumes is the caller's question."""
+        async with self.exclusive("stop"):
+            if not self.active:
+                return False
+            reason, text = self.reason, self._text()
+            self.note(State.STOPPING, f"being stopped by {by}", text)
+            try:
+                await self.backend.stop()
+            except BaseException:
+                self.note(State.ACTIVE, reason, text)
+                raise
+            self.note(State.INACTIVE, f"stopped by {by}", "")
+            self.capacity = None
+            self.problems.clear()
+            journal.send(f"Stopped pool {self.name}", message_id=Message.ENDED, VIRTD_CAUSE="stop", **self.fields())
+            return True
+
+    async def settle(self) -> str:
+        """After the daemon's start: finish, or take back, what a crash cut off: "adopted" or "rolled_back"."""
+        text = self._text()
+        if not await self.backend.lost():
+            if self.state is State.STARTING:
+                await self.backend.start()  # all of it is there, or is made now
+            self.note(State.ACTIVE, "found active after a restart of virtd", text)
+            return "adopted"
+        if self.state is State.STARTING:
+            with contextlib.suppress(errors.VirtdError):
+                await self.backend.stop()
+        self.note(State.INACTIVE, "its start or stop was cut off", "")
+        return "rolled_back"
+
+    async def measure(self) -> None:
+        """Ask how much there is; a pool that doesn't answer has no figures."""
+        try:
+            self.capacity = await self.usable.capacity()
+        except errors.VirtdError as exc:
+            self.capacity = None
+            log.warning("Pool %s: %s", self.name, exc)
+
+    def describe(self) -> dict[str, Any]:
+        pool = None
+        with contextlib.suppress(errors.NotFound):
+            pool = self.present
+        capacity = self.capacity
+        return {
+            "name": self.name,
+            "driver": DRIVER,
+            "uuid": self.uuid,
+            "state": self.state.value,
+            "reason": self.reason,
+            "since": self.record.since if self.record is not None else None,
+            "autostart": bool(self.definition and self.definition.autostart),
+            "type": pool.type.value if pool is not None else "",
+            "path": pool.path if pool is not None else "",
+            "capacity": capacity.capacity if capacity is not None else None,
+            "allocation": capacity.allocation if capacity is not None else None,
+            "available": capacity.available if capacity is not None else None,
+        }
+
+    def describe_fully(self) -> dict[str, Any]:
+        pool = None
+        with contextlib.suppress(errors.NotFound):
+            pool = self.present
+        return self.describe() | {
+            "source": pool.source if pool is not None else None,
+            "fstype": pool.fstype if pool is not None else None,
+            "options": pool.options if pool is not None else "",
+            "persistent": self.definition is not None,
+            "pending": self.active and self._text() != self.definition_text,
+            "definition_path": self.source if self.definition is not None else None,
+            "problems": [{"text": problem.text, "hint": problem.hint} for problem in self.problems.values()],
+        }

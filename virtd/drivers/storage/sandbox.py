@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The units that jobs run in. Images come from anywhere: what reads them is shown the job's own files and no others.
+
+Names and types of the properties: org.freedesktop.systemd1(5); what they mean: systemd.exec(5).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+Property = tuple[str, str, Any]
+
+KEPT = frozenset({"bin", "sbin", "lib", "lib32", "lib64", "libx32", "usr", "proc", "sys", "dev", "nix"})
+LIBRARIES = ("/etc/ld.so.cache", "/etc/alternatives")
+MEMORY = 1 << 30
+CAP_DAC_READ_SEARCH = 1 << 2
+# lvm(8) makes device nodes and talks to the kernel's device mapper.
+LVM_CAPABILITIES = sum(
+    1 << number
+    for number in (
+        0,
+        1,
+        2,
+        3,
+        14,
+        18,
+        21,
+        27,
+    )  # CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER IPC_LOCK SYS_CHROOT SYS_ADMIN MKNOD
+)
+
+_LIMITS: list[Property] = [
+    ("NoNewPrivileges", "b", True),
+    ("ProtectKernelTunables", "b", True),
+    ("ProtectKernelLogs", "b", True),
+    ("ProtectControlGroups", "b", True),
+    ("ProtectClock", "b", True),
+    ("RestrictSUIDSGID", "b", True),
+    ("RestrictRealtime", "b", True),
+    ("RestrictNamespaces", "t", 0),
+    ("LockPersonality", "b", True),
+    ("SystemCallArchitectures", "as", ["native"]),
+    ("UMask", "u", 0o077),
+    ("LimitCORE", "t", 0),
+    ("LimitNOFILE", "t", 1024),
+    ("TasksMax", "t", 128),
+    # Guests come first.
+    ("CPUWeight", "t", 50),
+    ("IOWeight", "t", 50),
+    ("TimeoutStopUSec", "t", 10_000_000),
+]
+
+
+def properties(
+    readable: Iterable[str], writable: Iterable[str], *, toplevel: Iterable[str], devices: Iterable[str] = ()
+) -> list[Property]:
+    """For qemu-img and the copying program; `toplevel`: the names in `/`.
+
+    The process may read whatever it is shown, whoever's it is (a user's image that is imported), but can't write any
+    file that isn't the guests' user's.
+    """
+    nodes = sorted(devices)
+    found: list[Property] = [
+        *_LIMITS,
+        ("CapabilityBoundingSet", "t", CAP_DAC_READ_SEARCH),
+        ("AmbientCapabilities", "t", CAP_DAC_READ_SEARCH),
+        ("ProtectSystem", "s", "strict"),
+        ("TemporaryFileSystem", "a(ss)", [(f"/{name}", "ro,mode=0755") for name in toplevel if name not in KEPT]),
+        (
+            "BindReadOnlyPaths",
+            "a(ssbt)",
+            [(path, path, False, 0) for path in readable] + [(path, path, True, 0) for path in LIBRARIES],
+        ),
+        ("ProtectProc", "s", "invisible"),
+        ("ProtectKernelModules", "b", True),
+        ("PrivateNetwork", "b", True),
+        ("RestrictAddressFamilies", "(bas)", (True, ["AF_UNIX"])),
+        # With the capability, open_by_handle_at(2) would reach any file of a file system that is shown in part.
+        ("SystemCallFilter", "(bas)", (False, ["open_by_handle_at", "@mount", "@debug", "@keyring", "@reboot"])),
+        ("SystemCallErrorNumber", "i", 1),
+        ("MemoryMax", "t", MEMORY),
+    ]
+    if binds := [(path, path, False, 0) for path in writable]:
+        found.append(("BindPaths", "a(ssbt)", binds))  # an empty list would take back all of the above
+    if nodes:
+        found += [("DevicePolicy", "s", "closed"), ("DeviceAllow", "a(ss)", [(node, "rw") for node in nodes])]
+    else:
+        found.append(("PrivateDevices", "b", True))
+    return found
+
+
+def privileged() -> list[Property]:
+    """For the tools of LVM, which are root's."""
+    return [
+        *_LIMITS,
+        ("CapabilityBoundingSet", "t", LVM_CAPABILITIES),
+        ("ProtectHome", "b", True),
+        ("PrivateNetwork", "b", True),
+    ]

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The operations on volumes, and on the jobs that they start."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from .base import WithDescriptors
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from ..drivers.storage.driver import Driver
+    from ..drivers.storage.usage import Answer
+    from .base import Caller
+
+LOOK = 0.25  # seconds between two looks at how far a job is
+
+
+class Volumes:
+    """What can be asked of virtd about volumes."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+        self._volumes = driver.volumes
+
+    async def listing(self, pool: str) -> list[dict[str, Any]]:
+        return await self._volumes.listing(pool)
+
+    async def info(self, pool: str, name: str) -> dict[str, Any]:
+        return await self._volumes.info(pool, name)
+
+    async def snapshots(self, pool: str, name: str) -> list[dict[str, Any]]:
+        return await self._volumes.snapshots(pool, name)
+
+    async def create(
+        self,
+        pool: str,
+        name: str,
+        size: str | None = None,
+        *,
+        format: str | None = None,  # noqa: A002
+        preallocation: str | None = None,
+        backing: str | None = None,
+        backing_pool: str | None = None,
+        token: str | None = None,
+        by: Caller,
+    ) -> dict[str, Any]:
+        return await _answer(
+            self._volumes.create(
+                pool,
+                name,
+                size,
+                format=format,
+                preallocation=preallocation or "off",
+                backing=(backing_pool or pool, backing) if backing else None,
+                token=token or "",
+                by=by.name,
+            )
+        )
+
+    async def clone(
+        self, pool: str, source: str, name: str, *, to_pool: str | None = None, token: str | None = None, by: Caller
+    ) -> dict[str, Any]:
+        return await _answer(self._volumes.clone(pool, source, name, to_pool=to_pool, token=token or "", by=by.name))
+
+    async def import_(
+        self,
+        pool: str,
+        name: str,
+        file: str | None = None,
+        *,
+        source_format: str | None = None,
+        probe: bool = False,
+        format: str | None = None,  # noqa: A002
+        token: str | None = None,
+        by: Caller,
+    ) -> dict[str, Any]:
+        """Without a file: of what others have put into the pool under that name."""
+        if file is None:
+            return await _answer(
+                self._volumes.adopt(
+                    pool, name, source_format=source_format, probe=probe, token=token or "", by=by.name
+                )
+            )
+        return await _answer(
+            self._volumes.import_file(
+                pool,
+                name,
+                file,
+                source_format=source_format,
+                probe=probe,
+                format=format,
+                token=token or "",
+                by=by.name,
+            )
+        )
+
+    async def resize(
+        self, pool: str, name: str, size: str, *, shrink: bool = False, token: str | None = None, by: Caller
+    ) -> dict[str, Any]:
+        return await _answer(self._volumes.resize(pool, name, size, shrink=shrink, token=token or "", by=by.name))
+
+    async def wipe(self, pool: str, name: str, *, token: str | None = None, by: Caller) -> dict[str, Any]:
+        return await _answer(self._volumes.wipe(pool, name, token=token or "", by=by.name))
+
+    async def delete(self, pool: str, name: str, *, by: Caller) -> dict[str, Any]:
+        return await _answer(self._volumes.delete(pool, name, by=by.name))
+
+    async def upload(
+        self,
+        pool: str,
+        name: str,
+        *,
+        format: str | None = None,  # noqa: A002
+        size: int | None = None,
+        resume: bool = False,
+        token: str | None = None,
+        by: Caller,
+    ) -> WithDescriptors:
+        answer, fd, there = await self._volumes.upload(
+            pool, name, format=format, size=size, resume=resume, token=token or "", by=by.name
+        )
+        return WithDescriptors({**answer._asdict(), "offset": there}, [fd])
+
+    async def uploaded(self, job: str, *, by: Caller) -> dict[str, Any]:
+        return await _answer(self._volumes.uploaded(job))
+
+    async def download(self, pool: str, name: str, *, by: Caller) -> WithDescriptors:
+        volume, fd = await self._volumes.download(pool, name)
+        meta = volume.meta
+        value = {
+            "pool": pool,
+            "volume": volume.name,
+            "format": meta.format.value if meta.format is not None else None,
+        }
+        return WithDescriptors(value, [fd])
+
+    # Jobs
+
+    async def jobs(self) -> list[dict[str, Any]]:
+        return self.driver.job_listing()
+
+    async def wait(self, job: str, timeout: float | None) -> dict[str, Any]:
+        """The job when it is over, further on than it was, or when the time is up."""
+        found = self.driver.find_job(job)
+        await self.driver.certain()
+        before = found.progress()
+        loop = asyncio.get_running_loop()
+        end = loop.time() + (timeout if timeout is not None else 1e9)
+        while not found.over.is_set() and loop.time() < end:
+            try:
+                async with asyncio.timeout(min(LOOK, max(0.0, end - loop.time()))):
+                    await found.over.wait()
+            except TimeoutError:
+                if found.progress() != before:
+                    break
+        return found.describe()
+
+    async def cancel(self, job: str, *, by: Caller) -> dict[str, Any]:
+        return {"job": job, "changed": await self._volumes.cancel(job, by=by.name)}
+
+
+async def _answer(answer: Awaitable[Answer]) -> dict[str, Any]:
+    return (await answer)._asdict()
