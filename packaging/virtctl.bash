@@ -43,12 +43,56 @@ _virtctl_network() {
     esac
 }
 
+_virtctl_containers() {
+    timeout 2 virtctl container list --no-legend "$@" 2>/dev/null | while read -r name _; do
+        printf '%s\n' "$name"
+    done
+}
+
+# `virtctl container ...`; the variables are _virtctl's.
+_virtctl_container() {
+    case $second in
+        list) options='--all --running --state --no-legend --json' ;;
+        info | dump) options='--json' ;;
+        shutdown) options='--timeout --no-wait' ;;
+        reboot) options='--timeout' ;;
+        kill) options='--signal' ;;
+        wait) options='--state --timeout --json' ;;
+        console) options='--force --read-only --lines --escape --timeout' ;;
+        log) options='--follow --lines --qemu --stderr --json' ;;
+        exec) options='--terminal --no-terminal --env' ;;
+        define) options='--check' ;;
+        autostart) options='--disable' ;;
+        *) options='' ;;
+    esac
+    if [[ $current == -* ]]; then
+        mapfile -t COMPREPLY < <(compgen -W "$options $common" -- "$current")
+        return
+    fi
+    case $second in
+        '')
+            mapfile -t COMPREPLY < <(compgen -W 'list info start shutdown stop kill reboot freeze thaw wait console
+                log exec define undefine dump autostart' -- "$current")
+            ;;
+        define)
+            compopt -o filenames
+            mapfile -t COMPREPLY < <(compgen -f -- "$current")
+            ;;
+        start) mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_containers --state stopped,crashed)" -- "$current") ;;
+        thaw) mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_containers --state paused)" -- "$current") ;;
+        shutdown | stop | kill | reboot | freeze | console | exec)
+            mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_containers --running)" -- "$current")
+            ;;
+        *) mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_containers)" -- "$current") ;;
+    esac
+}
+
 _virtctl() {
     local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]} command='' second='' word skip=0 options
     local -r commands='list info start shutdown stop kill reboot suspend resume wait console log
-        define undefine dump autostart status fsck reload network help'
+        define undefine dump autostart status fsck reload container network help'
     local -r common='--help --daemon-timeout --address'
-    local -r with_value='--address --daemon-timeout --escape --lines -n --signal -s --state --timeout'
+    local -r with_value='--address --env -e --daemon-timeout --escape --lines -n --signal -s --state --timeout'
     COMPREPLY=()
 
     for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
@@ -104,6 +148,10 @@ _virtctl() {
 
     if [[ $command == network ]]; then
         _virtctl_network
+        return
+    fi
+    if [[ $command == container ]]; then
+        _virtctl_container
         return
     fi
     case $command in

@@ -18,7 +18,7 @@ import contextlib
 import fcntl
 import logging
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -53,11 +53,16 @@ class Services(NamedTuple):
 
 
 class Ends(msgspec.Struct):
-    """The child's ends of its pipes, ours until they are passed on."""
+    """The child's ends of its pipes, ours until they are passed on.
+
+    With a terminal, `stdout` is its other end, which can be read as well, `stdin` is /dev/null (systemd would make a
+    terminal on standard input the child's controlling one), and `tty` is its name, "/dev/pts/3".
+    """
 
     stdin: int
     stdout: int
     stderr: int
+    tty: str = ""
 
     def close(self) -> None:
         for fd in (self.stdin, self.stdout, self.stderr):
@@ -78,6 +83,7 @@ class Child(msgspec.Struct):
     console: LogFile | None = None
     stderr: LogFile | None = None
     lost: list[str] = []
+    _feeder: Any = None  # a Feeder, for a child with a terminal; not imported unless there is one
     _loop: asyncio.AbstractEventLoop = msgspec.field(default_factory=asyncio.get_running_loop)
     _fresh: dict[str, int] = {}  # new log files whose slots don't have them yet
     _renewals: dict[str, asyncio.Task[None]] = {}
@@ -94,8 +100,12 @@ class Child(msgspec.Struct):
 
     # Making one
 
-    def prepare(self) -> tuple[Ends, dict[str, int]]:
-        """Open the logs and make the pipes: the child's ends, and what belongs into the slots. Raises HostError."""
+    def prepare(self, *, terminal: bool = False) -> tuple[Ends, dict[str, int]]:
+        """Open the logs and make the pipes: the child's ends, and what belongs into the slots. Raises HostError.
+
+        With `terminal` the child has a terminal in place of standard input and output: its master end is in the slot
+        of stdin, and what comes out of it goes through a pipe of our own, whose read end is in the slot of stdout.
+        """
         self.console = self._log(CONSOLE_LOG, None)
         try:
             self.stderr = self._log(STDERR_LOG, None)
@@ -104,14 +114,21 @@ class Child(msgspec.Struct):
             raise
         opened: list[int] = []
         try:
-            for _ in range(3):
+            if terminal:
+                opened += [os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC), *os.openpty()[::-1]]
+            else:
                 opened += os.pipe2(os.O_CLOEXEC)
+            for _ in range(2):
+                opened += os.pipe2(os.O_CLOEXEC)
+            tty = os.ttyname(opened[1]) if terminal else ""
         except OSError as exc:
             for fd in opened:
                 os.close(fd)
             self.console.close()
             self.stderr.close()
             raise errors.HostError(f"Cannot make pipes for {self.name}: {exc.strerror}") from exc
+        if terminal:
+            slave = opened.pop(1)
         in_read, in_write, out_read, out_write, err_read, err_write = opened
         # Only the console's: QEMU says little on stderr, and where root hasn't CAP_SYS_RESOURCE (in a container) all
         # its large pipes come out of one allowance of 64 MiB.
@@ -131,7 +148,10 @@ class Child(msgspec.Struct):
             CONSOLE_LOG: self.console.fd,
             STDERR_LOG: self.stderr.fd,
         }
-        return Ends(in_read, out_write, err_write), {self.slot(name): fd for name, fd in ours.items()}
+        if terminal:
+            os.close(out_write)  # the feeder opens it again whenever there is one
+            out_write = slave
+        return Ends(in_read, out_write, err_write, tty), {self.slot(name): fd for name, fd in ours.items()}
 
     async def keep(self, descriptors: dict[str, int]) -> None:
         """Put `descriptors` into their slots and see that PID 1 has them. Raises HostError, with none left there."""
@@ -228,17 +248,7 @@ class Child(msgspec.Struct):
 
     async def ended(self) -> None:
         """Wait until the process has ended."""
-        pidfd = process.open_pidfd(self.pid, self.start)
-        if pidfd is None:
-            return
-        loop = asyncio.get_running_loop()
-        over = asyncio.Event()
-        loop.add_reader(pidfd, over.set)
-        try:
-            await over.wait()
-        finally:
-            loop.remove_reader(pidfd)
-            os.close(pidfd)
+        await ended(self.pid, self.start)
 
     def stdin(self) -> int:
         """The write end of its standard input; stays the store's. Raises MissingSlot."""
@@ -249,6 +259,8 @@ class Child(msgspec.Struct):
     async def drain(self) -> None:
         """Move what is left in the pipes to the logs. For a child that has ended."""
         pump = self.services.pump
+        if self._feeder is not None:
+            await self._feeder.drain(lambda: asyncio.wrap_future(pump.drain(self.slot(STDOUT))))
         await asyncio.gather(*(asyncio.wrap_future(pump.drain(self.slot(name))) for name in (STDOUT, STDERR)))
 
     async def release(self) -> None:
@@ -259,6 +271,9 @@ class Child(msgspec.Struct):
     async def close(self) -> None:
         """Let go of the logs and pipes; the slots stay with PID 1."""
         pump = self.services.pump
+        if self._feeder is not None:
+            self._feeder.close()
+            self._feeder = None
         await asyncio.gather(*(asyncio.wrap_future(pump.remove(self.slot(name))) for name in (STDOUT, STDERR)))
         for file in (self.console, self.stderr):
             if file is not None:
@@ -319,9 +334,31 @@ class Child(msgspec.Struct):
 
     def _pump(self) -> None:
         held = self.services.store.slots()
+        if self._feeder is None and self.slot(STDIN) in held and self.slot(STDOUT) in held:
+            stdin = self.services.store.get(self.slot(STDIN))
+            if os.isatty(stdin):
+                from .feeder import Feeder
+
+                # Before the pump, for which a pipe without a writer has ended.
+                self._feeder = Feeder(stdin, self.services.store.get(self.slot(STDOUT)))
         for name, file in ((STDOUT, self.console), (STDERR, self.stderr)):
             if file is not None and self.slot(name) in held:
                 fd, size = self.services.store.get(self.slot(name)), PIPE_SIZE if name == STDOUT else 1
                 self.services.pump.add(self.slot(name), fd, file, size=size)
                 if name == STDERR:
                     self.services.pump.watch(self.slot(name))  # the journal is to have it soon
+
+
+async def ended(pid: int, start: int) -> None:
+    """Wait until the process that was `pid` at `start` has ended."""
+    pidfd = process.open_pidfd(pid, start)
+    if pidfd is None:
+        return
+    loop = asyncio.get_running_loop()
+    over = asyncio.Event()
+    loop.add_reader(pidfd, over.set)
+    try:
+        await over.wait()
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)

@@ -37,7 +37,8 @@ BACKLOG = 1 << 20
 class StderrLog:
     """Forwards one log. `cursor` is the place to keep; without one it begins at the log's end.
 
-    `fields` are the journal's (VIRTD_DRIVER= and so on). `send(text, level=..., **fields)` writes one entry.
+    `fields` are the journal's (VIRTD_DRIVER= and so on). `sort` gives a line's level, or None to leave it out.
+    `send(text, level=..., **fields)` writes one entry.
     """
 
     def __init__(
@@ -46,11 +47,13 @@ class StderrLog:
         fields: Mapping[str, str],
         cursor: Cursor | None = None,
         *,
+        sort: Callable[[str], str | None] = lambda _text: "warning",
         send: Callable[..., object] = journal.send,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._log = log
         self._fields = dict(fields)
+        self._sort = sort
         self._send = send
         self._clock = clock
         self._allowance = float(BURST)
@@ -113,7 +116,8 @@ class StderrLog:
 
     def _forward_line(self, line: bytes) -> None:
         text = line.decode(errors="backslashreplace").rstrip()
-        if not text:
+        level = self._sort(text) if text else None
+        if level is None:
             return
         if not self._may_send():
             self._unsent += 1
@@ -121,7 +125,7 @@ class StderrLog:
         if self._unsent:
             self._say_unsent()
         self._allowance -= 1
-        self._send(text, level="warning", **self._fields)
+        self._send(text, level=level, **self._fields)
 
     def _say_unsent(self) -> None:
         self._send(f"{self._unsent} lines or more are only in {self._log.path}", level="warning", **self._fields)

@@ -8,14 +8,15 @@ import shutil
 import sys
 from pathlib import Path
 
-from . import guest, stubs
+from . import container, guest, stubs
 from .say import in_root, run, say
 from .suites import Suite
 
 # Units that would only cost time at boot or do something of their own while a test measures.
 _MASKED = (
     "apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer", "e2scrub_reap.service",
-    "fstrim.timer", "man-db.timer", "console-getty.service", "getty.target", "systemd-tmpfiles-clean.timer",
+    "fstrim.timer", "man-db.timer", "lxc.service", "lxc-net.service", "lxc-monitord.service",
+    "console-getty.service", "getty.target", "systemd-tmpfiles-clean.timer",
 )  # fmt: skip
 
 # There for the tests that start it; its rules would be in the way of all others.
@@ -53,6 +54,7 @@ def make(suite: Suite, root: Path, log: Path, key: str) -> None:
         _wheels(suite, root, log)
     scratch = root / _SCRATCH
     guest.make(root, scratch, log)
+    container.make(root, scratch, log, suite.name, old_lists=suite.lists_may_be_old)
     say("  RPM stubs that name Debian's packages")
     stubs.install(root, scratch, log)
     shutil.rmtree(scratch)

@@ -19,7 +19,16 @@ from .state import LabError, read_state
 from .suites import Suite
 
 # Files whose text decides what a root holds. The rest of the lab may change without costing anybody a new root.
-_INPUTS = ("recipe.py", "guest.py", "cpio.py", "stubs.py", "guest/init", "guest/udhcpc", "guest/console.c")
+_INPUTS = (
+    "recipe.py",
+    "guest.py",
+    "container.py",
+    "cpio.py",
+    "stubs.py",
+    "guest/init",
+    "guest/udhcpc",
+    "guest/console.c",
+)
 
 
 def key_of(suite: Suite) -> str:

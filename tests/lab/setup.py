@@ -23,6 +23,7 @@ _NEEDS = {
     "mount": ("mount", "util-linux-core"),
     "make": ("make", "make"),
     "git": ("git", "git-core"),
+    "xz": ("xz-utils", "xz"),
 }
 
 

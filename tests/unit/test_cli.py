@@ -105,7 +105,8 @@ def test_version(virtctl: Any) -> None:
     [
         ("frobnicate",),
         ("network", "frobnicate"),
-        ("container",),
+        ("container", "frobnicate"),
+        ("volume",),
         ("start",),
         ("info",),
         ("info", "a", "b"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import re
 import subprocess
 from enum import StrEnum
@@ -18,7 +19,7 @@ from virtd import child, errors, messages
 from virtd.api import introspection
 from virtd.api.kinds import KINDS
 from virtd.cli import exits, main, options
-from virtd.model import document, domain, network, pool, settings
+from virtd.model import container, document, domain, network, pool, settings
 from virtd.model.state import Cause, State
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +43,13 @@ TABLES: list[tuple[str, str, type[msgspec.Struct]]] = [
     ("virtd.toml.5", "[log]", settings.Log),
     ("virtd.toml.5", "[qemu]", settings.Qemu),
     ("virtd.toml.5", "[dnsmasq]", settings.Dnsmasq),
+    ("virtd.toml.5", "[lxc]", settings.Lxc),
+    ("virtd-container.5", "Keys of the container", container.Container),
+    ("virtd-container.5", "[idmap]", container.IdMap),
+    ("virtd-container.5", "[limits]", container.Limits),
+    ("virtd-container.5", "[[mount]]", container.Mount),
+    ("virtd-container.5", "[[device]]", container.Device),
+    ("virtd-container.5", "[[nic]]", container.Nic),
 ]
 
 
@@ -77,8 +85,8 @@ def is_table(hint: Any) -> bool:
 
 
 def in_toml(value: object) -> str:
-    if value == ():
-        return "[]"
+    if isinstance(value, tuple | dict):
+        return json.dumps(value)
     return str(value).lower() if isinstance(value, bool | int | float) else f'"{value}"'
 
 
@@ -91,6 +99,8 @@ def test_each_key_is_documented_with_its_default(name: str, title: str, kind: ty
         about, body = documented[field.encode_name]
         if field.required:
             assert about.endswith(", required"), field.name
+        elif field.default_factory is not msgspec.NODEFAULT:
+            assert about.endswith(f", default {in_toml(field.default_factory())}"), (field.name, about)
         elif field.default is None:
             assert "," not in about, field.name
         else:
@@ -102,7 +112,7 @@ def test_each_key_is_documented_with_its_default(name: str, title: str, kind: ty
 
 
 def test_each_table_has_its_section() -> None:
-    kinds = (domain.Domain, network.Network, settings.Settings)
+    kinds = (domain.Domain, network.Network, container.Container, settings.Settings)
     structs = {hint_struct(hint) for kind in kinds for hint in tables(kind)}
     assert structs <= {kind for _name, _title, kind in TABLES}
 
@@ -223,10 +233,12 @@ def examples() -> list[tuple[str, str]]:
 
 def parse(text: str) -> None:
     """As a definition, or, if it has tables of virtd.toml, as settings."""
-    if re.search(r"^\[(?:log|qemu|dnsmasq)\]", text, re.M):
+    if re.search(r"^\[(?:log|qemu|dnsmasq|lxc)\]", text, re.M):
         settings.parse(text, "example")
     elif re.search(r"^mode = \"(?:nat|routed|isolated|bridge)\"", text, re.M):
         network.parse(text, "example")
+    elif re.search(r"^rootfs = ", text, re.M):
+        container.parse(text, "example")
     elif re.search(r"^path = ", text.partition("[")[0], re.M):
         pool.parse(text, "example")
     elif re.search(r"^name = ", text, re.M):

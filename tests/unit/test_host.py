@@ -268,8 +268,8 @@ async def test_a_listener_that_fails_harms_nobody(world: World) -> None:
 @on_loop
 async def test_before_systemd_can_be_asked(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """D-Bus isn't there yet, and a guest ended while we were away: reading waits a little and is then answered."""
-    monkeypatch.setattr("virtd.host.domains.DOUBT", 0.1)
-    monkeypatch.setattr(Host._find, "__defaults__", (0.1,))
+    monkeypatch.setattr("virtd.host.objects.DOUBT", 0.1)
+    monkeypatch.setattr(Host.find, "__defaults__", (0.1,))
     async with world.daemon():
         await world.run("web1")
     world.units.process("web1").kill()
@@ -278,6 +278,7 @@ async def test_before_systemd_can_be_asked(world: World, monkeypatch: pytest.Mon
         assert [item["name"] for item in await host.listing()] == ["web1"]
         with pytest.raises(errors.Busy, match="doesn't know yet"):
             await host.start("web1", by=ROOT)
+        monkeypatch.setattr(Host.find, "__defaults__", (20.0,))
         waiting = asyncio.ensure_future(host.info("web1"))
         await host.reconcile()
         assert (await waiting)["state"] == "crashed"

@@ -14,7 +14,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 MAX_LINES = 600
 
-INNER = ("virtd.records", "virtd.logfile", "virtd.pump", "virtd.units", "virtd.bus", "virtd.child", "virtd.console")
+INNER = (
+    "virtd.records",
+    "virtd.logfile",
+    "virtd.pump",
+    "virtd.feeder",
+    "virtd.units",
+    "virtd.bus",
+    "virtd.child",
+    "virtd.console",
+)
 FRONT = ("virtd.api", "virtd.cli", "virtd.daemon")
 
 # Package or module -> what it must not import. "virtd" stands for all of virtd that isn't the importer's own.

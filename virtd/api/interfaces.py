@@ -33,6 +33,7 @@ class Method(NamedTuple):
 MODULES: dict[str, str] = {
     "org.virtd1": "virtd.api.domains",
     "org.virtd1.Network": "virtd.api.networks",
+    "org.virtd1.Container": "virtd.api.containers",
     "org.virtd1.Pool": "virtd.api.pools",
     "org.virtd1.Volume": "virtd.api.volumes",
 }

@@ -41,7 +41,10 @@ LAST_WORDS = 5.0  # seconds that the daemon may take, after the guest's end, to 
 class Console:
     """One visit to a console. `run()` returns virtctl's exit status."""
 
-    def __init__(self, args: argparse.Namespace, session: Session) -> None:
+    def __init__(self, args: argparse.Namespace, session: Session, noun: str = "domain", prefix: str = "") -> None:
+        self._noun = noun
+        self._virtctl = "virtctl" if noun == "domain" else f"virtctl {noun}"
+        self._prefix = prefix  # of the methods that are asked, "Container." for one
         self._name: str = args.name
         self._session = session
         self._force: bool = args.force
@@ -70,11 +73,15 @@ class Console:
 
     def _where(self, again: bool) -> tuple[str, Parameters]:  # noqa: FBT001 (Link calls it so)
         # Where to begin, and after a restart whether something came meanwhile, is answered at once.
-        return "Follow", self._cursor.parameters(wait=self._cursor.file is not None and not again)
+        return f"{self._prefix}Follow", self._cursor.parameters(wait=self._cursor.file is not None and not again)
 
     def _claim(self, _again: bool) -> tuple[str, Parameters]:  # noqa: FBT001
         # With the token it isn't a new claim, so that force isn't needed and would only take it from a later writer.
-        return "OpenConsole", {"name": self._name, "force": self._force and self._token is None, "token": self._token}
+        return f"{self._prefix}OpenConsole", {
+            "name": self._name,
+            "force": self._force and self._token is None,
+            "token": self._token,
+        }
 
     # The visit.
 
@@ -84,7 +91,7 @@ class Console:
             with self._terminal:
                 if self._terminal.is_terminal:
                     escape = _show(self._escape) if self._escape else "off"
-                    self._say(f"Connected to domain {self._name}. Escape character is {escape}.", alone=True)
+                    self._say(f"Connected to {self._noun} {self._name}. Escape character is {escape}.", alone=True)
                 if not self._reading:
                     self._input_ended()
                 while self._status is None:
@@ -126,7 +133,7 @@ class Console:
         if self._control is None and self._cursor.state in ("stopped", "crashed"):
             raise InvalidState(
                 f"{self._name} isn't running",
-                hint=f"virtctl start {self._name}, or virtctl log {self._name} for what it wrote",
+                hint=f"{self._virtctl} start {self._name}, or {self._virtctl} log {self._name} for what it wrote",
             )
 
     def _await(self, settled: Callable[[], bool]) -> None:
@@ -214,6 +221,7 @@ class Console:
         if reply.fds:
             self._drop_pipe()
             self._pipe = reply.fds.pop(0)
+            self._terminal.resize(self._pipe)
             self._token = str(parameters.get("token"))
         reply.close()
         event = parameters.get("event")
@@ -329,7 +337,9 @@ class Console:
         self._farewell = f"{self._name} ended."
         try:
             exit_ = (
-                Session(self._session.address, LAST_WORDS).call("Info", {"name": self._name})["object"].get("exit")
+                Session(self._session.address, LAST_WORDS)
+                .call(f"{self._prefix}Info", {"name": self._name})["object"]
+                .get("exit")
             )
         except VirtdError:
             return
@@ -337,11 +347,16 @@ class Console:
             self._farewell = f"{self._name}: {how_it_ended(exit_)}."
 
 
-def console(args: argparse.Namespace, session: Session) -> int:
-    try:
-        return Console(args, session).run()
-    except Terminated as signal_:
-        return 128 + signal_.number
+def attaching(noun: str = "domain", prefix: str = "") -> Callable[[argparse.Namespace, Session], int]:
+    """The command that attaches to the console of a `noun`."""
+
+    def run(args: argparse.Namespace, session: Session) -> int:
+        try:
+            return Console(args, session, noun, prefix).run()
+        except Terminated as signal_:
+            return 128 + signal_.number
+
+    return run
 
 
 def _show(escape: bytes) -> str:
@@ -362,8 +377,8 @@ def _escape(text: str) -> bytes | None:
     raise argparse.ArgumentTypeError(f"'{text}' is neither one character, nor one with ^ before it, nor 'none'")
 
 
-def _options(parser: Parser) -> None:
-    parser.name()
+def options(parser: Parser, noun: str = "domain") -> None:
+    parser.name(noun)
     parser.add_argument("--force", action="store_true", help="take the console over from whoever writes to it now")
     parser.add_argument("--read-only", action="store_true", help="only watch; any number can do that")
     parser.add_argument(
@@ -389,5 +404,5 @@ def _options(parser: Parser) -> None:
     )
 
 
-OPTIONS: dict[str, Callable[[Parser], None]] = {"console": _options}
-RUN: dict[str, Callable[[argparse.Namespace, Session], int]] = {"console": console}
+OPTIONS: dict[str, Callable[[Parser], None]] = {"console": options}
+RUN: dict[str, Callable[[argparse.Namespace, Session], int]] = {"console": attaching()}

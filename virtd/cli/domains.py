@@ -60,44 +60,58 @@ def plain(verb: str, method: str) -> Callable[[argparse.Namespace, Session], int
     return run
 
 
-def kill(args: argparse.Namespace, session: Session) -> int:
-    def begin(name: str) -> Call:
-        # Not repeated: a signal sent twice may do what the first didn't.
-        return Call(session, "Kill", constant({"name": name, "signal": args.signal}), limit=WORK, repeat=False)
+def killing(method: str = "Kill") -> Callable[[argparse.Namespace, Session], int]:
+    """The command that sends a signal by `method`."""
 
-    return act(args.names, "kill", begin, _result)
+    def run(args: argparse.Namespace, session: Session) -> int:
+        def begin(name: str) -> Call:
+            # Not repeated: a signal sent twice may do what the first didn't.
+            return Call(session, method, constant({"name": name, "signal": args.signal}), limit=WORK, repeat=False)
+
+        return act(args.names, "kill", begin, _result)
+
+    return run
 
 
-def shutdown(args: argparse.Namespace, session: Session) -> int:
-    now = time.monotonic()
-    until = None if args.timeout is None else now + args.timeout
+def shutting_down(prefix: str = "", virtctl: str = "virtctl") -> Callable[[argparse.Namespace, Session], int]:
+    """The command that asks to end; `prefix` is the interface's, "Container." for one."""
 
-    def begin(name: str) -> Call:
-        def parameters(_attempt: int) -> Parameters:
-            # After a restart of the daemon in the middle, only what is left of the time is asked for.
-            return {"name": name, "timeout": None if until is None else max(0.0, until - time.monotonic())}
+    def run(args: argparse.Namespace, session: Session) -> int:
+        now = time.monotonic()
+        until = None if args.timeout is None else now + args.timeout
 
-        if args.no_wait:
-            # The daemon goes on whether or not anybody waits. What makes no sense, it says at once.
-            return Call(session, "Shutdown", parameters, limit=max(0.0, now + ASKED - time.monotonic()))
-        return Call(session, "Shutdown", parameters, limit=None if until is None else args.timeout + PATIENCE)
+        def begin(name: str) -> Call:
+            def parameters(_attempt: int) -> Parameters:
+                # After a restart of the daemon in the middle, only what is left of the time is asked for.
+                return {"name": name, "timeout": None if until is None else max(0.0, until - time.monotonic())}
 
-    def end(name: str, call: Call) -> None:
-        try:
-            call.result()
-        except TimedOut as error:
             if args.no_wait:
-                return
-            error.hint = error.hint or f"the guest runs on; virtctl stop {name} stops it at once"
-            raise
-        except InvalidState:
-            # The guest may have ended while the daemon was away: then the second attempt found nothing to shut down.
-            if not call.repeated:
-                raise
-            if session.call("Info", {"name": name})["object"].get("state") not in ("stopped", "crashed"):
-                raise
+                # The daemon goes on whether or not anybody waits. What makes no sense, it says at once.
+                return Call(session, f"{prefix}Shutdown", parameters, limit=max(0.0, now + ASKED - time.monotonic()))
+            return Call(
+                session, f"{prefix}Shutdown", parameters, limit=None if until is None else args.timeout + PATIENCE
+            )
 
-    return act(args.names, "shut down", begin, end)
+        def end(name: str, call: Call) -> None:
+            try:
+                call.result()
+            except TimedOut as error:
+                if args.no_wait:
+                    return
+                error.hint = (
+                    error.hint or f"{'it' if prefix else 'the guest'} runs on; {virtctl} stop {name} stops it at once"
+                )
+                raise
+            except InvalidState:
+                # It may have ended while the daemon was away: then the second attempt found nothing to shut down.
+                if not call.repeated:
+                    raise
+                if session.call(f"{prefix}Info", {"name": name})["object"].get("state") not in ("stopped", "crashed"):
+                    raise
+
+        return act(args.names, "shut down", begin, end)
+
+    return run
 
 
 def reboot(args: argparse.Namespace, session: Session) -> int:
@@ -219,14 +233,14 @@ def names(parser: Parser) -> None:
     parser.names()
 
 
-def _kill_options(parser: Parser) -> None:
+def kill_options(parser: Parser) -> None:
     parser.names()
     parser.add_argument(
         "-s", "--signal", type=signal_number, default=15, help="a signal's name or number, SIGTERM unless given"
     )
 
 
-def _shutdown_options(parser: Parser) -> None:
+def shutdown_options(parser: Parser) -> None:
     parser.names()
     parser.add_argument(
         "--timeout",
@@ -265,9 +279,9 @@ def _reload_options(_parser: Parser) -> None:
 
 OPTIONS: dict[str, Callable[[Parser], None]] = {
     "start": names,
-    "shutdown": _shutdown_options,
+    "shutdown": shutdown_options,
     "stop": names,
-    "kill": _kill_options,
+    "kill": kill_options,
     "reboot": _reboot_options,
     "suspend": names,
     "resume": names,
@@ -278,9 +292,9 @@ OPTIONS: dict[str, Callable[[Parser], None]] = {
 }
 RUN: dict[str, Callable[[argparse.Namespace, Session], int]] = {
     "start": plain("start", "Start"),
-    "shutdown": shutdown,
+    "shutdown": shutting_down(),
     "stop": plain("stop", "Stop"),
-    "kill": kill,
+    "kill": killing(),
     "reboot": reboot,
     "suspend": plain("suspend", "Suspend"),
     "resume": plain("resume", "Resume"),

@@ -27,7 +27,7 @@ def _ask(cursor: Cursor, wait: bool, attempt: int) -> Parameters:  # noqa: FBT00
     return cursor.parameters(wait=wait and attempt == 0)
 
 
-def chunks(session: Session, cursor: Cursor, *, follow: bool) -> Iterator[bytes]:
+def chunks(session: Session, cursor: Cursor, *, follow: bool, method: str = "Follow") -> Iterator[bytes]:
     """All bytes from `cursor` on: to the end of the newest file, or with `follow` until the guest has ended."""
     while True:
         # The first question is where to begin, and after a restart of the daemon the first is whether something was
@@ -35,7 +35,7 @@ def chunks(session: Session, cursor: Cursor, *, follow: bool) -> Iterator[bytes]
         wait = follow and cursor.file is not None
         limit = None if wait else session.patience
         ask = partial(_ask, cursor, wait)
-        with Call(session, "Follow", ask, limit=limit) as call:
+        with Call(session, method, ask, limit=limit) as call:
             moved = cursor.accept(call.result())
         got = False
         while data := cursor.read():
@@ -45,19 +45,24 @@ def chunks(session: Session, cursor: Cursor, *, follow: bool) -> Iterator[bytes]
             return
 
 
-def log(args: argparse.Namespace, session: Session) -> int:
-    lines = args.lines if args.lines is not None else TAIL if args.follow else -1
-    cursor = Cursor(args.name, "log" if args.qemu else "console", lines)
-    try:
-        source = chunks(session, cursor, follow=args.follow)
-        if args.json:
-            _as_json(source, cursor, args.json)
-        else:
-            for data in source:
-                write_all(1, data)
-    finally:
-        cursor.close()
-    return OK
+def logging(method: str = "Follow") -> Callable[[argparse.Namespace, Session], int]:
+    """The command that shows a log by `method`."""
+
+    def run(args: argparse.Namespace, session: Session) -> int:
+        lines = args.lines if args.lines is not None else TAIL if args.follow else -1
+        cursor = Cursor(args.name, "log" if args.qemu else "console", lines)
+        try:
+            source = chunks(session, cursor, follow=args.follow, method=method)
+            if args.json:
+                _as_json(source, cursor, args.json)
+            else:
+                for data in source:
+                    write_all(1, data)
+        finally:
+            cursor.close()
+        return OK
+
+    return run
 
 
 def _as_json(source: Iterator[bytes], cursor: Cursor, style: str) -> None:
@@ -84,8 +89,8 @@ def _line(line: bytes, place: tuple[str | None, int], style: str) -> None:
     sys.stdout.flush()
 
 
-def _options(parser: Parser) -> None:
-    parser.name()
+def options(parser: Parser, noun: str = "domain", what: str = "QEMU itself") -> None:
+    parser.name(noun)
     parser.add_argument("-f", "--follow", action="store_true", help="go on as the guest writes, until it ends")
     parser.add_argument(
         "-n",
@@ -94,9 +99,9 @@ def _options(parser: Parser) -> None:
         type=line_count,
         help=f"begin with the last N lines; all of them unless given, and {TAIL} with -f",
     )
-    parser.add_argument("--qemu", "--stderr", action="store_true", help="show what QEMU itself wrote to its stderr")
+    parser.add_argument("--qemu", "--stderr", action="store_true", help=f"show what {what} wrote to its stderr")
     parser.json()
 
 
-OPTIONS: dict[str, Callable[[Parser], None]] = {"log": _options}
-RUN: dict[str, Callable[[argparse.Namespace, Session], int]] = {"log": log}
+OPTIONS: dict[str, Callable[[Parser], None]] = {"log": options}
+RUN: dict[str, Callable[[argparse.Namespace, Session], int]] = {"log": logging()}

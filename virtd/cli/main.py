@@ -49,11 +49,12 @@ COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
 # What isn't a domain: `virtctl NOUN COMMAND ...`. noun -> (module, summary); the module has a COMMANDS of the same
 # shape, whose entries name modules again, and its own OPTIONS and RUN.
 NOUNS: dict[str, tuple[str, str]] = {
+    "container": ("container", "Control LXC containers"),
     "network": ("network", "Control the networks that guests are connected to"),
     "pool": ("pool", "Control storage pools"),
     "volume": ("volume", "Control the volumes of storage pools"),
 }
-LATER = ("container",)
+LATER: tuple[str, ...] = ()
 HELP_OPTIONS = """\
 Options:
   -h --help                  Show this help, or with a command its own

@@ -17,7 +17,19 @@ if TYPE_CHECKING:
 # Options whose value may be the next word: main has to step over it to find the command in `virtctl --address X
 # list`.
 WITH_VALUE = frozenset(
-    {"--address", "--daemon-timeout", "--escape", "--lines", "-n", "--signal", "-s", "--state", "--timeout"}
+    {
+        "--address",
+        "--env",
+        "-e",
+        "--daemon-timeout",
+        "--escape",
+        "--lines",
+        "-n",
+        "--signal",
+        "-s",
+        "--state",
+        "--timeout",
+    }
 )
 _UNITS = {"": 1.0, "s": 1.0, "sec": 1.0, "ms": 0.001, "m": 60.0, "min": 60.0, "h": 3600.0}
 
@@ -47,8 +59,8 @@ class Parser(argparse.ArgumentParser):
         print(f"{self.prog}: {message}\nTry '{self.prog} --help' for more information.", file=sys.stderr)
         raise SystemExit(USAGE_ERROR)
 
-    def name(self) -> None:
-        self.add_argument("name", metavar="NAME", help="a domain's name or UUID")
+    def name(self, noun: str = "domain") -> None:
+        self.add_argument("name", metavar="NAME", help=f"a {noun}'s name or UUID")
 
     def names(self) -> None:
         self.add_argument("names", metavar="NAME", nargs="+", help="names or UUIDs; the command acts on each of them")

@@ -172,19 +172,20 @@ def signal_name(number: object) -> str:
         return f"signal {number}"
 
 
-def how_it_ended(exit_: dict[str, Any]) -> str:
+def how_it_ended(exit_: dict[str, Any], what: str = "QEMU") -> str:
     """One phrase for a guest's end, from `exit` as `virtctl info --json` has it."""
     by = f" by {exit_['by']}" if exit_.get("by") else ""
     cause = exit_.get("cause")
     signal = exit_.get("signal")
     phrases = {
         "guest-shutdown": "powered off by the guest",
+        "exited": f"ended with exit status {exit_.get('code') or 0}",
         "shutdown": f"shut down{by}",
         "stop": f"stopped{by}",
         "killed": f"killed by {signal_name(signal)}" if signal else "killed",
         "oom": "killed, because the host ran out of memory",
         "panic": "the guest's kernel panicked",
-        "failed": f"QEMU failed with exit status {exit_.get('code')}",
+        "failed": f"{what} failed with exit status {exit_.get('code')}",
         "host-shutdown": "ended by the shutdown of the host",
     }
     if cause in phrases:

@@ -81,7 +81,7 @@ def info(args: argparse.Namespace, session: Session) -> int:
     # The colour goes around the finished line's word, so that cleaning the text leaves it alone.
     print(f"{'State':>10}: {paint(clean(state), STATE_COLOURS.get(state, ''))}{clean(reason)}{since}")
     labelled(_details(item))
-    _problems(item.get("problems") or [])
+    show_problems(item.get("problems") or [])
     return OK
 
 
@@ -93,30 +93,30 @@ def _details(item: dict[str, Any]) -> list[tuple[str, str]]:
         ended = how_it_ended(exit_) + (f"\n{moment(exit_['at'])}" if exit_.get("at") else "")
     return [
         ("Last exit", ended),
-        ("PID", _text(item.get("pid"))),
-        ("Unit", _text(item.get("unit"))),
-        ("Memory", _size(item.get("memory"))),
-        ("vCPUs", _text(item.get("vcpus"))),
+        ("PID", text(item.get("pid"))),
+        ("Unit", text(item.get("unit"))),
+        ("Memory", size(item.get("memory"))),
+        ("vCPUs", text(item.get("vcpus"))),
         ("Disks", "\n".join(map(_part, item.get("disks") or []))),
         ("NICs", "\n".join(map(_nic, item.get("nics") or []))),
-        ("VNC", _text(item.get("vnc"))),
-        ("Monitor", _text(item.get("monitor"))),
+        ("VNC", text(item.get("vnc"))),
+        ("Monitor", text(item.get("monitor"))),
         ("Autostart", "yes" if item.get("autostart") else "no"),
-        ("Definition", _text(item.get("definition_path")) + pending),
-        ("Console", _text(item.get("console_log"))),
-        ("Log", _text(item.get("log"))),
+        ("Definition", text(item.get("definition_path")) + pending),
+        ("Console", text(item.get("console_log"))),
+        ("Log", text(item.get("log"))),
         ("Slots", ", ".join(map(_slot, item.get("slots") or []))),
     ]
 
 
-def _text(value: object) -> str:
+def text(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def _size(value: object) -> str:
+def size(value: object) -> str:
     """Bytes in the largest unit that holds them without a rest; a text as it is."""
     if not isinstance(value, int) or isinstance(value, bool):
-        return _text(value)
+        return text(value)
     for unit in ("B", "K", "M", "G"):
         if value % 1024 or not value:
             return f"{value}{unit}"
@@ -127,22 +127,22 @@ def _size(value: object) -> str:
 def _part(value: object) -> str:
     """A disk or a NIC: its path or what else comes first, then the rest of it."""
     if not isinstance(value, dict):
-        return _text(value)
+        return text(value)
     rest = [f"{key} {part}" for key, part in value.items() if key != "path" and part not in (None, "", False)]
-    return " ".join(filter(None, [_text(value.get("path")), f"({', '.join(rest)})" if rest else ""]))
+    return " ".join(filter(None, [text(value.get("path")), f"({', '.join(rest)})" if rest else ""]))
 
 
 def _nic(value: object) -> str:
     """Where it is connected, its MAC, and the addresses that it was given."""
     if not isinstance(value, dict):
-        return _text(value)
-    place = f"network {value['network']}" if value.get("network") else _text(value.get("mode"))
+        return text(value)
+    place = f"network {value['network']}" if value.get("network") else text(value.get("mode"))
     addresses = ", ".join(map(str, value.get("addresses") or []))
-    return ", ".join(filter(None, [place, _text(value.get("mac")), _text(value.get("interface")), addresses]))
+    return ", ".join(filter(None, [place, text(value.get("mac")), text(value.get("interface")), addresses]))
 
 
 def _slot(value: object) -> str:
-    name = _text(value.get("name")) if isinstance(value, dict) else _text(value)
+    name = text(value.get("name")) if isinstance(value, dict) else text(value)
     return name.rsplit("/", 1)[-1]
 
 
@@ -155,7 +155,7 @@ def status(args: argparse.Namespace, session: Session) -> int:
         write_json(it, args.json)
         return FAILURE if problems else OK
     mark = RED if problems else YELLOW if degraded else GREEN
-    version = clean(_text(it.get("version")))
+    version = clean(text(it.get("version")))
     print(f"{paint('●', mark)} {paint('virtd', BOLD)} {version} - host daemon for virtual machines")
     recovered = it.get("recovered") or {}
     budget = it.get("budget") or {}
@@ -164,8 +164,8 @@ def status(args: argparse.Namespace, session: Session) -> int:
     print(f"{'State':>10}: {running}{since}")
     labelled(
         [
-            ("PID", _text(it.get("pid"))),
-            ("Started", _text(it.get("started_reason"))),
+            ("PID", text(it.get("pid"))),
+            ("Started", text(it.get("started_reason"))),
             ("Domains", ", ".join(f"{count} {state}" for state, count in (it.get("domains") or {}).items() if count)),
             ("Recovered", _recovered(recovered)),
             ("Jobs", "\n".join(filter(None, map(_job, it.get("jobs") or [])))),
@@ -174,16 +174,16 @@ def status(args: argparse.Namespace, session: Session) -> int:
             ("Problems", str(len(problems)) if problems else ""),
         ]
     )
-    _problems(problems)
+    show_problems(problems)
     return FAILURE if problems else OK
 
 
-def _problems(problems: list[dict[str, Any]]) -> None:
+def show_problems(problems: list[dict[str, Any]]) -> None:
     for problem in problems:
-        about = ": ".join(filter(None, [problem.get("object"), _text(problem.get("text"))]))
+        about = ": ".join(filter(None, [problem.get("object"), text(problem.get("text"))]))
         print(f"\n{paint('●', RED)} {clean(about)}")
         if problem.get("hint"):
-            print(f"  Hint: {clean(_text(problem.get('hint')))}")
+            print(f"  Hint: {clean(text(problem.get('hint')))}")
 
 
 def _job(job: dict[str, Any]) -> str:
@@ -199,7 +199,7 @@ def _job(job: dict[str, Any]) -> str:
 def _recovered(recovered: dict[str, Any]) -> str:
     if not recovered.get("objects"):
         return "nothing; there was nothing to recover" if recovered else ""
-    lines = [f"{plural(int(recovered['objects']), 'object')} in {_text(recovered.get('ms'))} ms"]
+    lines = [f"{plural(int(recovered['objects']), 'object')} in {text(recovered.get('ms'))} ms"]
     labels = {"adopted": "running on", "ended": "ended meanwhile", "rolled_back": "rolled back", "rebuilt": "rebuilt"}
     for key, label in labels.items():
         if recovered.get(key):
@@ -216,19 +216,24 @@ def dump(args: argparse.Namespace, session: Session) -> int:
     return OK
 
 
-def wait(args: argparse.Namespace, session: Session) -> int:
-    limit: float | None = args.timeout
-    until = None if limit is None else time.monotonic() + limit
+def waiting(method: str = "Wait") -> Callable[[argparse.Namespace, Session], int]:
+    """The command that waits by `method`."""
 
-    def parameters(_attempt: int) -> Parameters:
-        left = None if until is None else max(0.0, until - time.monotonic())
-        return {"name": args.name, "states": args.state, "timeout": left}
+    def run(args: argparse.Namespace, session: Session) -> int:
+        limit: float | None = args.timeout
+        until = None if limit is None else time.monotonic() + limit
 
-    with Call(session, "Wait", parameters, limit=None if limit is None else limit + PATIENCE) as call:
-        item = call.result().parameters.get("object")
-    if args.json:
-        write_json(item, args.json)
-    return OK
+        def parameters(_attempt: int) -> Parameters:
+            left = None if until is None else max(0.0, until - time.monotonic())
+            return {"name": args.name, "states": args.state, "timeout": left}
+
+        with Call(session, method, parameters, limit=None if limit is None else limit + PATIENCE) as call:
+            item = call.result().parameters.get("object")
+        if args.json:
+            write_json(item, args.json)
+        return OK
+
+    return run
 
 
 def _states(text: str) -> list[str]:
@@ -239,7 +244,7 @@ def _states(text: str) -> list[str]:
     return states
 
 
-def _list_options(parser: Parser) -> None:
+def list_options(parser: Parser) -> None:
     parser.add_argument("-a", "--all", action="store_true", help="list all that are defined, as it does anyway")
     parser.add_argument("--running", action="store_true", help="list only those that have a process")
     parser.add_argument("--state", metavar="STATE,...", type=_states, help="list only those in one of these states")
@@ -252,8 +257,8 @@ def _name_and_json(parser: Parser) -> None:
     parser.json()
 
 
-def _wait_options(parser: Parser) -> None:
-    parser.name()
+def wait_options(parser: Parser, noun: str = "domain") -> None:
+    parser.name(noun)
     parser.add_argument(
         "--state",
         metavar="STATE,...",
@@ -271,16 +276,16 @@ def _wait_options(parser: Parser) -> None:
 
 
 OPTIONS: dict[str, Callable[[Parser], None]] = {
-    "list": _list_options,
+    "list": list_options,
     "info": _name_and_json,
     "status": lambda parser: parser.json(),
     "dump": _name_and_json,
-    "wait": _wait_options,
+    "wait": wait_options,
 }
 RUN: dict[str, Callable[[argparse.Namespace, Session], int]] = {
     "list": list_,
     "info": info,
     "status": status,
     "dump": dump,
-    "wait": wait,
+    "wait": waiting(),
 }

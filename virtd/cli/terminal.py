@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import termios
@@ -62,6 +63,12 @@ class RawTerminal:
         """After a stop from outside (kill -STOP) the shell has set modes of its own."""
         with contextlib.suppress(termios.error):
             self._raw()
+
+    def resize(self, other: int) -> None:
+        """Tell another terminal's size to be this one's; a pipe has none."""
+        if self.is_terminal and os.isatty(other):
+            with contextlib.suppress(OSError):
+                fcntl.ioctl(other, termios.TIOCSWINSZ, fcntl.ioctl(self._fd, termios.TIOCGWINSZ, bytes(8)))
 
     def line_end(self) -> str:
         """What ends a line of virtctl's own: a raw terminal doesn't return the carriage by itself."""

@@ -126,6 +126,10 @@ class Guest(Generic[D]):
         """What the loss of a slot, one of child.SLOTS, means for it."""
         raise NotImplementedError
 
+    def sort_line(self, _text: str) -> str | None:
+        """The level of a line of its stderr in the journal; None when it doesn't belong there."""
+        return "warning"
+
     # What it is
 
     @property
@@ -145,6 +149,10 @@ class Guest(Generic[D]):
         if self.definition is not None and self.definition.uuid is not None:
             return self.definition.uuid
         return self.record.uuid if self.record is not None else ""
+
+    @property
+    def key(self) -> str:
+        return f"{self.driver}/{self.name}"
 
     @property
     def unit(self) -> str:
@@ -297,7 +305,7 @@ class Guest(Generic[D]):
         if child.stderr is not None and self.record is not None:
             kept = self.record.data.get("stderr")
             cursor = Cursor(str(kept["file"]), int(kept["offset"])) if isinstance(kept, dict) else None
-            self.stderr = StderrLog(child.stderr, self.fields(), cursor)
+            self.stderr = StderrLog(child.stderr, self.fields(), cursor, sort=self.sort_line)
 
     def forward_stderr(self, *, final: bool = False) -> None:
         """There is more of it."""

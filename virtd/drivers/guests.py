@@ -80,6 +80,10 @@ class Guests(Generic[G, D]):
     def after_end(self, machine: G) -> None:
         """One with a definition has ended, and all is put away."""
 
+    def warnings(self, definition: D) -> list[str]:
+        """What a definition names and the host hasn't got yet: no error before the start."""
+        raise NotImplementedError
+
     # Start-up
 
     def restore(self) -> None:
@@ -345,7 +349,7 @@ class Guests(Generic[G, D]):
     async def undefine(self, name: str) -> None:
         machine = self.find(name)
         async with machine.exclusive("undefine"):
-            require("undefine", machine.name, machine.state)
+            require("undefine", machine.name, machine.state, self.virtctl)
             await machine.over.wait()
             files.remove(machine.source)
             self._forget(machine.name)

@@ -23,6 +23,7 @@ MODULES: dict[str, str] = {
     "network": "virtd.drivers.network.driver",
     "storage": "virtd.drivers.storage.driver",
     "qemu": "virtd.drivers.qemu.driver",
+    "lxc": "virtd.drivers.lxc.driver",
 }
 
 

@@ -38,6 +38,8 @@ class Start(Generic[G, D]):
         self.child = Child(self.services, machine.driver, machine.name)
         self.stderr_from = 0
 
+    terminal = False  # whether it has a terminal in place of standard input and output
+
     # What each driver does in its own way
 
     def check(self) -> None:
@@ -47,7 +49,10 @@ class Start(Generic[G, D]):
         """More for the record: what `Guest.give_back` needs to know. Nothing is changed yet."""
         return {}
 
-    def prepare(self) -> None:
+    async def reach(self) -> None:
+        """Have what it stands on: other drivers' objects, which others use as well. Raises a VirtdError."""
+
+    def prepare(self, ends: Ends) -> None:
         """Change the host as the record says by now, and make the runtime directory. Raises HostError."""
 
     async def connect(self) -> None:
@@ -61,8 +66,12 @@ class Start(Generic[G, D]):
         """Wait until the process does what it is there for. Raises StartFailed."""
 
     def own_words(self, words: str) -> str:
-        """What the process said when it failed, for a person."""
+        """What the process said when it failed, for a person; "" when nothing of it is telling."""
         return words
+
+    def last_line(self, words: str) -> str:
+        """The same, short."""
+        return words.splitlines()[-1] if words else ""
 
     # The steps
 
@@ -72,15 +81,16 @@ class Start(Generic[G, D]):
         self.check()
         self._check_budget()
         units = await self.services.units()
+        await self.reach()
         before = machine.record
-        ends, descriptors = self.child.prepare()
+        ends, descriptors = self.child.prepare(terminal=self.terminal)
         try:
             assert self.child.stderr is not None
             self.stderr_from = os.fstat(self.child.stderr.fd).st_size
             machine.over.clear()
             self._record(descriptors)
             machine.begin_stderr(self.child)
-            self.prepare()
+            self.prepare(ends)
             await self.connect()
             await self.child.keep(descriptors)
             with contextlib.suppress(errors.Busy):
@@ -167,7 +177,7 @@ class Start(Generic[G, D]):
             await self.child.drain()
             machine.forward_stderr(final=True)
             self.words = machine.last_words(self.stderr_from)
-            reason = self.words.splitlines()[-1] if self.words else str(why)
+            reason = self.last_line(self.words) or str(why)
             machine.note(
                 State.STOPPED, f"failed to start: {reason}", exit=before.exit if before is not None else None
             )
@@ -179,10 +189,11 @@ class Start(Generic[G, D]):
     def _explained(self, exc: errors.VirtdError) -> errors.VirtdError:
         """The error with the process's own words, where it left any."""
         words = getattr(self, "words", "")
-        if not words:
+        said = self.own_words(words) if words else ""
+        if not said:
             return exc
         return errors.StartFailed(
-            f"Cannot start {self.machine.name}: {self.own_words(words)}",
+            f"Cannot start {self.machine.name}: {said}",
             hint=exc.hint or f"See: {self.machine.virtctl} log --stderr {self.machine.name}",
         )
 

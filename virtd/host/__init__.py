@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ..drivers import qemu, storage
     from ..drivers.protocol import Driver, Problem
     from ..model.settings import Settings
+    from .containers import Containers
     from .networks import Networks
     from .pools import Pools
     from .volumes import Volumes
@@ -72,6 +73,12 @@ class Host(Domains):
         from .networks import Networks
 
         return Networks(self)
+
+    @functools.cached_property
+    def containers(self) -> Containers:
+        from .containers import Containers
+
+        return Containers(self)
 
     # Events
 

@@ -42,12 +42,22 @@ class Dnsmasq(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     user: str = "virtd-dnsmasq"
 
 
+class Lxc(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The LXC driver. `directory` is where `virtctl container create` puts root file systems."""
+
+    directory: str = "/var/lib/virtd/containers"
+    start_timeout: Seconds = 30
+    shutdown_timeout: Seconds = 60
+    host_shutdown_timeout: Seconds = 60
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file."""
 
     log: Log = Log()
     qemu: Qemu = Qemu()
     dnsmasq: Dnsmasq = Dnsmasq()
+    lxc: Lxc = Lxc()
 
 
 def parse(text: str, source: str) -> Settings:
@@ -62,4 +72,6 @@ def parse(text: str, source: str) -> Settings:
     for key, binary in (("qemu.binary", settings.qemu.binary), ("dnsmasq.binary", settings.dnsmasq.binary)):
         if binary and not binary.startswith("/"):
             raise errors.InvalidDefinition(source, key, "expected an absolute path")
+    if not settings.lxc.directory.startswith("/"):
+        raise errors.InvalidDefinition(source, "lxc.directory", "expected an absolute path")
     return settings

@@ -34,6 +34,7 @@ class Cause(StrEnum):
     OOM = "oom"
     PANIC = "panic"
     FAILED = "failed"
+    EXITED = "exited"
     HOST_SHUTDOWN = "host-shutdown"
     UNKNOWN = "unknown"
 
@@ -45,22 +46,28 @@ _ALLOWED: dict[str, frozenset[State]] = {
     "reboot": frozenset({State.RUNNING}),
     "suspend": frozenset({State.RUNNING, State.STOPPING, State.PAUSED}),
     "resume": frozenset({State.RUNNING, State.STOPPING, State.PAUSED}),
+    "freeze": frozenset({State.RUNNING, State.STOPPING, State.PAUSED}),
+    "thaw": frozenset({State.RUNNING, State.STOPPING, State.PAUSED}),
+    "run a command in": frozenset({State.RUNNING, State.STOPPING}),
     "send a signal to": ALIVE,
     "attach to the console of": ALIVE,
     "undefine": frozenset({State.STOPPED, State.CRASHED}),
 }
 
 
-def require(operation: str, name: str, state: State) -> None:
-    """Raise InvalidState when `operation` (a verb, as in "reboot") makes no sense in `state`."""
+def require(operation: str, name: str, state: State, virtctl: str = "virtctl") -> None:
+    """Raise InvalidState when `operation` (a verb, as in "reboot") makes no sense in `state`.
+
+    `virtctl` is how commands about the object begin.
+    """
     if state in _ALLOWED[operation]:
         return
     if state in ALIVE and operation == "undefine":
-        hint = f"Stop it first: virtctl stop {name}."
+        hint = f"Stop it first: {virtctl} stop {name}."
     elif state is State.PAUSED:
-        hint = f"Resume it first: virtctl resume {name}."
+        hint = f"Resume it first: {virtctl} {'resume' if virtctl == 'virtctl' else 'thaw'} {name}."
     elif state in ALIVE:
-        hint = f"Wait until it runs: virtctl info {name} shows how far it is."
+        hint = f"Wait until it runs: {virtctl} info {name} shows how far it is."
     else:
-        hint = f"Start it first: virtctl start {name}."
+        hint = f"Start it first: {virtctl} start {name}."
     raise errors.InvalidState(f"Cannot {operation} {name}: it is {state}", hint=hint)

@@ -96,6 +96,9 @@ class Driver(Guests[Machine, model.Domain]):
             else None,
         }
 
+    def warnings(self, definition: model.Domain) -> list[str]:
+        return [f"{key}: {text}" for key, text in hostinfo.missing_files(definition)]
+
     def images(self) -> list[Use]:
         """Which running domain has which image open, for those who would change or delete one."""
         return [
@@ -103,7 +106,3 @@ class Driver(Guests[Machine, model.Domain]):
             for machine in self.machines.values()
             for identity, (path, writes) in machine.images().items()
         ]
-
-    def warnings(self, domain: model.Domain) -> list[str]:
-        """What a definition names and the host hasn't got yet: no error before the start."""
-        return [f"{key}: {text}" for key, text in hostinfo.missing_files(domain)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -16,6 +16,9 @@ from ..start import Start
 from . import command, ends, images, nics, sandbox
 from . import host as hostinfo
 from .machine import DRIVER, Machine
+
+if TYPE_CHECKING:
+    from ...child import Ends
 
 # All that QEMU gets of an environment: nothing of ours.
 ENVIRONMENT = (("PATH", "/usr/sbin:/usr/bin"), ("LANG", "C.UTF-8"), ("HOME", "/"))
@@ -82,7 +85,7 @@ class _Start(Start[Machine, model.Domain]):
             "nics": [msgspec.to_builtins(nic) for nic in self.nics],
         }
 
-    def prepare(self) -> None:
+    def prepare(self, _ends: Ends) -> None:
         for owner in self.owners:
             try:
                 os.chown(owner.path, self.account.uid, self.account.gid)

@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Containers under real LXC: their life, what survives what, their consoles, and what their root can't do."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.harness import LAB, Lab, check
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.live
+
+ROOT = "/var/lib/virtd/containers/base"
+FIRST = 0x60000000
+# As tests/lab/guest/console.c prints them, so that the checker knows each of them by heart.
+LINES = (
+    'awk \'BEGIN { a = "abcdefghijklmnopqrstuvwxyz"; a = a a a a; '
+    'for (n = 1; n <= COUNT; n++) printf "line %010d %s .\\n", n, substr(a, n % 26 + 1, 60) }\''
+)
+
+
+@pytest.fixture(scope="module")
+def root(booted: Lab) -> str:
+    """A Debian that belongs to the container's own root."""
+    booted.sh(f"""set -e
+        mkdir -p {ROOT} && cd {ROOT} && test -e usr || tar -xf /usr/share/virtd-lab/debian.tar.xz --exclude='./dev/*'
+        python3 - <<'END'
+import os
+for directory, names, files in os.walk({ROOT!r}):
+    for name in [".", *files, *(name for name in names if os.path.islink(os.path.join(directory, name)))]:
+        path = os.path.join(directory, name)
+        status = os.lstat(path)
+        if status.st_uid < 65536:
+            os.lchown(path, status.st_uid + {FIRST}, status.st_gid + {FIRST})
+            if not os.path.islink(path):
+                os.chmod(path, status.st_mode & 0o7777)
+END""", timeout=300)  # fmt: skip
+    return ROOT
+
+
+@pytest.fixture
+def containers(lab: Lab, root: str) -> Iterator[Containers]:
+    yield Containers(lab, root)
+    for item in lab.json("container", "list"):
+        lab.virtctl("container", "stop", item["name"], check=False)
+        lab.virtctl("container", "undefine", item["name"], check=False)
+    assert lab.sh("systemctl list-units --all --plain --no-legend 'virtd-lxc-*.service'") == ""
+    assert lab.sh("ls /run/virtd/lxc") == ""
+    lab.sh("rm -f /var/log/virtd/lxc/*")
+
+
+class Containers:
+    def __init__(self, lab: Lab, root: str) -> None:
+        self.lab = lab
+        self.root = root
+
+    def define(self, name: str, more: str = "", *, start: bool = True, root: str = "") -> None:
+        text = f'name = "{name}"\nrootfs = "{root or self.root}"\n{more}'
+        self.lab.virtctl("container", "define", "-", stdin=text)
+        if start:
+            self.lab.virtctl("container", "start", name)
+
+    def info(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.lab.json("container", "info", name)
+        return found
+
+    def state(self, name: str) -> str:
+        return str(self.info(name)["state"])
+
+    def log(self, name: str) -> bytes:
+        argv = [LAB, "exec", self.lab.name, "--", "virtctl", "container", "log", name]
+        return subprocess.run(argv, check=True, capture_output=True, timeout=120).stdout
+
+    def said(self, name: str, word: bytes, count: int = 1) -> None:
+        self.lab.wait(f"{word!r} on {name}'s console", lambda: self.log(name).count(word) >= count, 60)
+
+    def ended(self, name: str) -> dict[str, Any]:
+        self.lab.wait(f"{name}'s end", lambda: self.state(name) in ("stopped", "crashed"), 60)
+        return self.info(name)
+
+    def refused(self, name: str, more: str = "", *, root: str = "") -> str:
+        """What start says of a definition that can't be started."""
+        self.define(name, more, start=False, root=root)
+        done = self.lab.virtctl("container", "start", name, check=False)
+        assert done.returncode == 1
+        assert self.state(name) == "stopped"
+        return done.stderr
+
+
+def test_a_full_systemd_boots_to_its_login_prompt_and_shuts_down(containers: Containers) -> None:
+    """And it reboots from inside and from outside as the same object, and is frozen and thawed."""
+    lab = containers.lab
+    containers.define("deb", '[limits]\nmemory = "300M"\npids = 300\ncpus = 1.5\n')
+    containers.said("deb", b"login:")
+    info = containers.info("deb")
+    assert info["ids"] == [FIRST, 65536]
+    shown = lab.sh("systemctl show virtd-lxc-deb.service -p MemoryMax,TasksMax,CPUQuotaPerSecUSec")
+    assert set(shown.split()) == {f"MemoryMax={300 << 20}", "TasksMax=300", "CPUQuotaPerSecUSec=1.500000s"}
+    lab.sh(f"test $(readlink /proc/{info['pid']}/exe) = /usr/lib/systemd/systemd")
+
+    lab.virtctl("container", "freeze", "deb")
+    assert containers.state("deb") == "paused"
+    lab.sh("systemctl restart virtd")
+    assert (containers.state("deb"), containers.info("deb")["pid"]) == ("paused", info["pid"])
+    lab.virtctl("container", "thaw", "deb")
+    assert containers.state("deb") == "running"
+
+    unit = info["unit"], lab.sh("systemctl show -P MainPID virtd-lxc-deb.service")
+    lab.virtctl("container", "reboot", "deb")
+    again = containers.info("deb")
+    assert (again["uuid"], again["unit"]) == (info["uuid"], info["unit"])
+    assert again["pid"] != info["pid"]
+    containers.said("deb", b"login:", 2)
+    lab.sh(f"kill -s RTMIN+5 {again['pid']}")
+    lab.wait("another first process", lambda: containers.info("deb")["pid"] not in (None, again["pid"]))
+    containers.said("deb", b"login:", 3)
+    assert unit == (containers.info("deb")["unit"], lab.sh("systemctl show -P MainPID virtd-lxc-deb.service"))
+
+    lab.virtctl("container", "shutdown", "deb")
+    end = containers.info("deb")
+    assert (end["state"], end["exit"]["cause"], end["exit"]["by"]) == ("stopped", "shutdown", "root")
+    assert b"Reached target" in containers.log("deb").split(b"login:")[-1]
+    assert lab.slots() == 0
+
+
+def test_a_login_on_the_console(containers: Containers) -> None:
+    containers.define("deb")
+    containers.said("deb", b"login:")
+    typed = "root\necho the answer is $((6 * 7)) on $(tty)\nexit\n"
+    lab = containers.lab
+    lab.virtctl("container", "console", "--timeout", "1", "deb", stdin="root\n")
+    containers.said("deb", b"#")
+    lab.virtctl("container", "console", "--timeout", "2", "deb", stdin=typed.partition("\n")[2])
+    containers.said("deb", b"the answer is 42 on /dev/console")
+
+
+def test_how_it_ended_is_on_record(containers: Containers) -> None:
+    """By itself, with a status, by a signal, by us, and all of it also while nobody was looking."""
+    lab = containers.lab
+
+    def command(words: str) -> str:
+        return f'command = ["sh", "-c", "{words}"]\n'
+
+    containers.define("good", command("exit 0"))
+    containers.define("bad", command("sleep 0.2; exit 7"))
+    containers.define("away", command("sleep 2; exit 9"))
+    containers.define("killed", command("sleep 600"))
+    containers.define("monitor", command("sleep 600"))
+    lab.sh("systemctl stop virtd.socket virtd.service")
+    lab.sh("kill -9 $(systemctl show -P MainPID virtd-lxc-monitor.service); sleep 2.5")
+    lab.sh("systemctl start virtd.socket virtd.service")
+    seen = {name: containers.ended(name) for name in ("good", "bad", "away", "monitor")}
+    assert {name: (item["state"], item["exit"]["cause"], item["exit"]["code"]) for name, item in seen.items()} == {
+        "good": ("stopped", "exited", 0),
+        "bad": ("crashed", "failed", 7),
+        "away": ("crashed", "failed", 9),
+        "monitor": ("crashed", "killed", None),
+    }
+    assert seen["monitor"]["exit"]["signal"] == "SIGKILL"
+    assert seen["away"]["exit"]["at"] < lab.json("status")["since"]
+    lab.virtctl("container", "kill", "-s", "KILL", "killed")
+    end = containers.ended("killed")
+    assert (end["exit"]["cause"], end["exit"]["signal"], end["exit"]["by"]) == ("killed", "SIGKILL", "root")
+    assert lab.sh("pgrep -x sleep", check=False) == ""
+
+
+def test_no_byte_of_a_console_is_lost(containers: Containers) -> None:
+    """A flood on a terminal, and the daemon killed again and again while it lasts."""
+    lab = containers.lab
+    count = 100000
+    # Into a file first: what it costs to make the lines must not be what limits the flood. Then in pieces, so that it
+    # lasts for some kills however fast the machine is.
+    lines = LINES.replace("COUNT", str(count))
+    pieces = (
+        "for n in 0 1 2 3 4 5 6 7 8 9; do tail -n +$((n * 10000 + 1)) /tmp/lines | head -n 10000; sleep 0.5; done"
+    )
+    containers.define("flood", f"command = {json.dumps(['sh', '-c', f'{lines} >/tmp/lines; {pieces}'])}\n")
+    kills = 0
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and containers.state("flood") in ("starting", "running", "stopping"):
+        lab.sh("sleep 0.2; systemctl kill -s KILL virtd.service", check=False)
+        kills += 1
+        lab.wait("the daemon", lambda: lab.virtctl("status", check=False).returncode != 3)
+    containers.ended("flood")
+    tally = check(containers.log("flood"))
+    assert kills >= 3, containers.info("flood")
+    assert (tally.lines, tally.lost, tally.repeated, tally.broken) == (count, 0, 0, [])
+
+
+def test_a_command_without_a_terminal(containers: Containers) -> None:
+    """Its standard input is a pipe, and what it writes comes out as it is."""
+    lab = containers.lab
+    containers.define(
+        "pipe", 'terminal = false\ncommand = ["sh", "-c", "tty; read a; echo got $a; echo wrong >&2"]\n'
+    )
+    lab.virtctl("container", "console", "--timeout", "1", "pipe", stdin="hello\n")
+    assert containers.ended("pipe")["exit"]["cause"] == "exited"
+    assert containers.log("pipe") == b"not a tty\ngot hello\nwrong\n"
+
+
+def test_what_it_survives(containers: Containers) -> None:
+    """Restart, kill -9, a reload of systemd, the package's upgrade: same first process, same console."""
+    lab = containers.lab
+    containers.define("deb")
+    containers.said("deb", b"login:")
+    pid = containers.info("deb")["pid"]
+    for event in (
+        "systemctl restart virtd",
+        "systemctl kill -s KILL virtd",
+        "systemctl stop virtd; systemctl start virtd",
+        "systemctl daemon-reexec",
+    ):
+        lab.sh(event)
+        lab.wait("the daemon", lambda: lab.virtctl("status", check=False).returncode != 3)
+        assert (containers.state("deb"), containers.info("deb")["pid"]) == ("running", pid), event
+    lab.virtctl("container", "console", "--timeout", "1", "deb", stdin="root\n")
+    containers.said("deb", b"#")
+    assert containers.info("deb")["pid"] == pid
+
+
+def test_the_shutdown_of_its_unit_asks_it(containers: Containers) -> None:
+    """As the host's does, and with the daemon away."""
+    lab = containers.lab
+    containers.define("deb")
+    containers.said("deb", b"login:")
+    lab.sh("systemctl stop virtd.socket virtd.service; systemctl stop virtd-lxc-deb.service")
+    lab.sh("systemctl start virtd.socket virtd.service")
+    end = containers.ended("deb")
+    assert (end["state"], end["exit"]["cause"]) == ("stopped", "host-shutdown")
+    assert b"Reached target" in containers.log("deb").split(b"login:")[-1]
+
+
+def test_bad_input_is_refused_before_anything_starts(containers: Containers) -> None:
+    lab = containers.lab
+    lab.sh("mkdir -p /srv/empty; touch /srv/file")
+    assert "no such directory: /srv/none" in containers.refused("a", root="/srv/none")
+    assert "expected a directory" in containers.refused("b", root="/srv/file")
+    assert "has no usr, bin or etc" in containers.refused("c", root="/srv/empty")
+    assert "no such program" in containers.refused("d", 'init = "/sbin/nothing"\n')
+    assert "no such file" in containers.refused("e", '[[mount]]\nsource = "/srv/none"\ntarget = "/mnt"\n')
+    assert "to whom" in containers.refused("f", f"[idmap]\nfirst = {FIRST + 65536}\n")
+    for text, key in (("[idmap]\nfirst = 100000\n", "idmap"), ('[limits]\nmemory = "much"\n', "limits.memory")):
+        wrong = f'name = "g"\nrootfs = "{containers.root}"\n{text}'
+        done = lab.virtctl("container", "define", "-", stdin=wrong, check=False)
+        assert done.returncode == 1
+        assert f"<stdin>: {key}: expected" in done.stderr
+    assert [item["name"] for item in lab.json("container", "list")] == list("abcdef")
+    assert lab.sh("ls /run/virtd/lxc") == ""
+    assert lab.slots() == 0
+
+
+# What root in a container can't do. Each line is tried in it, and has to fail.
+ESCAPES = (
+    "insmod /x.ko || modprobe dummy",
+    "mknod /tmp/disk b 8 0 && cat /tmp/disk",
+    "echo 1 >/proc/sys/kernel/sysrq",
+    "echo b >/proc/sysrq-trigger",
+    "echo /tmp/x >/proc/sys/kernel/core_pattern",
+    "mount -t cgroup2 none /mnt && ls -d /mnt/virtd.slice",
+    "echo $$ >/sys/fs/cgroup/../cgroup.procs && grep -q '^0::/$' /proc/self/cgroup",
+    "ls -d /run/virtd/virtd.sock /run/systemd/system/../../virtd",
+    "grep -qs virtd.sock /proc/net/unix",
+    "pgrep -f /usr/libexec/virtd",
+    "kill -0 MONITOR",
+    "ls /proc/MONITOR/root/",
+    "nsenter -t 1 -m ls /var/lib/virtd-secret",
+    "mount -o remount,rw /sys",
+    "date -s 2001-01-01",
+    "chroot /proc/1/root/../../../.. ls /var/lib/virtd-secret",
+    "cat /var/lib/virtd-secret",
+    "unshare -m mount --bind / /mnt && ls /mnt/var/lib/virtd-secret",
+    "ip link show virbr0",
+    "dmesg",
+)
+
+
+def test_what_its_root_cannot_do(containers: Containers) -> None:
+    lab = containers.lab
+    lab.sh("echo secret >/var/lib/virtd-secret")
+    script = "".join(
+        f"if ( {escape} ) >/dev/null 2>&1; then echo OUT {at}; fi\n" for at, escape in enumerate(ESCAPES)
+    )
+    # The monitor's PID is told to it: that it can guess it must not help.
+    script += "id -u; grep CapEff /proc/self/status; ls -l /dev | wc -l; sort /proc/1/uid_map; echo done; sleep 600\n"
+    containers.define("jail", 'command = ["sh", "/escape"]\n', start=False)
+    lab.write(
+        f"{ROOT}/escape",
+        "while ! test -s /monitor; do sleep 0.1; done; read m </monitor\n" + script.replace("MONITOR", "$m"),
+    )
+    lab.sh(f"chown {FIRST}:{FIRST} {ROOT}/escape; rm -f {ROOT}/monitor")
+    lab.virtctl("container", "start", "jail")
+    lab.sh(f"systemctl show -P MainPID virtd-lxc-jail.service >{ROOT}/monitor; chmod 644 {ROOT}/monitor")
+    containers.said("jail", b"done")
+    said = containers.log("jail").decode().splitlines()
+    assert [ESCAPES[int(line.split()[1])] for line in said if line.startswith("OUT")] == []
+    assert "0" in said  # it is root in there, and yet nobody:
+    pid = containers.info("jail")["pid"]
+    assert lab.sh(f"stat -c %u /proc/{pid}").strip() == str(FIRST)
+    status = lab.sh(f"cat /proc/{pid}/status")
+    assert re.search(r"^Seccomp:\s+2$", status, re.M)
+    lab.sh(f"rm -f {ROOT}/escape {ROOT}/monitor")
+
+
+def test_only_listed_devices(containers: Containers) -> None:
+    """Even what its root makes a node of, or is given by the host, is closed unless it is in the definition."""
+    more = '[[mount]]\nsource = "/dev/net"\ntarget = "/dev/net"\n'
+    look = 'command = ["sh", "-c", "exec 3<>/dev/net/tun && echo open; echo done"]\n'
+    containers.define("closed", look + more)
+    containers.ended("closed")
+    containers.define("open", look + '[[device]]\npath = "/dev/net/tun"\n')
+    containers.ended("open")
+    assert b"open" not in containers.log("closed")
+    assert b"open" in containers.log("open")
+
+
+def test_a_command_in_it(containers: Containers) -> None:
+    """Streams, exit status, signals, a terminal, and the daemon killed while the command runs."""
+    lab = containers.lab
+    containers.define("box", 'command = ["sleep", "600"]\n')
+
+    def run(script: str, *options: str, stdin: str = "") -> tuple[int, str, str]:
+        argv = ("container", "exec", *options, "box", "--", "sh", "-c", script)
+        done = lab.virtctl(*argv, stdin=stdin, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    assert run("echo out; echo err >&2; exit 5") == (5, "out\n", "err\n")
+    assert run("cat", stdin="hello\n") == (0, "hello\n", "")
+    assert run("kill -9 $$")[0] == 128 + 9
+    assert run("echo $A", "-e", "A=b c") == (0, "b c\n", "")
+    lab.sh("(sleep 0.5; systemctl kill -s KILL virtd) >/dev/null 2>&1 &")
+    assert run("sleep 2; echo survived; exit 3") == (3, "survived\n", "")
+    signalled = lab.run(
+        "bash", "-c",
+        "virtctl container exec box -- "
+        "sh -c 'trap \"echo got; exit 9\" TERM; echo on; while :; do sleep 0.1; done' >/tmp/o &"
+        "until grep -q on /tmp/o; do sleep 0.1; done; kill -TERM $!; wait $!; echo $?; cat /tmp/o",
+    )  # fmt: skip
+    assert signalled.stdout.split() == ["9", "on", "got"]
+    terminal = lab.run(
+        "script", "-qec", "virtctl container exec -t box -- sh -c 'tty; exit 4'", "/dev/null", check=False
+    )
+    assert "/dev/pts/" in terminal.stdout
+    assert terminal.returncode == 4
+    assert lab.sh("systemctl list-units --all --no-legend 'virtd-exec-*'") == ""
+
+
+def test_a_container_in_a_network(containers: Containers) -> None:
+    """A veth into a network of virtd's: an address from its DHCP, shown, and kept over a restart."""
+    lab = containers.lab
+    lab.virtctl("network", "define", "default")
+    try:
+        containers.define("net", '[[nic]]\nnetwork = "default"\n')
+        containers.said("net", b"login:")
+        address = "192.0.2.1"
+        info = containers.info("net")
+        assert len(info["interfaces"]) == 1
+        assert info["interfaces"][0] in lab.sh("ls /sys/class/net")
+        network = lab.json("network", "info", "default")
+        bridge = network["bridge"]
+        assert lab.sh(f"ls /sys/class/net/{bridge}/brif").split() == info["interfaces"]
+        assert any("lxc/net" in str(user) for user in network["users"])
+        lab.sh("systemctl restart virtd")
+        assert containers.info("net")["addresses"] == info["addresses"] != [address]
+        lab.virtctl("container", "stop", "net")
+        lab.wait("the interface's end", lambda: info["interfaces"][0] not in lab.sh("ls /sys/class/net").split())
+    finally:
+        lab.virtctl("container", "stop", "net", check=False)
+        lab.virtctl("network", "stop", "--force", "default", check=False)
+        lab.virtctl("network", "undefine", "default", check=False)
+
+
+def test_a_start_that_is_cut_off_leaves_nothing(containers: Containers) -> None:
+    """The daemon is killed at some point of each of many starts."""
+    lab = containers.lab
+    containers.define("cut", 'command = ["sleep", "600"]\n', start=False)
+    for number in range(12):
+        lab.sh(
+            f"virtctl --daemon-timeout 20 container start cut & sleep {0.01 + 0.025 * number:.3f}; "
+            "systemctl kill -s KILL virtd.service; wait",
+            check=False,
+        )
+        lab.wait("a state", lambda: containers.state("cut") in ("running", "stopped"))
+        if containers.state("cut") == "running":
+            lab.virtctl("container", "stop", "cut")
+        assert lab.slots() == 0
+    assert os.path.exists(LAB)

@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Containers: definitions, what is looked at on the host, LXC's configuration, and how an end is understood."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from virtd import errors
+from virtd.drivers.guest import Request
+from virtd.drivers.lxc import config, container, ends, host, sandbox
+from virtd.model import container as model
+from virtd.model.state import Cause, State
+from virtd.units import CLD_EXITED, CLD_KILLED, UnitState
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+BASE = 'name = "web1"\nrootfs = "/srv/web1"\n'
+
+
+def parse(more: str = "", text: str = BASE) -> model.Container:
+    return model.parse(text + more, "web1.toml")
+
+
+# Definitions
+
+
+def test_the_shortest_definition() -> None:
+    found = parse()
+    assert found.argv == ("/sbin/init",)
+    assert not found.privileged
+    assert found.terminal
+
+
+def test_the_longest_definition() -> None:
+    found = parse(
+        'command = ["/bin/sh", "-c", "exit 3"]\nhostname = "www"\nautostart = true\n'
+        'shutdown_signal = "SIGRTMIN+4"\n'
+        'drop_capabilities = ["net_raw"]\n[environment]\nLANG = "C"\n[idmap]\nfirst = 1000000\n'
+        '[limits]\nmemory = "64M"\ncpus = 1.5\npids = 50\n'
+        '[[mount]]\nsource = "/srv"\ntarget = "/mnt"\nreadonly = true\n'
+        '[[device]]\npath = "/dev/fuse"\n[[nic]]\nnetwork = "default"\nmac = "52:54:00:00:00:01"\n'
+    )
+    assert found.argv[0] == "/bin/sh"
+    assert found.limits.memory_bytes == 64 << 20
+    assert found.idmap == model.IdMap(1000000, 65536)
+
+
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        ('init = "sbin/init"\n', "init"),
+        ('init = "/sbin/my init"\n', "init"),
+        ('init = "/sbin/init"\ncommand = ["true"]\n', "command"),
+        ('command = [""]\n', "command[0]"),
+        ('hostname = "a b"\n', "hostname"),
+        ('shutdown_signal = "TERM"\n', "shutdown_signal"),
+        ('drop_capabilities = ["CAP_SYS_ADMIN"]\n', "drop_capabilities[0]"),
+        ('[environment]\n"A-B" = "x"\n', "environment.A-B"),
+        ('[environment]\nA = "x\\ny"\n', "environment.A"),
+        ("privileged = true\n[idmap]\nfirst = 1000000\n", "idmap"),
+        ("[idmap]\nfirst = 4294967290\n", "idmap.count"),
+        ("[idmap]\nfirst = 0\n", "idmap.first"),
+        ('[limits]\nmemory = "lots"\n', "limits.memory"),
+        ('[limits]\nmemory = "1K"\n', "limits.memory"),
+        ("[limits]\ncpus = 0\n", "limits.cpus"),
+        ("[limits]\npids = 0\n", "limits.pids"),
+        ('[[mount]]\nsource = "srv"\ntarget = "/mnt"\n', "mount[0].source"),
+        ('[[mount]]\nsource = "/srv"\ntarget = "/mnt/../etc"\n', "mount[0].target"),
+        ('[[mount]]\nsource = "/srv"\ntarget = "/"\n', "mount[0].target"),
+        ('[[mount]]\nsource = "/a"\ntarget = "/m"\n[[mount]]\nsource = "/b"\ntarget = "/m/"\n', "mount[1].target"),
+        ('[[device]]\npath = "/etc/passwd"\n', "device[0].path"),
+        ("[[nic]]\n", "nic[0].network"),
+        ('[[nic]]\nmode = "bridge"\n', "nic[0].mode"),
+        ('[[nic]]\nmode = "host"\n[[nic]]\nnetwork = "default"\n', "nic[0].mode"),
+        ('[[nic]]\nnetwork = "default"\nmac = "01:00:00:00:00:01"\n', "nic[0].mac"),
+        ('[[nic]]\nnetwork = "default"\nname = "lo"\n', "nic[0].name"),
+        ('[[nic]]\nnetwork = "a"\nname = "x"\n[[nic]]\nnetwork = "a"\nname = "x"\n', "nic[1].name"),
+        ('memroy = "1G"\n', "memroy"),
+    ],
+)
+def test_what_is_wrong_is_named(more: str, key: str) -> None:
+    with pytest.raises(errors.InvalidDefinition) as caught:
+        parse(more)
+    assert (caught.value.file, caught.value.key) == ("web1.toml", key)
+    assert caught.value.expected
+
+
+@pytest.mark.parametrize("rootfs", ["srv/x", "/", "/srv/../etc", "/srv/a:b", "/srv/a\\nlxc.hook.start = /bin/sh"])
+def test_a_root_that_can_be_none(rootfs: str) -> None:
+    with pytest.raises(errors.InvalidDefinition) as caught:
+        parse(text=f'name = "web1"\nrootfs = "{rootfs}"\n')
+    assert caught.value.key == "rootfs"
+
+
+# IDs
+
+
+def grant(etc: Path, subuid: str, subgid: str | None = None) -> str:
+    (etc / "subuid").write_text(subuid)
+    (etc / "subgid").write_text(subuid if subgid is None else subgid)
+    return str(etc)
+
+
+def test_without_a_grant_the_upper_range_is_ours(tmp_path: Path) -> None:
+    etc = grant(tmp_path, "alice:100000:65536\n")
+    host.check_ids(model.IdMap(host.FIRST), "x", etc=etc)
+    assert host.free_ids([], etc=etc).first == host.FIRST
+    assert host.free_ids([host.FIRST], etc=etc).first == host.FIRST + 65536
+    with pytest.raises(errors.InvalidDefinition) as caught:
+        host.check_ids(model.IdMap(100000), "x", etc=etc)
+    assert caught.value.key == "idmap"
+    assert "root:100000:65536" in caught.value.hint
+
+
+def test_what_root_is_granted_counts(tmp_path: Path) -> None:
+    etc = grant(tmp_path, "root:1000000:131072\n# a remark\nbroken:x:y\n")
+    assert host.free_ids([], etc=etc).first == 1000000
+    assert host.free_ids([1000000], etc=etc).first == 1065536
+    with pytest.raises(errors.HostError):
+        host.free_ids([1000000, 1065536], etc=etc)
+    with pytest.raises(errors.InvalidDefinition):
+        host.check_ids(model.IdMap(host.FIRST), "x", etc=etc)
+    with pytest.raises(errors.InvalidDefinition):
+        host.check_ids(model.IdMap(1000000, 131073), "x", etc=etc)
+
+
+def test_ids_that_somebody_else_has_are_refused(tmp_path: Path) -> None:
+    etc = grant(tmp_path, "root:100000:1000000\nalice:165536:65536\n")
+    with pytest.raises(errors.InvalidDefinition, match="alice"):
+        host.check_ids(model.IdMap(165536), "x", etc=etc)
+    assert host.free_ids([100000], etc=etc).first == 231072
+
+
+def test_groups_count_as_well(tmp_path: Path) -> None:
+    etc = grant(tmp_path, "root:1000000:65536\n", "root:2000000:65536\n")
+    with pytest.raises(errors.InvalidDefinition, match="subgid"):
+        host.check_ids(model.IdMap(1000000), "x", etc=etc)
+
+
+# The root file system
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for directory in ("usr/bin", "usr/lib/systemd", "etc"):
+        (tmp_path / directory).mkdir(parents=True)
+    (tmp_path / "bin").symlink_to("usr/bin")
+    (tmp_path / "sbin").symlink_to("/usr/bin")
+    for program in ("usr/bin/sh", "usr/lib/systemd/systemd"):
+        (tmp_path / program).write_text("")
+        (tmp_path / program).chmod(0o755)
+    (tmp_path / "usr/bin/init").symlink_to("../lib/systemd/systemd")
+    return tmp_path
+
+
+def test_links_are_followed_inside(root: Path) -> None:
+    assert host.inside(str(root), "/sbin/init") == f"{root}/usr/lib/systemd/systemd"
+    (root / "out").symlink_to("../../../../../../usr")
+    assert host.inside(str(root), "/out/bin/sh") == f"{root}/usr/bin/sh"
+    (root / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="Too many levels"):
+        host.inside(str(root), "/loop")
+
+
+def test_a_root_with_its_program(root: Path) -> None:
+    host.check_root(parse(), str(root), "x")
+    host.check_root(parse('command = ["sh", "-c", "true"]\n'), str(root), "x")
+    assert host.halt_signal(parse(), str(root)) == "SIGRTMIN+3"
+    assert host.halt_signal(parse('command = ["sh"]\n'), str(root)) == "SIGTERM"
+    assert host.halt_signal(parse('init = "/bin/sh"\n'), str(root)) == "SIGPWR"
+    assert host.halt_signal(parse('shutdown_signal = "SIGINT"\n'), str(root)) == "SIGINT"
+
+
+def test_a_root_that_is_none(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (root / "usr/bin/plain").write_text("")
+    for definition, where, key in (
+        (parse(), str(tmp_path / "missing"), "rootfs"),
+        (parse(), str(root / "usr/bin/sh"), "rootfs"),
+        (parse(), str(tmp_path / "empty"), "rootfs"),
+        (parse('init = "/sbin/nothing"\n'), str(root), "init"),
+        (parse('init = "/bin/plain"\n'), str(root), "init"),
+        (parse('command = ["nothing"]\n'), str(root), "command[0]"),
+    ):
+        with pytest.raises(errors.InvalidDefinition) as caught:
+            host.check_root(definition, where, "x")
+        assert caught.value.key == key
+
+
+def test_mounts_and_devices_have_to_be_there(tmp_path: Path) -> None:
+    mount = f'[[mount]]\nsource = "{tmp_path}/none"\ntarget = "/mnt"\n'
+    with pytest.raises(errors.InvalidDefinition) as caught:
+        host.check_host(parse(mount), "x")
+    assert caught.value.key == "mount[0].source"
+    with pytest.raises(errors.InvalidDefinition) as caught:
+        host.check_host(parse('[[device]]\npath = "/dev/fd"\n'), "x")
+    assert caught.value.key == "device[0].path"
+    with pytest.raises(errors.InvalidDefinition, match="what the host has"):
+        host.check_host(parse('[limits]\nmemory = "60T"\n'), "x")
+
+
+# LXC's configuration
+
+
+def on_host(**changes: object) -> config.Host:
+    usual: dict[str, object] = {
+        "path": "/run/virtd/lxc",
+        "runtime": "/run/virtd/lxc/web1",
+        "root": "/srv/web1",
+        "ids": model.IdMap(1000000),
+        "shifted": False,
+        "tty": "/dev/pts/3",
+        "halt": "SIGPWR",
+        "seccomp": "/usr/share/lxc/config/common.seccomp",
+        "apparmor": False,
+        "start": "/usr/bin/lxc-start",
+    }
+    return config.Host(**(usual | changes))  # type: ignore[arg-type]
+
+
+def test_the_configuration() -> None:
+    text = config.text(parse('[[mount]]\nsource = "/srv/a b"\ntarget = "/mnt"\n'), on_host(), [])
+    lines = text.splitlines()
+    assert "lxc.idmap = u 0 1000000 65536" in lines
+    assert "lxc.idmap = g 0 1000000 65536" in lines
+    assert "lxc.net.0.type = empty" in lines
+    assert "lxc.mount.entry = /dev/pts/3 dev/console none bind,create=file 0 0" in lines
+    assert "lxc.mount.entry = /srv/a\\040b mnt none bind,create=file 0 0" in lines
+    assert "lxc.seccomp.profile = /usr/share/lxc/config/common.seccomp" in lines
+    assert "lxc.init.cmd = /sbin/init" in lines
+
+
+def test_the_configuration_of_others() -> None:
+    privileged = config.text(parse("privileged = true\n"), on_host(ids=None, tty="", apparmor=True), [])
+    assert "idmap" not in privileged
+    assert "dev/console" not in privileged
+    assert "lxc.apparmor.profile = generated" in privileged
+    assert "rootfs.options = idmap=container" in config.text(parse(), on_host(shifted=True), [])
+    assert "lxc.net.0.type = none" in config.text(parse('[[nic]]\nmode = "host"\n'), on_host(), [])
+    link = config.Link("vl0.0", "virbr0", "eth0", "52:54:00:00:00:01")
+    assert "lxc.net.0.link = virbr0" in config.text(parse(), on_host(), [link])
+
+
+def test_a_command_is_quoted_for_the_shell() -> None:
+    script = config.start_script(parse("""command = ["sh", "-c", "echo 'a b' $HOME"]\n"""), on_host())
+    assert """'sh' '-c' 'echo '\\''a b'\\'' $HOME'""" in script
+
+
+def test_an_unprivileged_one_gets_no_capability_of_the_host_that_it_needs_not() -> None:
+    found = {
+        name: value
+        for name, _, value in sandbox.properties(parse(), on_host(), toplevel=["usr", "home", "run"], stop_after=60)
+    }
+    assert ("/home", "ro,mode=0755") in found["TemporaryFileSystem"]
+    assert not found["CapabilityBoundingSet"] & (1 << 16 | 1 << 17 | 1 << 22 | 1 << 25)  # module, rawio, boot, time
+    assert found["DevicePolicy"] == "strict"
+    assert "MemoryMax" not in found
+
+
+# Ends
+
+LOG = "lxc-start web1 20261124035119.773 {level} start - ../src/lxc/start.c:post_start:2217 - {words}"
+
+
+def log(words: str, level: str = "INFO    ") -> str:
+    return LOG.format(level=level, words=words)
+
+
+def unit(code: int = CLD_EXITED, status: int = 0, result: str = "success") -> UnitState:
+    return UnitState(
+        name="virtd-lxc-web1.service", load="loaded", active="active", sub="exited", result=result, main_pid=0,
+        invocation_id="", exec_code=code, exec_status=status, started_at=1.0, exited_at=2.0, description="",
+    )  # fmt: skip
+
+
+def test_the_log_is_read_as_a_diary() -> None:
+    assert ends.read(log("x", "WARN    ")) == ends.Said("warning", "x")
+    assert ends.read(log("x", "ERROR   ")) == ends.Said("error", "x")
+    assert ends.read(log("x")).level is None
+    assert ends.read("a line of something else").level == "warning"
+    assert ends.started('Started "/sbin/init" with pid "243"') == 243
+    assert ends.started("'sh' started with pid '578'") == 578
+    assert ends.started("Started nothing") is None
+
+
+def test_who_ended_counts() -> None:
+    words = f"{log('Child <7> ended on error (3)')}\n{log('Child <9> ended on signal Killed(9)')}"
+    assert ends.first(words, 7) == ends.First(3, None)
+    assert ends.first(words, 9) == ends.First(None, 9)
+    assert ends.first(words, 0) == ends.First(None, 9)
+    assert ends.first(words, 8) is None
+    assert ends.first(log("Child <7> ended on signal (2)"), 7) == ends.First(None, 2)  # LXC 5
+
+
+OFF, BAD = State.STOPPED, State.CRASHED
+ASKED = {verb: Request(verb, "root", "") for verb in ("stop", "shutdown", "kill", "gave up")}
+
+
+@pytest.mark.parametrize(
+    ("state_of", "words", "asked", "command", "down", "state", "cause", "code", "signal"),
+    [
+        (unit(), "signal Interrupt(2)", None, False, False, OFF, Cause.GUEST_SHUTDOWN, None, None),
+        (unit(), "signal Interrupt(2)", "shutdown", False, False, OFF, Cause.SHUTDOWN, None, None),
+        (unit(), "signal Interrupt(2)", "gave up", False, False, OFF, Cause.GUEST_SHUTDOWN, None, None),
+        (unit(), "signal Interrupt(2)", None, False, True, OFF, Cause.HOST_SHUTDOWN, None, None),
+        (unit(), "signal Killed(9)", "stop", False, False, OFF, Cause.STOP, None, "SIGKILL"),
+        (unit(), "signal Killed(9)", None, False, False, BAD, Cause.KILLED, None, "SIGKILL"),
+        (unit(), "signal Killed(9)", "kill", False, False, BAD, Cause.KILLED, None, "SIGKILL"),
+        (unit(), "error (3)", None, True, False, BAD, Cause.FAILED, 3, None),
+        (unit(status=3), "", None, True, False, BAD, Cause.FAILED, 3, None),
+        (unit(), "", None, True, False, OFF, Cause.EXITED, 0, None),
+        (unit(), "Child <6> ended on error (3)", None, True, False, OFF, Cause.EXITED, 0, None),
+        (unit(CLD_KILLED, 9, "signal"), "", None, False, False, BAD, Cause.KILLED, None, "SIGKILL"),
+        (unit(CLD_KILLED, 9, "oom-kill"), "", None, False, False, BAD, Cause.OOM, None, "SIGKILL"),
+        (None, "", None, False, False, BAD, Cause.UNKNOWN, None, None),
+    ],
+)  # fmt: skip
+def test_why_it_ended(
+    state_of: UnitState | None, words: str, asked: str | None, command: bool, down: bool,
+    state: State, cause: Cause, code: int | None, signal: str | None,
+) -> None:  # fmt: skip
+    request = ASKED[asked] if asked else None
+    said = log(words if not words or words.startswith("Child") else f"Child <7> ended on {words}")
+    end = ends.judge(state_of, said, 7, request, command=command, host_down=down, seen="later")
+    assert (end.state, end.exit.cause, end.exit.code, end.exit.signal) == (state, cause.value, code, signal)
+    assert end.exit.by == ("root" if end.exit.cause in ("stop", "shutdown", "killed") and asked else None)
+
+
+def test_what_a_failed_start_was_about() -> None:
+    words = f"{log('fine')}\n{log('No such file', 'ERROR   ')}\nsomething else"
+    assert ends.errors_in(words) == ["No such file"]
+
+
+# Small things
+
+
+def test_signals_by_name() -> None:
+    import signal
+
+    assert container.number_of("SIGRTMIN+3") == signal.SIGRTMIN + 3
+    assert container.number_of("SIGTERM") == 15
+    with pytest.raises(errors.InvalidState):
+        container.number_of("SIGNOTHING")
+
+
+def test_addresses_come_from_the_kernel() -> None:
+    assert container.addresses("/nonexistent") == []
+    assert not any(address.startswith("127.") for address in container.addresses(f"/proc/{os.getpid()}/net"))
+
+
+def test_names_of_interfaces_are_short_and_its_own() -> None:
+    names = container.interface_names("7429a786-a9dc-4fdb-8246-3a60296f6f46", 12)
+    assert len(set(names)) == 12
+    assert all(len(name) <= 15 for name in names)
+    assert container.mac_of("7429a786", 0) != container.mac_of("7429a786", 1)

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""virtctl container: LXC containers."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+from virtd.cli import console as consoles
+from virtd.cli import domains, show
+from virtd.cli import execute as executing
+from virtd.cli import log as logs
+from virtd.cli.client import Call, constant
+from virtd.cli.exits import OK
+from virtd.cli.output import (
+    BOLD,
+    STATE_COLOURS,
+    ago,
+    clean,
+    dot,
+    how_it_ended,
+    labelled,
+    moment,
+    paint,
+    plural,
+    table,
+    write_json,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+    from typing import Any
+
+    from virtd.cli.client import Session
+    from virtd.cli.options import Parser
+
+NOUN = "container"
+PREFIX = "Container."
+VIRTCTL = "virtctl container"
+
+COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
+    "list": ("container", "Containers", "", "List containers with their state", "list containers"),
+    "info": ("container", "Containers", "NAME", "Show all about one container", "show {name}"),
+    "start": ("container", "Containers", "NAME...", "Start containers", ""),
+    "shutdown": ("container", "Containers", "NAME...", "Ask containers to shut down, and wait until they have", ""),
+    "stop": ("container", "Containers", "NAME...", "End everything in containers at once", ""),
+    "kill": ("container", "Containers", "NAME...", "Send a signal to the containers' first processes", ""),
+    "reboot": ("container", "Containers", "NAME...", "Ask the containers' inits to reboot", ""),
+    "freeze": ("container", "Containers", "NAME...", "Stop all processes of containers where they are", ""),
+    "thaw": ("container", "Containers", "NAME...", "Let frozen containers go on", ""),
+    "wait": ("container", "Containers", "NAME", "Wait until a container is in a state", "wait for {name}"),
+    "console": ("container", "Console and log", "NAME", "Connect to a container's console",
+                "open the console of {name}"),
+    "log": (
+        "container", "Console and log", "NAME", "Show what a container wrote to its console", "show the log of {name}"
+    ),
+    "exec": (
+        "container",
+        "Console and log",
+        "NAME -- COMMAND...",
+        "Run a command in a container",
+        "run a command in {name}",
+    ),
+    "define": ("container", "Definitions", "FILE|-...", "Define containers, or change their definitions", ""),
+    "undefine": ("container", "Definitions", "NAME...", "Remove the definitions of containers", ""),
+    "dump": ("container", "Definitions", "NAME", "Print a container's definition", "print the definition of {name}"),
+    "autostart": ("container", "Definitions", "NAME...", "Start containers when the host boots, or no longer", ""),
+}  # fmt: skip
+
+
+def list_(args: argparse.Namespace, session: Session) -> int:
+    found = session.call("Container.List")["objects"]
+    if args.running:
+        found = [item for item in found if item.get("state") not in ("stopped", "crashed")]
+    if args.state:
+        found = [item for item in found if item.get("state") in args.state]
+    if args.json:
+        write_json(found, args.json)
+        return OK
+    rows = [
+        (
+            str(item.get("name")),
+            str(item.get("state")),
+            str(item.get("pid") or "-"),
+            ago(item.get("since") or "") or "-",
+            "yes" if item.get("autostart") else "no",
+            str(item.get("reason") or "-"),
+        )
+        for item in found
+    ]
+    table(("NAME", "STATE", "PID", "SINCE", "AUTOSTART", "REASON"), rows, legend=not args.no_legend, colour=1)
+    if not args.no_legend:
+        print(("\n" if rows else "") + plural(len(rows), NOUN) + " listed.")
+    return OK
+
+
+def info(args: argparse.Namespace, session: Session) -> int:
+    item = session.call("Container.Info", {"name": args.name})["object"]
+    if args.json:
+        write_json(item, args.json)
+        return OK
+    state = str(item.get("state"))
+    print(
+        f"{dot(state)} {paint(clean(str(item.get('name'))), BOLD)} - container {clean(str(item.get('uuid') or ''))}"
+    )
+    reason = f" ({item['reason']})" if item.get("reason") else ""
+    since = f" since {moment(item['since'])}" if item.get("since") else ""
+    print(f"{'State':>10}: {paint(clean(state), STATE_COLOURS.get(state, ''))}{clean(reason)}{since}")
+    labelled(_details(item))
+    show.show_problems(item.get("problems") or [])
+    return OK
+
+
+def _details(item: dict[str, Any]) -> list[tuple[str, str]]:
+    pending = "\nchanged since the start; it takes effect with the next one" if item.get("pending") else ""
+    exit_ = item.get("exit")
+    ended = how_it_ended(exit_, "it") + (f"\n{moment(exit_['at'])}" if exit_.get("at") else "") if exit_ else ""
+    ids = item.get("ids")
+    limits, used = item.get("limits") or {}, item.get("used") or {}
+    return [
+        ("Last exit", ended),
+        ("PID", show.text(item.get("pid"))),
+        ("Unit", show.text(item.get("unit"))),
+        ("Root", show.text(item.get("rootfs"))),
+        ("Program", " ".join(map(str, item.get("argv") or []))),
+        ("Hostname", show.text(item.get("hostname"))),
+        (
+            "IDs",
+            f"{ids[0]} to {ids[0] + ids[1] - 1}" if ids else "those of the host" if item.get("privileged") else "",
+        ),
+        ("Memory", _of(show.size(used.get("memory")), show.size(limits.get("memory")))),
+        ("CPUs", show.text(limits.get("cpus"))),
+        ("Processes", _of(show.text(used.get("pids")), show.text(limits.get("pids")))),
+        ("Addresses", "\n".join(map(str, item.get("addresses") or []))),
+        ("Autostart", "yes" if item.get("autostart") else "no"),
+        ("Definition", show.text(item.get("definition_path")) + pending),
+        ("Console", show.text(item.get("console_log"))),
+        ("Log", show.text(item.get("log"))),
+        ("Slots", ", ".join(str(slot).rpartition("/")[2] for slot in item.get("slots") or [])),
+    ]
+
+
+def _of(used: str, limit: str) -> str:
+    """ "5 of 100", as far as it is known."""
+    return " of ".join(filter(None, [used, limit])) if used else (f"at most {limit}" if limit else "")
+
+
+def dump(args: argparse.Namespace, session: Session) -> int:
+    text = str(session.call("Container.Dump", {"name": args.name})["text"])
+    if args.json:
+        write_json({"name": args.name, "text": text}, args.json)
+    else:
+        sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    return OK
+
+
+def reboot(args: argparse.Namespace, session: Session) -> int:
+    def begin(name: str) -> Call:
+        # Not repeated: a second time would undo what it has booted since the first.
+        parameters: dict[str, Any] = {"name": name, "timeout": args.timeout}
+        limit = None if args.timeout is None else args.timeout + domains.WORK
+        return Call(session, "Container.Reboot", constant(parameters), limit=limit, repeat=False)
+
+    return domains.act(args.names, "reboot", begin, lambda _name, call: call.result())
+
+
+def _reboot_options(parser: Parser) -> None:
+    parser.names()
+    parser.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=domains.time_limit,
+        help="how long to wait until they have; shutdown_timeout of virtd.toml unless given",
+    )
+
+
+def _named(parser: Parser) -> None:
+    parser.name(NOUN)
+    parser.json()
+
+
+OPTIONS: dict[str, Callable[[Parser], None]] = {
+    "list": show.list_options,
+    "info": _named,
+    "start": domains.names,
+    "shutdown": domains.shutdown_options,
+    "stop": domains.names,
+    "kill": domains.kill_options,
+    "reboot": _reboot_options,
+    "freeze": domains.names,
+    "thaw": domains.names,
+    "wait": partial(show.wait_options, noun=NOUN),
+    "console": partial(consoles.options, noun=NOUN),
+    "log": partial(logs.options, noun=NOUN, what="LXC itself"),
+    "exec": executing.options,
+    "define": domains.define_options,
+    "undefine": domains.names,
+    "dump": _named,
+    "autostart": domains.autostart_options,
+}
+RUN: dict[str, Callable[[argparse.Namespace, Session], int]] = {
+    "list": list_,
+    "info": info,
+    "start": domains.plain("start", "Container.Start"),
+    "shutdown": domains.shutting_down(PREFIX, VIRTCTL),
+    "stop": domains.plain("stop", "Container.Stop"),
+    "kill": domains.killing("Container.Kill"),
+    "reboot": reboot,
+    "freeze": domains.plain("freeze", "Container.Freeze"),
+    "thaw": domains.plain("thaw", "Container.Thaw"),
+    "wait": show.waiting("Container.Wait"),
+    "console": consoles.attaching(NOUN, PREFIX),
+    "log": logs.logging("Container.Follow"),
+    "exec": executing.execute,
+    "define": domains.defining("Container.Define"),
+    "undefine": domains.undefining("Container.Undefine"),
+    "dump": dump,
+    "autostart": domains.autostarting("Container.Autostart"),
+}

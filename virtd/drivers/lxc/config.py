@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""liblxc's configuration of one container, lxc.container.conf(5), and the script that starts it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from ...model import container as model
+
+# What a privileged container must not do to the host's kernel: the list of LXC's own common.conf.
+DROPPED = ("mac_admin", "mac_override", "sys_module", "sys_rawio", "sys_time")
+MONITOR, PAYLOAD = "monitor", "payload"  # control groups below the unit's
+
+
+class Link(NamedTuple):
+    """One veth pair: the host's end, the bridge it is put into, and what the container's end is."""
+
+    host: str
+    bridge: str
+    name: str
+    mac: str
+
+
+class Host(NamedTuple):
+    """What is known of the host when a container is started. `tty` is "" without a terminal."""
+
+    path: str  # lxcpath: the directory that has the container's own directory
+    runtime: str
+    root: str
+    ids: model.IdMap | None
+    shifted: bool  # by an idmapped mount
+    tty: str
+    halt: str
+    seccomp: str
+    apparmor: bool
+    start: str  # lxc-start, or lxc-execute for a command
+
+
+def text(container: model.Container, host: Host, links: list[Link]) -> str:
+    """The file."""
+    lines = [
+        f"lxc.uts.name = {container.hostname or container.name.replace('_', '-').replace('.', '-')[:63].strip('-')}",
+        f"lxc.rootfs.path = dir:{host.root}",
+        # The container inherits its first program's standard input and output, or has our terminal as /dev/console:
+        # LXC's own console would be a relay, which blocks while nobody reads.
+        "lxc.console.path = none",
+        "lxc.tty.max = 0",
+        "lxc.pty.max = 1024",
+        "lxc.autodev = 1",
+        # Below the unit's control group, which systemd has delegated to us, and nowhere else.
+        "lxc.cgroup.relative = 1",
+        f"lxc.cgroup.dir.monitor = {MONITOR}",
+        f"lxc.cgroup.dir.container = {PAYLOAD}",
+        "lxc.mount.auto = proc:mixed sys:mixed cgroup:mixed",
+        f"lxc.signal.halt = {host.halt}",
+        f"lxc.apparmor.profile = {'generated' if host.apparmor else 'unconfined'}",
+        f"lxc.cap.drop = {' '.join((*DROPPED, *container.drop_capabilities))}",
+    ]
+    if host.seccomp:
+        # Ours besides that of the unit, which LXC would otherwise take for enough.
+        lines += [f"lxc.seccomp.profile = {host.seccomp}", "lxc.seccomp.allow_nesting = 1"]
+    if host.ids is not None:
+        lines += [f"lxc.idmap = {kind} 0 {host.ids.first} {host.ids.count}" for kind in "ug"]
+    if host.shifted:
+        lines.append("lxc.rootfs.options = idmap=container")
+    if host.tty:
+        lines.append(f"lxc.mount.entry = {host.tty} dev/console none bind,create=file 0 0")
+    for mount in container.mount:
+        lines.append(_mount(mount.source, mount.target, readonly=mount.readonly))
+    for device in container.device:
+        lines.append(_mount(device.path, device.path, readonly=False))
+    lines += [f"lxc.environment = {key}={value}" for key, value in container.environment.items()]
+    if not container.command:
+        lines.append(f"lxc.init.cmd = {container.argv[0]}")
+    lines += _network(container, links)
+    return "\n".join(lines) + "\n"
+
+
+def _network(container: model.Container, links: list[Link]) -> list[str]:
+    if any(nic.mode == "host" for nic in container.nic):
+        return ["lxc.net.0.type = none"]
+    if not links:
+        return ["lxc.net.0.type = empty"]
+    lines = []
+    for index, link in enumerate(links):
+        lines += [
+            f"lxc.net.{index}.type = veth",
+            f"lxc.net.{index}.veth.pair = {link.host}",
+            f"lxc.net.{index}.link = {link.bridge}",
+            f"lxc.net.{index}.name = {link.name}",
+            f"lxc.net.{index}.hwaddr = {link.mac}",
+            f"lxc.net.{index}.flags = up",
+        ]
+    return lines
+
+
+def _mount(source: str, target: str, *, readonly: bool) -> str:
+    kind = "dir" if os.path.isdir(source) else "file"
+    options = ["rbind" if kind == "dir" and not readonly else "bind", f"create={kind}"]
+    options += ["ro"] if readonly else []
+    return f"lxc.mount.entry = {_escaped(source)} {_escaped(target.lstrip('/'))} none {','.join(options)} 0 0"
+
+
+def _escaped(path: str) -> str:
+    """As fstab(5) has it."""
+    return path.replace("\\", "\\134").replace(" ", "\\040").replace("\t", "\\011")
+
+
+def quoted(words: tuple[str, ...]) -> str:
+    """For sh."""
+    return " ".join("'" + word.replace("'", "'\\''") + "'" for word in words)
+
+
+def start_script(container: model.Container, host: Host) -> str:
+    """What the unit runs.
+
+    Its standard error becomes LXC's log, which tells when the container's first program runs, reboots and ends.
+    systemd would make a terminal on standard input the controlling one of LXC itself, which would then be hung up
+    together with the container's console; so it comes as standard output, and is put in its place here.
+    """
+    lxc: tuple[str, ...] = (host.start, "-q", "-P", host.path, "-n", container.name, "-f", f"{host.runtime}/config")
+    lxc = (*lxc, "-l", "INFO", "-o", "/proc/self/fd/3")
+    if not container.command:
+        lxc = (*lxc, "-F", "-C")
+    if container.command:
+        lxc = (*lxc, "--", *container.command)
+    return f"exec 3>&2 {'<&1 ' if host.tty else ''}2>&1 && exec {quoted(lxc)}\n"
+
+
+def stop_script(container: model.Container, host: Host, stop: str, seconds: float) -> str:
+    """ExecStop: what ends the container when the host goes down, with or without the daemon.
+
+    systemd runs it after an end of the container's own as well, then without $MAINPID.
+    """
+    words = (stop, "-q", "-P", host.path, "-n", container.name, "-t", str(int(seconds)))
+    return f"""printenv MAINPID >/dev/null || exit 0
+: >{quoted((f"{host.runtime}/host-shutdown",))}
+exec {quoted(words)}
+"""
+
+
+def devices(container: model.Container) -> list[tuple[str, str]]:
+    """For DeviceAllow=: what every container has, and what the definition lists."""
+    common = ("null", "zero", "full", "random", "urandom", "tty", "ptmx")
+    found = [(f"/dev/{name}", "rwm") for name in common] + [("char-pts", "rw")]
+    for device in container.device:
+        kind = "block" if stat.S_ISBLK(os.stat(device.path).st_mode) else "char"
+        number = os.stat(device.path).st_rdev
+        found.append((f"/dev/{kind}/{os.major(number)}:{os.minor(number)}", "rw"))
+    return found

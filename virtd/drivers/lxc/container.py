@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One container: the process that is supervised is LXC's monitor, whose child is the container's first program."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from typing import TYPE_CHECKING
+
+from ... import errors, journal, process
+from ...model import container as model
+from ...model.state import State
+from ...records import now
+from ..guest import End, Guest, Shared
+from ..protocol import Problem
+from . import config, ends
+
+if TYPE_CHECKING:
+    from ...model.settings import Lxc
+    from ...records import Record
+    from ...units import UnitState
+    from ..protocol import Peers
+
+log = logging.getLogger(__name__)
+
+DRIVER = "lxc"
+CGROUPS = "/sys/fs/cgroup"
+
+
+class Container(Guest[model.Container]):
+    """A container."""
+
+    driver = DRIVER
+    noun = "container"
+    virtctl = "virtctl container"
+    definition_type = model.Container
+
+    def __init__(self, shared: Shared, name: str, settings: Lxc, peers: Peers) -> None:
+        super().__init__(shared, name)
+        self.settings = settings
+        self.peers = peers
+        self.started = asyncio.Event()  # LXC has said that the first program runs
+
+    def parse(self, text: str, source: str) -> model.Container:
+        return model.parse(text, source)
+
+    def judge(self, unit: UnitState | None) -> End:
+        definition = self.running_definition
+        return ends.judge(
+            unit,
+            self.last_words(),
+            self.init_pid,
+            self.request,
+            command=bool(definition is not None and definition.command),
+            host_down=os.path.exists(f"{self.runtime}/host-shutdown"),
+            seen=now(),
+        )
+
+    def adopted(self) -> None:
+        self.forward_stderr()  # what LXC has said while nobody was here
+        if self.init() is None:
+            self._note_init(self._find_init())
+        frozen = self.frozen()
+        if frozen and self.state is State.RUNNING:
+            self.note(State.PAUSED, "frozen")
+        elif not frozen and self.state is State.PAUSED:
+            self.note(State.RUNNING, "thawed")
+
+    async def give_back(self, record: Record) -> None:
+        """The host's ends of its interfaces go with its network namespace, which can take a moment."""
+        self.started.clear()
+        interfaces = record.data.get("interfaces", [])
+        if interfaces:
+            network = self.peers("network")
+            for interface in interfaces:
+                with contextlib.suppress(errors.VirtdError, OSError):
+                    await network.detach(interface)
+
+    def meaning(self, slot: str) -> str:
+        match slot:
+            case "stdin":
+                return "its console takes no input any more, and what it writes there stays unread"
+            case "stdout":
+                return "its console's output is lost from now on"
+            case "stderr":
+                return "LXC's messages are lost from now on"
+            case _:
+                return "the log was opened again by its name"
+
+    # Its first program
+
+    @property
+    def init_pid(self) -> int:
+        """Its PID on the host, whether or not it runs; 0 when it isn't known."""
+        kept = self.record.data.get("init") if self.record is not None else None
+        return int(kept["pid"]) if kept else 0
+
+    def init(self) -> int | None:
+        """The PID of the first program, if it runs."""
+        kept = self.record.data.get("init") if self.record is not None else None
+        return int(kept["pid"]) if kept and process.alive(int(kept["pid"]), int(kept["start"])) else None
+
+    def _find_init(self) -> int:
+        """The child of LXC's monitor that is the first of its PID namespace, proc(5); 0 when there is none."""
+        main = self.child.pid if self.child is not None else 0
+        try:
+            with open(f"/proc/{main}/task/{main}/children", encoding="ascii") as file:
+                children = [int(word) for word in file.read().split()]
+        except (OSError, ValueError):
+            return 0
+        return next((pid for pid in children if self._is_init(pid)), 0)
+
+    def _is_init(self, pid: int) -> bool:
+        """Nothing that is written into a log makes a process of the host a container's."""
+        fields = status_of(pid)
+        main = self.child.pid if self.child is not None else 0
+        return fields.get("PPid") == str(main) and fields.get("NSpid", "").split()[-1:] == ["1"]
+
+    def _note_init(self, pid: int) -> None:
+        if self.record is None or not self.alive or not pid or not (start := process.start_time(pid)):
+            return
+        data = self.record.data | {"init": {"pid": pid, "start": start}}
+        self.note(self.state, self.reason, data=data)
+
+    def sort_line(self, text: str) -> str | None:
+        """LXC's log is read as a diary; the journal gets its warnings and errors."""
+        said = ends.read(text)
+        if (pid := ends.started(said.words)) is not None and self.alive:
+            again = self.init_pid not in (0, pid)
+            if self._is_init(pid):
+                self._note_init(pid)
+            if again and (self.request is None or self.request.verb != "reboot"):
+                journal.send(f"Container {self.name} rebooted itself", **self.fields())
+                if self.state in (State.RUNNING, State.STOPPING) and self.request is not None:
+                    # Whatever it was asked, this is a new life.
+                    self.note(State.RUNNING, "rebooted", data=self.ask("", ""))
+            self.started.set()
+        return said.level
+
+    def signal_init(self, name: str) -> None:
+        """Send it a signal by its name. Raises InvalidState when it doesn't run."""
+        number = number_of(name)
+        kept = self.record.data.get("init") if self.record is not None else None
+        pidfd = process.open_pidfd(int(kept["pid"]), int(kept["start"])) if kept else None
+        if pidfd is None:
+            raise errors.InvalidState(f"{self.name} has no first program that could be sent a signal")
+        try:
+            signal.pidfd_send_signal(pidfd, number)
+        except ProcessLookupError:
+            pass
+        except OSError as exc:
+            raise errors.HostError(f"Cannot send {name} to {self.name}: {exc.strerror}") from exc
+        finally:
+            os.close(pidfd)
+
+    # Its control group
+
+    def cgroup(self) -> str | None:
+        """The directory of the container's own control group; None when LXC's monitor has ended."""
+        main = self.child.pid if self.child is not None else 0
+        try:
+            with open(f"/proc/{main}/cgroup", encoding="utf-8") as file:
+                own = next((line.rstrip("\n")[3:] for line in file if line.startswith("0::")), "")
+        except OSError:
+            return None
+        unit = own.removesuffix(f"/{config.MONITOR}")
+        return f"{CGROUPS}{unit}/{config.PAYLOAD}" if unit.endswith(f"/{self.unit}") else None
+
+    def frozen(self) -> bool:
+        group = self.cgroup()
+        try:
+            with open(f"{group}/cgroup.events", encoding="ascii") as file:
+                return "frozen 1" in file.read()
+        except OSError:
+            return False
+
+    async def freeze(self, *, on: bool) -> None:
+        """Stop all its processes, or let them go on, and wait until they have. Raises HostError or TimedOut."""
+        group = self.cgroup()
+        try:
+            with open(f"{group}/cgroup.freeze", "w", encoding="ascii") as file:
+                file.write("1" if on else "0")
+        except OSError as exc:
+            raise errors.HostError(f"Cannot {'freeze' if on else 'thaw'} {self.name}: {exc.strerror}") from exc
+        for _ in range(500):
+            if self.frozen() is on:
+                return
+            await asyncio.sleep(0.01)
+        raise errors.TimedOut(f"{self.name} could not be frozen within 5 s")
+
+    def used(self) -> dict[str, int]:
+        """What it uses at this moment, as far as the kernel counts it: memory in bytes, pids."""
+        found = {}
+        group = self.cgroup()
+        for key, file in (("memory", "memory.current"), ("pids", "pids.current")):
+            with contextlib.suppress(OSError, ValueError), open(f"{group}/{file}", encoding="ascii") as content:
+                found[key] = int(content.read())
+        return found
+
+    # Its network
+
+    def addresses(self) -> list[str]:
+        """Its IP addresses, as the kernel has them in its network namespace; none of the loopback's."""
+        pid = self.init()
+        definition = self.running_definition
+        if pid is None or definition is None or any(nic.mode == "host" for nic in definition.nic):
+            return []
+        return addresses(f"/proc/{pid}/net")
+
+    def trouble(self, key: str, exc: errors.VirtdError) -> None:
+        self.problems[key] = Problem(exc.message, exc.hint)
+
+
+def number_of(name: str) -> int:
+    """A signal's number: SIGTERM, SIGRTMIN+3. Raises InvalidState."""
+    word, _, more = name.partition("+")
+    try:
+        return int(signal.Signals[word]) + int(more or 0)
+    except (KeyError, ValueError):
+        raise errors.InvalidState(f"There is no signal {name}") from None
+
+
+def status_of(pid: int) -> dict[str, str]:
+    """The fields of /proc/PID/status; none when it has ended."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
+            return {key: value.strip() for key, _, value in (line.partition(":") for line in file)}
+    except OSError:
+        return {}
+
+
+def addresses(directory: str) -> list[str]:
+    """The addresses in /proc/PID/net, which shows a process's own network namespace."""
+    import ipaddress  # 2 ms, for those who ask only
+
+    found: list[str] = []
+    with contextlib.suppress(OSError):
+        before = ""
+        with open(f"{directory}/fib_trie", encoding="ascii") as file:
+            for line in file:
+                words = line.split()
+                if words[:1] == ["|--"]:
+                    before = words[1]
+                elif words == ["/32", "host", "LOCAL"] and before not in found and not before.startswith("127."):
+                    found.append(before)
+    with contextlib.suppress(OSError), open(f"{directory}/if_inet6", encoding="ascii") as file:
+        for line in file:
+            words = line.split()
+            if words[-1] != "lo":
+                found.append(str(ipaddress.IPv6Address(int(words[0], 16))))
+    return found
+
+
+def interface_names(uuid: str, count: int) -> list[str]:
+    """The host's ends of a container's interfaces: names that a crash in the middle leads back to it."""
+    return [f"vl{uuid.replace('-', '')[:9]}.{index}" for index in range(count)]
+
+
+def mac_of(uuid: str, index: int) -> str:
+    """A MAC that stays the same, as a DHCP server's leases want it: 52:54:00 is for virtual machines."""
+    import hashlib
+
+    digest = hashlib.sha256(f"{uuid}/{index}".encode()).digest()
+    return "52:54:00:" + ":".join(f"{byte:02x}" for byte in digest[:3])

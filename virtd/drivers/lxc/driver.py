@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The LXC driver: all containers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from ... import errors
+from ...model import container as model
+from ..guests import Guests
+from . import execs, operations, starting
+from . import host as hostinfo
+from .container import DRIVER, Container
+
+if TYPE_CHECKING:
+    from ...child import Services
+    from ...model.settings import Lxc, Settings
+    from ..protocol import Peers, Publish
+
+
+def make(services: Services, settings: Settings, publish: Publish, peers: Peers) -> Driver:
+    return Driver(services, settings.lxc, publish, peers)
+
+
+class Driver(Guests[Container, model.Container]):
+    """`publish(event, name)` is told "added", "removed", "changed" and "ended"."""
+
+    name = DRIVER
+    noun = "container"
+    virtctl = "virtctl container"
+
+    def __init__(self, services: Services, settings: Lxc, publish: Publish, peers: Peers) -> None:
+        super().__init__(services, publish)
+        self._settings = settings
+        self._peers = peers
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def make(self, name: str) -> Container:
+        return Container(self._shared, name, self._settings, self._peers)
+
+    def parse(self, text: str, source: str) -> model.Container:
+        return model.parse(text, source)
+
+    def check(self, text: str, source: str) -> model.Container:
+        """What the host's subuid doesn't allow is refused at once, not only at the start."""
+        container = super().check(text, source)
+        if container.idmap is not None:
+            hostinfo.check_ids(container.idmap, source)
+        return container
+
+    async def start(self, name: str, by: str) -> bool:
+        container = self.find(name)
+        await self.certain()
+        return await starting.start(container, self.taken(container), by)
+
+    def taken(self, besides: Container | None = None) -> set[int]:
+        """The first IDs of all maps, so that a new container gets IDs of its own."""
+        found = set()
+        for container in self.machines.values():
+            if container is besides:
+                continue
+            if container.definition is not None and container.definition.idmap is not None:
+                found.add(container.definition.idmap.first)
+            if container.record is not None and (ids := container.record.data.get("ids")):
+                found.add(int(ids[0]))
+        return found
+
+    async def reconcile(self) -> None:
+        await super().reconcile()
+        units = await self._services.units()
+        self._tasks.add(task := asyncio.create_task(execs.clear(units), name="clear-execs"))
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await super().close()
+
+    async def go_on(self, machine: Container) -> None:
+        await operations.finish(machine)
+
+    def describe(self, machine: Container) -> dict[str, Any]:
+        return super().describe(machine) | {"pid": machine.init() if machine.alive else None}
+
+    def describe_fully(self, machine: Container) -> dict[str, Any]:
+        container = machine.running_definition
+        data = machine.record.data if machine.record is not None else {}
+        addresses = machine.addresses() if machine.alive else []
+        for mac, network in data.get("macs", []):
+            with contextlib.suppress(errors.VirtdError, LookupError):
+                addresses += [
+                    found for found in self._peers("network").addresses_of(network, mac) if found not in addresses
+                ]
+        return super().describe_fully(machine) | {
+            "rootfs": container.rootfs if container is not None else None,
+            "argv": list(container.argv) if container is not None else [],
+            "hostname": (container.hostname or container.name) if container is not None else None,
+            "privileged": container.privileged if container is not None else None,
+            "ids": data.get("ids"),
+            "limits": {
+                "memory": container.limits.memory_bytes,
+                "cpus": container.limits.cpus,
+                "pids": container.limits.pids,
+            }
+            if container is not None
+            else {},
+            "used": machine.used() if machine.alive else {},
+            "addresses": addresses,
+            "interfaces": data.get("interfaces", []),
+        }
+
+    def warnings(self, definition: model.Container) -> list[str]:
+        found = [f"{key}: {text}" for key, text in hostinfo.missing(definition)]
+        try:
+            hostinfo.check_root(definition, definition.rootfs.rstrip("/"), "")
+        except errors.InvalidDefinition as exc:
+            found.append(f"{exc.key}: {exc.expected}")
+        return found

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Commands that are run in a container besides its own: lxc-attach, in a transient unit of its own.
+
+The client gets the command's terminal, or its pipes, and nobody else has them: no byte passes through the daemon, and
+a restart of it is noticed by neither side. The unit keeps the exit status until somebody has asked for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from typing import TYPE_CHECKING, NamedTuple
+
+from ... import errors, process
+from ...child import ended
+from ...units import CLD_EXITED, UnitSpec, signal_name
+from . import config
+from . import host as hostinfo
+from .container import DRIVER, Container, status_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ...units import Units
+
+PREFIX = "virtd-exec-lxc-"  # of the units; not the driver's own prefix, for they are no containers
+UNCLAIMED = 60.0  # seconds that an exit status waits for a client which has lost its daemon
+
+
+class Run(NamedTuple):
+    """A command that was started. `fds`: the terminal, or the pipes of standard input, output and error."""
+
+    unit: str
+    fds: list[int]
+
+
+class Result(NamedTuple):
+    code: int | None
+    signal: str | None
+
+
+async def begin(
+    container: Container, command: Sequence[str], environment: Mapping[str, str], *, terminal: bool
+) -> Run:
+    """Start `command`. Raises a VirtdError, with nothing left behind."""
+    if not command or not all(word and "\0" not in word for word in (*command[:1], *environment)):
+        raise errors.InvalidState(f"Cannot run a command in {container.name}: there is none")
+    attach = hostinfo.program("lxc-attach")
+    units = await container.shared.services.units()
+    number = os.urandom(4).hex()
+    unit, script = f"{PREFIX}{container.name}-{number}.service", f"{container.runtime}/exec-{number}"
+    words = (
+        attach, "-P", f"{container.shared.services.paths.run}/{DRIVER}", "-n", container.name, "--clear-env",
+        *(f"--set-var={key}={value}" for key, value in environment.items()), "--", *command,
+    )  # fmt: skip
+    # In a file: what is in a unit's command line systemd takes apart, and everybody may read.
+    try:
+        with open(script, "x", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(f"rm -f {config.quoted((script,))}\nexec {config.quoted(words)}\n")
+    except OSError as exc:
+        raise errors.HostError(f"Cannot write {script}: {exc.strerror}") from exc
+    theirs, ours = _ends(terminal=terminal)
+    spec = UnitSpec(
+        name=unit,
+        description=f"A command in container {container.name}",
+        slice=f"virtd-{DRIVER}.slice",
+        argv=("/bin/sh", script),
+        environment=(("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), ("LANG", "C.UTF-8")),
+    )
+    try:
+        await units.start(spec, (theirs[0], theirs[1], theirs[2]))
+    except BaseException:
+        for fd in ours:
+            os.close(fd)
+        with contextlib.suppress(OSError):
+            os.unlink(script)
+        with contextlib.suppress(errors.VirtdError):
+            await units.collect(unit)
+        raise
+    finally:
+        for fd in set(theirs):
+            os.close(fd)
+    return Run(unit, ours)
+
+
+def _ends(*, terminal: bool) -> tuple[list[int], list[int]]:
+    """The command's standard input, output and error, and the client's ends of them. Raises HostError."""
+    opened: list[int] = []
+    try:
+        if terminal:
+            master, slave = os.openpty()
+            return [slave, slave, slave], [master]
+        for _ in range(3):
+            opened += os.pipe2(os.O_CLOEXEC)
+    except OSError as exc:
+        for fd in opened:
+            os.close(fd)
+        raise errors.HostError(f"Cannot make pipes for a command: {exc.strerror}") from exc
+    return [opened[0], opened[3], opened[5]], [opened[1], opened[2], opened[4]]
+
+
+def belongs(unit: str, container: Container) -> bool:
+    """Whether a client's token is a unit of this container's."""
+    number = unit.removeprefix(f"{PREFIX}{container.name}-").removesuffix(".service")
+    return unit == f"{PREFIX}{container.name}-{number}.service" and len(number) == 8 and number.isalnum()
+
+
+async def result(units: Units, unit: str) -> Result:
+    """Wait for the command's end; its unit is gone afterwards. Raises NotFound."""
+    state = await units.state(unit)
+    if state is None:
+        raise errors.NotFound("Nothing is known of this command any more")
+    if state.running:
+        await ended(state.main_pid, process.start_time(state.main_pid))
+        state = await units.ended(unit)
+    if state is None:
+        raise errors.NotFound("Nothing is known of this command any more")
+    await units.collect(unit)
+    if state.exec_code == CLD_EXITED:
+        # As a shell has it: lxc-attach says 128 and the signal's number.
+        killed = state.exec_status > 128 and state.exec_status - 128 in set(signal.Signals)
+        return Result(state.exec_status, signal_name(state.exec_status - 128) if killed else None)
+    return Result(None, signal_name(state.exec_status))
+
+
+async def send(units: Units, unit: str, number: int) -> None:
+    """Send a signal to the command. Raises NotFound."""
+    state = await units.state(unit)
+    if state is None or not state.running:
+        raise errors.NotFound("The command has ended")
+    main = state.main_pid
+    try:
+        with open(f"/proc/{main}/task/{main}/children", encoding="ascii") as file:
+            children = [int(word) for word in file.read().split()]
+    except (OSError, ValueError):
+        children = []
+    inside = [pid for pid in children if len(status_of(pid).get("NSpid", "").split()) > 1]
+    for pid in inside:
+        with contextlib.suppress(OSError):
+            pidfd = os.pidfd_open(pid)
+            try:
+                # Only now can it not be another process of that number any more.
+                if status_of(pid).get("PPid") == str(main):
+                    signal.pidfd_send_signal(pidfd, number)
+            finally:
+                os.close(pidfd)
+    if not inside:
+        await units.kill(unit, number)
+
+
+async def clear(units: Units) -> None:
+    """At a start of the daemon: forget what has ended and nobody asks about any more."""
+    for listed in await units.list(f"{PREFIX}*.service"):
+        if listed.sub != "running":
+            await asyncio.sleep(UNCLAIMED)
+            with contextlib.suppress(errors.VirtdError):
+                await units.collect(listed.name)

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the LXC driver must know of the host: its programs, the IDs that containers may have, what a root file
+system holds.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING, NamedTuple
+
+from ... import errors
+from ...model import container as model
+from ...model import size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+PLACES = ("/usr/bin", "/usr/local/bin")
+SECCOMP = "/usr/share/lxc/config/common.seccomp"
+APPARMOR = "/sys/module/apparmor/parameters/enabled"
+# Where /etc/subuid grants root nothing: the upper part of what systemd leaves to containers (UIDS-GIDS in its
+# documentation), which useradd(8) never gives to a person (SUB_UID_MAX of login.defs(5) is 600,100,000).
+FIRST, COUNT = 0x60000000, 0x8000000
+# Where a command is looked for; the container's own PATH isn't known before its program runs.
+SEARCH = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
+LINKS = 40  # as many symbolic links in a row as the kernel follows
+
+
+class Range(NamedTuple):
+    """IDs `first` to `first` + `many` - 1, granted to `owner`."""
+
+    owner: str
+    first: int
+    many: int
+
+    def holds(self, first: int, count: int) -> bool:
+        return self.first <= first and first + count <= self.first + self.many
+
+    def meets(self, first: int, count: int) -> bool:
+        return self.first < first + count and first < self.first + self.many
+
+
+def program(name: str) -> str:
+    """Where one of LXC's programs is. Raises HostError."""
+    for place in PLACES:
+        if os.access(path := f"{place}/{name}", os.X_OK):
+            return path
+    raise errors.HostError(f"LXC is missing: no {PLACES[0]}/{name}", hint="Install lxc.")
+
+
+def apparmor() -> bool:
+    """Whether the kernel confines by AppArmor."""
+    try:
+        with open(APPARMOR, encoding="ascii") as file:
+            return file.read().strip() == "Y"
+    except OSError:
+        return False
+
+
+# IDs
+
+
+def grants(path: str) -> list[Range]:
+    """The lines of subuid(5) or subgid(5); those that aren't any are left out."""
+    found = []
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                owner, _, rest = line.strip().partition(":")
+                first, _, count = rest.partition(":")
+                if owner and first.isdecimal() and count.isdecimal() and int(count):
+                    found.append(Range(owner, int(first), int(count)))
+    except OSError:
+        pass
+    return found
+
+
+def own(granted: Iterable[Range]) -> list[Range]:
+    """What root may give to containers: its lines, or without any the range that is ours by custom."""
+    return [entry for entry in granted if entry.owner in ("root", "0")] or [Range("root", FIRST, COUNT)]
+
+
+def check_ids(ids: model.IdMap, source: str, *, etc: str = "/etc") -> None:
+    """Refuse a map that the host's subuid doesn't allow. Raises InvalidDefinition."""
+    for file in ("subuid", "subgid"):
+        path = f"{etc}/{file}"
+        granted = grants(path)
+        mine = own(granted)
+        asked = f"{ids.first} to {ids.first + ids.count - 1}"
+        if not any(entry.holds(ids.first, ids.count) for entry in mine):
+            allowed = ", ".join(f"{entry.first} to {entry.first + entry.many - 1}" for entry in mine)
+            raise errors.InvalidDefinition(
+                source,
+                "idmap",
+                f"expected IDs that {path} allows root to give away ({allowed}), got {asked}",
+                hint=f"Choose others, or add a line to /etc/subuid and /etc/subgid: root:{ids.first}:{ids.count}.",
+            )
+        for entry in granted:
+            if entry.owner not in ("root", "0") and entry.meets(ids.first, ids.count):
+                raise errors.InvalidDefinition(
+                    source,
+                    "idmap",
+                    f"expected IDs that nobody else has, got {asked}, of which {path} grants some to {entry.owner}",
+                )
+
+
+def free_ids(taken: Iterable[int], *, etc: str = "/etc") -> model.IdMap:
+    """The first map of the usual size that no container has and nobody else is granted. Raises HostError."""
+    used = set(taken)
+    granted = grants(f"{etc}/subuid") + grants(f"{etc}/subgid")
+    others = [entry for entry in granted if entry.owner not in ("root", "0")]
+    groups = own(grants(f"{etc}/subgid"))
+    for entry in own(grants(f"{etc}/subuid")):
+        for first in range(entry.first, entry.first + entry.many - model.IDS + 1, model.IDS):
+            if (
+                not any(abs(first - other) < model.IDS for other in used)
+                and any(group.holds(first, model.IDS) for group in groups)
+                and not any(other.meets(first, model.IDS) for other in others)
+            ):
+                return model.IdMap(first)
+    raise errors.HostError(
+        "There are no IDs left for another container", hint="Grant root more in /etc/subuid and /etc/subgid."
+    )
+
+
+# The root file system
+
+
+def inside(root: str, path: str) -> str:
+    """Where `path` of a container is on the host, with every symbolic link followed as its processes would.
+
+    Raises OSError. Nothing is opened; what is found can change at any time, so this is for checks only.
+    """
+    links = 0
+    pending = [part for part in path.split("/") if part not in ("", ".")][::-1]
+    found: list[str] = []
+    while pending:
+        part = pending.pop()
+        if part == "..":
+            del found[-1:]
+            continue
+        here = "/".join([root, *found, part])
+        if stat.S_ISLNK(os.lstat(here).st_mode):
+            links += 1
+            if links > LINKS:
+                raise OSError(40, "Too many levels of symbolic links")
+            target = os.readlink(here)
+            if target.startswith("/"):
+                found.clear()
+            pending += [part for part in target.split("/") if part not in ("", ".")][::-1]
+        else:
+            found.append(part)
+    return "/".join([root, *found])
+
+
+def check_root(container: model.Container, root: str, source: str) -> None:
+    """There is a root file system with the program in it. Raises InvalidDefinition."""
+
+    def refuse(key: str, expected: str, hint: str = "") -> errors.InvalidDefinition:
+        return errors.InvalidDefinition(source, key, expected, hint=hint)
+
+    make = f"virtctl container create {container.name} --image ROOTFS.tar.xz makes one."
+    if not os.path.exists(root):
+        raise refuse("rootfs", f"no such directory: {root}", make)
+    if not os.path.isdir(root):
+        raise refuse("rootfs", f"expected a directory: {root}", make)
+    if not any(os.path.lexists(f"{root}/{name}") for name in ("usr", "bin", "sbin", "init", "etc")):
+        raise refuse("rootfs", f"expected a root file system, which {root} isn't: it has no usr, bin or etc", make)
+    key, word = ("command[0]", container.command[0]) if container.command else ("init", container.argv[0])
+    places = [word] if word.startswith("/") else [f"{place}/{word}" for place in SEARCH]
+    for place in places:
+        try:
+            status = os.stat(inside(root, place))
+        except OSError:
+            continue
+        if not stat.S_ISREG(status.st_mode) or not status.st_mode & 0o111:
+            raise refuse(key, f"expected a program: {place} of {root} isn't one")
+        return
+    raise refuse(key, f"no such program in {root}: {word}")
+
+
+def halt_signal(container: model.Container, root: str) -> str:
+    """What asks the container's first program to end."""
+    if container.shutdown_signal is not None:
+        return container.shutdown_signal
+    if container.command:
+        return "SIGTERM"
+    try:
+        program = inside(root, container.argv[0])
+    except OSError:
+        return "SIGPWR"
+    # systemd(1), "Signals"; SIGPWR is what sysvinit, OpenRC's init and busybox's understand.
+    return "SIGRTMIN+3" if "systemd" in os.path.basename(program) else "SIGPWR"
+
+
+def ids_of(
+    container: model.Container, root: str, source: str, taken: Iterable[int]
+) -> tuple[model.IdMap | None, bool]:
+    """The map that a container is run with, and whether its files have to be shifted by an idmapped mount.
+
+    None for a privileged one. Raises InvalidDefinition when the root file system belongs to nobody in the map.
+    """
+    if container.privileged:
+        return None, False
+    owner = os.stat(root).st_uid
+    ids = container.idmap or (model.IdMap(owner) if owner else free_ids(taken))
+    check_ids(ids, source)
+    if ids.first <= owner < ids.first + ids.count:
+        return ids, False
+    if owner:
+        raise errors.InvalidDefinition(
+            source,
+            "idmap",
+            f"expected IDs with {owner}, to whom {root} belongs, got {ids.first} to {ids.first + ids.count - 1}",
+        )
+    return ids, True
+
+
+def check_host(container: model.Container, source: str) -> None:
+    """What is named besides the root is there, and the host can hold what the limits allow. InvalidDefinition."""
+    for key, text in missing(container):
+        raise errors.InvalidDefinition(source, key, text)
+    for index, device in enumerate(container.device):
+        mode = os.stat(device.path).st_mode
+        if not (stat.S_ISCHR(mode) or stat.S_ISBLK(mode)):
+            raise errors.InvalidDefinition(source, f"device[{index}].path", f"expected a device: {device.path}")
+    memory, total = container.limits.memory_bytes, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if memory is not None and memory > total:
+        raise errors.InvalidDefinition(
+            source,
+            "limits.memory",
+            f"expected at most what the host has, {size.show(total >> 20 << 20)}, got {container.limits.memory}",
+        )
+
+
+def missing(container: model.Container) -> list[tuple[str, str]]:
+    """What the definition names and the host doesn't have, as (key, text)."""
+    found = [(key, f"no such file or directory: {path}") for key, path in model.paths(container)]
+    return [entry for entry, (_, path) in zip(found, model.paths(container), strict=True) if not os.path.exists(path)]

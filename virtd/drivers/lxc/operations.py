@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a person can do to a container that runs. Each tells the record first."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from typing import TYPE_CHECKING
+
+from ... import errors
+from ...model.state import State, require
+from .container import number_of
+
+if TYPE_CHECKING:
+    from .container import Container
+
+log = logging.getLogger(__name__)
+
+KILL_LIMIT = 10.0  # seconds that the end may take once everything in it was killed
+ASK_AGAIN = 5.0  # seconds after which a first program that was still starting is asked again
+DYING = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGABRT", "SIGPWR")
+
+
+async def shutdown(container: Container, timeout: float, by: str) -> bool:
+    """Ask its first program to end and wait for it. Raises TimedOut; the container then runs on."""
+    deadline = time.monotonic() + timeout
+    async with container.exclusive("shut down"):
+        require("shut down", container.name, container.state, container.virtctl)
+        halt = _halt(container)
+        container.note(State.STOPPING, f"asked to shut down by {by}", data=container.ask("shutdown", by))
+        with contextlib.suppress(errors.InvalidState):  # it has just ended
+            container.signal_init(halt)
+    while (left := deadline - time.monotonic()) > 0:
+        if await _over(container, min(left, ASK_AGAIN)):
+            return True
+        # One that was still starting has missed it. systemd takes a second SIGRTMIN+3 for the first; others may not.
+        if container.state is State.STOPPING and halt.startswith("SIGRTMIN"):
+            with contextlib.suppress(errors.VirtdError):
+                container.signal_init(halt)
+    async with container.exclusive("shut down"):
+        if container.state is State.STOPPING and container.child is not None and container.child.alive():
+            container.note(
+                State.RUNNING, f"did not shut down within {timeout:.0f} s", data=container.ask("gave up", by)
+            )
+    raise errors.TimedOut(
+        f"{container.name} did not shut down within {timeout:.0f} s",
+        hint=f"It runs on. Give it more time with --timeout, or end it: virtctl container stop {container.name}.",
+    )
+
+
+async def stop(container: Container, by: str) -> bool:
+    """End everything in it at once. False if it wasn't running."""
+    async with container.exclusive("stop"):
+        if not container.alive:
+            return False
+        container.note(State.STOPPING, f"being stopped by {by}", data=container.ask("stop", by))
+        # With the first program of a PID namespace the kernel ends all others in it; LXC then tidies up.
+        with contextlib.suppress(errors.VirtdError):
+            container.signal_init("SIGKILL")
+            if await _over(container, KILL_LIMIT):
+                return True
+        units = await container.shared.services.units()
+        with contextlib.suppress(errors.NotFound):
+            await units.kill(container.unit, signal.SIGKILL, whole=True)
+        if await _over(container, KILL_LIMIT):
+            return True
+    raise errors.TimedOut(
+        f"{container.name} could not be ended, not even by SIGKILL", hint="Is a file system of its hanging?"
+    )
+
+
+async def kill(container: Container, number: int, by: str) -> bool:
+    """Send a signal to its first program."""
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        if not signal.SIGRTMIN < number < signal.SIGRTMAX:
+            raise errors.InvalidState(f"Cannot kill {container.name}: there is no signal {number}") from None
+        name = f"SIGRTMIN+{number - signal.SIGRTMIN}"
+    async with container.exclusive("send a signal to"):
+        require("send a signal to", container.name, container.state, container.virtctl)
+        if name in DYING:
+            container.note(container.state, container.reason, data=container.ask("kill", by))
+        container.signal_init(name)
+    if number == signal.SIGKILL:
+        await _over(container, 2.0)
+    return True
+
+
+async def freeze(container: Container, by: str) -> bool:
+    """Stop all its processes where they are. False if they were."""
+    async with container.exclusive("freeze"):
+        require("freeze", container.name, container.state, container.virtctl)
+        if container.state is State.PAUSED:
+            return False
+        await container.freeze(on=True)
+        if container.alive:
+            container.note(State.PAUSED, f"frozen by {by}")
+        return True
+
+
+async def thaw(container: Container, by: str) -> bool:
+    """Let its processes go on. False if they did."""
+    async with container.exclusive("thaw"):
+        require("thaw", container.name, container.state, container.virtctl)
+        if container.state is not State.PAUSED:
+            return False
+        await container.freeze(on=False)
+        if container.alive:
+            container.note(State.RUNNING, f"thawed by {by}")
+        return True
+
+
+async def reboot(container: Container, timeout: float, by: str) -> bool:
+    """Ask its first program to reboot, and wait until it has. Raises TimedOut or InvalidState."""
+    async with container.exclusive("reboot"):
+        require("reboot", container.name, container.state, container.virtctl)
+        definition = container.running_definition
+        if definition is not None and definition.command:
+            raise errors.InvalidState(
+                f"Cannot reboot {container.name}: it runs a command, and no init that could be asked to",
+                hint=f"virtctl container stop {container.name}, then start it.",
+            )
+        container.note(State.RUNNING, f"asked to reboot by {by}", data=container.ask("reboot", by))
+        container.started.clear()
+        # systemd(1): SIGRTMIN+5 reboots; for others it is Ctrl-Alt-Del.
+        container.signal_init("SIGRTMIN+5" if _halt(container) == "SIGRTMIN+3" else "SIGINT")
+        waits = [asyncio.ensure_future(event.wait()) for event in (container.started, container.over)]
+        try:
+            await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+        if container.over.is_set():
+            raise errors.InvalidState(f"{container.name} ended instead of rebooting: {container.reason}")
+        if not container.started.is_set():
+            raise errors.TimedOut(
+                f"{container.name} did not reboot within {timeout:.0f} s",
+                hint=f"It runs on. virtctl container stop {container.name} ends it at once.",
+            )
+        container.note(State.RUNNING, f"rebooted by {by}", data=container.ask("", ""))
+        return True
+
+
+async def finish(container: Container) -> None:
+    """After a restart of the daemon: what was asked of the container before is done."""
+    request = container.request
+    if request is None or not container.alive:
+        return
+    try:
+        match request.verb:
+            case "stop":
+                await stop(container, request.by)
+            case "shutdown" if container.state is State.STOPPING:
+                await shutdown(container, container.settings.shutdown_timeout, request.by)
+    except errors.VirtdError as exc:  # nobody waits for the answer any more
+        log.warning("What a restart of virtd cut off: %s", exc)
+
+
+def _halt(container: Container) -> str:
+    """What asks it to end: chosen at its start, when its root file system was looked at."""
+    name = str(container.record.data.get("halt", "SIGPWR")) if container.record is not None else "SIGPWR"
+    number_of(name)
+    return name
+
+
+async def _over(container: Container, limit: float) -> bool:
+    """Whether it ended within `limit` seconds."""
+    try:
+        async with asyncio.timeout(limit):
+            await container.over.wait()
+    except TimeoutError:
+        return False
+    return True

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Starting a container: what LXC needs besides what every start does."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING, Any
+
+from ... import errors, files
+from ...model import container as model
+from ...units import UnitSpec
+from ..start import Start
+from . import config, ends, sandbox
+from . import host as hostinfo
+from .container import DRIVER, Container, interface_names, mac_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ...child import Ends
+
+# All that LXC gets of an environment; it doesn't pass it on to the container.
+ENVIRONMENT = (("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), ("LANG", "C.UTF-8"), ("HOME", "/root"))
+TTY_GROUP = 5  # "tty" of every distribution, to which a terminal belongs
+
+
+async def start(container: Container, taken: Iterable[int], by: str) -> bool:
+    """Start it; False if it was running. `taken`: the first IDs of the other containers' maps.
+
+    Raises a VirtdError, with nothing left behind.
+    """
+    async with container.exclusive("start"):
+        if container.alive:
+            return False
+        await container.over.wait()
+        definition = container.definition
+        if definition is None:
+            raise errors.NotFound(
+                f"Container {container.name} has no definition",
+                hint=f'virtctl container define FILE, with name = "{container.name}".',
+            )
+        await _Start(container, definition, taken, by).run()
+        return True
+
+
+class _Start(Start[Container, model.Container]):
+    def __init__(self, container: Container, definition: model.Container, taken: Iterable[int], by: str) -> None:
+        super().__init__(container, definition, by)
+        self.settings = container.settings
+        self.taken = taken
+        self.links: list[config.Link] = []
+        self.terminal = definition.terminal
+
+    def check(self) -> None:
+        definition, source = self.definition, self.machine.source
+        root = definition.rootfs.rstrip("/")
+        hostinfo.check_root(definition, root, source)
+        hostinfo.check_host(definition, source)
+        ids, shifted = hostinfo.ids_of(definition, root, source, self.taken)
+        paths = self.services.paths
+        self.stop = hostinfo.program("lxc-stop")
+        self.host = config.Host(
+            path=f"{paths.run}/{DRIVER}",
+            runtime=self.machine.runtime,
+            root=root,
+            ids=ids,
+            shifted=shifted,
+            tty="",
+            halt=hostinfo.halt_signal(definition, root),
+            seccomp=hostinfo.SECCOMP if os.path.exists(hostinfo.SECCOMP) else "",
+            apparmor=hostinfo.apparmor(),
+            start=hostinfo.program("lxc-execute" if definition.command else "lxc-start"),
+        )
+
+    async def reach(self) -> None:
+        """Have the networks that it is to be in, before anything of it is there."""
+        nics = [nic for nic in self.definition.nic if nic.network is not None]
+        names = interface_names(self.machine.uuid, len(nics))
+        for index, nic in enumerate(nics):
+            assert nic.network is not None
+            network = self.machine.peers("network")
+            bridge = await network.bridge_of(nic.network, user=self.machine.key)
+            mac = (nic.mac or mac_of(self.machine.uuid, index)).lower()
+            self.links.append(config.Link(names[index], bridge.bridge, nic.name or f"eth{index}", mac))
+
+    def data(self) -> dict[str, Any]:
+        ids = self.host.ids
+        return {
+            "interfaces": [link.host for link in self.links],
+            "macs": [[link.mac, nic.network] for link, nic in zip(self.links, self.definition.nic, strict=False)],
+            "halt": self.host.halt,
+            "ids": [ids.first, ids.count] if ids is not None else None,
+            "root": self.host.root,
+        }
+
+    def prepare(self, ends_: Ends) -> None:
+        """The container's own directory, with what LXC and systemd read there."""
+        runtime, ids = self.machine.runtime, self.host.ids
+        if self.terminal and ids is not None:
+            # Its root must be able to open it and to give it to whoever logs in.
+            os.fchown(ends_.stdout, ids.first, ids.first + TTY_GROUP if ids.count > TTY_GROUP else ids.first)
+        self.host = self.host._replace(tty=ends_.tty)
+        content = {
+            "config": config.text(self.definition, self.host, self.links),
+            "start": config.start_script(self.definition, self.host),
+            "stop": config.stop_script(self.definition, self.host, self.stop, self.settings.host_shutdown_timeout),
+        }
+        try:
+            files.remove_tree(runtime)
+            os.makedirs(runtime, mode=0o700)
+            for name, text in content.items():
+                with open(f"{runtime}/{name}", "x", encoding="utf-8") as file:
+                    file.write(text)
+        except OSError as exc:
+            raise errors.HostError(f"Cannot make {runtime}: {exc.strerror}") from exc
+
+    def spec(self) -> UnitSpec:
+        container = self.machine
+        return UnitSpec(
+            name=container.unit,
+            description=f"Container {container.name}",
+            slice=f"virtd-{DRIVER}.slice",
+            argv=("/bin/sh", f"{container.runtime}/start"),
+            environment=ENVIRONMENT,
+            properties=tuple(
+                sandbox.properties(
+                    self.definition,
+                    self.host,
+                    toplevel=sorted(entry.name for entry in os.scandir("/") if entry.is_dir(follow_symlinks=False)),
+                    stop_after=self.settings.host_shutdown_timeout,
+                )
+            ),
+        )
+
+    async def come_up(self) -> None:
+        """Wait until LXC says that the container's first program runs, or has ended."""
+        container = self.machine
+        started = asyncio.ensure_future(container.started.wait())
+        ended = asyncio.ensure_future(self.child.ended())
+        try:
+            await asyncio.wait(
+                (started, ended), timeout=self.settings.start_timeout, return_when=asyncio.FIRST_COMPLETED
+            )
+            if ended.done() or not self.child.alive():
+                units = await self.services.units()
+                unit = await units.ended(container.unit)
+                await self.child.drain()
+                container.forward_stderr()
+                if not container.started.is_set():
+                    how = "ended at once" if unit is None else f"exited with status {unit.exec_status}"
+                    raise errors.StartFailed(f"Cannot start {container.name}: LXC {how}")
+            elif not container.started.is_set():
+                raise errors.StartFailed(
+                    f"Cannot start {container.name}: LXC didn't start its first program "
+                    f"within {self.settings.start_timeout:g} s"
+                )
+        finally:
+            for task in (started, ended):
+                task.cancel()
+            await asyncio.gather(started, ended, return_exceptions=True)
+        for index, link in enumerate(self.links):
+            network = self.definition.nic[index].network
+            await container.peers("network").add_port(network, user=container.key, interface=link.host)
+
+    def own_words(self, words: str) -> str:
+        """LXC's first errors: what comes after them only says that it failed."""
+        return "; ".join(ends.errors_in(words)[:2])
+
+    def last_line(self, words: str) -> str:
+        return next(iter(ends.errors_in(words)), "")

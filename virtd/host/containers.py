@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The operations on containers."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any, cast
+
+from .. import errors
+from ..drivers.lxc import execs, operations
+from ..drivers.lxc.container import DRIVER, Container
+from ..model.state import require
+from .base import WithDescriptors
+from .objects import Objects
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from ..drivers.lxc.driver import Driver
+    from . import Host
+    from .base import Caller
+
+
+class Containers(Objects[Container]):
+    """What can be asked of virtd about containers."""
+
+    def __init__(self, host: Host) -> None:
+        self.driver = cast("Driver", host.use(DRIVER))
+        super().__init__(host.services, self.driver, host.followers, host.subscribe)
+
+    def _limit(self, container: Container, timeout: float | None) -> float:
+        return container.settings.shutdown_timeout if timeout is None else timeout
+
+    async def start(self, name: str, *, by: Caller) -> dict[str, Any]:
+        done = await super().start(name, by=by)
+        return done | {"pid": self.driver.find(name).init() or 0}
+
+    async def shutdown(self, name: str, timeout: float | None, *, by: Caller) -> dict[str, Any]:
+        container = await self.find(name)
+        limit = self._limit(container, timeout)
+        return {"name": container.name, "changed": await operations.shutdown(container, limit, by.name)}
+
+    async def stop(self, name: str, *, by: Caller) -> dict[str, Any]:
+        container = await self.find(name)
+        return {"name": container.name, "changed": await operations.stop(container, by.name)}
+
+    async def kill(self, name: str, signum: int, *, by: Caller) -> dict[str, Any]:
+        container = await self.find(name)
+        return {"name": container.name, "changed": await operations.kill(container, signum, by.name)}
+
+    async def reboot(self, name: str, timeout: float | None, *, by: Caller) -> dict[str, Any]:
+        container = await self.find(name)
+        limit = self._limit(container, timeout)
+        return {"name": container.name, "changed": await operations.reboot(container, limit, by.name)}
+
+    async def freeze(self, name: str, *, by: Caller) -> dict[str, Any]:
+        container = await self.find(name)
+        return {"name": container.name, "changed": await operations.freeze(container, by.name)}
+
+    async def thaw(self, name: str, *, by: Caller) -> dict[str, Any]:
+        container = await self.find(name)
+        return {"name": container.name, "changed": await operations.thaw(container, by.name)}
+
+    # Commands in it
+
+    async def execute(
+        self,
+        name: str,
+        *,
+        command: list[str],
+        environment: dict[str, Any] | None = None,
+        terminal: bool = False,
+        token: str | None = None,
+        by: Caller,
+    ) -> AsyncIterator[dict[str, Any] | WithDescriptors]:
+        """See Execute in org.virtd1.Container.varlink."""
+        container = await self.find(name)
+        if token is None:
+            require("run a command in", container.name, container.state, container.virtctl)
+            variables = {key: str(value) for key, value in (environment or {}).items()}
+            run = await execs.begin(container, command, variables, terminal=terminal)
+            unit = run.unit
+            yield WithDescriptors({"token": unit, "name": container.name}, run.fds)
+        elif execs.belongs(token, container):
+            unit = token
+        else:
+            raise errors.NotFound(f"There is no command {token} in {container.name}")
+        units = await self._services.units()
+        try:
+            result = await execs.result(units, unit)
+        except GeneratorExit:
+            container.spawn(self._forget(unit), "forget")  # nobody waits for it any more
+            raise
+        yield {"name": container.name, "event": "ended", "code": result.code, "signal": result.signal}
+
+    async def _forget(self, unit: str) -> None:
+        units = await self._services.units()
+        with contextlib.suppress(errors.VirtdError):
+            await execs.result(units, unit)
+
+    async def signal(self, name: str, token: str, signum: int, *, by: Caller) -> dict[str, Any]:
+        """Send a signal to a command that Execute has started."""
+        container = await self.find(name)
+        if not execs.belongs(token, container):
+            raise errors.NotFound(f"There is no command {token} in {container.name}")
+        await execs.send(await self._services.units(), token, signum)
+        return {"name": container.name}

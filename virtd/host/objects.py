@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What can be asked about everything that has a definition and a process: domains and containers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from .. import errors
+from ..drivers.guest import Guest
+from ..model.state import State, require
+from .viewing import Viewers
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from ..child import Services
+    from ..console import Followers
+    from ..drivers.guests import Guests
+    from .base import Caller, Listener, WithDescriptors
+
+G = TypeVar("G", bound=Guest[Any])
+
+DOUBT = 5.0  # seconds that a listing waits for an object of which nobody knows yet whether it runs
+
+
+class Objects(Generic[G]):
+    """The objects of one driver. `subscribe` is the host's."""
+
+    def __init__(
+        self,
+        services: Services,
+        driver: Guests[G, Any],
+        followers: Followers,
+        subscribe: Callable[[Listener], Callable[[], None]],
+    ) -> None:
+        self._services = services
+        self._guests = driver
+        self._viewers = Viewers(services, driver.name, followers)
+        self._subscribe = subscribe
+
+    # Reading
+
+    async def listing(self) -> list[dict[str, Any]]:
+        doubtful = [
+            machine.settled.wait() for machine in self._guests.machines.values() if not machine.settled.is_set()
+        ]
+        if doubtful:
+            _, pending = await asyncio.wait([asyncio.ensure_future(wait) for wait in doubtful], timeout=DOUBT)
+            for task in pending:
+                task.cancel()
+        return [self._guests.describe(self._guests.machines[name]) for name in sorted(self._guests.machines)]
+
+    async def info(self, name: str) -> dict[str, Any]:
+        machine = await self.find(name)
+        return self._guests.describe_fully(machine)
+
+    async def dump(self, name: str) -> str:
+        machine = self._guests.find(name)
+        if machine.definition is None:
+            raise errors.NotFound(
+                f"{self._guests.noun.capitalize()} {machine.name} has no definition",
+                hint="It runs on as a transient one until it ends.",
+            )
+        return machine.definition_text
+
+    async def wait(self, name: str, states: list[str], timeout: float | None) -> dict[str, Any]:
+        """Returns the object when it is in one of `states`. Raises TimedOut."""
+        for state in states:
+            if state not in State.__members__.values():
+                raise errors.InvalidState(f"There is no state {state}", hint=f"States: {', '.join(State)}.")
+        machine = await self.find(name)
+        changed = asyncio.Event()
+        unsubscribe = self._subscribe(
+            lambda _event, item: (
+                changed.set() if (item["driver"], item["name"]) == (self._guests.name, machine.name) else None
+            )
+        )
+        try:
+            async with asyncio.timeout(timeout):
+                while machine.state.value not in states:
+                    changed.clear()
+                    await changed.wait()
+        except TimeoutError:
+            raise errors.TimedOut(
+                f"{machine.name} is {machine.state} after {timeout:g} s, not {' or '.join(states)}"
+            ) from None
+        finally:
+            unsubscribe()
+        return self._guests.describe(machine)
+
+    # Definitions
+
+    async def define(self, text: str, source: str, *, check: bool, by: Caller) -> dict[str, Any]:
+        if check:
+            checked = self._guests.check(text, source)
+            existing = self._guests.machines.get(checked.name)
+            path = self._services.paths.definition(self._guests.name, checked.name)
+            return {
+                "name": checked.name,
+                "uuid": checked.uuid or (existing.uuid if existing else ""),
+                "created": existing is None,
+                "path": path,
+                "warnings": self._guests.warnings(checked),
+            }
+        machine, created = self._guests.define(text, source)
+        assert machine.definition is not None
+        return {
+            "name": machine.name,
+            "uuid": machine.uuid,
+            "created": created,
+            "path": machine.source,
+            "warnings": self._guests.warnings(machine.definition),
+        }
+
+    async def undefine(self, name: str, *, by: Caller) -> dict[str, Any]:
+        machine = await self.find(name)
+        await self._guests.undefine(machine.name)
+        return {"name": machine.name}
+
+    async def set_autostart(self, name: str, enable: bool, *, by: Caller) -> dict[str, Any]:  # noqa: FBT001
+        machine = self._guests.find(name)
+        return {"name": machine.name, "changed": self._guests.set_autostart(machine.name, enable=enable)}
+
+    # Operations
+
+    async def start(self, name: str, *, by: Caller) -> dict[str, Any]:
+        machine = await self.find(name)
+        changed = await self._guests.start(machine.name, by.name)
+        return {"name": machine.name, "changed": changed, "pid": machine.record.main_pid if machine.record else 0}
+
+    # Logs and consoles
+
+    async def follow(
+        self, name: str, which: str, file: str | None, offset: int | None, lines: int | None, *, wait: bool
+    ) -> WithDescriptors:
+        """See Follow in org.virtd1.varlink."""
+        return await self._viewers.follow(self._guests.find(name), which, file, offset, lines, wait=wait)
+
+    async def open_console(
+        self, name: str, *, force: bool = False, token: str | None = None, by: Caller
+    ) -> AsyncIterator[dict[str, Any] | WithDescriptors]:
+        """See OpenConsole in org.virtd1.varlink. Closing the iterator gives the console up."""
+        # Who was attached before the daemon's restart must not lose the console to a slow start of ours.
+        machine = await self.find(name, DOUBT if token is None else 60.0)
+        require("attach to the console of", machine.name, machine.state, self._guests.virtctl)
+        async with contextlib.aclosing(self._viewers.write(machine, force=force, token=token, by=by)) as replies:
+            async for reply in replies:
+                yield reply
+
+    async def find(self, name: str, limit: float = DOUBT) -> G:
+        """The machine, once it is known what became of it."""
+        machine = self._guests.find(name)
+        if not machine.settled.is_set():
+            try:
+                async with asyncio.timeout(limit):
+                    await machine.settled.wait()
+            except TimeoutError:
+                raise errors.Busy(
+                    f"virtd doesn't know yet what became of {machine.name}",
+                    hint="Is D-Bus up? systemctl status dbus.service",
+                ) from None
+        return machine
