@@ -171,6 +171,9 @@ class Lab:
         for name in names:
             self.virtctl("stop", name, check=False)
             self.virtctl("undefine", name, check=False)
+        for item in self.json("network", "list"):
+            self.virtctl("network", "stop", "--force", item["name"], check=False)
+            self.virtctl("network", "undefine", item["name"], check=False)
 
     def console(self, domain: str) -> bytes:
         """The whole console log, backups included, oldest first."""

@@ -45,11 +45,15 @@ def booted(request: pytest.FixtureRequest) -> Iterator[Lab]:
 
 @pytest.fixture
 def lab(booted: Lab) -> Iterator[Lab]:
-    """The lab, and after the test: no domain, no slot, no unit and no record of one is left."""
+    """The lab, and after the test: no domain or network, no slot, no unit and no record of one is left."""
     yield booted
     booted.undefine_all()
     booted.wait("an empty store", lambda: booted.slots() == 0, 10)
-    units = booted.sh("systemctl list-units --all --plain --no-legend 'virtd-qemu-*.service'")
+    units = booted.sh("systemctl list-units --all --plain --no-legend 'virtd-*-*.service'")
     assert units == ""
-    assert booted.sh("ls /run/virtd/qemu") == ""
-    booted.sh("rm -f /var/log/virtd/qemu/*")
+    assert booted.sh("ls /run/virtd/qemu /run/virtd/network") == "/run/virtd/network:\n\n/run/virtd/qemu:\n"
+    assert booted.sh("ls /var/lib/virtd/network /sys/class/net | grep -v '^lo$'").split() == [
+        "/sys/class/net:", "/var/lib/virtd/network:",
+    ]  # fmt: skip
+    assert booted.sh("nft list tables") == ""
+    booted.sh("rm -f /var/log/virtd/qemu/* /var/log/virtd/network/*")

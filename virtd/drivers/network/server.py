@@ -90,6 +90,8 @@ class Server:
     async def _replace(self, network: Network) -> None:
         await self.end()
         await self._spawn(network)
+        for key in [key for key in self.net.problems if key.startswith("slot ")]:
+            del self.net.problems[key]
         self._task(self._watch(), "watch")
 
     async def end(self) -> None:
@@ -282,7 +284,8 @@ class Server:
         """First step of a daemon's start: slots and pumps."""
         self.child = Child.adopt(self.net.shared.services, record)
         self._begin_stderr(self.child)
-        for slot in self.child.lost:
+        # Of one that doesn't run, slots that were on record and not put yet are no loss.
+        for slot in self.child.lost if self.child.alive() else ():
             text = f"Slot {slot} of network {self.net.name} is lost: what dnsmasq says is lost from now on"
             self.net.problems[f"slot {slot}"] = Problem(
                 text, f"It runs on. virtctl network stop and start {self.net.name} when convenient."

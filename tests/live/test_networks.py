@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Networks with everything real: the kernel's bridges, taps and rules, dnsmasq, guests that ask it for addresses."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.harness import Lab
+from tests.live import networks
+from tests.live.networks import OUTSIDE, Server, define, eventually, info, neighbour, network, outside, rules
+from tests.live.tools import KILL, Journal
+
+pytestmark = pytest.mark.live
+
+MACS = {"web1": "52:54:00:77:00:01", "db": "52:54:00:77:00:02"}
+RESTORED = "MESSAGE_ID=21e43107966e47b2ab867a8dae253086"
+BRIDGE_LOST = "MESSAGE_ID=b9bed95a412548f2aaa2334497fd6736"
+SERVER_ENDED = "MESSAGE_ID=7febd2561fc74f0b998ec8560d23bede"
+PENDING = "MESSAGE_ID=7b5c4ffc02354c00b1d3d83cdbbca447"
+
+LAB_NET = network(
+    "lab", 1, head='domain = "lab.internal"',
+    more=f'[ipv6]\naddress = "fd77:1::1/64"\n[[host]]\nmac = "{MACS["db"]}"\nname = "db"\nipv4 = "10.77.1.20"\n',
+)  # fmt: skip
+
+
+def table(lab: Lab, name: str) -> bool:
+    return bool(rules(lab, name))
+
+
+def test_guests_have_a_network_that_stays(lab: Lab, packages: dict[str, Path]) -> None:
+    """Leases, names, IPv6; then two streams, from guest to guest and out through NAT, that run through everything."""
+    define(lab, LAB_NET)
+    for name, mac in MACS.items():
+        networks.guest(lab, name, "lab", mac)
+    for name in MACS:
+        lab.wait_ready(name)
+    with outside(lab):
+        # A lease from the range, the static one, and both in every place where they are shown.
+        web1, db = networks.lease(lab, "web1"), networks.lease(lab, "db")
+        assert 100 <= int(web1.rpartition(".")[2]) <= 199
+        assert db == "10.77.1.20"
+        shown = {row["mac"]: row for row in lab.json("network", "leases", "lab")}
+        assert {mac: row["address"] for mac, row in shown.items()} == {MACS["web1"]: web1, MACS["db"]: db}
+        assert [row["name"] for row in (shown[MACS["web1"]], shown[MACS["db"]])] == ["web1", "db"]
+        (card,) = lab.info("db")["nics"]
+        assert (card["network"], card["mac"], card["addresses"]) == ("lab", MACS["db"], [db])
+        assert card["interface"] == "vt-db-0"
+        assert info(lab, "lab")["users"] == ["qemu/db", "qemu/web1"]
+        owner = lab.sh("cat /sys/class/net/vt-db-0/owner; id -u virtd-qemu").split()
+        assert owner[0] == owner[1]
+        # Names, short and long, and IPv6 by router advertisement.
+        status, said = networks.run(lab, "web1", "ping -c 1 -W 5 db && ping -c 1 -W 5 db.lab.internal")
+        assert status == 0, said
+        assert said.count("from 10.77.1.20") == 2
+        # A guest makes its address of an advertisement, and looks for a second whether another has it.
+        waiting = "for i in $(seq 40); do ip -6 -o address show dev eth0 scope global | grep -v tentative && break"
+        status, said = networks.run(lab, "db", f"ping -c 1 -W 5 web1.lab.internal; {waiting}; usleep 500000; done")
+        assert f"from {web1}" in said
+        assert "inet6 fd77:1::5054:ff:fe77:2/64" in said
+        status, said = networks.run(lab, "web1", "ping -c 1 -W 5 fd77:1::5054:ff:fe77:2")
+        assert status == 0, said
+
+        before = _identities(lab)
+        server = Server.started(lab, "ip", "netns", "exec", "outside", address=OUTSIDE)
+        try:
+            # One guest receives while it sends: first the stream inside, then the one through NAT.
+            lines = 8000
+            receiving = networks.begin(lab, "db", networks.RECEIVE)
+            lab.sh("sleep 1")
+            both = f"({networks.send(db, lines)}) & {networks.send(OUTSIDE, lines)}; wait"
+            sending = networks.begin(lab, "web1", both)
+            lab.sh("sleep 1")
+            for path in packages.values():
+                lab.copy(path, f"/root/{path.name}")
+            old, new = (f"/root/{packages[version].name}" for version in ("0.1.0", "0.1.1"))
+            events = ["systemctl restart virtd", KILL, f"rpm -U {new}", "systemctl reload virtd", KILL,
+                      f"rpm -U --oldpackage {old}", "systemctl daemon-reexec", "systemctl restart virtd",
+                      "nft flush ruleset"]  # fmt: skip
+            for event in events:
+                if event == "nft flush ruleset":
+                    assert _identities(lab) == before
+                lab.sh(event)
+                assert info(lab, "lab")["state"] == "active", event
+                lab.sh("sleep 0.7")
+            assert lab.console("web1").count(b"sh exit ") == sending, "the streams ran through all of it"
+            status, said = networks.finish(lab, "web1", sending, 120)
+            assert status == 0, said
+            status, said = networks.finish(lab, "db", receiving, 60)
+            outward = server.report()
+        finally:
+            server.close()
+        got = re.findall(r"got (\d+) (\d+) ([\d.]+) (\d+)", said)[0]
+        print(f"guest to guest: {got[1]} bytes, longest stall {float(got[2]):.2f} s")
+        print(f"guest to outside: {outward['bytes']} bytes, longest stall {outward['stall']:.2f} s")
+        assert (int(got[0]), int(got[3])) == (lines, 0)
+        assert (outward["lines"], outward["wrong"], outward["error"]) == (lines, 0, "")
+        assert outward["peer"] == "203.0.113.1", "under the host's address"
+        eventually(lab, "the rules' return", lambda: table(lab, "lab"), 5)
+        after = _identities(lab)
+        for key in ("bridge", "taps", "dnsmasq", "leases"):
+            assert after[key] == before[key], key
+        assert lab.json("status")["problems"] == []
+
+
+def _identities(lab: Lab) -> dict[str, str]:
+    """What has to be the very same afterwards: interfaces by their numbers, dnsmasq by its PID, rules by handles."""
+    return {
+        "bridge": lab.sh("cat /sys/class/net/vd-lab/ifindex /sys/class/net/vd-lab/address"),
+        "taps": lab.sh("cat /sys/class/net/vt-*/ifindex"),
+        "dnsmasq": lab.sh("systemctl show -P MainPID -P InvocationID virtd-network-lab.service"),
+        "leases": lab.sh("cat /var/lib/virtd/network/lab/leases"),
+        "rules": rules(lab, "lab"),
+    }
+
+
+def test_rules_that_vanish_come_back(lab: Lab) -> None:
+    """Whoever removes them and however; the journal is told once each time, and other tables are left alone."""
+    others = "table ip docker { chain FORWARD { type filter hook forward priority filter; policy accept; }; }"
+    for number in (2, 3, 4):
+        define(lab, network(f"n{number}", number))
+    ways = {
+        "nft flush ruleset": 3,
+        "nft delete table inet virtd-n2": 1,
+        "nft flush chain inet virtd-n3 forward": 1,
+        "nft insert rule inet virtd-n4 forward drop": 1,
+        "systemctl restart nftables.service": 3,
+    }
+    for way, restored in ways.items():
+        lab.sh("nft flush ruleset")
+        eventually(lab, "all tables", lambda: all(table(lab, f"n{number}") for number in (2, 3, 4)), 5)
+        lab.sh("sleep 0.5")
+        wanted = {number: re.sub(r" # handle \d+", "", rules(lab, f"n{number}")) for number in (2, 3, 4)}
+        lab.sh(f"nft -f - <<'END'\n{others}\nEND")
+        journal = Journal.now(lab)
+        lab.sh(way)
+
+        def whole(wanted: dict[int, str] = wanted) -> bool:
+            return all(re.sub(r" # handle \d+", "", rules(lab, f"n{n}")) == text for n, text in wanted.items())
+
+        print(f"{way}: whole again after {eventually(lab, 'the rules', whole, 2):.2f} s")
+        (entry,) = journal.await_entries(RESTORED)
+        assert len(entry["VIRTD_NAME"].split()) == restored, way
+        flushed = way in ("nft flush ruleset", "systemctl restart nftables.service")
+        assert bool(lab.sh("nft list table ip docker 2>/dev/null", check=False)) is not flushed
+    lab.sh("systemctl stop nftables.service; nft delete table ip docker 2>/dev/null; true")
+    # Rules that went while nobody was there, too.
+    lab.sh("systemctl stop virtd.service virtd.socket; nft flush ruleset; systemctl start virtd.socket virtd.service")
+    eventually(lab, "the rules", lambda: all(table(lab, f"n{number}") for number in (2, 3, 4)), 5)
+
+
+def test_isolated_nat_and_routed(lab: Lab) -> None:
+    """Packets really forwarded, and really refused."""
+    define(lab, network("iso", 5, head='mode = "isolated"'))
+    define(lab, network("nat", 6, more='[[forward]]\nport = 8080\nto = "10.77.6.50"\nto_port = 5000\n'))
+    define(lab, network("way", 7, head='mode = "routed"'))
+    with (
+        outside(lab),
+        neighbour(lab, "i1", "vd-iso", "10.77.5.50/24", "10.77.5.1") as i1,
+        neighbour(lab, "i2", "vd-iso", "10.77.5.51/24", "10.77.5.1"),
+        neighbour(lab, "n1", "vd-nat", "10.77.6.50/24", "10.77.6.1") as n1,
+        neighbour(lab, "r1", "vd-way", "10.77.7.50/24", "10.77.7.1") as r1,
+    ):
+
+        def ping(where: str, to: str) -> tuple[bool, str]:
+            done = lab.run(*where.split(), "ping", "-c", "1", "-W", "2", to, check=False)
+            return done.returncode == 0, done.stdout
+
+        assert ping(i1, "10.77.5.51")[0]
+        assert ping(i1, "10.77.5.1")[0]
+        for to in (OUTSIDE, "10.77.6.50", "10.77.7.50"):
+            there, said = ping(i1, to)
+            assert not there
+            assert "Packet filtered" in said, said
+        there, said = ping(n1, "10.77.5.50")
+        assert not there
+        assert "Packet filtered" in said
+        # Of the host, an isolated guest reaches no other service: filtered, where others find a closed port.
+        for where, host, answer in ((i1, "10.77.5.1", "No route to host"), (n1, "10.77.6.1", "refused")):
+            call = f"import socket; socket.create_connection(('{host}', 22), 3)"
+            assert answer in lab.run(*where.split(), "python3", "-c", call, check=False).stderr
+        assert ping(n1, OUTSIDE)[0], "through NAT"
+        assert not ping(r1, OUTSIDE)[0], "nobody out there knows the way back"
+        lab.sh("ip -n outside route add 10.77.7.0/24 via 203.0.113.1")
+        assert ping(r1, OUTSIDE)[0]
+        assert ping("ip netns exec outside", "10.77.7.50")[0]
+        assert not ping("ip netns exec outside", "10.77.6.50")[0]
+        # A forwarded port leads to the guest.
+        server = Server.started(lab, "ip", "netns", "exec", "n1", address="10.77.6.50")
+        try:
+            lab.run("ip", "netns", "exec", "outside", "python3", "-c",
+                    "import socket; s = socket.create_connection(('203.0.113.1', 8080), 5);"
+                    " s.sendall(b'1 x\\n'); s.close()")  # fmt: skip
+            assert server.report()["peer"] == OUTSIDE
+        finally:
+            server.close()
+
+
+def test_dnsmasq_dies_and_a_bridge_is_deleted(lab: Lab) -> None:
+    define(lab, network("lab", 1))
+    pid = info(lab, "lab")["pid"]
+    journal = Journal.now(lab)
+    lab.sh(f"kill -9 {pid}")
+    again = lab.wait("another dnsmasq", lambda: (i := info(lab, "lab"))["pid"] not in (None, pid) and i, 10)
+    assert "killed by SIGKILL" in again["reason"]
+    assert again["problems"] == []
+    assert len(journal.await_entries(SERVER_ENDED)) == 1
+    # Also while nobody is there.
+    lab.sh(f"systemctl stop virtd.service virtd.socket; kill -9 {again['pid']}; sleep 0.2;"
+           " systemctl start virtd.socket virtd.service")  # fmt: skip
+    lab.wait("the next", lambda: info(lab, "lab")["pid"] not in (None, pid, again["pid"]), 10)
+    with neighbour(lab, "n1", "vd-lab", "10.77.1.50/24", "10.77.1.1"):
+        refused = lab.virtctl("network", "stop", "lab", check=False)
+        assert refused.returncode == 1
+        assert "in use by n10" in refused.stderr
+        assert info(lab, "lab")["state"] == "active"
+        journal = Journal.now(lab)
+        lab.sh("ip link del vd-lab")
+        assert len(journal.await_entries(BRIDGE_LOST)) == 1
+        (problem,) = info(lab, "lab")["problems"]
+        assert "bridge vd-lab is gone" in problem["text"]
+        assert "network start lab" in problem["hint"]
+    lab.virtctl("network", "start", "lab")
+    whole = info(lab, "lab")
+    assert (whole["state"], whole["problems"]) == ("active", [])
+    assert lab.sh("ip -o -4 address show dev vd-lab").split()[3] == "10.77.1.1/24"
+    lab.virtctl("network", "stop", "lab")
+    assert not table(lab, "lab")
+    assert lab.sh("test -e /sys/class/net/vd-lab || echo gone") == "gone\n"
+
+
+def test_changes_take_effect_live(lab: Lab) -> None:
+    define(lab, network("lab", 1))
+    path = "/etc/virtd/network/lab.toml"
+    before = info(lab, "lab")
+
+    def edit(text: str) -> str:
+        uuid = f'uuid = "{before["uuid"]}"\n'
+        lab.write(path, uuid + text)
+        return lab.sh("systemctl reload virtd.service 2>&1; virtctl reload 2>&1", check=False)
+
+    with neighbour(lab, "n1", "vd-lab", "10.77.1.50/24", "10.77.1.1") as n1:
+        static = '[[host]]\nmac = "52:54:00:00:00:01"\nname = "web9"\nipv4 = "10.77.1.9"\n'
+        edit(network("lab", 1, more=static))
+        ask = ("import socket, struct; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(3);"
+               " s.sendto(struct.pack('>6H', 7, 256, 1, 0, 0, 0) + b'\\x04web9\\0' + struct.pack('>2H', 1, 1),"
+               " ('10.77.1.1', 53)); print(socket.inet_ntoa(s.recv(512)[-4:]))")  # fmt: skip
+        lab.wait(
+            "the new name", lambda: "10.77.1.9" in lab.run(*n1.split(), "python3", "-c", ask, check=False).stdout
+        )
+        assert info(lab, "lab")["pid"] == before["pid"]
+        assert "52:54:00:00:00:01,10.77.1.9,web9" in lab.sh("cat /run/virtd/network/lab/hosts")
+        edit(network("lab", 1, more=static + '[[forward]]\nport = 99\nto = "10.77.1.9"\n'))
+        assert "tcp dport 99 dnat ip to 10.77.1.9:99" in rules(lab, "lab")
+        assert info(lab, "lab")["pid"] == before["pid"]
+    # A range needs another dnsmasq, an address a new start; both are said in their way.
+    edit(network("lab", 1, head='domain = "x.internal"'))
+    second = info(lab, "lab")
+    assert second["pid"] != before["pid"]
+    assert second["pending"] is False
+    journal = Journal.now(lab)
+    said = edit(network("lab", 8))
+    assert "ipv4.address can't be changed while network lab is active" in said
+    assert len(journal.await_entries(PENDING)) == 1
+    assert info(lab, "lab")["ipv4"] == "10.77.1.1/24"
+    assert info(lab, "lab")["pending"] is True
+    # What dnsmasq refuses is refused, and the old one goes on.
+    text = network("lab", 1).replace("no-ping", "no-such-option")
+    refused = lab.virtctl("network", "define", "-", stdin=text, check=False)
+    assert refused.returncode == 1
+    assert "bad option" in refused.stderr
+    assert info(lab, "lab")["pid"]
+    assert "no-such-option" not in lab.sh(f"cat {path}")
+
+
+def test_what_is_refused(lab: Lab) -> None:
+    define(lab, network("lab", 1))
+    lab.sh("ip link add other0 type bridge; ip link add up1 type veth peer name up2; ip link set up1 up;"
+           " ip address add 10.99.0.1/16 dev up1; ip link set up2 up")  # fmt: skip
+    try:
+        for text, reason in {
+            network("two", 1): "ipv4.address: 10.77.1.0/24 overlaps with 10.77.1.0/24 of network lab",
+            network("two", 1).replace("10.77.1", "10.99.7"): "ipv4.address: 10.99.7.0/24 collides with 10.99.0.0/16",
+            network("two", 2, head='bridge = "other0"'): "bridge: other0 is the name of a bridge that isn't virtd's",
+            network("two", 2, head='bridge = "up1"'): "bridge: up1 is the name of an interface that isn't virtd's",
+            network("two", 2, head='bridge = "vd-lab"'): "bridge: vd-lab is the bridge of network lab already",
+        }.items():
+            refused = lab.virtctl("network", "define", "-", stdin=text, check=False)
+            assert refused.returncode == 1
+            assert f"<stdin>: {reason}" in refused.stderr
+        assert [item["name"] for item in lab.json("network", "list")] == ["lab"]
+        wrong = 'name = "x"\nmemory = "96M"\n[boot]\nkernel = "/x"\n[[nic]]\nnetwork = "nowhere"\n'
+        refused = lab.virtctl("define", "-", stdin=wrong, check=False)
+        assert "<stdin>: nic[0].network: there is no network nowhere" in refused.stderr
+        # A bridge of the host's is taken as it is, and left as it is.
+        define(lab, 'name = "given"\nmode = "bridge"\nbridge = "other0"\n')
+        lab.virtctl("network", "stop", "given")
+        assert lab.sh("test -e /sys/class/net/other0 && echo there") == "there\n"
+        # The default network goes where there is room.
+        lab.sh("ip address add 192.168.124.77/22 dev up1")
+        lab.virtctl("network", "define", "default")
+        assert lab.json("network", "info", "default")["ipv4"] == "192.168.128.1/24"
+    finally:
+        lab.sh("ip link del other0; ip link del up1")
+
+
+def test_beside_firewalld(lab: Lab) -> None:
+    """firewalld drops what comes from interfaces in none of its zones; it is told, and told again when it forgot."""
+    define(lab, network("nat", 6))
+
+    def zoned() -> bool:
+        return lab.sh("firewall-cmd --get-zone-of-interface=vd-nat 2>&1", check=False) == "virtd\n"
+
+    try:
+        lab.sh("systemctl start firewalld.service")
+        lab.wait("the zone", zoned, 10)
+        with outside(lab), neighbour(lab, "n1", "vd-nat", "10.77.6.50/24", "10.77.6.1") as n1:
+            for event in ("true", "firewall-cmd --reload", "systemctl restart firewalld.service",
+                          "systemctl restart virtd.service"):  # fmt: skip
+                lab.sh(event)
+                lab.wait(f"the zone after {event}", zoned, 10)
+                assert table(lab, "nat"), event
+                done = lab.run(*n1.split(), "ping", "-c", "1", "-W", "5", OUTSIDE, check=False)
+                assert done.returncode == 0, (event, done.stdout)
+    finally:
+        lab.sh("systemctl stop firewalld.service")
+    assert info(lab, "nat")["problems"] == []
+
+
+def test_a_start_that_is_cut_off(lab: Lab) -> None:
+    """The daemon is killed at one moment after the other of a start and of a stop; each is whole in the end."""
+    lab.virtctl("network", "define", "-", stdin=network("lab", 1))
+    for verb, state in (("start", "active"), ("stop", "inactive")) * 2:
+        for delay in (0.005, 0.02, 0.04, 0.08, 0.12):
+            lab.virtctl("network", "stop" if verb == "start" else "start", "lab")
+            lab.sh(f"virtctl network {verb} lab & sleep {delay}; {KILL}; wait")
+            found = lab.wait("the end of it", lambda state=state: (i := info(lab, "lab"))["state"] == state and i, 20)
+            assert found["problems"] == []
+            assert table(lab, "lab") is (state == "active")
+            assert len(found["slots"]) == (5 if state == "active" else 0)
+            running = lab.sh("systemctl is-active virtd-network-lab.service", check=False).strip()
+            assert (running == "active") is (state == "active")
+            assert lab.sh("test -e /sys/class/net/vd-lab && echo 1", check=False) == (
+                "1\n" if state == "active" else ""
+            )
