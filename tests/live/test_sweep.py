@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A sample of `make sweep`: the daemon is killed right before some of the calls that each operation makes.
+
+The seed is printed. VIRTD_SEED=N repeats a run.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.sweep import setup
+
+if TYPE_CHECKING:
+    from tests.harness import Lab
+
+pytestmark = pytest.mark.live
+
+POINTS = int(os.environ.get("VIRTD_POINTS", "3"))  # of each operation
+
+
+def test_killed_at_some_points_of_each_operation(lab: Lab) -> None:
+    seed = os.environ.get("VIRTD_SEED") or str(random.randrange(1 << 30))
+    setup.install(lab)
+    done = subprocess.run(
+        setup.command(lab, ["--seed", seed, "--sample", str(POINTS)]),
+        check=False, capture_output=True, text=True, timeout=900, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    print(f"VIRTD_SEED={seed}\n{done.stdout}")
+    assert done.returncode == 0, f"VIRTD_SEED={seed}\n{done.stdout}{done.stderr[-3000:]}"
+    assert done.stdout.count('"held"') == 14, done.stdout
