@@ -329,7 +329,8 @@ class Child(msgspec.Struct):
             limit=limits.max_bytes,
             backups=limits.backups,
             on_rotate=lambda fd: self._rotated(name, fd),
-            fd=services.store.take(name) if held is not None else None,
+            # A duplicate: the store may have to send its own to PID 1 once more.
+            fd=os.dup(services.store.get(name)) if held is not None else None,
         )
 
     def _pump(self) -> None:

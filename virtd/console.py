@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from . import errors
+from . import errors, process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -150,4 +150,5 @@ async def _first(one: asyncio.Event, other: asyncio.Event, limit: float | None) 
 
 
 def _lives(pid: int) -> bool:
-    return pid > 0 and os.path.exists(f"/proc/{pid}")
+    # A zombie doesn't, however long nobody asks for its exit status.
+    return pid > 0 and process.start_time(pid) > 0

@@ -57,8 +57,10 @@ CODE_ID = "/usr/share/virtd/code-id"
 STORE_MAX = 4096  # FileDescriptorStoreMax= in virtd.service; systemd < 254 doesn't tell
 BUS_RETRY = 1.0
 NAME_RETRY = 10.0
+UNIT = "virtd.service"
 LISTENER = "varlink"  # FileDescriptorName= in virtd.socket
 GRACE = 0.05  # seconds after READY=1 in which those who waited for it are answered before D-Bus is brought up
+LAST_LOOK = 0.2  # seconds that the end waits for what guests have just said to be in their logs
 UNITS_LIMIT = 20.0  # seconds that an operation waits for D-Bus to come (back)
 ITSELF = Caller(uid=0, pid=os.getpid(), name="virtd")
 
@@ -79,7 +81,9 @@ class Daemon:
         self._status_due = False
         self._tasks: list[asyncio.Task[None]] = []
         settings, problem = load_settings(paths)
-        self.pump = Pump(self._loop.call_soon_threadsafe, on_bytes=self._grown, on_drop=self._lost)
+        self.pump = Pump(
+            self._loop.call_soon_threadsafe, on_bytes=self._grown, on_drop=self._lost, on_death=_give_way
+        )
         services = Services(paths, store, self.pump, settings.log, self._get_units)
         self.host = Host(services, settings)
         if problem is not None:
@@ -105,6 +109,9 @@ class Daemon:
         self._task(self._bring_up)
         await self._stopping.wait()
         self._notify("STOPPING=1")
+        # Our successor would find it in the pipes, but when the host goes down nobody comes after us.
+        if last := [asyncio.wrap_future(one) for one in self.pump.drain_all()]:
+            await asyncio.wait(last, timeout=LAST_LOOK)
         # For callers only: what has been sent to us is answered, and what comes now waits for our successor.
         if self._front_end is not None:
             await self._front_end.close()
@@ -176,6 +183,7 @@ class Daemon:
             self._units = Units(bus)
             self._units_there.set()
             try:
+                await self._units.on_reloaded(lambda: self._task(self._check_store))
                 if first:
                     await self._recover()
                 if first:
@@ -236,6 +244,33 @@ class Daemon:
                 "virtctl works all the same. See: systemctl reload dbus.service.",
             )
             return False
+
+    async def _check_store(self) -> None:
+        """After a daemon-reload: see that systemd still has all slots, and give it back what it has dropped.
+
+        As long as this process runs it has them all; only the next one would miss them.
+        """
+        units = await self._get_units()
+        try:
+            unit_max = int(await units.service_property(UNIT, "FileDescriptorStoreMax"))
+            self._store.resize(unit_max)
+            wanted = len(self._store.names())
+            if await units.store_count(UNIT) < wanted:
+                await asyncio.to_thread(self._store.send_again)
+                await asyncio.to_thread(self._store.barrier)
+            kept = await units.store_count(UNIT)
+        except (errors.VirtdError, fdstore.StoreError) as exc:
+            log.warning("Whether systemd still has all descriptors can't be seen: %s", exc)
+            return
+        if kept < wanted:
+            text = f"systemd has dropped {wanted - kept} of {wanted} descriptors of running guests"
+            self.host.problems["store"] = (
+                text,
+                f"Raise FileDescriptorStoreMax= of virtd.service (now {unit_max}) before virtd is restarted.",
+            )
+            log.warning("%s: FileDescriptorStoreMax= is %d", text, unit_max)
+        else:
+            self.host.problems.pop("store", None)
 
     async def _get_units(self) -> Units:
         if not self._units_there.is_set():
@@ -327,6 +362,11 @@ class Daemon:
                 f"{task.get_name()} failed: {exc}",
                 "This is a bug: see journalctl -u virtd.",
             )
+
+
+def _give_way() -> None:
+    """Let the next daemon go on: without its pump this one would be there, and no guest would have a console."""
+    os._exit(1)
 
 
 async def _within(event: asyncio.Event, seconds: float) -> bool:

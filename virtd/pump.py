@@ -137,7 +137,7 @@ class Pump:
     """Pipes in, log files out. Needs `start()`, ends with `close()`.
 
     `on_bytes(key)` says that bytes have landed for a key that is watched; `on_drop(loss)` that a log can't be
-    written, once, and once more when it can again.
+    written, once, and once more when it can again. `on_death()`, called in the thread itself, that it ends by a bug.
     """
 
     def __init__(
@@ -146,10 +146,12 @@ class Pump:
         *,
         on_bytes: Callable[[str], object] | None = None,
         on_drop: Callable[[Loss], object] | None = None,
+        on_death: Callable[[], object] | None = None,
     ) -> None:
         self._notify = notify
         self._on_bytes = on_bytes
         self._on_drop = on_drop
+        self._on_death = on_death
         self._channels: dict[str, _Channel] = {}
         self._commands: deque[tuple[Callable[..., None], tuple[object, ...]]] = deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -237,6 +239,10 @@ class Pump:
             self._post(self._drain, channel, future)
         return future
 
+    def drain_all(self) -> list[Future[int]]:
+        """`drain` for every pipe there is."""
+        return [self.drain(key) for key in list(self._channels)]
+
     def watch(self, key: str) -> None:
         """Somebody follows: bytes that are in the pipe are moved now, later ones soon, each time with an
         `on_bytes(key)`.
@@ -278,6 +284,14 @@ class Pump:
     # The thread's side
 
     def _run(self) -> None:
+        try:
+            self._go_round()
+        except Exception:
+            logger.exception("the pump has died")
+            if self._on_death is not None:
+                self._on_death()
+
+    def _go_round(self) -> None:
         # Signals are for the main thread; here they would only cut naps short.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         poll = self._epoll.poll
@@ -338,6 +352,8 @@ class Pump:
 
     def _leave(self, channel: _Channel, future: Future[None]) -> None:
         self._let_go(channel)
+        if channel.since:
+            self._say(channel, over=True)
         self._answer(channel, everything=True)
         _settle(future, None)
 

@@ -38,6 +38,14 @@ CLD_DUMPED: Final = 3
 
 MAX_UNIT_NAME: Final = 255
 
+# The ends of a host that are a child's end as well. Not shutdown.target, what every service is stopped by otherwise:
+# a soft reboot comes by there too, and children live through that.
+FINAL_TARGETS: Final = ("poweroff.target", "reboot.target", "halt.target", "kexec.target")
+# When the host goes down, all that is Before= this target stays until the children have ended: virtd itself,
+# networks, mounts. See units/virtd-guests-pre.target.
+GROUND: Final = "virtd-guests-pre.target"
+SURVIVAL_SINCE: Final = 255  # SurviveFinalKillSignal=; soft reboots themselves are of 254
+
 # Name, device and inode of each descriptor in an FD store.
 StoreEntries: TypeAlias = list[tuple[str, int, int]]
 
@@ -70,7 +78,8 @@ EXEC_STATUS: Final = {
 class UnitSpec(msgspec.Struct, frozen=True):
     """What a child's unit shall be. `environment` is all that the child gets, besides what systemd itself sets.
 
-    `properties` are more of them, for the sandbox and limits: (D-Bus name, signature, value).
+    `properties` are more of them, for the sandbox and limits: (D-Bus name, signature, value). `after`: units, mounts
+    for example, that stay until the child has ended when the host goes down; they need not exist.
     """
 
     name: str
@@ -82,6 +91,7 @@ class UnitSpec(msgspec.Struct, frozen=True):
     group: str = ""
     supplementary_groups: tuple[str, ...] = ()
     properties: tuple[tuple[str, str, Any], ...] = ()
+    after: tuple[str, ...] = ()
 
 
 class UnitState(msgspec.Struct, frozen=True):
@@ -156,6 +166,19 @@ def escape_label(text: str) -> str:
     return "_" if not text else re.sub(rb"[^A-Za-z0-9]|^[0-9]", lambda m: b"_%02x" % m[0][0], text.encode()).decode()
 
 
+def mount_units(path: str) -> list[str]:
+    """The mount units that `path` may be on, if they exist: one for each directory above it, systemd.mount(5)."""
+    parts = path.strip("/").split("/")[:-1]
+    return [f"{_escaped_path(parts[:count])}.mount" for count in range(1, len(parts) + 1)]
+
+
+def _escaped_path(parts: list[str]) -> str:
+    """A path as it is in a unit's name, systemd.unit(5): "/" becomes "-", and what would be ambiguous \\xNN."""
+    path = "/".join(parts).encode()
+    escaped = re.sub(rb"[^A-Za-z0-9:_./]|^\.", lambda match: b"\\x%02x" % match[0][0], path)
+    return escaped.replace(b"/", b"-").decode()
+
+
 def unescape_label(label: str) -> str:
     """The inverse of `escape_label`; ValueError for what it can't have made."""
     text = (
@@ -178,6 +201,16 @@ class Units:
         self._unsubscribe: Callable[[], Awaitable[None]] | None = None
         self._next_dump: dict[str, asyncio.Future[StoreEntries | None]] = {}
         self._dumping = asyncio.Lock()
+        self._version = 0
+
+    async def version(self) -> int:
+        """systemd's: 257."""
+        if not self._version:
+            (text,) = await self._bus.call(SYSTEMD, MANAGER_PATH, PROPERTIES, "Get", "ss", (MANAGER, "Version"))
+            # "257.13-1~deb13u1", "v258" or, built from git, "257-rc3-12-gabcdef".
+            match = re.match(r"v?(\d+)", str(text))
+            self._version = int(match[1]) if match else 0
+        return self._version
 
     @property
     def bus(self) -> Bus:
@@ -198,7 +231,7 @@ class Units:
                 (job,) = await self._call(
                     "StartTransientUnit",
                     "ssa(sv)a(sa(sv))",
-                    (spec.name, "fail", transient_properties(spec), []),
+                    (spec.name, "fail", transient_properties(spec, await self.version()), []),
                     fds=stdio,
                     timeout=timeout,
                 )
@@ -325,6 +358,16 @@ class Units:
             raise
         return [(name, os.makedev(major, minor), inode) for name, _, major, minor, inode, *_ in entries]
 
+    async def on_reloaded(self, call: Callable[[], object]) -> None:
+        """Have `call()` called whenever systemd has read its units again, by a daemon-reload or a daemon-reexec."""
+
+        def reloading(_path: str, _interface: str, _member: str, args: tuple[Any, ...]) -> None:
+            if not args[0]:
+                call()
+
+        await self._subscribed()
+        await self._bus.subscribe(SYSTEMD, MANAGER, "Reloading", MANAGER_PATH, reloading)
+
     async def store_count(self, unit: str) -> int:
         """How many descriptors are in a unit's FD store; all that systemd 252 and 253 can tell."""
         return int(await self.service_property(unit, "NFileDescriptorStore"))
@@ -425,8 +468,8 @@ SERVICE_PROPERTIES: Final = (
 )
 
 
-def transient_properties(spec: UnitSpec) -> list[tuple[str, Var]]:
-    """The a(sv) of StartTransientUnit; the three descriptors are numbers 0 to 2 of the message's."""
+def transient_properties(spec: UnitSpec, version: int) -> list[tuple[str, Var]]:
+    """The a(sv) of StartTransientUnit of that systemd; the three descriptors are numbers 0 to 2 of the message's."""
     found: list[tuple[str, str, Any]] = [
         ("Description", "s", spec.description),
         ("Slice", "s", spec.slice),
@@ -441,7 +484,15 @@ def transient_properties(spec: UnitSpec) -> list[tuple[str, Var]]:
         ("StandardInputFileDescriptor", "h", 0),
         ("StandardOutputFileDescriptor", "h", 1),
         ("StandardErrorFileDescriptor", "h", 2),
+        # A soft reboot ends all but what says this; a real end of the host ends the child first of all.
+        ("DefaultDependencies", "b", False),
+        ("IgnoreOnIsolate", "b", True),
+        ("Conflicts", "as", list(FINAL_TARGETS)),
+        ("Before", "as", list(FINAL_TARGETS)),
+        ("After", "as", [GROUND, *spec.after]),
     ]
+    if version >= SURVIVAL_SINCE:
+        found.append(("SurviveFinalKillSignal", "b", True))
     if spec.user:
         found.append(("User", "s", spec.user))
     if spec.group:

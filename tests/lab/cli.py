@@ -41,6 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--suite", default=DEFAULT, choices=sorted(SUITES))
     made.add_argument("--rpm", action="append", default=[], type=Path, metavar="FILE", help="instead of build/rpm's")
     made.add_argument("--no-virtd", action="store_true", help="install no RPM")
+    again = command("boot", "Boot a lab again that was shut down or rebooted from inside.", _boot)
+    again.add_argument("name")
     run = command("exec", "Run a command in a lab: exec NAME -- COMMAND...", None)
     run.add_argument("name")
     ended = command("down", "End a lab and remove all of it.", _down)
@@ -68,6 +70,11 @@ def _up(options: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminated)
     machine.up(options.name, suite_named(options.suite), options.rpm, not options.no_virtd)
+    return 0
+
+
+def _boot(options: argparse.Namespace) -> int:
+    machine.boot(options.name)
     return 0
 
 

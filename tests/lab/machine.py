@@ -81,6 +81,20 @@ def up(name: str, suite: Suite, rpms: Sequence[Path], virtd: bool) -> Lab:
     return lab
 
 
+def boot(name: str) -> None:
+    """Boots a lab that was shut down from inside: another boot of the same system. LabError if it runs."""
+    lab = Lab(name)
+    if not lab.root.exists():
+        raise LabError(f"there is no lab {name}; lab up {name} makes it")
+    with _held(lab):
+        if is_up(lab):
+            raise LabError(f"lab {name} is up; run systemctl poweroff or reboot in it first")
+        state = read_state(str(lab.dir))
+        if supervisor := recorded(state, "supervisor"):
+            _await_end(supervisor, state["supervisor_start"], 30.0)
+        _start(lab)
+
+
 def _note(lab: Lab, **changes: object) -> None:
     write_state(str(lab.dir), changes)
 
@@ -135,6 +149,10 @@ def _boot(lab: Lab, suite: Suite, base: Path) -> None:
     (lab.root / "etc/tmpfiles.d/virtd-lab.conf").write_text("c! /dev/net/tun 0666 root root - 10:200\n")
     (lab.root / "etc/machine-id").write_text(f"{uuid.uuid4().hex}\n")
     say(f"booting lab {lab.name} ({suite.name}, systemd {suite.systemd})")
+    _start(lab)
+
+
+def _start(lab: Lab) -> None:
     address = lab.dir / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
         notify.bind(str(address))

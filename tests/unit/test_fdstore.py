@@ -63,6 +63,22 @@ def inode(fd: int) -> tuple[int, int]:
 # Putting, reading, dropping.
 
 
+def test_what_a_daemon_reload_has_dropped_is_sent_again(pid1: FakePid1, store: Store, pipe: tuple[int, int]) -> None:
+    for number, end in enumerate(pipe):
+        store.put(f"a/{number}", end)
+    pid1.read()
+    dropped = pid1.entries.pop(0)
+    os.close(dropped.fd)
+    store.resize(1)
+    with pytest.raises(StoreFull, match="FileDescriptorStoreMax allows 1"):
+        store.room_for(["a/2"])
+    store.resize(2)
+    store.send_again()
+    pid1.read()
+    assert not store.verify((entry.name, *inode(entry.fd)) for entry in pid1.entries)
+    assert len(pid1.entries) == 2
+
+
 def test_put_reaches_pid1_with_its_name_and_without_polling(
     pid1: FakePid1, store: Store, pipe: tuple[int, int]
 ) -> None:

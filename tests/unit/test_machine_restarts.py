@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from tests.unit.whole_host import ROOT, SLOTS, World, nothing_left, on_loop, until
 from virtd import errors
 from virtd.messages import Message
+from virtd.records import Record, Records
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,6 +66,45 @@ async def test_a_lost_slot_is_reported_and_the_guest_runs_on(world: World) -> No
             await anext(host.open_console("web1", by=ROOT))
         await host.stop("web1", by=ROOT)
         nothing_left(world)
+
+
+@on_loop
+async def test_an_end_that_cannot_be_put_on_record_waits_for_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its unit has the exit status until then, whatever becomes of the daemon meanwhile."""
+    monkeypatch.setattr("virtd.drivers.guest.SAVE_AGAIN", 0.01)
+
+    def refuse(_records: Records, record: Record) -> None:
+        raise errors.HostError(f"Cannot write {record.name}: No space left on device")
+
+    async with world.daemon():
+        pid = await world.run("web1")
+    os.kill(pid, signal.SIGKILL)
+    write = Records.save
+    with monkeypatch.context() as full:
+        full.setattr(Records, "save", refuse)
+        for _ in range(2):  # two daemons, neither of which can write
+            async with world.daemon() as host:
+                info = await host.info("web1")
+                assert (info["state"], info["exit"]["signal"]) == ("crashed", "SIGKILL")
+                assert "No space left" in info["problems"][0]["text"]
+                assert "virtd-qemu-web1.service" in world.units.units
+                assert len(world.slots()) == 5
+                with pytest.raises(errors.HostError, match="Cannot start web1 yet: Cannot write web1"):
+                    await host.start("web1", by=ROOT)
+                with pytest.raises(errors.HostError, match="Cannot undefine web1 yet: Cannot write web1"):
+                    await host.undefine("web1", by=ROOT)
+        async with world.daemon() as host:
+            full.setattr(Records, "save", write)
+            await until(lambda: "virtd-qemu-web1.service" not in world.units.units)
+            await until(lambda: world.record("web1").unit == "")
+            assert (await host.info("web1"))["problems"] == []
+            nothing_left(world)
+            ending = world.record("web1").exit
+            assert ending is not None
+            assert ending.signal == "SIGKILL"
+            await host.undefine("web1", by=ROOT)
 
 
 @on_loop

@@ -259,6 +259,21 @@ def test_nobody_listens_any_more(tmp_path: Path) -> None:
     os.close(write)
 
 
+def test_its_death_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    dead = threading.Event()
+    pump = Pump(print, on_death=dead.set)
+
+    def broken(_tick: int) -> None:
+        raise OSError(errno.EINVAL, "no such clock")
+
+    monkeypatch.setattr(pump, "_rise", broken)
+    pump.start()
+    pump._post(print)
+    assert dead.wait(PATIENCE)
+    assert "the pump has died" in caplog.text
+    pump.close()
+
+
 def test_close_leaves_no_thread(tmp_path: Path) -> None:
     before = threading.active_count()
     rig = Rig(tmp_path)

@@ -139,7 +139,7 @@ def test_what_a_unit_is_made_of() -> None:
         supplementary_groups=("kvm",),
         properties=(("NoNewPrivileges", "b", True),),
     )
-    properties = dict(units.transient_properties(spec))
+    properties = dict(units.transient_properties(spec, 257))
     assert properties["ExecStart"] == Var("a(sasb)", [("/bin/x", ["/bin/x", "-y"], False)])
     assert properties["Environment"] == Var("as", ["A=b=c d"])
     assert properties["RemainAfterExit"] == Var("b", True)
@@ -149,6 +149,27 @@ def test_what_a_unit_is_made_of() -> None:
     assert properties["NoNewPrivileges"] == Var("b", True)
     # systemd takes an empty group for a wish, too.
     assert "Group" not in properties
+
+
+def test_a_unit_lives_through_a_soft_reboot_where_there_are_any() -> None:
+    spec = UnitSpec("u.service", "a guest", "virtd-qemu.slice", ("/bin/x",), after=("srv-vm.mount",))
+    old, new = (dict(units.transient_properties(spec, version)) for version in (252, 255))
+    assert new["SurviveFinalKillSignal"] == Var("b", True)
+    assert "SurviveFinalKillSignal" not in old  # systemd refuses what it doesn't know
+    for properties in (old, new):
+        assert properties["DefaultDependencies"] == Var("b", False)
+        assert "poweroff.target" in properties["Conflicts"].value
+        assert properties["After"] == Var("as", ["virtd-guests-pre.target", "srv-vm.mount"])
+
+
+def test_mounts_that_a_path_may_be_on() -> None:
+    assert units.mount_units("/srv/vm images/.a-b/disk.raw") == [
+        "srv.mount",
+        "srv-vm\\x20images.mount",
+        "srv-vm\\x20images-.a\\x2db.mount",
+    ]
+    assert units.mount_units("/.hidden/disk.raw") == ["\\x2ehidden.mount"]
+    assert units.mount_units("/disk.raw") == []
 
 
 def test_a_job_can_end_before_it_is_known() -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PATIENCE = 60.0  # seconds that an operation waits for another one on the same object
-SAVE_AGAIN = 1.0  # seconds between two tries to write a record
+SAVE_AGAIN = 1.0  # seconds until a record that couldn't be written is tried again
 FINISH_AGAIN = 1.0  # seconds until an end that systemd couldn't be asked about is looked into again
 
 
@@ -97,10 +97,11 @@ class Guest(Generic[D]):
         self.over.set()
         self.settled = asyncio.Event()  # cleared while nobody knows yet what became of it
         self.settled.set()
+        self.on_record = asyncio.Event()  # cleared while the record on disk is older than the one in memory
+        self.on_record.set()
         self.stderr: StderrLog | None = None
         self._lock = asyncio.Lock()
         self._holder = ""
-        self._saving = False  # whether a record that couldn't be written is tried again
         self._tasks: set[asyncio.Task[None]] = set()
 
     # What each driver does in its own way
@@ -258,6 +259,20 @@ class Guest(Generic[D]):
         record = msgspec.structs.replace(self.record, **changes)
         self.shared.records.save(record)
         self.record = record
+        self._recorded()
+
+    def _recorded(self) -> None:
+        self.problems.pop("record", None)
+        self.on_record.set()
+
+    async def _save_again(self) -> None:
+        """Until the record says what is so: the next daemon will go by it."""
+        while not self.on_record.is_set():
+            await asyncio.sleep(SAVE_AGAIN)
+            if self.record is not None and not self.on_record.is_set():
+                with contextlib.suppress(errors.HostError):
+                    self.save()
+                    self.shared.publish("changed", self)
 
     def note(self, state: State, reason: str, **changes: Any) -> None:
         """Go into a state that came about by itself: in memory for certain, on record if the file system lets us."""
@@ -268,25 +283,14 @@ class Guest(Generic[D]):
             self.record = record
             try:
                 self.shared.records.save(record)
-                self.problems.pop("record", None)
+                self._recorded()
             except errors.HostError as exc:
                 self.problems["record"] = Problem(exc.message, exc.hint)
                 log.warning("%s: %s", self.name, exc)
-                if not self._saving:
-                    self._saving = True
+                if self.on_record.is_set():
+                    self.on_record.clear()
                     self.spawn(self._save_again(), "save")
             self.shared.publish("changed", self)
-
-    async def _save_again(self) -> None:
-        """Until the record says what is so: the next daemon will go by it."""
-        try:
-            while "record" in self.problems and self.record is not None:
-                await asyncio.sleep(SAVE_AGAIN)
-                with contextlib.suppress(errors.HostError):
-                    self.shared.records.save(self.record)
-                    self.problems.pop("record", None)
-        finally:
-            self._saving = False
 
     def ask(self, verb: str, by: str) -> dict[str, Any]:
         """The record's data with what a person asks for ("": nothing more), to explain an end that we don't see."""
@@ -427,8 +431,30 @@ class Guest(Generic[D]):
             f"{self.noun.capitalize()} {self.name} ended: {end.reason}",
             message_id=Message.ENDED, level=level, VIRTD_CAUSE=end.exit.cause, **self.fields(),
         )  # fmt: skip
-        await self.put_away()
-        self.shared.publish("ended", self)
+        if self.on_record.is_set():
+            await self.put_away()
+            self.shared.publish("ended", self)
+            return
+        # Until the verdict is on record, all that is left of it is a witness that the next daemon may need.
+        self.over.set()
+        self.spawn(self._put_away_later(), "put-away")
+
+    async def _put_away_later(self) -> None:
+        await self.on_record.wait()
+        async with self.exclusive("put away"):
+            await self.tidy("put away")
+
+    async def tidy(self, what: str) -> None:
+        """Put away what waited for the verdict to be on record, before something else is done with the guest.
+
+        Raises HostError when it still can't be written.
+        """
+        if not self.on_record.is_set():
+            problem = self.problems["record"]
+            raise errors.HostError(f"Cannot {what} {self.name} yet: {problem.text}", hint=problem.hint)
+        if self.child is not None and not self.alive:
+            await self.put_away()
+            self.shared.publish("ended", self)
 
     async def put_away(self) -> None:
         """Drop what an ended guest leaves: slots, sockets, unit, changes of the host. Safe to repeat."""

@@ -351,6 +351,7 @@ class Guests(Generic[G, D]):
         async with machine.exclusive("undefine"):
             require("undefine", machine.name, machine.state, self.virtctl)
             await machine.over.wait()
+            await machine.tidy("undefine")
             files.remove(machine.source)
             self._forget(machine.name)
 

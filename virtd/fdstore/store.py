@@ -309,6 +309,22 @@ class Store:
                     return self.put(name, slot.fd) if name in self._doubles else slot
             raise MissingSlot(f"no descriptor in slot {name} is the one sought ({dev}:{ino})")
 
+    def resize(self, store_max: int) -> None:
+        """FileDescriptorStoreMax= is `store_max` now: a daemon-reload may change it under a running daemon."""
+        if self._send is not None:
+            self._store_max = store_max
+
+    def send_again(self) -> None:
+        """Send PID 1 every slot once more. It keeps those that it has; what it dropped is there again, if it fits.
+
+        For after a daemon-reload, which drops what is over FileDescriptorStoreMax=. Slots that were taken out are
+        left to their owner. Raises NotifyFailed.
+        """
+        with self._changing:
+            for slot in self._slots.values():
+                if slot.fd >= 0 and slot.name not in self._doubles:
+                    self._tell(f"FDSTORE=1\nFDPOLL=0\nFDNAME={slot.name}", slot.fd)
+
     def notify(self, text: str) -> None:
         """Send fields of sd_notify(3), one a line: READY=1, STATUS=..., STOPPING=1, WATCHDOG=1, ...
 

@@ -113,6 +113,7 @@ class Domain(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     on_poweroff: OnPoweroff = OnPoweroff.STOP
     on_reboot: OnReboot = OnReboot.RESET
     on_crash: OnCrash = OnCrash.STOP
+    host_shutdown_timeout: Annotated[float, msgspec.Meta(gt=0, le=86400)] | None = None
     rng: bool = True
     boot: Boot = Boot()
     disk: tuple[Disk, ...] = ()

@@ -58,9 +58,11 @@ def properties(
         (
             "BindReadOnlyPaths",
             "a(ssbt)",
-            [_bind(path) for path in read_only] + [_bind(path, missing_ok=True) for path in optional],
+            # Whether they are there is looked at before the start. Later one may have been moved or unmounted, and
+            # that mustn't fail ExecStop=, for which all of this is set up once more: the guest would lose its power.
+            [_bind(path, missing_ok=True) for path in (*read_only, *optional)],
         ),
-        ("BindPaths", "a(ssbt)", [_bind(runtime)] + [_bind(path) for path in writable]),
+        ("BindPaths", "a(ssbt)", [_bind(runtime)] + [_bind(path, missing_ok=True) for path in writable]),
         ("ProtectProc", "s", "invisible"),
         ("ProtectKernelTunables", "b", True),
         ("ProtectKernelModules", "b", True),

@@ -11,7 +11,7 @@ import msgspec
 
 from ... import errors, files
 from ...model import domain as model
-from ...units import UnitSpec, unit_name
+from ...units import UnitSpec, mount_units, unit_name
 from ..start import Start
 from . import command, ends, images, nics, sandbox
 from . import host as hostinfo
@@ -34,6 +34,7 @@ async def start(machine: Machine, others: list[Machine], by: str) -> bool:
         if machine.alive:
             return False
         await machine.over.wait()
+        await machine.tidy("start")
         domain = machine.definition
         if domain is None:
             raise errors.NotFound(
@@ -130,10 +131,11 @@ class _Start(Start[Machine, model.Domain]):
                     toplevel=sorted(entry.name for entry in os.scandir("/") if entry.is_dir(follow_symlinks=False)),
                     devices=hostinfo.devices(kvm=self.host.kvm, tap=bool(self.nics), vhost=self.vhost),
                     after=[unit_name("network", nic.network) for nic in self.nics],
-                    stop_after=self.settings.host_shutdown_timeout,
+                    stop_after=self.definition.host_shutdown_timeout or self.settings.host_shutdown_timeout,
                     images=self.disks,
                 )
             ),
+            after=tuple(sorted({unit for _, path in model.paths(self.definition) for unit in mount_units(path)})),
         )
 
     async def come_up(self) -> None:
