@@ -27,7 +27,7 @@ CATALOGDIR := $(SYSTEMDDIR)/catalog
 SYSUSERSDIR := $(PREFIX)/lib/sysusers.d
 TMPFILESDIR := $(PREFIX)/lib/tmpfiles.d
 
-.PHONY: help setup lint test unit live sweep kills demo bench rpm install clean
+.PHONY: help setup lint test unit live survival sweep kills demo bench rpm install clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,11 +53,7 @@ unit: $(STAMP) ## tests that need no root and take seconds
 live: $(STAMP) ## tests in booted systems (root), JOBS of them at once [JOBS=2]
 	$(PYTHON) -m pytest tests/live -m live -o faulthandler_timeout=900 -n $(JOBS) --dist loadfile
 
-sweep: $(STAMP) ## kill the daemon at every point of every operation (root, minutes) [SWEEP="--errors --sample 5"]
-	$(PYTHON) -m tests.sweep $(SWEEP)
-
-kills: $(STAMP) ## kill the daemon under load, 1,000 times or [KILLS=n] (root)
-	VIRTD_KILLS=$(or $(KILLS),1000) $(PYTHON) -m pytest tests/live/test_survival.py -m live -k kills_under_load -s
+.PHONY: help setup lint test unit live survival sweep kills demo bench rpm install clean
 
 demo: $(STAMP) ## one guest that lives through everything, with a verdict (root)
 	$(PYTHON) tests/demo.py

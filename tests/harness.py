@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -112,6 +114,26 @@ class Lab:
 
     def down(self) -> None:
         subprocess.run([LAB, "down", self.name], check=True, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def boot(self) -> None:
+        """Boot it again after `systemctl poweroff` or `reboot` in it: everything is there but what was in /run."""
+        subprocess.run([LAB, "boot", self.name], check=True, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def soft_reboot(self) -> None:
+        """Another user space below the same kernel, and wait until it is up. From systemd 254 on."""
+        count = self.sh("systemctl show -P SoftRebootsCount").strip()
+        self.sh("systemctl soft-reboot", check=False)
+
+        def again() -> bool:
+            # One that asks at the wrong moment is stopped with everything else, before it is killed.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                said = self.sh(
+                    "systemctl show -P SoftRebootsCount; systemctl is-system-running; true", check=False, timeout=5
+                ).split()
+                return len(said) == 2 and said[0] != count and said[1] in ("running", "degraded")
+            return False
+
+        self.wait("the system after its soft reboot", again, 120)
 
     def copy(self, source: str | Path, target: str) -> None:
         """Copy a file of ours into the lab."""
@@ -278,6 +300,8 @@ class Attached:
         """Detach; what it said on stderr."""
         if self._process.poll() is None:
             self._process.terminate()
+            # A soft reboot of the lab stops the client before it is killed, and nsenter stops as its child does.
+            self._process.send_signal(signal.SIGCONT)
         _, err = self._process.communicate(timeout=20) if not self._reader.is_alive() else (None, b"")
         self._reader.join(20)
         for stream in (self._process.stdin, self._process.stdout, self._process.stderr):

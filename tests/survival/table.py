@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a run has found, kept as JSON, and the tables that are made from it: for a terminal and for the README."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import NamedTuple
+
+TOP = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).with_name("results.json")
+README = TOP / "README.md"
+BEGIN = "<!-- survival table: written by `make survival`, not by hand -->"
+END = "<!-- end of the survival table -->"
+
+
+class Verdict(StrEnum):
+    """What one event did to a subject; the worst of its findings."""
+
+    KEPT = "kept"
+    DEGRADED = "degraded"
+    LOST = "lost"
+    ABSENT = "absent"
+
+
+class Finding(NamedTuple):
+    """One promise that wasn't held. DEGRADED: `virtctl status` says so and nothing else suffers; LOST: all others."""
+
+    verdict: Verdict
+    what: str
+
+
+class Cell(NamedTuple):
+    """One event, one suite."""
+
+    verdict: Verdict
+    what: str = ""
+
+    @classmethod
+    def of(cls, findings: Iterable[Finding]) -> Cell:
+        found = list(dict.fromkeys(findings))
+        if not found:
+            return cls(Verdict.KEPT)
+        worst = Verdict.LOST if any(one.verdict is Verdict.LOST for one in found) else Verdict.DEGRADED
+        return cls(worst, "; ".join(one.what for one in found if one.verdict is worst))
+
+    @property
+    def text(self) -> str:
+        if self.verdict is Verdict.ABSENT:
+            return self.what
+        return f"{self.verdict} ({self.what})" if self.what else str(self.verdict)
+
+
+class Results(NamedTuple):
+    """All that is known: `systemd` by suite, and cells by subject, event (its title) and suite."""
+
+    systemd: dict[str, str]
+    cells: dict[str, dict[str, dict[str, Cell]]]
+
+    def put(self, subject: str, event: str, suite: str, cell: Cell) -> None:
+        self.cells.setdefault(subject, {}).setdefault(event, {})[suite] = cell
+
+
+def load(path: Path = RESULTS) -> Results:
+    if not path.exists():
+        return Results({}, {})
+    stored = json.loads(path.read_text())
+    cells = {
+        subject: {
+            event: {suite: Cell(Verdict(verdict), what) for suite, (verdict, what) in row.items()}
+            for event, row in rows.items()
+        }
+        for subject, rows in stored["cells"].items()
+    }
+    return Results(stored["systemd"], cells)
+
+
+def save(results: Results, path: Path = RESULTS) -> None:
+    path.write_text(json.dumps({"systemd": results.systemd, "cells": results.cells}, indent=1) + "\n")
+
+
+def markdown(results: Results, titles: Iterable[str], subjects: Mapping[str, str]) -> str:
+    """One table for each subject, its rows in the order of `titles`; `subjects` has what stands above each."""
+    suites = sorted(results.systemd, key=lambda suite: int(results.systemd[suite]))
+    parts = []
+    for subject, heading in subjects.items():
+        rows = results.cells.get(subject, {})
+        lines = [f"| {heading} | " + " | ".join(f"systemd {results.systemd[suite]}" for suite in suites) + " |"]
+        lines.append("|---" * (len(suites) + 1) + "|")
+        for title in titles:
+            if title in rows:
+                cells = (rows[title].get(suite) for suite in suites)
+                lines.append(f"| {title} | " + " | ".join(cell.text if cell else "not run" for cell in cells) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def in_readme(text: str) -> str:
+    """The part of the README between the markers."""
+    return text.partition(BEGIN)[2].partition(END)[0].strip("\n")
+
+
+def write_readme(table: str, path: Path = README) -> None:
+    text = path.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, marker, after = rest.partition(END)
+    if not marker:
+        raise ValueError(f"{path} has no markers for the table")
+    path.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")

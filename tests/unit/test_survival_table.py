@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The README's table of what survives what is the one that a run has made, and says what it may say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.survival import runner, table
+from tests.survival.events import EVENTS
+from tests.survival.table import Cell, Finding, Results, Verdict
+
+TITLES = [event.title for event in EVENTS]
+
+
+def test_the_readme_has_the_results() -> None:
+    results = table.load()
+    assert table.in_readme(table.README.read_text()) == table.markdown(results, TITLES, runner.headings())
+
+
+def test_every_event_was_tried_on_every_suite() -> None:
+    results = table.load()
+    assert set(results.systemd) == set(runner.SUITES)
+    for subject in runner.headings():
+        rows = results.cells[subject]
+        assert list(rows) == TITLES
+        for event in EVENTS:
+            for suite in runner.SUITES:
+                cell = rows[event.title][suite]
+                known = int(results.systemd[suite]) >= event.since
+                assert (cell.verdict is Verdict.ABSENT) is not known
+                assert cell.verdict is not Verdict.LOST or cell.what
+                assert cell.verdict is not Verdict.DEGRADED or cell.what
+
+
+def test_a_cell_is_as_bad_as_the_worst() -> None:
+    degraded, lost = Finding(Verdict.DEGRADED, "no console"), Finding(Verdict.LOST, "another PID")
+    assert Cell.of([]).text == "kept"
+    assert Cell.of([degraded, degraded]).text == "degraded (no console)"
+    assert Cell.of([degraded, lost]).text == "lost (another PID)"
+
+
+def test_what_is_stored_comes_back(tmp_path: Path) -> None:
+    results = Results({"trixie": "257", "bookworm": "252"}, {})
+    results.put("guest", TITLES[0], "trixie", Cell(Verdict.KEPT))
+    results.put("guest", TITLES[0], "bookworm", Cell(Verdict.DEGRADED, "no console"))
+    table.save(results, tmp_path / "results.json")
+    assert table.load(tmp_path / "results.json") == results
+    made = table.markdown(results, TITLES, {"guest": "Event"}).splitlines()
+    assert made[0] == "| Event | systemd 252 | systemd 257 |"
+    assert made[2] == f"| {TITLES[0]} | degraded (no console) | kept |"
+    readme = tmp_path / "README.md"
+    readme.write_text(f"above\n{table.BEGIN}\nold\n{table.END}\nbelow\n")
+    table.write_readme("new", readme)
+    assert readme.read_text() == f"above\n{table.BEGIN}\nnew\n{table.END}\nbelow\n"
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="no markers"):
+        table.write_readme("new", readme)
