@@ -16,7 +16,7 @@ from .suites import Suite
 _MASKED = (
     "apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer", "e2scrub_reap.service",
     "fstrim.timer", "man-db.timer", "lxc.service", "lxc-net.service", "lxc-monitord.service",
-    "console-getty.service", "getty.target", "systemd-tmpfiles-clean.timer",
+    "console-getty.service", "getty.target", "systemd-tmpfiles-clean.timer", "xfs_scrub_all.timer",
 )  # fmt: skip
 
 # There for the tests that start it; its rules would be in the way of all others.

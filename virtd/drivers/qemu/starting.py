@@ -135,8 +135,13 @@ class _Start(Start[Machine, model.Domain]):
                     images=self.disks,
                 )
             ),
-            after=tuple(sorted({unit for _, path in model.paths(self.definition) for unit in mount_units(path)})),
+            after=tuple(sorted({unit for path in self._files() for unit in mount_units(path)})),
         )
+
+    def _files(self) -> set[str]:
+        """Every file that the guest is shown, those of its volumes included."""
+        named = {path for _key, path in model.paths(self.definition)}
+        return named | {path for path, _writes in images.opened(self.definition, self.disks)}
 
     async def come_up(self) -> None:
         """Wait until QEMU answers its monitor, or ends."""
