@@ -61,6 +61,7 @@ _virtctl_container() {
         console) options='--force --read-only --lines --escape --timeout' ;;
         log) options='--follow --lines --qemu --stderr --json' ;;
         exec) options='--terminal --no-terminal --env' ;;
+        create) options='--image' ;;
         define) options='--check' ;;
         autostart) options='--disable' ;;
         *) options='' ;;
@@ -72,7 +73,7 @@ _virtctl_container() {
     case $second in
         '')
             mapfile -t COMPREPLY < <(compgen -W 'list info start shutdown stop kill reboot freeze thaw wait console
-                log exec define undefine dump autostart' -- "$current")
+                log exec create define undefine dump autostart' -- "$current")
             ;;
         define)
             compopt -o filenames
@@ -92,7 +93,7 @@ _virtctl() {
     local -r commands='list info start shutdown stop kill reboot suspend resume wait console log
         define undefine dump autostart status fsck reload container network help'
     local -r common='--help --daemon-timeout --address'
-    local -r with_value='--address --env -e --daemon-timeout --escape --lines -n --signal -s --state --timeout'
+    local -r with_value='--address --env -e --image --daemon-timeout --escape --lines -n --signal -s --state --timeout'
     COMPREPLY=()
 
     for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do

@@ -353,6 +353,39 @@ def test_a_command_in_it(containers: Containers) -> None:
     assert lab.sh("systemctl list-units --all --no-legend 'virtd-exec-*'") == ""
 
 
+def test_create_from_an_archive_and_from_a_directory(containers: Containers) -> None:
+    """Each gets IDs of its own; what can't be made leaves nothing; what was made boots."""
+    lab = containers.lab
+    try:
+        lab.virtctl("container", "create", "made", "--image", "/usr/share/virtd-lab/debian.tar.xz")
+        text = lab.virtctl("container", "dump", "made").stdout
+        first = int(re.search(r"first = (\d+)", text)[1])  # type: ignore[index]
+        assert first != FIRST
+        assert lab.sh("stat -c %u:%g /var/lib/virtd/containers/made/usr").strip() == f"{first}:{first}"
+        assert lab.sh("cat /var/lib/virtd/containers/made/etc/hostname").strip() == "made"
+        lab.virtctl("container", "start", "made")
+        containers.said("made", b"made login:")
+        lab.sh("mkdir -p /srv/image/usr/bin && cp /usr/share/virtd-lab/vmlinuz /srv/image/usr/bin/init")
+        lab.virtctl("container", "create", "copied", "--image", "/srv/image")
+        assert f"first = {first}" not in lab.virtctl("container", "dump", "copied").stdout
+        lab.sh("cmp /usr/share/virtd-lab/vmlinuz /var/lib/virtd/containers/copied/usr/bin/init")
+        lab.sh("head -c 100000 /usr/share/virtd-lab/debian.tar.xz >/srv/broken.tar.xz; mkdir -p /srv/none")
+        for name, image in (
+            ("broken", "/srv/broken.tar.xz"),
+            ("none", "/srv/none"),
+            ("gone", "/srv/gone"),
+            ("made", "/srv"),
+        ):
+            done = lab.virtctl("container", "create", name, "--image", image, check=False)
+            assert done.returncode != 0, name
+            assert done.stderr.startswith(f"Failed to create {name}: "), done.stderr
+        assert [item["name"] for item in lab.json("container", "list")] == ["copied", "made"]
+        assert lab.sh("ls -A /var/lib/virtd/containers").split() == ["base", "copied", "made"]
+    finally:
+        lab.virtctl("container", "stop", "made", check=False)
+        lab.sh("rm -rf /var/lib/virtd/containers/made /var/lib/virtd/containers/copied")
+
+
 def test_a_container_in_a_network(containers: Containers) -> None:
     """A veth into a network of virtd's: an address from its DHCP, shown, and kept over a restart."""
     lab = containers.lab

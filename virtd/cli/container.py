@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 
@@ -63,6 +64,7 @@ COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
         "Run a command in a container",
         "run a command in {name}",
     ),
+    "create": ("container", "Definitions", "NAME", "Make a container of an image", "create {name}"),
     "define": ("container", "Definitions", "FILE|-...", "Define containers, or change their definitions", ""),
     "undefine": ("container", "Definitions", "NAME...", "Remove the definitions of containers", ""),
     "dump": ("container", "Definitions", "NAME", "Print a container's definition", "print the definition of {name}"),
@@ -176,6 +178,22 @@ def _reboot_options(parser: Parser) -> None:
     )
 
 
+def create(args: argparse.Namespace, session: Session) -> int:
+    # Not repeated: what the first attempt has made would be in the way.
+    parameters: dict[str, Any] = {"name": args.name, "image": os.path.abspath(args.image)}
+    with Call(session, "Container.Create", constant(parameters), limit=None, repeat=False) as call:
+        reply = call.result().parameters
+    print(f"Created {clean(str(reply.get('name')))} ({clean(str(reply.get('path')))}).")
+    return OK
+
+
+def _create_options(parser: Parser) -> None:
+    parser.add_argument("name", metavar="NAME", help="what the container is to be called")
+    parser.add_argument(
+        "--image", metavar="ROOTFS.tar.xz|DIR", required=True, help="an archive of a root file system, or a directory"
+    )
+
+
 def _named(parser: Parser) -> None:
     parser.name(NOUN)
     parser.json()
@@ -195,6 +213,7 @@ OPTIONS: dict[str, Callable[[Parser], None]] = {
     "console": partial(consoles.options, noun=NOUN),
     "log": partial(logs.options, noun=NOUN, what="LXC itself"),
     "exec": executing.options,
+    "create": _create_options,
     "define": domains.define_options,
     "undefine": domains.names,
     "dump": _named,
@@ -214,6 +233,7 @@ RUN: dict[str, Callable[[argparse.Namespace, Session], int]] = {
     "console": consoles.attaching(NOUN, PREFIX),
     "log": logs.logging("Container.Follow"),
     "exec": executing.execute,
+    "create": create,
     "define": domains.defining("Container.Define"),
     "undefine": domains.undefining("Container.Undefine"),
     "dump": dump,

@@ -21,6 +21,7 @@ WITH_VALUE = frozenset(
         "--address",
         "--env",
         "-e",
+        "--image",
         "--daemon-timeout",
         "--escape",
         "--lines",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ... import errors
 from ...model import container as model
 from ..guests import Guests
+from . import create as creating
 from . import execs, operations, starting
 from . import host as hostinfo
 from .container import DRIVER, Container
@@ -36,6 +37,7 @@ class Driver(Guests[Container, model.Container]):
         self._settings = settings
         self._peers = peers
         self._tasks: set[asyncio.Task[None]] = set()
+        self._creating = asyncio.Lock()
 
     def make(self, name: str) -> Container:
         return Container(self._shared, name, self._settings, self._peers)
@@ -54,6 +56,18 @@ class Driver(Guests[Container, model.Container]):
         container = self.find(name)
         await self.certain()
         return await starting.start(container, self.taken(container), by)
+
+    async def create(self, name: str, image: str) -> Container:
+        """Make a root file system of `image`, and define the container. Raises a VirtdError, with nothing left."""
+        if name in self.machines:
+            raise errors.Exists(f"Cannot create {name}: there is a container of that name")
+        directory = self._settings.directory
+        creating.check(name, image, directory)
+        async with self._creating:  # so that no two of them get the same IDs
+            ids = hostinfo.free_ids(self.taken() | creating.owners(directory))
+            job = creating.Job(name, image, directory, ids)
+            await creating.run(job, await self._services.units())
+            return self.define(job.definition, name)[0]
 
     def taken(self, besides: Container | None = None) -> set[int]:
         """The first IDs of all maps, so that a new container gets IDs of its own."""

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Making a root file system of an archive or a directory, and the definition that goes with it.
+
+It is unpacked inside the container's own user namespace, in a transient unit: files get their shifted owners from the
+kernel, and an archive can do no more than the container could. It has its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import tempfile
+from typing import TYPE_CHECKING, NamedTuple
+
+from ... import errors, files
+from ...model.domain import NAME, shown
+from ...units import UnitSpec
+from . import config, execs
+from . import host as hostinfo
+from .container import DRIVER
+
+if TYPE_CHECKING:
+    from ...model import container as model
+    from ...units import Units
+
+# What tar(1) is told of an archive on its standard input, by the first bytes.
+PACKED = ((b"\xfd7zXZ\0", "-J"), (b"\x1f\x8b", "-z"), (b"BZh", "-j"), (b"\x28\xb5\x2f\xfd", "--zstd"))
+
+
+class Job(NamedTuple):
+    """One root file system to be made."""
+
+    name: str
+    image: str
+    directory: str  # that root file systems are in
+    ids: model.IdMap
+
+    @property
+    def target(self) -> str:
+        return f"{self.directory}/{self.name}"
+
+    @property
+    def building(self) -> str:
+        return f"{self.directory}/.{self.name}.new"
+
+    @property
+    def unit(self) -> str:
+        return f"virtd-create-lxc-{self.name}.service"
+
+    @property
+    def definition(self) -> str:
+        return (
+            f'name = "{self.name}"\nrootfs = "{self.target}"\n\n'
+            f"[idmap]\nfirst = {self.ids.first}\ncount = {self.ids.count}\n"
+        )
+
+
+def check(name: str, image: str, directory: str) -> None:
+    """Raises a VirtdError when it can't be made."""
+    if not re.fullmatch(NAME, name) or name.endswith(".console"):
+        raise errors.InvalidState(f"Cannot create {shown(name)}: that can't be a container's name")
+    if not image.startswith("/") or not os.path.exists(image):
+        raise errors.NotFound(f"Cannot create {name}: no such archive or directory: {image}")
+    if os.path.lexists(f"{directory}/{name}"):
+        raise errors.Exists(f"Cannot create {name}: there is {directory}/{name} already")
+
+
+def owners(directory: str) -> set[int]:
+    """To whom the root file systems that there are belong, those without a definition included."""
+    try:
+        with os.scandir(directory) as entries:
+            return {entry.stat(follow_symlinks=False).st_uid for entry in entries} - {0}
+    except OSError:
+        return set()
+
+
+async def run(job: Job, units: Units) -> None:
+    """Make it. Raises a VirtdError, with nothing left behind."""
+    os.makedirs(job.directory, mode=0o711, exist_ok=True)
+    with contextlib.suppress(errors.NotFound, errors.VirtdError):
+        await units.kill(job.unit, 9, whole=True)  # a daemon that ended in the middle has left it
+        await execs.result(units, job.unit)
+    await asyncio.to_thread(files.remove_tree, job.building)
+    try:
+        os.mkdir(job.building, 0o755)
+        os.chown(job.building, job.ids.first, job.ids.first)
+        await _unpack(job, units)
+        if not any(os.path.lexists(f"{job.building}/{name}") for name in ("usr", "bin", "etc")):
+            raise errors.InvalidState(f"Cannot create {job.name}: {job.image} holds no root file system")
+        os.rename(job.building, job.target)
+        files.sync(job.directory)
+    except OSError as exc:
+        raise errors.HostError(f"Cannot create {job.name}: {exc.strerror}", hint=files.hint(exc)) from exc
+    finally:
+        await asyncio.to_thread(files.remove_tree, job.building)
+
+
+async def _unpack(job: Job, units: Units) -> None:
+    directory = os.path.isdir(job.image)
+    with (
+        open(os.devnull if directory else job.image, "rb", buffering=0) as source,
+        tempfile.TemporaryFile() as words,
+        tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=job.directory, prefix=".create-") as script,
+    ):
+        script.write(_script(job, "" if directory else _option(source.read(6))))
+        script.flush()
+        source.seek(0)
+        spec = UnitSpec(
+            name=job.unit,
+            description=f"Making container {job.name}",
+            slice=f"virtd-{DRIVER}.slice",
+            argv=("/bin/sh", script.name),
+            environment=(("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), ("LANG", "C.UTF-8")),
+        )
+        await units.start(spec, (source.fileno(), words.fileno(), words.fileno()))
+        result = await execs.result(units, job.unit)
+        words.seek(0)
+        said = words.read(4096).decode(errors="replace").strip().splitlines()
+    if result.code != 0:
+        raise errors.StartFailed(f"Cannot create {job.name}: {'; '.join(said[:2]) or 'unpacking failed'}")
+
+
+def _option(first: bytes) -> str:
+    return next((option for magic, option in PACKED if first.startswith(magic)), "")
+
+
+def _script(job: Job, option: str) -> str:
+    """In the user namespace: unpack, and give it a name and no identity of the image's."""
+    namespace = [hostinfo.program("lxc-usernsexec")]
+    for kind in "ug":
+        namespace += ["-m", f"{kind}:0:{job.ids.first}:{job.ids.count}"]
+    # Device nodes can't be made there, and a container gets its own.
+    tar = ["tar", "-x", "--numeric-owner", "--exclude=./dev/*", "--exclude=dev/*", "-C", job.building, "-f", "-"]
+    tar += [option] if option else []
+    inside = (
+        f"set -e; umask 022; {config.quoted(tuple(tar))}; cd {config.quoted((job.building,))}; "
+        f"if test -d etc; then echo {job.name.replace('_', '-')} >etc/hostname; "
+        "if test -e etc/machine-id; then : >etc/machine-id; fi; fi"
+    )
+    unpack = config.quoted((*namespace, "--", "sh", "-c", inside))
+    if not os.path.isdir(job.image):
+        return f"exec {unpack}\n"
+    pack = config.quoted(("tar", "-C", job.image, "--numeric-owner", "--one-file-system", "-cf", "-", "."))
+    failed = config.quoted((f"{job.building}.failed",))
+    pipe = f"{{ {pack} || : >{failed}; }} | {unpack} && test ! -e {failed}"
+    return f"rm -f {failed}\n{pipe}\nstatus=$?; rm -f {failed}; exit $status\n"
