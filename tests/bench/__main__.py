@@ -5,10 +5,11 @@
     list      `virtctl list` as a whole process
     start     one guest after another, many at once, QEMU by itself
     memory    the daemon's PSS
+    network   networks started and stopped, and their firewall rules applied again
     logpath   bytes and CPU of the console's way to its log
     fdstore   what the FD store costs as it fills
 
-The first four run in a lab, where libvirt is installed beside virtd and takes turns with it: on a machine that does
+The first five run in a lab, where libvirt is installed beside virtd and takes turns with it: on a machine that does
 other things too, only figures of one run can be compared. They need root.
 """
 
@@ -30,7 +31,7 @@ from tests.bench import lab as bench_lab  # noqa: E402
 from tests.bench.tables import TABLES  # noqa: E402
 from tests.harness import Lab, build_rpm  # noqa: E402
 
-IN_LAB = ("restart", "list", "start", "memory")
+IN_LAB = ("restart", "list", "start", "memory", "network")
 ALONE = {
     "logpath": (["--runs", "9"], ["--runs", "3", "--mib", "128", "--seconds", "3"]),
     "fdstore": (["--runs", "9"], ["--runs", "3", "--slots", "0,250"]),

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from . import list as listing
-from . import memory, restart, start
+from . import memory, network, restart, start
 from .peers import peers
 
 MEASURES: dict[str, Any] = {
@@ -16,6 +16,7 @@ MEASURES: dict[str, Any] = {
     "list": listing.measure,
     "start": start.measure,
     "memory": memory.measure,
+    "network": network.measure,
 }
 
 

@@ -13,7 +13,9 @@ from typing import Any
 from tests.harness import LAB, Lab
 
 HERE = Path(__file__).resolve().parent
-PACKAGES = "libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients python3-libvirt"
+PACKAGES = (
+    "libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-daemon-driver-network libvirt-clients python3-libvirt"
+)
 
 # Without this libvirt starts no guest in a container: it wants cgroup controllers, devices and labels of its own.
 QEMU_CONF = """user = "root"

@@ -54,6 +54,19 @@ def memory(figures: Figures) -> list[str]:
     return lines
 
 
+def network(figures: Figures) -> list[str]:
+    lines = [f"ms, median (slowest) of {figures['many']}", "", f"{'':<16}{'start':>18}{'stop':>18}"]
+    for name in figures["start"]:
+        cells = [
+            f"{_ms(figures[verb][name]['median'])} ({_ms(figures[verb][name]['max'])})" for verb in ("start", "stop")
+        ]
+        lines.append(f"{name:<16}" + "".join(f"{cell:>18}" for cell in cells))
+    again = figures["again"]
+    back, reloaded = _ms(again["flushed"]), _ms(again["reload"])
+    lines += ["", f"virtd, {figures['many']} networks active: rules back {back} ms after nft flush ruleset"]
+    return [*lines, f"virtctl reload with rules that are as they should be: {reloaded} ms"]
+
+
 def _heads(by_peer: dict[str, Figures]) -> str:
     return "".join(f"{count + ' guests':>18}" for count in next(iter(by_peer.values())))
 
@@ -79,4 +92,5 @@ TABLES: dict[str, Callable[[Figures], list[str]]] = {
     "list": listing,
     "start": start,
     "memory": memory,
+    "network": network,
 }
