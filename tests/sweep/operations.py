@@ -318,7 +318,6 @@ class Reload(Operation):
     def again(self) -> None:
         call("Reload")
         self.judge()
-        call("Undefine", name="fresh")
 
 
 class Console(Operation):

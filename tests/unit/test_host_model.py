@@ -106,6 +106,8 @@ class Domains(RuleBasedStateMachine):
         allowed = {state}
         with contextlib.suppress(LookupError):
             allowed.add(self.after(operation, state))
+            if operation == "start" and state == "crashed":
+                allowed.add("stopped")  # rolled back, which is later than the crash
 
         async def cut_off() -> tuple[str, int]:
             self.world.steps, self.world.crash_at = [], step
