@@ -107,7 +107,9 @@ def test_a_full_systemd_boots_to_its_login_prompt_and_shuts_down(containers: Con
     assert set(shown.split()) == {f"MemoryMax={300 << 20}", "TasksMax=300", "CPUQuotaPerSecUSec=1.500000s"}
     lab.sh(f"test $(readlink /proc/{info['pid']}/exe) = /usr/lib/systemd/systemd")
 
-    lab.virtctl("container", "freeze", "deb")
+    bus = "org.virtd1 /org/virtd1/container/deb org.virtd1.Container"
+    assert lab.sh(f"busctl call {bus} Freeze").strip() == "b true"
+    assert lab.sh(f"busctl get-property {bus} State Pid").split() == ["s", '"paused"', "u", str(info["pid"])]
     assert containers.state("deb") == "paused"
     lab.sh("systemctl restart virtd")
     assert (containers.state("deb"), containers.info("deb")["pid"]) == ("paused", info["pid"])

@@ -78,6 +78,7 @@ class FakeHost:
 
     def __init__(self) -> None:
         self.networks = FakeNetworks()
+        self.drivers: tuple[str, ...] = ()
         self.domains: dict[str, dict[str, Any]] = {}
         self.exits: dict[str, dict[str, Any]] = {}
         self.asked: list[tuple[Any, ...]] = []
@@ -516,7 +517,7 @@ def test_the_tree_can_be_walked(shared_bus: PrivateBus) -> None:
                 return found
 
             tree = await walk("/")
-            assert list(tree) == ["/", "/org", ROOT, f"{ROOT}/domain", WEB, f"{ROOT}/network"]
+            assert list(tree) == ["/", "/org", ROOT, f"{ROOT}/domain", WEB, f"{ROOT}/network", f"{ROOT}/container"]
             # What is described is what there is.
             (values,) = await client.call(WEB, f"{PROPERTIES}.GetAll", "s", DOMAIN)
             described = tree[WEB].find(f"interface[@name='{DOMAIN}']")
@@ -655,7 +656,13 @@ def test_busctl_reads_it(shared_bus: PrivateBus) -> None:
                 return out.decode()
 
             tree = await busctl("tree", "--list", NAME)
-            assert tree.split()[-4:] == [f"{ROOT}/domain", f"{ROOT}/domain/a_2db", WEB, f"{ROOT}/network"]
+            assert tree.split()[-5:] == [
+                f"{ROOT}/container",
+                f"{ROOT}/domain",
+                f"{ROOT}/domain/a_2db",
+                WEB,
+                f"{ROOT}/network",
+            ]
             lines = (await busctl("introspect", NAME, WEB)).splitlines()
             state = next(line.split() for line in lines if line.startswith(".State"))
             assert state == [".State", "property", "s", '"stopped"', "emits-change"]

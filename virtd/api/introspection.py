@@ -151,6 +151,39 @@ INTERFACES: Final[dict[str, Interface]] = {
             "Addresses": Property("as"),
         },
     ),
+    "org.virtd1.ContainerManager": Interface(
+        methods={"Define": _changing("text:s source:s check:b", "name:s uuid:s created:b file:s warnings:as")}
+    ),
+    "org.virtd1.Container": Interface(
+        methods={
+            "Info": _reading("", "info:a{sv}"),
+            "Dump": _reading("", "text:s"),
+            "Wait": _reading("states:as timeout:d", "state:s"),
+            "Start": _changing("", "changed:b"),
+            "Shutdown": _changing("timeout:d", "changed:b"),
+            "Stop": _changing("", "changed:b"),
+            "Kill": _changing("signal:i"),
+            "Reboot": _changing("timeout:d", "changed:b"),
+            "Freeze": _changing("", "changed:b"),
+            "Thaw": _changing("", "changed:b"),
+            "SetAutostart": _changing("enable:b", "changed:b"),
+            "Undefine": _changing(),
+        },
+        properties={
+            "Name": Property("s", "const"),
+            "Driver": Property("s", "const"),
+            "Uuid": Property("s", "const"),
+            "Unit": Property("s", "const"),
+            "State": Property("s"),
+            "Reason": Property("s"),
+            "Since": Property("s"),
+            "Pid": Property("u"),
+            "Autostart": Property("b"),
+            "Addresses": Property("as", "invalidates"),
+            "Exit": Property("a{sv}", "invalidates"),
+        },
+        signals={"Ended": Args("exit:a{sv}")},
+    ),
     INTROSPECTABLE: Interface(methods={"Introspect": _reading("", "xml:s")}),
     PROPERTIES: Interface(
         methods={

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import domain_objects, network_objects
+from . import container_objects, domain_objects, network_objects
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -66,5 +66,18 @@ KINDS: tuple[Kind, ...] = (
         late={},
         manager="org.virtd1.NetworkManager",
         manage=network_objects.manage,
+    ),
+    Kind(
+        segment="container",
+        interface="org.virtd1.Container",
+        driver="lxc",
+        listing=container_objects.listing,
+        info=lambda host, name: host.containers.info(name),
+        properties=container_objects.properties,
+        call=container_objects.call,
+        late=container_objects.LATE,
+        ended=True,
+        manager="org.virtd1.ContainerManager",
+        manage=container_objects.manage,
     ),
 )
