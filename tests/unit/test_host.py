@@ -435,10 +435,39 @@ async def test_a_console_outlives_the_daemon(world: World, monkeypatch: pytest.M
     os.close(pipe)
 
 
+@pytest.mark.parametrize("what", ["record", "definition"])
 @on_loop
-async def test_an_undefined_domain_is_gone_although_its_record_stays(
+async def test_an_undefine_that_is_refused_changes_nothing(
+    make_world: Any, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    world = make_world()
+    async with world.daemon() as host:
+        await world.run("web1")
+        await host.stop("web1", by=ROOT)
+        before = await host.info("web1"), world.record("web1")
+        refused = world.paths.record("qemu", "web1") if what == "record" else world.paths.definition("qemu", "web1")
+        real = os.unlink
+
+        def refuse(path: str, **kwargs: Any) -> None:
+            if path == refused:
+                raise OSError(30, "Read-only file system")
+            real(path, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", refuse)
+            with pytest.raises(errors.HostError, match="Cannot remove"):
+                await host.undefine("web1", by=ROOT)
+        assert (await host.info("web1"), world.record("web1")) == before
+        assert (await host.check_all(repair=False, by=ROOT))["differences"] == []
+        await host.undefine("web1", by=ROOT)
+        assert await host.listing() == []
+
+
+@on_loop
+async def test_a_definition_that_is_gone_takes_its_domain_along(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where the record can't be removed: fsck does that later."""
     async with world.daemon() as host:
         await world.run("web1")
         await host.stop("web1", by=ROOT)
@@ -446,9 +475,10 @@ async def test_an_undefined_domain_is_gone_although_its_record_stays(
         def refuse(_name: str) -> None:
             raise errors.HostError("read-only")
 
+        os.unlink(world.paths.definition("qemu", "web1"))
         with monkeypatch.context() as patch:
             patch.setattr(host.driver.records, "remove", refuse)
-            await host.undefine("web1", by=ROOT)
+            await host.reload(by=ROOT)
         assert await host.listing() == []
         rows = (await host.check_all(repair=True, by=ROOT))["differences"]
         assert [(row["object"], row["kind"], row["repaired"]) for row in rows] == [("qemu/web1", "record", True)]

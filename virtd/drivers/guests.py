@@ -352,7 +352,17 @@ class Guests(Generic[G, D]):
             require("undefine", machine.name, machine.state, self.virtctl)
             await machine.over.wait()
             await machine.tidy("undefine")
-            files.remove(machine.source)
+            # The record first: if that is refused, nothing has changed, and a crash in between leaves one that can
+            # be undefined again.
+            if machine.record is not None:
+                self._shared.records.remove(machine.name)
+            try:
+                files.remove(machine.source)
+            except errors.HostError:
+                if machine.record is not None:
+                    with contextlib.suppress(errors.HostError):  # fsck tells
+                        self._shared.records.save(machine.record)
+                raise
             self._forget(machine.name)
 
     def set_autostart(self, name: str, *, enable: bool) -> bool:
