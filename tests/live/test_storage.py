@@ -502,3 +502,21 @@ def test_who_may(lab: Lab, pool: str) -> None:
         assert "may not call" in done.stderr
     with pytest.raises(Failed):
         lab.run(*as_nobody, "pool", "stop", pool)
+
+
+def test_the_bus_has_pools(lab: Lab, pool: str) -> None:
+    def call(path: str, member: str, *arguments: str) -> str:
+        interface, _, method = member.partition(".")
+        return lab.run("busctl", "call", "org.virtd1", path, f"org.virtd1.{interface}", method, *arguments).stdout
+
+    here = f"/org/virtd1/pool/{pool}"
+    assert '"active"' in lab.sh(f"busctl get-property org.virtd1 {here} org.virtd1.Pool State")
+    reply = call(here, "Pool.CreateVolume", "sss", "web1", "16M", "qcow2")
+    job = reply.split('"')[1]
+    assert '"done"' in lab.wait(
+        "the job",
+        lambda: (r := call("/org/virtd1/pool", "PoolManager.WaitJob", "sd", job, "5")) and "done" in r and r,
+    )
+    assert "web1" in call(here, "Pool.ListVolumes")
+    assert call(here, "Pool.DeleteVolume", "s", "web1") == 's ""\n'
+    assert listed(lab) == {}

@@ -517,7 +517,16 @@ def test_the_tree_can_be_walked(shared_bus: PrivateBus) -> None:
                 return found
 
             tree = await walk("/")
-            assert list(tree) == ["/", "/org", ROOT, f"{ROOT}/domain", WEB, f"{ROOT}/network", f"{ROOT}/container"]
+            assert list(tree) == [
+                "/",
+                "/org",
+                ROOT,
+                f"{ROOT}/domain",
+                WEB,
+                f"{ROOT}/network",
+                f"{ROOT}/container",
+                f"{ROOT}/pool",
+            ]
             # What is described is what there is.
             (values,) = await client.call(WEB, f"{PROPERTIES}.GetAll", "s", DOMAIN)
             described = tree[WEB].find(f"interface[@name='{DOMAIN}']")
@@ -656,12 +665,13 @@ def test_busctl_reads_it(shared_bus: PrivateBus) -> None:
                 return out.decode()
 
             tree = await busctl("tree", "--list", NAME)
-            assert tree.split()[-5:] == [
+            assert tree.split()[-6:] == [
                 f"{ROOT}/container",
                 f"{ROOT}/domain",
                 f"{ROOT}/domain/a_2db",
                 WEB,
                 f"{ROOT}/network",
+                f"{ROOT}/pool",
             ]
             lines = (await busctl("introspect", NAME, WEB)).splitlines()
             state = next(line.split() for line in lines if line.startswith(".State"))

@@ -18,6 +18,8 @@ MANAGER: Final = "org.virtd1.Manager"
 DOMAIN: Final = "org.virtd1.Domain"
 NETWORK: Final = "org.virtd1.Network"
 NETWORK_MANAGER: Final = "org.virtd1.NetworkManager"
+POOL: Final = "org.virtd1.Pool"
+POOL_MANAGER: Final = "org.virtd1.PoolManager"
 PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 INTROSPECTABLE: Final = "org.freedesktop.DBus.Introspectable"
 OBJECT_MANAGER: Final = "org.freedesktop.DBus.ObjectManager"
@@ -183,6 +185,47 @@ INTERFACES: Final[dict[str, Interface]] = {
             "Exit": Property("a{sv}", "invalidates"),
         },
         signals={"Ended": Args("exit:a{sv}")},
+    ),
+    POOL_MANAGER: Interface(
+        methods={
+            "Define": _changing("text:s source:s check:b", "name:s uuid:s created:b path:s warnings:as"),
+            "ListJobs": _reading("", "jobs:aa{sv}"),
+            "WaitJob": _reading("job:s timeout:d", "job:a{sv}"),
+            "CancelJob": _changing("job:s", "changed:b"),
+        },
+    ),
+    POOL: Interface(
+        methods={
+            "Info": _reading("", "info:a{sv}"),
+            "Dump": _reading("", "text:s"),
+            "ListVolumes": _reading("", "volumes:aa{sv}"),
+            "VolumeInfo": _reading("volume:s", "info:a{sv}"),
+            "Start": _changing("", "changed:b"),
+            "Stop": _changing("", "changed:b"),
+            "Refresh": _changing("", "volumes:x"),
+            "SetAutostart": _changing("enable:b", "changed:b"),
+            "Undefine": _changing(),
+            # Each gives the job that goes on, "" when all is done.
+            "CreateVolume": _changing("volume:s size:s format:s", "job:s"),
+            "CloneVolume": _changing("volume:s to:s", "job:s"),
+            "ResizeVolume": _changing("volume:s size:s", "job:s"),
+            "WipeVolume": _changing("volume:s", "job:s"),
+            "DeleteVolume": _changing("volume:s", "job:s"),
+        },
+        properties={
+            "Name": Property("s", "const"),
+            "Driver": Property("s", "const"),
+            "Uuid": Property("s", "const"),
+            "State": Property("s"),
+            "Reason": Property("s"),
+            "Since": Property("s"),
+            "Autostart": Property("b"),
+            "Type": Property("s"),
+            "Path": Property("s"),
+            "Capacity": Property("t"),
+            "Allocation": Property("t"),
+            "Available": Property("t"),
+        },
     ),
     INTROSPECTABLE: Interface(methods={"Introspect": _reading("", "xml:s")}),
     PROPERTIES: Interface(

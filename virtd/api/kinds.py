@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import container_objects, domain_objects, network_objects
+from . import container_objects, domain_objects, network_objects, pool_objects
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -41,6 +41,11 @@ class Kind(NamedTuple):
     ended: bool = False
     manager: str = ""  # the interface of /org/virtd1/<segment> itself, for what a kind offers besides its objects
     manage: Manage | None = None
+
+
+async def _none() -> list[Object]:
+    """Of a driver that has nothing, and needn't be imported to say so."""
+    return []
 
 
 KINDS: tuple[Kind, ...] = (
@@ -79,5 +84,17 @@ KINDS: tuple[Kind, ...] = (
         ended=True,
         manager="org.virtd1.ContainerManager",
         manage=container_objects.manage,
+    ),
+    Kind(
+        segment="pool",
+        interface="org.virtd1.Pool",
+        driver="storage",
+        listing=lambda host: host.pools.listing() if "storage" in host.drivers else _none(),
+        info=lambda host, name: host.pools.info(name),
+        properties=pool_objects.properties,
+        call=pool_objects.call,
+        late={},
+        manager="org.virtd1.PoolManager",
+        manage=pool_objects.manage,
     ),
 )
