@@ -53,7 +53,14 @@ unit: $(STAMP) ## tests that need no root and take seconds
 live: $(STAMP) ## tests in booted systems (root), JOBS of them at once [JOBS=2]
 	$(PYTHON) -m pytest tests/live -m live -o faulthandler_timeout=900 -n $(JOBS) --dist loadfile
 
-.PHONY: help setup lint test unit live survival sweep kills demo bench rpm install clean
+survival: $(STAMP) ## the table of what survives what, on all three suites, into the README (root, half an hour)
+	$(PYTHON) -m tests.survival --write
+
+sweep: $(STAMP) ## kill the daemon at every point of every operation (root, minutes) [SWEEP="--errors --sample 5"]
+	$(PYTHON) -m tests.sweep $(SWEEP)
+
+kills: $(STAMP) ## kill the daemon under load, 1,000 times or [KILLS=n] (root)
+	VIRTD_KILLS=$(or $(KILLS),1000) $(PYTHON) -m pytest tests/live/test_survival.py -m live -k kills_under_load -s
 
 demo: $(STAMP) ## one guest that lives through everything, with a verdict (root)
 	$(PYTHON) tests/demo.py
