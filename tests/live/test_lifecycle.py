@@ -118,6 +118,11 @@ def test_shutdown_that_the_guest_ignores(lab: Lab) -> None:
     info = lab.info("deaf")
     assert info["state"] == "running"
     assert "did not shut down" in info["reason"]
+    # What ends it later is told as what it was.
+    lab.virtctl("console", "--timeout", "0", "deaf", stdin="poweroff\n")
+    info = lab.wait("the end", lambda: (i := lab.info("deaf"))["exit"] and i)
+    assert info["reason"] == "powered off after the shutdown that root asked for had timed out"
+    assert (info["exit"]["cause"], info["exit"]["by"]) == ("guest-shutdown", None)
 
 
 def test_shutdown_goes_on_over_a_restart_of_the_daemon(lab: Lab) -> None:

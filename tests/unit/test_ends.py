@@ -69,6 +69,11 @@ OFF = "SHUTDOWN:guest-shutdown"
         (None, ["POWERDOWN", OFF], "shutdown", "", "stopped", "shutdown", "shut down by ann", "ann"),
         (EXIT_0, ["POWERDOWN", OFF], "", "", "stopped", "host-shutdown", "shut down with the host", None),
         (EXIT_0, ["POWERDOWN", OFF], "reboot given up", "", "stopped", "guest-shutdown", "powered off", None),
+        (
+            EXIT_0, ["POWERDOWN", OFF], "shutdown given up", "",
+            "stopped", "guest-shutdown", "powered off after the shutdown that ann asked for had timed out", None,
+        ),
+        (KILL, ["POWERDOWN"], "shutdown given up", "", "crashed", "killed", "killed by SIGKILL", None),
         # The button was pressed in another life of the guest.
         (EXIT_0, ["POWERDOWN", OFF, "RESET", "RESUME", OFF], "", "", "stopped", "guest-shutdown", "powered", None),
         # Stopped

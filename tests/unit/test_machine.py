@@ -258,6 +258,19 @@ async def test_a_guest_that_ignores_the_button_runs_on(world: World) -> None:
 
 
 @on_loop
+async def test_a_shutdown_that_was_given_up_does_not_explain_a_later_end(world: World) -> None:
+    async with world.daemon() as host:
+        await world.run("web1", "deaf")
+        with pytest.raises(errors.TimedOut):
+            await host.shutdown("web1", 0.2, by=ROOT)
+        world.type("web1", "poweroff")
+        await host.wait("web1", ["stopped"], 20)
+        info = await host.info("web1")
+        assert info["reason"] == "powered off after the shutdown that root asked for had timed out"
+        assert (info["exit"]["cause"], info["exit"]["by"]) == ("guest-shutdown", None)
+
+
+@on_loop
 async def test_stop(world: World) -> None:
     async with world.daemon() as host:
         await world.run("web1", "deaf print=5000")

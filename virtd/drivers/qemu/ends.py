@@ -95,6 +95,10 @@ def judge(
         return end(State.STOPPED, "shut down with the host", Cause.HOST_SHUTDOWN)
     if why == "guest-reset":
         return end(State.STOPPED, "rebooted itself", Cause.GUEST_SHUTDOWN)
+    if why.startswith("guest-") and asked == "shutdown given up":
+        # Slow to hear the button, or somebody inside a week later: nobody can tell.
+        reason = f"powered off after the shutdown that {by} asked for had timed out"
+        return end(State.STOPPED, reason, Cause.GUEST_SHUTDOWN)
     if why.startswith("guest-"):
         return end(State.STOPPED, "powered off by itself", Cause.GUEST_SHUTDOWN)
     if unit is None:

@@ -39,7 +39,7 @@ async def shutdown(machine: Machine, timeout: float, by: str) -> bool:
             await machine.command("system_powerdown")
         except errors.MonitorError:
             if machine.alive:
-                machine.note(was, "could not be asked to shut down")
+                machine.note(was, "could not be asked to shut down", data=machine.ask("", ""))
                 raise
     while (left := deadline - time.monotonic()) > 0:
         if await _over(machine, min(left, PRESS_AGAIN)):
@@ -50,7 +50,10 @@ async def shutdown(machine: Machine, timeout: float, by: str) -> bool:
                 await machine.command("system_powerdown")
     async with machine.exclusive("shut down"):
         if machine.state is State.STOPPING and machine.child is not None and machine.child.alive():
-            machine.note(State.RUNNING, f"did not shut down within {timeout:.0f} s")
+            # Not forgotten, for it may be about to end all the same; but no longer the reason of whatever ends it.
+            machine.note(
+                State.RUNNING, f"did not shut down within {timeout:.0f} s", data=machine.ask("shutdown given up", by)
+            )
     raise errors.TimedOut(
         f"{machine.name} did not shut down within {timeout:.0f} s",
         hint=f"It runs on. Give it more time with --timeout, or end it at once: virtctl stop {machine.name}.",
