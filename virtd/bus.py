@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from . import errors
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Container, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +102,25 @@ class MethodCall:
         # A peer, or a bus, that has gone away by now doesn't want the answer any more.
         with contextlib.suppress(BusError):
             self._bus._send(message)
+
+
+class Table:
+    """An answer that is an array of structs. Rows become Python values when they are asked for.
+
+    To unpack all of a large one takes PyGObject 8 microseconds for each value.
+    """
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+
+    def rows(self, columns: Sequence[int], keys: Container[str] | None = None) -> list[tuple[Any, ...]]:
+        """These columns of all rows, or of those whose first column, a string, is one of `keys`."""
+        found = []
+        for number in range(self._array.n_children()):
+            row = self._array.get_child_value(number)
+            if keys is None or row.get_child_value(0).get_string() in keys:
+                found.append(tuple(row.get_child_value(column).unpack() for column in columns))
+        return found
 
 
 class Bus:
@@ -331,6 +350,13 @@ class Bus:
             values = self._unpack(reply)
             raise BusError(reply.get_error_name(), str(values[0]) if values else "")
         return reply
+
+    async def table(
+        self, destination: str, path: str, interface: str, method: str, signature: str = "", args: Sequence[Any] = ()
+    ) -> Table:
+        """`call` for a method whose answer begins with an array of structs, and holds no descriptors."""
+        reply = await self._roundtrip(destination, path, interface, method, signature, args, timeout=25.0)
+        return Table(reply.get_body().get_child_value(0))
 
     async def properties(
         self, destination: str, path: str, interface: str, names: Sequence[str], *, timeout: float = 25.0

@@ -180,7 +180,7 @@ class Child(msgspec.Struct):
         units = await self.services.units()
         missing: set[str] = set()
         for _ in range(3):
-            dump = await units.store_dump(self.services.unit)
+            dump = await units.store_dump(self.services.unit, wanted)
             if dump is None:  # systemd < 254 can't tell
                 return
             difference = self.services.store.verify(dump)

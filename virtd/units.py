@@ -20,9 +20,9 @@ from . import errors
 from .bus import BusError, Var
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Container, Iterator
 
-    from .bus import Bus
+    from .bus import Bus, Table
 
 SYSTEMD: Final = "org.freedesktop.systemd1"
 MANAGER_PATH: Final = "/org/freedesktop/systemd1"
@@ -199,7 +199,7 @@ class Units:
         self._watchers: dict[str, list[Jobs]] = {}
         self._subscribing: asyncio.Future[None] | None = None
         self._unsubscribe: Callable[[], Awaitable[None]] | None = None
-        self._next_dump: dict[str, asyncio.Future[StoreEntries | None]] = {}
+        self._next_dump: dict[str, asyncio.Future[Table | None]] = {}
         self._dumping = asyncio.Lock()
         self._version = 0
 
@@ -333,30 +333,34 @@ class Units:
             # What is deactivating, or dead but not unloaded yet, only takes a moment.
             await patience.pause()
 
-    async def store_dump(self, unit: str) -> StoreEntries | None:
-        """What PID 1 holds in a unit's FD store: (name, device, inode) each. None: systemd is older than 254.
+    async def store_dump(self, unit: str, names: Container[str] | None = None) -> StoreEntries | None:
+        """What PID 1 holds in a unit's FD store, or what it holds there of `names`: (name, device, inode) each.
 
-        When many ask at once (guests being started) they share an answer, which is asked for after the last of them
-        came: each has an entry for every slot of every guest.
+        None: systemd is older than 254. When many ask at once (guests being started) they share an answer, which is
+        asked for after the last of them came: it has an entry for every slot of every guest.
         """
         dump = self._next_dump.get(unit)
         if dump is None:
             dump = self._next_dump[unit] = asyncio.ensure_future(self._dump(unit))
-        return await asyncio.shield(dump)
+        table = await asyncio.shield(dump)
+        if table is None:
+            return None
+        # Of (name, mode, major, minor, inode, ...).
+        found = table.rows((0, 2, 3, 4), names)
+        return [(name, os.makedev(major, minor), inode) for name, major, minor, inode in found]
 
-    async def _dump(self, unit: str) -> StoreEntries | None:
+    async def _dump(self, unit: str) -> Table | None:
         async with self._dumping:
             del self._next_dump[unit]  # whoever comes from here on needs a later one
             return await self._ask_for_dump(unit)
 
-    async def _ask_for_dump(self, unit: str) -> StoreEntries | None:
+    async def _ask_for_dump(self, unit: str) -> Table | None:
         try:
-            (entries,) = await self._call("DumpUnitFileDescriptorStore", "s", (unit,))
+            return await self._bus.table(SYSTEMD, MANAGER_PATH, MANAGER, "DumpUnitFileDescriptorStore", "s", (unit,))
         except BusError as exc:
             if exc.name in ("org.freedesktop.DBus.Error.UnknownMethod", f"{SYSTEMD}.NoSuchUnit"):
                 return None
             raise
-        return [(name, os.makedev(major, minor), inode) for name, _, major, minor, inode, *_ in entries]
 
     async def on_reloaded(self, call: Callable[[], object]) -> None:
         """Have `call()` called whenever systemd has read its units again, by a daemon-reload or a daemon-reexec."""

@@ -20,7 +20,7 @@ from virtd.fdstore import StoredEntry
 from virtd.units import CLD_EXITED, CLD_KILLED, Listed, StoreEntries, UnitSpec, UnitState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Container
 
     from tests.unit.fake_pid1 import FakePid1
 
@@ -123,12 +123,14 @@ class FakeUnits:
             self.history.append(f"collect {name}")
             del self.units[name]
 
-    async def store_dump(self, unit: str) -> StoreEntries | None:
+    async def store_dump(self, unit: str, names: Container[str] | None = None) -> StoreEntries | None:
         assert unit == "virtd.service"
         self.step("store_dump")
         await asyncio.sleep(0)
         entries = [StoredEntry.from_dump(entry) for entry in self._pid1.dump()]
-        return None if self._old else [(entry.name, entry.dev, entry.ino) for entry in entries]
+        if self._old:
+            return None
+        return [(entry.name, entry.dev, entry.ino) for entry in entries if names is None or entry.name in names]
 
     def process(self, name: str) -> subprocess.Popen[bytes]:
         return self.units[f"virtd-qemu-{name}.service"].process

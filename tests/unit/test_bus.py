@@ -106,6 +106,20 @@ def test_variants(shared_bus: PrivateBus) -> None:
     asyncio.run(main())
 
 
+def test_of_a_large_table_only_what_is_asked_for_is_unpacked(shared_bus: PrivateBus) -> None:
+    async def main() -> None:
+        async with pair(shared_bus) as (client, _):
+            rows = [(f"row {number}", number, "x" * number) for number in range(100)]
+            table = await client.table(*TARGET, "Echo", "a(sus)", (rows,))
+            assert table.rows((0, 1, 2)) == rows
+            assert table.rows((1,), {"row 7", "row 70", "row 700"}) == [(7,), (70,)]
+            with pytest.raises(BusError) as caught:
+                await client.table(*TARGET, "Fail")
+            assert caught.value.name == "org.example.Error.Broken"
+
+    asyncio.run(main())
+
+
 def test_descriptors_pass(shared_bus: PrivateBus) -> None:
     async def main() -> None:
         async with pair(shared_bus) as (client, _):

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from collections.abc import Container, Sequence
 from typing import Any
 
 import pytest
@@ -190,6 +192,13 @@ def test_a_job_can_end_before_it_is_known() -> None:
     asyncio.run(main())
 
 
+class Rows(list[tuple[Any, ...]]):
+    """Stands in for a bus.Table."""
+
+    def rows(self, columns: Sequence[int], keys: Container[str] | None = None) -> list[tuple[Any, ...]]:
+        return [tuple(row[column] for column in columns) for row in self if keys is None or row[0] in keys]
+
+
 class SlowBus:
     """Answers each DumpUnitFileDescriptorStore when it is told to, with the number of the call as the inode."""
 
@@ -198,12 +207,12 @@ class SlowBus:
         self.question = asyncio.Event()
         self.answer = asyncio.Semaphore(0)
 
-    async def call(self, *_: Any, **__: Any) -> tuple[Any, ...]:
+    async def table(self, *_: Any) -> Rows:
         self.asked += 1
         self.question.set()
         number = self.asked
         await self.answer.acquire()
-        return ([("qemu/web1/stdin", 0, 0, 8, number, 0, 0, "", 0)],)
+        return Rows((name, 0, 0, 8, number, 0, 0, "", 0) for name in ("qemu/web1/stdin", "qemu/web2/stdin"))
 
 
 def test_dumps_are_shared_but_never_with_one_who_came_after_the_question() -> None:
@@ -212,13 +221,18 @@ def test_dumps_are_shared_but_never_with_one_who_came_after_the_question() -> No
         systemd = units.Units(bus)
         first = asyncio.create_task(systemd.store_dump("virtd.service"))
         await bus.question.wait()
-        later = [asyncio.create_task(systemd.store_dump("virtd.service")) for _ in range(3)]
+        later = [asyncio.create_task(systemd.store_dump("virtd.service", ["qemu/web2/stdin"])) for _ in range(3)]
         await asyncio.sleep(0)
         later[0].cancel()
         for _ in range(2):
             bus.answer.release()
         answers: list[Any] = await asyncio.gather(first, *later[1:])
         assert bus.asked == 2
-        return [entries[0][2] for entries in answers]
+        return answers
 
-    assert asyncio.run(dumps()) == [1, 2, 2]
+    web1, web2, device = "qemu/web1/stdin", "qemu/web2/stdin", os.makedev(0, 8)
+    assert asyncio.run(dumps()) == [
+        [(web1, device, 1), (web2, device, 1)],
+        [(web2, device, 2)],
+        [(web2, device, 2)],
+    ]

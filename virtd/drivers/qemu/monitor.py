@@ -7,6 +7,8 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
+import time
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ANSWER_LIMIT = 5.0  # seconds; a healthy QEMU answers in under one millisecond
-RETRY = 0.005  # between tries while QEMU hasn't made its socket yet: it takes 30 to 50 ms
+RETRY = 0.005  # seconds between two looks while QEMU hasn't made its socket yet: it takes 30 to 50 ms
+LATER = 0.1  # and on a busy machine, where it takes longer, this part of the time that it has taken
 
 Event = dict[str, Any]
 
@@ -52,9 +55,14 @@ class Monitor:
         # qemu.qmp reports what its caller reports too.
         logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
         self.link = Link.CONNECTING
+        begun = time.monotonic()
         try:
             async with asyncio.timeout(limit):
                 while True:
+                    # A look costs microseconds, an attempt that fails milliseconds, for qemu.qmp formats tracebacks.
+                    if not os.path.exists(self._path):
+                        await asyncio.sleep(max(RETRY, LATER * (time.monotonic() - begun)))
+                        continue
                     client = QMPClient(self._name)
                     try:
                         await client.connect(self._path)
