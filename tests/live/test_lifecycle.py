@@ -108,8 +108,7 @@ def test_how_it_ended_and_by_whom(lab: Lab) -> None:
 
 
 def test_shutdown_that_the_guest_ignores(lab: Lab) -> None:
-    # The button has no effect without the kernel's ACPI.
-    lab.define("deaf", cmdline="acpi=off", start=True)
+    lab.define("deaf", cmdline="virtd.button=ignore", start=True)
     lab.wait_ready("deaf")
     done = lab.virtctl("shutdown", "--timeout", "3", "deaf", check=False)
     assert done.returncode == 1
