@@ -75,9 +75,8 @@ class Guests:
         def lost(what: str) -> None:
             found.append(Finding(Verdict.LOST, what))
 
-        if not attached and self.console is not None:
-            self.console.close()
-            self.console = None
+        if not attached:
+            self.detach()
         info = self._settled()
         if (info["pid"], info["state"]) != (self.pid, "running"):
             lost(f"the guest is {info['state']}, PID {info['pid']} instead of {self.pid}")
@@ -101,10 +100,13 @@ class Guests:
             found += self._end_of_victim()
         return found
 
-    def clear(self) -> list[Finding]:
+    def detach(self) -> None:
         if self.console is not None:
             self.console.close()
             self.console = None
+
+    def clear(self) -> list[Finding]:
+        self.detach()
         self.lab.undefine_all()
         self.lab.sh("rm -f /var/log/virtd/qemu/*")
         left = self.lab.wait("an empty store", lambda: self.lab.slots() == 0, 10)
@@ -158,9 +160,7 @@ class Guests:
 
     def _without_console(self, slots: list[str]) -> list[Finding]:
         """It's enough for "degraded" if `virtctl status` says which descriptors are gone."""
-        if self.console is not None:
-            self.console.close()
-            self.console = None
+        self.detach()
         shown = self.lab.virtctl("status", check=False)
         silent = [slot for slot in slots if f"qemu/{STEADY}/{slot}" not in shown.stdout]
         if silent or shown.returncode != 1:

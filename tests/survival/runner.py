@@ -56,7 +56,15 @@ def _run(lab: Lab, suite: str, packages: dict[str, Path], told: Told, left: list
     """As many of the events as this lab bears; those that were done are taken out of `left`."""
     old, new = (f"/root/{packages[version].name}" for version in ("0.1.0", "0.1.1"))
     scene = Scene(lab, old, new, suite, [subject(lab) for subject in SUBJECTS])
-    version = scene.systemd
+    try:
+        return _events(scene, told, left)
+    finally:
+        for subject in scene.subjects:
+            subject.detach()
+
+
+def _events(scene: Scene, told: Told, left: list[Event]) -> str:
+    suite, version = scene.suite, scene.systemd
     prepared = small = False
     while left:
         event = left[0]

@@ -47,6 +47,9 @@ class Subject(Protocol):
     def after(self, *, attached: bool) -> list[Finding]:
         """Look at every promise. `attached`: clients that run in the lab have lived through the event."""
 
+    def detach(self) -> None:
+        """End the clients that it has outside the lab."""
+
     def clear(self) -> list[Finding]:
         """Stop and remove all of it; what can't be removed is a finding."""
 
