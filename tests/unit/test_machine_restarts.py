@@ -81,6 +81,7 @@ async def test_an_end_that_cannot_be_put_on_record_waits_for_it(
     async with world.daemon():
         pid = await world.run("web1")
     os.kill(pid, signal.SIGKILL)
+    world.units.process("web1").wait()  # a signal takes its time, and the daemon rightly says "running" until then
     write = Records.save
     with monkeypatch.context() as full:
         full.setattr(Records, "save", refuse)
