@@ -186,6 +186,18 @@ async def test_autostart_where_the_file_says_nothing_of_it(world: World) -> None
 
 
 @on_loop
+async def test_autostart_of_one_that_runs_is_no_change_that_waits(world: World) -> None:
+    async with world.daemon() as host:
+        await world.run("web1")
+        await host.set_autostart("web1", True, by=ROOT)
+        info = await host.info("web1")
+        assert (info["autostart"], info["pending"]) == (True, False)
+    async with world.daemon() as host:
+        assert (await host.info("web1"))["pending"] is False
+        await host.stop("web1", by=ROOT)
+
+
+@on_loop
 async def test_autostarting(world: World) -> None:
     async with world.daemon() as host:
         for name in ("web1", "web2", "web3"):

@@ -10,11 +10,11 @@ import asyncio
 import contextlib
 import logging
 import os
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import msgspec
 
-from .. import __version__, errors, files, journal
+from .. import errors, files, journal
 from ..child import Child, Services
 from ..logfile import Cursor
 from ..messages import Message
@@ -22,6 +22,8 @@ from ..model.state import ALIVE, State
 from ..records import Exit, Record, Records, now
 from ..stderrlog import StderrLog
 from ..units import UnitState, unit_name
+from . import definitions
+from .collection import D
 from .protocol import Problem
 
 if TYPE_CHECKING:
@@ -32,20 +34,6 @@ log = logging.getLogger(__name__)
 PATIENCE = 60.0  # seconds that an operation waits for another one on the same object
 SAVE_AGAIN = 1.0  # seconds until a record that couldn't be written is tried again
 FINISH_AGAIN = 1.0  # seconds until an end that systemd couldn't be asked about is looked into again
-
-
-class Definition(Protocol):
-    """What every definition has."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def uuid(self) -> str | None: ...
-    @property
-    def autostart(self) -> bool: ...
-
-
-D = TypeVar("D", bound=Definition)
 
 
 class Shared(NamedTuple):
@@ -145,6 +133,8 @@ class Guest(Generic[D]):
     def alive(self) -> bool:
         return self.state in ALIVE
 
+    active = alive
+
     @property
     def uuid(self) -> str:
         if self.definition is not None and self.definition.uuid is not None:
@@ -177,17 +167,8 @@ class Guest(Generic[D]):
         return self.definition
 
     def parsed(self, text: str) -> D | None:
-        """The definition that `text` holds, if the guest was started with it by this version of virtd.
-
-        The record has it in a form that takes microseconds to read, where TOML takes a millisecond for each guest.
-        """
-        data = self.record.data if self.record is not None else {}
-        if data.get("definition") != text or data.get("parsed_by") != __version__:
-            return None
-        try:
-            return msgspec.convert(data.get("parsed"), self.definition_type)
-        except msgspec.ValidationError:
-            return None
+        """The definition that `text` holds, if the guest was started with it by this version of virtd."""
+        return definitions.parsed(self.record.data, text, self.definition_type) if self.record is not None else None
 
     @property
     def pending(self) -> bool:

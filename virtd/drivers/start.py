@@ -9,14 +9,14 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import msgspec
-
-from .. import __version__, errors, fdstore, journal
+from .. import errors, fdstore, journal
 from ..child import Child, Ends
 from ..messages import Message
 from ..model.state import State
 from ..records import Record, now
-from .guest import D, Guest
+from . import definitions
+from .collection import D
+from .guest import Guest
 from .protocol import Problem
 
 if TYPE_CHECKING:
@@ -132,9 +132,7 @@ class Start(Generic[G, D]):
             boot_id=machine.shared.boot_id,
             slots={name: _identity(fd) for name, fd in descriptors.items()},
             data={
-                "definition": machine.definition_text,
-                "parsed": msgspec.to_builtins(self.definition),
-                "parsed_by": __version__,
+                **definitions.in_force(self.definition, machine.definition_text),
                 "request": None,
                 **self.data(),
             },

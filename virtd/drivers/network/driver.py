@@ -7,7 +7,6 @@ Other drivers connect their guests by `attach`, `add_port` and `detach`, see the
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +15,12 @@ import msgspec
 from ... import errors, files, journal
 from ...messages import Message
 from ...model import network as model
-from ...model.domain import canonical_uuid
 from ...model.network import State
-from ...paths import names
 from ...process import boot_id
 from ...records import Record, Records, now
 from ...units import object_name
-from .. import definitions
-from ..protocol import Found, Problem
+from ..collection import Collection
+from ..protocol import Problem
 from . import bridge, describing, host, links
 from .guard import Guard
 from .net import Net, Shared
@@ -36,7 +33,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RECONCILE_LIMIT = 30.0  # seconds that an operation waits after the daemon's own start
 DEFAULT = "default"
 
 
@@ -53,50 +49,45 @@ def make(services: Services, settings: Settings, publish: Publish, _peers: Peers
     return Driver(services, settings.dnsmasq, publish)
 
 
-class Driver:
-    """`publish(event, name)` is told "added", "removed" and "changed"."""
+class Driver(Collection[Net, model.Network]):
+    """All networks."""
 
     name = DRIVER
     noun = "network"
+    virtctl = "virtctl network"
+    taken_back = "It is put together again from what there is."
+    states = State
 
     def __init__(self, services: Services, settings: Dnsmasq, publish: Publish) -> None:
-        self._publish = publish
-        self._services = services
-        self.nets: dict[str, Net] = {}
-        self.problems: dict[str, Problem] = {}
-        self.found = Found()
-        self._shared = Shared(services, Records(services.paths, DRIVER), settings, self._published, boot_id())
-        self._reconciled = asyncio.Event()
-        self._reconciled.set()
+        super().__init__(services, Records(services.paths, DRIVER), publish)
+        self._shared = Shared(services, self.records, settings, self.published, boot_id())
         self._guard = Guard(services, self.nets, self.problems, publish)
+
+    @property
+    def nets(self) -> dict[str, Net]:
+        return self.objects
+
+    def make(self, name: str) -> Net:
+        return Net(self._shared, name)
+
+    def parse(self, text: str, source: str) -> model.Network:
+        return model.parse(text, source)
 
     # Start-up
 
     def restore(self) -> None:
         """First step: records, slots and pumps; no bus yet."""
         self._reconciled.clear()
-        loaded = self._shared.records.load()
-        for bad in loaded.quarantined:
-            text = f"The record of network {bad.name} can't be read: {bad.reason}"
-            self.problems[f"record {bad.name}"] = Problem(
-                text, f"It was moved to {bad.moved_to}; the network is put together again from what there is."
-            )
-            journal.send(
-                text, message_id=Message.RECORD_QUARANTINED, level="error",
-                VIRTD_DRIVER=DRIVER, VIRTD_NAME=bad.name, VIRTD_FILE=bad.moved_to,
-            )  # fmt: skip
-        for name, record in loaded.records.items():
-            net = self._net(name)
-            try:
-                net.adopt(record)
-            except Exception as exc:  # one bad record must not cost the others their daemon
-                log.exception("%s can't be adopted", name)
-                net.problems["adoption"] = Problem(
-                    f"{name} could not be adopted: {exc}", "The network was left alone."
-                )
-                net.settled.set()
+        self.restore_records()
         self.load_definitions()
         self._guard.begin(beside_firewalld=False)
+
+    def take_back(self, name: str, record: Record) -> None:
+        self.object(name).adopt(record)
+
+    def left_alone(self, name: str, problem: Problem) -> None:
+        super().left_alone(name, problem)
+        self.object(name).settled.set()
 
     async def reconcile(self) -> None:
         """Second step: compare with systemd and the kernel, finish what a crash cut off."""
@@ -124,7 +115,7 @@ class Driver:
             await self._rebuild(name, unit=name in present)
         for net in list(self.nets.values()):
             if net.definition is None and not net.active and not net.problems:
-                self._forget(net.name)
+                self.forget(net.name)
         self._reconciled.set()
         await self._guard.restore_rules(set(self.nets), why="while virtd was away")
         self._guard.begin()
@@ -135,7 +126,7 @@ class Driver:
 
     async def _rebuild(self, name: str, *, unit: bool) -> None:
         """A unit, slots or a bridge that no record tells of: made whole by the definition, or cleared away."""
-        net = self._net(name)
+        net = self.object(name)
         held = self._services.store.slots()
         slots = {slot: f"{held[slot].dev}:{held[slot].ino}" for slot in held if slot.startswith(f"{DRIVER}/{name}/")}
         network = net.definition
@@ -195,22 +186,22 @@ class Driver:
 
     async def start(self, name: str, by: str) -> bool:
         net = self.find(name)
-        await self._certain()
+        await self.certain()
         changed = await net.start(by)
         self._guard.begin()
         return changed
 
     async def stop(self, name: str, by: str, *, force: bool) -> bool:
         net = self.find(name)
-        await self._certain()
+        await self.certain()
         changed = await net.stop(by, force=force)
         if net.definition is None:
-            self._forget(net.name)
+            self.forget(net.name)
         return changed
 
     async def undefine(self, name: str) -> None:
         net = self.find(name)
-        await self._certain()
+        await self.certain()
         async with net.exclusive("undefine"):
             if net.active:
                 raise errors.InvalidState(
@@ -219,20 +210,7 @@ class Driver:
                 )
             files.remove(net.source)
             await asyncio.to_thread(files.remove_tree, net.state_directory)
-            self._forget(net.name)
-
-    async def _certain(self) -> None:
-        """Wait until reconcile() is through. Raises Busy."""
-        if self._reconciled.is_set():
-            return
-        await self._services.units()  # which says so if it is D-Bus that is away
-        try:
-            async with asyncio.timeout(RECONCILE_LIMIT):
-                await self._reconciled.wait()
-        except TimeoutError:
-            raise errors.Busy(
-                "virtd is still finding out which networks are active", hint="Try again in a moment."
-            ) from None
+            self.forget(net.name)
 
     # For other drivers
 
@@ -288,48 +266,12 @@ class Driver:
     async def _used(self, network: str, user: str) -> Net:
         """The network, active. Raises NotFound, or what its start raises."""
         net = self.find(network)
-        await self._certain()
+        await self.certain()
         if net.state is not State.ACTIVE or net.lost_bridge():
             await self.start(net.name, user)
         return net
 
     # Definitions
-
-    def load_definitions(self) -> list[str]:
-        """Read all definitions again; the names of those that changed.
-
-        A bad one is a problem, and its network is as before.
-        """
-        directory = f"{self._services.paths.etc}/{DRIVER}"
-        changed = []
-        for key in [key for key in self.problems if key.startswith("definition")]:
-            del self.problems[key]
-        found = names(directory, ".toml")
-        for name in [name for name, net in self.nets.items() if net.definition is not None and name not in found]:
-            changed.append(name)
-            self._forget(name)
-        for name in found:
-            path = f"{directory}/{name}.toml"
-            try:
-                text = definitions.read(path)
-                known = self.nets.get(name)
-                network = (known.parsed(text) if known is not None else None) or model.parse(text, path)
-                definitions.check_name(network.name, name, path)
-                self._check_unique(network, path)
-                if network.uuid is None:
-                    network, text = self._with_uuid(network, text)
-                    definitions.write(path, text)
-            except (errors.VirtdError, OSError, ValueError) as exc:
-                self.problems[f"definition {name}"] = definitions.complain(path, exc)
-                continue
-            net = self.nets.get(name)
-            if net is None or net.definition_text != text or net.definition is None:
-                new = net is None
-                net = net or self._net(name)
-                net.definition, net.definition_text = network, text
-                changed.append(name)
-                self._publish("added" if new else "changed", name)
-        return changed
 
     async def reload(self) -> None:
         """Put changed definitions in force, and see that rules and bridges are as they should be."""
@@ -345,18 +287,8 @@ class Driver:
         await self._guard.restore_rules(set(self.nets), why="by the time of the reload")
 
     def check(self, text: str, source: str) -> model.Network:
-        """The definition in `text`, as it would be taken. Raises InvalidDefinition or Exists."""
-        network = model.parse(text, source)
-        self._check_unique(network, source)
+        network = super().check(text, source)
         net = self.nets.get(network.name)
-        if net is not None and net.uuid and network.uuid and network.uuid != net.uuid:
-            raise errors.Exists(
-                f"{source}: uuid: network {network.name} exists with another uuid, {net.uuid}",
-                hint=(
-                    "Leave the uuid out to change the definition, "
-                    f"or undefine it first: virtctl network undefine {network.name}."
-                ),
-            )
         uuid = network.uuid or (net.uuid if net is not None else "")
         if net is None or not net.active:
             host.check_routes(network, source)
@@ -364,12 +296,23 @@ class Driver:
                 host.check_bridge(network, source, bridge.mac_of(uuid) if uuid else "")
         return network
 
-    def define(self, text: str, source: str) -> tuple[Net, bool]:
-        """Take a definition: the network, and whether it is new. A uuid is made when there is none."""
-        network = self.check(text, source)
-        if network.uuid is None:
-            network, text = self._with_uuid(network, text)
-        return self._write(network, text)
+    def check_beside(self, definition: model.Network, other: Net, source: str) -> None:
+        theirs = other.running or other.definition
+        if theirs is None or not (definition.own and theirs.own):
+            return
+        if definition.bridge_name == theirs.bridge_name:
+            raise errors.InvalidDefinition(
+                source, "bridge", f"{definition.bridge_name} is the bridge of network {other.name} already"
+            )
+        for key, subnet in definition.subnets():
+            for _key, taken in theirs.subnets():
+                if subnet.version == taken.version and subnet.overlaps(taken):
+                    raise errors.InvalidDefinition(
+                        source, key, f"{subnet} overlaps with {taken} of network {other.name}"
+                    )
+
+    def put_in_force(self, one: Net, definition: model.Network, text: str) -> None:
+        one.remember(**one.in_force(definition, text))
 
     def default(self) -> str:
         """A definition for the network "default": NAT, with a private range that is free here. Raises HostError."""
@@ -377,133 +320,20 @@ class Driver:
         address = host.free_prefix(taken)
         return f'name = "{DEFAULT}"\nmode = "nat"\nautostart = true\n\n[ipv4]\naddress = "{address}"\n'
 
-    def _with_uuid(self, network: model.Network, text: str) -> tuple[model.Network, str]:
-        net = self.nets.get(network.name)
-        text = definitions.with_uuid(text, net.uuid if net is not None else "")
-        return model.parse(text, network.name), text
+    # Describing
 
-    def _write(self, network: model.Network, text: str) -> tuple[Net, bool]:
-        definitions.write(self._services.paths.definition(DRIVER, network.name), text)
-        new = network.name not in self.nets
-        net = self._net(network.name)
-        changed = net.definition_text != text or net.definition is None
-        net.definition, net.definition_text = network, text
-        self.problems.pop(f"definition {network.name}", None)
-        if new:
-            self._publish("added", network.name)
-        elif changed:
-            self._publish("changed", network.name)
-        return net, new
-
-    def set_autostart(self, name: str, *, enable: bool) -> bool:
-        """Change the definition's file; False if it said so already."""
-        net = self.find(name)
-        if net.definition is None:
-            raise errors.NotFound(f"Network {net.name} has no definition")
-        if net.definition.autostart == enable:
-            return False
-        in_force = not net.pending
-        text = definitions.with_autostart(net.definition_text, enable=enable)
-        network = model.parse(text, net.source)
-        if network.autostart != enable:
-            raise errors.HostError(
-                f"Cannot change autostart in {net.source}", hint="Edit it, then: systemctl reload virtd."
-            )
-        self._write(network, text)
-        if net.active and in_force:
-            net.remember(definition=text, parsed=msgspec.to_builtins(network))
-        return True
-
-    def _check_unique(self, network: model.Network, source: str) -> None:
-        for other in self.nets.values():
-            theirs = other.running or other.definition
-            if other.name == network.name or theirs is None:
-                continue
-            if network.uuid is not None and other.uuid == network.uuid:
-                raise errors.Exists(
-                    f"{source}: uuid: {network.uuid} is the uuid of network {other.name}",
-                    hint="Leave it out: a new one is made.",
-                )
-            if not (network.own and theirs.own):
-                continue
-            if network.bridge_name == theirs.bridge_name:
-                raise errors.InvalidDefinition(
-                    source, "bridge", f"{network.bridge_name} is the bridge of network {other.name} already"
-                )
-            for key, subnet in network.subnets():
-                for _key, taken in theirs.subnets():
-                    if subnet.version == taken.version and subnet.overlaps(taken):
-                        raise errors.InvalidDefinition(
-                            source, key, f"{subnet} overlaps with {taken} of network {other.name}"
-                        )
-
-    # Finding and describing
-
-    def find(self, name: str) -> Net:
-        """By name or uuid. Raises NotFound."""
-        if (net := self.nets.get(name)) is not None:
-            return net
-        if (uuid := canonical_uuid(name)) is not None:
-            for net in self.nets.values():
-                if net.uuid == uuid:
-                    return net
-        raise errors.NotFound(f"There is no network {name}", hint="virtctl network list shows all.")
-
-    def describe(self, net: Net) -> dict[str, Any]:
-        return describing.short(net)
+    def describe(self, one: Net) -> dict[str, Any]:
+        return describing.short(one)
 
     def describe_fully(self, net: Net) -> dict[str, Any]:
-        mine = f"{DRIVER}/{net.name}/"
-        slots = [slot for slot in self._services.store.names() if slot.startswith(mine)]
-        return describing.long(net, slots, self._services.paths.stderr_log(DRIVER, net.name))
-
-    def describe_named(self, name: str) -> dict[str, Any]:
-        net = self.nets.get(name)
-        return self.describe(net) if net is not None else {"name": name, "driver": DRIVER}
-
-    def live(self) -> int:
-        return sum(net.active for net in self.nets.values())
+        return describing.long(net, self.slots_of(net.name), self._services.paths.stderr_log(DRIVER, net.name))
 
     def settled(self) -> bool:
         return all(net.settled.is_set() for net in self.nets.values())
 
-    def counts(self) -> dict[str, int]:
-        counts = {state.value: 0 for state in State}
-        for net in self.nets.values():
-            counts[net.state.value] += 1
-        return counts
-
-    def troubles(self) -> list[tuple[str, Problem]]:
-        found = [(key.split(" ")[1] if " " in key else "", problem) for key, problem in self.problems.items()]
-        for net in self.nets.values():
-            found += [(net.name, problem) for problem in net.problems.values()]
-        return found
-
     def bad_definitions(self) -> list[tuple[str, Problem]]:
-        found = [(key.split(" ")[1], item) for key, item in self.problems.items() if key.startswith("definition")]
+        found = super().bad_definitions()
         for net in self.nets.values():
             if (pending := net.problems.get("pending")) is not None:
                 found.append((net.name, pending))
         return found
-
-    def _net(self, name: str) -> Net:
-        if name not in self.nets:
-            self.nets[name] = Net(self._shared, name)
-        return self.nets[name]
-
-    def _forget(self, name: str) -> None:
-        """The definition is gone. A network that is active stays until it is stopped."""
-        net = self.nets[name]
-        net.definition, net.definition_text = None, ""
-        if net.active:
-            self._publish("changed", name)
-            return
-        if net.record is not None:
-            with contextlib.suppress(errors.HostError):
-                self._shared.records.remove(name)
-        del self.nets[name]
-        self._publish("removed", name)
-
-    def _published(self, event: str, net: Net) -> None:
-        if self.nets.get(net.name) is net:
-            self._publish(event, net.name)

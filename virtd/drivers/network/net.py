@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from ... import __version__, errors, files, journal
+from ... import errors, files, journal
 from ...messages import Message
 from ...model import network as model
 from ...model.network import State
 from ...records import Record, Records, now
 from ...units import unit_name
+from .. import definitions
 from ..protocol import Problem
 from . import bridge, firewall, firewalld, host, leases, links
 from .server import DRIVER, Server
@@ -123,14 +124,8 @@ class Net:
         return None
 
     def parsed(self, text: str) -> model.Network | None:
-        """The definition that `text` holds, if it was put in force by this version of virtd: TOML takes longer."""
-        data = self.record.data if self.record is not None else {}
-        if data.get("definition") != text or data.get("parsed_by") != __version__:
-            return None
-        try:
-            return msgspec.convert(data.get("parsed"), model.Network)
-        except msgspec.ValidationError:
-            return None
+        """The definition that `text` holds, if it was put in force by this version of virtd."""
+        return definitions.parsed(self.record.data, text, model.Network) if self.record is not None else None
 
     @property
     def pending(self) -> bool:
@@ -246,7 +241,7 @@ class Net:
                 reason=f"being started by {by}",
                 since=now(),
                 boot_id=self.shared.boot_id,
-                data=self._in_force(network, self.definition_text) | {"mac": bridge.mac_of(self.uuid)},
+                data=self.in_force(network, self.definition_text) | {"mac": bridge.mac_of(self.uuid)},
             )
             self.shared.records.save(record)
             self.record = record
@@ -261,14 +256,9 @@ class Net:
             journal.send(f"Started network {self.name} ({network.bridge_name})", **self.fields())
             return True
 
-    def _in_force(self, network: model.Network, text: str) -> dict[str, Any]:
-        return {
-            "definition": text,
-            "parsed": msgspec.to_builtins(network),
-            "parsed_by": __version__,
-            # What has to be removed, also by a daemon that can't read the definition any more.
-            "bridge": network.bridge_name if network.own else "",
-        }
+    def in_force(self, network: model.Network, text: str) -> dict[str, Any]:
+        # The bridge has to be removed also by a daemon that can't read the definition any more.
+        return definitions.in_force(network, text) | {"bridge": network.bridge_name if network.own else ""}
 
     async def make(self, network: model.Network) -> None:
         """Every piece; those that are there already stay as they are."""
@@ -429,7 +419,7 @@ class Net:
                     log.warning("Network %s: the host forwards from now on: %s", self.name, setting)
                 await self.apply_rules(new)
             await self.server.adapt(new, old)
-        self.remember(**self._in_force(new, self.definition_text))
+        self.remember(**self.in_force(new, self.definition_text))
         log.info("Network %s: the new definition is in force", self.name)
 
     # Taking it back

@@ -9,16 +9,13 @@ import logging
 import secrets
 from typing import TYPE_CHECKING, Any
 
-from ... import errors, files, journal
-from ...messages import Message
+from ... import errors, files
 from ...model import pool as model
-from ...model.domain import canonical_uuid
-from ...paths import names
 from ...process import boot_id
 from ...records import Records
 from ...units import object_name
-from .. import definitions
-from ..protocol import Found, Problem
+from ..collection import Collection
+from ..protocol import Problem
 from . import host
 from .directory import Directory
 from .job import DRIVER, KEPT, Job, Program, Shared, Task
@@ -30,64 +27,60 @@ if TYPE_CHECKING:
     from ...child import Services
     from ...model.domain import Format
     from ...model.settings import Settings
+    from ...records import Record
     from ..protocol import Peers, Publish
     from .backend import Backend
 
 log = logging.getLogger(__name__)
-
-RECONCILE_LIMIT = 30.0  # seconds that an operation waits after the daemon's own start
 
 
 def make(services: Services, settings: Settings, publish: Publish, peers: Peers) -> Driver:
     return Driver(services, settings, publish, peers)
 
 
-class Driver:
+class Driver(Collection[StoragePool, model.Pool]):
     """See drivers.protocol. `peers("qemu")` knows which images guests have open."""
 
     name = DRIVER
     noun = "pool"
+    virtctl = "virtctl pool"
+    taken_back = "A pool is taken back by starting it."
+    states = State
 
     def __init__(self, services: Services, settings: Settings, publish: Publish, peers: Peers) -> None:
-        self._services = services
+        super().__init__(services, Records(services.paths, DRIVER), publish)
         self._settings = settings
-        self._publish = publish
         self.peers = peers
-        self.pools: dict[str, StoragePool] = {}
         self.jobs: dict[str, Job] = {}
-        self.problems: dict[str, Problem] = {}
-        self.found = Found()
-        self._records = Records(services.paths, DRIVER)
         self._boot_id = boot_id()
-        self._job_parts = Shared(services, self._records, self._boot_id, self._concluded, self._job_published)
+        self._job_parts = Shared(services, self.records, self._boot_id, self._concluded, self._job_published)
         self.volumes = Volumes(self)
-        self._reconciled = asyncio.Event()
-        self._reconciled.set()
+
+    @property
+    def pools(self) -> dict[str, StoragePool]:
+        return self.objects
+
+    def make(self, name: str) -> StoragePool:
+        return StoragePool(name, self._services.paths, self.records, self._boot_id, self._backend, self.published)
+
+    def parse(self, text: str, source: str) -> model.Pool:
+        return model.parse(text, source)
 
     # Start-up
 
     def restore(self) -> None:
         self._reconciled.clear()
-        loaded = self._records.load()
-        for bad in loaded.quarantined:
-            text = f"The record of {bad.name} can't be read: {bad.reason}"
-            self.problems[f"record {bad.name}"] = Problem(
-                text, f"It was moved to {bad.moved_to}. A pool is taken back by starting it."
-            )
-            journal.send(
-                text, message_id=Message.RECORD_QUARANTINED, level="error",
-                VIRTD_DRIVER=DRIVER, VIRTD_NAME=bad.name, VIRTD_FILE=bad.moved_to,
-            )  # fmt: skip
-        for name, record in loaded.records.items():
-            try:
-                if name.startswith(model.JOB):
-                    self.jobs[name] = Job.of(self._job_parts, record)
-                else:
-                    self._pool(name).record = record
-            except Exception as exc:  # one bad record must not cost the others their daemon
-                log.exception("%s can't be restored", name)
-                self.problems[f"record {name}"] = Problem(f"{name} can't be restored: {exc}", "It was left alone.")
+        self.restore_records()
         self.load_definitions()
+
+    def take_back(self, name: str, record: Record) -> None:
+        if name.startswith(model.JOB):
+            self.jobs[name] = Job.of(self._job_parts, record)
+        else:
+            self.object(name).record = record
+
+    def left_alone(self, name: str, problem: Problem) -> None:
+        self.problems[f"record {name}"] = problem
 
     async def reconcile(self) -> None:
         try:
@@ -170,17 +163,6 @@ class Driver:
         """Jobs whose begun volumes must stay."""
         return {job.name for job in self.jobs.values() if not job.over.is_set()} | self.volumes.at_work
 
-    async def certain(self) -> None:
-        """Wait until reconcile() is through. Raises Busy."""
-        if self._reconciled.is_set():
-            return
-        await self._services.units()  # which says so if it is D-Bus that is away
-        try:
-            async with asyncio.timeout(RECONCILE_LIMIT):
-                await self._reconciled.wait()
-        except TimeoutError:
-            raise errors.Busy("virtd is still finding out what there is", hint="Try again in a moment.") from None
-
     async def autostart(self) -> None:
         async def one(pool: StoragePool) -> None:
             try:
@@ -208,67 +190,6 @@ class Driver:
 
     # Definitions
 
-    def load_definitions(self) -> list[str]:
-        directory = f"{self._services.paths.etc}/{DRIVER}"
-        changed = []
-        self.problems = {key: problem for key, problem in self.problems.items() if not key.startswith("definition")}
-        found = names(directory, ".toml")
-        for name in [name for name, pool in self.pools.items() if pool.definition is not None and name not in found]:
-            changed.append(name)
-            self._forget(name)
-        for name in found:
-            path = f"{directory}/{name}.toml"
-            try:
-                text = definitions.read(path)
-                known = self.pools.get(name)
-                if known is not None and known.definition is not None and known.definition_text == text:
-                    continue
-                pool = model.parse(text, path)
-                definitions.check_name(pool.name, name, path)
-                self._check_unique(pool, path)
-                if pool.uuid is None:
-                    pool, text = self._with_uuid(pool, text)
-                    definitions.write(path, text)
-            except (errors.VirtdError, OSError, ValueError) as exc:
-                self.problems[f"definition {name}"] = definitions.complain(path, exc)
-                continue
-            self._take(pool, text)
-            changed.append(name)
-        return changed
-
-    def check(self, text: str, source: str) -> model.Pool:
-        """The definition in `text`, as it would be taken. Raises InvalidDefinition or Exists."""
-        pool = model.parse(text, source)
-        self._check_unique(pool, source)
-        known = self.pools.get(pool.name)
-        if known is not None and known.uuid and pool.uuid and pool.uuid != known.uuid:
-            raise errors.Exists(
-                f"{source}: uuid: pool {pool.name} exists with another uuid, {known.uuid}",
-                hint="Leave the uuid out to change the definition.",
-            )
-        return pool
-
-    def define(self, text: str, source: str) -> tuple[StoragePool, bool]:
-        """Take a definition: the pool, and whether it is new."""
-        pool = self.check(text, source)
-        if pool.uuid is None:
-            pool, text = self._with_uuid(pool, text)
-        definitions.write(self._services.paths.definition(DRIVER, pool.name), text)
-        self.problems.pop(f"definition {pool.name}", None)
-        return self._take(pool, text)
-
-    def _take(self, pool: model.Pool, text: str) -> tuple[StoragePool, bool]:
-        new = pool.name not in self.pools
-        mine = self._pool(pool.name)
-        mine.definition, mine.definition_text = pool, text
-        self._publish("added" if new else "changed", pool.name)
-        return mine, new
-
-    def _with_uuid(self, pool: model.Pool, text: str) -> tuple[model.Pool, str]:
-        known = self.pools.get(pool.name)
-        text = definitions.with_uuid(text, known.uuid if known is not None else "")
-        return model.parse(text, pool.name), text
-
     async def undefine(self, name: str) -> None:
         pool = self.find(name)
         async with pool.exclusive("undefine"):
@@ -278,74 +199,20 @@ class Driver:
                     hint=f"Stop it first: virtctl pool stop {pool.name}. Its volumes stay where they are.",
                 )
             files.remove(pool.source)
-            self._forget(pool.name)
+            self.forget(pool.name)
 
-    def set_autostart(self, name: str, *, enable: bool) -> bool:
-        pool = self.find(name)
-        if pool.definition is None:
-            raise errors.NotFound(f"Pool {pool.name} has no definition")
-        if pool.definition.autostart == enable:
-            return False
-        text = definitions.with_autostart(pool.definition_text, enable=enable)
-        changed = model.parse(text, pool.source)
-        if changed.autostart != enable:
-            raise errors.HostError(
-                f"Cannot change autostart in {pool.source}", hint="Edit it, then: systemctl reload virtd."
-            )
-        was = pool.definition_text
-        definitions.write(pool.source, text)
-        pool.definition, pool.definition_text = changed, text
-        if pool.active and pool.record is not None and pool.record.data.get("definition") == was:
-            pool.note(State.ACTIVE, pool.reason, text)  # that is no change which waits for the next start
-        else:
-            self._publish("changed", pool.name)
-        return True
+    def check_beside(self, definition: model.Pool, other: StoragePool, source: str) -> None:
+        if other.definition is not None and other.definition.path == definition.path:
+            raise errors.Exists(f"{source}: path: {definition.path} is pool {other.name} already")
 
-    def _check_unique(self, pool: model.Pool, source: str) -> None:
-        for other in self.pools.values():
-            if other.name == pool.name or other.definition is None:
-                continue
-            if pool.uuid is not None and other.uuid == pool.uuid:
-                raise errors.Exists(
-                    f"{source}: uuid: {pool.uuid} is the uuid of pool {other.name}",
-                    hint="Leave it out: a new one is made.",
-                )
-            if other.definition.path == pool.path:
-                raise errors.Exists(f"{source}: path: {pool.path} is pool {other.name} already")
-
-    def _pool(self, name: str) -> StoragePool:
-        if name not in self.pools:
-            self.pools[name] = StoragePool(
-                name, self._services.paths, self._records, self._boot_id, self._backend, self._pool_published
-            )
-        return self.pools[name]
+    def put_in_force(self, one: StoragePool, definition: model.Pool, text: str) -> None:
+        del definition
+        one.note(State.ACTIVE, one.reason, text)
 
     def _backend(self, pool: model.Pool) -> Backend:
         return host.backend(pool, self._services, self._settings, self.run_tool)
 
-    def _forget(self, name: str) -> None:
-        """The definition is gone. An active pool stays until it is stopped."""
-        pool = self.pools[name]
-        pool.definition, pool.definition_text = None, ""
-        if pool.active:
-            self._publish("changed", name)
-            return
-        if pool.record is not None:
-            self._records.remove(name)
-        del self.pools[name]
-        self._publish("removed", name)
-
     # Finding and describing
-
-    def find(self, name: str) -> StoragePool:
-        """By name or uuid. Raises NotFound."""
-        if (pool := self.pools.get(name)) is not None:
-            return pool
-        if (uuid := canonical_uuid(name)) is not None:
-            for pool in self.pools.values():
-                if pool.uuid == uuid:
-                    return pool
-        raise errors.NotFound(f"There is no pool {name}", hint="virtctl pool list shows all.")
 
     def find_job(self, name: str) -> Job:
         """Raises NotFound."""
@@ -353,39 +220,18 @@ class Driver:
             return job
         raise errors.NotFound(f"There is no job {name}", hint="virtctl volume jobs shows all.")
 
-    def live(self) -> int:
-        return sum(pool.active for pool in self.pools.values())
-
     def settled(self) -> bool:
         return True
 
-    def counts(self) -> dict[str, int]:
-        states = [pool.state for pool in self.pools.values()]
-        return {state.value: states.count(state) for state in State}
-
     def troubles(self) -> list[tuple[str, Problem]]:
-        found = [(key.partition(" ")[2], problem) for key, problem in self.problems.items()]
-        for pool in self.pools.values():
-            found += [(pool.name, problem) for problem in pool.problems.values()]
-        found += [(job.name, Problem(job.problem)) for job in self.jobs.values() if job.problem]
-        return found
+        return super().troubles() + [(job.name, Problem(job.problem)) for job in self.jobs.values() if job.problem]
 
-    def bad_definitions(self) -> list[tuple[str, Problem]]:
-        return [
-            (key.partition(" ")[2], problem) for key, problem in self.problems.items() if key.startswith("definition")
-        ]
-
-    def describe_named(self, name: str) -> dict[str, Any]:
-        pool = self.pools.get(name)
-        return pool.describe() if pool is not None else {"name": name, "driver": DRIVER}
-
-    def _pool_published(self, event: str, pool: StoragePool) -> None:
-        if self.pools.get(pool.name) is pool:
-            self._publish(event, pool.name)
+    def describe(self, one: StoragePool) -> dict[str, Any]:
+        return one.describe()
 
     def changed(self, pool: StoragePool) -> None:
         """Its volumes have changed."""
-        self._pool_published("changed", pool)
+        self.published("changed", pool)
 
     @property
     def account(self) -> Account:
@@ -409,7 +255,7 @@ class Driver:
             self.volumes.require_idle(pool)
         changed = await pool.stop(by)
         if changed and pool.definition is None:
-            self._forget(pool.name)
+            self.forget(pool.name)
         return changed
 
     async def build(self, name: str) -> bool:
@@ -464,7 +310,7 @@ class Driver:
         """One that came to nothing before it began."""
         self.jobs.pop(job.name, None)
         with contextlib.suppress(errors.HostError):
-            self._records.remove(job.name)
+            self.records.remove(job.name)
 
     async def run_job(self, job: Job, program: Program) -> None:
         """Start it; one that can't be is forgotten again. Raises VirtdError."""

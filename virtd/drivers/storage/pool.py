@@ -97,6 +97,15 @@ class StoragePool:
         return self._paths.definition(DRIVER, self.name)
 
     @property
+    def pending(self) -> bool:
+        """Whether the definition says something else than what is active."""
+        return self.active and self._text() != self.definition_text
+
+    def parsed(self, _text: str) -> model.Pool | None:
+        """Pools are few: each start reads their definitions anew."""
+        return None
+
+    @property
     def present(self) -> model.Pool:
         """What the pool is: the definition that it was started with while it is active. Raises NotFound."""
         if (
@@ -255,7 +264,7 @@ class StoragePool:
             "fstype": pool.fstype if pool is not None else None,
             "options": pool.options if pool is not None else "",
             "persistent": self.definition is not None,
-            "pending": self.active and self._text() != self.definition_text,
+            "pending": self.pending,
             "definition_path": self.source if self.definition is not None else None,
             "problems": [{"text": problem.text, "hint": problem.hint} for problem in self.problems.values()],
         }
