@@ -25,13 +25,13 @@ from ..units import UnitState, unit_name
 from . import definitions
 from .collection import D
 from .protocol import Problem
+from .turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 60.0  # seconds that an operation waits for another one on the same object
 SAVE_AGAIN = 1.0  # seconds until a record that couldn't be written is tried again
 FINISH_AGAIN = 1.0  # seconds until an end that systemd couldn't be asked about is looked into again
 
@@ -88,8 +88,7 @@ class Guest(Generic[D]):
         self.on_record = asyncio.Event()  # cleared while the record on disk is older than the one in memory
         self.on_record.set()
         self.stderr: StderrLog | None = None
-        self._lock = asyncio.Lock()
-        self._holder = ""
+        self._turns = Turns(name)
         self._tasks: set[asyncio.Task[None]] = set()
 
     # What each driver does in its own way
@@ -195,19 +194,10 @@ class Guest(Generic[D]):
 
     @contextlib.asynccontextmanager
     async def exclusive(self, what: str) -> AsyncIterator[None]:
-        """Let one operation through; the next waits, and is told who holds it when that takes too long."""
+        """One operation at a time, once it is known what became of it."""
         await self.settled.wait()
-        try:
-            async with asyncio.timeout(PATIENCE):
-                await self._lock.acquire()
-        except TimeoutError:
-            raise errors.Busy(f"Cannot {what} {self.name}: it is still busy ({self._holder})") from None
-        self._holder = what
-        try:
+        async with self._turns.take(what):
             yield
-        finally:
-            self._holder = ""
-            self._lock.release()
 
     def spawn(self, work: Any, name: str) -> None:
         """A task of this object's; it is cancelled by `close`."""

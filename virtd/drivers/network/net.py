@@ -28,18 +28,19 @@ from ...records import Record, Records, now
 from ...units import unit_name
 from .. import definitions
 from ..protocol import Problem
+from ..turns import Turns
 from . import bridge, firewall, firewalld, host, leases, links
 from .server import DRIVER, Server
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
+    from contextlib import AbstractAsyncContextManager
 
     from ...child import Services
     from ...model.settings import Dnsmasq
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 60.0  # seconds that an operation waits for another one on the same network
 ON = (State.STARTING, State.ACTIVE, State.STOPPING)
 
 
@@ -66,8 +67,7 @@ class Net:
         self.settled = asyncio.Event()  # cleared while nobody knows yet whether it is whole
         self.settled.set()
         self.server = Server(self)
-        self._lock = asyncio.Lock()
-        self._holder = ""
+        self._turns = Turns(name)
 
     # What it is
 
@@ -172,24 +172,13 @@ class Net:
 
     # One operation at a time
 
-    @contextlib.asynccontextmanager
-    async def exclusive(self, what: str) -> AsyncIterator[None]:
-        """Let one operation through; the next waits, and is told who holds it when that takes too long."""
-        try:
-            async with asyncio.timeout(PATIENCE):
-                await self._lock.acquire()
-        except TimeoutError:
-            raise errors.Busy(f"Cannot {what} {self.name}: it is still busy ({self._holder})") from None
-        self._holder = what
-        try:
-            yield
-        finally:
-            self._holder = ""
-            self._lock.release()
+    def exclusive(self, what: str) -> AbstractAsyncContextManager[None]:
+        """One operation at a time. Raises Busy when another takes too long."""
+        return self._turns.take(what)
 
     @property
     def busy(self) -> bool:
-        return self._lock.locked()
+        return self._turns.taken
 
     # The record
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 from enum import StrEnum
@@ -15,10 +14,12 @@ from ... import errors, journal
 from ...messages import Message
 from ...model import pool as model
 from ...records import Record, Records, now
+from ..turns import Turns
 from .job import DRIVER
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
+    from contextlib import AbstractAsyncContextManager
 
     from ...paths import Paths
     from ..protocol import Problem
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 120.0  # seconds that an operation waits for another one on the same pool
+PATIENCE = 120.0  # seconds that an operation waits for another: a mount may take its time
 
 
 class State(StrEnum):
@@ -65,8 +66,7 @@ class StoragePool:
         self._make = make
         self._published = published
         self._backend: Backend | None = None
-        self._lock = asyncio.Lock()
-        self._holder = ""
+        self._turns = Turns(f"pool {name}", PATIENCE)
 
     @property
     def active(self) -> bool:
@@ -142,20 +142,9 @@ class StoragePool:
     def fields(self) -> dict[str, str]:
         return {"VIRTD_DRIVER": DRIVER, "VIRTD_NAME": self.name, "VIRTD_UUID": self.uuid}
 
-    @contextlib.asynccontextmanager
-    async def exclusive(self, what: str) -> AsyncIterator[None]:
-        """Let one operation through; the next waits, and is told who holds it when that takes too long."""
-        try:
-            async with asyncio.timeout(PATIENCE):
-                await self._lock.acquire()
-        except TimeoutError:
-            raise errors.Busy(f"Cannot {what} pool {self.name}: it is still busy ({self._holder})") from None
-        self._holder = what
-        try:
-            yield
-        finally:
-            self._holder = ""
-            self._lock.release()
+    def exclusive(self, what: str) -> AbstractAsyncContextManager[None]:
+        """One operation at a time. Raises Busy when another takes too long."""
+        return self._turns.take(what)
 
     def note(self, state: State, reason: str, definition: str) -> None:
         """Put a state on record. Raises HostError; all is then as before."""

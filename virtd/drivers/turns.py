@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One operation at a time on each object."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING
+
+from .. import errors
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+PATIENCE = 60.0  # seconds
+
+
+class Turns:
+    """`whose` is the object's name, as a person reads it; `patience`, how long an operation waits for another."""
+
+    def __init__(self, whose: str, patience: float = PATIENCE) -> None:
+        self._whose = whose
+        self._patience = patience
+        self._lock = asyncio.Lock()
+        self._holder = ""
+
+    @contextlib.asynccontextmanager
+    async def take(self, what: str) -> AsyncIterator[None]:
+        """Let one operation through; the next waits, and is told who holds it when that takes too long."""
+        try:
+            async with asyncio.timeout(self._patience):
+                await self._lock.acquire()
+        except TimeoutError:
+            raise errors.Busy(f"Cannot {what} {self._whose}: it is still busy ({self._holder})") from None
+        self._holder = what
+        try:
+            yield
+        finally:
+            self._holder = ""
+            self._lock.release()
+
+    @property
+    def taken(self) -> bool:
+        return self._lock.locked()
