@@ -19,7 +19,10 @@ from .state import LabError
 
 # What the guest may meet in QEMU, by the modules' file names; what these depend on is found in modules.dep. A kernel
 # may have any of them built in.
-_MODULES = ("evdev", "button", "pvpanic-mmio", "pvpanic-pci", "virtio_blk", "virtio_net", "virtio-rng", "af_packet")
+_MODULES = (
+    "evdev", "button", "pvpanic-mmio", "pvpanic-pci", "virtio_pci", "virtio_blk", "virtio_net", "virtio-rng",
+    "af_packet",
+)  # fmt: skip
 
 _DISK_CONFIG = """\
 DEFAULT linux
