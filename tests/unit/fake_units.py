@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tests.unit.fake_pid1 import FakePid1
 
 FAKE_QEMU = str(Path(__file__).with_name("fake_qemu.py"))
+FAKE_DNSMASQ = str(Path(__file__).with_name("fake_dnsmasq.py"))
 
 
 class Unit:
@@ -79,8 +80,9 @@ class FakeUnits:
             raise self.refuse
         if spec.name in self.units:
             raise errors.Exists(f"there is a unit {spec.name} already")
+        program = FAKE_DNSMASQ if spec.name.startswith("virtd-network-") else FAKE_QEMU
         process = subprocess.Popen(  # noqa: ASYNC220 (as blocking as fork is)
-            [sys.executable, "-I", "-S", FAKE_QEMU, *spec.argv[1:]],
+            [sys.executable, "-I", "-S", program, *spec.argv[1:]],
             stdin=stdio[0],
             stdout=stdio[1],
             stderr=stdio[2],
@@ -114,6 +116,16 @@ class FakeUnits:
             raise errors.NotFound(f"{name} has no process to signal")
         self.units[name].process.send_signal(signum)
 
+    async def stop(self, name: str, *, timeout: float = 120.0) -> None:
+        self.step(f"stop {name}")
+        self.history.append(f"stop {name}")
+        await asyncio.sleep(0)
+        if name in self.units:
+            self.units[name].process.terminate()
+            await self.ended(name)
+            if self.units[name].process.returncode == 0:
+                del self.units[name]
+
     async def collect(self, name: str, *, timeout: float = 10.0) -> None:
         self.step(f"collect {name}")
         await asyncio.sleep(0)
@@ -132,8 +144,8 @@ class FakeUnits:
             return None
         return [(entry.name, entry.dev, entry.ino) for entry in entries if names is None or entry.name in names]
 
-    def process(self, name: str) -> subprocess.Popen[bytes]:
-        return self.units[f"virtd-qemu-{name}.service"].process
+    def process(self, name: str, driver: str = "qemu") -> subprocess.Popen[bytes]:
+        return self.units[f"virtd-{driver}-{name}.service"].process
 
     def close(self) -> None:
         for unit in self.units.values():

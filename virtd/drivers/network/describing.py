@@ -22,7 +22,7 @@ def short(net: Net) -> dict[str, Any]:
         "uuid": net.uuid,
         "state": net.state.value,
         "reason": net.reason,
-        "pid": record.main_pid if record is not None and net.active and record.main_pid else None,
+        "pid": net.server.pid,
         "since": record.since if record is not None else None,
         "autostart": bool(net.definition and net.definition.autostart),
         "mode": network.mode.value if network is not None else None,

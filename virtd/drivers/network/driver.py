@@ -7,7 +7,9 @@ Other drivers connect their guests by `attach`, `add_port` and `detach`, see the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -16,6 +18,7 @@ from ... import errors, files, journal
 from ...messages import Message
 from ...model import network as model
 from ...model.network import State
+from ...paths import names
 from ...process import boot_id
 from ...records import Record, Records, now
 from ...units import object_name
@@ -80,6 +83,7 @@ class Driver(Collection[Net, model.Network]):
         self._reconciled.clear()
         self.restore_records()
         self.load_definitions()
+        self._sweep_leases()
         self._guard.begin(beside_firewalld=False)
 
     def take_back(self, name: str, record: Record) -> None:
@@ -88,6 +92,14 @@ class Driver(Collection[Net, model.Network]):
     def left_alone(self, name: str, problem: Problem) -> None:
         super().left_alone(name, problem)
         self.object(name).settled.set()
+
+    def _sweep_leases(self) -> None:
+        """Remove leases of networks that there aren't any more: an undefine was cut off."""
+        top = f"{self._services.paths.lib}/{DRIVER}"
+        defined = names(f"{self._services.paths.etc}/{DRIVER}", ".toml")  # also those that can't be read
+        with contextlib.suppress(OSError):
+            for name in set(os.listdir(top)) - set(self.objects) - set(defined):
+                files.remove_tree(f"{top}/{name}")
 
     async def reconcile(self) -> None:
         """Second step: compare with systemd and the kernel, finish what a crash cut off."""

@@ -408,7 +408,7 @@ class Net:
                     log.warning("Network %s: the host forwards from now on: %s", self.name, setting)
                 await self.apply_rules(new)
             await self.server.adapt(new, old)
-        self.remember(**self.in_force(new, self.definition_text))
+        self.remember(**self.in_force(new, self.definition_text), unsure=False)
         log.info("Network %s: the new definition is in force", self.name)
 
     # Taking it back

@@ -53,6 +53,11 @@ class Server:
         return self.child is not None and self.child.alive()
 
     @property
+    def pid(self) -> int | None:
+        """Of the one that runs."""
+        return self.child.pid if self.child is not None and self.child.alive() else None
+
+    @property
     def files(self) -> dnsmasq.Files:
         return dnsmasq.files_in(self.net.runtime, self.net.state_directory)
 
@@ -74,6 +79,9 @@ class Server:
             await self.end()
             self.net.save(slots={}, unit="", main_pid=0, main_start=0)
             return
+        if dnsmasq.config(old, self.files) != dnsmasq.config(new, self.files):
+            # A crash before the new definition is in force leaves one that has read either of them.
+            self.net.remember(unsure=True)
         try:
             await self.run(new, afresh=False)
         except errors.VirtdError as exc:
@@ -81,6 +89,7 @@ class Server:
                 raise
             await asyncio.to_thread(self._write, old)
             await self._replace(old)
+            self.net.remember(unsure=False)
             raise errors.StartFailed(
                 f"Network {self.net.name}: dnsmasq doesn't take the new definition, and goes on with the old one: "
                 f"{exc.message}",
@@ -188,8 +197,12 @@ class Server:
             await units.kill(self.net.unit, signal.SIGKILL)
         with contextlib.suppress(errors.VirtdError):
             await units.ended(self.net.unit)
+        await self._put_away()
+
+    async def _put_away(self) -> None:
+        """Clear away one that has ended, and have it off the record."""
         await self._clear()
-        with contextlib.suppress(errors.HostError):
+        with contextlib.suppress(errors.HostError):  # a full disk: what a record that stays tells of isn't there
             self.net.save(slots={}, unit="", main_pid=0, main_start=0)
 
     def _check_budget(self, child: Child) -> None:
@@ -238,45 +251,49 @@ class Server:
         """It has died: say so, and begin it again, after ever longer pauses while it doesn't stay."""
         net = self.net
         async with net.exclusive("restart dnsmasq of"):
-            network = net.running
-            if network is None or net.state.value != "active" or self.alive:
+            if self._wanted() is None:
                 return
             units = await net.shared.services.units()
             text = f"dnsmasq {how(await units.ended(net.unit))}"
             self._failures = 0 if time.monotonic() - self._begun > STEADY else self._failures + 1
-            net.problems["server"] = Problem(
-                f"Its {text}: no leases and no names until it is back",
-                f"It is started again. See: journalctl VIRTD_DRIVER=network VIRTD_NAME={net.name}.",
-            )
+            self._say(f"Its {text}: no leases and no names until it is back")
             journal.send(
                 f"Network {net.name}: {text}, and is started again",
                 message_id=Message.NETWORK_SERVER_ENDED, level="error", **net.fields(),
             )  # fmt: skip
+            await self._put_away()
             net.shared.publish("changed", net)
-            await self._clear()
-            net.save(slots={}, unit="", main_pid=0, main_start=0)
-        pause = BACKOFF[min(self._failures, len(BACKOFF) - 1)]
         while True:
-            await asyncio.sleep(pause)
+            await asyncio.sleep(self._pause)
             async with net.exclusive("restart dnsmasq of"):
-                network = net.running
-                if network is None or net.state.value != "active" or self.alive:
+                if (network := self._wanted()) is None:
                     return
                 try:
                     await asyncio.to_thread(self._write, network)
                     await self._spawn(network)
                 except errors.VirtdError as exc:
                     self._failures += 1
-                    pause = BACKOFF[min(self._failures, len(BACKOFF) - 1)]
-                    net.problems["server"] = Problem(
-                        f"dnsmasq can't be started again: {exc.message}", exc.hint or f"Tried again in {pause:g} s."
-                    )
-                    log.warning("Network %s: %s; tried again in %g s", net.name, exc.message, pause)
+                    self._say(f"dnsmasq can't be started again: {exc.message}", exc.hint)
+                    log.warning("Network %s: %s; tried again in %g s", net.name, exc.message, self._pause)
                     continue
                 net.problems.pop("server", None)
                 net.note(net.state, f"{text} and was started again")
                 self._task(self._watch(), "watch")
                 return
+
+    def _wanted(self) -> Network | None:
+        """The network's definition, if there should be a dnsmasq and is none."""
+        return self.net.running if self.net.state.value == "active" and not self.alive else None
+
+    @property
+    def _pause(self) -> float:
+        """Seconds until the next try."""
+        return BACKOFF[min(self._failures, len(BACKOFF) - 1)]
+
+    def _say(self, text: str, hint: str = "") -> None:
+        """What the network has to say for itself until its dnsmasq runs."""
+        hint = hint or f"See: journalctl VIRTD_DRIVER=network VIRTD_NAME={self.net.name}."
+        self.net.problems["server"] = Problem(text, f"It is started again in {self._pause:g} s. {hint}")
 
     # Taking it back
 
@@ -304,7 +321,14 @@ class Server:
 
     async def take_back(self, network: Network) -> None:
         """Watch the one that runs. One that ended meanwhile is begun again, as if it had ended under our eyes."""
-        if self.alive:
+        record = self.net.record
+        if record is not None and record.data.get("unsure"):
+            await asyncio.to_thread(self._write, network)
+            await self._replace(network)
+            self.net.remember(unsure=False)
+        elif not self.alive:
+            self._task(self._again(), "again")
+        else:
             assert self.child is not None
             journal.send(
                 f"Adopted network {self.net.name} (dnsmasq is PID {self.child.pid})",
@@ -314,8 +338,6 @@ class Server:
             # A daemon that was killed between a new file and the word of it has left that word to us.
             if await asyncio.to_thread(self._write, network):
                 await self._hangup()
-        else:
-            self._task(self._again(), "again")
 
     # What it says
 

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A stand-in for what networks use of the kernel: interfaces as sysfs shows them, and nftables' tables.
+
+tests/live/test_networks.py asks the real one. Like PID 1's stand-in it outlives the daemon, and tells the world of
+each change before it takes effect, so that a test may cut the daemon off there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from virtd.drivers.network import bridge, firewall, firewalld, guard, host, links
+from virtd.drivers.network.netlink import Address
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Self
+
+    import pytest
+
+    from tests.unit.whole_host import World
+
+
+class FakeKernel:
+    """`tables` has each network's table: its text, and a number that no other has, as the kernel's handles are."""
+
+    def __init__(self, world: World, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.world = world
+        self.sysfs = root / "sysfs"
+        self.sysfs.mkdir()
+        self.tables: dict[str, tuple[str, int]] = {}
+        self.addresses: dict[str, set[Address]] = {}
+        self._numbers = 0
+        monkeypatch.setattr(links, "CLASS", str(self.sysfs))
+        monkeypatch.setattr(host, "PROC", str(root / "proc"))
+        monkeypatch.setattr(bridge, "Netlink", lambda: FakeNetlink(self))
+        monkeypatch.setattr(firewall, "_run", self._nft)
+        monkeypatch.setattr(guard, "Watch", lambda _table, _link: FakeWatch())
+        monkeypatch.setattr(guard.Guard, "_follow_firewalld", _nothing)
+        monkeypatch.setattr(firewalld, "adopt", _nothing)
+
+    def _nft(self, command: str, *, as_json: bool = False) -> str:
+        if as_json:
+            match = re.fullmatch(r"list table inet (\S+)", command)
+            if match is None:  # "list chains"
+                return json.dumps({"nftables": []})
+            if match[1] not in self.tables:
+                raise firewall.NftError("nftables refused: No such file or directory")
+            text, number = self.tables[match[1]]
+            return json.dumps({"nftables": [{"metainfo": {}}, {"table": {"handle": number, "text": text}}]})
+        (name,) = re.findall(r"^delete table inet (\S+)$", command, re.MULTILINE)
+        self.world.step(f"nft {name}")
+        self.tables.pop(name, None)
+        if re.search(rf"^table inet {re.escape(name)} ", command, re.MULTILINE):
+            self._numbers += 1
+            self.tables[name] = command, self._numbers
+        return ""
+
+
+class FakeNetlink:
+    """What drivers/network/bridge.py calls of Netlink."""
+
+    def __init__(self, kernel: FakeKernel) -> None:
+        self.kernel = kernel
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        pass
+
+    def add_bridge(self, name: str, mac: str) -> None:
+        self.kernel.world.step(f"add_bridge {name}")
+        for directory in ("bridge", "brif"):
+            (self.kernel.sysfs / name / directory).mkdir(parents=True)
+        for file, text in (("address", mac), ("flags", "0x1002"), ("mtu", "1500"), ("ifalias", "")):
+            (self.kernel.sysfs / name / file).write_text(f"{text}\n")
+        self.kernel.addresses[name] = set()
+
+    def set_link(self, name: str, **changes: Any) -> None:
+        self.kernel.world.step(f"set_link {name}")
+        files = {"alias": "ifalias", "mtu": "mtu", "mac": "address"}
+        for key, file in files.items():
+            if changes.get(key) is not None:
+                (self.kernel.sysfs / name / file).write_text(f"{changes[key]}\n")
+        if changes.get("up"):
+            (self.kernel.sysfs / name / "flags").write_text("0x1003\n")
+
+    def delete_link(self, name: str) -> bool:
+        shutil.rmtree(self.kernel.sysfs / name)  # which is a step of its own
+        return True
+
+    def addresses(self, name: str) -> list[Address]:
+        return sorted(self.kernel.addresses[name])
+
+    def add_address(self, name: str, address: str, prefix: int) -> None:
+        self.kernel.world.step(f"add_address {name}")
+        self.kernel.addresses[name].add(Address(address, prefix))
+
+    def delete_address(self, name: str, address: str, prefix: int) -> None:
+        self.kernel.world.step(f"delete_address {name}")
+        self.kernel.addresses[name].remove(Address(address, prefix))
+
+
+class FakeWatch:
+    """Tells nothing."""
+
+    def close(self) -> None:
+        pass
+
+
+async def _nothing(*_arguments: object) -> None:
+    pass

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What becomes of networks over restarts and crashes of the daemon. tests/live/test_networks.py has real parts."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+
+from tests.unit.fake_kernel import FakeKernel
+from tests.unit.whole_host import ROOT, World, on_loop, until
+from virtd.drivers.network import host, server
+from virtd.drivers.network.host import Account
+from virtd.messages import Message
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+    from pathlib import Path
+
+    from virtd.host import Host
+
+SLOTS = [f"network/lab/{slot}" for slot in ("console.log", "log", "stderr", "stdin", "stdout")]
+UNIT = "virtd-network-lab.service"
+
+
+class Site(NamedTuple):
+    """A host with the kernel's part of networks in it."""
+
+    world: World
+    kernel: FakeKernel
+
+    @classmethod
+    def make(cls, root: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+        world = World(root, monkeypatch)
+        for directory in (world.paths.etc, world.paths.run, world.paths.log, world.paths.lib):
+            os.makedirs(f"{directory}/network")
+        monkeypatch.setattr(host, "account", lambda _settings: Account("me", os.getuid(), os.getgid()))
+        monkeypatch.setattr(host, "dnsmasq", lambda _settings: "/usr/sbin/dnsmasq")
+        # What dnsmasq says would be on record at any moment: steps have to come in the same order each time.
+        monkeypatch.setattr("virtd.drivers.network.driver.Driver.grown", lambda _driver, _key: None)
+        return cls(world, FakeKernel(world, root, monkeypatch))
+
+    async def define(self, head: str = "", more: str = "") -> dict[str, Any]:
+        assert self.world.host is not None
+        return await self.world.host.networks.define(text(head, more), "test", check=False, by=ROOT)
+
+    async def info(self) -> dict[str, Any]:
+        assert self.world.host is not None
+        return await self.world.host.networks.info("lab")
+
+    def pid(self) -> int:
+        return self.world.units.process("lab", "network").pid
+
+    def whole(self, info: dict[str, Any], where: str) -> None:
+        """Every piece of an active network is there, once, and is the one that the record tells of."""
+        bridge = self.kernel.sysfs / "vd-lab"
+        assert [path.name for path in self.kernel.sysfs.iterdir()] == ["vd-lab"], where
+        assert (bridge / "address").read_text().startswith("56:44:"), where
+        assert (bridge / "flags").read_text() == "0x1003\n", where
+        assert [str(address.address) for address in self.kernel.addresses["vd-lab"]] == ["10.7.0.1"], where
+        assert list(self.kernel.tables) == ["virtd-lab"], where
+        assert list(self.world.units.units) == [UNIT], where
+        assert (info["pid"], self.world.units.units[UNIT].state().running) == (self.pid(), True), where
+        assert self.world.slots() == SLOTS, where
+        assert info["problems"] == [], where
+
+    def nothing(self, where: str) -> None:
+        """No piece of it is left."""
+        assert list(self.kernel.sysfs.iterdir()) == [], where
+        assert self.kernel.tables == {}, where
+        assert self.world.units.units == {}, where
+        assert self.world.slots() == [], where
+        assert not os.path.exists(self.world.paths.runtime("network", "lab")), where
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    site = Site.make(tmp_path, monkeypatch)
+    yield site
+    site.world.close()
+
+
+def text(head: str = "", more: str = "") -> str:
+    return f'name = "lab"\n{head}\n[ipv4]\naddress = "10.7.0.1/24"\n{more}\n'
+
+
+HOST = '[[host]]\nmac = "52:54:00:00:00:01"\nname = "web1"\nipv4 = "10.7.0.9"\n'
+FORWARD = '[[forward]]\nport = 80\nto = "10.7.0.9"\n'
+
+
+async def crash_everywhere(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    operation: Callable[[Host], Awaitable[Any]],
+    *,
+    active: bool,
+    spoilt: bool = False,
+    before: Callable[[Site], None] = lambda _site: None,
+    then: Callable[[Site, str], None] = lambda _site, _where: None,
+) -> list[str]:
+    """Kill the daemon before every visible step of `operation`; each time the network is whole, or not there at all.
+
+    `before` is done to the host first, and `then` looks at what is special about the operation. `spoilt`: what
+    `before` did is reported, and mended by a start only.
+    """
+    crash_at = 0
+    seen: list[str] = []
+    while True:
+        crash_at += 1
+        with monkeypatch.context() as patch:
+            (tmp_path / str(crash_at)).mkdir()
+            site = Site.make(tmp_path / str(crash_at), patch)
+            world = site.world
+            try:
+                async with world.daemon() as host:
+                    await site.define()
+                    if active:
+                        await host.networks.start("lab", by=ROOT)
+                    before(site)
+                    world.steps, world.crash_at = [], crash_at
+                    await world.unless_crashed(operation(host))  # type: ignore[arg-type]
+                    return seen
+                seen.append(world.steps[-1])  # type: ignore[unreachable]  # the context manager swallows Killed
+                async with world.daemon() as host:
+                    where = f"killed before step {crash_at}, {seen[-1]}"
+                    if "lab" in host.networks.driver.nets:
+                        info = await site.info()
+                        then(site, where)
+                        if spoilt:
+                            assert info["state"] == "active", where
+                        elif info["state"] == "active":
+                            site.whole(info, where)
+                            # The rules are those of the definition that the record says is in force.
+                            net = host.networks.driver.nets["lab"]
+                            assert net.running is not None
+                            assert not await net.rules_lost(net.running), where
+                        else:
+                            assert (info["state"], info["problems"]) == ("inactive", []), where
+                            site.nothing(where)
+                        changed = (await host.networks.start("lab", by=ROOT))["changed"]
+                        assert spoilt or changed is (info["state"] == "inactive"), where
+                        site.whole(await site.info(), where)
+                        await host.networks.stop("lab", force=False, by=ROOT)
+                        site.nothing(where)
+                        await host.networks.undefine("lab", by=ROOT)
+                    site.nothing(where)
+                    left = [f"{world.paths.etc}/network", f"{world.paths.run}/network", f"{world.paths.lib}/network"]
+                    assert [name for directory in left for name in os.listdir(directory)] == [], where
+                    assert (await host.status())["problems"] == [], where
+            finally:
+                world.close()
+
+
+@on_loop
+async def test_killed_at_every_step_of_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = await crash_everywhere(
+        tmp_path, monkeypatch, lambda host: host.networks.start("lab", by=ROOT), active=False
+    )
+    assert sum("FDSTORE=1" in step for step in seen) == 5
+    assert {"add_bridge vd-lab", "add_address vd-lab", "nft virtd-lab", f"start {UNIT}"} <= set(seen)
+
+
+@on_loop
+async def test_killed_at_every_step_of_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(host: Host) -> Awaitable[Any]:
+        return host.networks.stop("lab", force=False, by=ROOT)
+
+    seen = await crash_everywhere(tmp_path, monkeypatch, stop, active=True)
+    assert sum("FDSTOREREMOVE=1" in step for step in seen) == 5
+    assert {f"stop {UNIT}", "nft virtd-lab", "rmtree vd-lab"} <= set(seen)
+
+
+@on_loop
+async def test_killed_at_every_step_of_an_undefine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases included: those of a network that there isn't any more would be the next one's of that name."""
+    seen = await crash_everywhere(
+        tmp_path, monkeypatch, lambda host: host.networks.undefine("lab", by=ROOT), active=False,
+        before=lambda site: os.mkdir(f"{site.world.paths.lib}/network/lab"),
+    )  # fmt: skip
+    assert {"remove lab.toml", "rmtree lab"} <= set(seen)
+
+
+@on_loop
+async def test_killed_at_every_step_of_a_repair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody has deleted the bridge and the rules; what one daemon has left unmended, the next mends."""
+
+    def spoil(site: Site) -> None:
+        os.rename(site.kernel.sysfs / "vd-lab", site.world.paths.root + "/lost")
+        site.kernel.tables.clear()
+
+    seen = await crash_everywhere(
+        tmp_path,
+        monkeypatch,
+        lambda host: host.networks.start("lab", by=ROOT),
+        active=True,
+        before=spoil,
+        spoilt=True,
+    )
+    assert {"add_bridge vd-lab", "nft virtd-lab", f"stop {UNIT}", f"start {UNIT}"} <= set(seen)
+
+
+@pytest.mark.parametrize(
+    ("head", "more", "step"),
+    [
+        ("", HOST + FORWARD, "nft virtd-lab"),
+        ('domain = "lab.internal"', "", f"start {UNIT}"),
+        ('dnsmasq = ["fail"]', "", f"start {UNIT}"),  # which it doesn't take: the old one is begun again
+    ],
+)
+@on_loop
+async def test_killed_at_every_step_of_a_reload(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: str, more: str, step: str
+) -> None:
+    """dnsmasq has read what is in force, whichever of the two definitions that is."""
+
+    def change(site: Site) -> None:
+        path = site.world.paths.definition("network", "lab")
+        with open(path) as file:
+            uuid = file.readline()
+        with open(path, "w") as file:
+            file.write(uuid + text(head, more))
+
+    def as_it_says(site: Site, where: str) -> None:
+        assert site.world.host is not None
+        net = site.world.host.networks.driver.nets["lab"]
+        assert net.running is not None
+        read = site.world.units.units[UNIT].started_at
+        config = net.server.files.config
+        with open(config) as file:
+            assert ("domain=lab.internal" in file.read()) is (net.running.domain is not None), where
+        assert os.stat(config).st_mtime <= read, f"{where}: dnsmasq has read another file than this"
+
+    seen = await crash_everywhere(
+        tmp_path, monkeypatch, lambda host: host.reload(by=ROOT), active=True, before=change, then=as_it_says
+    )
+    assert step in seen
+
+
+@on_loop
+async def test_a_network_does_not_notice_restarts(site: Site) -> None:
+    async with site.world.daemon() as host:
+        await site.define()
+        await host.networks.start("lab", by=ROOT)
+        pid, tables = site.pid(), dict(site.kernel.tables)
+    for _ in range(3):
+        async with site.world.daemon() as host:
+            info = await site.info()
+            site.whole(info, "after a restart")
+            assert (info["pid"], site.kernel.tables) == (pid, tables)
+            assert (await host.status())["recovered"]["adopted"] == ["network/lab"]
+    assert len(site.world.told(Message.ADOPTED)) == 3
+
+
+# A dnsmasq that dies
+
+
+@on_loop
+async def test_the_pauses_before_a_dnsmasq_that_dies_is_started_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ever longer ones, and the network says which; one that has run for a while begins with the shortest again."""
+    monkeypatch.setattr(server, "BACKOFF", (0.001, 0.002, 0.003, 0.004))
+    said: list[str] = []
+    async with site.world.daemon() as host:
+        await site.define()
+        await host.networks.start("lab", by=ROOT)
+        net = host.networks.driver.nets["lab"]
+
+        def listen(event: str, item: dict[str, Any]) -> None:
+            if item["driver"] == "network" and "server" in net.problems:
+                said.append(net.problems["server"].hint)
+
+        host.subscribe(listen)
+
+        async def die() -> None:
+            pid = site.pid()
+            os.kill(pid, signal.SIGKILL)
+            await until(lambda: UNIT in site.world.units.units and site.pid() != pid and net.server.alive)
+            await until(lambda: "server" not in net.problems)
+
+        for _ in range(5):
+            await die()
+        assert [hint.split(" s.")[0] for hint in said] == [
+            f"It is started again in {pause}" for pause in ("0.002", "0.003", "0.004", "0.004", "0.004")
+        ]
+        info = await site.info()
+        assert info["reason"] == "dnsmasq was killed by SIGKILL and was started again"
+        site.whole(info, "after its deaths")
+        assert len(site.world.told(Message.NETWORK_SERVER_ENDED)) == 5
+        monkeypatch.setattr(server, "STEADY", 0.0)
+        await die()
+        assert said[-1].startswith("It is started again in 0.001 s.")
+
+
+@on_loop
+async def test_a_dnsmasq_that_cannot_be_started_again_says_why(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full /run, for example. It is tried again until it can, whichever daemon does it."""
+    monkeypatch.setattr(server, "BACKOFF", (0.01,))
+    async with site.world.daemon() as host:
+        await site.define()
+        await host.networks.start("lab", by=ROOT)
+        net = host.networks.driver.nets["lab"]
+        pid = site.pid()
+        with monkeypatch.context() as full:
+            full.setattr(type(net.shared.records), "save", _refuse)
+            os.kill(pid, signal.SIGKILL)
+            await until(lambda: "server" in net.problems and "No space left" in net.problems["server"].text)
+            info = await site.info()
+            assert (info["state"], info["pid"]) == ("active", None)
+            assert [problem["text"] for problem in info["problems"]] == [
+                "dnsmasq can't be started again: Cannot write lab: No space left on device"
+            ]
+        await until(lambda: net.server.alive and "server" not in net.problems)
+        site.whole(await site.info(), "when there was room")
+        assert site.pid() != pid
+
+
+def _refuse(_records: Any, record: Any) -> None:
+    from virtd import errors
+
+    raise errors.HostError(f"Cannot write {record.name}: No space left on device")
