@@ -63,12 +63,28 @@ RECEIVE = (
 )
 
 
-def send(to: str, lines: int, port: int = 5000) -> str:
-    """A shell command for a guest: so many lines of 1000 bytes, some 400 in a second."""
-    return (
-        f'awk \'BEGIN {{ p = sprintf("%0990d", 0); for (i = 1; i <= {lines}; i++) {{ printf "%08d %s\\n", i, p;'
-        f' if (i % 20 == 0) {{ fflush(); system("usleep 30000") }} }} }}\' | nc {to} {port}'
+def stream(*to: str, port: int = 5000) -> str:
+    """A shell command for a guest that goes on in the background: lines of 1000 bytes, some 400 a second, to each.
+
+    `end_streams` ends them.
+    """
+    one = (
+        '(awk \'BEGIN {{ p = sprintf("%0990d", 0); while (!over) {{ printf "%08d %s\\n", ++n, p;'
+        ' if (n % 20 == 0) {{ fflush(); over = !system("usleep 30000; test -e /tmp/stop") }} }}'
+        ' print n >"/tmp/sent-{to}" }}\' | nc {to} {port}) & '
     )
+    all_of_them = "".join(one.format(to=address, port=port) for address in to)
+    return f"rm -f /tmp/stop /tmp/over /tmp/sent-*; ({all_of_them} wait; touch /tmp/over) >/dev/null 2>&1 &"
+
+
+def end_streams(lab: Lab, domain: str, *to: str) -> list[int]:
+    """How many lines the guest sent to each; 0 for a stream that was cut off."""
+    status, said = run(lab, domain, "test -e /tmp/over && echo over")
+    assert status != 0, "the streams ended by themselves"
+    ended = "touch /tmp/stop; for i in $(seq 600); do test -e /tmp/over && break; usleep 100000; done; "
+    status, said = run(lab, domain, ended + "; ".join(f"cat /tmp/sent-{address} || echo 0" for address in to), 120)
+    assert status == 0, said
+    return [int(number) for number in re.findall(r"(?m)^\d+$", said)]
 
 
 def network(name: str, third: int, *, more: str = "", head: str = "") -> str:
@@ -125,9 +141,26 @@ def run(lab: Lab, domain: str, command: str, timeout: float = 60) -> tuple[int, 
 
 def lease(lab: Lab, domain: str) -> str:
     """Have a guest ask for a lease, under its own name, and keep it; the address."""
-    status, said = run(lab, domain, f"udhcpc -i eth0 -s /etc/udhcpc -x hostname:{domain} -n -q -t 20 -T 1")
+    status, said = run(
+        lab, domain,
+        f"udhcpc -i eth0 -s /etc/udhcpc -x hostname:{domain} -p /tmp/udhcpc.pid -t 20 -T 1 >/tmp/udhcpc 2>&1;"
+        " s=$?; cat /tmp/udhcpc; exit $s",
+    )  # fmt: skip
     assert status == 0, said
     return str(re.findall(r"lease of (\S+) obtained", said)[-1])
+
+
+def renew(lab: Lab, domain: str, network_name: str, mac: str) -> str:
+    """Have a guest ask dnsmasq for its lease again, and see that it lasts longer now; the address."""
+
+    def mine() -> dict[str, Any]:
+        found = [row for row in lab.json("network", "leases", network_name) if row["mac"] == mac]
+        return found[0] if found else {}
+
+    before = mine().get("expires") or ""
+    run(lab, domain, "kill -USR1 $(cat /tmp/udhcpc.pid)")
+    lab.wait("a renewed lease", lambda: (mine().get("expires") or "") > before, 30)
+    return str(mine()["address"])
 
 
 @dataclass

@@ -13,12 +13,13 @@ from pathlib import Path
 from tests.harness import Failed, Lab
 from tests.survival.events import EVENTS, Event
 from tests.survival.guests import Guests
+from tests.survival.networks import Networks
 from tests.survival.scene import Scene, Subject
 from tests.survival.table import Cell, Finding, Verdict
 
 SUITES = ("bookworm", "trixie", "forky")
 # Each makes a subject for a lab. A driver adds its own: what it has, what an event must not change, what ends.
-SUBJECTS: tuple[Callable[[Lab], Subject], ...] = (Guests,)
+SUBJECTS: tuple[Callable[[Lab], Subject], ...] = (Guests, Networks)
 
 Told = Callable[[str, Event, Cell], None]
 

@@ -144,29 +144,35 @@ class Scene:
 # Runs in the lab: units = slots = records = directories, for what runs, and nothing for what doesn't.
 LEFTOVERS = r"""
 import glob, json, os, subprocess
+# A driver's states in which an object has a unit and a directory in /run; how virtctl calls what has slots.
+LIVE = {"qemu": ("running", "paused"), "network": ("active",)}
+NOUNS = ((), ("network",))
 def run(*argv):
     return subprocess.run(argv, capture_output=True, text=True).stdout
 wrong = []
-alive, slots = set(), set()
-for path in glob.glob("/run/virtd/qemu/*.json"):
-    with open(path) as file:
-        record = json.load(file)
-    if record["state"] in ("running", "paused"):
-        alive.add(record["name"])
-    elif record.get("unit") or record.get("slots"):
-        wrong.append(f"the record of {record['name']} is {record['state']} and not put away")
-listed = run("systemctl", "list-units", "--all", "--plain", "--no-legend", "virtd-qemu-*.service")
-units = {line.split()[0][len("virtd-qemu-"):-len(".service")] for line in listed.splitlines()}
-directories = {path.split("/")[-2] for path in glob.glob("/run/virtd/qemu/*/")}
+for driver, live in LIVE.items():
+    alive = set()
+    for path in glob.glob(f"/run/virtd/{driver}/*.json"):
+        with open(path) as file:
+            record = json.load(file)
+        if record["state"] in live:
+            alive.add(record["name"])
+        elif record.get("unit") or record.get("slots"):
+            wrong.append(f"the record of {driver}/{record['name']} is {record['state']} and not put away")
+    pattern = f"virtd-{driver}-*.service"
+    listed = run("systemctl", "list-units", "--all", "--plain", "--no-legend", pattern)
+    units = {line.split()[0][len(pattern) - 9:-len(".service")] for line in listed.splitlines()}
+    directories = {path.split("/")[-2] for path in glob.glob(f"/run/virtd/{driver}/*/")}
+    for what, there in (("units", units), ("directories", directories)):
+        if there != alive:
+            wrong.append(f"{what} of {driver}/{sorted(there)}, records of {sorted(alive)}")
 known = 0
-for name in json.loads(run("virtctl", "list", "--json")):
-    known += len(json.loads(run("virtctl", "info", name["name"], "--json"))["slots"])
+for noun in NOUNS:
+    for item in json.loads(run("virtctl", *noun, "list", "--json")):
+        known += len(json.loads(run("virtctl", *noun, "info", item["name"], "--json"))["slots"])
 status = json.loads(run("virtctl", "status", "--json"))
-for what, there in (("units", units), ("directories", directories)):
-    if there != alive:
-        wrong.append(f"{what} of {sorted(there)}, records of {sorted(alive)}")
 if known != status["budget"]["used"]:
-    wrong.append(f"{status['budget']['used']} slots, {known} of them of a guest")
+    wrong.append(f"{status['budget']['used']} slots, {known} of them of an object")
 for top in ("/run/virtd", "/etc/virtd", "/var/log/virtd"):
     for directory, _, files in os.walk(top):
         wrong += [f"{directory}/{name} is left" for name in files if name.startswith(".") or name.endswith(".new")]

@@ -82,11 +82,16 @@ def save(results: Results, path: Path = RESULTS) -> None:
 
 
 def markdown(results: Results, titles: Iterable[str], subjects: Mapping[str, str]) -> str:
-    """One table for each subject, its rows in the order of `titles`; `subjects` has what stands above each."""
+    """One table for each subject, its rows in the order of `titles`; `subjects` has what stands above each.
+
+    One that no run has had yet is left out.
+    """
     suites = sorted(results.systemd, key=lambda suite: int(results.systemd[suite]))
     parts = []
     for subject, heading in subjects.items():
         rows = results.cells.get(subject, {})
+        if not rows:
+            continue
         lines = [f"| {heading} | " + " | ".join(f"systemd {results.systemd[suite]}" for suite in suites) + " |"]
         lines.append("|---" * (len(suites) + 1) + "|")
         for title in titles:
