@@ -6,10 +6,11 @@ dnsmasq.conf is read at its start. The two others are read again at SIGHUP: stat
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ...model.network import Mode
 from ...units import UnitSpec
+from ..hardening import HARDENED, Property
 
 if TYPE_CHECKING:
     from ...model.network import Network
@@ -127,9 +128,9 @@ def spec(network: Network, unit: str, binary: str, files: Files, account: Accoun
     )
 
 
-def _sandbox(state: str) -> list[tuple[str, str, Any]]:
+def _sandbox(state: str) -> list[Property]:
     return [
-        ("NoNewPrivileges", "b", True),
+        *HARDENED,
         ("CapabilityBoundingSet", "t", CAPABILITIES),
         ("AmbientCapabilities", "t", CAPABILITIES),
         ("ProtectSystem", "s", "strict"),
@@ -138,21 +139,11 @@ def _sandbox(state: str) -> list[tuple[str, str, Any]]:
         ("ProtectHome", "s", "yes"),
         ("PrivateDevices", "b", True),
         ("ProtectProc", "s", "invisible"),
-        ("ProtectKernelTunables", "b", True),
         ("ProtectKernelModules", "b", True),
-        ("ProtectKernelLogs", "b", True),
-        ("ProtectControlGroups", "b", True),
-        ("ProtectClock", "b", True),
         ("ProtectHostname", "b", True),
-        ("RestrictSUIDSGID", "b", True),
-        ("RestrictRealtime", "b", True),
-        ("RestrictNamespaces", "t", 0),
         ("RestrictAddressFamilies", "(bas)", (True, ["AF_UNIX", "AF_INET", "AF_INET6", "AF_NETLINK"])),
         ("SystemCallFilter", "(bas)", (True, ["@system-service"])),
-        ("SystemCallArchitectures", "as", ["native"]),
-        ("LockPersonality", "b", True),
         ("MemoryDenyWriteExecute", "b", True),
         ("UMask", "u", 0o027),
-        ("LimitCORE", "t", 0),
         ("TimeoutStopUSec", "t", 5_000_000),
     ]

@@ -7,16 +7,15 @@ Names and types of the properties: org.freedesktop.systemd1(5); what they mean: 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..hardening import HARDENED, Property
 from . import command
 from .images import plain
 
 if TYPE_CHECKING:
     from ...model.domain import Domain
     from .images import Image
-
-Property = tuple[str, str, Any]
 
 # What QEMU itself needs of the host; the rest of the file system is hidden behind empty directories.
 KEPT = frozenset({"bin", "sbin", "lib", "lib32", "lib64", "libx32", "usr", "proc", "sys", "dev", "nix"})
@@ -51,7 +50,7 @@ def properties(
     optional = LIBRARIES + (RESOLVER if network else ())
     families = ["AF_UNIX", "AF_INET", "AF_INET6"] if network else ["AF_UNIX"]
     found: list[Property] = [
-        ("NoNewPrivileges", "b", True),
+        *HARDENED,
         ("CapabilityBoundingSet", "t", 0),
         ("ProtectSystem", "s", "strict"),
         ("TemporaryFileSystem", "a(ss)", hidden),
@@ -67,20 +66,9 @@ def properties(
         # Of /proc it sees processes and nothing else. It also spares systemd a mount for each file that
         # ProtectKernelTunables= would have to cover: a quarter of what the whole sandbox costs.
         ("ProcSubset", "s", "pid"),
-        ("ProtectKernelTunables", "b", True),
         ("ProtectKernelModules", "b", True),
-        ("ProtectKernelLogs", "b", True),
-        ("ProtectControlGroups", "b", True),
-        ("ProtectClock", "b", True),
-        ("RestrictSUIDSGID", "b", True),
-        ("RestrictRealtime", "b", True),
-        ("RestrictNamespaces", "t", 0),
         ("RestrictAddressFamilies", "(bas)", (True, families)),
-        ("LockPersonality", "b", True),
-        ("SystemCallArchitectures", "as", ["native"]),
         ("UMask", "u", 0o077),
-        # A disk image may be as large as it likes, a core dump of the guest's memory is nobody's business.
-        ("LimitCORE", "t", 0),
         ("LimitNOFILE", "t", 65536),
         ("OOMPolicy", "s", "continue"),
         ("TimeoutStopUSec", "t", int((stop_after + 10) * 1_000_000)),

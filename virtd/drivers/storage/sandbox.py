@@ -6,12 +6,12 @@ Names and types of the properties: org.freedesktop.systemd1(5); what they mean: 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..hardening import HARDENED, Property
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-Property = tuple[str, str, Any]
 
 KEPT = frozenset({"bin", "sbin", "lib", "lib32", "lib64", "libx32", "usr", "proc", "sys", "dev", "nix"})
 LIBRARIES = ("/etc/ld.so.cache", "/etc/alternatives")
@@ -33,18 +33,8 @@ LVM_CAPABILITIES = sum(
 )
 
 _LIMITS: list[Property] = [
-    ("NoNewPrivileges", "b", True),
-    ("ProtectKernelTunables", "b", True),
-    ("ProtectKernelLogs", "b", True),
-    ("ProtectControlGroups", "b", True),
-    ("ProtectClock", "b", True),
-    ("RestrictSUIDSGID", "b", True),
-    ("RestrictRealtime", "b", True),
-    ("RestrictNamespaces", "t", 0),
-    ("LockPersonality", "b", True),
-    ("SystemCallArchitectures", "as", ["native"]),
+    *HARDENED,
     ("UMask", "u", 0o077),
-    ("LimitCORE", "t", 0),
     ("LimitNOFILE", "t", 1024),
     ("TasksMax", "t", 128),
     # Guests come first.

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What no child of a driver may do, whichever it is. A driver adds what its own children needn't, either.
+
+Names and types of the properties: org.freedesktop.systemd1(5); what they mean: systemd.exec(5).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Property = tuple[str, str, Any]
+
+HARDENED: tuple[Property, ...] = (
+    ("NoNewPrivileges", "b", True),
+    ("ProtectKernelTunables", "b", True),
+    ("ProtectKernelLogs", "b", True),
+    ("ProtectControlGroups", "b", True),
+    ("ProtectClock", "b", True),
+    ("RestrictSUIDSGID", "b", True),
+    ("RestrictRealtime", "b", True),
+    ("RestrictNamespaces", "t", 0),
+    ("LockPersonality", "b", True),
+    ("SystemCallArchitectures", "as", ["native"]),
+    # A core dump of a guest's memory, or of whatever was read from an image, is nobody's business.
+    ("LimitCORE", "t", 0),
+)
