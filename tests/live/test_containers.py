@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.harness import LAB, Lab, check
+from tests.live.conftest import SUITE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -229,6 +230,55 @@ def test_what_it_survives(containers: Containers) -> None:
     assert containers.info("deb")["pid"] == pid
 
 
+# Groups come and go in it all the time: a command runs in a unit of its own, and then the next.
+CHURN = "while :; do systemd-run -q --wait true && echo >>/run/churned; done"
+
+
+@pytest.mark.skipif(SUITE == "bookworm", reason="systemd 252 has no soft reboot")
+def test_it_lives_through_a_soft_reboot(containers: Containers) -> None:
+    """All processes of a full systemd, its console, its address; and not a byte of one that writes all the while."""
+    lab = containers.lab
+    lab.virtctl("network", "define", "default")
+    try:
+        containers.define("deb", '[[nic]]\nnetwork = "default"\n')
+        slow = f'{LINES.replace("COUNT", "1000000")} | while read -r line; do echo "$line"; sleep 0.01; done'
+        containers.define("flood", f"command = {json.dumps(['sh', '-c', slow])}\n")
+        containers.said("deb", b"login:")
+        lab.virtctl("container", "exec", "deb", "--", "systemd-run", "-q", "--unit=churn", "sh", "-c", CHURN)
+        lab.virtctl("container", "exec", "deb", "--", "ip", "address", "add", "192.0.2.7/24", "dev", "eth0")
+        lab.wait(
+            "churn",
+            lambda: (
+                lab.virtctl("container", "exec", "deb", "--", "test", "-s", "/run/churned", check=False).returncode
+                == 0
+            ),
+        )
+        before = {name: containers.info(name) for name in ("deb", "flood")}
+        main = lab.virtctl("container", "exec", "deb", "--", "systemctl", "show", "-P", "MainPID", "churn").stdout
+        lab.soft_reboot()
+        after = {name: containers.info(name) for name in ("deb", "flood")}
+        for name, info in after.items():
+            assert (info["state"], info["pid"]) == ("running", before[name]["pid"]), info
+        assert "192.0.2.7" in after["deb"]["addresses"]
+        assert set(before["deb"]["addresses"]) <= set(after["deb"]["addresses"])
+        now = lab.virtctl("container", "exec", "deb", "--", "systemctl", "show", "-P", "MainPID", "churn").stdout
+        assert now == main != "0\n"
+        failed = lab.virtctl("container", "exec", "deb", "--", "systemctl", "list-units", "--failed", "--no-legend")
+        assert failed.stdout == ""
+        last = check(containers.log("flood")).last
+        lab.wait("more lines", lambda: check(containers.log("flood")).last > last + 50, 60)
+        tally = check(containers.log("flood"))
+        assert (tally.first, tally.lost, tally.repeated, tally.broken) == (1, 0, 0, [])
+        lab.virtctl("container", "console", "--timeout", "1", "deb", stdin="root\n")
+        containers.said("deb", b"#")
+        assert lab.json("status")["problems"] == []
+    finally:
+        for name in ("deb", "flood"):
+            lab.virtctl("container", "stop", name, check=False)
+        lab.virtctl("network", "stop", "--force", "default", check=False)
+        lab.virtctl("network", "undefine", "default", check=False)
+
+
 def test_the_shutdown_of_its_unit_asks_it(containers: Containers) -> None:
     """As the host's does, and with the daemon away."""
     lab = containers.lab
@@ -386,6 +436,53 @@ def test_create_from_an_archive_and_from_a_directory(containers: Containers) -> 
     finally:
         lab.virtctl("container", "stop", "made", check=False)
         lab.sh("rm -rf /var/lib/virtd/containers/made /var/lib/virtd/containers/copied")
+
+
+def test_create_keeps_file_capabilities_and_attributes(containers: Containers) -> None:
+    """Of an archive and of a directory; the container's root is the one that a capability is good for."""
+    lab = containers.lab
+    lab.sh("""set -e
+        mkdir -p /srv/attributes/usr/bin && cd /srv/attributes
+        cp /bin/true usr/bin/init && cp /bin/ls usr/bin/able
+        python3 - <<'END'
+import os, struct
+os.setxattr("usr/bin/able", "security.capability", struct.pack("<5I", 0x02000001, 1 << 13, 0, 0, 0))  # net_raw
+os.setxattr("usr/bin/able", "user.note", b"kept")
+END
+        tar --xattrs --xattrs-include='*' -cf /srv/attributes.tar .""")
+    try:
+        for name, image in (("packed", "/srv/attributes.tar"), ("copied", "/srv/attributes")):
+            lab.virtctl("container", "create", name, "--image", image)
+            read = f"""import os, struct
+path = "/var/lib/virtd/containers/{name}/usr/bin/able"
+magic, permitted, _, _, _, root = struct.unpack("<6I", os.getxattr(path, "security.capability"))
+print(magic >> 24, permitted, root == os.stat(path).st_uid, os.getxattr(path, "user.note").decode())"""
+            assert lab.run("python3", "-c", read).stdout.split() == ["3", str(1 << 13), "True", "kept"]
+    finally:
+        lab.sh("rm -rf /srv/attributes* /var/lib/virtd/containers/packed /var/lib/virtd/containers/copied")
+
+
+def test_a_create_that_is_cut_off_leaves_nothing(containers: Containers) -> None:
+    """Killed while it is unpacked, and between the name of its directory and its definition."""
+    lab = containers.lab
+    directory = "/var/lib/virtd/containers"
+    for number in range(2):
+        lab.sh(
+            f"virtctl container create cut --image /usr/share/virtd-lab/debian.tar.xz >/dev/null 2>&1 & "
+            f"until test -e {directory}/.cut.new/usr/bin; do sleep 0.02; done; "
+            "systemctl kill -s KILL virtd.service; wait",
+            check=False,
+        )
+        if number:
+            # As the second instant leaves it, which is too short to be hit.
+            lab.sh(f"systemctl stop virtd.service virtd.socket; mv {directory}/.cut.new {directory}/cut || true")
+            lab.sh(f"printf %s {directory} >/run/virtd/lxc/cut.creating; mkdir -p {directory}/cut")
+            lab.sh("systemctl start virtd.socket virtd.service")
+        lab.wait("the daemon", lambda: lab.virtctl("status", check=False).returncode != 3)
+        assert lab.json("container", "list") == []
+        lab.wait("nothing", lambda: lab.sh(f"ls -A {directory} /run/virtd/lxc").split() == [
+            "/run/virtd/lxc:", f"{directory}:", "base"], 60)  # fmt: skip
+        assert lab.sh("systemctl list-units --all --no-legend 'virtd-create-*'") == ""
 
 
 def test_a_container_in_a_network(containers: Containers) -> None:

@@ -25,6 +25,7 @@ MODULES: dict[str, str] = {
     "qemu": "virtd.drivers.qemu.driver",
     "lxc": "virtd.drivers.lxc.driver",
 }
+CREATING = ".creating"  # how a driver marks, in /run/virtd/NAME, what is being made and isn't defined yet
 
 
 class Drivers:
@@ -61,5 +62,10 @@ class Drivers:
             name
             for name in MODULES
             if name not in self._made
-            and (name in held or names(f"{paths.run}/{name}", ".json") or names(f"{paths.etc}/{name}", ".toml"))
+            and (name in held or names(f"{paths.etc}/{name}", ".toml") or _unfinished(f"{paths.run}/{name}"))
         ]
+
+
+def _unfinished(run: str) -> bool:
+    """Whether there are records, or marks of objects that were being made."""
+    return bool(names(run, ".json") or names(run, CREATING))

@@ -2,13 +2,16 @@
 """Making a root file system of an archive or a directory, and the definition that goes with it.
 
 It is unpacked inside the container's own user namespace, in a transient unit: files get their shifted owners from the
-kernel, and an archive can do no more than the container could. It has its name only when it is whole.
+kernel, and an archive can do no more than the container could. It has its name only when it is whole. A mark in
+/run/virtd/lxc stands for the time from before its first file until it is defined: what a daemon that ended in between
+has left is removed by the next one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import tempfile
@@ -16,15 +19,24 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ... import errors, files
 from ...model.domain import NAME, shown
+from ...paths import names
 from ...units import UnitSpec
+from ..registry import CREATING as MARK
 from . import config, execs
 from . import host as hostinfo
 from .container import DRIVER
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ...model import container as model
     from ...units import Units
+    from .container import Container
 
+log = logging.getLogger(__name__)
+
+# Of the other attributes, trusted.* and security.* tell something to a kernel outside; a container's root has none.
+ATTRIBUTES = ("--acls", "--xattrs", "--xattrs-include=user.*", "--xattrs-include=security.capability")
 # What tar(1) is told of an archive on its standard input, by the first bytes.
 PACKED = ((b"\xfd7zXZ\0", "-J"), (b"\x1f\x8b", "-z"), (b"BZh", "-j"), (b"\x28\xb5\x2f\xfd", "--zstd"))
 
@@ -36,6 +48,7 @@ class Job(NamedTuple):
     image: str
     directory: str  # that root file systems are in
     ids: model.IdMap
+    run: str  # /run/virtd/lxc
 
     @property
     def target(self) -> str:
@@ -46,8 +59,12 @@ class Job(NamedTuple):
         return f"{self.directory}/.{self.name}.new"
 
     @property
+    def mark(self) -> str:
+        return f"{self.run}/{self.name}{MARK}"
+
+    @property
     def unit(self) -> str:
-        return f"virtd-create-lxc-{self.name}.service"
+        return unit_of(self.name)
 
     @property
     def definition(self) -> str:
@@ -55,6 +72,10 @@ class Job(NamedTuple):
             f'name = "{self.name}"\nrootfs = "{self.target}"\n\n'
             f"[idmap]\nfirst = {self.ids.first}\ncount = {self.ids.count}\n"
         )
+
+
+def unit_of(name: str) -> str:
+    return f"virtd-create-lxc-{name}.service"
 
 
 def check(name: str, image: str, directory: str) -> None:
@@ -76,25 +97,54 @@ def owners(directory: str) -> set[int]:
         return set()
 
 
-async def run(job: Job, units: Units) -> None:
-    """Make it. Raises a VirtdError, with nothing left behind."""
-    os.makedirs(job.directory, mode=0o711, exist_ok=True)
-    with contextlib.suppress(errors.NotFound, errors.VirtdError):
-        await units.kill(job.unit, 9, whole=True)  # a daemon that ended in the middle has left it
-        await execs.result(units, job.unit)
-    await asyncio.to_thread(files.remove_tree, job.building)
+async def run(job: Job, units: Units, define: Callable[[str], Container]) -> Container:
+    """Make it, and have it defined. Raises a VirtdError, with nothing left behind."""
     try:
-        os.mkdir(job.building, 0o755)
-        os.chown(job.building, job.ids.first, job.ids.first)
-        await _unpack(job, units)
-        if not any(os.path.lexists(f"{job.building}/{name}") for name in ("usr", "bin", "etc")):
-            raise errors.InvalidState(f"Cannot create {job.name}: {job.image} holds no root file system")
-        os.rename(job.building, job.target)
-        files.sync(job.directory)
-    except OSError as exc:
-        raise errors.HostError(f"Cannot create {job.name}: {exc.strerror}", hint=files.hint(exc)) from exc
+        os.makedirs(job.directory, mode=0o711, exist_ok=True)
+        os.makedirs(job.run, mode=0o700, exist_ok=True)
+        files.write(job.mark, job.directory.encode())
+        await _make(job, units)
+        return define(job.definition)
+    except BaseException as exc:
+        await asyncio.to_thread(files.remove_tree, job.target)
+        if isinstance(exc, OSError):
+            raise errors.HostError(f"Cannot create {job.name}: {exc.strerror}", hint=files.hint(exc)) from exc
+        raise
     finally:
         await asyncio.to_thread(files.remove_tree, job.building)
+        files.remove(job.mark)
+
+
+async def _make(job: Job, units: Units) -> None:
+    os.mkdir(job.building, 0o755)
+    os.chown(job.building, job.ids.first, job.ids.first)
+    await _unpack(job, units)
+    if not any(os.path.lexists(f"{job.building}/{name}") for name in ("usr", "bin", "etc")):
+        raise errors.InvalidState(f"Cannot create {job.name}: {job.image} holds no root file system")
+    os.rename(job.building, job.target)
+    files.sync(job.directory)
+
+
+async def clear(run: str, directory: str, units: Units, defined: Callable[[str], bool]) -> None:
+    """At a start of the daemon: remove what was being made when the last one ended."""
+    for name in names(run, MARK):
+        mark = f"{run}/{name}{MARK}"
+        with open(mark, encoding="utf-8") as file:
+            place = file.read()
+        with contextlib.suppress(errors.VirtdError):
+            await units.kill(unit_of(name), 9, whole=True)
+            await execs.result(units, unit_of(name))
+        if not defined(name) and place.startswith("/"):
+            log.warning("The making of container %s was cut off: %s/%s is removed", name, place, name)
+            await asyncio.to_thread(files.remove_tree, f"{place}/{name}")
+        await _sweep(place)
+        files.remove(mark)
+    await _sweep(directory)  # of a making that the host's own end has cut off
+
+
+async def _sweep(directory: str) -> None:
+    for path in files.leftovers(directory):
+        await asyncio.to_thread(files.remove_tree, path)
 
 
 async def _unpack(job: Job, units: Units) -> None:
@@ -102,7 +152,9 @@ async def _unpack(job: Job, units: Units) -> None:
     with (
         open(os.devnull if directory else job.image, "rb", buffering=0) as source,
         tempfile.TemporaryFile() as words,
-        tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=job.directory, prefix=".create-") as script,
+        tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=job.run, prefix=f".{job.name}.", suffix=".new"
+        ) as script,
     ):
         script.write(_script(job, "" if directory else _option(source.read(6))))
         script.flush()
@@ -133,7 +185,7 @@ def _script(job: Job, option: str) -> str:
         namespace += ["-m", f"{kind}:0:{job.ids.first}:{job.ids.count}"]
     # Device nodes can't be made there, and a container gets its own.
     tar = ["tar", "-x", "--numeric-owner", "--exclude=./dev/*", "--exclude=dev/*", "-C", job.building, "-f", "-"]
-    tar += [option] if option else []
+    tar += [*ATTRIBUTES, option] if option else ATTRIBUTES
     inside = (
         f"set -e; umask 022; {config.quoted(tuple(tar))}; cd {config.quoted((job.building,))}; "
         f"if test -d etc; then echo {job.name.replace('_', '-')} >etc/hostname; "
@@ -142,7 +194,9 @@ def _script(job: Job, option: str) -> str:
     unpack = config.quoted((*namespace, "--", "sh", "-c", inside))
     if not os.path.isdir(job.image):
         return f"exec {unpack}\n"
-    pack = config.quoted(("tar", "-C", job.image, "--numeric-owner", "--one-file-system", "-cf", "-", "."))
-    failed = config.quoted((f"{job.building}.failed",))
+    pack = config.quoted(
+        ("tar", "-C", job.image, *ATTRIBUTES, "--numeric-owner", "--one-file-system", "-cf", "-", ".")
+    )
+    failed = config.quoted((f"{job.mark}.failed",))
     pipe = f"{{ {pack} || : >{failed}; }} | {unpack} && test ! -e {failed}"
     return f"rm -f {failed}\n{pipe}\nstatus=$?; rm -f {failed}; exit $status\n"

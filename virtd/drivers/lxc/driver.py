@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from ... import errors
@@ -16,9 +17,15 @@ from . import host as hostinfo
 from .container import DRIVER, Container
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from ...child import Services
     from ...model.settings import Lxc, Settings
+    from ...units import Units
     from ..protocol import Peers, Publish
+
+
+log = logging.getLogger(__name__)
 
 
 def make(services: Services, settings: Settings, publish: Publish, peers: Peers) -> Driver:
@@ -62,12 +69,13 @@ class Driver(Guests[Container, model.Container]):
         if name in self.machines:
             raise errors.Exists(f"Cannot create {name}: there is a container of that name")
         directory = self._settings.directory
-        creating.check(name, image, directory)
+        await self.certain()
         async with self._creating:  # so that no two of them get the same IDs
+            creating.check(name, image, directory)
             ids = hostinfo.free_ids(self.taken() | creating.owners(directory))
-            job = creating.Job(name, image, directory, ids)
-            await creating.run(job, await self._services.units())
-            return self.define(job.definition, name)[0]
+            job = creating.Job(name, image, directory, ids, self._run)
+            units = await self._services.units()
+            return await creating.run(job, units, lambda text: self.define(text, name)[0])
 
     def taken(self, besides: Container | None = None) -> set[int]:
         """The first IDs of all maps, so that a new container gets IDs of its own."""
@@ -81,11 +89,29 @@ class Driver(Guests[Container, model.Container]):
                 found.add(int(ids[0]))
         return found
 
+    @property
+    def _run(self) -> str:
+        return f"{self._services.paths.run}/{DRIVER}"
+
     async def reconcile(self) -> None:
-        await super().reconcile()
         units = await self._services.units()
-        self._tasks.add(task := asyncio.create_task(execs.clear(units), name="clear-execs"))
+        self._begin(self._clear(units), "clear-creating")  # which has the lock before anybody can create one
+        await super().reconcile()
+        self._begin(execs.clear(units), "clear-execs")
+
+    def _begin(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        self._tasks.add(task := asyncio.create_task(work, name=name))
         task.add_done_callback(self._tasks.discard)
+
+    async def _clear(self, units: Units) -> None:
+        def defined(name: str) -> bool:
+            return (machine := self.machines.get(name)) is not None and machine.definition is not None
+
+        async with self._creating:
+            try:
+                await creating.clear(self._run, self._settings.directory, units, defined)
+            except (errors.VirtdError, OSError) as exc:
+                log.warning("What a cut-off making of a container has left isn't removed: %s", exc)
 
     async def close(self) -> None:
         for task in list(self._tasks):

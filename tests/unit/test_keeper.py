@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What marks the control groups of containers, with directories in place of groups."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from virtd.drivers.lxc import keeper
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+NAME = f"user.{keeper.MARK}"
+
+
+@pytest.fixture
+def marked(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The names of those that were marked: not every file system that tests run on has such attributes."""
+    found: set[str] = set()
+
+    def setxattr(path: str, name: str, value: bytes) -> None:
+        assert (name, value) == (NAME, b"1")
+        os.stat(path)
+        found.add(os.path.basename(path))
+
+    monkeypatch.setattr(keeper.os, "setxattr", setxattr)
+    return found
+
+
+@pytest.fixture
+def kept() -> Iterator[keeper.Keeper]:
+    made = keeper.Keeper()
+    yield made
+    made.close()
+
+
+def test_all_that_is_there_is_marked(tmp_path: Path, kept: keeper.Keeper, marked: set[str]) -> None:
+    (tmp_path / "payload/system.slice/a.service").mkdir(parents=True)
+    (tmp_path / "monitor").mkdir()
+    (tmp_path / "payload/cgroup.procs").touch()
+    kept.take(str(tmp_path))
+    assert marked == {tmp_path.name, "payload", "monitor", "system.slice", "a.service"}
+
+
+def test_what_is_made_later_is_marked_too(tmp_path: Path, kept: keeper.Keeper, marked: set[str]) -> None:
+    """And what is below it already when it is seen; what has gone again meanwhile is none of our business."""
+    (tmp_path / "payload").mkdir()
+    kept.take(str(tmp_path))
+    (tmp_path / "payload/user.slice/session").mkdir(parents=True)
+    (tmp_path / "payload/gone").mkdir()
+    (tmp_path / "payload/gone").rmdir()
+    kept.look()
+    assert {"user.slice", "session"} <= marked
+    assert "gone" not in marked
+    (tmp_path / "payload/user.slice/session/deeper").mkdir()
+    kept.look()
+    assert "deeper" in marked
+    kept.look()  # with nothing new
+
+
+def test_an_old_kernel_has_them_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+
+    def setxattr(path: str, name: str, value: bytes) -> None:
+        names.append(name)
+        if name.startswith("user."):
+            raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(keeper.os, "setxattr", setxattr)
+    keeper.mark(str(tmp_path))
+    assert names == [NAME, f"trusted.{keeper.MARK}"]
