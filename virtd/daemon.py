@@ -178,7 +178,7 @@ class Daemon:
                 await asyncio.sleep(BUS_RETRY)
                 continue
             self.host.problems.pop("bus", None)
-            lost = asyncio.Event()
+            lost, machines = asyncio.Event(), None
             bus.on_closed(lost.set)
             self._units = Units(bus)
             self._units_there.set()
@@ -189,6 +189,7 @@ class Daemon:
                 if first:
                     first = False
                     self._task(self.host.autostart)
+                machines = self._task(self._machined)
                 while not await self._serve_bus(bus):
                     if await _within(lost, NAME_RETRY):
                         break
@@ -199,6 +200,8 @@ class Daemon:
                 await asyncio.sleep(BUS_RETRY)
             finally:
                 self._units_there.clear()
+                if machines is not None:
+                    machines.cancel()
                 if self._front_end is not None:
                     with contextlib.suppress(errors.VirtdError):
                         await self._front_end.close()
@@ -244,6 +247,14 @@ class Daemon:
                 "virtctl works all the same. See: systemctl reload dbus.service.",
             )
             return False
+
+    async def _machined(self) -> None:
+        """Have what runs in `machinectl list`, where there is a machined. Nothing depends on it."""
+        from .host.machined import Registry
+
+        assert self._units is not None
+        with contextlib.suppress(errors.VirtdError):  # the bus was lost
+            await Registry(self.host, self._units).run()
 
     async def _check_store(self) -> None:
         """After a daemon-reload: see that systemd still has all slots, and give it back what it has dropped.
@@ -349,10 +360,11 @@ class Daemon:
         except fdstore.NotifyFailed as exc:
             log.warning("systemd doesn't take %r: %s", text.partition("\n")[0], exc)
 
-    def _task(self, work: Any) -> None:
+    def _task(self, work: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.create_task(work(), name=work.__name__.strip("_"))
         self._tasks.append(task)
         task.add_done_callback(self._task_done)
+        return task
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.remove(task)

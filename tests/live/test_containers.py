@@ -510,6 +510,67 @@ def test_a_container_in_a_network(containers: Containers) -> None:
         lab.virtctl("network", "undefine", "default", check=False)
 
 
+def machines(lab: Lab) -> dict[str, tuple[str, int]]:
+    """What systemd-machined knows: class and leader by name, each name but once."""
+    said = lab.sh(
+        "busctl --json=short call org.freedesktop.machine1 /org/freedesktop/machine1 "
+        "org.freedesktop.machine1.Manager ListMachines"
+    )
+    rows = [row for row in json.loads(said)["data"][0] if row[0] != ".host"]
+    leaders = {row[0]: int(lab.sh(f"machinectl show -P Leader {row[0]} 2>/dev/null || echo 0")) for row in rows}
+    assert len(leaders) == len(rows)
+    return {row[0]: (row[1], leaders[row[0]]) for row in rows}
+
+
+def test_machinectl_shows_what_runs(containers: Containers) -> None:
+    """A domain and a container of one name; machined restarted, without a memory, frozen, masked: no harm."""
+    lab = containers.lab
+    lab.define("web1", start=True)
+    containers.define("web1")
+    guest = lab.info("web1")["pid"]
+
+    def shown() -> bool:
+        container = containers.info("web1")["pid"]
+        return machines(lab) == {"qemu-web1": ("vm", guest), "lxc-web1": ("container", container)}
+
+    lab.wait("both", shown, 60)
+    assert "qemu-web1" in lab.sh("machinectl --no-legend list")
+    assert lab.info("web1")["uuid"].replace("-", "") == lab.sh("machinectl show -P Id qemu-web1").strip()
+    for event in (
+        "systemctl restart virtd.service",
+        "systemctl restart systemd-machined.service",
+        "systemctl kill -s KILL systemd-machined.service",
+        "set -- systemd-machined.service; systemctl stop $1; rm -rf /run/systemd/machines; systemctl start $1",
+    ):
+        lab.sh(event)
+        lab.wait(f"both after {event}", shown, 60)
+    # Its own reboot: another first process, and nobody is ended for it.
+    containers.said("web1", b"login:")
+    daemon, first = lab.main_pid(), containers.info("web1")["pid"]
+    lab.virtctl("container", "exec", "web1", "--", "systemctl", "reboot", check=False)
+    lab.wait("the reboot", lambda: containers.info("web1")["pid"] not in (None, first), 60)
+    lab.wait("both after the reboot", shown, 60)
+    assert containers.state("web1") == "running"
+    assert (lab.main_pid(), lab.info("web1")["pid"]) == (daemon, guest)
+    # One that stands still is waited for by nobody.
+    lab.sh("systemctl kill -s STOP systemd-machined.service")
+    containers.define("other", 'command = ["sleep", "600"]\n')
+    lab.virtctl("container", "stop", "other")
+    assert containers.info("other")["exit"]["cause"] == "stop"
+    lab.sh("systemctl kill -s CONT systemd-machined.service")
+    lab.virtctl("container", "stop", "web1")
+    lab.virtctl("stop", "web1")
+    lab.wait("an empty list", lambda: machines(lab) == {}, 90)
+    lab.sh("systemctl mask --now systemd-machined.service")
+    try:
+        lab.virtctl("container", "start", "other")
+        assert lab.json("status")["problems"] == []
+        lab.virtctl("container", "stop", "other")
+    finally:
+        lab.sh("systemctl unmask systemd-machined.service")
+    assert lab.sh("systemctl list-units --all --plain --no-legend 'virtd-register-*'") == ""
+
+
 def test_a_start_that_is_cut_off_leaves_nothing(containers: Containers) -> None:
     """The daemon is killed at some point of each of many starts."""
     lab = containers.lab

@@ -27,7 +27,7 @@ def marked(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         os.stat(path)
         found.add(os.path.basename(path))
 
-    monkeypatch.setattr(keeper.os, "setxattr", setxattr)
+    monkeypatch.setattr(os, "setxattr", setxattr)
     return found
 
 
@@ -70,6 +70,6 @@ def test_an_old_kernel_has_them_elsewhere(tmp_path: Path, monkeypatch: pytest.Mo
         if name.startswith("user."):
             raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(keeper.os, "setxattr", setxattr)
+    monkeypatch.setattr(os, "setxattr", setxattr)
     keeper.mark(str(tmp_path))
     assert names == [NAME, f"trusted.{keeper.MARK}"]

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What runs, told to systemd-machined, so that `machinectl list` and the like show it: qemu-NAME and lxc-NAME.
+
+Nothing waits for it and nothing depends on it. It listens to the host's events as a front end does, and brings
+machined's list in line with what runs, whenever one of the two has changed.
+
+machined may have its own idea of ending things. When a container's first process ends, which a reboot of its own does
+too, systemd 258 and later sends SIGTERM to whoever registered it; so that is a process which has ended by then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from .. import errors
+from ..bus import DBUS, DBUS_PATH, BusError
+from ..units import UnitSpec
+
+if TYPE_CHECKING:
+    from ..drivers.guests import Guests
+    from ..units import Units
+    from . import Host
+
+log = logging.getLogger(__name__)
+
+MACHINED = "org.freedesktop.machine1"
+PATH = "/org/freedesktop/machine1"
+MANAGER = f"{MACHINED}.Manager"
+CLASSES = {"qemu": "vm", "lxc": "container"}
+NAME_MAX = 64  # of a host name, which a machine's name has to be
+SUPERVISORS_SINCE = 258
+LIMIT = 10.0  # seconds for a call
+RETRY = 60.0  # seconds until a machined that didn't answer is tried again
+AWAY = ("org.freedesktop.DBus.Error.ServiceUnknown", "org.freedesktop.DBus.Error.NameHasNoOwner")
+
+
+class Machine(NamedTuple):
+    """What machined is told. `leader`: the process, for a container its first one."""
+
+    kind: str
+    leader: int
+    uuid: str
+
+    @property
+    def id(self) -> bytes:
+        return bytes.fromhex(self.uuid.replace("-", "")) or bytes(16)
+
+
+def name_of(driver: str, name: str, uuid: str) -> str:
+    """As libvirt has them, but for its number: a domain and a container of one name are two."""
+    whole = f"{driver}-{name}"
+    return (whole if len(whole) <= NAME_MAX else f"{whole[: NAME_MAX - 9]}-{uuid[:8]}").rstrip(".-")
+
+
+class Registry:
+    """Runs for as long as one connection to the bus."""
+
+    def __init__(self, host: Host, units: Units) -> None:
+        self._host = host
+        self._units = units
+        self._bus = units.bus
+        self._wanted: dict[str, Machine] = {}
+        self._told: dict[str, Machine] = {}
+        self._due = asyncio.Event()
+        self._again = False
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+        unsubscribe = self._host.subscribe(self._event)
+        try:
+            await self._bus.subscribe(DBUS, DBUS, "NameOwnerChanged", DBUS_PATH, self._owner_changed, arg0=MACHINED)
+            for driver in self._host.drivers:
+                if driver.name in CLASSES:
+                    for machine in cast("Guests[Any, Any]", driver).machines.values():
+                        self._event("", driver.describe_named(machine.name))
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(RETRY if self._again else None):
+                        await self._due.wait()
+                self._due.clear()
+                await self._tell()
+        finally:
+            unsubscribe()
+
+    def _event(self, _event: str, item: dict[str, Any]) -> None:
+        driver = str(item["driver"])
+        if driver not in CLASSES:
+            return
+        name = name_of(driver, str(item["name"]), str(item.get("uuid", "")))
+        # While it starts its process isn't what it will be, and machined is told once.
+        if item.get("pid") and item.get("state") != "starting":
+            self._wanted[name] = Machine(CLASSES[driver], int(item["pid"]), str(item["uuid"]))
+        else:
+            self._wanted.pop(name, None)
+        if self._wanted.get(name) != self._told.get(name):
+            self._due.set()
+
+    def _owner_changed(self, _path: str, _interface: str, _member: str, args: tuple[Any, ...]) -> None:
+        if args[0] == MACHINED and args[2]:
+            self._told.clear()  # it remembers, and then says so
+            if self._wanted:
+                self._due.set()
+
+    async def _tell(self) -> None:
+        """Everything that isn't as it should be; the rest later, when machined can't be reached."""
+        try:
+            for name, machine in list(self._told.items()):
+                if self._wanted.get(name) != machine:
+                    await self._forget(name)
+            for name, machine in list(self._wanted.items()):
+                if self._told.get(name) != machine and self._wanted.get(name) == machine:
+                    await self._register(name, machine)
+            self._again = False
+        except errors.VirtdError as exc:
+            # Where there is none, its coming is told.
+            self._again = not isinstance(exc, BusError)
+            log.debug("systemd-machined: %s", exc)
+
+    async def _forget(self, name: str) -> None:
+        self._told.pop(name, None)
+        try:
+            await self._call("UnregisterMachine", "s", (name,))
+        except BusError as exc:
+            if exc.name in AWAY:
+                raise
+
+    async def _register(self, name: str, machine: Machine) -> None:
+        try:
+            await self._add(name, machine)
+        except BusError as exc:
+            if exc.name in AWAY:
+                raise
+            if exc.name != f"{MACHINED}.MachineExists":
+                log.debug("systemd-machined doesn't take %s: %s", name, exc)
+            elif await self._leader(name) != machine.leader:
+                await self._forget(name)
+                await self._add(name, machine)
+        self._told[name] = machine
+
+    async def _add(self, name: str, machine: Machine) -> None:
+        if machine.kind == "container" and await self._units.version() >= SUPERVISORS_SINCE:
+            if await self._leader(name) not in (0, machine.leader):
+                await self._forget(name)
+            await self._add_by_another(name, machine)
+            return
+        values = (name, machine.id, "virtd", machine.kind, machine.leader, "")
+        await self._call("RegisterMachine", "sayssus", values)
+
+    async def _add_by_another(self, name: str, machine: Machine) -> None:
+        """By a process that ends with it."""
+        words = (name, "16", *map(str, machine.id), "virtd", machine.kind, str(machine.leader), "")
+        spec = UnitSpec(
+            name=f"virtd-register-{name}.service",
+            description=f"Telling systemd-machined of {name}",
+            slice="virtd.slice",
+            argv=("/usr/bin/busctl", "-q", "call", MACHINED, PATH, MANAGER, "RegisterMachine", "sayssus", *words),
+        )
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            await self._units.start(spec, (null, null, null))
+            await self._units.ended(spec.name, timeout=LIMIT)
+        finally:
+            os.close(null)
+            await self._units.collect(spec.name)
+
+    async def _leader(self, name: str) -> int:
+        """0 when machined doesn't know it."""
+        try:
+            (path,) = await self._call("GetMachine", "s", (name,))
+            values = await self._bus.properties(MACHINED, path, f"{MACHINED}.Machine", ("Leader",))
+            return int(values["Leader"])
+        except BusError as exc:
+            if exc.name in AWAY:
+                raise
+            return 0
+
+    async def _call(self, method: str, signature: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return await self._bus.call(MACHINED, PATH, MANAGER, method, signature, args, timeout=LIMIT)
