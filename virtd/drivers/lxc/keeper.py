@@ -3,7 +3,8 @@
 
 A soft reboot kills every process whose own control group isn't marked (killall.c of systemd 255). systemd marks a
 unit's group by SurviveFinalKillSignal=, and no group below it, where LXC and all that a container makes are. So each
-of those is marked before the killing begins, and what a container makes from then on as soon as it is there.
+of those is marked before the killing begins. So that none is made while it lasts containers stand still meanwhile,
+as everything does: systemd stops all processes before it looks for those to kill, and has them go on afterwards.
 """
 
 from __future__ import annotations
@@ -12,15 +13,19 @@ import contextlib
 import ctypes
 import glob
 import os
-import select
+import signal
 import socket
 import struct
 import sys
 import time
 
+from . import config
+
 GROUPS = "/sys/fs/cgroup/virtd.slice/virtd-lxc.slice/virtd-*lxc-*.service"
 MARK = "survive_final_kill_signal"  # of "user.", or "trusted." before Linux 5.7
-OUTLAST = 60.0  # seconds; at this point nothing but the killing and the new systemd's start is ahead
+FREEZE_LIMIT = 1.0  # seconds that one may take to stand still
+KILL_LIMIT = 10.0  # seconds until the killing has to have begun; they go on in any case
+QUIET = 0.1  # seconds without another round of it after which it is over
 
 IN_CREATE = 0x100
 IN_IGNORED = 0x8000
@@ -65,6 +70,21 @@ class Keeper:
                 elif name and (group := self._watched.get(watch)) is not None:
                     self.take(f"{group}/{os.fsdecode(name)}")
 
+    def freeze(self, units: list[str]) -> list[str]:
+        """Have all processes of containers stand still; the groups of those that didn't before."""
+        frozen = []
+        for unit in units:
+            group = f"{unit}/{config.PAYLOAD}"
+            with contextlib.suppress(OSError):
+                if _read(f"{group}/cgroup.freeze") == "0":
+                    freeze(group, on=True)
+                    frozen.append(group)
+        until = time.monotonic() + FREEZE_LIMIT
+        while time.monotonic() < until and not all("frozen 1" in _read(f"{group}/cgroup.events") for group in frozen):
+            time.sleep(0.002)
+        self.look()
+        return frozen
+
     def close(self) -> None:
         os.close(self.fd)
 
@@ -79,6 +99,21 @@ def mark(group: str) -> None:
         os.setxattr(group, f"trusted.{MARK}", b"1")
 
 
+def freeze(group: str, *, on: bool) -> None:
+    """Raises OSError."""
+    with open(f"{group}/cgroup.freeze", "w", encoding="ascii") as file:
+        file.write("1" if on else "0")
+
+
+def _read(path: str) -> str:
+    """ "" when there is none: it has ended."""
+    try:
+        with open(path, encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
 def _ready() -> None:
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path:
@@ -87,16 +122,22 @@ def _ready() -> None:
 
 
 def main() -> int:
+    # systemd's word to all that the killing is over. It has us go on even while it is blocked, and waits for us then.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCONT})
     keeper = Keeper()
-    for group in glob.glob(GROUPS):
-        keeper.take(group)
-    _ready()
-    poll = select.poll()
-    poll.register(keeper.fd, select.POLLIN)
-    until = time.monotonic() + OUTLAST
-    while (left := until - time.monotonic()) > 0:
-        poll.poll(left * 1000)
-        keeper.look()
+    units = glob.glob(GROUPS)
+    for unit in units:
+        keeper.take(unit)
+    frozen = keeper.freeze(units)
+    try:
+        _ready()
+        limit = KILL_LIMIT
+        while signal.sigtimedwait({signal.SIGCONT}, limit) is not None:
+            limit = QUIET
+    finally:
+        for group in frozen:
+            with contextlib.suppress(OSError):
+                freeze(group, on=False)
     return 0
 
 
