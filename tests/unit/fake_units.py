@@ -81,8 +81,10 @@ class FakeUnits:
         if spec.name in self.units:
             raise errors.Exists(f"there is a unit {spec.name} already")
         program = FAKE_DNSMASQ if spec.name.startswith("virtd-network-") else FAKE_QEMU
+        # A job of a storage pool is what it says; every other child is made up.
+        real = spec.name.startswith("virtd-storage-")
         process = subprocess.Popen(  # noqa: ASYNC220 (as blocking as fork is)
-            [sys.executable, "-I", "-S", program, *spec.argv[1:]],
+            spec.argv if real else [sys.executable, "-I", "-S", program, *spec.argv[1:]],
             stdin=stdio[0],
             stdout=stdio[1],
             stderr=stdio[2],

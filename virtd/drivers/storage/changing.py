@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -16,6 +17,10 @@ from .backend import Meta, Volume
 from .directory import Directory
 from .job import Task
 from .usage import Answer, Usage, key
+
+if TYPE_CHECKING:
+    from .backend import Backend
+    from .job import Job
 
 
 class Changing(Usage):
@@ -129,7 +134,7 @@ class Changing(Usage):
         if resume or known is not None:
             for job in self._driver.jobs.values():
                 if job.alive and (job.task.verb, job.task.pool, job.task.volume) == ("upload", pool.name, name):
-                    fd, there = await images.open_begun(pool.usable, job.name, name)
+                    fd, there = await self._open_upload(pool.usable, job)
                     return Answer(pool.name, name, job.name), fd, there
             if resume:
                 raise errors.NotFound(
@@ -155,14 +160,25 @@ class Changing(Usage):
             try:
                 # On record first, as ever: what is begun without is swept away.
                 job.wait_for_client()
-                await backend.begin(job.name, name, None if isinstance(backend, Directory) else size)
-                fd, there = await images.open_begun(backend, job.name, name)
+                fd, there = await self._open_upload(backend, job)
             except BaseException:
                 self._driver.forget_job(job)
                 with contextlib.suppress(errors.VirtdError):
                     await backend.discard(job.name, name)
                 raise
         return Answer(pool.name, name, job.name), fd, there
+
+    async def _open_upload(self, backend: Backend, job: Job) -> tuple[int, int]:
+        """A descriptor to write an upload with, and how much is there; begun now if it isn't yet.
+
+        A daemon that was killed may have come no further than the job's record.
+        """
+        task = job.task
+        try:
+            return await images.open_begun(backend, job.name, task.volume)
+        except errors.NotFound:
+            await backend.begin(job.name, task.volume, None if isinstance(backend, Directory) else task.size)
+        return await images.open_begun(backend, job.name, task.volume)
 
     async def uploaded(self, job_name: str) -> Answer:
         """The client has written everything."""

@@ -18,7 +18,8 @@ from ..collection import Collection
 from ..protocol import Problem
 from . import host
 from .directory import Directory
-from .job import DRIVER, KEPT, Job, Program, Shared, Task
+from .job import DRIVER, KEPT, Job, Program, Shared, Task, logged, remove_logs
+from .job import State as JobState
 from .pool import State, StoragePool
 from .programs import Account
 from .volumes import Volumes
@@ -101,6 +102,9 @@ class Driver(Collection[StoragePool, model.Pool]):
         for job in jobs:
             try:
                 result = await job.reconcile()
+                if job.state is JobState.WAITING and await self.volumes.committed(job):
+                    await job.conclude(ok=True)  # its client had come to the end, and was only not told so
+                    result = "ended"
             except Exception as exc:
                 log.exception("%s can't be reconciled", job.name)
                 job.problem = f"{job.name} can't be reconciled: {exc}"
@@ -124,6 +128,8 @@ class Driver(Collection[StoragePool, model.Pool]):
                 await units.collect(f"virtd-{DRIVER}-{name}.service")
             self._services.store.drop_prefix(f"{DRIVER}/{name}/")
             self.found.rolled_back.append(name)
+        for name in logged(self._services.paths) - known:
+            remove_logs(self._services.paths, name)
 
     async def _again(self, job: Job) -> None:
         """A file system or a bus that didn't answer at the daemon's start may do so later."""

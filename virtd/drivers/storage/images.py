@@ -174,7 +174,7 @@ async def known_backing(driver: Driver, file: str, foreign: Foreign) -> Backing:
 
 
 async def open_begun(backend: Backend, job: str, name: str) -> tuple[int, int]:
-    """A descriptor to write a begun volume with, and how much of it is there."""
+    """A descriptor to write a begun volume with, and how much of it is there. Raises NotFound."""
     path = backend.begun(job, name)
 
     def work() -> tuple[int, int]:
@@ -184,6 +184,8 @@ async def open_begun(backend: Backend, job: str, name: str) -> tuple[int, int]:
 
     try:
         return await Aside(path)(work)
+    except FileNotFoundError:
+        raise errors.NotFound(f"What was to become {name} has gone") from None
     except OSError as exc:
         raise errors.HostError(f"Cannot open what is to become {name}: {exc.strerror}") from exc
 

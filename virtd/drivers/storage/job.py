@@ -23,6 +23,7 @@ import msgspec
 
 from ... import errors, fdstore
 from ...child import Child, Services
+from ...paths import names
 from ...records import Record, Records, now
 from ...units import CLD_EXITED, UnitSpec, signal_name, unit_name
 from .backend import Meta
@@ -30,6 +31,7 @@ from .backend import Meta
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from ...paths import Paths
     from ...units import UnitState
 
 log = logging.getLogger(__name__)
@@ -365,11 +367,7 @@ class Job:
             with contextlib.suppress(errors.VirtdError):
                 await units.ended(self.unit)
                 await units.collect(self.unit)
-        paths = self.shared.services.paths
-        for log_file in (paths.console_log(DRIVER, self.name), paths.stderr_log(DRIVER, self.name)):
-            for path in (log_file, *(f"{log_file}.{number}" for number in range(1, 4))):
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
+        remove_logs(self.shared.services.paths, self.name)
         if self.record is not None and (self.record.unit or self.record.slots):
             with contextlib.suppress(errors.HostError):
                 self.save(self.state, unit="", slots={})
@@ -394,6 +392,18 @@ class Job:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self.child is not None:
             await self.child.close()
+
+
+def logged(paths: Paths) -> set[str]:
+    """The jobs that have logs."""
+    return {name.removesuffix(".console") for name in names(f"{paths.log}/{DRIVER}", ".log")}
+
+
+def remove_logs(paths: Paths, name: str) -> None:
+    for log_file in (paths.console_log(DRIVER, name), paths.stderr_log(DRIVER, name)):
+        for path in (log_file, *(f"{log_file}.{number}" for number in range(1, 4))):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
 
 def _identity(fd: int) -> str:

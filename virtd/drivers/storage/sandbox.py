@@ -87,6 +87,6 @@ def privileged() -> list[Property]:
     return [
         *_LIMITS,
         ("CapabilityBoundingSet", "t", LVM_CAPABILITIES),
-        ("ProtectHome", "b", True),
+        ("ProtectHome", "s", "yes"),
         ("PrivateNetwork", "b", True),
     ]

@@ -122,6 +122,13 @@ class Volumes(Making, Changing):
     async def cancel(self, job_name: str, *, by: str) -> bool:
         return await self._driver.find_job(job_name).cancel(by)
 
+    async def committed(self, job: Job) -> bool:
+        """Whether what the job makes is there already: a daemon may have been killed before it said so on record."""
+        with contextlib.suppress(errors.VirtdError):
+            backend = self._driver.find(job.task.pool).usable
+            return (await backend.volume(job.task.volume)).meta.job == job.name
+        return False
+
     async def concluded(self, job: Job, *, ok: bool) -> None:
         """What the end of a job means. Safe to repeat; raises VirtdError."""
         task = job.task
