@@ -6,10 +6,11 @@
     start     one guest after another, many at once, QEMU by itself
     memory    the daemon's PSS
     network   networks started and stopped, and their firewall rules applied again
+    flood     what others notice of a guest that floods its console
     logpath   bytes and CPU of the console's way to its log
     fdstore   what the FD store costs as it fills
 
-The first five run in a lab, where libvirt is installed beside virtd and takes turns with it: on a machine that does
+The first six run in a lab, where libvirt is installed beside virtd and takes turns with it (but for the flood): on a machine that does
 other things too, only figures of one run can be compared. They need root.
 """
 
@@ -31,7 +32,7 @@ from tests.bench import lab as bench_lab  # noqa: E402
 from tests.bench.tables import TABLES  # noqa: E402
 from tests.harness import Lab, build_rpm  # noqa: E402
 
-IN_LAB = ("restart", "list", "start", "memory", "network")
+IN_LAB = ("restart", "list", "start", "memory", "network", "flood")
 ALONE = {
     "logpath": (["--runs", "9"], ["--runs", "3", "--mib", "128", "--seconds", "3"]),
     "fdstore": (["--runs", "9"], ["--runs", "3", "--slots", "0,250"]),

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from . import list as listing
-from . import memory, network, restart, start
+from . import flood, memory, network, restart, start
 from .peers import peers
 
 MEASURES: dict[str, Any] = {
@@ -17,6 +17,7 @@ MEASURES: dict[str, Any] = {
     "start": start.measure,
     "memory": memory.measure,
     "network": network.measure,
+    "flood": flood.measure,
 }
 
 

@@ -67,6 +67,23 @@ def network(figures: Figures) -> list[str]:
     return [*lines, f"virtctl reload with rules that are as they should be: {reloaded} ms"]
 
 
+def flood(figures: Figures) -> list[str]:
+    lines = [
+        f"beside a guest that does nothing, one that computes, one that floods its console; {figures['seconds']} s each",
+        "",
+        f"{'':<10}{'info ms, median':>18}{'p99':>8}{'max':>8}{'echo ms, median':>18}{'p99':>8}"
+        f"{'CPU':>8}{'PSS MiB':>10}{'kB/s said':>12}{'log MiB':>10}",
+    ]
+    for turn, it in figures["turns"].items():
+        info, echo = it["info"], it["echo"]
+        lines.append(
+            f"{turn:<10}{info['median'] * 1000:>18.2f}{info['p99'] * 1000:>8.1f}{_ms(info['max']):>8}"
+            f"{_ms(echo['median']):>18}{_ms(echo['p99']):>8}{it['cpu']:>8.1%}{it['pss']:>10.1f}"
+            f"{it['rate'] / 1000:>12.0f}{it['log'] / (1 << 20):>10.1f}"
+        )
+    return lines
+
+
 def _heads(by_peer: dict[str, Figures]) -> str:
     return "".join(f"{count + ' guests':>18}" for count in next(iter(by_peer.values())))
 
@@ -93,4 +110,5 @@ TABLES: dict[str, Callable[[Figures], list[str]]] = {
     "start": start,
     "memory": memory,
     "network": network,
+    "flood": flood,
 }
