@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import msgspec
 
-from .. import errors, files, journal
+from .. import errors, fdstore, files, journal
 from ..child import Child, Services
 from ..logfile import Cursor
 from ..messages import Message
@@ -28,7 +28,7 @@ from .protocol import Problem
 from .turns import Turns
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ class Guest(Generic[D]):
         self.on_record.set()
         self.stderr: StderrLog | None = None
         self._turns = Turns(name)
+        self._putting_away = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     # What each driver does in its own way
@@ -408,46 +409,95 @@ class Guest(Generic[D]):
             return
         # Until the verdict is on record, all that is left of it is a witness that the next daemon may need.
         self.over.set()
-        self.spawn(self._put_away_later(), "put-away")
+        self._put_away_later()
 
-    async def _put_away_later(self) -> None:
-        await self.on_record.wait()
-        async with self.exclusive("put away"):
-            await self.tidy("put away")
+    @property
+    def leftovers(self) -> bool:
+        """Whether it has ended, and something of it is still there."""
+        record = self.record
+        return not self.alive and record is not None and bool(record.unit or record.slots or self.child is not None)
+
+    def _put_away_later(self) -> None:
+        if not self._putting_away:
+            self._putting_away = True
+            self.spawn(self._keep_putting_away(), "put-away")
+
+    async def _keep_putting_away(self) -> None:
+        try:
+            while self.leftovers:
+                await self.on_record.wait()
+                with contextlib.suppress(errors.VirtdError):
+                    async with self.exclusive("put away"):
+                        await self.tidy("put away")
+                if self.leftovers:
+                    await asyncio.sleep(FINISH_AGAIN)
+        finally:
+            self._putting_away = False
 
     async def tidy(self, what: str) -> None:
-        """Put away what waited for the verdict to be on record, before something else is done with the guest.
+        """Put away what waited for the verdict to be on record, or couldn't be, before something else is done with
+        the guest.
 
-        Raises HostError when it still can't be written.
+        Raises HostError when it still can't be.
         """
         if not self.on_record.is_set():
             problem = self.problems["record"]
             raise errors.HostError(f"Cannot {what} {self.name} yet: {problem.text}", hint=problem.hint)
-        if self.child is not None and not self.alive:
-            await self.put_away()
+        if not self.leftovers:
+            return
+        untold = self.child is not None
+        await self.put_away()
+        if untold:
             self.shared.publish("ended", self)
+        if self.leftovers:
+            problem = self.problems["leftovers"]
+            raise errors.HostError(f"Cannot {what} {self.name} yet: {problem.text}", hint=problem.hint)
 
     async def put_away(self) -> None:
-        """Drop what an ended guest leaves: slots, sockets, unit, changes of the host. Safe to repeat."""
+        """Drop what an ended guest leaves: slots, sockets, unit, changes of the host. Safe to repeat.
+
+        What can't be dropped now is a problem, and is tried again until it can be.
+        """
         record = self.record
         assert record is not None
         await self.let_go()
         child = self.child or Child(self.shared.services, self.driver, self.name)
-        await child.release()
+        await child.close()
         self.child = None
-        await self.give_back(record)
-        units = await self.shared.services.units()
-        with contextlib.suppress(errors.VirtdError):
-            await units.collect(self.unit)
-        # After the unit: its ExecStop runs once more, in a sandbox that has this directory in it.
-        await asyncio.to_thread(files.remove_tree, self.runtime)
-        # Only after this is the object whole again: until here a crash finds the unit's name and comes by once more.
-        self.note(self.state, self.reason, unit="", slots={}, data={}, id=0, main_pid=0, main_start=0)
-        self.problems = {
-            key: value for key, value in self.problems.items() if key in ("definition", "internal", "record")
-        }
+        failed = [
+            str(exc)
+            for exc in (
+                await _failure(asyncio.to_thread(self.shared.services.store.drop_prefix, f"{child.key}/")),
+                await _failure(self.give_back(record)),
+                await _failure(self._forget_unit()),
+                # After the unit: its ExecStop runs once more, in a sandbox that has this directory in it.
+                await _failure(self._forget_runtime()),
+            )
+            if exc is not None
+        ]
+        if failed:
+            text = f"Not all that {self.name} left is put away: {'; '.join(failed)}"
+            if "leftovers" not in self.problems:
+                log.warning("%s", text)
+            self.problems["leftovers"] = Problem(text, "It is tried again every second.")
+            self._put_away_later()
+        else:
+            # Only now is the object whole again: until here a crash, or another try, finds the unit's name.
+            self.note(self.state, self.reason, unit="", slots={}, data={}, id=0, main_pid=0, main_start=0)
+            self.problems = {
+                key: value for key, value in self.problems.items() if key in ("definition", "internal", "record")
+            }
         self.over.set()
         self.settled.set()
+
+    async def _forget_unit(self) -> None:
+        units = await self.shared.services.units()
+        await units.collect(self.unit)
+
+    async def _forget_runtime(self) -> None:
+        await asyncio.to_thread(files.remove_tree, self.runtime)
+        if os.path.lexists(self.runtime):
+            raise errors.HostError(f"{self.runtime} can't be removed")
 
     def last_words(self, since: int | None = None) -> str:
         """The end of what it wrote to stderr: the last 4 KiB, or what came after offset `since`."""
@@ -460,3 +510,12 @@ class Guest(Generic[D]):
                 return file.read(4096).decode(errors="replace").strip()
         except OSError:
             return ""
+
+
+async def _failure(step: Awaitable[object]) -> Exception | None:
+    """What was in the way of `step`, which must not keep the next one from being done."""
+    try:
+        await step
+    except (errors.VirtdError, fdstore.StoreError, OSError) as exc:
+        return exc
+    return None

@@ -161,13 +161,21 @@ def give(opened: Iterable[tuple[str, bool]], who: Account) -> list[Owner]:
 
 
 def give_back(owners: list[Owner], who: Account) -> None:
-    """Give the files back to whom they belonged, unless somebody else did something with them since."""
+    """Give the files back to whom they belonged, unless somebody else did something with them since.
+
+    Raises HostError for the first that can't be, when all have been tried.
+    """
+    failed = None
     for owner in owners:
         try:
             if os.stat(owner.path).st_uid == who.uid:
                 os.chown(owner.path, owner.uid, owner.gid)
-        except OSError:
-            pass
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # it was removed, or what it is on was unmounted
+        except OSError as exc:
+            failed = failed or errors.HostError(f"{owner.path} can't be given back: {exc.strerror}")
+    if failed is not None:
+        raise failed
 
 
 def identity(path: str) -> tuple[int, int] | None:

@@ -69,13 +69,12 @@ class Machine(Guest[model.Domain]):
             self.monitor = None
 
     async def give_back(self, record: Record) -> None:
-        owners = [hostinfo.Owner(*owner) for owner in record.data.get("owners", [])]
-        with contextlib.suppress(errors.HostError):
-            hostinfo.give_back(owners, hostinfo.account(self.settings))
+        self.guest_off.clear()
         for nic in record.data.get("nics", []):
             with contextlib.suppress(errors.HostError):
                 await self.peers("network").detach(nic["interface"])
-        self.guest_off.clear()
+        if owners := [hostinfo.Owner(*owner) for owner in record.data.get("owners", [])]:
+            hostinfo.give_back(owners, hostinfo.account(self.settings))
 
     def meaning(self, slot: str) -> str:
         match slot:
@@ -97,6 +96,8 @@ class Machine(Guest[model.Domain]):
         """
         async with self._linking:
             if self.monitor is None or self.monitor.link is not Link.CONNECTED:
+                if self.monitor is not None:
+                    await self.monitor.close()
                 await self._connect(limit)
 
     async def _connect(self, limit: float) -> None:
@@ -121,7 +122,11 @@ class Machine(Guest[model.Domain]):
             monitor = self.monitor
         if monitor is None:  # it ended meanwhile
             raise errors.MonitorError(f"{self.name} has ended")
-        return await monitor.execute(name, arguments, limit=limit)
+        try:
+            return await monitor.execute(name, arguments, limit=limit)
+        finally:
+            if monitor.link is Link.CLOSED and self.monitor is monitor and self.alive:
+                self.spawn(self.attach(GREETING_LIMIT), "attach")  # nobody tells us of its events until then
 
     def _take_status(self, status: dict[str, Any]) -> None:
         match str(status.get("status")):
