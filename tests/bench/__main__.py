@@ -10,8 +10,8 @@
     logpath   bytes and CPU of the console's way to its log
     fdstore   what the FD store costs as it fills
 
-The first six run in a lab, where libvirt is installed beside virtd and takes turns with it (but for the flood): on a machine that does
-other things too, only figures of one run can be compared. They need root.
+The first six run in a lab, where libvirt is installed beside virtd and takes turns with it (but for the flood): on a
+machine that does other things too, only figures of one run can be compared. They need root.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 """What others notice of a guest that floods its console: how long `info` takes, how soon another guest answers, and
 what the daemon spends. Runs inside a lab.
 
-A guest that floods also takes a processor of the host's. So there are three turns: both guests quiet, one of them busy
-with nothing, and one of them flooding; what the flood itself costs is the difference between the last two.
+A guest that floods also takes a processor of the host's. So there are three turns: both guests quiet, one of them
+busy with nothing, and one of them flooding; what the flood itself costs is the difference between the last two.
 """
 
 from __future__ import annotations

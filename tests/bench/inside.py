@@ -7,8 +7,8 @@ import json
 import sys
 from typing import Any
 
-from . import list as listing
 from . import flood, memory, network, restart, start
+from . import list as listing
 from .peers import peers
 
 MEASURES: dict[str, Any] = {

@@ -68,12 +68,10 @@ def network(figures: Figures) -> list[str]:
 
 
 def flood(figures: Figures) -> list[str]:
-    lines = [
-        f"beside a guest that does nothing, one that computes, one that floods its console; {figures['seconds']} s each",
-        "",
-        f"{'':<10}{'info ms, median':>18}{'p99':>8}{'max':>8}{'echo ms, median':>18}{'p99':>8}"
-        f"{'CPU':>8}{'PSS MiB':>10}{'kB/s said':>12}{'log MiB':>10}",
-    ]
+    head = f"{'':<10}{'info ms, median':>18}{'p99':>8}{'max':>8}{'echo ms, median':>18}{'p99':>8}"
+    head += f"{'CPU':>8}{'PSS MiB':>10}{'kB/s said':>12}{'log MiB':>10}"
+    what = "beside a guest that does nothing, one that computes, one that floods its console"
+    lines = [f"{what}; {figures['seconds']} s each", "", head]
     for turn, it in figures["turns"].items():
         info, echo = it["info"], it["echo"]
         lines.append(

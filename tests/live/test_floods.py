@@ -244,7 +244,8 @@ def test_readers_that_do_not_read(lab: Lab, other: str) -> None:
             "callers": stack.enter_context(spawn(lab, "python3", "-c", DEAF_CALLERS)),
             "subscriber": stack.enter_context(spawn(lab, "python3", "-c", DEAF_SUBSCRIBER)),
         }
-        stack.callback(lambda: [reader.kill() for reader in readers.values()])
+        for reader in readers.values():
+            stack.callback(reader.kill)
         log = readers["log"].stdout
         assert log is not None
         checker = Checker()

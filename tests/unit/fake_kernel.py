@@ -43,6 +43,8 @@ class FakeKernel:
         monkeypatch.setattr(firewalld, "adopt", _nothing)
 
     def _nft(self, command: str, *, as_json: bool = False) -> str:
+        if as_json and command == "list tables inet":
+            return json.dumps({"nftables": [{"metainfo": {}}, *({"table": {"name": name}} for name in self.tables)]})
         if as_json:
             match = re.fullmatch(r"list table inet (\S+)", command)
             if match is None:  # "list chains"

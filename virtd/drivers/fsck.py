@@ -13,12 +13,13 @@ import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import errors, fdstore, files, records
-from ..child import CONSOLE_LOG, SLOTS, STDERR_LOG
+from ..child import CONSOLE_LOG, STDERR_LOG
 from ..paths import names as names_in
 from ..units import object_name
 from .protocol import Difference
 
 if TYPE_CHECKING:
+    from ..child import Child, Services
     from ..units import Listed, UnitState
     from .guest import Guest
     from .guests import Guests
@@ -44,7 +45,7 @@ class Seen(NamedTuple):
 async def compare(guests: AnyGuests, *, repair: bool) -> list[Difference]:
     """See protocol.Comparing."""
     await guests.certain()
-    seen = await _look(guests)
+    seen = await look(guests.services, guests.name)
     found = _files(guests)
     if repair and found:
         found = await _mend_files(guests, found)
@@ -54,23 +55,24 @@ async def compare(guests: AnyGuests, *, repair: bool) -> list[Difference]:
     return found
 
 
-async def _look(guests: AnyGuests) -> Seen:
-    services = guests.services
+async def look(services: Services, driver: str) -> Seen:
+    """What PID 1 has of a driver's objects."""
     units = await services.units()
-    listed = await units.list(f"virtd-{guests.name}-*.service")
+    listed = await units.list(f"virtd-{driver}-*.service")
     dump = await units.store_dump(services.unit)
     slots: dict[str, list[tuple[int, int]]] = {}
     for name, dev, ino in dump or []:
-        if name.startswith(f"{guests.name}/"):
+        if name.startswith(f"{driver}/"):
             slots.setdefault(name, []).append((dev, ino))
     return Seen(
-        {
-            found: unit
-            for unit in listed
-            if (found := object_name(guests.name, unit.name)) and unit.load != "not-found"
-        },
+        {found: unit for unit in listed if (found := object_name(driver, unit.name)) and unit.load != "not-found"},
         None if dump is None else slots,
     )
+
+
+def strays(services: Services, seen: Seen, key: str) -> list[str]:
+    """The slots of an object in PID 1 or in this process."""
+    return sorted({*seen.slots_of(key), *_ours(services, key)})
 
 
 def _names(guests: AnyGuests, seen: Seen) -> list[str]:
@@ -99,7 +101,7 @@ async def _mend_files(guests: AnyGuests, found: list[Difference]) -> list[Differ
         files.remove(path)
     guests.load_definitions()
     left = {difference.text for difference in _files(guests)}
-    return [_told(difference, repaired=difference.text not in left) for difference in found]
+    return [told(difference, repaired=difference.text not in left) for difference in found]
 
 
 # One object
@@ -123,7 +125,7 @@ async def _examine(guests: AnyGuests, name: str, *, repair: bool) -> list[Differ
 
 
 async def _settle(guests: AnyGuests, name: str, *, repair: bool) -> list[Difference]:
-    seen = await _look(guests)
+    seen = await look(guests.services, guests.name)
     found = await _findings(guests, name, seen)
     if not repair or not any(difference.repair for difference in found):
         return found
@@ -132,11 +134,12 @@ async def _settle(guests: AnyGuests, name: str, *, repair: bool) -> list[Differe
     except (errors.VirtdError, fdstore.StoreError) as exc:
         found.append(Difference("record", name, f"{name} could not be repaired: {exc}"))
     await asyncio.to_thread(guests.services.store.barrier)
-    left = {(difference.kind, difference.text) for difference in await _findings(guests, name, await _look(guests))}
-    return [_told(difference, repaired=(difference.kind, difference.text) not in left) for difference in found]
+    seen = await look(guests.services, guests.name)
+    left = {(difference.kind, difference.text) for difference in await _findings(guests, name, seen)}
+    return [told(difference, repaired=(difference.kind, difference.text) not in left) for difference in found]
 
 
-def _told(difference: Difference, *, repaired: bool) -> Difference:
+def told(difference: Difference, *, repaired: bool) -> Difference:
     return Difference(
         difference.kind, difference.object, difference.text, difference.repair, repaired and bool(difference.repair)
     )
@@ -167,7 +170,7 @@ def _leftovers(guests: AnyGuests, name: str, seen: Seen) -> list[Difference]:
         running = unit.active in ("active", "activating", "reloading") and unit.sub != "exited"
         text = f"{unit.name} {'runs' if running else 'has ended'}, and virtd knows of no process in it"
         found.append(Difference("unit", name, text, "take it back" if running else "have systemd forget it"))
-    for slot in sorted({*seen.slots_of(key), *_ours(guests, key)}):
+    for slot in strays(guests.services, seen, key):
         text = f"slot {slot} is kept, and {name} doesn't run"
         found.append(Difference("slot", name, text, "give it to the process" if running else "drop it"))
     runtime = guests.services.paths.runtime(guests.name, name)
@@ -177,8 +180,8 @@ def _leftovers(guests: AnyGuests, name: str, seen: Seen) -> list[Difference]:
     return found
 
 
-def _ours(guests: AnyGuests, key: str) -> list[str]:
-    return [slot for slot in guests.services.store.names() if slot.startswith(f"{key}/")]
+def _ours(services: Services, key: str) -> list[str]:
+    return [slot for slot in services.store.names() if slot.startswith(f"{key}/")]
 
 
 def _process(machine: Guest[Any], unit: UnitState | None) -> list[Difference]:
@@ -199,41 +202,67 @@ def _process(machine: Guest[Any], unit: UnitState | None) -> list[Difference]:
 
 
 def _slots(guests: AnyGuests, machine: Guest[Any], seen: Seen) -> list[Difference]:
-    """The slots of an object that runs: in PID 1, in this process, in the record."""
+    assert machine.child is not None
+    return slot_differences(guests.services, machine.child, seen)
+
+
+def slot_differences(services: Services, child: Child, seen: Seen) -> list[Difference]:
+    """The slots of a child that runs: in PID 1, in this process."""
     if seen.slots is None:
         return []
     found = []
-    ours = guests.services.store.slots()
-    expected = [f"{machine.driver}/{machine.name}/{slot}" for slot in SLOTS]
-    for slot in expected:
+    ours = services.store.slots()
+    for slot in child.slot_names():
         held = seen.slots.get(slot, [])
-        source = _source(machine, slot)
         if not held:
             text = f"slot {slot} is missing: systemd doesn't hold it"
-            what = "put it there again" if slot in ours or source is not None else ""
-            found.append(Difference("slot", machine.name, text, what))
+            what = "put it there again" if slot in ours or _source(child, slot) is not None else ""
+            found.append(Difference("slot", child.name, text, what))
         elif slot not in ours:
-            found.append(Difference("slot", machine.name, f"slot {slot} isn't virtd's: it was refused at a start"))
+            found.append(Difference("slot", child.name, f"slot {slot} isn't virtd's: it was refused at a start"))
         elif held != [(ours[slot].dev, ours[slot].ino)]:
             text = f"slot {slot} holds something else in systemd than in virtd"
-            found.append(Difference("slot", machine.name, text, "put virtd's there"))
-    for slot in sorted(set(seen.slots_of(f"{machine.driver}/{machine.name}")) - set(expected)):
-        found.append(Difference("slot", machine.name, f"slot {slot} is one that this version doesn't know"))
+            found.append(Difference("slot", child.name, text, "put virtd's there"))
+    for slot in sorted(set(seen.slots_of(child.key)) - set(child.slot_names())):
+        found.append(Difference("slot", child.name, f"slot {slot} is one that this version doesn't know"))
     return found
 
 
-def _source(machine: Guest[Any], slot: str) -> int | None:
+async def mend_slots(services: Services, child: Child, seen: Seen) -> None:
+    """Have PID 1 hold again what this process has."""
+    store = services.store
+    ours = store.slots()
+    for slot in child.slot_names():
+        source = _source(child, slot)
+        known = [(ours[slot].dev, ours[slot].ino)] if slot in ours else None
+        if seen.slots is None or seen.slots.get(slot) == known:
+            continue
+        if source is not None:
+            await asyncio.to_thread(store.put, slot, source)
+        elif slot in ours:
+            await asyncio.to_thread(store.renew, slot)
+
+
+def _source(child: Child, slot: str) -> int | None:
     """For a log's slot: the descriptor that the log has."""
     log = {CONSOLE_LOG: "console", STDERR_LOG: "stderr"}.get(slot.rpartition("/")[2])
-    opened = getattr(machine.child, log) if log and machine.child is not None else None
+    opened = getattr(child, log) if log else None
     return opened.fd if opened is not None and opened.fd >= 0 else None
 
 
 def _record(guests: AnyGuests, name: str) -> list[Difference]:
-    """The record on disk, beside the one in memory."""
-    path = guests.services.paths.record(guests.name, name)
     machine = guests.machines.get(name)
     known = machine.record if machine is not None else None
+    if found := record_differences(guests.services.paths.record(guests.name, name), name, known):
+        return found
+    if machine is not None and known is not None and not machine.alive and (known.unit or known.slots):
+        path = guests.services.paths.record(guests.name, name)
+        return [Difference("record", name, f"{path} tells of things that were not put away", "put them away")]
+    return []
+
+
+def record_differences(path: str, name: str, known: records.Record | None) -> list[Difference]:
+    """The record on disk, beside the one in memory."""
     try:
         with open(path, "rb") as file:
             there: records.Record | None = records.decode(file.read())
@@ -252,8 +281,6 @@ def _record(guests: AnyGuests, name: str) -> list[Difference]:
     if there != known:
         keys = [key for key in known.__struct_fields__ if getattr(known, key) != getattr(there, key)]
         return [Difference("record", name, f"{path} says something else of {', '.join(keys)}", "write it anew")]
-    if machine is not None and not machine.alive and (known.unit or known.slots):
-        return [Difference("record", name, f"{path} tells of things that were not put away", "put them away")]
     return []
 
 
@@ -268,7 +295,7 @@ async def _mend(guests: AnyGuests, name: str, seen: Seen) -> None:
         await guests.rebuild(name)
         return
     store = guests.services.store
-    for slot in {*seen.slots_of(f"{guests.name}/{name}"), *_ours(guests, f"{guests.name}/{name}")}:
+    for slot in strays(guests.services, seen, f"{guests.name}/{name}"):
         store.expel(slot)
     if machine is not None and machine.record is not None:
         await machine.put_away()
@@ -289,15 +316,5 @@ async def _mend_running(guests: AnyGuests, machine: Guest[Any], seen: Seen) -> N
     if unit is not None and unit.main_pid not in (0, machine.record.main_pid):
         machine.child.identify(unit)
         machine.save(main_pid=machine.child.pid, main_start=machine.child.start, invocation_id=unit.invocation_id)
-    store = guests.services.store
-    ours = store.slots()
-    for slot in [f"{machine.driver}/{machine.name}/{short}" for short in SLOTS]:
-        source = _source(machine, slot)
-        known = [(ours[slot].dev, ours[slot].ino)] if slot in ours else None
-        if seen.slots is None or seen.slots.get(slot) == known:
-            continue
-        if source is not None:
-            await asyncio.to_thread(store.put, slot, source)
-        elif slot in ours:
-            await asyncio.to_thread(store.renew, slot)
+    await mend_slots(guests.services, machine.child, seen)
     guests.records.save(machine.record)

@@ -32,7 +32,7 @@ from .server import DRIVER
 if TYPE_CHECKING:
     from ...child import Services
     from ...model.settings import Dnsmasq, Settings
-    from ..protocol import Peers, Publish
+    from ..protocol import Difference, Peers, Publish
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,15 @@ class Driver(Collection[Net, model.Network]):
         super().__init__(services, Records(services.paths, DRIVER), publish)
         self._shared = Shared(services, self.records, settings, self.published, boot_id())
         self._guard = Guard(services, self.nets, self.problems, publish)
+
+    @property
+    def services(self) -> Services:
+        return self._services
+
+    async def compare(self, *, repair: bool) -> list[Difference]:
+        from . import fsck  # no start of the daemon needs it
+
+        return await fsck.compare(self, repair=repair)
 
     @property
     def nets(self) -> dict[str, Net]:

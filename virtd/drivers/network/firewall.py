@@ -162,6 +162,13 @@ def listing(name: str) -> str:
     return json.dumps([item for item in found if "metainfo" not in item], sort_keys=True)
 
 
+def tables() -> list[str]:
+    """The networks that have a table. Raises NftError."""
+    found = json.loads(_run(f"list tables {FAMILY}", as_json=True))["nftables"]
+    named = [item["table"]["name"] for item in found if "table" in item]
+    return [name.removeprefix(PREFIX) for name in named if name.startswith(PREFIX)]
+
+
 def droppers() -> list[str]:
     """Other people's chains that drop by policy what is forwarded, as "family table chain"."""
     found = json.loads(_run("list chains", as_json=True))["nftables"]

@@ -104,8 +104,11 @@ class Backend(Protocol):
     async def discard(self, job: str, name: str) -> None:
         """Remove an unfinished one. Idempotent."""
 
+    async def stale(self, jobs: Collection[str]) -> list[str]:
+        """What isn't of one of these `jobs` and isn't a volume."""
+
     async def sweep(self, jobs: Collection[str]) -> list[str]:
-        """Remove what isn't of one of these `jobs` and isn't a volume; what was removed."""
+        """Remove what `stale` tells of; what was removed."""
 
     async def grow(self, volume: Volume, size: int) -> None:
         """Change the size of a raw volume, to a smaller one too."""

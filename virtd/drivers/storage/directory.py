@@ -303,24 +303,31 @@ class Directory:
         with self._open() as top, contextlib.suppress(FileNotFoundError):
             os.unlink(f"{OURS}/{NEW}/{job}", dir_fd=top)
 
+    async def stale(self, jobs: Collection[str]) -> list[str]:
+        kept = frozenset(jobs)
+        return await self._aside(lambda: self._stale(kept))
+
     async def sweep(self, jobs: Collection[str]) -> list[str]:
         kept = frozenset(jobs)
         return await self._aside(lambda: self._sweep(kept), limit=None)
 
-    def _sweep(self, jobs: frozenset[str]) -> list[str]:
-        removed = []
+    def _stale(self, jobs: frozenset[str]) -> list[str]:
+        """What `sweep` would remove, below the pool's directory."""
         with self._open() as top:
-            for entry in _listed(f"{OURS}/{NEW}", top):
-                if entry not in jobs:
-                    with contextlib.suppress(OSError):
-                        os.unlink(f"{OURS}/{NEW}/{entry}", dir_fd=top)
-                        removed.append(entry)
+            found = [f"{OURS}/{NEW}/{entry}" for entry in _listed(f"{OURS}/{NEW}", top) if entry not in jobs]
             for entry in _listed(OURS, top):
                 name = entry.removesuffix(".json")
                 if name != entry and not _exists(name, top) and self._meta(top, name)[0].job not in jobs:
-                    with contextlib.suppress(OSError):
-                        os.unlink(f"{OURS}/{entry}", dir_fd=top)
-                        removed.append(entry)
+                    found.append(f"{OURS}/{entry}")
+        return found
+
+    def _sweep(self, jobs: frozenset[str]) -> list[str]:
+        removed = []
+        with self._open() as top:
+            for path in self._stale(jobs):
+                with contextlib.suppress(OSError):
+                    os.unlink(path, dir_fd=top)
+                    removed.append(path.rpartition("/")[2])
         return removed
 
     # Changing one

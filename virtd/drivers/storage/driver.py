@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ...model.domain import Format
     from ...model.settings import Settings
     from ...records import Record
-    from ..protocol import Peers, Publish
+    from ..protocol import Difference, Peers, Publish
     from .backend import Backend
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,15 @@ class Driver(Collection[StoragePool, model.Pool]):
         self._boot_id = boot_id()
         self._job_parts = Shared(services, self.records, self._boot_id, self._concluded, self._job_published)
         self.volumes = Volumes(self)
+
+    @property
+    def services(self) -> Services:
+        return self._services
+
+    async def compare(self, *, repair: bool) -> list[Difference]:
+        from . import fsck  # no start of the daemon needs it
+
+        return await fsck.compare(self, repair=repair)
 
     @property
     def pools(self) -> dict[str, StoragePool]:

@@ -162,12 +162,14 @@ class Logical:
         if found is not None and {NEW, f"{JOB}{job}"} <= found[1]:
             await self._remove(name)
 
+    async def stale(self, jobs: Collection[str]) -> list[str]:
+        found = await self._all()
+        return [name for name, (volume, tags) in found.items() if NEW in tags and volume.meta.job not in jobs]
+
     async def sweep(self, jobs: Collection[str]) -> list[str]:
-        removed = []
-        for name, (volume, tags) in (await self._all()).items():
-            if NEW in tags and volume.meta.job not in jobs:
-                await self._remove(name)
-                removed.append(name)
+        removed = await self.stale(jobs)
+        for name in removed:
+            await self._remove(name)
         return removed
 
     async def grow(self, volume: Volume, size: int) -> None:

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`virtctl fsck` for networks: bridge, rules, dnsmasq with its files, unit and slots, and the interfaces of guests.
+
+As with guests, what seems to differ is looked at again with the network's lock held. What is missing of an active one
+is made again, as a start does it; what an inactive one left is removed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+from ... import errors, fdstore, files, records
+from ...paths import names as names_in
+from ..fsck import Seen, look, mend_slots, record_differences, slot_differences, strays, told
+from ..protocol import Difference
+from . import bridge, dnsmasq, firewall, links
+from .server import DRIVER
+
+if TYPE_CHECKING:
+    from .driver import Driver
+    from .net import Net
+
+
+class There(NamedTuple):
+    """What systemd and the kernel have: `bridges` by network, `tables` the networks that have one."""
+
+    seen: Seen
+    bridges: dict[str, str]
+    tables: set[str]
+
+
+async def compare(driver: Driver, *, repair: bool) -> list[Difference]:
+    """See protocol.Comparing."""
+    await driver.certain()
+    found = driver.unread_definitions()
+    if repair and found:
+        driver.load_definitions()
+        left = {difference.text for difference in driver.unread_definitions()}
+        found = [told(difference, repaired=difference.text not in left) for difference in found]
+    there = await _look(driver)
+    run = f"{driver.services.paths.run}/{DRIVER}"
+    names = {*driver.nets, *there.seen.units, *there.bridges, *there.tables, *names_in(run, ".json")}
+    slots = [*(there.seen.slots or {}), *driver.services.store.names()]
+    names |= {slot.split("/")[1] for slot in slots if slot.startswith(f"{DRIVER}/")}
+    names |= {name for name in names_in(run, "") if os.path.isdir(f"{run}/{name}")}
+    for name in sorted(names):
+        if await _findings(driver, name, there):
+            found += await _examine(driver, name, repair=repair)
+    return found + await _interfaces(driver, repair=repair)
+
+
+async def _look(driver: Driver) -> There:
+    seen = await look(driver.services, DRIVER)
+    bridges = {}
+    for interface in links.all_names():
+        words = links.read(interface, "ifalias").split(" ")
+        if links.is_bridge(interface) and len(words) == 3 and words[:2] == ["virtd", "network"]:
+            bridges[words[2]] = interface
+    try:
+        tables = set(await asyncio.to_thread(firewall.tables))
+    except firewall.NftError:  # nothing can be said of them, and whoever needs them has been told
+        tables = set()
+    return There(seen, bridges, tables)
+
+
+async def _examine(driver: Driver, name: str, *, repair: bool) -> list[Difference]:
+    net = driver.nets.get(name)
+    try:
+        if net is None:
+            return await _settle(driver, name, repair=repair)
+        async with net.exclusive("check"):
+            return await _settle(driver, name, repair=repair)
+    except errors.Busy as exc:
+        return [Difference("busy", name, exc.message)]
+
+
+async def _settle(driver: Driver, name: str, *, repair: bool) -> list[Difference]:
+    there = await _look(driver)
+    found = await _findings(driver, name, there)
+    if not repair or not any(difference.repair for difference in found):
+        return found
+    try:
+        await _mend(driver, name, there)
+    except (errors.VirtdError, fdstore.StoreError) as exc:
+        found.append(Difference("record", name, f"{name} could not be repaired: {exc}"))
+    await asyncio.to_thread(driver.services.store.barrier)
+    left = {(difference.kind, difference.text) for difference in await _findings(driver, name, await _look(driver))}
+    return [told(difference, repaired=(difference.kind, difference.text) not in left) for difference in found]
+
+
+async def _findings(driver: Driver, name: str, there: There) -> list[Difference]:
+    """What differs about one network, right now."""
+    net = driver.nets.get(name)
+    path = driver.services.paths.record(DRIVER, name)
+    found = record_differences(path, name, net.record if net is not None else None)
+    if net is not None and net.active:
+        return found + await _pieces(net, there.seen)
+    return found + _leftovers(driver, name, there)
+
+
+async def _pieces(net: Net, seen: Seen) -> list[Difference]:
+    """What is missing of an active network, or isn't as it should be."""
+    network, name = net.running, net.name
+    if network is None:
+        return [Difference("definition", name, f"{name} is active with a definition that can't be read")]
+    found = []
+    if lost := net.lost_bridge():
+        found.append(Difference("bridge", name, f"{name} is active, and {lost}", "make it again"))
+    if not network.own:
+        return found
+    if await net.rules_lost(network):
+        text = f"the rules in table {firewall.FAMILY} {firewall.table(name)} aren't those that virtd made"
+        found.append(Difference("rules", name, text, "apply them again"))
+    if not network.serves:
+        return found
+    child = net.server.child
+    if child is None or not child.alive():
+        found.append(Difference("process", name, f"dnsmasq of {name} doesn't run", "start it"))
+    else:
+        if name not in seen.units:
+            found.append(Difference("unit", name, f"{net.unit} is gone, but its process runs (PID {child.pid})"))
+        found += slot_differences(net.shared.services, child, seen)
+    mine = net.server.files
+    for file, text in (
+        (mine.config, dnsmasq.config(network, mine)),
+        (mine.hosts, dnsmasq.hosts(network)),
+        (mine.names, dnsmasq.names(network)),
+    ):
+        if _content(file) != text:
+            found.append(Difference("file", name, f"{file} isn't as virtd wrote it", "write it again"))
+    return found
+
+
+def _leftovers(driver: Driver, name: str, there: There) -> list[Difference]:
+    """What is there of a network that isn't active, or isn't one at all."""
+    found = []
+    if unit := there.seen.units.get(name):
+        found.append(Difference("unit", name, f"{unit.name} is there, and {name} isn't active", "stop it"))
+    for slot in strays(driver.services, there.seen, f"{DRIVER}/{name}"):
+        found.append(Difference("slot", name, f"slot {slot} is kept, and {name} isn't active", "drop it"))
+    runtime = driver.services.paths.runtime(DRIVER, name)
+    if os.path.lexists(runtime):
+        found.append(Difference("directory", name, f"{runtime} is there, and {name} isn't active", "remove it"))
+    if name in there.tables:
+        text = f"table {firewall.FAMILY} {firewall.table(name)} is there, and {name} isn't active"
+        found.append(Difference("rules", name, text, "remove it"))
+    if interface := there.bridges.get(name):
+        users = links.members(interface)
+        text = f"bridge {interface} is there, and {name} isn't active"
+        text += f"; in it are {', '.join(users)}" if users else ""
+        found.append(Difference("bridge", name, text, "" if users else "remove it"))
+    return found
+
+
+async def _mend(driver: Driver, name: str, there: There) -> None:
+    net = driver.nets.get(name)
+    if net is not None and net.active:
+        if (child := net.server.child) is not None and child.alive():
+            await mend_slots(driver.services, child, there.seen)
+        if (network := net.running) is not None:
+            await net.make(network)
+    else:
+        units = await driver.services.units()
+        if unit := there.seen.units.get(name):
+            await units.stop(unit.name)
+            await units.collect(unit.name)
+        for slot in strays(driver.services, there.seen, f"{DRIVER}/{name}"):
+            driver.services.store.expel(slot)
+        if name in there.tables:
+            await asyncio.to_thread(firewall.remove, name)
+        if (interface := there.bridges.get(name)) and not links.members(interface):
+            await asyncio.to_thread(bridge.remove, interface)
+        await asyncio.to_thread(files.remove_tree, driver.services.paths.runtime(DRIVER, name))
+    if net is not None and net.record is not None:
+        driver.records.save(net.record)
+    else:
+        driver.records.remove(name)
+
+
+async def _interfaces(driver: Driver, *, repair: bool) -> list[Difference]:
+    """Taps and such that were made for a guest, by their alias; its record says whether it has anything running."""
+    found = []
+    for port in links.ports():
+        if _has_something(driver, port.user):
+            continue
+        text = f"interface {port.interface} was made for {port.user}, which doesn't run"
+        if repair:
+            await driver.detach(port.interface)
+        difference = Difference("interface", port.network, text, "remove it")
+        found.append(told(difference, repaired=repair and not links.exists(port.interface)))
+    return found
+
+
+def _has_something(driver: Driver, user: str) -> bool:
+    kind, _, name = user.partition("/")
+    try:
+        with open(driver.services.paths.record(kind, name), "rb") as file:
+            record = records.decode(file.read())
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True  # nobody knows
+    return bool(record.unit or record.slots or record.data)
+
+
+def _content(path: str) -> str | None:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, ValueError):
+        return None
