@@ -88,12 +88,119 @@ _virtctl_container() {
     esac
 }
 
+_virtctl_pools() {
+    timeout 2 virtctl pool list --no-legend 2>/dev/null | while read -r name state _; do
+        [[ -z ${1-} || $state == "$1" ]] && printf '%s\n' "$name"
+    done
+}
+
+_virtctl_volumes() {
+    timeout 2 virtctl volume list --no-legend "$1" 2>/dev/null | while read -r name _; do
+        printf '%s\n' "$name"
+    done
+}
+
+_virtctl_jobs() {
+    timeout 2 virtctl volume jobs --no-legend 2>/dev/null | while read -r name state _; do
+        [[ $state == running || $state == waiting ]] && printf '%s\n' "$name"
+    done
+}
+
+# `virtctl pool ...`; the variables are _virtctl's.
+_virtctl_pool() {
+    case $second in
+        list) options='--no-legend --json' ;;
+        info | dump) options='--json' ;;
+        define) options='--check' ;;
+        autostart) options='--disable' ;;
+        *) options='' ;;
+    esac
+    if [[ $current == -* ]]; then
+        mapfile -t COMPREPLY < <(compgen -W "$options $common" -- "$current")
+        return
+    fi
+    case $second in
+        '')
+            mapfile -t COMPREPLY < <(compgen -W 'list info start stop refresh build define undefine dump
+                autostart' -- "$current")
+            ;;
+        list) ;;
+        define)
+            compopt -o filenames
+            mapfile -t COMPREPLY < <(compgen -f -- "$current")
+            ;;
+        start | build) mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_pools inactive)" -- "$current") ;;
+        stop | refresh) mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_pools active)" -- "$current") ;;
+        *) mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_pools)" -- "$current") ;;
+    esac
+}
+
+# `virtctl volume ...`; the variables are _virtctl's, among them the names that were given after the verb.
+_virtctl_volume() {
+    case ${equals:-$previous} in
+        --format)
+            mapfile -t COMPREPLY < <(compgen -W 'raw qcow2' -- "$current")
+            return
+            ;;
+        --from)
+            mapfile -t COMPREPLY < <(compgen -W 'raw qcow2 vmdk vdi vhdx vpc' -- "$current")
+            return
+            ;;
+        --preallocation)
+            mapfile -t COMPREPLY < <(compgen -W 'off metadata falloc full' -- "$current")
+            return
+            ;;
+        --to-pool | --backing-pool)
+            mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_pools active)" -- "$current")
+            return
+            ;;
+        --backing)
+            mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_volumes "${given[0]-}")" -- "$current")
+            return
+            ;;
+        --size) return ;;
+    esac
+    case $second in
+        list | snapshots | jobs) options='--no-legend --json' ;;
+        info) options='--json' ;;
+        create) options='--format --preallocation --backing --backing-pool' ;;
+        clone) options='--to-pool' ;;
+        import) options='--from --probe --format' ;;
+        upload) options='--format --size --resume' ;;
+        download) options='--force --resume' ;;
+        resize) options='--shrink' ;;
+        *) options='' ;;
+    esac
+    if [[ $current == -* ]]; then
+        mapfile -t COMPREPLY < <(compgen -W "$options $common" -- "$current")
+        return
+    fi
+    case $second,${#given[@]} in
+        ,*)
+            mapfile -t COMPREPLY < <(compgen -W 'list info snapshots create clone import upload download resize wipe
+                delete jobs wait cancel' -- "$current")
+            ;;
+        jobs,*) ;;
+        wait,0 | cancel,*) mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_jobs)" -- "$current") ;;
+        *,0) mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_pools active)" -- "$current") ;;
+        info,1 | snapshots,1 | clone,1 | import,1 | download,1 | resize,1 | wipe,1 | delete,*)
+            mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_volumes "${given[0]}")" -- "$current")
+            ;;
+        import,2 | upload,2 | download,2)
+            compopt -o filenames
+            mapfile -t COMPREPLY < <(compgen -f -- "$current")
+            ;;
+    esac
+}
+
 _virtctl() {
     local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]} command='' second='' word skip=0 options
     local -r commands='list info start shutdown stop kill reboot suspend resume wait console log
-        define undefine dump autostart status fsck reload container network help'
+        define undefine dump autostart status fsck reload container network pool volume help'
     local -r common='--help --daemon-timeout --address'
-    local -r with_value='--address --env -e --image --daemon-timeout --escape --lines -n --signal -s --state --timeout'
+    local -r with_value='--address --env -e --image --daemon-timeout --escape --lines -n --signal -s --state --timeout
+        --backing --backing-pool --format --from --preallocation --size --to-pool'
+    local -a given=()
     COMPREPLY=()
 
     for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
@@ -105,6 +212,8 @@ _virtctl() {
             command=$word
         elif [[ -z $second && $word != [-=]* ]]; then
             second=$word
+        elif [[ $word != [-=]* ]]; then
+            given+=("$word")
         fi
     done
 
@@ -153,6 +262,14 @@ _virtctl() {
     fi
     if [[ $command == container ]]; then
         _virtctl_container
+        return
+    fi
+    if [[ $command == pool ]]; then
+        _virtctl_pool
+        return
+    fi
+    if [[ $command == volume ]]; then
+        _virtctl_volume
         return
     fi
     case $command in

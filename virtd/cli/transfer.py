@@ -31,6 +31,13 @@ CHUNK = 4 << 20
 
 def upload(args: argparse.Namespace, session: Session) -> int:
     source = 0 if args.file == "-" else _open(args.file, os.O_RDONLY)
+    try:
+        return _upload(args, session, source)
+    finally:
+        _close(source)
+
+
+def _upload(args: argparse.Namespace, session: Session, source: int) -> int:
     status = os.fstat(source)
     size = status.st_size if stat.S_ISREG(status.st_mode) else args.size
     parameters = {
@@ -76,23 +83,34 @@ def download(args: argparse.Namespace, session: Session) -> int:
         reply = call.result()
     if not reply.fds:
         raise VirtdError("virtd sent no descriptor to read from")
-    offset = 0
-    if args.file == "-":
-        target = 1
-    else:
-        flags = os.O_RDWR if args.resume else os.O_RDWR | os.O_CREAT | (0 if args.force else os.O_EXCL)
-        target = _open(args.file, flags)
-        if args.resume:
-            offset = os.fstat(target).st_size
-        else:
-            os.ftruncate(target, 0)
+    target = 1
     try:
+        target, offset = _target(args)
         copy(reply.fds[0], target, offset, f"Downloading {args.name}")
     except OSError as exc:
         raise VirtdError(exc.strerror or str(exc)) from exc
     finally:
         reply.close()
+        _close(target)
     return OK
+
+
+def _target(args: argparse.Namespace) -> tuple[int, int]:
+    """Where a download goes, and how much of it is there already."""
+    if args.file == "-":
+        return 1, 0
+    flags = os.O_RDWR if args.resume else os.O_RDWR | os.O_CREAT | (0 if args.force else os.O_EXCL)
+    target = _open(args.file, flags)
+    if args.resume:
+        return target, os.fstat(target).st_size
+    os.ftruncate(target, 0)
+    return target, 0
+
+
+def _close(fd: int) -> None:
+    """Unless it is standard input or output."""
+    if fd > 2:
+        os.close(fd)
 
 
 def _open(path: str, flags: int) -> int:
