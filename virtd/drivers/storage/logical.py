@@ -47,9 +47,11 @@ class Logical:
         return await self._run_tool(self.pool.name, Program(argv, tuple(sandbox.privileged())))
 
     async def _report(self, tool: str, fields: str) -> list[dict[str, str]]:
+        # lvmreport(7): with JSON the tools' words go into the report unless told otherwise, and not to stderr.
         text = await self._lvm(
-            tool, "--reportformat", "json", "--units", "b", "--nosuffix", "-o", fields, self._group
-        )
+            tool, "--config", "log/report_command_log=0", "--reportformat", "json", "--units", "b", "--nosuffix",
+            "-o", fields, self._group,
+        )  # fmt: skip
         try:
             value: Any = json.loads(text)
             (report,) = value["report"]

@@ -55,11 +55,15 @@ class Making(Usage):
         if wanted is Format.RAW and allocate is model.Preallocation.METADATA:
             raise errors.InvalidDefinition("volume", "preallocation", 'expected "off", "falloc" or "full" for raw')
         meta = Meta(wanted, chain[0].backing if chain else None, token=token)
-        quick = wanted is Format.RAW and allocate is model.Preallocation.OFF
+        logical = pool.present.type is model.Type.LOGICAL  # which has all of its space from the start
+        full = allocate is model.Preallocation.FULL
+        quick = wanted is Format.RAW and (allocate is model.Preallocation.OFF or (logical and not full))
         reads = tuple(link.key for link in chain)
         task = Task(verb="create", pool=pool.name, volume=name, by=by, token=token, meta=meta, reads=reads)
 
         def program(path: str) -> Program:
+            if logical:
+                return programs.wipe(self._account, path, number, wanted, [])
             return programs.create(self._account, path, number, allocate, wanted, [link.pair for link in chain])
 
         return await self._make(pool, task, number if wanted is Format.RAW else None, None if quick else program)
