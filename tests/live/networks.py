@@ -53,8 +53,37 @@ while True:
                       "error": error}), flush=True)
 """
 
-# The same between guests, where there is awk and no more. busybox's nc ends a connection when its input ends, so its
-# input is a FIFO that nobody writes to. The clock of /proc/uptime has hundredths of a second.
+# A DHCPv6 client, as far as it takes to be given an address: it asks on eth0 for the MAC that it is told.
+DHCPV6 = """
+import socket, struct, sys, time
+def option(kind, data):
+    return struct.pack("!HH", kind, len(data)) + data
+def options(data):
+    found = {}
+    while data:
+        kind, size = struct.unpack_from("!HH", data)
+        found[kind], data = data[4 : 4 + size], data[4 + size :]
+    return found
+client = option(1, bytes.fromhex("00030001" + sys.argv[1].replace(":", "")))
+one = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+one.bind(("::", 546))
+one.settimeout(2)
+def exchange(kind, more):
+    for _ in range(20):
+        try:
+            message = bytes([kind]) + b"abc" + client + more + option(8, bytes(2))
+            one.sendto(message, ("ff02::1:2", 547, 0, socket.if_nametoindex("eth0")))
+            return options(one.recv(1500)[4:])
+        except OSError:
+            time.sleep(0.2)
+    sys.exit("no answer")
+offer = exchange(1, option(3, struct.pack("!III", 1, 0, 0)))
+reply = exchange(3, option(2, offer[2]) + option(3, offer[3]))
+print(socket.inet_ntop(socket.AF_INET6, options(reply[3][12:])[5][:16]))
+"""
+
+# What the server does, in a guest, where there is awk and no more. busybox's nc ends a connection when its input
+# ends, so its input is a FIFO that nobody writes to. The clock of /proc/uptime has hundredths of a second.
 RECEIVE = (
     "mkfifo /tmp/never 2>/dev/null; exec 3<>/tmp/never; nc -l -p 5000 <&3 |"
     ' awk \'{ getline up < "/proc/uptime"; close("/proc/uptime"); split(up, t, " ");'
@@ -69,7 +98,7 @@ def stream(*to: str, port: int = 5000) -> str:
     `end_streams` ends them.
     """
     one = (
-        '(awk \'BEGIN {{ p = sprintf("%0990d", 0); while (!over) {{ printf "%08d %s\\n", ++n, p;'
+        '(awk \'BEGIN {{ p = sprintf("%0990d", 0); while (!over) {{ printf "%-8d %s\\n", ++n, p;'
         ' if (n % 20 == 0) {{ fflush(); over = !system("usleep 30000; test -e /tmp/stop") }} }}'
         ' print n >"/tmp/sent-{to}" }}\' | nc {to} {port}) & '
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.harness import LAB, Lab, check
+from tests.live import networks
 from tests.live.conftest import SUITE
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ def guests_ended_well(lab: Lab) -> None:
 
 def test_reboot_without_the_daemon_and_autostart(lab: Lab) -> None:
     lab.virtctl("autostart", "deaf3")
+    networks.define(lab, networks.network("lab", 1, head="autostart = true"), start=False)
+    networks.define(lab, networks.network("idle", 2), start=False)
     lab.sh("systemctl stop virtd.socket virtd.service; rm /run/virtd/daemon.json")
     lab.sh("systemctl reboot", check=False)
     lab.wait("the end of the lab", lambda: gone(lab), 60)
@@ -118,7 +121,9 @@ def test_reboot_without_the_daemon_and_autostart(lab: Lab) -> None:
         "deaf6": "stopped",
         "polite": "stopped",
     }
-    assert lab.slots() == 5
+    assert networks.info(lab, "lab")["state"] == "active"
+    assert networks.info(lab, "idle")["state"] == "inactive"
+    assert lab.slots() == 10
 
 
 def test_soft_reboot_and_power_off(lab: Lab) -> None:

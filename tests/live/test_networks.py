@@ -105,6 +105,17 @@ def test_guests_have_a_network_that_stays(lab: Lab, packages: dict[str, Path]) -
         for key in ("bridge", "taps", "dnsmasq", "leases"):
             assert after[key] == before[key], key
         assert lab.json("status")["problems"] == []
+        # It is stopped by force only; its guests live on, cut off, and are connected again by the next start.
+        refused = lab.virtctl("network", "stop", "lab", check=False)
+        assert "it is in use by qemu/db, qemu/web1" in refused.stderr
+        lab.virtctl("network", "stop", "--force", "lab")
+        assert info(lab, "lab")["state"] == "inactive"
+        assert not table(lab, "lab")
+        assert networks.run(lab, "web1", f"ping -c 1 -W 1 {db}")[0] != 0
+        lab.virtctl("network", "start", "lab")
+        assert info(lab, "lab")["users"] == ["qemu/db", "qemu/web1"]
+        status, said = networks.run(lab, "web1", f"ping -c 2 -W 5 {db}")
+        assert status == 0, said
 
 
 def _identities(lab: Lab) -> dict[str, str]:
@@ -200,6 +211,108 @@ def test_isolated_nat_and_routed(lab: Lab) -> None:
             server.close()
 
 
+def test_ipv6_and_mtu(lab: Lab) -> None:
+    """Advertisements, DHCPv6 with and without a static lease, NAT for IPv6, and the MTU that all are told."""
+    mac, other = "52:54:00:77:09:01", "52:54:00:77:09:02"
+    more = (
+        '[ipv6]\naddress = "fd77:9::1/64"\nfirst = "fd77:9::100"\nlast = "fd77:9::1ff"\n'
+        f'[[host]]\nmac = "{mac}"\nname = "six"\nipv6 = "fd77:9::20"\n'
+    )
+    define(lab, network("six", 9, head="mtu = 1400", more=more))
+    assert lab.sh("cat /sys/class/net/vd-six/mtu") == "1400\n"
+    assert info(lab, "six")["mtu"] == 1400
+    with outside(lab), neighbour(lab, "s1", "vd-six", "10.77.9.50/24", "10.77.9.1") as s1:
+        told = f"{s1} cat /proc/sys/net/ipv6/conf/eth0/mtu"
+        lab.wait("an advertisement", lambda: lab.sh(told) == "1400\n", 60)
+        assert lab.sh("cat /sys/class/net/vd-six/mtu") == "1400\n", "whatever its ports have"
+        asked = [
+            lab.run(*s1.split(), "python3", "-c", networks.DHCPV6, address).stdout.strip() for address in (mac, other)
+        ]
+        assert asked[0] == "fd77:9::20"
+        assert int(asked[1].rpartition(":")[2], 16) in range(0x100, 0x200)
+        shown = {row["mac"]: row["address"] for row in lab.json("network", "leases", "six")}
+        assert shown == {mac: asked[0], other: asked[1]}
+        lab.sh(f"ip -n s1 -6 address add {asked[0]}/64 dev eth0 nodad")
+        # Out there nobody knows the way to fd77:9::/64.
+        reached = f"{s1} ping -6 -c 1 -W 5 -I {asked[0]} 2001:db8:1::2"
+        lab.wait("an answer", lambda: "1 received" in lab.sh(reached, check=False), 30)
+
+
+# What docker and libvirt (its nftables backend) have in the kernel, as far as guests of ours come by there.
+OTHERS = """
+table ip filter {
+    chain DOCKER-USER { counter return; }
+    chain FORWARD {
+        type filter hook forward priority filter; policy drop;
+        counter jump DOCKER-USER
+        oifname "docker0" ct state related,established counter accept
+        iifname "docker0" oifname != "docker0" counter accept
+    }
+}
+table ip nat {
+    chain POSTROUTING {
+        type nat hook postrouting priority srcnat; policy accept;
+        oifname != "docker0" ip saddr 172.17.0.0/16 counter masquerade
+    }
+}
+table ip libvirt_network {
+    chain forward {
+        type filter hook forward priority filter; policy accept;
+        counter jump guest_input
+        counter jump guest_output
+    }
+    chain guest_output {
+        ip saddr 192.168.122.0/24 iifname "virbr0" counter accept
+        iifname "virbr0" counter reject
+    }
+    chain guest_input {
+        oifname "virbr0" ip daddr 192.168.122.0/24 ct state established,related counter accept
+        oifname "virbr0" counter reject
+    }
+    chain guest_nat {
+        type nat hook postrouting priority srcnat; policy accept;
+        ip saddr 192.168.122.0/24 ip daddr 224.0.0.0/24 counter return
+        ip saddr 192.168.122.0/24 ip daddr != 192.168.122.0/24 counter masquerade
+    }
+}
+"""
+
+
+def test_beside_docker_and_libvirt(lab: Lab) -> None:
+    """Their tables are as they were, handle by handle, whatever becomes of ours; what docker drops is said."""
+
+    def theirs() -> str:
+        return lab.sh("for t in filter nat libvirt_network; do nft -s -a list table ip $t; done")
+
+    lab.sh(f"nft -f - <<'END'\n{OTHERS}\nEND")
+    try:
+        before = theirs()
+        define(lab, network("nat", 6))
+        (problem,) = info(lab, "nat")["problems"]
+        assert "ip filter FORWARD drops what the host forwards" in problem["text"]
+        assert "DOCKER-USER -i vd-nat" in problem["hint"]
+        lab.sh("nft delete table inet virtd-nat")
+        lab.wait("the rules", lambda: table(lab, "nat"), 10)
+        lab.virtctl(
+            "network", "define", "-", stdin=network("nat", 6, more='[[forward]]\nport = 81\nto = "10.77.6.50"\n')
+        )
+        lab.sh("systemctl reload virtd.service")
+        assert theirs() == before
+        with outside(lab), neighbour(lab, "n1", "vd-nat", "10.77.6.50/24", "10.77.6.1") as n1:
+            assert lab.run(*n1.split(), "ping", "-c", "1", "-W", "2", OUTSIDE, check=False).returncode != 0
+            # The hint, in nft's words.
+            lab.sh(
+                'nft insert rule ip filter DOCKER-USER iifname "vd-nat" accept;'
+                ' nft insert rule ip filter DOCKER-USER oifname "vd-nat" ct state related,established accept'
+            )
+            before = theirs()
+            lab.run(*n1.split(), "ping", "-c", "1", "-W", "5", OUTSIDE)
+        lab.virtctl("network", "stop", "nat")
+        assert theirs() == before
+    finally:
+        lab.sh("for t in filter nat libvirt_network; do nft delete table ip $t; done")
+
+
 def test_dnsmasq_dies_and_a_bridge_is_deleted(lab: Lab) -> None:
     define(lab, network("lab", 1))
     pid = info(lab, "lab")["pid"]
@@ -209,6 +322,20 @@ def test_dnsmasq_dies_and_a_bridge_is_deleted(lab: Lab) -> None:
     assert "killed by SIGKILL" in again["reason"]
     assert again["problems"] == []
     assert len(journal.await_entries(SERVER_ENDED)) == 1
+    # One that can't be started is tried again and again, and its network says so.
+    binary = lab.sh("command -v dnsmasq").strip()
+    lab.sh(f"mv {binary} {binary}.away; kill -9 {again['pid']}")
+    try:
+        (problem,) = lab.wait(
+            "the problem",
+            lambda: [p for p in info(lab, "lab")["problems"] if "dnsmasq can't be started again" in p["text"]], 20,
+        )  # fmt: skip
+        assert "dnsmasq is missing" in problem["text"]
+        assert problem["hint"].startswith("It is started again in ")
+        assert info(lab, "lab")["pid"] is None
+    finally:
+        lab.sh(f"mv {binary}.away {binary}")
+    again = lab.wait("dnsmasq", lambda: (i := info(lab, "lab"))["pid"] and not i["problems"] and i, 90)
     # Also while nobody is there.
     lab.sh(f"systemctl stop virtd.service virtd.socket; kill -9 {again['pid']}; sleep 0.2;"
            " systemctl start virtd.socket virtd.service")  # fmt: skip

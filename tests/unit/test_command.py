@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import grp
+import os
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from virtd.drivers.qemu import command, nics, sandbox
 from virtd.drivers.qemu import host as hostinfo
 from virtd.model import domain as model
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 UUID = "0123abcd-4567-89ab-cdef-0123456789ab"
 RUNTIME = "/run/virtd/qemu/web1"
@@ -238,6 +244,19 @@ def test_devices() -> None:
     assert "DeviceAllow" not in properties(KERNEL, kvm=False)
     found = properties(KERNEL, kvm=False, tap=True, vhost=True)
     assert found["DeviceAllow"] == [("/dev/net/tun", "rw"), ("/dev/vhost-net", "rw")]
+
+
+def test_vhost_where_the_guests_may_open_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = tmp_path / "vhost-net"
+    monkeypatch.setattr(hostinfo, "VHOST", str(device))
+    mine = hostinfo.Account("me", "me", os.getuid(), os.getgid(), ())
+    other = hostinfo.Account("other", "other", os.getuid() + 1, os.getgid() + 1, ())
+    in_group = msgspec.structs.replace(other, groups=(grp.getgrgid(os.getgid()).gr_name,))
+    assert not hostinfo.has_vhost(mine)
+    device.touch()
+    for mode, able in ((0o600, [mine]), (0o660, [mine, in_group]), (0o666, [mine, in_group, other])):
+        device.chmod(mode)
+        assert [who for who in (mine, in_group, other) if hostinfo.has_vhost(who)] == able
 
 
 def test_cards_in_networks() -> None:

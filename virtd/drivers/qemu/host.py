@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import os
 import pwd
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from ...model.settings import Qemu
 
+KVM, VHOST = "/dev/kvm", "/dev/vhost-net"
 PLACES = ("/usr/bin", "/usr/libexec", "/usr/local/bin")
 # uname's names and QEMU's differ for some (docs/system/targets).
 ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64", "i686": "i386"}
@@ -32,7 +34,7 @@ class Account(msgspec.Struct, frozen=True):
     group: str
     uid: int
     gid: int
-    groups: tuple[str, ...]  # more groups: the one that may open /dev/kvm
+    groups: tuple[str, ...]  # more groups: those that may open KVM and VHOST
 
 
 def account(settings: Qemu) -> Account:
@@ -51,11 +53,11 @@ def account(settings: Qemu) -> Account:
     except KeyError:
         raise errors.HostError(f"There is no group {settings.group} to run guests as", hint=hint) from None
     groups = []
-    try:
-        owner = os.stat("/dev/kvm").st_gid
-        groups = [grp.getgrgid(owner).gr_name] if owner not in (0, gid) else []
-    except (OSError, KeyError):
-        pass
+    for device in (KVM, VHOST):
+        with contextlib.suppress(OSError, KeyError):
+            owner = os.stat(device).st_gid
+            if owner not in (0, gid) and (name := grp.getgrgid(owner).gr_name) not in groups:
+                groups.append(name)
     return Account(settings.user, settings.group, entry.pw_uid, gid, tuple(groups))
 
 
@@ -81,24 +83,30 @@ def binary(settings: Qemu) -> str:
 def has_kvm() -> bool:
     """Whether the kernel offers KVM: the device is there and opens."""
     try:
-        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
+        os.close(os.open(KVM, os.O_RDWR | os.O_CLOEXEC))
     except OSError:
         return False
     return True
 
 
-def has_vhost() -> bool:
-    """Whether the kernel takes packets from a guest by itself: the device is there and opens."""
+def has_vhost(who: Account) -> bool:
+    """Whether the kernel takes packets from a guest by itself: the device opens, and is the guests' to open as well.
+
+    QEMU refuses to start when it is told to use what it can't open.
+    """
     try:
-        os.close(os.open("/dev/vhost-net", os.O_RDWR | os.O_CLOEXEC))
-    except OSError:
+        os.close(os.open(VHOST, os.O_RDWR | os.O_CLOEXEC))  # which has the kernel load its module
+        status = os.stat(VHOST)
+        groups = {who.gid, *(grp.getgrnam(name).gr_gid for name in who.groups)}
+    except (OSError, KeyError):
         return False
-    return True
+    wanted = 0o600 if status.st_uid == who.uid else 0o060 if status.st_gid in groups else 0o006
+    return status.st_mode & wanted == wanted
 
 
 def devices(*, kvm: bool, tap: bool, vhost: bool) -> list[str]:
     """What QEMU opens in /dev, besides what everybody may."""
-    wanted = (("/dev/kvm", kvm), ("/dev/net/tun", tap), ("/dev/vhost-net", vhost))
+    wanted = ((KVM, kvm), ("/dev/net/tun", tap), (VHOST, vhost))
     return [path for path, needed in wanted if needed]
 
 

@@ -60,7 +60,7 @@ class _Start(Start[Machine, model.Domain]):
         self.settings = machine.settings
         self.account = hostinfo.account(self.settings)
         self.nics = nics.plan(machine, domain)
-        self.vhost = bool(self.nics) and hostinfo.has_vhost()
+        self.vhost = bool(self.nics) and hostinfo.has_vhost(self.account)
         self.host = command.Host(
             hostinfo.binary(self.settings),
             hostinfo.has_kvm(),
