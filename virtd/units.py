@@ -79,7 +79,9 @@ class UnitSpec(msgspec.Struct, frozen=True):
     """What a child's unit shall be. `environment` is all that the child gets, besides what systemd itself sets.
 
     `properties` are more of them, for the sandbox and limits: (D-Bus name, signature, value). `after`: units, mounts
-    for example, that stay until the child has ended when the host goes down; they need not exist.
+    for example, that stay until the child has ended when the host goes down; they need not exist. `ground`: other
+    children stand on this one, and it stays until the last of them has ended. None of them names it: systemd keeps a
+    unit loaded that a loaded unit names, so it couldn't be collected, nor started again, while one of them runs.
     """
 
     name: str
@@ -92,6 +94,7 @@ class UnitSpec(msgspec.Struct, frozen=True):
     supplementary_groups: tuple[str, ...] = ()
     properties: tuple[tuple[str, str, Any], ...] = ()
     after: tuple[str, ...] = ()
+    ground: bool = False
 
 
 class UnitState(msgspec.Struct, frozen=True):
@@ -492,8 +495,8 @@ def transient_properties(spec: UnitSpec, version: int) -> list[tuple[str, Var]]:
         ("DefaultDependencies", "b", False),
         ("IgnoreOnIsolate", "b", True),
         ("Conflicts", "as", list(FINAL_TARGETS)),
-        ("Before", "as", list(FINAL_TARGETS)),
-        ("After", "as", [GROUND, *spec.after]),
+        ("Before", "as", [*FINAL_TARGETS, GROUND] if spec.ground else list(FINAL_TARGETS)),
+        ("After", "as", list(spec.after) if spec.ground else [GROUND, *spec.after]),
     ]
     if version >= SURVIVAL_SINCE:
         found.append(("SurviveFinalKillSignal", "b", True))

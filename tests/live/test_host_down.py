@@ -93,6 +93,9 @@ def guests_ended_well(lab: Lab) -> None:
         assert [entry["MESSAGE"] for entry in warned] == []
     assert max(found["Stopping"] for found in times.values()) < min(found["Stopped"] for found in times.values())
     assert times["polite"]["Stopped"] < times["deaf3"]["Stopped"] < times["deaf6"]["Stopped"]
+    for entry in journal(lab, "_PID=1", "UNIT=virtd-network-lab.service"):
+        if str(entry["MESSAGE"]).startswith("Stopping"):
+            assert int(entry["__MONOTONIC_TIMESTAMP"]) > times["deaf6"]["Stopped"], "its network went first"
     left = root(lab) / "var/tmp"
     assert (left / "ground").read_text() == "stopped\n"
     assert (left / "guests").read_text() == "", "a guest was still there when its network went"
@@ -107,7 +110,7 @@ def guests_ended_well(lab: Lab) -> None:
 
 def test_reboot_without_the_daemon_and_autostart(lab: Lab) -> None:
     lab.virtctl("autostart", "deaf3")
-    networks.define(lab, networks.network("lab", 1, head="autostart = true"), start=False)
+    networks.define(lab, networks.network("lab", 1, head="autostart = true"))
     networks.define(lab, networks.network("idle", 2), start=False)
     lab.sh("systemctl stop virtd.socket virtd.service; rm /run/virtd/daemon.json")
     lab.sh("systemctl reboot", check=False)

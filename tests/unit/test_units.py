@@ -162,6 +162,12 @@ def test_a_unit_lives_through_a_soft_reboot_where_there_are_any() -> None:
         assert properties["DefaultDependencies"] == Var("b", False)
         assert "poweroff.target" in properties["Conflicts"].value
         assert properties["After"] == Var("as", ["virtd-guests-pre.target", "srv-vm.mount"])
+        assert "virtd-guests-pre.target" not in properties["Before"].value
+    ground = dict(
+        units.transient_properties(UnitSpec("n.service", "a network", "s.slice", ("/x",), ground=True), 255)
+    )
+    assert "virtd-guests-pre.target" in ground["Before"].value
+    assert ground["After"] == Var("as", [])
 
 
 def test_mounts_that_a_path_may_be_on() -> None:

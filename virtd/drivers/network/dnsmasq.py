@@ -125,6 +125,7 @@ def spec(network: Network, unit: str, binary: str, files: Files, account: Accoun
         environment=ENVIRONMENT,
         user=account.user,
         properties=tuple(_sandbox(state)),
+        ground=True,
     )
 
 

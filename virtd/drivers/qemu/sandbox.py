@@ -29,15 +29,13 @@ def properties(
     *,
     toplevel: list[str],
     devices: list[str],
-    after: list[str],
     stop_after: float,
     images: list[Image] | None = None,
 ) -> list[Property]:
     """Properties for StartTransientUnit.
 
-    `toplevel`: the names in `/`; `devices`: those it may open besides its disks; `after`: units that it stands on,
-    which host shutdown leaves until it has ended; `stop_after`: seconds that host shutdown gives it; `images`: the
-    disks' files, as the definition has them unless given.
+    `toplevel`: the names in `/`; `devices`: those it may open besides its disks; `stop_after`: seconds that host
+    shutdown gives it; `images`: the disks' files, as the definition has them unless given.
     """
     images = plain(domain) if images is None else images
     network = any(nic.network is None for nic in domain.nic)
@@ -75,7 +73,7 @@ def properties(
         # At host shutdown systemd stops the unit itself, with or without virtd: the guest is asked first.
         ("ExecStop", "a(sasb)", [_stop_command(runtime, stop_after)]),
     ]
-    if after := sorted({*after, *(image.after for image in images if image.after)}):
+    if after := sorted({image.after for image in images if image.after}):
         found += [("After", "as", after)]
     if devices:
         found += [("DevicePolicy", "s", "closed")]

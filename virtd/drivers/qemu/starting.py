@@ -11,7 +11,7 @@ import msgspec
 
 from ... import errors, files
 from ...model import domain as model
-from ...units import UnitSpec, mount_units, unit_name
+from ...units import UnitSpec, mount_units
 from ..start import Start
 from . import command, ends, images, nics, sandbox
 from . import host as hostinfo
@@ -130,7 +130,6 @@ class _Start(Start[Machine, model.Domain]):
                     machine.runtime,
                     toplevel=sorted(entry.name for entry in os.scandir("/") if entry.is_dir(follow_symlinks=False)),
                     devices=hostinfo.devices(kvm=self.host.kvm, tap=bool(self.nics), vhost=self.vhost),
-                    after=[unit_name("network", nic.network) for nic in self.nics],
                     stop_after=self.definition.host_shutdown_timeout or self.settings.host_shutdown_timeout,
                     images=self.disks,
                 )
