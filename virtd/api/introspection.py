@@ -200,6 +200,7 @@ INTERFACES: Final[dict[str, Interface]] = {
             "Dump": _reading("", "text:s"),
             "ListVolumes": _reading("", "volumes:aa{sv}"),
             "VolumeInfo": _reading("volume:s", "info:a{sv}"),
+            "ListSnapshots": _reading("volume:s", "snapshots:aa{sv}"),
             "Start": _changing("", "changed:b"),
             "Stop": _changing("", "changed:b"),
             "Refresh": _changing("", "volumes:x"),
@@ -208,6 +209,8 @@ INTERFACES: Final[dict[str, Interface]] = {
             # Each gives the job that goes on, "" when all is done.
             "CreateVolume": _changing("volume:s size:s format:s", "job:s"),
             "CloneVolume": _changing("volume:s to:s", "job:s"),
+            # `from` is the image's format, which is never guessed; without a file, of what is there under that name.
+            "ImportVolume": _changing("volume:s file:s from:s format:s", "job:s"),
             "ResizeVolume": _changing("volume:s size:s", "job:s"),
             "WipeVolume": _changing("volume:s", "job:s"),
             "DeleteVolume": _changing("volume:s", "job:s"),

@@ -42,6 +42,8 @@ async def call(host: Host, name: str, member: str, args: tuple[Any, ...], by: Ca
             return ([dictionary(volume) for volume in await volumes.listing(name)],)
         case "VolumeInfo":
             return (dictionary(await volumes.info(name, args[0])),)
+        case "ListSnapshots":
+            return ([dictionary(snapshot) for snapshot in await volumes.snapshots(name, args[0])],)
     assert by is not None
     match member:
         case "Start":
@@ -57,6 +59,11 @@ async def call(host: Host, name: str, member: str, args: tuple[Any, ...], by: Ca
             done = await volumes.create(name, volume, size or None, format=kind or None, by=by)
         case "CloneVolume":
             done = await volumes.clone(name, args[0], args[1], by=by)
+        case "ImportVolume":
+            volume, file, source, kind = args
+            done = await volumes.import_(
+                name, volume, file or None, source_format=source or None, format=kind or None, by=by
+            )
         case "ResizeVolume":
             done = await volumes.resize(name, args[0], args[1], by=by)
         case "WipeVolume":
