@@ -25,7 +25,14 @@ def pid1(tmp_path: Path) -> Iterator[FakePid1]:
     fake.close()
 
 
-def limited(pid1: FakePid1, *, store_max: int | None = None, headroom: int = 0, files: int | None = None) -> Store:
+def limited(
+    pid1: FakePid1,
+    *,
+    store_max: int | None = None,
+    headroom: int = 0,
+    files: int | None = None,
+    direct: int | None = 128,
+) -> Store:
     """A store under these limits; `files` stands for the soft limit that the unit would set."""
     environ = pid1.environment()
     if store_max is not None:
@@ -34,7 +41,7 @@ def limited(pid1: FakePid1, *, store_max: int | None = None, headroom: int = 0, 
     if files is not None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
     try:
-        return Store.from_environment(environ, headroom=headroom)
+        return Store.from_environment(environ, headroom=headroom, direct=direct)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -104,7 +111,7 @@ def names_of_total(total: int, length: int = 200) -> list[str]:
 
 
 def test_the_names_fill_what_the_kernel_takes_and_no_byte_more(pid1: FakePid1) -> None:
-    store = limited(pid1, store_max=100_000, files=None)
+    store = limited(pid1, store_max=100_000, files=None, direct=None)
     store.room_for(names_of_total(131_071))
     with pytest.raises(StoreFull) as caught:
         store.room_for(names_of_total(131_072))
@@ -131,7 +138,7 @@ def test_that_is_what_the_kernel_takes(total: int, starts: bool) -> None:
 def test_names_of_sockets_count(pid1: FakePid1) -> None:
     name = "s" * 200
     store = Store.from_environment(
-        pid1.environment() | {"FDSTORE": "100000"}, inherited={os.memfd_create("s"): name}, headroom=0
+        pid1.environment() | {"FDSTORE": "100000"}, inherited={os.memfd_create("s"): name}, headroom=0, direct=None
     )
     assert store.budget().names_bytes == 15 + 200
     store.room_for(names_of_total(131_071 - 201))
@@ -141,7 +148,7 @@ def test_names_of_sockets_count(pid1: FakePid1) -> None:
 
 
 def test_the_estimate_follows_the_length_of_the_names(pid1: FakePid1) -> None:
-    store = limited(pid1, store_max=100_000)
+    store = limited(pid1, store_max=100_000, direct=None)
     put_new(store, "a/" + "b" * 253)
     # The one that is there and its colon take 256; so will each of the others.
     assert store.budget()[:3] == (1, (NAMES_BYTES - 15 + 1) // 256, Limit.NAMES)

@@ -6,9 +6,10 @@ It needs systemd-python and nothing else of virtd, so that any Python daemon can
 
 from virtd.fdstore.budget import Budget, Limit
 from virtd.fdstore.errors import AlreadyStored, BadName, MissingSlot, NotifyFailed, StoreError, StoreFull
-from virtd.fdstore.store import Difference, Slot, Store, StoredEntry
+from virtd.fdstore.store import HEADROOM, Difference, Slot, Store, StoredEntry
 
 __all__ = [
+    "HEADROOM",
     "AlreadyStored",
     "BadName",
     "Budget",

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 # descriptor with any other name isn't refused by PID 1 but stored under the name "stored", and so lost to its owner.
 # A backslash PID 1 keeps, but libsystemd takes it for an escape when it reads $LISTEN_FDNAMES.
 LONGEST = 255
+# Of boxes (boxes.py), which are the store's own.
+BOX = "fdstore/box/"
 _FIRST, _LAST = " ", "~"
 
 
@@ -29,6 +31,8 @@ def check(name: str) -> str:
         raise BadName(f"slot name {name!r} has a character that is not printable ASCII")
     if ":" in name or "\\" in name:
         raise BadName(f"slot name {name!r} has a colon or a backslash, which don't come through $LISTEN_FDNAMES")
+    if name.startswith(BOX):
+        raise BadName(f"slot name {name!r} is one that the store has for itself")
     parts = name.split("/")
     if len(parts) < 2 or not all(parts):
         raise BadName(f"slot name {name!r} is not made of parts joined by /, as in qemu/web1/stdin")

@@ -11,16 +11,20 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from virtd.fdstore import boxes
 from virtd.fdstore import names as slot_names
 from virtd.fdstore import notify as messages
-from virtd.fdstore.budget import HINTS, Budget, Limit, exceeded, files_limit, measure
+from virtd.fdstore.boxes import Boxes
+from virtd.fdstore.budget import HINTS, Budget, Limit, Stock, exceeded, files_limit, measure
 from virtd.fdstore.errors import AlreadyStored, MissingSlot, StoreFull
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, MutableMapping
+    from collections.abc import Collection, Iterable, Mapping, MutableMapping
 
 # Descriptors that the daemon opens for itself, beside the stored ones: sockets, clients, epoll, files in passing.
 HEADROOM = 128
+# So many slots are entries of their own in PID 1's store, where everybody sees them; more are put into boxes.
+DIRECT = 128
 _OURS = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID", "FDSTORE", "NOTIFY_SOCKET")
 
 # fcntl.F_DUPFD_QUERY of Linux 6.10, which Python knows from 3.14 on.
@@ -87,9 +91,11 @@ class Store:
         *,
         store_max: int | None = None,
         headroom: int = HEADROOM,
+        direct: int | None = DIRECT,
     ) -> None:
         self._send = transport
         self._store_max = store_max
+        self._direct = None if transport is None else direct
         # As it is now: the daemon may raise its own soft limit later, and the next start begins with this one again.
         self._files_max = files_limit(resource.getrlimit(resource.RLIMIT_NOFILE)[0], headroom)
         self._changing = threading.RLock()
@@ -97,16 +103,35 @@ class Store:
         # This one is replaced, not changed, when it changes, so that readers need no lock. The others are read as a
         # whole, which is one step under the GIL.
         self._doubles: dict[str, tuple[Slot, ...]] = {}
+        self._boxes = Boxes(self._tell)
         self._sockets: dict[str, list[int]] = {}
+        # How many entries of its own a slot has in PID 1: one if it isn't in a box, more if others made doubles.
+        self._alone: dict[str, int] = {}
         # Which slots may be the same open file, by dev:ino; asking the kernel about each pair would be quadratic.
         self._by_inode: dict[tuple[int, int], set[str]] = {}
+        generations: dict[int, dict[int, int]] = {}
         for fd, name in sorted(inherited.items()):
             if not slot_names.is_slot(name):
                 self._sockets.setdefault(name, []).append(fd)
-            elif name in self._slots:
-                self._doubles[name] = (*self._doubles.get(name, ()), Slot.of(name, fd))
+            elif (key := boxes.parse(name)) is not None and key[1] not in generations.get(key[0], {}):
+                generations.setdefault(key[0], {})[key[1]] = fd
             else:
-                self._keep(Slot.of(name, fd))
+                self._found(Slot.of(name, fd))
+                self._alone[name] = self._alone.get(name, 0) + 1
+        for number, fds in generations.items():
+            if (content := self._boxes.open(number, fds)) is None:
+                # It stays as it is, in slots like any others.
+                content = {boxes.name_of(number, generation): fd for generation, fd in fds.items()}
+                self._alone |= dict.fromkeys(content, 1)
+            for name, fd in content.items():
+                self._found(Slot.of(name, fd))
+
+    def _found(self, slot: Slot) -> None:
+        """One more that came back."""
+        if slot.name in self._slots:
+            self._doubles[slot.name] = (*self._doubles.get(slot.name, ()), slot)
+        else:
+            self._keep(slot)
 
     @classmethod
     def from_environment(
@@ -115,6 +140,7 @@ class Store:
         *,
         fallback_max: int = 0,
         headroom: int = HEADROOM,
+        direct: int | None = DIRECT,
         inherited: Mapping[int, str] | None = None,
         notify: messages.Transport | None = None,
     ) -> Self:
@@ -123,8 +149,9 @@ class Store:
         The variables that say so are removed from `environ`, NOTIFY_SOCKET with them, so that no child can take them
         for its own. `fallback_max` is the unit's FileDescriptorStoreMax=, for systemd before 254, which doesn't tell
         it: where neither it nor $FDSTORE says that there is a store, `put()` refuses rather than lose what it is
-        given. `headroom` is how many descriptors the daemon opens beside its slots. `inherited` (names by number) and
-        `notify` stand in for systemd in tests.
+        given. `headroom` is how many descriptors the daemon opens beside its slots. `direct` is how many slots are
+        entries of their own in PID 1 before more are put into boxes (boxes.py); None: all of them. `inherited` (names
+        by number) and `notify` stand in for systemd in tests.
         """
         if inherited is None:
             inherited = _listen_fds() if "LISTEN_FDS" in environ else {}
@@ -135,7 +162,7 @@ class Store:
         for key in _OURS:
             environ.pop(key, None)
         store_max = None if notify is None else int(told) if told.isdecimal() else fallback_max
-        return cls(inherited, notify, store_max=store_max, headroom=headroom)
+        return cls(inherited, notify, store_max=store_max, headroom=headroom, direct=direct)
 
     @property
     def persistent(self) -> bool:
@@ -180,20 +207,39 @@ class Store:
         """
         return {name: found for name in self._doubles if len(found := self._candidates(name)) > 1}
 
+    def kept_as(self, name: str) -> str:
+        """The entry of PID 1's store that holds the slot: of its own name, or a box's. Raises MissingSlot."""
+        if name not in self._slots:
+            raise MissingSlot(f"there is no slot {name}")
+        found = self._boxes.of(name)
+        return name if name in self._alone or not found else found[0].name
+
     def budget(self) -> Budget:
         """How much of the store is used, and what limits it."""
-        return self._budget([])
+        return measure(self._stock(), self._store_max, self._files_max)
 
     def room_for(self, names: Iterable[str]) -> None:
         """Return if all `names` could be put together; else raise StoreFull, which says what to change in the unit.
 
         Also BadName, for a name that can't be put at all.
         """
+        self._placed(names)
+
+    def _placed(self, names: Iterable[str]) -> dict[str, int]:
+        """Where those of `names` that aren't there would go: the number of a box, or 0 for an entry of their own."""
         new = [slot_names.check(name) for name in dict.fromkeys(names) if name not in self._slots]
-        over = exceeded(self._budget(new))
+        stock = self._stock()
+        placed = self._distributed(new, stock)
+        alone, held = [*stock.alone], dict(stock.boxes)
+        for name, number in placed.items():
+            if number:
+                box = self._boxes.name(number)
+                held[box] = held.get(box, 0) + 1
+            else:
+                alone.append(name)
+        over = exceeded(stock._replace(alone=alone, boxes=held), self._store_max, self._files_max)
         if over is None:
-            return
-        now = self._budget([])
+            return placed
         what = new[0] if len(new) == 1 else f"{len(new)} descriptors"
         if over is Limit.STORE and not self._store_max:
             raise StoreFull(
@@ -201,11 +247,40 @@ class Store:
                 limited_by=over,
                 hint="set FileDescriptorStoreMax= in the unit; before systemd 254, pass fallback_max= as well",
             )
+        now = self.budget()
         raise StoreFull(
             f"no room for {what} in the FD store: {now.used} slots are used, and {over} allows {now.max}",
             limited_by=over,
             hint=HINTS[over],
         )
+
+    def _distributed(self, new: list[str], stock: Stock) -> dict[str, int]:
+        """All of them by themselves or all in boxes, in one if there is one with room for them."""
+        alone = dict.fromkeys(new, 0)
+        if self._direct is None or len(stock.alone) + len(new) <= self._direct:
+            return alone
+        if (found := self._boxes.place(len(new))) is not None:
+            return dict.fromkeys(new, found)
+        first = self._boxes.next_number(self._alone)
+        more = -(-len(new) // boxes.CAPACITY)
+        if self._store_max is not None and stock.entries + more + (not self._boxes) > self._store_max:
+            return alone
+        return {name: first + index // boxes.CAPACITY for index, name in enumerate(new)}
+
+    def held(self, dump: Iterable[tuple[str, int, int]]) -> dict[str, list[tuple[int, int]]]:
+        """What PID 1 holds, by slot: (dev, ino) of each descriptor, of `dump` as `verify` is given it.
+
+        A box of ours is told as what is in it. One that isn't ours is told as itself.
+        """
+        slots = dict(self._slots)
+        others, boxed = self._boxes.sort(dump)
+        found: dict[str, list[tuple[int, int]]] = {}
+        for name, dev, ino in others:
+            found.setdefault(name, []).append((dev, ino))
+        for name in boxed:
+            if name in slots:
+                found.setdefault(name, []).append(slots[name][2:])
+        return found
 
     def verify(self, dump: Iterable[tuple[str, int, int]]) -> Difference:
         """Compare with what PID 1 holds, given as StoredEntry or plain (name, dev, ino).
@@ -213,9 +288,7 @@ class Store:
         By name and by what the descriptors are: only this tells that PID 1 kept what it was sent. Ask for the dump
         after `barrier()`, or messages of the last moment aren't in it.
         """
-        held: dict[str, list[tuple[int, int]]] = {}
-        for name, dev, ino in dump:
-            held.setdefault(name, []).append((dev, ino))
+        held = self.held(dump)
         ours = dict(self._slots)
         both = ours.keys() & held.keys()
         return Difference(
@@ -229,34 +302,86 @@ class Store:
     def put(self, name: str, fd: int) -> Slot:
         """Store a duplicate of `fd` under `name`; the caller keeps its own, and may close it.
 
-        A slot of that name is replaced, and its old descriptor closed. Between its removal and the new one's arrival
-        lie some microseconds in which a SIGKILL leaves neither, since PID 1 can only drop *all* of a name: replace
-        what can be opened again (a log file), and put what can't be (a pipe, a connection) under a name of its own
-        before the old one is dropped. Putting what the slot holds already sends it again, and removes nothing.
+        A slot of that name is replaced, and its old descriptor closed. If it isn't in a box, some microseconds lie
+        between its removal and the new one's arrival in which a SIGKILL leaves neither, since PID 1 can only drop
+        *all* of a name: replace what can be opened again (a log file), and put what can't be (a pipe, a connection)
+        under a name of its own before the old one is dropped. Putting what the slot holds already sends it again, and
+        removes nothing.
 
         Raises BadName, StoreFull, AlreadyStored or NotifyFailed. With the last, a slot that was to be replaced may be
         gone from PID 1, while `get()` still answers the old descriptor.
         """
+        return self.put_all({name: fd})[name]
+
+    def put_all(self, descriptors: Mapping[str, int]) -> dict[str, Slot]:
+        """`put` for several that belong together: with few messages, and those that share a box all or none.
+
+        NotifyFailed may leave some of the others in the store.
+        """
         with self._changing:
-            self.room_for([name])
-            slot = Slot.of(name, fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3))
+            placed = self._placed(descriptors)
+            self.tidy()
+            new: dict[str, Slot] = {}
             try:
-                twin = self._twin(slot)
-                if twin not in (None, name):
-                    raise AlreadyStored(
-                        f"the descriptor for slot {name} is in the FD store as {twin}",
-                        hint="a descriptor and its dup() can have one name only; open the file again for another",
-                    )
-                if name in self._slots and (twin is None or name in self._doubles):
-                    self._tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
-                # FDPOLL=0: else PID 1 drops a pipe when its writer dies, and with it what nobody has read yet.
-                self._tell(f"FDSTORE=1\nFDPOLL=0\nFDNAME={name}", slot.fd)
+                again = self._duplicated(descriptors, new)
+                for name in [name for name in new if name in self._alone or placed.get(name) == 0]:
+                    if name in self._slots and (name not in again or name in self._doubles):
+                        self._tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
+                    # FDPOLL=0: else PID 1 drops a pipe when its writer dies, and with it what nobody has read yet.
+                    self._tell(f"FDSTORE=1\nFDPOLL=0\nFDNAME={name}", new[name].fd)
+                    for box in self._boxes.of(name):
+                        self._repack(box.id, without={name})
+                    self._forget(name)
+                    self._keep(new[name])
+                    self._alone[name] = 1
+                self._put_boxed(new, placed)
             except BaseException:
-                os.close(slot.fd)
+                for slot in new.values():
+                    if self._slots.get(slot.name) is not slot:
+                        os.close(slot.fd)
                 raise
-            self._forget(name)
-            self._keep(slot)
-            return slot
+            return new
+
+    def _duplicated(self, descriptors: Mapping[str, int], new: dict[str, Slot]) -> set[str]:
+        """Fill `new` with duplicates; the names whose slots hold the same open file already. Raises AlreadyStored."""
+        again = set()
+        for name, fd in descriptors.items():
+            slot = new[name] = Slot.of(name, fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3))
+            twin = self._twin(slot)
+            if twin is None:
+                others = [other for other in new.values() if other[2:] == slot[2:] and other.name != name]
+                twin = next((other.name for other in others if _same_open_file(other.fd, slot.fd)), None)
+            if twin not in (None, name):
+                raise AlreadyStored(
+                    f"the descriptor for slot {name} is in the FD store as {twin}",
+                    hint="a descriptor and its dup() can have one name only; open the file again for another",
+                )
+            if twin == name:
+                again.add(name)
+        return again
+
+    def _put_boxed(self, new: dict[str, Slot], placed: dict[str, int]) -> None:
+        """Those of `new` that aren't entries of their own, a message or two for each box."""
+        changes: dict[int, dict[str, Slot]] = {}
+        for name, slot in new.items():
+            if name in self._alone:
+                continue
+            home, *more = [box.id for box in self._boxes.of(name)] or [placed[name]]
+            for number in more:
+                self._repack(number, without={name})
+            changes.setdefault(home, {})[name] = slot
+        for number, slots in changes.items():
+            self._repack(number, add={name: slot.fd for name, slot in slots.items()})
+            for name, slot in slots.items():
+                self._forget(name)
+                self._keep(slot)
+
+    def _repack(self, number: int, *, without: Collection[str] = (), add: Mapping[str, int] | None = None) -> None:
+        # What was taken out isn't ours any more, and which of two doubles is in there only the box itself can say.
+        known = {name: slot.fd for name, slot in self._slots.items() if slot.fd >= 0 and name not in self._doubles}
+        # One entry is left free for this, unless FileDescriptorStoreMax= was lowered since.
+        crowded = self._store_max is not None and self._stock().entries > self._store_max
+        self._boxes.change(number, known, without=without, add=add, crowded=crowded)
 
     def take(self, name: str) -> int:
         """The slot's descriptor, which becomes the caller's to close. PID 1 keeps its own until `drop(name)`."""
@@ -267,16 +392,28 @@ class Store:
 
     def drop(self, name: str) -> None:
         """Forget the slot, here and in PID 1, and close its descriptor. One that isn't there is dropped already."""
-        with self._changing:
-            if name in self._slots:
-                self._tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
-                self._forget(name)
+        self._drop([name])
 
     def expel(self, name: str) -> None:
         """Drop the slot also if only PID 1 knows of it (see `verify`)."""
         with self._changing:
-            self._tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
-            self._forget(name)
+            if name not in self._alone:
+                self._tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
+            self._drop([name])
+
+    def _drop(self, names: Iterable[str]) -> None:
+        with self._changing:
+            self.tidy()
+            going = {name for name in names if name in self._slots}
+            for name in sorted(going & self._alone.keys()):
+                self._tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
+                if not self._boxes.of(name):
+                    self._forget(name)
+            for box in self._boxes.all():
+                if not going.isdisjoint(box.since):
+                    self._repack(box.id, without=going)
+            for name in going & self._slots.keys():
+                self._forget(name)
 
     def renew(self, name: str) -> None:
         """Send the slot's descriptor to PID 1 again, as the only one of its name; here it stays the same.
@@ -285,18 +422,27 @@ class Store:
         """
         with self._changing:
             fd = self.get(name)
-            # First as one more of that name: if we are killed before the rest is done, the next start can choose.
-            self._tell(f"FDSTORE=1\nFDPOLL=0\nFDNAME={name}", fd)
-            self._tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
-            self._tell(f"FDSTORE=1\nFDPOLL=0\nFDNAME={name}", fd)
+            self.tidy()
+            if name in self._alone:
+                # First as one more of that name: if we are killed before the rest is done, the next start can choose.
+                self._tell(f"FDSTORE=1\nFDPOLL=0\nFDNAME={name}", fd)
+                self._tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
+                self._tell(f"FDSTORE=1\nFDPOLL=0\nFDNAME={name}", fd)
+            else:
+                for box in self._boxes.of(name):
+                    self._repack(box.id)
 
     def drop_prefix(self, prefix: str) -> list[str]:
         """Drop `prefix` itself and all below it, part by part: qemu/web1 spares qemu/web10. Returns their names."""
         with self._changing:
-            dropped = slot_names.below(self.names(), prefix)
-            for name in dropped:
-                self.drop(name)
+            dropped = sorted(slot_names.below(self._slots, prefix))
+            self._drop(dropped)
             return dropped
+
+    def tidy(self) -> None:
+        """Remove what a crash between two messages has left in PID 1, as every change does. Raises NotifyFailed."""
+        with self._changing:
+            self._boxes.tidy()
 
     def resolve(self, name: str, dev: int, ino: int) -> Slot:
         """Settle a name that came back more than once: keep the candidate that is `dev:ino` and drop the others.
@@ -322,8 +468,9 @@ class Store:
         """
         with self._changing:
             for slot in self._slots.values():
-                if slot.fd >= 0 and slot.name not in self._doubles:
+                if slot.fd >= 0 and slot.name in self._alone and slot.name not in self._doubles:
                     self._tell(f"FDSTORE=1\nFDPOLL=0\nFDNAME={slot.name}", slot.fd)
+            self._boxes.send_again()
 
     def notify(self, text: str) -> None:
         """Send fields of sd_notify(3), one a line: READY=1, STATUS=..., STOPPING=1, WATCHDOG=1, ...
@@ -345,16 +492,16 @@ class Store:
         with self._changing:
             for name in list(self._slots):
                 self._forget(name)
+            self._boxes.close()
             for fds in self._sockets.values():
                 for fd in fds:
                     os.close(fd)
             self._sockets = {}
 
-    def _budget(self, new: list[str]) -> Budget:
-        """The budget with slots of these names besides."""
-        doubles = [slot.name for slots in self._doubles.values() for slot in slots]
+    def _stock(self) -> Stock:
+        alone = [name for name, count in list(self._alone.items()) for _ in range(count)]
         sockets = [name for name, fds in self._sockets.items() for _ in fds]
-        return measure([*self._slots, *doubles, *new], sockets, self._store_max, self._files_max)
+        return Stock(alone, self._boxes.sizes(), sockets, self._direct)
 
     def _tell(self, text: str, *fds: int) -> None:
         if self._send is not None:
@@ -388,6 +535,7 @@ class Store:
                 self._by_inode.pop(slot[2:], None)
         self._doubles = {other: slots for other, slots in self._doubles.items() if other != name}
         self._slots.pop(name, None)
+        self._alone.pop(name, None)
 
 
 def _same_open_file(one: int, other: int) -> bool:
