@@ -106,9 +106,9 @@ class Child(msgspec.Struct):
         With `terminal` the child has a terminal in place of standard input and output: its master end is in the slot
         of stdin, and what comes out of it goes through a pipe of our own, whose read end is in the slot of stdout.
         """
-        self.console = self._log(CONSOLE_LOG, None)
+        self.console = self._log(CONSOLE_LOG)
         try:
-            self.stderr = self._log(STDERR_LOG, None)
+            self.stderr = self._log(STDERR_LOG)
         except BaseException:
             self.console.close()
             raise
@@ -157,8 +157,7 @@ class Child(msgspec.Struct):
         """Put `descriptors` into their slots and see that PID 1 has them. Raises HostError, with none left there."""
         store = self.services.store
         try:
-            for name, fd in descriptors.items():
-                store.put(name, fd)
+            store.put_all(descriptors)
             await self._verify(list(descriptors))
         except fdstore.StoreError as exc:
             self._drop_slots()
@@ -178,16 +177,21 @@ class Child(msgspec.Struct):
     async def _verify(self, wanted: list[str]) -> None:
         """See what PID 1 holds: that a message was sent says nothing, and sd_notify(3) not that the store is full."""
         units = await self.services.units()
+        store = self.services.store
+        boxed = any(store.kept_as(name) != name for name in wanted)
         missing: set[str] = set()
         for _ in range(3):
-            dump = await units.store_dump(self.services.unit, wanted)
+            dump = await units.store_dump(self.services.unit, None if boxed else wanted)
             if dump is None:  # systemd < 254 can't tell
                 return
-            difference = self.services.store.verify(dump)
+            difference = store.verify(dump)
             missing = set(wanted) & {*difference.missing, *difference.mismatched}
             if not missing:
                 return
             await asyncio.sleep(0.02)
+        if boxed:
+            # Others' slots are in that box as well: PID 1 is to have them, whatever became of ours.
+            await asyncio.to_thread(store.send_again)
         raise errors.HostError(
             f"systemd didn't keep {', '.join(sorted(missing))} in its FD store",
             hint="Raise FileDescriptorStoreMax= of virtd.service. See: journalctl -b _PID=1 -g FileDescriptorStore",
@@ -232,11 +236,11 @@ class Child(msgspec.Struct):
             except (fdstore.MissingSlot, ValueError):
                 child.lost.append(name)
                 services.store.drop(name)  # what there is isn't ours, whatever it is: nothing is read from it
-        held = services.store.slots()
-        child.console = child._log(CONSOLE_LOG, held.get(child.slot(CONSOLE_LOG)))
-        child.stderr = child._log(STDERR_LOG, held.get(child.slot(STDERR_LOG)))
+        held = [slot for slot in (CONSOLE_LOG, STDERR_LOG) if child.slot(slot) in services.store]
+        child.console = child._log(CONSOLE_LOG, held=CONSOLE_LOG in held)
+        child.stderr = child._log(STDERR_LOG, held=STDERR_LOG in held)
         for slot_name, file in ((CONSOLE_LOG, child.console), (STDERR_LOG, child.stderr)):
-            if child.slot(slot_name) not in held:
+            if slot_name not in held:
                 child._rotated(child.slot(slot_name), file.fd)
         child._pump()
         return child
@@ -319,7 +323,7 @@ class Child(msgspec.Struct):
                 os.close(fd)
             del self._renewals[name]
 
-    def _log(self, slot: str, held: fdstore.Slot | None) -> LogFile:
+    def _log(self, slot: str, *, held: bool = False) -> LogFile:
         services = self.services
         of = services.paths.console_log if slot == CONSOLE_LOG else services.paths.stderr_log
         name = self.slot(slot)
@@ -330,11 +334,11 @@ class Child(msgspec.Struct):
             backups=limits.backups,
             on_rotate=lambda fd: self._rotated(name, fd),
             # A duplicate: the store may have to send its own to PID 1 once more.
-            fd=os.dup(services.store.get(name)) if held is not None else None,
+            fd=os.dup(services.store.get(name)) if held else None,
         )
 
     def _pump(self) -> None:
-        held = self.services.store.slots()
+        held = self.services.store
         if self._feeder is None and self.slot(STDIN) in held and self.slot(STDOUT) in held:
             stdin = self.services.store.get(self.slot(STDIN))
             if os.isatty(stdin):

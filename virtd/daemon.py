@@ -30,6 +30,7 @@ import contextlib  # noqa: E402
 import gc  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
+import resource  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
@@ -211,6 +212,8 @@ class Daemon:
     async def _recover(self) -> None:
         """Second step: every record beside its unit. One that fails is a problem of its own."""
         await self.host.reconcile()
+        with contextlib.suppress(fdstore.NotifyFailed):
+            await asyncio.to_thread(self._store.tidy)
         found = self.host.found()
         recovery = self.host.recovery
         if any(found.values()):
@@ -265,7 +268,7 @@ class Daemon:
         try:
             unit_max = int(await units.service_property(UNIT, "FileDescriptorStoreMax"))
             self._store.resize(unit_max)
-            wanted = len(self._store.names())
+            wanted = self._store.budget().entries
             if await units.store_count(UNIT) < wanted:
                 await asyncio.to_thread(self._store.send_again)
                 await asyncio.to_thread(self._store.barrier)
@@ -274,7 +277,7 @@ class Daemon:
             log.warning("Whether systemd still has all descriptors can't be seen: %s", exc)
             return
         if kept < wanted:
-            text = f"systemd has dropped {wanted - kept} of {wanted} descriptors of running guests"
+            text = f"systemd has dropped {wanted - kept} of {wanted} entries of the FD store, which guests need"
             self.host.problems["store"] = (
                 text,
                 f"Raise FileDescriptorStoreMax= of virtd.service (now {unit_max}) before virtd is restarted.",
@@ -418,7 +421,9 @@ def main() -> int:
         return 2
     logging.basicConfig(level=logging.INFO, handlers=[journal.Handler()], format="%(message)s")
     knows_store = "FDSTORE" in os.environ
-    store = fdstore.Store.from_environment(fallback_max=STORE_MAX)
+    # Half of the open files for slots: for each guest's five there are two logs, a pidfd, a monitor, and clients.
+    headroom = max(fdstore.HEADROOM, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+    store = fdstore.Store.from_environment(fallback_max=STORE_MAX, headroom=headroom)
     loop = asyncio.new_event_loop()
     status = 1
     try:

@@ -60,10 +60,8 @@ async def look(services: Services, driver: str) -> Seen:
     units = await services.units()
     listed = await units.list(f"virtd-{driver}-*.service")
     dump = await units.store_dump(services.unit)
-    slots: dict[str, list[tuple[int, int]]] = {}
-    for name, dev, ino in dump or []:
-        if name.startswith(f"{driver}/"):
-            slots.setdefault(name, []).append((dev, ino))
+    held = services.store.held(dump or [])
+    slots = {name: found for name, found in held.items() if name.startswith(f"{driver}/")}
     return Seen(
         {found: unit for unit in listed if (found := object_name(driver, unit.name)) and unit.load != "not-found"},
         None if dump is None else slots,

@@ -248,6 +248,14 @@ class Host(Domains):
             found += [_row(driver.name, *trouble) for trouble in driver.troubles()]
         return found
 
+    async def slots(self) -> list[dict[str, str]]:
+        """See Slots in org.virtd1.varlink."""
+        store = self._services.store
+        return [
+            {"name": name, "kept_as": store.kept_as(name), "what": os.readlink(f"/proc/self/fd/{store.get(name)}")}
+            for name in store.names()
+        ]
+
     async def check_all(self, *, repair: bool, by: Caller | None) -> dict[str, Any]:
         """Compare what systemd, /run, /etc and virtd tell of every object; with `repair`, mend what can be mended
         without touching what runs.

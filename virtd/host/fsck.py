@@ -47,7 +47,7 @@ async def _strangers(services: Services) -> list[Difference]:
     """Slots of no driver of ours: a newer virtd's, before a rollback. They may be all that keeps something alive."""
     units = await services.units()
     dump = await units.store_dump(services.unit)
-    found = {name for name, _dev, _ino in dump or [] if name.partition("/")[0] not in MODULES}
+    found = {name for name in services.store.held(dump or []) if name.partition("/")[0] not in MODULES}
     return [Difference("slot", "", f"slot {name} is one that this version doesn't know") for name in sorted(found)]
 
 
