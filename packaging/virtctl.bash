@@ -196,7 +196,7 @@ _virtctl_volume() {
 _virtctl() {
     local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]} command='' second='' word skip=0 options
     local -r commands='list info start shutdown stop kill reboot suspend resume wait console log
-        define undefine dump autostart status fsck reload container network pool volume help'
+        define undefine dump autostart status fsck slots reload container network pool volume help'
     local -r common='--help --daemon-timeout --address'
     local -r with_value='--address --env -e --image --daemon-timeout --escape --lines -n --signal -s --state --timeout
         --backing --backing-pool --format --from --preallocation --size --to-pool'
@@ -277,6 +277,7 @@ _virtctl() {
         list) options='--all --running --state --no-legend --json' ;;
         info | dump | status) options='--json' ;;
         fsck) options='--repair --no-legend --json' ;;
+        slots) options='--no-legend --json' ;;
         shutdown) options='--timeout --no-wait' ;;
         reboot) options='--force --timeout' ;;
         kill) options='--signal' ;;

@@ -393,11 +393,11 @@ async def test_only_root_may_change_things(tmp_path: Any, monkeypatch: pytest.Mo
                 reply = await client.call(f"org.virtd1.{method}", parameters, more=method == "OpenConsole")
                 assert reply is not None
                 denied = reply.get("error") == "org.virtd1.AccessDenied"
-                assert denied == (method not in {"Status", "List", "Info", "Dump", "Wait", "Check"}), method
+                assert denied == (method not in {"Status", "List", "Info", "Dump", "Wait", "Check", "Slots"}), method
                 if denied:
                     assert reply["parameters"]["message"] == f"ann may not call {method}"
         assert {call[0] for call in world.host.calls} == {
-            "status", "listing", "info", "dump", "wait", "check_all",
+            "status", "listing", "info", "dump", "wait", "check_all", "slots",
         }  # fmt: skip
 
 

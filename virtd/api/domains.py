@@ -42,6 +42,7 @@ METHODS: dict[str, Method] = {
     "Autostart": _changing(lambda host, by, p: host.set_autostart(p["name"], p["enable"], by=by)),
     "Check": _reading(lambda host, by, p: host.check_all(repair=False, by=by)),
     "Repair": _changing(lambda host, by, p: host.check_all(repair=True, by=by)),
+    "Slots": _reading(lambda host, by, p: under("slots", host.slots())),
     "Reload": _changing(lambda host, by, p: host.reload(by=by)),
     "Wait": Method(
         lambda host, by, p: under("object", host.wait(p["name"], p["states"], p.get("timeout"))),

@@ -44,6 +44,7 @@ COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
     "autostart": ("domains", "Definitions", "NAME...", "Start domains when the host boots, or no longer", ""),
     "status": ("show", "The daemon", "", "Show the state of virtd, and what it recovered", "get the status of virtd"),
     "fsck": ("fsck", "The daemon", "", "Compare all that is known of each object", "compare"),
+    "slots": ("slots", "The daemon", "[NAME]", "Show which descriptors systemd keeps for whom", "list slots"),
     "reload": ("domains", "The daemon", "", "Make virtd read the definitions again", "reload the definitions"),
 }
 # What isn't a domain: `virtctl NOUN COMMAND ...`. noun -> (module, summary); the module has a COMMANDS of the same
