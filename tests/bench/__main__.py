@@ -7,11 +7,12 @@
     memory    the daemon's PSS
     network   networks started and stopped, and their firewall rules applied again
     flood     what others notice of a guest that floods its console
+    children  starts, restarts and PID 1's reload with 10, 100 and 1,000 children (small processes; virtd alone)
     logpath   bytes and CPU of the console's way to its log
     fdstore   what the FD store costs as it fills
 
-The first six run in a lab, where libvirt is installed beside virtd and takes turns with it (but for the flood): on a
-machine that does other things too, only figures of one run can be compared. They need root.
+The first seven run in a lab, where libvirt is installed beside virtd and takes turns with it (but for the last two of
+them): on a machine that does other things too, only figures of one run can be compared. They need root.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from tests.bench import lab as bench_lab  # noqa: E402
 from tests.bench.tables import TABLES  # noqa: E402
 from tests.harness import Lab, build_rpm  # noqa: E402
 
-IN_LAB = ("restart", "list", "start", "memory", "network", "flood")
+IN_LAB = ("restart", "list", "start", "memory", "network", "flood", "children")
 ALONE = {
     "logpath": (["--runs", "9"], ["--runs", "3", "--mib", "128", "--seconds", "3"]),
     "fdstore": (["--runs", "9"], ["--runs", "3", "--slots", "0,250"]),
@@ -79,7 +80,7 @@ def in_lab(names: list[str], options: argparse.Namespace) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     try:
         peers = ["virtd"]
-        if not options.no_peer:
+        if not options.no_peer and names != ["children"]:
             say("installing libvirt beside virtd")
             if problem := bench_lab.install_libvirt(lab):
                 say(f"no libvirt to compare with: {problem}")

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from . import flood, memory, network, restart, start
+from . import children, flood, memory, network, restart, start
 from . import list as listing
 from .peers import peers
 
@@ -18,6 +18,7 @@ MEASURES: dict[str, Any] = {
     "memory": memory.measure,
     "network": network.measure,
     "flood": flood.measure,
+    "children": children.measure,
 }
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests import children
 from tests.debian import install
 from tests.harness import Lab
 
@@ -40,6 +41,8 @@ def inside(lab: Lab, name: str, peers: list[str], *, quick: bool) -> dict[str, A
     """Run one benchmark in the lab; its figures. What it has to say goes to our stderr."""
     for file in HERE.glob("*.py"):
         lab.write(f"/opt/bench/tests/bench/{file.name}", file.read_text())
+    if name == "children":
+        children.install(lab)
     command = ["env", "-C", "/opt/bench", "python3", "-m", "tests.bench.inside", name, ",".join(peers)]
     done = lab.run(*command, *(["--quick"] if quick else []), timeout=1800)
     sys.stderr.write(done.stderr)

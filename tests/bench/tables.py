@@ -82,6 +82,22 @@ def flood(figures: Figures) -> list[str]:
     return lines
 
 
+def children(figures: Figures) -> list[str]:
+    rows = [
+        ("a start, by itself (ms)", "start", 1000), ("a start, eight at once (ms)", "start_many", 1000),
+        ("listing (ms)", "list", 1000), ("restart to listing (ms)", "restart", 1000),
+        ("SIGKILL to listing (ms)", "kill", 1000), ("daemon-reload (ms)", "wall", 1000),
+        ("  PID 1's CPU time (ms)", "cpu", 1000), ("  PID 1 answers nobody (ms)", "silent", 1000),
+        ("slots", "slots", 1), ("entries in PID 1", "entries", 1), ("the daemon's PSS (MiB)", "pss", 1),
+    ]  # fmt: skip
+    lines = [f"median of {figures['runs']}", ""]
+    lines.append(f"{'children':<30}" + "".join(f"{count:>9}" for count in figures["children"]))
+    for title, key, factor in rows:
+        values = [{**one, **one["reload"]}.get(key) for one in figures["children"].values()]
+        lines.append(f"{title:<30}" + "".join(f"{'' if v is None else f'{v * factor:.0f}':>9}" for v in values))
+    return lines
+
+
 def _heads(by_peer: dict[str, Figures]) -> str:
     return "".join(f"{count + ' guests':>18}" for count in next(iter(by_peer.values())))
 
@@ -109,4 +125,5 @@ TABLES: dict[str, Callable[[Figures], list[str]]] = {
     "memory": memory,
     "network": network,
     "flood": flood,
+    "children": children,
 }
