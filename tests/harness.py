@@ -187,12 +187,15 @@ class Lab:
             self.virtctl("start", name)
 
     def undefine_all(self) -> None:
-        """Stop and forget every domain, for the next test."""
+        """Stop and forget every domain, container and network, for the next test."""
         self.sh("systemctl start virtd")
         names = [item["name"] for item in self.json("list")]
         for name in names:
             self.virtctl("stop", name, check=False)
             self.virtctl("undefine", name, check=False)
+        for name in self.sh("cd /etc/virtd/lxc 2>/dev/null && ls", check=False).replace(".toml", "").split():
+            self.virtctl("container", "stop", name, check=False)
+            self.virtctl("container", "undefine", name, check=False)
         for item in self.json("network", "list"):
             self.virtctl("network", "stop", "--force", item["name"], check=False)
             self.virtctl("network", "undefine", item["name"], check=False)
@@ -247,9 +250,9 @@ cmdline = "console=ttyS0 quiet {cmdline}"
 class Attached:
     """A `virtctl console` that stays attached: what it shows is checked as it comes, and words can be typed."""
 
-    def __init__(self, lab: Lab, domain: str, *options: str) -> None:
+    def __init__(self, lab: Lab, domain: str, *options: str, noun: str = "") -> None:
         self._process = subprocess.Popen(
-            [LAB, "exec", lab.name, "--", "virtctl", "console", domain, *options],
+            [LAB, "exec", lab.name, "--", "virtctl", *([noun] if noun else []), "console", domain, *options],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         self._checker = Checker(anywhere=True)

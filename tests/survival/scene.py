@@ -145,8 +145,8 @@ class Scene:
 LEFTOVERS = r"""
 import glob, json, os, subprocess
 # A driver's states in which an object has a unit and a directory in /run; how virtctl calls what has slots.
-LIVE = {"qemu": ("running", "paused"), "network": ("active",)}
-NOUNS = ((), ("network",))
+LIVE = {"qemu": ("running", "paused"), "network": ("active",), "lxc": ("running", "paused")}
+NOUNS = ((), ("network",), ("container",))
 def run(*argv):
     return subprocess.run(argv, capture_output=True, text=True).stdout
 wrong = []
