@@ -8,11 +8,12 @@
     network   networks started and stopped, and their firewall rules applied again
     flood     what others notice of a guest that floods its console
     children  starts, restarts and PID 1's reload with 10, 100 and 1,000 children (small processes; virtd alone)
+    container start to the first output and stop, beside LXC by itself; memory for each
     logpath   bytes and CPU of the console's way to its log
     fdstore   what the FD store costs as it fills
 
-The first seven run in a lab, where libvirt is installed beside virtd and takes turns with it (but for the last two of
-them): on a machine that does other things too, only figures of one run can be compared. They need root.
+The first eight run in a lab, where libvirt is installed beside virtd and takes turns with it (but for the flood
+and children): on a machine that does other things too, only figures of one run can be compared. They need root.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from tests.bench import lab as bench_lab  # noqa: E402
 from tests.bench.tables import TABLES  # noqa: E402
 from tests.harness import Lab, build_rpm  # noqa: E402
 
-IN_LAB = ("restart", "list", "start", "memory", "network", "flood", "children")
+IN_LAB = ("restart", "list", "start", "memory", "network", "flood", "children", "container")
 ALONE = {
     "logpath": (["--runs", "9"], ["--runs", "3", "--mib", "128", "--seconds", "3"]),
     "fdstore": (["--runs", "9"], ["--runs", "3", "--slots", "0,250"]),

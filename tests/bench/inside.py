@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from . import children, flood, memory, network, restart, start
+from . import children, container, flood, memory, network, restart, start
 from . import list as listing
 from .peers import peers
 
@@ -19,6 +19,7 @@ MEASURES: dict[str, Any] = {
     "network": network.measure,
     "flood": flood.measure,
     "children": children.measure,
+    "container": container.measure,
 }
 
 

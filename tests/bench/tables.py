@@ -98,6 +98,23 @@ def children(figures: Figures) -> list[str]:
     return lines
 
 
+def container(figures: Figures) -> list[str]:
+    lines = [f"ms, median (fastest) of {figures['rounds']}", "", f"{'':<16}{'first output':>18}{'stop':>18}"]
+    for name in figures["start"]:
+        cells = [
+            f"{_ms(figures[verb][name]['median'])} ({_ms(figures[verb][name]['min'])})" for verb in ("start", "stop")
+        ]
+        lines.append(f"{name:<16}" + "".join(f"{cell:>18}" for cell in cells))
+    lines += [f"{name:<16}doesn't run here: {why}" for name, why in figures["missing"].items()]
+    (one, first), (many, last) = figures["memory"].items()
+    each = (last - first) * 1024 / (int(many) - int(one))
+    return [
+        *lines,
+        "",
+        f"virtd with {one} container {first:.1f} MiB, with {many} {last:.1f}: {each:.0f} KiB for each",
+    ]
+
+
 def _heads(by_peer: dict[str, Figures]) -> str:
     return "".join(f"{count + ' guests':>18}" for count in next(iter(by_peer.values())))
 
@@ -126,4 +143,5 @@ TABLES: dict[str, Callable[[Figures], list[str]]] = {
     "network": network,
     "flood": flood,
     "children": children,
+    "container": container,
 }
