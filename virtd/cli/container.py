@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from functools import partial
 
 from virtd.cli import console as consoles
@@ -14,18 +13,7 @@ from virtd.cli import log as logs
 from virtd.cli.client import Call, constant
 from virtd.cli.exits import OK
 from virtd.cli.output import (
-    BOLD,
-    STATE_COLOURS,
-    ago,
     clean,
-    dot,
-    how_it_ended,
-    labelled,
-    moment,
-    paint,
-    plural,
-    table,
-    write_json,
 )
 
 TYPE_CHECKING = False
@@ -72,59 +60,14 @@ COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
 }  # fmt: skip
 
 
-def list_(args: argparse.Namespace, session: Session) -> int:
-    found = session.call("Container.List")["objects"]
-    if args.running:
-        found = [item for item in found if item.get("state") not in ("stopped", "crashed")]
-    if args.state:
-        found = [item for item in found if item.get("state") in args.state]
-    if args.json:
-        write_json(found, args.json)
-        return OK
-    rows = [
-        (
-            str(item.get("name")),
-            str(item.get("state")),
-            str(item.get("pid") or "-"),
-            ago(item.get("since") or "") or "-",
-            "yes" if item.get("autostart") else "no",
-            str(item.get("reason") or "-"),
-        )
-        for item in found
-    ]
-    table(("NAME", "STATE", "PID", "SINCE", "AUTOSTART", "REASON"), rows, legend=not args.no_legend, colour=1)
-    if not args.no_legend:
-        print(("\n" if rows else "") + plural(len(rows), NOUN) + " listed.")
-    return OK
-
-
-def info(args: argparse.Namespace, session: Session) -> int:
-    item = session.call("Container.Info", {"name": args.name})["object"]
-    if args.json:
-        write_json(item, args.json)
-        return OK
-    state = str(item.get("state"))
-    print(
-        f"{dot(state)} {paint(clean(str(item.get('name'))), BOLD)} - container {clean(str(item.get('uuid') or ''))}"
-    )
-    reason = f" ({item['reason']})" if item.get("reason") else ""
-    since = f" since {moment(item['since'])}" if item.get("since") else ""
-    print(f"{'State':>10}: {paint(clean(state), STATE_COLOURS.get(state, ''))}{clean(reason)}{since}")
-    labelled(_details(item))
-    show.show_problems(item.get("problems") or [])
-    return OK
+def _what(item: dict[str, Any]) -> str:
+    return f"container {item.get('uuid') or ''}"
 
 
 def _details(item: dict[str, Any]) -> list[tuple[str, str]]:
-    pending = "\nchanged since the start; it takes effect with the next one" if item.get("pending") else ""
-    exit_ = item.get("exit")
-    ended = how_it_ended(exit_, "it") + (f"\n{moment(exit_['at'])}" if exit_.get("at") else "") if exit_ else ""
     ids = item.get("ids")
     limits, used = item.get("limits") or {}, item.get("used") or {}
     return [
-        ("Last exit", ended),
-        ("PID", show.text(item.get("pid"))),
-        ("Unit", show.text(item.get("unit"))),
         ("Root", show.text(item.get("rootfs"))),
         ("Program", " ".join(map(str, item.get("argv") or []))),
         ("Hostname", show.text(item.get("hostname"))),
@@ -136,26 +79,12 @@ def _details(item: dict[str, Any]) -> list[tuple[str, str]]:
         ("CPUs", show.text(limits.get("cpus"))),
         ("Processes", _of(show.text(used.get("pids")), show.text(limits.get("pids")))),
         ("Addresses", "\n".join(map(str, item.get("addresses") or []))),
-        ("Autostart", "yes" if item.get("autostart") else "no"),
-        ("Definition", show.text(item.get("definition_path")) + pending),
-        ("Console", show.text(item.get("console_log"))),
-        ("Log", show.text(item.get("log"))),
-        ("Slots", ", ".join(str(slot).rpartition("/")[2] for slot in item.get("slots") or [])),
     ]
 
 
 def _of(used: str, limit: str) -> str:
     """ "5 of 100", as far as it is known."""
     return " of ".join(filter(None, [used, limit])) if used else (f"at most {limit}" if limit else "")
-
-
-def dump(args: argparse.Namespace, session: Session) -> int:
-    text = str(session.call("Container.Dump", {"name": args.name})["text"])
-    if args.json:
-        write_json({"name": args.name, "text": text}, args.json)
-    else:
-        sys.stdout.write(text if text.endswith("\n") else text + "\n")
-    return OK
 
 
 def reboot(args: argparse.Namespace, session: Session) -> int:
@@ -220,8 +149,8 @@ OPTIONS: dict[str, Callable[[Parser], None]] = {
     "autostart": domains.autostart_options,
 }
 RUN: dict[str, Callable[[argparse.Namespace, Session], int]] = {
-    "list": list_,
-    "info": info,
+    "list": show.listing("Container.List", "lxc", NOUN),
+    "info": show.informing("Container.Info", _what, _details, "it"),
     "start": domains.plain("start", "Container.Start"),
     "shutdown": domains.shutting_down(PREFIX, VIRTCTL),
     "stop": domains.plain("stop", "Container.Stop"),
@@ -236,6 +165,6 @@ RUN: dict[str, Callable[[argparse.Namespace, Session], int]] = {
     "create": create,
     "define": domains.defining("Container.Define"),
     "undefine": domains.undefining("Container.Undefine"),
-    "dump": dump,
+    "dump": show.dumping("Container.Dump"),
     "autostart": domains.autostarting("Container.Autostart"),
 }

@@ -40,72 +40,93 @@ STATES = ("stopped", "starting", "running", "paused", "stopping", "crashed")
 DRIVER = "qemu"  # what virtctl calls a domain; the other drivers' objects have nouns of their own
 
 
-def list_(args: argparse.Namespace, session: Session) -> int:
-    domains = [item for item in session.call("List")["objects"] if item.get("driver", DRIVER) == DRIVER]
-    if args.running:
-        domains = [item for item in domains if item.get("state") not in ("stopped", "crashed")]
-    if args.state:
-        domains = [item for item in domains if item.get("state") in args.state]
-    domains.sort(key=lambda item: str(item.get("name")))
-    if args.json:
-        write_json(domains, args.json)
+def listing(
+    method: str = "List", driver: str = DRIVER, noun: str = "domain"
+) -> Callable[[argparse.Namespace, Session], int]:
+    """The command that lists what `method` tells of."""
+
+    def run(args: argparse.Namespace, session: Session) -> int:
+        found = [item for item in session.call(method)["objects"] if item.get("driver", driver) == driver]
+        if args.running:
+            found = [item for item in found if item.get("state") not in ("stopped", "crashed")]
+        if args.state:
+            found = [item for item in found if item.get("state") in args.state]
+        found.sort(key=lambda item: str(item.get("name")))
+        if args.json:
+            write_json(found, args.json)
+            return OK
+        rows = [
+            (
+                str(item.get("name")),
+                str(item.get("state")),
+                str(item.get("pid") or "-"),
+                ago(item.get("since") or "") or "-",
+                "yes" if item.get("autostart") else "no",
+                str(item.get("reason") or "-"),
+            )
+            for item in found
+        ]
+        table(("NAME", "STATE", "PID", "SINCE", "AUTOSTART", "REASON"), rows, legend=not args.no_legend, colour=1)
+        if not args.no_legend:
+            print(("\n" if rows else "") + plural(len(rows), noun) + " listed.")
         return OK
-    rows = [
-        (
-            str(item.get("name")),
-            str(item.get("state")),
-            str(item.get("pid") or "-"),
-            ago(item.get("since") or "") or "-",
-            "yes" if item.get("autostart") else "no",
-            str(item.get("reason") or "-"),
+
+    return run
+
+
+def informing(
+    method: str,
+    what: Callable[[dict[str, Any]], str],
+    details: Callable[[dict[str, Any]], list[tuple[str, str]]],
+    who: str = "QEMU",
+) -> Callable[[argparse.Namespace, Session], int]:
+    """The command that shows all that `method` tells of one object; `who` ended, when it has ended by itself."""
+
+    def run(args: argparse.Namespace, session: Session) -> int:
+        item = session.call(method, {"name": args.name})["object"]
+        if args.json:
+            write_json(item, args.json)
+            return OK
+        state = str(item.get("state"))
+        print(f"{dot(state)} {paint(clean(str(item.get('name'))), BOLD)} - {clean(what(item))}")
+        reason = f" ({item['reason']})" if item.get("reason") else ""
+        since = f" since {moment(item['since'])}" if item.get("since") else ""
+        # The colour goes around the finished line's word, so that cleaning the text leaves it alone.
+        print(f"{'State':>10}: {paint(clean(state), STATE_COLOURS.get(state, ''))}{clean(reason)}{since}")
+        pending = "\nchanged since the start; it takes effect with the next one" if item.get("pending") else ""
+        exit_ = item.get("exit")
+        ended = how_it_ended(exit_, who) + (f"\n{moment(exit_['at'])}" if exit_.get("at") else "") if exit_ else ""
+        labelled(
+            [
+                ("Last exit", ended),
+                ("PID", text(item.get("pid"))),
+                ("Unit", text(item.get("unit"))),
+                *details(item),
+                ("Autostart", "yes" if item.get("autostart") else "no"),
+                ("Definition", text(item.get("definition_path")) + pending),
+                ("Console", text(item.get("console_log"))),
+                ("Log", text(item.get("log"))),
+                ("Slots", ", ".join(map(_slot, item.get("slots") or []))),
+            ]
         )
-        for item in domains
-    ]
-    table(("NAME", "STATE", "PID", "SINCE", "AUTOSTART", "REASON"), rows, legend=not args.no_legend, colour=1)
-    if not args.no_legend:
-        print(("\n" if rows else "") + plural(len(rows), "domain") + " listed.")
-    return OK
-
-
-def info(args: argparse.Namespace, session: Session) -> int:
-    item = session.call("Info", {"name": args.name})["object"]
-    if args.json:
-        write_json(item, args.json)
+        show_problems(item.get("problems") or [])
         return OK
-    state = str(item.get("state"))
-    name = paint(clean(str(item.get("name"))), BOLD)
-    what = clean(f"{item.get('driver', DRIVER)} domain {item.get('uuid', '')}")
-    print(f"{dot(state)} {name} - {what}")
-    reason = f" ({item['reason']})" if item.get("reason") else ""
-    since = f" since {moment(item['since'])}" if item.get("since") else ""
-    # The colour goes around the finished line's word, so that cleaning the text leaves it alone.
-    print(f"{'State':>10}: {paint(clean(state), STATE_COLOURS.get(state, ''))}{clean(reason)}{since}")
-    labelled(_details(item))
-    show_problems(item.get("problems") or [])
-    return OK
+
+    return run
+
+
+def _domain(item: dict[str, Any]) -> str:
+    return f"{item.get('driver', DRIVER)} domain {item.get('uuid', '')}"
 
 
 def _details(item: dict[str, Any]) -> list[tuple[str, str]]:
-    pending = "\nchanged since the start; it takes effect with the next one" if item.get("pending") else ""
-    exit_ = item.get("exit")
-    ended = ""
-    if exit_:
-        ended = how_it_ended(exit_) + (f"\n{moment(exit_['at'])}" if exit_.get("at") else "")
     return [
-        ("Last exit", ended),
-        ("PID", text(item.get("pid"))),
-        ("Unit", text(item.get("unit"))),
         ("Memory", size(item.get("memory"))),
         ("vCPUs", text(item.get("vcpus"))),
         ("Disks", "\n".join(map(_part, item.get("disks") or []))),
         ("NICs", "\n".join(map(_nic, item.get("nics") or []))),
         ("VNC", text(item.get("vnc"))),
         ("Monitor", text(item.get("monitor"))),
-        ("Autostart", "yes" if item.get("autostart") else "no"),
-        ("Definition", text(item.get("definition_path")) + pending),
-        ("Console", text(item.get("console_log"))),
-        ("Log", text(item.get("log"))),
-        ("Slots", ", ".join(map(_slot, item.get("slots") or []))),
     ]
 
 
@@ -207,13 +228,18 @@ def _recovered(recovered: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def dump(args: argparse.Namespace, session: Session) -> int:
-    text = str(session.call("Dump", {"name": args.name})["text"])
-    if args.json:
-        write_json({"name": args.name, "text": text}, args.json)
-    else:
-        sys.stdout.write(text if text.endswith("\n") else text + "\n")
-    return OK
+def dumping(method: str = "Dump") -> Callable[[argparse.Namespace, Session], int]:
+    """The command that prints a definition."""
+
+    def run(args: argparse.Namespace, session: Session) -> int:
+        text = str(session.call(method, {"name": args.name})["text"])
+        if args.json:
+            write_json({"name": args.name, "text": text}, args.json)
+        else:
+            sys.stdout.write(text if text.endswith("\n") else text + "\n")
+        return OK
+
+    return run
 
 
 def waiting(method: str = "Wait") -> Callable[[argparse.Namespace, Session], int]:
@@ -283,9 +309,9 @@ OPTIONS: dict[str, Callable[[Parser], None]] = {
     "wait": wait_options,
 }
 RUN: dict[str, Callable[[argparse.Namespace, Session], int]] = {
-    "list": list_,
-    "info": info,
+    "list": listing(),
+    "info": informing("Info", _domain, _details),
     "status": status,
-    "dump": dump,
+    "dump": dumping(),
     "wait": waiting(),
 }
