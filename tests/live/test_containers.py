@@ -14,12 +14,15 @@ import pytest
 
 from tests.harness import LAB, Lab, check
 from tests.live.conftest import SUITE
+from tests.live.test_dbus import WATCHER
+from tests.survival import containers as small
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = pytest.mark.live
 
+MINI = '[[mount]]\nsource = "/usr"\ntarget = "/usr"\nreadonly = true\n'  # what small.ROOT needs besides
 ROOT = "/var/lib/virtd/containers/base"
 FIRST = 0x60000000
 # As tests/lab/guest/console.c prints them, so that the checker knows each of them by heart.
@@ -492,7 +495,19 @@ def test_a_container_in_a_network(containers: Containers) -> None:
     try:
         containers.define("net", '[[nic]]\nnetwork = "default"\n')
         containers.said("net", b"login:")
-        address = "192.0.2.1"
+        # Debian's own DHCP client in it.
+        wanted = "[Match]\\nName=eth0\\n[Network]\\nDHCP=ipv4\\n"
+        script = f"mkdir -p /run/systemd/network; printf '{wanted}' >/run/systemd/network/eth0.network"
+        lab.virtctl(
+            "container", "exec", "net", "--", "sh", "-c", f"{script}; systemctl start systemd-networkd.service"
+        )
+        (mac,) = lab.sh("sed -n 's/.*hwaddr = //p' /run/virtd/lxc/net/config").split()
+
+        def leased() -> str | None:
+            rows = [row["address"] for row in lab.json("network", "leases", "default") if row["mac"] == mac]
+            return rows[0] if rows and rows[0] in containers.info("net")["addresses"] else None
+
+        address = lab.wait("an address", leased, 60)
         info = containers.info("net")
         assert len(info["interfaces"]) == 1
         assert info["interfaces"][0] in lab.sh("ls /sys/class/net")
@@ -501,13 +516,64 @@ def test_a_container_in_a_network(containers: Containers) -> None:
         assert lab.sh(f"ls /sys/class/net/{bridge}/brif").split() == info["interfaces"]
         assert any("lxc/net" in str(user) for user in network["users"])
         lab.sh("systemctl restart virtd")
-        assert containers.info("net")["addresses"] == info["addresses"] != [address]
+        assert containers.info("net")["addresses"] == info["addresses"]
+        assert address in info["addresses"]
         lab.virtctl("container", "stop", "net")
         lab.wait("the interface's end", lambda: info["interfaces"][0] not in lab.sh("ls /sys/class/net").split())
     finally:
         lab.virtctl("container", "stop", "net", check=False)
         lab.virtctl("network", "stop", "--force", "default", check=False)
         lab.virtctl("network", "undefine", "default", check=False)
+
+
+def test_the_host_s_network(containers: Containers) -> None:
+    lab = containers.lab
+    lab.run("sh", "-c", small.MAKE, stdin=small.PROGRAM)
+    look = f'command = ["/shell", "-c", "readlink /proc/self/ns/net"]\n{MINI}'
+    containers.define("shared", f'{look}[[nic]]\nmode = "host"\n', root=small.ROOT)
+    containers.define("own", look, root=small.ROOT)
+    containers.ended("shared")
+    containers.ended("own")
+    host = lab.sh("readlink /proc/self/ns/net").encode().strip()
+    assert host in containers.log("shared")
+    assert host not in containers.log("own")
+    assert b"net:[" in containers.log("own")
+
+
+def test_a_root_of_the_host_s_root_is_shifted(containers: Containers) -> None:
+    """On a file system that has idmapped mounts: nothing in it changes hands, and what it makes is root's there."""
+    lab = containers.lab
+    lab.sh("""set -e
+        truncate -s 32M /srv/shifted.img && mkfs.ext4 -q -F /srv/shifted.img
+        mkdir -p /srv/shifted && mount -o loop /srv/shifted.img /srv/shifted""")
+    make = small.MAKE.replace(small.ROOT, "/srv/shifted/root").replace(f"chown -hR {small.FIRST}:{small.FIRST} .", "")
+    try:
+        lab.run("sh", "-c", make, stdin=small.PROGRAM)
+        look = 'command = ["/shell", "-c", "stat -c %u /steady; touch /tmp/made; cat /proc/self/uid_map"]\n'
+        containers.define("shifted", f"{look}{MINI}", root="/srv/shifted/root")
+        assert containers.ended("shifted")["exit"]["cause"] == "exited", containers.log("shifted")
+        said = containers.log("shifted").split()
+        assert said[:2] == [b"0", b"0"]
+        assert said[2] != b"0"
+        assert lab.sh("stat -c %u /srv/shifted/root/steady /srv/shifted/root/tmp/made").split() == ["0", "0"]
+    finally:
+        lab.virtctl("container", "undefine", "shifted", check=False)
+        lab.sh("umount /srv/shifted; rm -rf /srv/shifted /srv/shifted.img")
+
+
+def test_its_end_is_told_on_the_bus(containers: Containers) -> None:
+    lab = containers.lab
+    lab.run("sh", "-c", small.MAKE, stdin=small.PROGRAM)
+    command = 'command = ["/shell", "-c", "read line; exit 5"]\n'
+    containers.define("told", f"{command}{MINI}", root=small.ROOT)
+    argv = [LAB, "exec", lab.name, "--", "timeout", "100", "python3", "-c", WATCHER]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as watcher:
+        assert watcher.stdout is not None
+        assert watcher.stdout.readline() == "watching\n"
+        lab.virtctl("container", "console", "--timeout", "1", "told", stdin="go\n")
+        *_, (path, member, (ending,)) = [json.loads(line) for line in watcher.stdout]
+    assert (path, member) == ("/org/virtd1/container/told", "Ended")
+    assert (ending["code"], ending["cause"]) == (5, "failed")
 
 
 def machines(lab: Lab) -> dict[str, tuple[str, int]]:

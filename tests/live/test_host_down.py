@@ -14,6 +14,7 @@ import pytest
 from tests.harness import LAB, Lab, check
 from tests.live import networks
 from tests.live.conftest import SUITE
+from tests.survival import containers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -112,6 +113,12 @@ def test_reboot_without_the_daemon_and_autostart(lab: Lab) -> None:
     lab.virtctl("autostart", "deaf3")
     networks.define(lab, networks.network("lab", 1, head="autostart = true"))
     networks.define(lab, networks.network("idle", 2), start=False)
+    lab.run("sh", "-c", containers.MAKE, stdin=containers.PROGRAM)
+    mount = '[[mount]]\nsource = "/usr"\ntarget = "/usr"\nreadonly = true\n'
+    text = f'name = "boxed"\nrootfs = "{containers.ROOT}"\ncommand = ["/steady", "20"]\n{mount}'
+    lab.virtctl("container", "define", "-", stdin=text)
+    lab.virtctl("container", "autostart", "boxed")
+    lab.virtctl("container", "start", "boxed")
     lab.sh("systemctl stop virtd.socket virtd.service; rm /run/virtd/daemon.json")
     lab.sh("systemctl reboot", check=False)
     lab.wait("the end of the lab", lambda: gone(lab), 60)
@@ -119,6 +126,8 @@ def test_reboot_without_the_daemon_and_autostart(lab: Lab) -> None:
     assert not (root(lab) / "var/tmp/daemon.json").exists(), "the daemon came back for it"
     lab.boot()
     lab.wait("the autostart", lambda: lab.info("deaf3")["state"] == "running", 30)
+    lab.wait("the container's", lambda: lab.json("container", "info", "boxed")["state"] == "running", 60)
+    lab.virtctl("container", "stop", "boxed")
     assert {item["name"]: item["state"] for item in lab.json("list")} == {
         "deaf3": "running",
         "deaf6": "stopped",

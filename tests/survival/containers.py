@@ -64,8 +64,9 @@ test -e {ROOT}/steady && exit 0
 mkdir -p {ROOT} && cd {ROOT} && mkdir -p etc tmp usr proc sys dev run
 for name in bin sbin lib lib64; do ln -sfn usr/$name $name; done
 printf '#!/bin/sh\\nexec sleep 1000000\\n' >brief
+printf '#!/bin/sh\\nexec sh "$@"\\n' >shell
 cat >steady
-chmod 755 . brief steady
+chmod 755 . brief shell steady
 chown -hR {FIRST}:{FIRST} .
 """
 
