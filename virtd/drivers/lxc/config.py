@@ -54,7 +54,7 @@ def text(container: model.Container, host: Host, links: list[Link]) -> str:
         "lxc.cgroup.relative = 1",
         f"lxc.cgroup.dir.monitor = {MONITOR}",
         f"lxc.cgroup.dir.container = {PAYLOAD}",
-        "lxc.mount.auto = proc:mixed sys:mixed cgroup:mixed",
+        *_kernel(container, host),
         f"lxc.signal.halt = {host.halt}",
         f"lxc.apparmor.profile = {'generated' if host.apparmor else 'unconfined'}",
         f"lxc.cap.drop = {' '.join((*DROPPED, *container.drop_capabilities))}",
@@ -77,6 +77,15 @@ def text(container: model.Container, host: Host, links: list[Link]) -> str:
         lines.append(f"lxc.init.cmd = {container.argv[0]}")
     lines += _network(container, links)
     return "\n".join(lines) + "\n"
+
+
+def _kernel(container: model.Container, host: Host) -> list[str]:
+    """The kernel's own file systems. A /sys shows a network: who doesn't own that may not mount one, and has the
+    host's, with a group hierarchy of its own over the host's.
+    """
+    if host.ids is not None and any(nic.mode == "host" for nic in container.nic):
+        return ["lxc.mount.auto = proc:mixed cgroup:mixed", "lxc.mount.entry = /sys sys none rbind,ro 0 0"]
+    return ["lxc.mount.auto = proc:mixed sys:mixed cgroup:mixed"]
 
 
 def _network(container: model.Container, links: list[Link]) -> list[str]:
