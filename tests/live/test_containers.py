@@ -544,6 +544,8 @@ def test_a_root_of_the_host_s_root_is_shifted(containers: Containers) -> None:
     """On a file system that has idmapped mounts: nothing in it changes hands, and what it makes is root's there."""
     lab = containers.lab
     lab.sh("""set -e
+        test -e /dev/loop-control || mknod /dev/loop-control c 10 237
+        for number in 0 1 2 3 4 5 6 7; do test -e /dev/loop$number || mknod /dev/loop$number b 7 $number; done
         truncate -s 32M /srv/shifted.img && mkfs.ext4 -q -F /srv/shifted.img
         mkdir -p /srv/shifted && mount -o loop /srv/shifted.img /srv/shifted""")
     make = small.MAKE.replace(small.ROOT, "/srv/shifted/root").replace(f"chown -hR {small.FIRST}:{small.FIRST} .", "")
@@ -559,6 +561,60 @@ def test_a_root_of_the_host_s_root_is_shifted(containers: Containers) -> None:
     finally:
         lab.virtctl("container", "undefine", "shifted", check=False)
         lab.sh("umount /srv/shifted; rm -rf /srv/shifted /srv/shifted.img")
+
+
+def test_a_volume_as_its_root(containers: Containers) -> None:
+    """In use by nobody else while it is; mounted over crashes of the daemon, and no longer than it runs."""
+    lab = containers.lab
+    make = small.MAKE.replace(small.ROOT, "/srv/image").replace(f"chown -hR {small.FIRST}:{small.FIRST} .", "")
+    lab.run("sh", "-c", make, stdin=small.PROGRAM)
+    lab.sh("""set -e
+        test -e /dev/loop-control || mknod /dev/loop-control c 10 237
+        for number in 0 1 2 3 4 5 6 7; do test -e /dev/loop$number || mknod /dev/loop$number b 7 $number; done
+        mkdir -p /srv/volumes""")
+    text = f'name = "vol"\nrootfs = {{ pool = "roots", volume = "one" }}\ncommand = ["/steady", "20"]\n{MINI}'
+    try:
+        lab.virtctl("pool", "define", "-", stdin='name = "roots"\ntype = "directory"\npath = "/srv/volumes"\n')
+        lab.virtctl("pool", "start", "roots", check=False)
+        lab.virtctl("volume", "create", "roots", "one", "32M")
+        lab.virtctl("container", "define", "-", stdin=text)
+        empty = lab.virtctl("container", "start", "vol", check=False)
+        assert empty.returncode == 1
+        assert "Cannot mount" in empty.stderr
+        lab.sh("mkfs.ext4 -q -F -d /srv/image /srv/volumes/one")
+        lab.virtctl("container", "start", "vol")
+        info = containers.info("vol")
+        assert info["volume"] == {"pool": "roots", "volume": "one"}
+        assert lab.sh(f"stat -c %u /proc/{info['pid']}").strip() != "0"
+        lab.wait("lines", lambda: check(containers.log("vol")).lines > 5, 60)
+        for command in (
+            ("volume", "delete", "roots", "one"),
+            ("volume", "resize", "roots", "one", "64M"),
+            ("pool", "stop", "roots"),
+        ):
+            done = lab.virtctl(*command, check=False)
+            assert done.returncode == 1
+            assert "container vol" in done.stderr, done.stderr
+        lab.define("disk", more='[[disk]]\npool = "roots"\nvolume = "one"\n')
+        assert "the root of container vol" in lab.virtctl("start", "disk", check=False).stderr
+        lab.sh("systemctl kill -s KILL virtd.service")
+        lab.wait("the daemon", lambda: lab.virtctl("status", check=False).returncode != 3)
+        assert (containers.info("vol")["pid"], containers.state("vol")) == (info["pid"], "running")
+        assert lab.sh("findmnt -n -o FSTYPE /run/virtd/lxc/.roots/vol").strip() == "ext4"
+        lab.virtctl("container", "stop", "vol")
+        assert lab.sh("findmnt -n /run/virtd/lxc/.roots/vol; losetup -j /srv/volumes/one", check=False) == ""
+        # A start that is cut off may leave the mount, and nothing else; the next daemon takes it away.
+        lab.sh("systemctl stop virtd.service virtd.socket; mount -o loop /srv/volumes/one /run/virtd/lxc/.roots/vol")
+        lab.sh("systemctl start virtd.socket virtd.service")
+        lab.wait("the end of the mount", lambda: not lab.sh("findmnt -n /run/virtd/lxc/.roots/vol", check=False), 60)
+    finally:
+        lab.virtctl("container", "stop", "vol", check=False)
+        lab.virtctl("container", "undefine", "vol", check=False)
+        lab.virtctl("undefine", "disk", check=False)
+        lab.virtctl("volume", "delete", "roots", "one", check=False)
+        lab.virtctl("pool", "stop", "roots", check=False)
+        lab.virtctl("pool", "undefine", "roots", check=False)
+        lab.sh("rm -rf /srv/volumes /srv/image")
 
 
 def test_its_end_is_told_on_the_bus(containers: Containers) -> None:

@@ -28,6 +28,23 @@ def parse(more: str = "", text: str = BASE) -> model.Container:
 # Definitions
 
 
+def test_a_volume_as_its_root() -> None:
+    found = model.parse('name = "a"\nrootfs = { pool = "default", volume = "web1" }\n', "a.toml")
+    assert found.rootfs == model.Root("default", "web1")
+    for pool, volume, key in (("../a", "b", "rootfs.pool"), ("a", "../b", "rootfs.volume")):
+        with pytest.raises(errors.InvalidDefinition) as caught:
+            model.parse(f'name = "a"\nrootfs = {{ pool = "{pool}", volume = "{volume}" }}\n', "a.toml")
+        assert caught.value.key == key
+
+
+def test_the_host_s_network_comes_with_the_host_s_sys() -> None:
+    """A user namespace that doesn't own a network can't mount a /sys that shows it."""
+    shared = config.text(parse('[[nic]]\nmode = "host"\n'), on_host(), [])
+    assert "sys:mixed" not in shared
+    assert "/sys sys none rbind,ro" in shared
+    assert "sys:mixed" in config.text(parse(), on_host(), [])
+
+
 def test_the_shortest_definition() -> None:
     found = parse()
     assert found.argv == ("/sbin/init",)

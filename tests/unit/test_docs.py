@@ -45,6 +45,7 @@ TABLES: list[tuple[str, str, type[msgspec.Struct]]] = [
     ("virtd.toml.5", "[dnsmasq]", settings.Dnsmasq),
     ("virtd.toml.5", "[lxc]", settings.Lxc),
     ("virtd-container.5", "Keys of the container", container.Container),
+    ("virtd-container.5", "[rootfs]", container.Root),
     ("virtd-container.5", "[idmap]", container.IdMap),
     ("virtd-container.5", "[limits]", container.Limits),
     ("virtd-container.5", "[[mount]]", container.Mount),
@@ -75,8 +76,13 @@ def terms(text: str) -> dict[str, tuple[str, str]]:
 
 
 def scalar_keys(kind: type[msgspec.Struct]) -> list[msgspec.structs.FieldInfo]:
-    """The fields that aren't tables of their own."""
-    return [field for field in msgspec.structs.fields(kind) if not is_table(get_type_hints(kind)[field.name])]
+    """The fields that aren't tables of their own, or need not be."""
+    hints = get_type_hints(kind)
+    return [
+        field
+        for field in msgspec.structs.fields(kind)
+        if not is_table(hints[field.name]) or str in getattr(hints[field.name], "__args__", ())
+    ]
 
 
 def is_table(hint: Any) -> bool:

@@ -11,7 +11,7 @@ import msgspec
 
 from .. import errors
 from . import document, size
-from .domain import MAC, NAME, canonical_uuid, shown
+from .domain import MAC, NAME, VOLUME, canonical_uuid, shown
 
 HOSTNAME = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,62}[A-Za-z0-9])?"
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
@@ -32,6 +32,13 @@ class IdMap(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 
     first: Annotated[int, msgspec.Meta(ge=1, le=ID_MAX)]
     count: Annotated[int, msgspec.Meta(ge=1, le=ID_MAX)] = IDS
+
+
+class Root(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A volume of a storage pool with a file system on it, in place of a directory."""
+
+    pool: str
+    volume: str
 
 
 class Mount(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -73,7 +80,7 @@ class Container(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     """A container's definition."""
 
     name: str
-    rootfs: str
+    rootfs: str | Root
     uuid: str | None = None
     init: str | None = None
     command: tuple[str, ...] = ()
@@ -131,11 +138,19 @@ def check(container: Container, source: str) -> None:
         raise refuse("name", f'expected a name that doesn\'t end in ".console", got {shown(container.name)}')
     if container.uuid is not None and canonical_uuid(container.uuid) is None:
         raise refuse("uuid", f"expected a UUID, got {shown(container.uuid)}")
-    absolute("rootfs", container.rootfs)
-    if container.rootfs.rstrip("/") == "":
-        raise refuse("rootfs", "expected a directory of the container's own, got the host's root")
-    if ":" in container.rootfs:
-        raise refuse("rootfs", f"expected a path without ':', which LXC can't take, got {shown(container.rootfs)}")
+    if isinstance(container.rootfs, Root):
+        if not re.fullmatch(NAME, container.rootfs.pool):
+            raise refuse("rootfs.pool", f"expected a pool's name, got {shown(container.rootfs.pool)}")
+        if not re.fullmatch(VOLUME, container.rootfs.volume):
+            raise refuse("rootfs.volume", f"expected a volume's name, got {shown(container.rootfs.volume)}")
+    else:
+        absolute("rootfs", container.rootfs)
+        if container.rootfs.rstrip("/") == "":
+            raise refuse("rootfs", "expected a directory of the container's own, got the host's root")
+        if ":" in container.rootfs:
+            raise refuse(
+                "rootfs", f"expected a path without ':', which LXC can't take, got {shown(container.rootfs)}"
+            )
     if container.init is not None and container.command:
         raise refuse("command", "expected either init or command, got both")
     if container.init is not None:

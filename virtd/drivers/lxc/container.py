@@ -16,7 +16,7 @@ from ...model.state import State
 from ...records import now
 from ..guest import End, Guest, Shared
 from ..protocol import Problem
-from . import config, ends
+from . import config, ends, volume
 
 if TYPE_CHECKING:
     from ...model.settings import Lxc
@@ -72,6 +72,8 @@ class Container(Guest[model.Container]):
     async def give_back(self, record: Record) -> None:
         """The host's ends of its interfaces go with its network namespace, which can take a moment."""
         self.started.clear()
+        if record.data.get("images"):
+            await volume.unmount(record.data["root"], await self.shared.services.units())
         interfaces = record.data.get("interfaces", [])
         if interfaces:
             network = self.peers("network")

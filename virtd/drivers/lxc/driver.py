@@ -8,11 +8,13 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from ... import errors
 from ...model import container as model
 from ..guests import Guests
 from . import create as creating
-from . import execs, operations, starting
+from . import execs, operations, starting, volume
 from . import host as hostinfo
 from .container import DRIVER, Container
 
@@ -89,6 +91,15 @@ class Driver(Guests[Container, model.Container]):
                 found.add(int(ids[0]))
         return found
 
+    def images(self) -> list[tuple[str, str, tuple[int, int], bool]]:
+        """Which running container has which volume as its root, as the domains' driver tells of images."""
+        return [
+            (machine.name, str(path), (int(dev), int(ino)), bool(writes))
+            for machine in self.machines.values()
+            if machine.alive and machine.record is not None
+            for path, dev, ino, writes in machine.record.data.get("images", [])
+        ]
+
     @property
     def _run(self) -> str:
         return f"{self._services.paths.run}/{DRIVER}"
@@ -97,6 +108,8 @@ class Driver(Guests[Container, model.Container]):
         units = await self._services.units()
         self._begin(self._clear(units), "clear-creating")  # which has the lock before anybody can create one
         await super().reconcile()
+        alive = {machine.name for machine in self.machines.values() if machine.alive or not machine.over.is_set()}
+        await volume.sweep(self._run, units, alive)
         self._begin(execs.clear(units), "clear-execs")
 
     def _begin(self, work: Coroutine[Any, Any, None], name: str) -> None:
@@ -135,7 +148,10 @@ class Driver(Guests[Container, model.Container]):
                     found for found in self._peers("network").addresses_of(network, mac) if found not in addresses
                 ]
         return super().describe_fully(machine) | {
-            "rootfs": container.rootfs if container is not None else None,
+            "rootfs": (data.get("root") or _root(container)) if container is not None else None,
+            "volume": msgspec.to_builtins(container.rootfs)
+            if container is not None and isinstance(container.rootfs, model.Root)
+            else None,
             "argv": list(container.argv) if container is not None else [],
             "hostname": (container.hostname or container.name) if container is not None else None,
             "privileged": container.privileged if container is not None else None,
@@ -154,8 +170,15 @@ class Driver(Guests[Container, model.Container]):
 
     def warnings(self, definition: model.Container) -> list[str]:
         found = [f"{key}: {text}" for key, text in hostinfo.missing(definition)]
+        if isinstance(definition.rootfs, model.Root):
+            return found
         try:
             hostinfo.check_root(definition, definition.rootfs.rstrip("/"), "")
         except errors.InvalidDefinition as exc:
             found.append(f"{exc.key}: {exc.expected}")
         return found
+
+
+def _root(container: model.Container) -> str | None:
+    """The directory; a volume's is only known while it is mounted."""
+    return container.rootfs if isinstance(container.rootfs, str) else None

@@ -11,7 +11,7 @@ from ... import errors, files
 from ...model import container as model
 from ...units import UnitSpec
 from ..start import Start
-from . import config, ends, sandbox
+from . import config, ends, sandbox, volume
 from . import host as hostinfo
 from .container import DRIVER, Container, interface_names, mac_of
 
@@ -51,12 +51,18 @@ class _Start(Start[Container, model.Container]):
         self.taken = taken
         self.links: list[config.Link] = []
         self.terminal = definition.terminal
+        self.images: list[list[Any]] = []  # volumes, as a domain's record has them
+        self.after = ""  # the unit of the mount that a volume is on
 
     def check(self) -> None:
+        hostinfo.check_host(self.definition, self.machine.source)
+        if isinstance(self.definition.rootfs, str):
+            self._check_root(self.definition.rootfs.rstrip("/"))
+
+    def _check_root(self, root: str) -> None:
+        """With the root there, what it holds and whose it is."""
         definition, source = self.definition, self.machine.source
-        root = definition.rootfs.rstrip("/")
         hostinfo.check_root(definition, root, source)
-        hostinfo.check_host(definition, source)
         ids, shifted = hostinfo.ids_of(definition, root, source, self.taken)
         paths = self.services.paths
         self.stop = hostinfo.program("lxc-stop")
@@ -74,7 +80,9 @@ class _Start(Start[Container, model.Container]):
         )
 
     async def reach(self) -> None:
-        """Have the networks that it is to be in, before anything of it is there."""
+        """Have the networks that it is to be in, and its root, before anything of it is there."""
+        if isinstance(self.definition.rootfs, model.Root):
+            await self._mount(self.definition.rootfs)
         nics = [nic for nic in self.definition.nic if nic.network is not None]
         names = interface_names(self.machine.uuid, len(nics))
         for index, nic in enumerate(nics):
@@ -84,6 +92,19 @@ class _Start(Start[Container, model.Container]):
             mac = (nic.mac or mac_of(self.machine.uuid, index)).lower()
             self.links.append(config.Link(names[index], bridge.bridge, nic.name or f"eth{index}", mac))
 
+    async def _mount(self, root: model.Root) -> None:
+        machine = self.machine
+        units = await self.services.units()
+        where = volume.place(f"{self.services.paths.run}/{DRIVER}", machine.name)
+        path, self.after = await volume.mount(root, where, machine.peers, units, machine.source, self.by)
+        try:
+            self._check_root(where)
+            status = os.stat(path)
+            self.images = [[path, status.st_dev, status.st_ino, True]]
+        except BaseException:
+            await volume.unmount(where, units)
+            raise
+
     def data(self) -> dict[str, Any]:
         ids = self.host.ids
         return {
@@ -92,6 +113,7 @@ class _Start(Start[Container, model.Container]):
             "halt": self.host.halt,
             "ids": [ids.first, ids.count] if ids is not None else None,
             "root": self.host.root,
+            "images": self.images,
         }
 
     def prepare(self, ends_: Ends) -> None:
@@ -123,6 +145,7 @@ class _Start(Start[Container, model.Container]):
             slice=f"virtd-{DRIVER}.slice",
             argv=("/bin/sh", f"{container.runtime}/start"),
             environment=ENVIRONMENT,
+            after=(self.after,) if self.after else (),
             properties=tuple(
                 sandbox.properties(
                     self.definition,

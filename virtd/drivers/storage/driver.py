@@ -300,6 +300,11 @@ class Driver(Collection[StoragePool, model.Pool]):
             await self.start(pool_name, by)
         return await self.volumes.for_guest(pool_name, name, writes=writes)
 
+    async def require_unused(self, pool_name: str, name: str) -> None:
+        """Raise Busy when anybody uses it, reading or writing."""
+        pool, volume = await self.volumes.find(pool_name, name)
+        self.volumes.require("use", pool.name, volume, writes=True)
+
     def require_for_guest(self, pool: str, name: str, *, writes: bool) -> None:
         """Raise Busy while a job works on it."""
         self.volumes.require_no_job("use", f"{pool}/{name}", writes=writes)

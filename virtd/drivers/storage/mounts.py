@@ -48,14 +48,15 @@ def same_source(one: str, other: str) -> bool:
     return one.startswith("/") and other.startswith("/") and os.path.realpath(one) == os.path.realpath(other)
 
 
-async def mount(units: Units, what: str, where: str, kind: str, options: str) -> None:
-    """Have systemd mount it. Raises HostError with mount(8)'s own words."""
+async def mount(units: Units, what: str, where: str, kind: str, options: str, *, stays: bool = False) -> None:
+    """Have systemd mount it; `stays`: through a soft reboot. Raises HostError with mount(8)'s own words."""
     name = unit_of(where)
     try:
         result = await units.start_other(
             name,
             (
-                ("Description", "s", f"Storage pool at {where}"),
+                ("Description", "s", f"Storage of virtd at {where}"),
+                ("DefaultDependencies", "b", not stays),
                 ("What", "s", what),
                 ("Type", "s", kind),
                 ("Options", "s", options),

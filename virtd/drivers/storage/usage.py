@@ -12,6 +12,7 @@ from ... import errors
 from ...model import pool as model
 from ...model import size as sizes
 from ...model.domain import Format
+from ...paths import names
 from . import images
 
 if TYPE_CHECKING:
@@ -55,20 +56,25 @@ class Usage:
     # Who uses what
 
     def users(self) -> Users:
-        """Which running domains have which files open, by device and inode, and whether they write."""
+        """What runs and has which files open, by device and inode, and whether it writes."""
         found: Users = {}
-        for domain, _path, identity, writes in self._driver.peers("qemu").images():
-            found.setdefault(identity, []).append((domain, writes))
+        for user, _path, identity, writes in self._images():
+            found.setdefault(identity, []).append((user, writes))
+        return found
+
+    def _images(self) -> list[tuple[str, str, tuple[int, int], bool]]:
+        """What all domains and containers have open; see images() of their drivers."""
+        found = [(f"domain {name}", *rest) for name, *rest in self._driver.peers("qemu").images()]
+        if names(f"{self._driver.services.paths.run}/lxc", ".json"):  # else the driver isn't needed
+            found += [(f"container {name}", *rest) for name, *rest in self._driver.peers("lxc").images()]
         return found
 
     def require_idle(self, pool: StoragePool) -> None:
         """Raise Busy when a domain or a job uses a volume of the pool."""
         path = f"{pool.present.path}/"
-        for domain, image, _identity, _writes in self._driver.peers("qemu").images():
+        for user, image, _identity, _writes in self._images():
             if image.startswith(path):
-                raise errors.Busy(
-                    f"Cannot stop pool {pool.name}: domain {domain} uses {image}", hint=f"Stop {domain} first."
-                )
+                raise errors.Busy(f"Cannot stop pool {pool.name}: {user} uses {image}", hint=f"Stop {user} first.")
         for job in self._driver.jobs.values():
             mine = (*job.task.reads, *job.task.writes, key(job.task.pool, job.task.volume))
             if job.alive and job.task.verb != "tool" and any(item.startswith(f"{pool.name}/") for item in mine):
@@ -88,12 +94,10 @@ class Usage:
     def require(self, doing: str, pool: str, volume: Volume, *, writes: bool) -> None:
         """Raise Busy when the volume can't be read (and, if `writes`, written) now. Doesn't wait for anything."""
         item = key(pool, volume.name)
-        for domain, domain_writes in self.users().get(volume.identity, ()):
-            if writes or domain_writes:
-                how = "writes to it" if domain_writes else "reads it"
-                raise errors.Busy(
-                    f"Cannot {doing} {volume.name}: domain {domain} {how}", hint=f"Stop {domain} first."
-                )
+        for user, user_writes in self.users().get(volume.identity, ()):
+            if writes or user_writes:
+                how = "writes to it" if user_writes else "reads it"
+                raise errors.Busy(f"Cannot {doing} {volume.name}: {user} {how}", hint=f"Stop {user} first.")
         self.require_no_job(doing, item, writes=writes)
 
     def require_no_job(self, doing: str, item: str, *, writes: bool) -> None:

@@ -112,6 +112,9 @@ class Volumes(Making, Changing):
         if writes:
             await self._require_no_dependents("write to", pool.name, name)
         self.require_no_job("use", key(pool.name, name), writes=writes)
+        for user, _ in self.users().get(volume.identity, ()):
+            if user.startswith("container "):  # which has it mounted; domains look at each other by themselves
+                raise errors.Busy(f"Cannot use {name}: it is the root of {user}", hint=f"Stop {user} first.")
         for link in links[1:]:
             self.require_no_job("use", link.key, writes=False)
         after = mounts.unit_of(pool.present.path) if pool.present.type is model.Type.FILESYSTEM else ""

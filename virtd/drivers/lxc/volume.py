@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A storage volume as a container's root: mounted by systemd, below /run, from before its record until it has ended.
+
+A daemon that ended in between finds mounts that nobody has, and unmounts them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from ... import errors
+from ...model.domain import Format
+from ..storage import mounts
+
+if TYPE_CHECKING:
+    from ...model import container as model
+    from ...units import Units
+    from ..protocol import Peers
+
+log = logging.getLogger(__name__)
+
+ROOTS = ".roots"  # in /run/virtd/lxc; hidden, for it is no container's
+
+
+def place(run: str, name: str) -> str:
+    """Where the root of container `name` is mounted."""
+    return f"{run}/{ROOTS}/{name}"
+
+
+async def mount(root: model.Root, where: str, peers: Peers, units: Units, source: str, by: str) -> tuple[str, str]:
+    """Have the volume mounted: its path, and the unit of the mount that it is on, or "". Raises a VirtdError."""
+    storage = peers("storage")
+    try:
+        path, form, _, after = await storage.for_guest(root.pool, root.volume, writes=True, by=by)
+    except errors.NotFound as exc:
+        raise errors.InvalidDefinition(source, "rootfs", exc.message, hint=exc.hint) from exc
+    if form is not Format.RAW:
+        raise errors.InvalidDefinition(source, "rootfs", f"expected a raw volume, got {root.volume}, which is {form}")
+    await storage.require_unused(root.pool, root.volume)
+    await unmount(where, units)  # a start that was cut off has left it
+    try:
+        os.makedirs(where, mode=0o755, exist_ok=True)
+    except OSError as exc:
+        raise errors.HostError(f"Cannot make {where}: {exc.strerror}") from exc
+    # systemd's own choice of file systems, as for any device; "loop" is for a file.
+    await mounts.mount(
+        units, path, where, "auto", "rw,nodev" if path.startswith("/dev/") else "loop,rw,nodev", stays=True
+    )
+    return path, after
+
+
+async def unmount(where: str, units: Units) -> None:
+    """Idempotent. Raises HostError when something still uses it. The directory stays: the unit's ExecStop has it."""
+    if mounts.mounted(where) is not None:
+        await mounts.unmount(units, where)
+
+
+async def sweep(run: str, units: Units, alive: set[str]) -> None:
+    """At a start of the daemon: unmount what belongs to no container that runs."""
+    try:
+        names = os.listdir(f"{run}/{ROOTS}")
+    except OSError:
+        return
+    for name in names:
+        if name not in alive:
+            try:
+                await unmount(place(run, name), units)
+                os.rmdir(place(run, name))
+            except (errors.VirtdError, OSError) as exc:
+                log.warning("%s", exc)
