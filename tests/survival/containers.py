@@ -58,12 +58,12 @@ while True:
             text += "line %010d %s .\\n" % (number, alphabet[number % 26:][:60])
         say(text)
 """
-# Its programs are the lab's own.
+# Its programs are the lab's own. Without its console a container is hung up; an init doesn't end by that.
 MAKE = f"""set -e
 test -e {ROOT}/steady && exit 0
 mkdir -p {ROOT} && cd {ROOT} && mkdir -p etc tmp usr proc sys dev run
 for name in bin sbin lib lib64; do ln -sfn usr/$name $name; done
-printf '#!/bin/sh\\nexec sleep 1000000\\n' >brief
+printf '#!/bin/sh\\ntrap "" HUP\\nexec sleep 1000000\\n' >brief
 printf '#!/bin/sh\\nexec sh "$@"\\n' >shell
 cat >steady
 chmod 755 . brief shell steady

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tests.harness import Failed, Lab
+from tests.survival.containers import Containers
 from tests.survival.events import EVENTS, Event
 from tests.survival.guests import Guests
 from tests.survival.networks import Networks
@@ -19,7 +20,7 @@ from tests.survival.table import Cell, Finding, Verdict
 
 SUITES = ("bookworm", "trixie", "forky")
 # Each makes a subject for a lab. A driver adds its own: what it has, what an event must not change, what ends.
-SUBJECTS: tuple[Callable[[Lab], Subject], ...] = (Guests, Networks)
+SUBJECTS: tuple[Callable[[Lab], Subject], ...] = (Guests, Networks, Containers)
 
 Told = Callable[[str, Event, Cell], None]
 
