@@ -32,4 +32,4 @@ def test_killed_at_some_points_of_each_operation(lab: Lab) -> None:
     )  # fmt: skip
     print(f"VIRTD_SEED={seed}\n{done.stdout}")
     assert done.returncode == 0, f"VIRTD_SEED={seed}\n{done.stdout}{done.stderr[-3000:]}"
-    assert done.stdout.count('"held"') == 14, done.stdout
+    assert done.stdout.count('"held"') == 23, done.stdout

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from tests.sweep import scene
 from tests.sweep.operations import Operation, all_operations
+from tests.sweep.others import other_operations
 from tests.sweep.scene import HERE, Broken, Gone, Guest, Refused, until
 
 if TYPE_CHECKING:
@@ -132,6 +133,8 @@ class Sweep:
             if sample is None and not self.errors:
                 self.beyond(operation, len(calls))
         finally:
+            with contextlib.suppress(Refused, Gone):
+                operation.clear()
             if operation.settings:
                 self.guests.pop()
                 scene.call("Stop", name="fast")
@@ -221,18 +224,24 @@ class Sweep:
         """Everything that must hold, now and after the operation was asked for again."""
         if self.errors and operation.mends:
             operation.again()
-        self.agreed()
+        self.agreed(operation)
         if self.with_fsck:
             scene.fsck()
         for guest in self.guests:
             guest.check()
         operation.judge()
         operation.again()
-        self.agreed()
+        self.agreed(operation)
 
-    def agreed(self) -> None:
+    def agreed(self, operation: Operation) -> None:
         until("settled", scene.settled)
         until("agreement", scene.agreement, 10)
+
+        def agrees() -> bool:
+            operation.agreement()
+            return True
+
+        until("agreement", agrees, 10)
 
     def recover(self, *, all_: bool = False) -> None:
         """After a point that didn't hold: all but the guests that run throughout goes, so that the next can be tried.
@@ -259,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--errors", action="store_true", help="have the calls fail instead of killing the daemon")
     parser.add_argument("--no-fsck", action="store_true")
     args = parser.parse_args(argv)
-    chosen = list(all_operations())
+    chosen = [*all_operations(), *other_operations()]
     if args.operations:
         by_name = {operation.name: operation for operation in chosen}
         chosen = [by_name[name] for name in args.operations.split(",")]

@@ -49,6 +49,12 @@ class Operation:
     def again(self) -> None:
         self.act()
 
+    def agreement(self) -> None:
+        """What is told of things other than domains agrees. Raises Broken, and is then asked again for a while."""
+
+    def clear(self) -> None:
+        """Remove what `prepare` made, if the next operation could be bothered by it."""
+
 
 def state() -> str:
     """The target's; "" if there is none."""

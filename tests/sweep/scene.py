@@ -308,11 +308,12 @@ def _disagreements() -> Iterator[str]:
     if set(units) != alive:
         yield f"units {units}, but alive are {sorted(alive)}"
     slots: dict[str, set[str]] = {}
-    dump = _dump()
-    for name in dump:
+    held = dump()
+    mine = [name for name in held if name.startswith("qemu/")]
+    for name in mine:
         slots.setdefault(name.split("/")[1], set()).add(name.split("/")[2])
-    if len(dump) != 5 * len(alive) or any(slots.get(name) != SLOTS for name in alive):
-        yield f"slots {sorted(dump)}, but alive are {sorted(alive)}"
+    if len(mine) != 5 * len(alive) or any(slots.get(name) != SLOTS for name in alive):
+        yield f"slots {sorted(mine)}, but alive are {sorted(alive)}"
     directories = set()
     for entry in sorted(os.listdir(RECORDS)):
         path = f"{RECORDS}/{entry}"
@@ -334,13 +335,15 @@ def _disagreements() -> Iterator[str]:
             yield f"the disk of {name} belongs to {os.stat(image(name)).st_uid}"
     status = call("Status")["status"]
     yield from (f"problem: {problem['text']}" for problem in status["problems"])
-    if status["budget"]["used"] != len(dump):
-        yield f"the daemon counts {status['budget']['used']} slots, PID 1 has {len(dump)}"
+    if status["budget"]["used"] != len(held):
+        yield f"the daemon counts {status['budget']['used']} slots, PID 1 has {len(held)}"
 
 
 def temporary_files() -> list[str]:
     """What is written before it gets its real name."""
-    places = ("/run/virtd", RECORDS, "/etc/virtd", DEFINITIONS)
+    places = ["/run/virtd", "/etc/virtd"]
+    places += [f"{place}/{kind}" for place in places for kind in ("qemu", "network", "storage", "lxc")]
+    places = [place for place in places if os.path.isdir(place)]
     found = [f"{place}/{entry}" for place in places for entry in os.listdir(place) if entry.startswith(".")]
     return found + glob.glob(f"{LOGS}/*.new")
 
@@ -360,7 +363,7 @@ def _record(path: str, item: dict[str, Any] | None, alive: set[str]) -> Iterator
         yield f"the record of {name} has PID {record['main_pid']}, its unit another"
 
 
-def _dump() -> list[str]:
+def dump() -> list[str]:
     """The names of what PID 1 holds for virtd."""
     done = subprocess.run(
         ["busctl", "-j", "call", "org.freedesktop.systemd1", "/org/freedesktop/systemd1",

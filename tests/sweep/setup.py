@@ -24,19 +24,25 @@ GUESTS = {"tiny": 1, "fast": 60}
 def install(lab: Lab) -> None:
     """Put everything into the lab; what an earlier sweep left there is replaced."""
     with tempfile.TemporaryDirectory() as scratch:
-        built = [tracer(Path(scratch))]
+        built = [tracer(Path(scratch)), program(Path(scratch))]
         built += [guest(Path(scratch), kind, lines) for kind, lines in GUESTS.items()]
         for path in built:
             lab.copy(path, f"{INSIDE}/{path.name}")
         for path in sorted(HERE.glob("*.py")):
             lab.copy(path, f"{INSIDE}/tests/sweep/{path.name}")
         lab.copy(TOP / "tests/harness.py", f"{INSIDE}/tests/harness.py")
-        lab.sh(f"chmod 755 {INSIDE}/cut")
+        lab.sh(f"chmod 755 {INSIDE}/cut {INSIDE}/box")
 
 
 def tracer(directory: Path) -> Path:
     target = directory / "cut"
     subprocess.run(["cc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", target, HERE / "cut.c"], check=True)
+    return target
+
+
+def program(directory: Path) -> Path:
+    target = directory / "box"
+    subprocess.run(["cc", "-Os", "-Wall", "-nostdlib", "-static", "-o", target, HERE / "box.c"], check=True)
     return target
 
 
