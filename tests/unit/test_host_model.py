@@ -15,16 +15,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from tests.unit.model import ALIVE, NAMES, OPERATIONS, after
 from tests.unit.whole_host import ROOT, Killed, World, until
 from virtd import errors
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
-
-NAMES = st.sampled_from(["web1", "web2"])
-# More of what starts than of what ends, so that something runs most of the time.
-OPERATIONS = st.sampled_from(["start", "start", "start", "stop", "suspend", "resume", "define", "define", "undefine"])
-ALIVE = ("running", "paused")
 
 
 class Domains(RuleBasedStateMachine):
@@ -61,18 +57,6 @@ class Domains(RuleBasedStateMachine):
             return await self.world.define(name)
         return await getattr(self.host, operation)(name, by=ROOT)
 
-    def after(self, operation: str, state: str) -> str:
-        """What an operation makes of a domain in `state` ("": there is none); LookupError if it refuses."""
-        table = {
-            "define": {"": "stopped", **{now: now for now in (*ALIVE, "stopped", "crashed")}},
-            "start": {"stopped": "running", "crashed": "running", "running": "running", "paused": "paused"},
-            "stop": {"running": "stopped", "paused": "stopped", "stopped": "stopped", "crashed": "crashed"},
-            "undefine": {"stopped": "", "crashed": ""},
-            "suspend": {"running": "paused", "paused": "paused"},
-            "resume": {"running": "running", "paused": "running"},
-        }
-        return table[operation][state]
-
     async def found(self, name: str) -> tuple[str, int]:
         items = {item["name"]: item for item in await self.host.listing()}
         return (items[name]["state"], items[name]["pid"] or 0) if name in items else ("", 0)
@@ -89,7 +73,7 @@ class Domains(RuleBasedStateMachine):
     def do(self, operation: str, name: str) -> None:
         state = self.expected.get(name, ("", 0))[0]
         try:
-            wanted = self.after(operation, state)
+            wanted = after(operation, state)
         except LookupError:
             with pytest.raises(errors.VirtdError):
                 self.run(self.work(operation, name))
@@ -105,7 +89,7 @@ class Domains(RuleBasedStateMachine):
         state = self.expected.get(name, ("", 0))[0]
         allowed = {state}
         with contextlib.suppress(LookupError):
-            allowed.add(self.after(operation, state))
+            allowed.add(after(operation, state))
             if operation == "start" and state == "crashed":
                 allowed.add("stopped")  # rolled back, which is later than the crash
 
