@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from .. import errors, journal
+from .. import errors, files, journal
 from ..messages import Message
 from ..model.domain import canonical_uuid
 from ..paths import names
@@ -115,6 +116,9 @@ class Collection(Generic[T, D]):
 
     def restore_records(self) -> None:
         """Take back what the records tell of. No record can cost the others their daemon."""
+        for path in self.half_written():
+            with contextlib.suppress(errors.HostError):  # a file system that is read-only by now, perhaps
+                files.remove(path)
         loaded = self.records.load()
         for bad in loaded.quarantined:
             text = f"The record of {self.noun} {bad.name} can't be read: {bad.reason}"
@@ -129,6 +133,11 @@ class Collection(Generic[T, D]):
             except Exception as exc:
                 log.exception("%s can't be adopted", name)
                 self.left_alone(name, Problem(f"{name} could not be adopted: {exc}", "It was left alone."))
+
+    def half_written(self) -> list[str]:
+        """Files that never got their real names, because a crash came in between."""
+        paths = self._services.paths
+        return [path for directory in (paths.etc, paths.run) for path in files.leftovers(f"{directory}/{self.name}")]
 
     async def certain(self) -> None:
         """Wait until reconcile() is through.

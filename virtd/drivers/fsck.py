@@ -21,6 +21,7 @@ from .protocol import Difference
 if TYPE_CHECKING:
     from ..child import Child, Services
     from ..units import Listed, UnitState
+    from .collection import Collection
     from .guest import Guest
     from .guests import Guests
 
@@ -46,9 +47,7 @@ async def compare(guests: AnyGuests, *, repair: bool) -> list[Difference]:
     """See protocol.Comparing."""
     await guests.certain()
     seen = await look(guests.services, guests.name)
-    found = _files(guests)
-    if repair and found:
-        found = await _mend_files(guests, found)
+    found = await loose_files(guests, repair=repair)
     suspects = [name for name in _names(guests, seen) if await _findings(guests, name, seen)]
     for name in suspects:
         found += await _examine(guests, name, repair=repair)
@@ -86,20 +85,24 @@ def _names(guests: AnyGuests, seen: Seen) -> list[str]:
 # Files that no object owns
 
 
-def _files(guests: AnyGuests) -> list[Difference]:
+async def loose_files(driver: Collection[Any, Any], *, repair: bool) -> list[Difference]:
+    """Halves of files, and definitions that were changed and not read."""
+    found = _loose(driver)
+    if not repair or not found:
+        return found
+    for path in driver.half_written():
+        files.remove(path)
+    driver.load_definitions()
+    left = {difference.text for difference in _loose(driver)}
+    return [told(difference, repaired=difference.text not in left) for difference in found]
+
+
+def _loose(driver: Collection[Any, Any]) -> list[Difference]:
     found = [
         Difference("file", "", f"{path} is half of a file: a crash came before the rest", "remove it")
-        for path in guests.half_written()
+        for path in driver.half_written()
     ]
-    return found + guests.unread_definitions()
-
-
-async def _mend_files(guests: AnyGuests, found: list[Difference]) -> list[Difference]:
-    for path in guests.half_written():
-        files.remove(path)
-    guests.load_definitions()
-    left = {difference.text for difference in _files(guests)}
-    return [told(difference, repaired=difference.text not in left) for difference in found]
+    return found + driver.unread_definitions()
 
 
 # One object

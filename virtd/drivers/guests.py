@@ -76,9 +76,6 @@ class Guests(Collection[G, D]):
     def restore(self) -> None:
         """First step: records, slots and pumps; no bus yet."""
         self._reconciled.clear()
-        for path in self.half_written():
-            with contextlib.suppress(errors.HostError):  # a file system that is read-only by now, perhaps
-                files.remove(path)
         self.restore_records()
         self.load_definitions()
 
@@ -88,11 +85,6 @@ class Guests(Collection[G, D]):
     def left_alone(self, name: str, problem: Problem) -> None:
         super().left_alone(name, problem)
         self.object(name).settled.set()
-
-    def half_written(self) -> list[str]:
-        """Files that never got their real names, because a crash came in between."""
-        paths = self._services.paths
-        return [path for directory in (paths.etc, paths.run) for path in files.leftovers(f"{directory}/{self.name}")]
 
     async def reconcile(self) -> None:
         """Second step: compare with systemd, finish or roll back what a crash cut off."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ... import errors, fdstore, files, records
 from ...paths import names as names_in
-from ..fsck import Seen, look, mend_slots, record_differences, slot_differences, strays, told
+from ..fsck import Seen, look, loose_files, mend_slots, record_differences, slot_differences, strays, told
 from ..protocol import Difference
 from . import bridge, dnsmasq, firewall, links
 from .server import DRIVER
@@ -34,11 +34,7 @@ class There(NamedTuple):
 async def compare(driver: Driver, *, repair: bool) -> list[Difference]:
     """See protocol.Comparing."""
     await driver.certain()
-    found = driver.unread_definitions()
-    if repair and found:
-        driver.load_definitions()
-        left = {difference.text for difference in driver.unread_definitions()}
-        found = [told(difference, repaired=difference.text not in left) for difference in found]
+    found = await loose_files(driver, repair=repair)
     there = await _look(driver)
     run = f"{driver.services.paths.run}/{DRIVER}"
     names = {*driver.nets, *there.seen.units, *there.bridges, *there.tables, *names_in(run, ".json")}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ... import errors, fdstore
 from ...model import pool as model
 from ...paths import names as names_in
-from ..fsck import Seen, look, mend_slots, record_differences, slot_differences, strays, told
+from ..fsck import Seen, look, loose_files, mend_slots, record_differences, slot_differences, strays, told
 from ..protocol import Difference
 from . import mounts
 from .job import DRIVER, State
@@ -27,11 +27,7 @@ if TYPE_CHECKING:
 async def compare(driver: Driver, *, repair: bool) -> list[Difference]:
     """See protocol.Comparing."""
     await driver.certain()
-    found = driver.unread_definitions()
-    if repair and found:
-        driver.load_definitions()
-        left = {difference.text for difference in driver.unread_definitions()}
-        found = [told(difference, repaired=difference.text not in left) for difference in found]
+    found = await loose_files(driver, repair=repair)
     run = f"{driver.services.paths.run}/{DRIVER}"
     recorded = set(names_in(run, ".json"))
     seen = await look(driver.services, DRIVER)
