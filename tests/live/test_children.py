@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.live
 
 MANY = 150
+PATIENCE = 600.0  # seconds, on a machine that does other things too
 # 25 guests have slots of their own, and each box holds those of 25 more.
 ENTRIES = 125 + 5
 DEFINE = """
@@ -46,14 +47,14 @@ def children(lab: Lab) -> Iterator[Lab]:
     """MANY of them, running; two more are only defined."""
     install(lab)
     with settings(lab, SETTINGS):
-        lab.sh(DEFINE)
+        lab.sh(DEFINE, timeout=PATIENCE)
         try:
             start(lab, names())
             yield lab
         finally:
             everything = " ".join([*names(), f"child{MANY:03d}", f"child{MANY + 1:03d}"])
-            lab.sh(f"printf '%s\\n' {everything} | xargs -n 8 -P 6 virtctl stop", check=False)
-            lab.sh(f"virtctl undefine {everything}", check=False)
+            lab.sh(f"printf '%s\\n' {everything} | xargs -n 8 -P 6 virtctl stop", check=False, timeout=PATIENCE)
+            lab.sh(f"virtctl undefine {everything}", check=False, timeout=PATIENCE)
 
 
 def names() -> list[str]:
@@ -61,7 +62,7 @@ def names() -> list[str]:
 
 
 def start(lab: Lab, which: list[str]) -> None:
-    lab.sh(f"printf '%s\\n' {' '.join(which)} | xargs -n 5 -P 6 virtctl start")
+    lab.sh(f"printf '%s\\n' {' '.join(which)} | xargs -n 5 -P 6 virtctl start", timeout=PATIENCE)
 
 
 def states(lab: Lab) -> dict[str, tuple[str, int | None]]:
