@@ -500,7 +500,7 @@ async def test_a_definition_that_is_gone_takes_its_domain_along(
 async def test_a_record_that_could_not_be_written_is_tried_again(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("virtd.drivers.guest.SAVE_AGAIN", 0.01)
+    monkeypatch.setattr("virtd.drivers.recorded.SAVE_AGAIN", 0.01)
     async with world.daemon() as host:
         await world.run("web1")
         machine = host.driver.machines["web1"]

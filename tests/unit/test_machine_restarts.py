@@ -73,7 +73,7 @@ async def test_an_end_that_cannot_be_put_on_record_waits_for_it(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its unit has the exit status until then, whatever becomes of the daemon meanwhile."""
-    monkeypatch.setattr("virtd.drivers.guest.SAVE_AGAIN", 0.01)
+    monkeypatch.setattr("virtd.drivers.recorded.SAVE_AGAIN", 0.01)
 
     def refuse(_records: Records, record: Record) -> None:
         raise errors.HostError(f"Cannot write {record.name}: No space left on device")

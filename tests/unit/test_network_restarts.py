@@ -317,6 +317,29 @@ async def test_a_dnsmasq_that_cannot_be_started_again_says_why(site: Site, monke
         assert site.pid() != pid
 
 
+@on_loop
+async def test_a_stop_that_cannot_be_put_on_record_is_later(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full /run doesn't keep it from being stopped, and the next daemon knows as soon as there is room."""
+    monkeypatch.setattr("virtd.drivers.recorded.SAVE_AGAIN", 0.01)
+    async with site.world.daemon() as host:
+        await site.define()
+        await host.networks.start("lab", by=ROOT)
+        net = host.networks.driver.nets["lab"]
+        with monkeypatch.context() as full:
+            full.setattr(type(net.shared.records), "save", _refuse)
+            await host.networks.stop("lab", force=False, by=ROOT)
+            site.nothing("after its stop")
+            info = await site.info()
+            assert (info["state"], [problem["text"] for problem in info["problems"]]) == (
+                "inactive", ["Cannot write lab: No space left on device"],
+            )  # fmt: skip
+        await until(net.on_record.is_set)
+        assert (await site.info())["problems"] == []
+    async with site.world.daemon():
+        assert (await site.info())["state"] == "inactive"
+        site.nothing("with the next daemon")
+
+
 def _refuse(_records: Any, record: Any) -> None:
     from virtd import errors
 

@@ -25,6 +25,7 @@ from ..units import UnitState, unit_name
 from . import definitions
 from .collection import D
 from .protocol import Problem
+from .recorded import Recorded
 from .turns import Turns
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SAVE_AGAIN = 1.0  # seconds until a record that couldn't be written is tried again
 FINISH_AGAIN = 1.0  # seconds until an end that systemd couldn't be asked about is looked into again
 
 
@@ -62,7 +62,7 @@ class End(msgspec.Struct, frozen=True):
     exit: Exit
 
 
-class Guest(Generic[D]):
+class Guest(Recorded, Generic[D]):
     """An object: its definition, its record, and, while it lives, its child.
 
     Without a definition only a record or a unit is left of it, and it goes when its child ends.
@@ -74,23 +74,18 @@ class Guest(Generic[D]):
     definition_type: type[D]
 
     def __init__(self, shared: Shared, name: str) -> None:
-        self.shared = shared
-        self.name = name
+        super().__init__(name)
+        self.shared: Shared = shared
         self.definition: D | None = None
         self.definition_text = ""
-        self.record: Record | None = None
         self.child: Child | None = None
-        self.problems: dict[str, Problem] = {}
         self.over = asyncio.Event()  # set while there is no child
         self.over.set()
         self.settled = asyncio.Event()  # cleared while nobody knows yet what became of it
         self.settled.set()
-        self.on_record = asyncio.Event()  # cleared while the record on disk is older than the one in memory
-        self.on_record.set()
         self.stderr: StderrLog | None = None
         self._turns = Turns(name)
         self._putting_away = False
-        self._tasks: set[asyncio.Task[None]] = set()
 
     # What each driver does in its own way
 
@@ -200,69 +195,14 @@ class Guest(Generic[D]):
         async with self._turns.take(what):
             yield
 
-    def spawn(self, work: Any, name: str) -> None:
-        """A task of this object's; it is cancelled by `close`."""
-        task: asyncio.Task[None] = asyncio.create_task(work, name=f"{name}-{self.name}")
-        self._tasks.add(task)
-        task.add_done_callback(self._task_done)
-
-    def _task_done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (exc := task.exception()) is not None:
-            log.error("%s: %s failed: %s", self.name, task.get_name(), exc, exc_info=exc)
-            self.problems["internal"] = Problem(
-                f"{task.get_name()} failed: {exc}", "This is a bug: see journalctl -u virtd."
-            )
-
     async def close(self) -> None:
         """Let go of everything in this process; the guest, its slots and its record stay."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.end_tasks()
         await self.let_go()
         if self.child is not None:
             await self.child.close()
 
     # The record
-
-    def save(self, **changes: Any) -> None:
-        """Change the record and write it. Raises HostError; what is in memory is then as before."""
-        assert self.record is not None
-        record = msgspec.structs.replace(self.record, **changes)
-        self.shared.records.save(record)
-        self.record = record
-        self._recorded()
-
-    def _recorded(self) -> None:
-        self.problems.pop("record", None)
-        self.on_record.set()
-
-    async def _save_again(self) -> None:
-        """Until the record says what is so: the next daemon will go by it."""
-        while not self.on_record.is_set():
-            await asyncio.sleep(SAVE_AGAIN)
-            if self.record is not None and not self.on_record.is_set():
-                with contextlib.suppress(errors.HostError):
-                    self.save()
-                    self.shared.publish("changed", self)
-
-    def note(self, state: State, reason: str, **changes: Any) -> None:
-        """Go into a state that came about by itself: in memory for certain, on record if the file system lets us."""
-        assert self.record is not None
-        if (state.value, reason) != (self.record.state, self.record.reason) or changes:
-            changes.setdefault("since", now() if state.value != self.record.state else self.record.since)
-            record = msgspec.structs.replace(self.record, state=state.value, reason=reason, **changes)
-            self.record = record
-            try:
-                self.shared.records.save(record)
-                self._recorded()
-            except errors.HostError as exc:
-                self.problems["record"] = Problem(exc.message, exc.hint)
-                log.warning("%s: %s", self.name, exc)
-                if self.on_record.is_set():
-                    self.on_record.clear()
-                    self.spawn(self._save_again(), "save")
-            self.shared.publish("changed", self)
 
     def ask(self, verb: str, by: str) -> dict[str, Any]:
         """The record's data with what a person asks for ("": nothing more), to explain an end that we don't see."""

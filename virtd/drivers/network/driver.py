@@ -341,6 +341,12 @@ class Driver(Collection[Net, model.Network]):
         address = host.free_prefix(taken)
         return f'name = "{DEFAULT}"\nmode = "nat"\nautostart = true\n\n[ipv4]\naddress = "{address}"\n'
 
+    def forget(self, name: str) -> None:
+        net = self.objects[name]
+        super().forget(name)
+        if name not in self.objects:
+            net.on_record.set()  # nothing is to be put on record any more
+
     # Describing
 
     def describe(self, one: Net) -> dict[str, Any]:

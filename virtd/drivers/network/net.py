@@ -18,8 +18,6 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import msgspec
-
 from ... import errors, files, journal
 from ...messages import Message
 from ...model import network as model
@@ -28,6 +26,7 @@ from ...records import Record, Records, now
 from ...units import unit_name
 from .. import definitions
 from ..protocol import Problem
+from ..recorded import Recorded
 from ..turns import Turns
 from . import bridge, firewall, firewalld, host, leases, links
 from .server import DRIVER, Server
@@ -54,16 +53,14 @@ class Shared(NamedTuple):
     boot_id: str
 
 
-class Net:
+class Net(Recorded):
     """A network: its definition, its record, and, while it is active, its pieces."""
 
     def __init__(self, shared: Shared, name: str) -> None:
-        self.shared = shared
-        self.name = name
+        super().__init__(name)
+        self.shared: Shared = shared
         self.definition: model.Network | None = None
         self.definition_text = ""
-        self.record: Record | None = None
-        self.problems: dict[str, Problem] = {}
         self.settled = asyncio.Event()  # cleared while nobody knows yet whether it is whole
         self.settled.set()
         self.server = Server(self)
@@ -182,26 +179,6 @@ class Net:
 
     # The record
 
-    def save(self, **changes: Any) -> None:
-        """Change the record and write it. Raises HostError; what is in memory is then as before."""
-        assert self.record is not None
-        record = msgspec.structs.replace(self.record, **changes)
-        self.shared.records.save(record)
-        self.record = record
-
-    def note(self, state: State, reason: str, **changes: Any) -> None:
-        """Go into a state: in memory for certain, on record if the file system lets us."""
-        assert self.record is not None
-        changes.setdefault("since", now() if state.value != self.record.state else self.record.since)
-        self.record = msgspec.structs.replace(self.record, state=state.value, reason=reason, **changes)
-        try:
-            self.shared.records.save(self.record)
-            self.problems.pop("record", None)
-        except errors.HostError as exc:
-            self.problems["record"] = Problem(exc.message, exc.hint)
-            log.warning("%s: %s", self.name, exc)
-        self.shared.publish("changed", self)
-
     def remember(self, **data: Any) -> None:
         """Change the driver's own part of the record."""
         assert self.record is not None
@@ -232,8 +209,7 @@ class Net:
                 boot_id=self.shared.boot_id,
                 data=self.in_force(network, self.definition_text) | {"mac": bridge.mac_of(self.uuid)},
             )
-            self.shared.records.save(record)
-            self.record = record
+            self.put(record)
             self.shared.publish("changed", self)
             try:
                 await self.make(network)
@@ -277,7 +253,7 @@ class Net:
             return False
         await self.make(network)
         journal.send(f"Repaired network {self.name} ({network.bridge_name})", **self.fields())
-        self.note(State.ACTIVE, self.reason)
+        self.shared.publish("changed", self)
         return True
 
     async def _undo(self, why: BaseException) -> None:
@@ -304,7 +280,8 @@ class Net:
             self.note(State.STOPPING, f"being stopped by {by}")
             await self.unmake()
             self.note(State.INACTIVE, f"stopped by {by}", slots={}, unit="", main_pid=0, main_start=0, data={})
-            self.problems.clear()
+            for key in self.problems.keys() - {"record"}:
+                del self.problems[key]
             journal.send(f"Stopped network {self.name}", **self.fields())
             return True
 
@@ -490,6 +467,7 @@ class Net:
     async def close(self) -> None:
         """Let go of everything in this process; the network stays as it is."""
         await self.server.close()
+        await self.end_tasks()
 
 
 def fixed(old: model.Network, new: model.Network) -> list[str]:

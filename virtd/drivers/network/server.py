@@ -20,6 +20,7 @@ from ...messages import Message
 from ...stderrlog import StderrLog
 from ...units import CLD_EXITED, UnitState, signal_name
 from ..protocol import Problem
+from ..recorded import Tasks
 from . import dnsmasq, host
 
 if TYPE_CHECKING:
@@ -37,14 +38,14 @@ STEADY = 60.0  # seconds after which one that runs counts as well again
 STOP_LIMIT = 15.0
 
 
-class Server:
+class Server(Tasks):
     """A network's dnsmasq; `net` keeps the record that tells of it."""
 
     def __init__(self, net: Net) -> None:
+        super().__init__(net.name, net.problems)
         self.net = net
         self.child: Child | None = None
         self._stderr: StderrLog | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
         self._failures = 0
         self._begun = 0.0
 
@@ -101,11 +102,11 @@ class Server:
         await self._spawn(network)
         for key in [key for key in self.net.problems if key.startswith("slot ")]:
             del self.net.problems[key]
-        self._task(self._watch(), "watch")
+        self.spawn(self._watch(), "watch")
 
     async def end(self) -> None:
         """Stop it and clear away what it leaves. Idempotent."""
-        await self._cancel()
+        await self.end_tasks()
         record = self.net.record
         if self.child is None and (record is None or not (record.unit or record.slots)):
             return
@@ -245,7 +246,7 @@ class Server:
     async def _watch(self) -> None:
         assert self.child is not None
         await self.child.ended()
-        self._task(self._again(), "again")
+        self.spawn(self._again(), "again")
 
     async def _again(self) -> None:
         """It has died: say so, and begin it again, after ever longer pauses while it doesn't stay."""
@@ -278,7 +279,8 @@ class Server:
                     continue
                 net.problems.pop("server", None)
                 net.note(net.state, f"{text} and was started again")
-                self._task(self._watch(), "watch")
+                net.shared.publish("changed", net)
+                self.spawn(self._watch(), "watch")
                 return
 
     def _wanted(self) -> Network | None:
@@ -327,14 +329,14 @@ class Server:
             await self._replace(network)
             self.net.remember(unsure=False)
         elif not self.alive:
-            self._task(self._again(), "again")
+            self.spawn(self._again(), "again")
         else:
             assert self.child is not None
             journal.send(
                 f"Adopted network {self.net.name} (dnsmasq is PID {self.child.pid})",
                 message_id=Message.ADOPTED, VIRTD_PID=str(self.child.pid), **self.net.fields(),
             )  # fmt: skip
-            self._task(self._watch(), "watch")
+            self.spawn(self._watch(), "watch")
             # A daemon that was killed between a new file and the word of it has left that word to us.
             if await asyncio.to_thread(self._write, network):
                 await self._hangup()
@@ -362,30 +364,9 @@ class Server:
             with contextlib.suppress(errors.HostError):  # sent twice after a crash, then
                 net.shared.records.save(net.record)
 
-    # Tasks
-
-    def _task(self, work: Any, name: str) -> None:
-        task: asyncio.Task[None] = asyncio.create_task(work, name=f"{name}-{self.net.name}")
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (exc := task.exception()) is not None:
-            log.error("%s failed: %s", task.get_name(), exc, exc_info=exc)
-            self.net.problems["internal"] = Problem(
-                f"{task.get_name()} failed: {exc}", "This is a bug: see journalctl -u virtd."
-            )
-
-    async def _cancel(self) -> None:
-        mine = [task for task in self._tasks if task is not asyncio.current_task()]
-        for task in mine:
-            task.cancel()
-        await asyncio.gather(*mine, return_exceptions=True)
-
     async def close(self) -> None:
         """Let go of everything in this process; dnsmasq and its slots stay."""
-        await self._cancel()
+        await self.end_tasks()
         if self.child is not None:
             await self.child.close()
 
