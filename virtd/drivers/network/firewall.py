@@ -97,7 +97,8 @@ def _input(network: Network) -> list[str]:
         "ct state established,related accept",
         "udp dport { 53, 67, 547 } accept",
         "tcp dport 53 accept",
-        "meta l4proto { icmp, ipv6-icmp } fib daddr . iif type { local, broadcast, multicast } accept",
+        # ICMP and ICMPv6 by number: old nfts look their names up in /etc/protocols, which not every host has.
+        "meta l4proto { 1, 58 } fib daddr . iif type { local, broadcast, multicast } accept",
         _REJECT,
     ]
 
