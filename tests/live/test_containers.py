@@ -581,6 +581,10 @@ def test_a_volume_as_its_root(containers: Containers) -> None:
         empty = lab.virtctl("container", "start", "vol", check=False)
         assert empty.returncode == 1
         assert "Cannot mount" in empty.stderr
+        lab.sh("mkfs.ext4 -q -F /srv/volumes/one")
+        empty = lab.virtctl("container", "start", "vol", check=False)
+        assert "has no usr, bin or etc" in empty.stderr
+        assert lab.sh("findmnt -n /run/virtd/lxc/.roots/vol", check=False) == ""
         lab.sh("mkfs.ext4 -q -F -d /srv/image /srv/volumes/one")
         lab.virtctl("container", "start", "vol")
         info = containers.info("vol")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ class _Start(Start[Container, model.Container]):
         self.links: list[config.Link] = []
         self.terminal = definition.terminal
         self.images: list[list[Any]] = []  # volumes, as a domain's record has them
-        self.after = ""  # the unit of the mount that a volume is on
+        self.mounted: volume.Mounted | None = None
 
     def check(self) -> None:
         hostinfo.check_host(self.definition, self.machine.source)
@@ -94,19 +95,31 @@ class _Start(Start[Container, model.Container]):
 
     async def _mount(self, root: model.Root) -> None:
         machine = self.machine
-        units = await self.services.units()
         where = volume.place(f"{self.services.paths.run}/{DRIVER}", machine.name)
-        path, self.after = await volume.mount(root, where, machine.peers, units, machine.source, self.by)
+        units = await self.services.units()
+        self.mounted = await volume.mount(root, where, machine.peers, units, machine.source, self.by)
+        self._check_root(where)
+        status = os.stat(self.mounted.path)
+        self.images = [[self.mounted.path, status.st_dev, status.st_ino, True]]
+
+    async def run(self) -> None:
+        """See Start; what fails before there is a record hasn't got one that tells of the mount."""
         try:
-            self._check_root(where)
-            status = os.stat(path)
-            self.images = [[path, status.st_dev, status.st_ino, True]]
+            await super().run()
         except BaseException:
-            await volume.unmount(where, units)
+            if self.mounted is not None:
+                await asyncio.shield(self._unmount())
             raise
+
+    async def _unmount(self) -> None:
+        where = volume.place(f"{self.services.paths.run}/{DRIVER}", self.machine.name)
+        with contextlib.suppress(errors.VirtdError):  # the next daemon does it
+            await volume.unmount(where, await self.services.units())
 
     def data(self) -> dict[str, Any]:
         ids = self.host.ids
+        if self.mounted is not None:
+            self.mounted.require_free()
         return {
             "interfaces": [link.host for link in self.links],
             "macs": [[link.mac, nic.network] for link, nic in zip(self.links, self.definition.nic, strict=False)],
@@ -145,7 +158,7 @@ class _Start(Start[Container, model.Container]):
             slice=f"virtd-{DRIVER}.slice",
             argv=("/bin/sh", f"{container.runtime}/start"),
             environment=ENVIRONMENT,
-            after=(self.after,) if self.after else (),
+            after=(self.mounted.after,) if self.mounted is not None and self.mounted.after else (),
             properties=tuple(
                 sandbox.properties(
                     self.definition,

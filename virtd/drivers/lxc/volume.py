@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ... import errors
 from ...model.domain import Format
 from ..storage import mounts
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ...model import container as model
     from ...units import Units
     from ..protocol import Peers
@@ -24,13 +26,24 @@ log = logging.getLogger(__name__)
 ROOTS = ".roots"  # in /run/virtd/lxc; hidden, for it is no container's
 
 
+class Mounted(NamedTuple):
+    """A volume's path, and the unit of the mount that it is on, or "".
+
+    `require_free()` raises Busy when somebody has come between since; the record has to follow in the same step.
+    """
+
+    path: str
+    after: str
+    require_free: Callable[[], None]
+
+
 def place(run: str, name: str) -> str:
     """Where the root of container `name` is mounted."""
     return f"{run}/{ROOTS}/{name}"
 
 
-async def mount(root: model.Root, where: str, peers: Peers, units: Units, source: str, by: str) -> tuple[str, str]:
-    """Have the volume mounted: its path, and the unit of the mount that it is on, or "". Raises a VirtdError."""
+async def mount(root: model.Root, where: str, peers: Peers, units: Units, source: str, by: str) -> Mounted:
+    """Have the volume mounted. Raises a VirtdError."""
     storage = peers("storage")
     try:
         path, form, _, after = await storage.for_guest(root.pool, root.volume, writes=True, by=by)
@@ -38,7 +51,7 @@ async def mount(root: model.Root, where: str, peers: Peers, units: Units, source
         raise errors.InvalidDefinition(source, "rootfs", exc.message, hint=exc.hint) from exc
     if form is not Format.RAW:
         raise errors.InvalidDefinition(source, "rootfs", f"expected a raw volume, got {root.volume}, which is {form}")
-    await storage.require_unused(root.pool, root.volume)
+    require_free = await storage.require_unused(root.pool, root.volume)
     await unmount(where, units)  # a start that was cut off has left it
     try:
         os.makedirs(where, mode=0o755, exist_ok=True)
@@ -48,7 +61,7 @@ async def mount(root: model.Root, where: str, peers: Peers, units: Units, source
     await mounts.mount(
         units, path, where, "auto", "rw,nodev" if path.startswith("/dev/") else "loop,rw,nodev", stays=True
     )
-    return path, after
+    return Mounted(path, after, require_free)
 
 
 async def unmount(where: str, units: Units) -> None:

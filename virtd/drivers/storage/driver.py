@@ -25,6 +25,8 @@ from .programs import Account
 from .volumes import Volumes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ...child import Services
     from ...model.domain import Format
     from ...model.settings import Settings
@@ -300,10 +302,15 @@ class Driver(Collection[StoragePool, model.Pool]):
             await self.start(pool_name, by)
         return await self.volumes.for_guest(pool_name, name, writes=writes)
 
-    async def require_unused(self, pool_name: str, name: str) -> None:
-        """Raise Busy when anybody uses it, reading or writing."""
+    async def require_unused(self, pool_name: str, name: str) -> Callable[[], None]:
+        """Raise Busy when anybody uses it, reading or writing; what asks again, without waiting for anything."""
         pool, volume = await self.volumes.find(pool_name, name)
-        self.volumes.require("use", pool.name, volume, writes=True)
+
+        def again() -> None:
+            self.volumes.require("use", pool.name, volume, writes=True)
+
+        again()
+        return again
 
     def require_for_guest(self, pool: str, name: str, *, writes: bool) -> None:
         """Raise Busy while a job works on it."""
