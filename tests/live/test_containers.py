@@ -526,6 +526,27 @@ def test_a_container_in_a_network(containers: Containers) -> None:
         lab.virtctl("network", "undefine", "default", check=False)
 
 
+def test_what_a_definition_asks_for(containers: Containers) -> None:
+    """Environment, host name, a mount that is for reading, a capability less; seen from inside."""
+    lab = containers.lab
+    lab.run("sh", "-c", small.MAKE, stdin=small.PROGRAM)
+    lab.sh("mkdir -p /srv/shown && echo shown >/srv/shown/file && chmod 777 /srv/shown")
+    look = "echo $COLOUR; uname -n; cat /shown/file; touch /shown/x || echo no; grep CapBnd /proc/self/status"
+    containers.define(
+        "asks",
+        f'hostname = "www"\ndrop_capabilities = ["net_raw"]\ncommand = {json.dumps(["/shell", "-c", look])}\n'
+        f'[environment]\nCOLOUR = "deep red"\n{MINI}'
+        '[[mount]]\nsource = "/srv/shown"\ntarget = "/shown"\nreadonly = true\n',
+        root=small.ROOT,
+    )
+    containers.ended("asks")
+    said = containers.log("asks").decode().splitlines()
+    assert (said[:3], "no" in said) == (["deep red", "www", "shown"], True), said
+    bounding = int(said[-1].split()[1], 16)
+    assert (bounding >> 13 & 1, bounding >> 16 & 1, bounding & 1) == (0, 0, 1)  # net_raw, sys_module, chown
+    assert lab.sh("ls /srv/shown").split() == ["file"]
+
+
 def test_the_host_s_network(containers: Containers) -> None:
     lab = containers.lab
     lab.run("sh", "-c", small.MAKE, stdin=small.PROGRAM)
