@@ -620,6 +620,7 @@ def test_a_volume_as_its_root(containers: Containers) -> None:
             done = lab.virtctl(*command, check=False)
             assert done.returncode == 1
             assert "container vol" in done.stderr, done.stderr
+        assert lab.json("volume", "list", "roots")[0]["used_by"] == ["lxc/vol"]
         lab.define("disk", more='[[disk]]\npool = "roots"\nvolume = "one"\n')
         assert "the root of container vol" in lab.virtctl("start", "disk", check=False).stderr
         lab.sh("systemctl kill -s KILL virtd.service")

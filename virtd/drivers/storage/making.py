@@ -12,7 +12,7 @@ from . import images, programs
 from .backend import Meta
 from .directory import Directory
 from .job import Task
-from .usage import Answer, Usage, key
+from .usage import Answer, Usage, called, key
 
 if TYPE_CHECKING:
     from .job import Program
@@ -120,9 +120,11 @@ class Making(Usage):
         foreign = await images.look(file, source_format, probe=probe)
         wanted = model.volume_format(format) if format else images.native(foreign.format)
         self._check_format(pool, wanted)
-        for domain, writes in self.users().get(foreign.identity, ()):
+        for user, writes in self.users().get(foreign.identity, ()):
             if writes:
-                raise errors.Busy(f"Cannot import {file}: domain {domain} writes to it", hint=f"Stop {domain} first.")
+                raise errors.Busy(
+                    f"Cannot import {file}: {called(user)} writes to it", hint=f"Stop {called(user)} first."
+                )
         backing = await images.known_backing(self._driver, file, foreign) if foreign.backing else None
         if backing is not None and (wanted is not Format.QCOW2 or foreign.format != "qcow2"):
             raise errors.InvalidState(f"Cannot convert {file}: it stands on {foreign.backing}")

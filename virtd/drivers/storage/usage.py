@@ -27,6 +27,14 @@ if TYPE_CHECKING:
 Users = dict[tuple[int, int], list[tuple[str, bool]]]
 
 
+CONTAINER = "lxc/"
+
+
+def called(user: str) -> str:
+    """A user of a volume, for a person."""
+    return f"container {user.removeprefix(CONTAINER)}" if user.startswith(CONTAINER) else f"domain {user}"
+
+
 def key(pool: str, volume: str) -> str:
     return f"{pool}/{volume}"
 
@@ -63,10 +71,10 @@ class Usage:
         return found
 
     def _images(self) -> list[tuple[str, str, tuple[int, int], bool]]:
-        """What all domains and containers have open; see images() of their drivers."""
-        found = [(f"domain {name}", *rest) for name, *rest in self._driver.peers("qemu").images()]
+        """What all domains and containers have open; see images() of their drivers. A container is "lxc/NAME"."""
+        found = list(self._driver.peers("qemu").images())
         if names(f"{self._driver.services.paths.run}/lxc", ".json"):  # else the driver isn't needed
-            found += [(f"container {name}", *rest) for name, *rest in self._driver.peers("lxc").images()]
+            found += [(f"{CONTAINER}{name}", *rest) for name, *rest in self._driver.peers("lxc").images()]
         return found
 
     def require_idle(self, pool: StoragePool) -> None:
@@ -74,7 +82,9 @@ class Usage:
         path = f"{pool.present.path}/"
         for user, image, _identity, _writes in self._images():
             if image.startswith(path):
-                raise errors.Busy(f"Cannot stop pool {pool.name}: {user} uses {image}", hint=f"Stop {user} first.")
+                raise errors.Busy(
+                    f"Cannot stop pool {pool.name}: {called(user)} uses {image}", hint=f"Stop {called(user)} first."
+                )
         for job in self._driver.jobs.values():
             mine = (*job.task.reads, *job.task.writes, key(job.task.pool, job.task.volume))
             if job.alive and job.task.verb != "tool" and any(item.startswith(f"{pool.name}/") for item in mine):
@@ -97,7 +107,9 @@ class Usage:
         for user, user_writes in self.users().get(volume.identity, ()):
             if writes or user_writes:
                 how = "writes to it" if user_writes else "reads it"
-                raise errors.Busy(f"Cannot {doing} {volume.name}: {user} {how}", hint=f"Stop {user} first.")
+                raise errors.Busy(
+                    f"Cannot {doing} {volume.name}: {called(user)} {how}", hint=f"Stop {called(user)} first."
+                )
         self.require_no_job(doing, item, writes=writes)
 
     def require_no_job(self, doing: str, item: str, *, writes: bool) -> None:

@@ -19,7 +19,7 @@ from . import images, mounts
 from .changing import Changing
 from .directory import Directory
 from .making import Making
-from .usage import key
+from .usage import CONTAINER, called, key
 
 if TYPE_CHECKING:
     from .backend import Volume
@@ -113,8 +113,10 @@ class Volumes(Making, Changing):
             await self._require_no_dependents("write to", pool.name, name)
         self.require_no_job("use", key(pool.name, name), writes=writes)
         for user, _ in self.users().get(volume.identity, ()):
-            if user.startswith("container "):  # which has it mounted; domains look at each other by themselves
-                raise errors.Busy(f"Cannot use {name}: it is the root of {user}", hint=f"Stop {user} first.")
+            if user.startswith(CONTAINER):  # which has it mounted; domains look at each other by themselves
+                raise errors.Busy(
+                    f"Cannot use {name}: it is the root of {called(user)}", hint=f"Stop {called(user)} first."
+                )
         for link in links[1:]:
             self.require_no_job("use", link.key, writes=False)
         after = mounts.unit_of(pool.present.path) if pool.present.type is model.Type.FILESYSTEM else ""
