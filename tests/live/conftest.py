@@ -55,5 +55,8 @@ def lab(booted: Lab) -> Iterator[Lab]:
     assert booted.sh("ls /var/lib/virtd/network /sys/class/net | grep -v '^lo$'").split() == [
         "/sys/class/net:", "/var/lib/virtd/network:",
     ]  # fmt: skip
+    # Verdicts of jobs are kept; pools, their mounts and what jobs have said aren't.
+    assert booted.sh("ls /run/virtd/storage | grep -v '^job-'; findmnt -rno TARGET | grep ^/srv/", check=False) == ""
+    assert booted.sh("ls /var/log/virtd/storage", check=False) == ""
     assert booted.sh("nft list tables") == ""
     booted.sh("rm -f /var/log/virtd/qemu/* /var/log/virtd/network/*")

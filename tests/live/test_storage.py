@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -148,6 +149,8 @@ def test_create_list_delete(lab: Lab, pool: str) -> None:
     assert "already" in refused(lab, "create", pool, "plain", "1M")
     volume(lab, "delete", pool, "top", *(name for name in found if name != "top"))
     assert listed(lab) == {}
+    lab.sh(f"touch {POOL}/.virtd/new/job-00000000")
+    assert lab.virtctl("pool", "refresh", pool).stdout == "Removed job-00000000, which was unfinished.\n"
     assert lab.sh(f"ls -A {POOL}; ls -A {POOL}/.virtd").split() == [".virtd", "new"]
     assert unfinished(lab) == ""
     assert no_children(lab)
@@ -348,20 +351,7 @@ def busy_source(lab: Lab, pool: str, size: str = "200M") -> None:
     )
 
 
-# Stops the first copying program that there is, as soon as it is one: what systemd has forked may not be yet.
-STOPPER = """
-import os, signal, time
-while True:
-    for pid in filter(str.isdecimal, os.listdir("/proc")):
-        try:
-            words = open(f"/proc/{pid}/cmdline").read().split("\\0")
-        except OSError:
-            continue
-        if any(word.endswith("worker.py") for word in words):
-            os.kill(int(pid), signal.SIGSTOP)
-            raise SystemExit
-    time.sleep(0.002)
-"""
+STOPPER = Path(__file__).with_name("stopper.py").read_text()
 
 
 def slowly(lab: Lab, command: list[str]) -> subprocess.Popen[str]:
@@ -386,6 +376,18 @@ def test_a_job_outlives_the_daemon(lab: Lab, pool: str) -> None:
     busy_source(lab, pool)
     client = slowly(lab, ["virtctl", "volume", "clone", pool, "source", "copy"])
     job = lab.wait("the job", lambda: job_of(lab, "clone"), 10)
+    # Images come from anywhere: what reads them has little to lose.
+    status = dict(
+        line.split(":", 1) for line in lab.sh(f"cat /proc/{job['pid']}/status").replace("\t", " ").splitlines()
+    )
+    user = lab.sh("id -u virtd-qemu").strip()
+    assert status["Uid"].split() == [user] * 4
+    assert {int(status[key], 16) for key in ("CapEff", "CapPrm", "CapBnd")} == {1 << 2}, "CAP_DAC_READ_SEARCH alone"
+    assert (status["NoNewPrivs"].strip(), status["Seccomp"].strip()) == ("1", "2")
+    root = f"/proc/{job['pid']}/root"
+    assert lab.sh(f"ls {root}/srv {root}{POOL}").split() == [f"{root}/srv:", "pool", f"{root}{POOL}:", "source"]
+    assert lab.sh(f"ls -A {root}/root {root}/home 2>/dev/null | grep -v :$", check=False).strip() == ""
+    assert "Max core file size        0" in lab.sh(f"cat /proc/{job['pid']}/limits")
     lab.sh("systemctl restart virtd")
     again = lab.wait("the job after a restart", lambda: (j := job_of(lab, "clone")) and j["pid"] and j, 10)
     assert again["job"] == job["job"]

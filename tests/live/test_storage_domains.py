@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.harness import Lab, definition
+from tests.harness import Attached, Lab, definition
 from tests.live.test_storage import POOL, define, forget_pools, pool, refused, volume
 from tests.live.tools import KILL
 
@@ -29,6 +29,14 @@ def chain(lab: Lab, pool: str) -> Iterator[str]:
     yield pool
     lab.undefine_all()
     assert lab.sh(f"stat -c '%U:%G %a' {POOL}/* | sort -u").strip() == "root:virtd-qemu 640", "all were given back"
+
+
+# What the guest writes on its disk, behind its own file system: a sector at a time, each synced.
+FIRST, COUNT = 90_000, 150
+WRITES = (
+    f"i=0; while [ $i -lt {COUNT} ]; do echo mark-$i-end | dd of=/dev/vda bs=512 seek=$(({FIRST}+i)) "
+    "conv=notrunc,fsync 2>/dev/null || break; i=$((i+1)); [ $((i%10)) = 0 ] && echo at-$i; done"
+)
 
 
 def disk(name: str, more: str = "") -> str:
@@ -55,11 +63,21 @@ def test_a_guest_that_writes_while_the_daemon_is_killed(lab: Lab, chain: str) ->
         assert "backing store of default/web1" in refused(lab, verb, chain, "base")
     assert "domain web1 uses" in lab.virtctl("pool", "stop", chain, check=False).stderr
     volume(lab, "clone", chain, "base", "another")  # to be read is no harm
-    for _ in range(3):
+    console = Attached(lab, "web1")
+    console.type(f"sh {WRITES}\n")
+    for number in range(3):
+        assert console.heard(f"sh: at-{10 * (number + 1)}", 60)
         lab.sh(KILL)
         assert lab.info("web1")["pid"] == pid
         assert "domain web1 writes to it" in refused(lab, "delete", chain, "web1"), "also after a kill"
+    assert console.heard("sh exit 0", 120)
+    console.close()
     lab.virtctl("stop", "web1")
+    lab.sh(f"qemu-img convert -f qcow2 -O raw {POOL}/web1 /srv/written")
+    written = lab.sh(
+        f"dd if=/srv/written bs=512 skip={FIRST} count={COUNT} status=none | tr -d '\\0'; rm /srv/written"
+    )
+    assert written.split() == [f"mark-{number}-end" for number in range(COUNT)]
     assert lab.sh(f"sha256sum {POOL}/base {POOL}/golden") == before, "nobody writes to what others stand on"
     assert lab.sh(f"qemu-img check -q {POOL}/web1") == ""
 
