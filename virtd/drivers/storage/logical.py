@@ -70,6 +70,9 @@ class Logical:
         try:
             await self._lvm("vgchange", "-q", "--activate", "n", self._group)
         except errors.HostError as exc:
+            # All but the one that is in use are inactive now.
+            with contextlib.suppress(errors.HostError):
+                await self._lvm("vgchange", "-q", "--activate", "y", self._group)
             raise errors.HostError(exc.message, hint="Is one of its volumes mounted, or in use otherwise?") from exc
 
     async def lost(self) -> str:
