@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.live
 
-POINTS = int(os.environ.get("VIRTD_POINTS", "3"))  # of each operation
+POINTS = int(os.environ.get("VIRTD_POINTS", "2"))  # of each operation
 
 
 def test_killed_at_some_points_of_each_operation(lab: Lab) -> None:
