@@ -62,6 +62,7 @@ UNIT = "virtd.service"
 LISTENER = "varlink"  # FileDescriptorName= in virtd.socket
 GRACE = 0.05  # seconds after READY=1 in which those who waited for it are answered before D-Bus is brought up
 LAST_LOOK = 0.2  # seconds that the end waits for what guests have just said to be in their logs
+WELL = 5.0  # seconds after which a crash is the first of its kind, see RestartSteps= in virtd.service
 UNITS_LIMIT = 20.0  # seconds that an operation waits for D-Bus to come (back)
 ITSELF = Caller(uid=0, pid=os.getpid(), name="virtd")
 
@@ -190,6 +191,7 @@ class Daemon:
                 if first:
                     first = False
                     self._task(self.host.autostart)
+                    self._task(self._be_well)
                 machines = self._task(self._machined)
                 while not await self._serve_bus(bus):
                     if await _within(lost, NAME_RETRY):
@@ -233,6 +235,12 @@ class Daemon:
                 VIRTD_MS=f"{recovery.ms:.1f}",
             )
         self._status_later()
+
+    async def _be_well(self) -> None:
+        """Have systemd start over with counting crashes, so that after the next one it waits for nothing."""
+        await asyncio.sleep(WELL)
+        with contextlib.suppress(errors.VirtdError):
+            await (await self._get_units()).reset_failed(UNIT)
 
     async def _serve_bus(self, bus: Bus) -> bool:
         """Have org.virtd1 on the bus; False when that can't be: a bus policy that isn't in force yet, most likely."""
@@ -427,8 +435,11 @@ def main() -> int:
     loop = asyncio.new_event_loop()
     status = 1
     try:
-        loop.run_until_complete(_run(Paths(os.environ.pop("VIRTD_ROOT", "")), store, knows_store=knows_store))
+        paths = Paths(os.environ.pop("VIRTD_ROOT", ""))
+        loop.run_until_complete(_run(paths, store, knows_store=knows_store))
         status = 0
+        with contextlib.suppress(OSError):
+            os.unlink(paths.launched)
     except Exception:
         log.exception("virtd failed")
     # No clean-up: every task may be cut off at any instant anyway, and a restart waits for the last of them.

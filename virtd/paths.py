@@ -41,6 +41,11 @@ class Paths:
         return f"{self.run}/quarantine"
 
     @property
+    def launched(self) -> str:
+        """The mark of a run that hasn't come to its regular end (yet); /usr/libexec/virtd makes it."""
+        return f"{self.run}/launched"
+
+    @property
     def socket(self) -> str:
         return f"{self.run}/virtd.sock"
 

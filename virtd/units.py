@@ -328,13 +328,17 @@ class Units:
             active, sub = units[0].active, units[0].sub
             if active == "failed":
                 with contextlib.suppress(BusError):
-                    await self._call("ResetFailedUnit", "s", (name,))
+                    await self.reset_failed(name)
             elif sub == "exited":
                 await self.stop(name)
             elif active in ("active", "activating", "reloading"):
                 raise errors.Busy(f"{name} is still running")
             # What is deactivating, or dead but not unloaded yet, only takes a moment.
             await patience.pause()
+
+    async def reset_failed(self, name: str) -> None:
+        """Have systemd forget its past failures, and how often it was restarted because of them."""
+        await self._call("ResetFailedUnit", "s", (name,))
 
     async def store_dump(self, unit: str, names: Container[str] | None = None) -> StoreEntries | None:
         """What PID 1 holds in a unit's FD store, or what it holds there of `names`: (name, device, inode) each.

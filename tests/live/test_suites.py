@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -62,6 +63,29 @@ def test_the_guest_does_not_notice(suite: Lab) -> None:
     tally = check(suite.console("web1"))
     assert tally.whole, (tally.lost, tally.repeated, tally.broken[:3])
     assert suite.json("status")["problems"] == []
+
+
+def test_a_daemon_that_dies_at_once_is_no_burden(suite: Lab) -> None:
+    """It is started again in the instant of its death, but not over and over again."""
+    pid = suite.info("web1")["pid"]
+    module = suite.sh("python3 -c 'import virtd.errors as found; print(found.__file__)'").strip()
+
+    def restarts() -> int:
+        return int(suite.sh("systemctl show -P NRestarts virtd.service"))
+
+    suite.sh(f"mount --bind /dev/null {module}")
+    try:
+        before = restarts()
+        suite.sh("systemctl kill -s KILL virtd.service")
+        suite.wait("a crash loop", lambda: restarts() > before + 15, 60)
+        now, at = restarts(), time.monotonic()
+        time.sleep(3)
+        assert restarts() - now <= (time.monotonic() - at) / 0.1 + 1
+    finally:
+        suite.sh(f"umount {module}")
+    assert connected(suite)["pid"] == pid
+    tally = check(suite.console("web1"))
+    assert tally.whole, (tally.lost, tally.repeated, tally.broken[:3])
 
 
 def test_stop_and_start(suite: Lab) -> None:
