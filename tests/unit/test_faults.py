@@ -16,6 +16,7 @@ from virtd import errors
 from virtd.bus import BusError
 from virtd.drivers import guest
 from virtd.drivers.qemu import host as hostinfo
+from virtd.drivers.qemu.monitor import Link, Monitor
 from virtd.fdstore import NotifyFailed, Store
 
 if TYPE_CHECKING:
@@ -198,3 +199,28 @@ async def test_a_disk_that_cant_be_given_back_is_told_after_all_others_were(
     with pytest.raises(errors.HostError, match=f"{disk} can't be given back: Operation not permitted"):
         hostinfo.give_back(owners, me)
     assert given == [world.kernel]
+
+
+@on_loop
+async def test_a_monitor_that_is_refused_once_is_connected_all_the_same(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("virtd.drivers.qemu.machine.LINK_AGAIN", 0.02)
+    real = Monitor.connect
+    refused: list[Monitor] = []
+
+    async def connect(monitor: Monitor, limit: float) -> None:
+        if not refused:
+            refused.append(monitor)
+            monitor.link = Link.CLOSED
+            raise errors.MonitorError("Cannot connect to the QEMU monitor of web1: No buffer space available")
+        await real(monitor, limit)
+
+    async with world.daemon():
+        await world.run("web1")
+    monkeypatch.setattr(Monitor, "connect", connect)
+    async with world.daemon() as host:
+        machine = host.driver.machines["web1"]
+        await until(lambda: machine.monitor is not None and machine.monitor.link is Link.CONNECTED, "the monitor")
+        assert refused
+        assert machine.problems == {}

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 DRIVER = "qemu"
 GREETING_LIMIT = 5.0  # seconds for the monitor of a guest that runs already
+LINK_AGAIN = 1.0  # seconds until a link that was refused is tried again
 
 
 class Machine(Guest[model.Domain]):
@@ -61,7 +62,7 @@ class Machine(Guest[model.Domain]):
         return ends.judge(unit, events, self.request, self.last_words(), now())
 
     def adopted(self) -> None:
-        self.spawn(self.attach(GREETING_LIMIT), "attach")
+        self.spawn(self._stay_attached(), "attach")
 
     async def let_go(self) -> None:
         if self.monitor is not None:
@@ -100,6 +101,14 @@ class Machine(Guest[model.Domain]):
                     await self.monitor.close()
                 await self._connect(limit)
 
+    async def _stay_attached(self) -> None:
+        """Until there is a link. One that doesn't answer is left to the next command, which has a person waiting."""
+        while self.alive:
+            await self.attach(GREETING_LIMIT)
+            if self.monitor is None or self.monitor.link is not Link.CLOSED:
+                return
+            await asyncio.sleep(LINK_AGAIN)
+
     async def _connect(self, limit: float) -> None:
         monitor = Monitor(self.name, command.monitor_socket(self.runtime), self.on_event)
         self.monitor = monitor
@@ -126,7 +135,7 @@ class Machine(Guest[model.Domain]):
             return await monitor.execute(name, arguments, limit=limit)
         finally:
             if monitor.link is Link.CLOSED and self.monitor is monitor and self.alive:
-                self.spawn(self.attach(GREETING_LIMIT), "attach")  # nobody tells us of its events until then
+                self.spawn(self._stay_attached(), "attach")  # nobody tells us of its events until then
 
     def _take_status(self, status: dict[str, Any]) -> None:
         match str(status.get("status")):
