@@ -188,6 +188,10 @@ class Daemon:
                 await self._units.on_reloaded(lambda: self._task(self._check_store))
                 if first:
                     await self._recover()
+                    if lost.is_set():
+                        # What couldn't be asked then would never be asked again by this process.
+                        log.warning("The bus was lost while guests were taken back: the next daemon does it again")
+                        _give_way()
                 if first:
                     first = False
                     self._task(self.host.autostart)
@@ -388,7 +392,7 @@ class Daemon:
 
 
 def _give_way() -> None:
-    """Let the next daemon go on: without its pump this one would be there, and no guest would have a console."""
+    """Let the next daemon go on, which costs nobody anything, where this one would be there and of no use."""
     os._exit(1)
 
 
