@@ -6,13 +6,14 @@
     start     one guest after another, many at once, QEMU by itself
     memory    the daemon's PSS
     network   networks started and stopped, and their firewall rules applied again
+    storage   volumes made, cloned and uploaded, and the tools that copy by themselves
     flood     what others notice of a guest that floods its console
     children  starts, restarts and PID 1's reload with 10, 100 and 1,000 children (small processes; virtd alone)
     container start to the first output and stop, beside LXC by itself; memory for each
     logpath   bytes and CPU of the console's way to its log
     fdstore   what the FD store costs as it fills
 
-The first eight run in a lab, where libvirt is installed beside virtd and takes turns with it (but for the flood
+The first nine run in a lab, where libvirt is installed beside virtd and takes turns with it (but for the flood
 and children): on a machine that does other things too, only figures of one run can be compared. They need root.
 """
 
@@ -34,7 +35,7 @@ from tests.bench import lab as bench_lab  # noqa: E402
 from tests.bench.tables import TABLES  # noqa: E402
 from tests.harness import Lab, build_rpm  # noqa: E402
 
-IN_LAB = ("restart", "list", "start", "memory", "network", "flood", "children", "container")
+IN_LAB = ("restart", "list", "start", "memory", "network", "storage", "flood", "children", "container")
 ALONE = {
     "logpath": (["--runs", "9"], ["--runs", "3", "--mib", "128", "--seconds", "3"]),
     "fdstore": (["--runs", "9"], ["--runs", "3", "--slots", "0,250"]),

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from . import children, container, flood, memory, network, restart, start
+from . import children, container, flood, memory, network, restart, start, storage
 from . import list as listing
 from .peers import peers
 
@@ -17,6 +17,7 @@ MEASURES: dict[str, Any] = {
     "start": start.measure,
     "memory": memory.measure,
     "network": network.measure,
+    "storage": storage.measure,
     "flood": flood.measure,
     "children": children.measure,
     "container": container.measure,

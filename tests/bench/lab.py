@@ -15,7 +15,7 @@ from tests.harness import Lab
 HERE = Path(__file__).resolve().parent
 PACKAGES = (
     "libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-daemon-driver-network libvirt-daemon-driver-lxc "
-    "libvirt-clients python3-libvirt"
+    "libvirt-daemon-driver-storage libvirt-clients python3-libvirt"
 )
 
 # Without this libvirt starts no guest in a container: it wants cgroup controllers, devices and labels of its own.

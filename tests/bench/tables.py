@@ -115,6 +115,19 @@ def container(figures: Figures) -> list[str]:
     ]
 
 
+def storage(figures: Figures) -> list[str]:
+    lines = [f"ms, median of {figures['runs']} (fastest), and MiB/s", ""]
+    for title, operation in figures["operations"].items():
+        seconds, size = operation["seconds"], operation["mib"]
+        for name, value in seconds.items():
+            speed = f"{size / value['median']:>10.0f}" if size else ""
+            lines.append(f"{title:<18}{name:<16}{_ms(value['median']) + ' (' + _ms(value['min']) + ')':>18}{speed}")
+        others = {name: value for name, value in seconds.items() if name != "virtd"}
+        ratios = (f"{seconds['virtd']['median'] / value['median']:.2f} of {name}" for name, value in others.items())
+        lines.append(f"{'':<18}virtd: {', '.join(ratios)}" if others else "")
+    return lines
+
+
 def _heads(by_peer: dict[str, Figures]) -> str:
     return "".join(f"{count + ' guests':>18}" for count in next(iter(by_peer.values())))
 
@@ -141,6 +154,7 @@ TABLES: dict[str, Callable[[Figures], list[str]]] = {
     "start": start,
     "memory": memory,
     "network": network,
+    "storage": storage,
     "flood": flood,
     "children": children,
     "container": container,
