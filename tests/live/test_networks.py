@@ -450,12 +450,12 @@ def test_beside_firewalld(lab: Lab) -> None:
 
     try:
         lab.sh("systemctl start firewalld.service")
-        lab.wait("the zone", zoned, 10)
+        lab.wait("the zone", zoned, 60)
         with outside(lab), neighbour(lab, "n1", "vd-nat", "10.77.6.50/24", "10.77.6.1") as n1:
             for event in ("true", "firewall-cmd --reload", "systemctl restart firewalld.service",
                           "systemctl restart virtd.service"):  # fmt: skip
                 lab.sh(event)
-                lab.wait(f"the zone after {event}", zoned, 10)
+                lab.wait(f"the zone after {event}", zoned, 60)
                 assert table(lab, "nat"), event
                 done = lab.run(*n1.split(), "ping", "-c", "1", "-W", "5", OUTSIDE, check=False)
                 assert done.returncode == 0, (event, done.stdout)
