@@ -110,7 +110,8 @@ class Containers:
             self.console = Attached(lab, STEADY, noun=NOUN)
         if not self._ask():
             raise Failed("the steady container doesn't answer before anything has happened")
-        self.victim_pid = self._info(VICTIM)["pid"]
+        # LXC's log says which process it is, and may be a moment behind the console.
+        self.victim_pid = lab.wait("the victim's first process", lambda: self._info(VICTIM)["pid"], 60)
         self.gap = False
         self.struck_at = 0.0
 
