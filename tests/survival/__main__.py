@@ -41,6 +41,8 @@ def main() -> int:
     def suite(name: str) -> None:
         def told(subject: str, event: Event, cell: Cell) -> None:
             results.put(subject, event.title, name, cell)
+            if options.write:
+                table.save(results)  # half an hour of results isn't lost by an interruption
 
         results.systemd[name] = runner.run(name, packages, told, events)
 
