@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A host of their own for the tests that want one."""
+"""What more than one file's tests begin with: a host of their own, a PID 1 with a store, a pipe."""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.unit.fake_pid1 import FakePid1
 from tests.unit.whole_host import World
+from virtd.fdstore import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,3 +33,25 @@ def make_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
 @pytest.fixture
 def world(make_world: Callable[..., World]) -> World:
     return make_world()
+
+
+@pytest.fixture
+def pid1(tmp_path: Path) -> Iterator[FakePid1]:
+    fake = FakePid1(tmp_path)
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def store(pid1: FakePid1) -> Iterator[Store]:
+    store = Store.from_environment(pid1.environment())
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    ends = os.pipe()
+    yield ends
+    for end in ends:
+        os.close(end)

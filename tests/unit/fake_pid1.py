@@ -211,3 +211,8 @@ def fill(pid1: FakePid1) -> int:
                 count += 1
         except BlockingIOError:
             return count
+
+
+def inode(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino

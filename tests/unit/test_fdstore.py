@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.unit.fake_pid1 import FakePid1, entries, fill, put_new
+from tests.unit.fake_pid1 import FakePid1, entries, fill, inode, put_new
 from virtd.fdstore import (
     AlreadyStored,
     BadName,
@@ -28,36 +28,9 @@ from virtd.fdstore import (
 from virtd.fdstore.notify import connect
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    pass
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def pid1(tmp_path: Path) -> Iterator[FakePid1]:
-    fake = FakePid1(tmp_path)
-    yield fake
-    fake.close()
-
-
-@pytest.fixture
-def store(pid1: FakePid1) -> Iterator[Store]:
-    store = Store.from_environment(pid1.environment())
-    yield store
-    store.close()
-
-
-@pytest.fixture
-def pipe() -> Iterator[tuple[int, int]]:
-    ends = os.pipe()
-    yield ends
-    for end in ends:
-        os.close(end)
-
-
-def inode(fd: int) -> tuple[int, int]:
-    status = os.fstat(fd)
-    return status.st_dev, status.st_ino
 
 
 # Putting, reading, dropping.

@@ -14,15 +14,7 @@ from virtd.fdstore import Limit, Store, StoreFull
 from virtd.fdstore.budget import NAMES_BYTES, names_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-
-@pytest.fixture
-def pid1(tmp_path: Path) -> Iterator[FakePid1]:
-    fake = FakePid1(tmp_path)
-    yield fake
-    fake.close()
+    pass
 
 
 def limited(
