@@ -22,7 +22,7 @@ from virtd.fdstore import *
 from virtd.fdstore.notify import connect
 
 begun = time.perf_counter()
-store = Store.from_environment(fallback_max=1000, headroom=0)
+store = Store.from_environment(fallback_max=1000, headroom=0, direct=None)
 took_over = time.perf_counter() - begun
 raw = connect(environ["NOTIFY_SOCKET"])
 
