@@ -27,7 +27,7 @@ CATALOGDIR := $(SYSTEMDDIR)/catalog
 SYSUSERSDIR := $(PREFIX)/lib/sysusers.d
 TMPFILESDIR := $(PREFIX)/lib/tmpfiles.d
 
-.PHONY: help setup lint test unit live survival sweep kills model demo bench rpm install clean
+.PHONY: help setup lint test unit live lvm survival sweep kills model demo bench rpm install clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ unit: $(STAMP) ## tests that need no root and take seconds
 
 live: $(STAMP) ## tests in booted systems (root), JOBS of them at once [JOBS=2]
 	$(PYTHON) -m pytest tests/live -m live -o faulthandler_timeout=900 -n $(JOBS) --dist loadfile
+
+lvm: $(STAMP) ## pools on LVM and NFS, in a machine that has the kernel for it (root, five minutes)
+	$(PYTHON) -m tests.lvm
 
 survival: $(STAMP) ## the table of what survives what, on all three suites, into the README (root, half an hour)
 	$(PYTHON) -m tests.survival --write

@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What is tried in the machine, with real volume groups and a real NFS server. Run by a unit, on each of its boots.
+
+Each line on the console begins with a word: `ok`, `FAILED`, or at the end of a boot `crashing` or `verdict`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+STATE = "/var/lib/storage-test"
+FIRST_BOOT = Path(STATE, "first")  # what came of it
+IMAGE = f"{STATE}/image"
+STOPPER = Path(__file__).with_name("stopper.py")
+SIZE = 16 << 20
+KILL = "kill -9 $(systemctl show -P MainPID virtd.service)"
+
+
+def sh(script: str, *, check: bool = True) -> str:
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
+    if check and done.returncode:
+        raise AssertionError(f"{script}: status {done.returncode}: {done.stdout}{done.stderr}")
+    return done.stdout.strip()
+
+
+def virtctl(*words: str, stdin: str = "") -> str:
+    done = subprocess.run(["virtctl", *words], input=stdin, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"virtctl {' '.join(words)}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def refused(expected: str, *words: str, stdin: str = "") -> None:
+    done = subprocess.run(["virtctl", *words], input=stdin, capture_output=True, text=True, check=False)
+    said = " ".join(done.stderr.split())
+    assert done.returncode != 0, f"virtctl {' '.join(words)} succeeded"
+    assert expected in said, f"virtctl {' '.join(words)}: {said!r}, expected {expected!r}"
+
+
+def asked(*words: str) -> Any:
+    return json.loads(virtctl(*words, "--json"))
+
+
+def until(what: str, condition: Callable[[], Any], limit: float = 120) -> Any:
+    end = time.monotonic() + limit
+    while not (value := condition()):
+        assert time.monotonic() < end, f"{what} did not come about"
+        time.sleep(0.1)
+    return value
+
+
+def volumes(pool: str = "vg") -> dict[str, Any]:
+    return {volume["name"]: volume for volume in asked("volume", "list", pool)}
+
+
+def tags(name: str) -> str:
+    return sh(f"lvs --noheadings -o lv_tags vg0/{name}")
+
+
+def owner(name: str) -> str:
+    return sh(f"stat -L -c %U:%G /dev/vg0/{name}")
+
+
+def lvs() -> set[str]:
+    return set(sh("lvs --noheadings -o lv_name vg0").split())
+
+
+def same(name: str, size: int = SIZE) -> bool:
+    return sh(f"cmp -n {size} {IMAGE} /dev/vg0/{name}") == ""
+
+
+def a_pool_needs_its_group() -> None:
+    virtctl("pool", "define", "-", stdin='name = "none"\ntype = "logical"\npath = "/dev/none"\n')
+    refused('Volume group "none" not found', "pool", "start", "none")
+    assert asked("pool", "info", "none")["state"] == "inactive"
+    virtctl("pool", "undefine", "none")
+
+
+def a_pool_is_started() -> None:
+    sh("vgcreate vg0 /dev/vdb && vgchange -an vg0")
+    virtctl("pool", "define", "-", stdin='name = "vg"\ntype = "logical"\npath = "/dev/vg0"\nautostart = true\n')
+    virtctl("pool", "start", "vg")
+    pool = asked("pool", "info", "vg")
+    assert pool["state"] == "active", pool
+    assert pool["capacity"] == int(sh("vgs --noheadings --nosuffix --units b -o vg_size vg0")), pool
+    assert pool["available"] == pool["capacity"], pool
+    assert volumes() == {}
+
+
+def volumes_are_made() -> None:
+    virtctl("volume", "create", "vg", "a", "16M")
+    found = volumes()["a"]
+    assert (found["format"], found["capacity"], found["trouble"]) == ("raw", SIZE, ""), found
+    assert (owner("a"), "virtd_new" in tags("a")) == ("root:disk", False), (owner("a"), tags("a"))
+    assert sh("tr -d '\\0' </dev/vg0/a | wc -c") == "0"
+    # Rounded up to whole extents, which are 4M.
+    virtctl("volume", "create", "vg", "odd", "5M")
+    assert volumes()["odd"]["capacity"] == 8 << 20, volumes()["odd"]
+    virtctl("volume", "create", "vg", "full", "8M", "--preallocation", "full")
+    assert asked("pool", "info", "vg")["allocation"] == 32 << 20
+    virtctl("volume", "delete", "vg", "odd", "full")
+    assert lvs() == {"a"}
+
+
+def what_cant_be_is_refused() -> None:
+    refused("already", "volume", "create", "vg", "a", "16M")
+    refused('expected "raw"', "volume", "create", "vg", "b", "16M", "--format", "qcow2")
+    refused("at most", "volume", "create", "vg", "b", "1T")
+    refused("more than 0", "volume", "create", "vg", "b", "0")
+    refused("name", "volume", "create", "vg", "../b", "1M")
+    refused("There is no volume", "volume", "info", "vg", "nothing")
+    virtctl("volume", "create", "vg", "most", "400M")
+    refused("lvcreate", "volume", "create", "vg", "b", "300M")
+    virtctl("volume", "delete", "vg", "most")
+    assert lvs() == {"a"}, lvs()
+    assert asked("volume", "jobs") == [] or all(job["verb"] != "tool" for job in asked("volume", "jobs"))
+
+
+def content_comes_and_goes() -> None:
+    sh(f"head -c {SIZE} /dev/urandom >{IMAGE}")
+    virtctl("volume", "upload", "vg", "up", IMAGE)
+    assert same("up")
+    assert (owner("up"), "virtd_new" in tags("up")) == ("root:disk", False)
+    refused("expected a size", "volume", "upload", "vg", "piped", "-", stdin="x")
+    sh(f"cat {IMAGE} | virtctl volume upload --size {SIZE} vg piped -")
+    assert same("piped")
+    virtctl("volume", "download", "vg", "up", f"{STATE}/down")
+    assert sh(f"cmp {IMAGE} {STATE}/down && rm {STATE}/down") == ""
+    virtctl("volume", "import", "vg", "raw", IMAGE, "--from", "raw")
+    assert same("raw")
+    sh(f"qemu-img convert -f raw -O qcow2 {IMAGE} {IMAGE}.qcow2")
+    virtctl("volume", "import", "vg", "converted", f"{IMAGE}.qcow2", "--from", "qcow2", "--format", "raw")
+    assert same("converted")
+    virtctl("volume", "delete", "vg", "piped", "raw", "converted")
+    assert lvs() == {"a", "up"}, lvs()
+
+
+def volumes_are_cloned_and_change() -> None:
+    virtctl("volume", "clone", "vg", "up", "copy")
+    assert same("copy")
+    virtctl("volume", "resize", "vg", "copy", "24M")
+    assert volumes()["copy"]["capacity"] == 24 << 20
+    assert same("copy")
+    refused("--shrink", "volume", "resize", "vg", "copy", "8M")
+    virtctl("volume", "resize", "vg", "copy", "8M", "--shrink")
+    assert volumes()["copy"]["capacity"] == 8 << 20
+    assert same("copy", 8 << 20)
+    virtctl("volume", "wipe", "vg", "copy")
+    assert sh("tr -d '\\0' </dev/vg0/copy | wc -c") == "0"
+    assert (volumes()["copy"]["trouble"], tags("copy").count("damaged")) == ("", 0), (volumes()["copy"], tags("copy"))
+    virtctl("volume", "delete", "vg", "copy")
+
+
+def a_qcow2_volume_stands_on_a_logical_one() -> None:
+    sh("mkdir -m 711 /srv/dir")
+    virtctl("pool", "define", "-", stdin='name = "dir"\npath = "/srv/dir"\n')
+    virtctl("pool", "start", "dir")
+    virtctl("volume", "create", "dir", "top", "--backing", "up", "--backing-pool", "vg")
+    (link,) = asked("volume", "info", "dir", "top")["chain"]
+    assert (link["pool"], link["volume"], link["format"]) == ("vg", "up", "raw"), link
+    refused("backing store of dir/top", "volume", "delete", "vg", "up")
+    assert sh(f"qemu-img compare -f raw -F qcow2 {IMAGE} /srv/dir/top") == "Images are identical."
+    virtctl("volume", "delete", "dir", "top")
+
+
+def a_guest_has_a_logical_volume() -> None:
+    disk = '[[disk]]\npool = "vg"\nvolume = "up"\n'
+    for name in ("one", "two"):
+        virtctl("define", "-", stdin=f'name = "{name}"\nmemory = "32M"\nmachine = "pc"\n{disk}')
+    virtctl("pool", "stop", "vg")
+    virtctl("start", "one")
+    assert asked("pool", "info", "vg")["state"] == "active", "it wasn't started for the guest"
+    assert owner("up").startswith("virtd-qemu:"), owner("up")
+    pid = asked("info", "one")["pid"]
+    assert sh(f"stat -c %U /proc/{pid}") == "virtd-qemu"
+    refused("in use by domain one", "start", "two")
+    refused("domain one", "volume", "delete", "vg", "up")
+    refused("domain one", "volume", "resize", "vg", "up", "64M")
+    refused("domain one", "pool", "stop", "vg")
+    sh(KILL)
+    refused("domain one", "volume", "delete", "vg", "up")
+    assert asked("info", "one")["pid"] == pid
+    virtctl("stop", "one")
+    assert owner("up") == "root:disk", owner("up")
+    virtctl("undefine", "one", "two")
+    assert same("up")
+
+
+def stopped_clone(target: str) -> subprocess.Popen[str]:
+    """A clone whose copying program stands still."""
+    with subprocess.Popen([sys.executable, STOPPER]) as stopper:
+        client = subprocess.Popen(
+            ["virtctl", "volume", "clone", "vg", "up", target], stderr=subprocess.PIPE, text=True
+        )
+        assert stopper.wait(120) == 0
+    return client
+
+
+def a_clone_outlives_the_daemon() -> None:
+    client = stopped_clone("copy")
+    sh(KILL)
+    assert set(volumes()) == {"a", "up"}, "half of it is listed"
+    assert "copy" in lvs()
+    assert "virtd_new" in tags("copy"), tags("copy")
+    refused("copy", "volume", "create", "vg", "copy", "8M")
+    sh("systemctl restart virtd")
+    sh("systemctl kill -s CONT 'virtd-storage-job*'")
+    _, err = client.communicate(timeout=300)
+    assert client.returncode == 0, err
+    assert same("copy")
+    assert "virtd_new" not in tags("copy"), tags("copy")
+    virtctl("volume", "delete", "vg", "copy")
+
+
+def a_clone_is_cancelled() -> None:
+    client = stopped_clone("copy")
+    (job,) = [job for job in asked("volume", "jobs") if job["state"] == "running"]
+    virtctl("volume", "cancel", job["job"])
+    _, err = client.communicate(timeout=300)
+    assert "cancelled by root" in err, err
+    assert lvs() == {"a", "up"}, lvs()
+
+
+def an_upload_is_taken_up_again() -> None:
+    client = subprocess.Popen(
+        ["sh", "-c", f"(head -c 4M {IMAGE}; sleep 600) | virtctl volume upload --size {SIZE} vg cut -"],
+        start_new_session=True,
+    )
+    until("the upload", lambda: any(job["state"] == "waiting" for job in asked("volume", "jobs")))
+    sh(KILL)
+    os.killpg(client.pid, 9)
+    client.wait()
+    assert "cut" not in volumes()
+    virtctl("volume", "upload", "--resume", "vg", "cut", IMAGE)
+    assert same("cut")
+    virtctl("volume", "delete", "vg", "cut")
+
+
+def what_others_make_is_seen_and_kept() -> None:
+    sh("lvcreate -qq --yes --size 8M --name foreign vg0")
+    sh("lvcreate -qq --yes --size 8M --addtag virtd_new --addtag virtd_job_job-00000000 --name left vg0")
+    assert set(volumes()) == {"a", "up", "foreign"}, volumes()
+    sh("systemctl restart virtd")
+    until("the sweeping", lambda: lvs() == {"a", "up", "foreign"})
+    virtctl("volume", "delete", "vg", "foreign")
+
+
+def killed_at_random() -> None:
+    for number in range(6):
+        script = " && ".join(
+            f"virtctl volume {verb}" for verb in ("create vg new 8M", "resize vg new 12M", "delete vg new")
+        )
+        client = subprocess.Popen(["sh", "-c", script], stderr=subprocess.PIPE, text=True)
+        for turn in range(2):
+            time.sleep(0.3 + 0.37 * number + 0.5 * turn)
+            sh(KILL, check=False)
+        _, err = client.communicate(timeout=300)
+        assert client.returncode == 0, err
+        assert set(volumes()) == {"a", "up"}, volumes()
+    until("nothing unfinished", lambda: lvs() == {"a", "up"})
+    until("no unit", lambda: sh("systemctl list-units --all --plain --no-legend 'virtd-storage-*.service'") == "")
+    assert same("up")
+    assert sh("systemctl show -P NFileDescriptorStore virtd.service") == "0"
+
+
+def a_pool_is_stopped() -> None:
+    sh("sleep 600 </dev/vg0/a >/dev/null 2>&1 & echo $! >/run/holder")
+    refused("in use", "pool", "stop", "vg")
+    assert asked("pool", "info", "vg")["state"] == "active"
+    assert same("up"), "the other volumes are as they were"
+    sh("kill $(cat /run/holder)")
+    virtctl("pool", "stop", "vg")
+    assert sh("lvs --noheadings -o lv_active vg0 | sort -u") == "", "they are active"
+    refused("isn't active", "volume", "list", "vg")
+    virtctl("pool", "start", "vg")
+    assert volumes()["up"]["trouble"] == ""
+    assert same("up")
+
+
+def nfs() -> None:
+    sh("mkdir -p /srv/export && chmod 755 /srv/export")
+    Path("/etc/exports").write_text("/srv/export localhost(rw,no_root_squash,no_subtree_check)\n")
+    sh("exportfs -ra")
+    text = 'name = "nas"\ntype = "filesystem"\npath = "/srv/mounted/nas"\nsource = "localhost:/srv/export"\n'
+    virtctl("pool", "define", "-", stdin=text)
+    virtctl("pool", "start", "nas")
+    assert "nosuid" in sh("findmnt -no OPTIONS /srv/mounted/nas")
+    virtctl("volume", "import", "nas", "a", IMAGE, "--from", "raw")
+    virtctl("volume", "clone", "nas", "a", "b")
+    virtctl("volume", "create", "nas", "thin", "1G", "--format", "qcow2")
+    assert sh(f"cmp {IMAGE} /srv/export/b") == ""
+    for command in (KILL, "systemctl restart virtd"):
+        sh(command)
+        assert asked("pool", "info", "nas")["state"] == "active", command
+        assert set(volumes("nas")) == {"a", "b", "thin"}
+    virtctl("volume", "delete", "nas", "a", "b", "thin")
+    virtctl("pool", "stop", "nas")
+    assert sh("findmnt /srv/mounted/nas", check=False) == ""
+    virtctl("pool", "undefine", "nas")
+
+
+def a_crash_of_the_machine_leaves() -> None:
+    """Second boot: the first ended without a word in the midst of a clone."""
+    until("the autostart", lambda: asked("pool", "info", "vg")["state"] == "active")
+    assert set(volumes()) == {"a", "up"}, volumes()
+    until("the sweeping", lambda: lvs() == {"a", "up"})
+    assert same("up")
+    virtctl("volume", "delete", "vg", "a", "up")
+    virtctl("pool", "stop", "vg")
+    virtctl("pool", "undefine", "vg")
+    assert lvs() == set()
+
+
+FIRST = (
+    a_pool_needs_its_group, a_pool_is_started, volumes_are_made, what_cant_be_is_refused, content_comes_and_goes,
+    volumes_are_cloned_and_change, a_qcow2_volume_stands_on_a_logical_one, a_guest_has_a_logical_volume,
+    a_clone_outlives_the_daemon, a_clone_is_cancelled, an_upload_is_taken_up_again, what_others_make_is_seen_and_kept,
+    killed_at_random, a_pool_is_stopped, nfs,
+)  # fmt: skip
+SECOND = (a_crash_of_the_machine_leaves,)
+
+
+def run(steps: Iterable[Callable[[], None]]) -> bool:
+    good = True
+    for step in steps:
+        began = time.monotonic()
+        name = step.__name__.replace("_", " ")
+        try:
+            step()
+        except Exception as exc:
+            good = False
+            where = traceback.extract_tb(exc.__traceback__)[1].lineno
+            print(f"FAILED {name}, line {where}: {' '.join(str(exc).split())}", flush=True)
+        else:
+            print(f"ok {name} [{time.monotonic() - began:.0f} s]", flush=True)
+    return good
+
+
+def main() -> None:
+    os.makedirs(STATE, exist_ok=True)
+    print(flush=True)  # what systemd and the kernel wrote ends here
+    if not FIRST_BOOT.exists():
+        good = run(FIRST)
+        FIRST_BOOT.write_text("good" if good else "bad")
+        try:
+            stopped_clone("interrupted")
+        finally:
+            print("crashing", flush=True)
+            time.sleep(1)
+            sh("sync; echo 1 >/proc/sys/kernel/sysrq; echo b >/proc/sysrq-trigger")
+            time.sleep(60)
+    good = run(SECOND) and FIRST_BOOT.read_text() == "good"
+    print(f"verdict: {'good' if good else 'bad'}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
