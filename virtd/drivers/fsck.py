@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from .. import errors, fdstore, files, records
 from ..child import CONSOLE_LOG, STDERR_LOG
@@ -19,13 +19,18 @@ from ..units import object_name
 from .protocol import Difference
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from ..child import Child, Services
+    from ..records import Record, Records
     from ..units import Listed, UnitState
     from .collection import Collection
     from .guest import Guest
     from .guests import Guests
 
     AnyGuests = Guests[Any, Any]
+
+S = TypeVar("S")  # what was seen in all places
 
 ENDING = 15.0  # seconds that an end which is under way may take until it counts as stuck
 
@@ -72,12 +77,38 @@ def strays(services: Services, seen: Seen, key: str) -> list[str]:
     return sorted({*seen.slots_of(key), *_ours(services, key)})
 
 
+def traces(services: Services, seen: Seen, driver: str) -> set[str]:
+    """The objects that have a unit or a slot."""
+    slots = {*(seen.slots or {}), *_ours(services, driver)}
+    return {*seen.units, *(slot.split("/")[1] for slot in slots)}
+
+
+async def clear_away(services: Services, seen: Seen, driver: str, name: str) -> None:
+    """Stop and forget the unit of an object that isn't to have one, and drop its slots, whoever knows of them."""
+    units = await services.units()
+    if unit := seen.units.get(name):
+        await units.stop(unit.name)
+        await units.collect(unit.name)
+    expel(services, seen, f"{driver}/{name}")
+
+
+def expel(services: Services, seen: Seen, key: str) -> None:
+    for slot in strays(services, seen, key):
+        services.store.expel(slot)
+
+
+def save_or_remove(records: Records, name: str, known: Record | None) -> None:
+    """Have on disk what is in memory."""
+    if known is not None:
+        records.save(known)
+    else:
+        records.remove(name)
+
+
 def _names(guests: AnyGuests, seen: Seen) -> list[str]:
     """Every object that anything is there of, besides its definition and its logs."""
     run = f"{guests.services.paths.run}/{guests.name}"
-    found = {*guests.machines, *seen.units, *names_in(run, ".json")}
-    found |= {slot.split("/")[1] for slot in seen.slots or {}}
-    found |= {slot.split("/")[1] for slot in guests.services.store.names() if slot.startswith(f"{guests.name}/")}
+    found = {*guests.machines, *traces(guests.services, seen, guests.name), *names_in(run, ".json")}
     found |= {name for name in names_in(run, "") if os.path.isdir(f"{run}/{name}")}
     return sorted(found)
 
@@ -126,17 +157,35 @@ async def _examine(guests: AnyGuests, name: str, *, repair: bool) -> list[Differ
 
 
 async def _settle(guests: AnyGuests, name: str, *, repair: bool) -> list[Difference]:
-    seen = await look(guests.services, guests.name)
-    found = await _findings(guests, name, seen)
+    return await settle(
+        guests.services, name,
+        look=lambda: look(guests.services, guests.name),
+        findings=lambda seen: _findings(guests, name, seen),
+        mend=lambda seen: _mend(guests, name, seen),
+        repair=repair,
+    )  # fmt: skip
+
+
+async def settle(
+    services: Services,
+    name: str,
+    *,
+    look: Callable[[], Awaitable[S]],
+    findings: Callable[[S], Awaitable[list[Difference]]],
+    mend: Callable[[S], Awaitable[None]],
+    repair: bool,
+) -> list[Difference]:
+    """What differs about one object; with `repair`, mended as far as that can be, and told by another look."""
+    seen = await look()
+    found = await findings(seen)
     if not repair or not any(difference.repair for difference in found):
         return found
     try:
-        await _mend(guests, name, seen)
+        await mend(seen)
     except (errors.VirtdError, fdstore.StoreError) as exc:
         found.append(Difference("record", name, f"{name} could not be repaired: {exc}"))
-    await asyncio.to_thread(guests.services.store.barrier)
-    seen = await look(guests.services, guests.name)
-    left = {(difference.kind, difference.text) for difference in await _findings(guests, name, seen)}
+    await asyncio.to_thread(services.store.barrier)
+    left = {(difference.kind, difference.text) for difference in await findings(await look())}
     return [told(difference, repaired=(difference.kind, difference.text) not in left) for difference in found]
 
 
@@ -295,9 +344,7 @@ async def _mend(guests: AnyGuests, name: str, seen: Seen) -> None:
         # As a start of the daemon does with a unit that no record tells of: taken back, or its end is found out.
         await guests.rebuild(name)
         return
-    store = guests.services.store
-    for slot in strays(guests.services, seen, f"{guests.name}/{name}"):
-        store.expel(slot)
+    expel(guests.services, seen, f"{guests.name}/{name}")
     if machine is not None and machine.record is not None:
         await machine.put_away()
         guests.records.save(machine.record)

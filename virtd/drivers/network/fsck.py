@@ -11,12 +11,25 @@ import asyncio
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from ... import errors, fdstore, files, records
+from ... import errors, files, records
 from ...paths import names as names_in
-from ..fsck import Seen, look, loose_files, mend_slots, record_differences, slot_differences, strays, told
+from ..fsck import (
+    Seen,
+    clear_away,
+    look,
+    loose_files,
+    mend_slots,
+    record_differences,
+    save_or_remove,
+    settle,
+    slot_differences,
+    strays,
+    told,
+    traces,
+)  # fmt: skip
 from ..protocol import Difference
 from . import bridge, dnsmasq, firewall, links
-from .server import DRIVER
+from .server import DRIVER, content
 
 if TYPE_CHECKING:
     from .driver import Driver
@@ -37,9 +50,8 @@ async def compare(driver: Driver, *, repair: bool) -> list[Difference]:
     found = await loose_files(driver, repair=repair)
     there = await _look(driver)
     run = f"{driver.services.paths.run}/{DRIVER}"
-    names = {*driver.nets, *there.seen.units, *there.bridges, *there.tables, *names_in(run, ".json")}
-    slots = [*(there.seen.slots or {}), *driver.services.store.names()]
-    names |= {slot.split("/")[1] for slot in slots if slot.startswith(f"{DRIVER}/")}
+    names = {*driver.nets, *there.bridges, *there.tables, *names_in(run, ".json")}
+    names |= traces(driver.services, there.seen, DRIVER)
     names |= {name for name in names_in(run, "") if os.path.isdir(f"{run}/{name}")}
     for name in sorted(names):
         if await _findings(driver, name, there):
@@ -73,17 +85,13 @@ async def _examine(driver: Driver, name: str, *, repair: bool) -> list[Differenc
 
 
 async def _settle(driver: Driver, name: str, *, repair: bool) -> list[Difference]:
-    there = await _look(driver)
-    found = await _findings(driver, name, there)
-    if not repair or not any(difference.repair for difference in found):
-        return found
-    try:
-        await _mend(driver, name, there)
-    except (errors.VirtdError, fdstore.StoreError) as exc:
-        found.append(Difference("record", name, f"{name} could not be repaired: {exc}"))
-    await asyncio.to_thread(driver.services.store.barrier)
-    left = {(difference.kind, difference.text) for difference in await _findings(driver, name, await _look(driver))}
-    return [told(difference, repaired=(difference.kind, difference.text) not in left) for difference in found]
+    return await settle(
+        driver.services, name,
+        look=lambda: _look(driver),
+        findings=lambda there: _findings(driver, name, there),
+        mend=lambda there: _mend(driver, name, there),
+        repair=repair,
+    )  # fmt: skip
 
 
 async def _findings(driver: Driver, name: str, there: There) -> list[Difference]:
@@ -124,7 +132,7 @@ async def _pieces(net: Net, seen: Seen) -> list[Difference]:
         (mine.hosts, dnsmasq.hosts(network)),
         (mine.names, dnsmasq.names(network)),
     ):
-        if _content(file) != text:
+        if content(file) != text:
             found.append(Difference("file", name, f"{file} isn't as virtd wrote it", "write it again"))
     return found
 
@@ -158,21 +166,13 @@ async def _mend(driver: Driver, name: str, there: There) -> None:
         if (network := net.running) is not None:
             await net.make(network)
     else:
-        units = await driver.services.units()
-        if unit := there.seen.units.get(name):
-            await units.stop(unit.name)
-            await units.collect(unit.name)
-        for slot in strays(driver.services, there.seen, f"{DRIVER}/{name}"):
-            driver.services.store.expel(slot)
+        await clear_away(driver.services, there.seen, DRIVER, name)
         if name in there.tables:
             await asyncio.to_thread(firewall.remove, name)
         if (interface := there.bridges.get(name)) and not links.members(interface):
             await asyncio.to_thread(bridge.remove, interface)
         await asyncio.to_thread(files.remove_tree, driver.services.paths.runtime(DRIVER, name))
-    if net is not None and net.record is not None:
-        driver.records.save(net.record)
-    else:
-        driver.records.remove(name)
+    save_or_remove(driver.records, name, net.record if net is not None else None)
 
 
 async def _interfaces(driver: Driver, *, repair: bool) -> list[Difference]:
@@ -199,11 +199,3 @@ def _has_something(driver: Driver, user: str) -> bool:
     except (OSError, ValueError):
         return True  # nobody knows
     return bool(record.unit or record.slots or record.data)
-
-
-def _content(path: str) -> str | None:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    except (OSError, ValueError):
-        return None

@@ -147,7 +147,7 @@ class Server(Tasks):
             (mine.hosts, dnsmasq.hosts(network)),
             (mine.names, dnsmasq.names(network)),
         ):
-            if _content(path) != text:
+            if content(path) != text:
                 files.write(path, text.encode(), mode=0o644)
                 changed.add(path)
         return changed
@@ -390,7 +390,8 @@ def _identity(fd: int) -> str:
     return f"{status.st_dev}:{status.st_ino}"
 
 
-def _content(path: str) -> str | None:
+def content(path: str) -> str | None:
+    """A file's text, or None when it can't be read."""
     try:
         with open(path, encoding="utf-8") as file:
             return file.read()

@@ -10,10 +10,23 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from ... import errors, fdstore
+from ... import errors
 from ...model import pool as model
 from ...paths import names as names_in
-from ..fsck import Seen, look, loose_files, mend_slots, record_differences, slot_differences, strays, told
+from ..fsck import (
+    Seen,
+    clear_away,
+    look,
+    loose_files,
+    mend_slots,
+    record_differences,
+    save_or_remove,
+    settle,
+    slot_differences,
+    strays,
+    told,
+    traces,
+)  # fmt: skip
 from ..protocol import Difference
 from . import mounts
 from .job import DRIVER, State
@@ -31,8 +44,7 @@ async def compare(driver: Driver, *, repair: bool) -> list[Difference]:
     run = f"{driver.services.paths.run}/{DRIVER}"
     recorded = set(names_in(run, ".json"))
     seen = await look(driver.services, DRIVER)
-    slots = {slot for slot in [*(seen.slots or {}), *driver.services.store.names()] if slot.startswith(f"{DRIVER}/")}
-    jobs = {*driver.jobs, *seen.units, *(slot.split("/")[1] for slot in slots)}
+    jobs = {*driver.jobs, *traces(driver.services, seen, DRIVER)}
     jobs |= {name for name in recorded if name.startswith(model.JOB)}
     pools = {*driver.pools, *(name for name in recorded if not name.startswith(model.JOB))}
     for name in sorted(jobs):
@@ -73,17 +85,17 @@ def _running(job: Job, seen: Seen) -> list[Difference]:
 async def _settle_job(driver: Driver, name: str, *, repair: bool) -> list[Difference]:
     # Jobs have no lock: what was just under way is so no more a moment later.
     await asyncio.sleep(0.2)
-    seen = await look(driver.services, DRIVER)
-    found = _job(driver, name, seen)
-    if not repair or not any(difference.repair for difference in found):
-        return found
-    try:
-        await _mend_job(driver, name, seen)
-    except (errors.VirtdError, fdstore.StoreError) as exc:
-        found.append(Difference("record", name, f"{name} could not be repaired: {exc}"))
-    await asyncio.to_thread(driver.services.store.barrier)
-    left = {difference.text for difference in _job(driver, name, await look(driver.services, DRIVER))}
-    return [told(difference, repaired=difference.text not in left) for difference in found]
+
+    async def findings(seen: Seen) -> list[Difference]:
+        return _job(driver, name, seen)
+
+    return await settle(
+        driver.services, name,
+        look=lambda: look(driver.services, DRIVER),
+        findings=findings,
+        mend=lambda seen: _mend_job(driver, name, seen),
+        repair=repair,
+    )  # fmt: skip
 
 
 async def _mend_job(driver: Driver, name: str, seen: Seen) -> None:
@@ -92,16 +104,8 @@ async def _mend_job(driver: Driver, name: str, seen: Seen) -> None:
         if job.child is not None:
             await mend_slots(driver.services, job.child, seen)
     else:
-        units = await driver.services.units()
-        if unit := seen.units.get(name):
-            await units.stop(unit.name)
-            await units.collect(unit.name)
-        for slot in strays(driver.services, seen, f"{DRIVER}/{name}"):
-            driver.services.store.expel(slot)
-    if job is not None and job.record is not None:
-        driver.records.save(job.record)
-    else:
-        driver.records.remove(name)
+        await clear_away(driver.services, seen, DRIVER, name)
+    save_or_remove(driver.records, name, job.record if job is not None else None)
 
 
 # Pools
@@ -166,10 +170,8 @@ async def _settle(driver: Driver, name: str, pool: StoragePool | None, *, repair
             await pool.backend.sweep(driver.unfinished())
         if "mount" in kinds and pool is not None:
             await pool.backend.stop()
-        if "record" in kinds and pool is not None and pool.record is not None:
-            driver.records.save(pool.record)
-        elif "record" in kinds:
-            driver.records.remove(name)
+        if "record" in kinds:
+            save_or_remove(driver.records, name, pool.record if pool is not None else None)
     except errors.VirtdError as exc:
         found.append(Difference("record", name, f"{name} could not be repaired: {exc}"))
     left = {difference.text for difference in await _findings(driver, name, pool)}
