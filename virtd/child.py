@@ -26,7 +26,7 @@ from . import errors, fdstore, process
 from .logfile import LogFile
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
 
     from .model.settings import Log
     from .paths import Paths
@@ -352,6 +352,15 @@ class Child(msgspec.Struct):
                 self.services.pump.add(self.slot(name), fd, file, size=size)
                 if name == STDERR:
                     self.services.pump.watch(self.slot(name))  # the journal is to have it soon
+
+
+def identities(descriptors: Mapping[str, int]) -> dict[str, str]:
+    """What a record says of slots: "device:inode" of what is in each."""
+    found = {}
+    for name, fd in descriptors.items():
+        status = os.fstat(fd)
+        found[name] = f"{status.st_dev}:{status.st_ino}"
+    return found
 
 
 async def ended(pid: int, start: int) -> None:

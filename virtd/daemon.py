@@ -192,7 +192,6 @@ class Daemon:
                         # What couldn't be asked then would never be asked again by this process.
                         log.warning("The bus was lost while guests were taken back: the next daemon does it again")
                         _give_way()
-                if first:
                     first = False
                     self._task(self.host.autostart)
                     self._task(self._be_well)

@@ -328,6 +328,11 @@ class Collection(Generic[T, D]):
         mine = f"{self.name}/{name}/"
         return [slot for slot in self._services.store.names() if slot.startswith(mine)]
 
+    def identities_of(self, name: str) -> dict[str, str]:
+        """Its slots, as a record tells of them (child.identities)."""
+        held = self._services.store.slots()
+        return {slot: f"{held[slot].dev}:{held[slot].ino}" for slot in self.slots_of(name)}
+
     def live(self) -> int:
         return sum(one.active for one in self.objects.values())
 

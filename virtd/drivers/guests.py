@@ -132,10 +132,7 @@ class Guests(Collection[G, D]):
         machine = self.object(name)
         units = await self._services.units()
         state = await units.state(machine.unit) if unit else None
-        held = self._services.store.slots()
-        slots = {
-            slot: f"{held[slot].dev}:{held[slot].ino}" for slot in held if slot.startswith(f"{self.name}/{name}/")
-        }
+        slots = self.identities_of(name)
         expected = [f"{self.name}/{name}/{slot}" for slot in SLOTS]
         record = Record(
             driver=self.name,

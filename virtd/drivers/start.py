@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from .. import errors, fdstore, journal
-from ..child import Child, Ends
+from ..child import Child, Ends, identities
 from ..messages import Message
 from ..model.state import State
 from ..records import Record, now
@@ -130,7 +130,7 @@ class Start(Generic[G, D]):
             id=machine.shared.next_id(),
             unit=machine.unit,
             boot_id=machine.shared.boot_id,
-            slots={name: _identity(fd) for name, fd in descriptors.items()},
+            slots=identities(descriptors),
             data={
                 **definitions.in_force(self.definition, machine.definition_text),
                 "request": None,
@@ -194,8 +194,3 @@ class Start(Generic[G, D]):
             f"Cannot start {self.machine.name}: {said}",
             hint=exc.hint or f"See: {self.machine.virtctl} log --stderr {self.machine.name}",
         )
-
-
-def _identity(fd: int) -> str:
-    status = os.fstat(fd)
-    return f"{status.st_dev}:{status.st_ino}"

@@ -148,8 +148,7 @@ class Driver(Collection[Net, model.Network]):
     async def _rebuild(self, name: str, *, unit: bool) -> None:
         """A unit, slots or a bridge that no record tells of: made whole by the definition, or cleared away."""
         net = self.object(name)
-        held = self._services.store.slots()
-        slots = {slot: f"{held[slot].dev}:{held[slot].ino}" for slot in held if slot.startswith(f"{DRIVER}/{name}/")}
+        slots = self.identities_of(name)
         network = net.definition
         whole = network is not None and self._has_bridge(net)
         data: dict[str, Any] = {}

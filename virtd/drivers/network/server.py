@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ... import errors, fdstore, files, journal
-from ...child import Child, Ends
+from ...child import Child, Ends, identities
 from ...logfile import Cursor
 from ...messages import Message
 from ...stderrlog import StderrLog
@@ -165,7 +165,7 @@ class Server(Tasks):
         try:
             net.save(
                 unit=net.unit,
-                slots={name: _identity(fd) for name, fd in descriptors.items()},
+                slots=identities(descriptors),
                 main_pid=0,
                 main_start=0,
                 invocation_id="",
@@ -383,11 +383,6 @@ def how(state: UnitState | None) -> str:
 def _send(text: str, **fields: Any) -> None:
     """Into the journal, as what it mostly is: the daily business of a server."""
     journal.send(text, **fields | {"level": "warning" if "failed" in text or "error" in text else "info"})
-
-
-def _identity(fd: int) -> str:
-    status = os.fstat(fd)
-    return f"{status.st_dev}:{status.st_ino}"
 
 
 def content(path: str) -> str | None:

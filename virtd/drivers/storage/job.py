@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from ... import errors, fdstore
-from ...child import Child, Services
+from ...child import Child, Services, identities
 from ...paths import names
 from ...records import Record, Records, now
 from ...units import CLD_EXITED, UnitSpec, signal_name, unit_name
@@ -197,7 +197,7 @@ class Job:
         ends, descriptors = child.prepare()
         self.child = child
         try:
-            slots = {name: _identity(fd) for name, fd in descriptors.items()}
+            slots = identities(descriptors)
             self.save(State.RUNNING, slots=slots, unit=self.unit)
             await child.keep(descriptors)
             state = await child.spawn(
@@ -404,11 +404,6 @@ def remove_logs(paths: Paths, name: str) -> None:
         for path in (log_file, *(f"{log_file}.{number}" for number in range(1, 4))):
             with contextlib.suppress(OSError):
                 os.unlink(path)
-
-
-def _identity(fd: int) -> str:
-    status = os.fstat(fd)
-    return f"{status.st_dev}:{status.st_ino}"
 
 
 def _tail(path: str, last: int) -> bytes:
