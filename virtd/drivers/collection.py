@@ -330,8 +330,8 @@ class Collection(Generic[T, D]):
 
     def identities_of(self, name: str) -> dict[str, str]:
         """Its slots, as a record tells of them (child.identities)."""
-        held = self._services.store.slots()
-        return {slot: f"{held[slot].dev}:{held[slot].ino}" for slot in self.slots_of(name)}
+        held, mine = self._services.store.slots(), f"{self.name}/{name}/"
+        return {slot: f"{kept.dev}:{kept.ino}" for slot, kept in held.items() if slot.startswith(mine)}
 
     def live(self) -> int:
         return sum(one.active for one in self.objects.values())
