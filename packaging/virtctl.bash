@@ -2,17 +2,42 @@
 # Completion of virtctl for bash. The names of domains are asked of the daemon, the rest is written down here; a unit
 # test holds it against what virtctl --help says.
 
-_virtctl_domains() {
-    # Not for long: a TAB must not hang.
-    timeout 2 virtctl list --no-legend "$@" 2>/dev/null | while read -r name _; do
+# What the daemon lists, a line each. Not for long: a TAB must not hang.
+_virtctl_rows() {
+    timeout 2 virtctl "$@" 2>/dev/null
+}
+
+_virtctl_names() {
+    _virtctl_rows "$@" | while read -r name _; do
         printf '%s\n' "$name"
     done
 }
 
-_virtctl_networks() {
-    timeout 2 virtctl network list --no-legend "$@" 2>/dev/null | while read -r name _; do
-        printf '%s\n' "$name"
+_virtctl_domains() { _virtctl_names list --no-legend "$@"; }
+_virtctl_networks() { _virtctl_names network list --no-legend "$@"; }
+_virtctl_containers() { _virtctl_names container list --no-legend "$@"; }
+_virtctl_volumes() { _virtctl_names volume list --no-legend "$1"; }
+
+_virtctl_pools() {
+    _virtctl_rows pool list --no-legend | while read -r name state _; do
+        [[ -z ${1-} || $state == "$1" ]] && printf '%s\n' "$name"
     done
+}
+
+_virtctl_jobs() {
+    _virtctl_rows volume jobs --no-legend | while read -r name state _; do
+        [[ $state == running || $state == waiting ]] && printf '%s\n' "$name"
+    done
+}
+
+# Answer with those of the words in $1 that go on as what was typed.
+_virtctl_reply() {
+    mapfile -t COMPREPLY < <(compgen -W "$1" -- "$current")
+}
+
+_virtctl_files() {
+    compopt -o filenames
+    mapfile -t COMPREPLY < <(compgen -f -- "$current")
 }
 
 # `virtctl network ...`; the variables are _virtctl's.
@@ -27,26 +52,20 @@ _virtctl_network() {
         *) options='' ;;
     esac
     if [[ $current == -* ]]; then
-        mapfile -t COMPREPLY < <(compgen -W "$options $common" -- "$current")
+        _virtctl_reply "$options $common"
         return
     fi
     case $second in
         '')
-            mapfile -t COMPREPLY < <(compgen -W 'list info leases start stop define undefine dump autostart' -- "$current")
+            _virtctl_reply 'list info leases start stop define undefine dump autostart'
             ;;
         define)
             compopt -o filenames
             mapfile -t COMPREPLY < <(compgen -W default -- "$current"; compgen -f -- "$current")
             ;;
-        stop) mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_networks --active)" -- "$current") ;;
-        *) mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_networks)" -- "$current") ;;
+        stop) _virtctl_reply "$(_virtctl_networks --active)" ;;
+        *) _virtctl_reply "$(_virtctl_networks)" ;;
     esac
-}
-
-_virtctl_containers() {
-    timeout 2 virtctl container list --no-legend "$@" 2>/dev/null | while read -r name _; do
-        printf '%s\n' "$name"
-    done
 }
 
 # `virtctl container ...`; the variables are _virtctl's.
@@ -67,43 +86,24 @@ _virtctl_container() {
         *) options='' ;;
     esac
     if [[ $current == -* ]]; then
-        mapfile -t COMPREPLY < <(compgen -W "$options $common" -- "$current")
+        _virtctl_reply "$options $common"
         return
     fi
     case $second in
         '')
-            mapfile -t COMPREPLY < <(compgen -W 'list info start shutdown stop kill reboot freeze thaw wait console
-                log exec create define undefine dump autostart' -- "$current")
+            _virtctl_reply 'list info start shutdown stop kill reboot freeze thaw wait console
+                log exec create define undefine dump autostart'
             ;;
         define)
-            compopt -o filenames
-            mapfile -t COMPREPLY < <(compgen -f -- "$current")
+            _virtctl_files
             ;;
-        start) mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_containers --state stopped,crashed)" -- "$current") ;;
-        thaw) mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_containers --state paused)" -- "$current") ;;
+        start) _virtctl_reply "$(_virtctl_containers --state stopped,crashed)" ;;
+        thaw) _virtctl_reply "$(_virtctl_containers --state paused)" ;;
         shutdown | stop | kill | reboot | freeze | console | exec)
-            mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_containers --running)" -- "$current")
+            _virtctl_reply "$(_virtctl_containers --running)"
             ;;
-        *) mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_containers)" -- "$current") ;;
+        *) _virtctl_reply "$(_virtctl_containers)" ;;
     esac
-}
-
-_virtctl_pools() {
-    timeout 2 virtctl pool list --no-legend 2>/dev/null | while read -r name state _; do
-        [[ -z ${1-} || $state == "$1" ]] && printf '%s\n' "$name"
-    done
-}
-
-_virtctl_volumes() {
-    timeout 2 virtctl volume list --no-legend "$1" 2>/dev/null | while read -r name _; do
-        printf '%s\n' "$name"
-    done
-}
-
-_virtctl_jobs() {
-    timeout 2 virtctl volume jobs --no-legend 2>/dev/null | while read -r name state _; do
-        [[ $state == running || $state == waiting ]] && printf '%s\n' "$name"
-    done
 }
 
 # `virtctl pool ...`; the variables are _virtctl's.
@@ -116,22 +116,21 @@ _virtctl_pool() {
         *) options='' ;;
     esac
     if [[ $current == -* ]]; then
-        mapfile -t COMPREPLY < <(compgen -W "$options $common" -- "$current")
+        _virtctl_reply "$options $common"
         return
     fi
     case $second in
         '')
-            mapfile -t COMPREPLY < <(compgen -W 'list info start stop refresh build define undefine dump
-                autostart' -- "$current")
+            _virtctl_reply 'list info start stop refresh build define undefine dump
+                autostart'
             ;;
         list) ;;
         define)
-            compopt -o filenames
-            mapfile -t COMPREPLY < <(compgen -f -- "$current")
+            _virtctl_files
             ;;
-        start | build) mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_pools inactive)" -- "$current") ;;
-        stop | refresh) mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_pools active)" -- "$current") ;;
-        *) mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_pools)" -- "$current") ;;
+        start | build) _virtctl_reply "$(_virtctl_pools inactive)" ;;
+        stop | refresh) _virtctl_reply "$(_virtctl_pools active)" ;;
+        *) _virtctl_reply "$(_virtctl_pools)" ;;
     esac
 }
 
@@ -139,23 +138,23 @@ _virtctl_pool() {
 _virtctl_volume() {
     case ${equals:-$previous} in
         --format)
-            mapfile -t COMPREPLY < <(compgen -W 'raw qcow2' -- "$current")
+            _virtctl_reply 'raw qcow2'
             return
             ;;
         --from)
-            mapfile -t COMPREPLY < <(compgen -W 'raw qcow2 vmdk vdi vhdx vpc' -- "$current")
+            _virtctl_reply 'raw qcow2 vmdk vdi vhdx vpc'
             return
             ;;
         --preallocation)
-            mapfile -t COMPREPLY < <(compgen -W 'off metadata falloc full' -- "$current")
+            _virtctl_reply 'off metadata falloc full'
             return
             ;;
         --to-pool | --backing-pool)
-            mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_pools active)" -- "$current")
+            _virtctl_reply "$(_virtctl_pools active)"
             return
             ;;
         --backing)
-            mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_volumes "${given[0]-}")" -- "$current")
+            _virtctl_reply "$(_virtctl_volumes "${given[0]-}")"
             return
             ;;
         --size) return ;;
@@ -172,23 +171,22 @@ _virtctl_volume() {
         *) options='' ;;
     esac
     if [[ $current == -* ]]; then
-        mapfile -t COMPREPLY < <(compgen -W "$options $common" -- "$current")
+        _virtctl_reply "$options $common"
         return
     fi
     case $second,${#given[@]} in
         ,*)
-            mapfile -t COMPREPLY < <(compgen -W 'list info snapshots create clone import upload download resize wipe
-                delete jobs wait cancel' -- "$current")
+            _virtctl_reply 'list info snapshots create clone import upload download resize wipe
+                delete jobs wait cancel'
             ;;
         jobs,*) ;;
-        wait,0 | cancel,*) mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_jobs)" -- "$current") ;;
-        *,0) mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_pools active)" -- "$current") ;;
+        wait,0 | cancel,*) _virtctl_reply "$(_virtctl_jobs)" ;;
+        *,0) _virtctl_reply "$(_virtctl_pools active)" ;;
         info,1 | snapshots,1 | clone,1 | import,1 | download,1 | resize,1 | wipe,1 | delete,*)
-            mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_volumes "${given[0]}")" -- "$current")
+            _virtctl_reply "$(_virtctl_volumes "${given[0]}")"
             ;;
         import,2 | upload,2 | download,2)
-            compopt -o filenames
-            mapfile -t COMPREPLY < <(compgen -f -- "$current")
+            _virtctl_files
             ;;
     esac
 }
@@ -226,20 +224,20 @@ _virtctl() {
     fi
     if [[ $equals == --json ]]; then
         # Only then, for `--json web1` is a name.
-        mapfile -t COMPREPLY < <(compgen -W 'short pretty' -- "$current")
+        _virtctl_reply 'short pretty'
         return
     fi
     case ${equals:-$previous} in
         --state)
-            mapfile -t COMPREPLY < <(compgen -W 'stopped starting running paused stopping crashed' -- "$current")
+            _virtctl_reply 'stopped starting running paused stopping crashed'
             return
             ;;
         --signal | -s)
-            mapfile -t COMPREPLY < <(compgen -W 'SIGTERM SIGKILL SIGINT SIGHUP SIGQUIT SIGABRT' -- "$current")
+            _virtctl_reply 'SIGTERM SIGKILL SIGINT SIGHUP SIGQUIT SIGABRT'
             return
             ;;
         --lines | -n)
-            mapfile -t COMPREPLY < <(compgen -W 'all 10 100 1000' -- "$current")
+            _virtctl_reply 'all 10 100 1000'
             return
             ;;
         --address)
@@ -247,29 +245,17 @@ _virtctl() {
             return
             ;;
         --timeout | --daemon-timeout)
-            mapfile -t COMPREPLY < <(compgen -W 'infinity 10 60 5min' -- "$current")
+            _virtctl_reply 'infinity 10 60 5min'
             return
             ;;
         --escape)
-            mapfile -t COMPREPLY < <(compgen -W '^] ^A none' -- "$current")
+            _virtctl_reply '^] ^A none'
             return
             ;;
     esac
 
-    if [[ $command == network ]]; then
-        _virtctl_network
-        return
-    fi
-    if [[ $command == container ]]; then
-        _virtctl_container
-        return
-    fi
-    if [[ $command == pool ]]; then
-        _virtctl_pool
-        return
-    fi
-    if [[ $command == volume ]]; then
-        _virtctl_volume
+    if [[ $command == @(network|container|pool|volume) ]]; then
+        "_virtctl_$command"
         return
     fi
     case $command in
@@ -289,24 +275,23 @@ _virtctl() {
         *) options='' ;;
     esac
     if [[ $current == -* ]]; then
-        mapfile -t COMPREPLY < <(compgen -W "$options $common" -- "$current")
+        _virtctl_reply "$options $common"
         return
     fi
 
     case $command in
-        '' | help) mapfile -t COMPREPLY < <(compgen -W "$commands" -- "$current") ;;
+        '' | help) _virtctl_reply "$commands" ;;
         define)
-            compopt -o filenames
-            mapfile -t COMPREPLY < <(compgen -f -- "$current")
+            _virtctl_files
             ;;
-        start) mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_domains --state stopped,crashed)" -- "$current") ;;
+        start) _virtctl_reply "$(_virtctl_domains --state stopped,crashed)" ;;
         shutdown | stop | kill | reboot | console)
-            mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_domains --running)" -- "$current")
+            _virtctl_reply "$(_virtctl_domains --running)"
             ;;
-        suspend) mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_domains --state running)" -- "$current") ;;
-        resume) mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_domains --state paused)" -- "$current") ;;
+        suspend) _virtctl_reply "$(_virtctl_domains --state running)" ;;
+        resume) _virtctl_reply "$(_virtctl_domains --state paused)" ;;
         info | log | dump | wait | undefine | autostart)
-            mapfile -t COMPREPLY < <(compgen -W "$(_virtctl_domains)" -- "$current")
+            _virtctl_reply "$(_virtctl_domains)"
             ;;
     esac
 }
