@@ -200,13 +200,12 @@ class Lab:
             self.virtctl("network", "stop", "--force", item["name"], check=False)
             self.virtctl("network", "undefine", item["name"], check=False)
 
-    def console(self, domain: str) -> bytes:
+    def console(self, domain: str, *, noun: str = "") -> bytes:
         """The whole console log, backups included, oldest first."""
-        done = subprocess.run(
-            [LAB, "exec", self.name, "--", "virtctl", "log", domain], check=False, capture_output=True, timeout=120
-        )
+        command = ["virtctl", *([noun] if noun else []), "log", domain]
+        done = subprocess.run([LAB, "exec", self.name, "--", *command], check=False, capture_output=True, timeout=120)
         if done.returncode:
-            raise Failed(f"virtctl log {domain}: {done.stderr.decode()}")
+            raise Failed(f"{' '.join(command)}: {done.stderr.decode()}")
         return done.stdout
 
     def slots(self) -> int:

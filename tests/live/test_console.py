@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.harness import LAB, Attached, Checker, Lab, check
-from tests.live.tools import KILL, settings, spawn
+from tests.harness import LAB, Checker, Lab, check
+from tests.live.tools import KILL, attached, settings, spawn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,16 +72,6 @@ def terminal(lab: Lab, *arguments: str) -> Iterator[Terminal]:
         yield opened
     finally:
         opened.close()
-
-
-@contextlib.contextmanager
-def attached(lab: Lab, *arguments: str) -> Iterator[Attached]:
-    console = Attached(lab, *arguments)
-    try:
-        yield console
-    finally:
-        with contextlib.suppress(ValueError):  # closed already
-            console.close()
 
 
 def test_a_terminal_and_its_escape_character(lab: Lab, guest: str) -> None:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.harness import Attached, Checker, Lab, check
-from tests.live.tools import KILL, settings, spawn
+from tests.live.tools import KILL, attached, settings, spawn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    pass
 
 pytestmark = pytest.mark.live
 
@@ -114,15 +114,6 @@ def sizes(lab: Lab, name: str) -> list[int]:
 def said(lab: Lab, pid: int) -> int:
     """Bytes that a QEMU has written: its console, but for a little."""
     return int(re.findall(r"wchar: (\d+)", lab.sh(f"cat /proc/{pid}/io"))[0])
-
-
-@contextlib.contextmanager
-def attached(lab: Lab, *arguments: str) -> Iterator[Attached]:
-    console = Attached(lab, *arguments)
-    try:
-        yield console
-    finally:
-        console.close()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tests.harness import Lab, check
+from tests.harness import Attached, Lab, check
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -113,3 +113,13 @@ def spawn(lab: Lab, *command: str, **options: Any) -> subprocess.Popen[str]:
         [LAB, "exec", lab.name, "--", *command],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def attached(lab: Lab, *arguments: str) -> Iterator[Attached]:
+    console = Attached(lab, *arguments)
+    try:
+        yield console
+    finally:
+        with contextlib.suppress(ValueError):  # closed already
+            console.close()
