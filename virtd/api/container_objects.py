@@ -6,8 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..bus import Var
-from ..units import unit_name
-from .variants import dictionary, limit
+from .variants import dictionary, limit, supervised
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -25,19 +24,8 @@ async def listing(host: Host) -> list[Object]:
 
 def properties(item: Object) -> dict[str, Var]:
     """From what `info` says; all but Exit and Addresses from the short form."""
-    found = {
-        "Name": Var("s", item["name"]),
-        "Driver": Var("s", item["driver"]),
-        "Uuid": Var("s", item["uuid"]),
-        "Unit": Var("s", item.get("unit") or unit_name(item["driver"], item["name"])),
-        "State": Var("s", str(item["state"])),
-        "Reason": Var("s", item.get("reason") or ""),
-        "Since": Var("s", item.get("since") or ""),
-        "Pid": Var("u", item.get("pid") or 0),
-        "Autostart": Var("b", bool(item.get("autostart"))),
-    }
+    found = supervised(item)
     if "exit" in item:
-        found["Exit"] = Var("a{sv}", dictionary(item["exit"] or {}))
         found["Addresses"] = Var("as", item.get("addresses") or [])
     return found
 

@@ -6,9 +6,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..bus import Var
-from ..units import unit_name
 from .introspection import DOMAIN, INTERFACES
-from .variants import dictionary, limit
+from .variants import dictionary, limit, supervised
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -22,19 +21,8 @@ LATE: dict[str, Var] = {"Exit": Var("a{sv}", {})}
 def properties(item: Object) -> dict[str, Var]:
     """From what Host.info says; all but Exit from the short form."""
     number = item.get("id")
-    return {
-        "Name": Var("s", item["name"]),
-        "Driver": Var("s", item["driver"]),
-        "Uuid": Var("s", item["uuid"]),
-        "Unit": Var("s", item.get("unit") or unit_name(item["driver"], item["name"])),
-        "State": Var("s", str(item["state"])),
-        "Reason": Var("s", item.get("reason") or ""),
-        "Since": Var("s", item.get("since") or ""),
-        "Pid": Var("u", item.get("pid") or 0),
-        # What has no number isn't running: -1, as users of libvirt know it.
-        "Id": Var("i", -1 if number is None else number),
-        "Autostart": Var("b", bool(item.get("autostart"))),
-    } | ({"Exit": Var("a{sv}", dictionary(item["exit"] or {}))} if "exit" in item else {})
+    # What has no number isn't running: -1, as users of libvirt know it.
+    return supervised(item) | {"Id": Var("i", -1 if number is None else number)}
 
 
 async def call(host: Host, name: str, member: str, args: tuple[Any, ...], by: Caller | None) -> tuple[Any, ...]:

@@ -77,6 +77,23 @@ def _changing(takes: str = "", gives: str = "") -> Method:
     return Method(Args(takes), Args(gives))
 
 
+# What every object has.
+COMMON: Final = {
+    "Name": Property("s", "const"),
+    "Driver": Property("s", "const"),
+    "Uuid": Property("s", "const"),
+    "State": Property("s"),
+    "Reason": Property("s"),
+    "Since": Property("s"),
+    "Autostart": Property("b"),
+}
+# What runs as a process in a unit of its own.
+SUPERVISED: Final = COMMON | {
+    "Unit": Property("s", "const"),
+    "Pid": Property("u"),
+    "Exit": Property("a{sv}", "invalidates"),
+}
+
 INTERFACES: Final[dict[str, Interface]] = {
     MANAGER: Interface(
         methods={
@@ -108,18 +125,9 @@ INTERFACES: Final[dict[str, Interface]] = {
             "SetAutostart": _changing("enable:b", "changed:b"),
             "Undefine": _changing(),
         },
-        properties={
-            "Name": Property("s", "const"),
-            "Driver": Property("s", "const"),
-            "Uuid": Property("s", "const"),
-            "Unit": Property("s", "const"),
-            "State": Property("s"),
-            "Reason": Property("s"),
-            "Since": Property("s"),
-            "Pid": Property("u"),
+        properties=SUPERVISED
+        | {
             "Id": Property("i"),
-            "Autostart": Property("b"),
-            "Exit": Property("a{sv}", "invalidates"),
         },
         signals={"Ended": Args("exit:a{sv}")},
     ),
@@ -139,15 +147,9 @@ INTERFACES: Final[dict[str, Interface]] = {
             "SetAutostart": _changing("enable:b", "changed:b"),
             "Undefine": _changing(),
         },
-        properties={
-            "Name": Property("s", "const"),
-            "Driver": Property("s", "const"),
-            "Uuid": Property("s", "const"),
-            "State": Property("s"),
-            "Reason": Property("s"),
-            "Since": Property("s"),
+        properties=COMMON
+        | {
             "Pid": Property("u"),
-            "Autostart": Property("b"),
             "Mode": Property("s"),
             "Bridge": Property("s"),
             "Addresses": Property("as"),
@@ -171,18 +173,9 @@ INTERFACES: Final[dict[str, Interface]] = {
             "SetAutostart": _changing("enable:b", "changed:b"),
             "Undefine": _changing(),
         },
-        properties={
-            "Name": Property("s", "const"),
-            "Driver": Property("s", "const"),
-            "Uuid": Property("s", "const"),
-            "Unit": Property("s", "const"),
-            "State": Property("s"),
-            "Reason": Property("s"),
-            "Since": Property("s"),
-            "Pid": Property("u"),
-            "Autostart": Property("b"),
+        properties=SUPERVISED
+        | {
             "Addresses": Property("as", "invalidates"),
-            "Exit": Property("a{sv}", "invalidates"),
         },
         signals={"Ended": Args("exit:a{sv}")},
     ),
@@ -215,14 +208,8 @@ INTERFACES: Final[dict[str, Interface]] = {
             "WipeVolume": _changing("volume:s", "job:s"),
             "DeleteVolume": _changing("volume:s", "job:s"),
         },
-        properties={
-            "Name": Property("s", "const"),
-            "Driver": Property("s", "const"),
-            "Uuid": Property("s", "const"),
-            "State": Property("s"),
-            "Reason": Property("s"),
-            "Since": Property("s"),
-            "Autostart": Property("b"),
+        properties=COMMON
+        | {
             "Type": Property("s"),
             "Path": Property("s"),
             "Capacity": Property("t"),

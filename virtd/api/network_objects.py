@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..bus import Var
-from .variants import dictionary
+from .variants import common, dictionary
 
 if TYPE_CHECKING:
     from ..host import Caller, Host
@@ -15,15 +15,8 @@ if TYPE_CHECKING:
 
 def properties(item: Object) -> dict[str, Var]:
     """From the short form."""
-    return {
-        "Name": Var("s", item["name"]),
-        "Driver": Var("s", item["driver"]),
-        "Uuid": Var("s", item["uuid"]),
-        "State": Var("s", item["state"]),
-        "Reason": Var("s", item.get("reason") or ""),
-        "Since": Var("s", item.get("since") or ""),
+    return common(item) | {
         "Pid": Var("u", item.get("pid") or 0),
-        "Autostart": Var("b", bool(item.get("autostart"))),
         "Mode": Var("s", item.get("mode") or ""),
         "Bridge": Var("s", item.get("bridge") or ""),
         "Addresses": Var("as", [item[key] for key in ("ipv4", "ipv6") if item.get(key)]),

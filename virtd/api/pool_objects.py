@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..bus import Var
-from .variants import dictionary
+from .variants import common, dictionary
 
 if TYPE_CHECKING:
     from ..host import Caller, Host
@@ -15,14 +15,7 @@ if TYPE_CHECKING:
 
 def properties(item: Object) -> dict[str, Var]:
     """From the short form. Sizes are in bytes, 0 while they aren't known."""
-    return {
-        "Name": Var("s", item["name"]),
-        "Driver": Var("s", item["driver"]),
-        "Uuid": Var("s", item["uuid"]),
-        "State": Var("s", item["state"]),
-        "Reason": Var("s", item.get("reason") or ""),
-        "Since": Var("s", item.get("since") or ""),
-        "Autostart": Var("b", bool(item.get("autostart"))),
+    return common(item) | {
         "Type": Var("s", item.get("type") or ""),
         "Path": Var("s", item.get("path") or ""),
         "Capacity": Var("t", item.get("capacity") or 0),

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..bus import Var
+from ..units import unit_name
 
 Object = dict[str, Any]
 
@@ -32,6 +33,30 @@ def variant(value: Any) -> Var:
             return Var("av", [variant(item) for item in value if item is not None])
         case _:
             return Var("s", str(value))
+
+
+def common(item: Object) -> dict[str, Var]:
+    """The properties that every object has (introspection.COMMON), from its short form."""
+    return {
+        "Name": Var("s", item["name"]),
+        "Driver": Var("s", item["driver"]),
+        "Uuid": Var("s", item["uuid"]),
+        "State": Var("s", str(item["state"])),
+        "Reason": Var("s", item.get("reason") or ""),
+        "Since": Var("s", item.get("since") or ""),
+        "Autostart": Var("b", bool(item.get("autostart"))),
+    }
+
+
+def supervised(item: Object) -> dict[str, Var]:
+    """The same for introspection.SUPERVISED; Exit is in the long form only."""
+    found = common(item) | {
+        "Unit": Var("s", item.get("unit") or unit_name(item["driver"], item["name"])),
+        "Pid": Var("u", item.get("pid") or 0),
+    }
+    if "exit" in item:
+        found["Exit"] = Var("a{sv}", dictionary(item["exit"] or {}))
+    return found
 
 
 def limit(timeout: float) -> float | None:
