@@ -46,6 +46,7 @@ class Object(Protocol):
     definition_text: str
     record: Record | None
     problems: dict[str, Problem]
+    settled: asyncio.Event  # cleared while nobody knows yet what became of it
 
     @property
     def uuid(self) -> str: ...
@@ -58,6 +59,7 @@ class Object(Protocol):
     @property
     def pending(self) -> bool: ...
     def parsed(self, text: str) -> Any: ...
+    def adopt(self, record: Record) -> object: ...
 
 
 T = TypeVar("T", bound=Object)
@@ -83,6 +85,10 @@ class Collection(Generic[T, D]):
         self._reconciled = asyncio.Event()  # cleared while what there is isn't known for certain
         self._reconciled.set()
 
+    @property
+    def services(self) -> Services:
+        return self._services
+
     # What each driver does in its own way
 
     def make(self, name: str) -> T:
@@ -95,11 +101,13 @@ class Collection(Generic[T, D]):
 
     def take_back(self, name: str, record: Record) -> None:
         """An earlier daemon's object. What it raises is a problem of that object."""
-        raise NotImplementedError
+        self.object(name).adopt(record)
 
     def left_alone(self, name: str, problem: Problem) -> None:
         """It could not be taken back."""
-        self.object(name).problems["adoption"] = problem
+        one = self.object(name)
+        one.problems["adoption"] = problem
+        one.settled.set()
 
     def check_beside(self, definition: D, other: T, source: str) -> None:
         """Raise Exists or InvalidDefinition when both can't be had: an address, a path that is taken."""
@@ -332,6 +340,10 @@ class Collection(Generic[T, D]):
         """Its slots, as a record tells of them (child.identities)."""
         held, mine = self._services.store.slots(), f"{self.name}/{name}/"
         return {slot: f"{kept.dev}:{kept.ino}" for slot, kept in held.items() if slot.startswith(mine)}
+
+    def settled(self) -> bool:
+        """Whether it is known of every object what became of it, so that a listing needn't wait."""
+        return all(one.settled.is_set() for one in self.objects.values())
 
     def live(self) -> int:
         return sum(one.active for one in self.objects.values())

@@ -46,10 +46,6 @@ class Guests(Collection[G, D]):
     def machines(self) -> dict[str, G]:
         return self.objects
 
-    @property
-    def services(self) -> Services:
-        return self._services
-
     # What each driver does in its own way
 
     async def start(self, name: str, by: str) -> bool:
@@ -78,13 +74,6 @@ class Guests(Collection[G, D]):
         self._reconciled.clear()
         self.restore_records()
         self.load_definitions()
-
-    def take_back(self, name: str, record: Record) -> None:
-        self.object(name).adopt(record)
-
-    def left_alone(self, name: str, problem: Problem) -> None:
-        super().left_alone(name, problem)
-        self.object(name).settled.set()
 
     async def reconcile(self) -> None:
         """Second step: compare with systemd, finish or roll back what a crash cut off."""
@@ -265,10 +254,6 @@ class Guests(Collection[G, D]):
             "console_log": paths.console_log(self.name, machine.name),
             "problems": [{"text": problem.text, "hint": problem.hint} for problem in machine.problems.values()],
         }
-
-    def settled(self) -> bool:
-        """Whether it is known of every object what became of it, so that a listing needn't wait."""
-        return all(machine.settled.is_set() for machine in self.machines.values())
 
     def _next_id(self) -> int:
         """A number for a guest that starts, larger than all that are in use, as libvirt's users know it."""

@@ -66,10 +66,6 @@ class Driver(Collection[Net, model.Network]):
         self._shared = Shared(services, self.records, settings, self.published, boot_id())
         self._guard = Guard(services, self.nets, self.problems, publish)
 
-    @property
-    def services(self) -> Services:
-        return self._services
-
     async def compare(self, *, repair: bool) -> list[Difference]:
         from . import fsck  # no start of the daemon needs it
 
@@ -94,13 +90,6 @@ class Driver(Collection[Net, model.Network]):
         self.load_definitions()
         self._sweep_leases()
         self._guard.begin(beside_firewalld=False)
-
-    def take_back(self, name: str, record: Record) -> None:
-        self.object(name).adopt(record)
-
-    def left_alone(self, name: str, problem: Problem) -> None:
-        super().left_alone(name, problem)
-        self.object(name).settled.set()
 
     def _sweep_leases(self) -> None:
         """Remove leases of networks that there aren't any more: an undefine was cut off."""
@@ -353,9 +342,6 @@ class Driver(Collection[Net, model.Network]):
 
     def describe_fully(self, net: Net) -> dict[str, Any]:
         return describing.long(net, self.slots_of(net.name), self._services.paths.stderr_log(DRIVER, net.name))
-
-    def settled(self) -> bool:
-        return all(net.settled.is_set() for net in self.nets.values())
 
     def bad_definitions(self) -> list[tuple[str, Problem]]:
         found = super().bad_definitions()

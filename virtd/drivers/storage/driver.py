@@ -59,10 +59,6 @@ class Driver(Collection[StoragePool, model.Pool]):
         self._job_parts = Shared(services, self.records, self._boot_id, self._concluded, self._job_published)
         self.volumes = Volumes(self)
 
-    @property
-    def services(self) -> Services:
-        return self._services
-
     async def compare(self, *, repair: bool) -> list[Difference]:
         from . import fsck  # no start of the daemon needs it
 
@@ -89,7 +85,7 @@ class Driver(Collection[StoragePool, model.Pool]):
         if name.startswith(model.JOB):
             self.jobs[name] = Job.of(self._job_parts, record)
         else:
-            self.object(name).record = record
+            super().take_back(name, record)
 
     def left_alone(self, name: str, problem: Problem) -> None:
         self.problems[f"record {name}"] = problem
@@ -236,9 +232,6 @@ class Driver(Collection[StoragePool, model.Pool]):
         if (job := self.jobs.get(name)) is not None:
             return job
         raise errors.NotFound(f"There is no job {name}", hint="virtctl volume jobs shows all.")
-
-    def settled(self) -> bool:
-        return True
 
     def troubles(self) -> list[tuple[str, Problem]]:
         return super().troubles() + [(job.name, Problem(job.problem)) for job in self.jobs.values() if job.problem]

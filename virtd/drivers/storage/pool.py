@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from enum import StrEnum
@@ -66,6 +67,8 @@ class StoragePool:
         self._make = make
         self._published = published
         self._backend: Backend | None = None
+        self.settled = asyncio.Event()  # at any time: it is what its record says
+        self.settled.set()
         self._turns = Turns(f"pool {name}", PATIENCE)
 
     @property
@@ -100,6 +103,9 @@ class StoragePool:
     def pending(self) -> bool:
         """Whether the definition says something else than what is active."""
         return self.active and self._text() != self.definition_text
+
+    def adopt(self, record: Record) -> None:
+        self.record = record
 
     def parsed(self, _text: str) -> model.Pool | None:
         """Pools are few: each start reads their definitions anew."""
