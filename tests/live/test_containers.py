@@ -611,6 +611,7 @@ def test_a_volume_as_its_root(containers: Containers) -> None:
         empty = lab.virtctl("container", "start", "vol", check=False)
         assert "has no usr, bin or etc" in empty.stderr
         assert lab.sh("findmnt -n /run/virtd/lxc/.roots/vol", check=False) == ""
+        assert ".roots" not in lab.sh("ls -A /run/virtd/lxc")
         lab.sh("mkfs.ext4 -q -F -d /srv/image /srv/volumes/one")
         lab.virtctl("container", "start", "vol")
         info = containers.info("vol")
@@ -634,10 +635,14 @@ def test_a_volume_as_its_root(containers: Containers) -> None:
         assert lab.sh("findmnt -n -o FSTYPE /run/virtd/lxc/.roots/vol").strip() == "ext4"
         lab.virtctl("container", "stop", "vol")
         assert lab.sh("findmnt -n /run/virtd/lxc/.roots/vol; losetup -j /srv/volumes/one", check=False) == ""
+        assert "vol.json" in (left := lab.sh("ls -A /run/virtd/lxc").split())
+        assert ".roots" not in left
         # A start that is cut off may leave the mount, and nothing else; the next daemon takes it away.
-        lab.sh("systemctl stop virtd.service virtd.socket; mount -o loop /srv/volumes/one /run/virtd/lxc/.roots/vol")
+        lab.sh("systemctl stop virtd.service virtd.socket; mkdir -p /run/virtd/lxc/.roots/vol")
+        lab.sh("mount -o loop /srv/volumes/one /run/virtd/lxc/.roots/vol")
         lab.sh("systemctl start virtd.socket virtd.service")
         lab.wait("the end of the mount", lambda: not lab.sh("findmnt -n /run/virtd/lxc/.roots/vol", check=False), 60)
+        lab.wait("nothing to be left", lambda: ".roots" not in lab.sh("ls -A /run/virtd/lxc"), 60)
     finally:
         lab.virtctl("container", "stop", "vol", check=False)
         lab.virtctl("container", "undefine", "vol", check=False)

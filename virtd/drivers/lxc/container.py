@@ -81,6 +81,10 @@ class Container(Guest[model.Container]):
                 with contextlib.suppress(errors.VirtdError, OSError):
                     await network.detach(interface)
 
+    async def _forget_runtime(self) -> None:
+        await super()._forget_runtime()
+        volume.forget(f"{self.shared.services.paths.run}/{DRIVER}", self.name)
+
     def meaning(self, slot: str) -> str:
         match slot:
             case "stdin":

@@ -107,14 +107,15 @@ class _Start(Start[Container, model.Container]):
         try:
             await super().run()
         except BaseException:
-            if self.mounted is not None:
+            if not isinstance(self.definition.rootfs, str):
                 await asyncio.shield(self._unmount())
             raise
 
     async def _unmount(self) -> None:
-        where = volume.place(f"{self.services.paths.run}/{DRIVER}", self.machine.name)
+        run = f"{self.services.paths.run}/{DRIVER}"
         with contextlib.suppress(errors.VirtdError):  # the next daemon does it
-            await volume.unmount(where, await self.services.units())
+            await volume.unmount(volume.place(run, self.machine.name), await self.services.units())
+        volume.forget(run, self.machine.name)
 
     def data(self) -> dict[str, Any]:
         ids = self.host.ids

@@ -6,6 +6,7 @@ A daemon that ended in between finds mounts that nobody has, and unmounts them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from typing import TYPE_CHECKING, NamedTuple
@@ -70,6 +71,14 @@ async def unmount(where: str, units: Units) -> None:
         await mounts.unmount(units, where)
 
 
+def forget(run: str, name: str) -> None:
+    """Remove where the root of container `name` was mounted, and, after the last of them, where all are."""
+    with contextlib.suppress(OSError):  # there was none, or others are there
+        os.rmdir(place(run, name))
+    with contextlib.suppress(OSError):
+        os.rmdir(f"{run}/{ROOTS}")
+
+
 async def sweep(run: str, units: Units, alive: set[str]) -> None:
     """At a start of the daemon: unmount what belongs to no container that runs."""
     try:
@@ -80,6 +89,6 @@ async def sweep(run: str, units: Units, alive: set[str]) -> None:
         if name not in alive:
             try:
                 await unmount(place(run, name), units)
-                os.rmdir(place(run, name))
-            except (errors.VirtdError, OSError) as exc:
+            except errors.VirtdError as exc:
                 log.warning("%s", exc)
+            forget(run, name)
