@@ -16,11 +16,12 @@ from tests.survival.events import EVENTS, Event
 from tests.survival.guests import Guests
 from tests.survival.networks import Networks
 from tests.survival.scene import Scene, Subject
+from tests.survival.storage import Storage
 from tests.survival.table import Cell, Finding, Verdict
 
 SUITES = ("bookworm", "trixie", "forky")
 # Each makes a subject for a lab. A driver adds its own: what it has, what an event must not change, what ends.
-SUBJECTS: tuple[Callable[[Lab], Subject], ...] = (Guests, Networks, Containers)
+SUBJECTS: tuple[Callable[[Lab], Subject], ...] = (Guests, Networks, Storage, Containers)
 
 Told = Callable[[str, Event, Cell], None]
 

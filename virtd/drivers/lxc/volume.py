@@ -59,9 +59,7 @@ async def mount(root: model.Root, where: str, peers: Peers, units: Units, source
     except OSError as exc:
         raise errors.HostError(f"Cannot make {where}: {exc.strerror}") from exc
     # systemd's own choice of file systems, as for any device; "loop" is for a file.
-    await mounts.mount(
-        units, path, where, "auto", "rw,nodev" if path.startswith("/dev/") else "loop,rw,nodev", stays=True
-    )
+    await mounts.mount(units, path, where, "auto", "rw,nodev" if path.startswith("/dev/") else "loop,rw,nodev")
     return Mounted(path, after, require_free)
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Mounts as systemd's units: it mounts and unmounts, keeps the mount when virtd goes, and orders it at shutdown."""
+"""Mounts as systemd's units: it mounts and unmounts, keeps the mount when virtd goes, also through a soft reboot, and
+has it stay until the guests have ended when the host goes down."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ... import errors
 from ...bus import BusError
+from ...units import FINAL_TARGETS, GROUND
 
 if TYPE_CHECKING:
     from ...units import Units
@@ -48,15 +50,19 @@ def same_source(one: str, other: str) -> bool:
     return one.startswith("/") and other.startswith("/") and os.path.realpath(one) == os.path.realpath(other)
 
 
-async def mount(units: Units, what: str, where: str, kind: str, options: str, *, stays: bool = False) -> None:
-    """Have systemd mount it; `stays`: through a soft reboot. Raises HostError with mount(8)'s own words."""
+async def mount(units: Units, what: str, where: str, kind: str, options: str) -> None:
+    """Have systemd mount it. Raises HostError with mount(8)'s own words."""
     name = unit_of(where)
     try:
         result = await units.start_other(
             name,
             (
                 ("Description", "s", f"Storage of virtd at {where}"),
-                ("DefaultDependencies", "b", not stays),
+                # umount.target, which the default ones name, is part of a soft reboot: guests live through that.
+                ("DefaultDependencies", "b", False),
+                ("Conflicts", "as", list(FINAL_TARGETS)),
+                ("Before", "as", [*FINAL_TARGETS, GROUND]),
+                ("After", "as", ["network.target"]),  # what an export needs, until it is unmounted
                 ("What", "s", what),
                 ("Type", "s", kind),
                 ("Options", "s", options),
