@@ -14,6 +14,8 @@ import pytest
 from tests.harness import LAB, Lab, check
 from tests.live import networks
 from tests.live.conftest import SUITE
+from tests.live.test_storage import define, volume
+from tests.live.test_storage_domains import LOOP
 from tests.survival import containers
 
 if TYPE_CHECKING:
@@ -33,10 +35,8 @@ ExecStop=sh -c 'pgrep qemu >/var/tmp/guests; echo stopped >>/var/tmp/ground; cp 
 [Install]
 WantedBy=multi-user.target
 """
-# A mount that a guest's disk is on, which systemd knows nothing of but that it is there.
 PREPARE = """
-mkdir -p /var/log/journal /srv/disks && systemctl restart systemd-journald.service
-mount -t tmpfs -o mode=755 tmpfs /srv/disks && truncate -s 1M /srv/disks/disk.raw
+mkdir -p /var/log/journal && systemctl restart systemd-journald.service
 truncate -s 1M /var/lib/virtd/images/deaf3.raw /var/lib/virtd/images/deaf6.raw
 systemctl daemon-reload && systemctl enable --now ground.service
 """
@@ -50,7 +50,12 @@ def lab(packages: dict[str, Path]) -> Iterator[Lab]:
         Lab.up(lab.name, "--suite", SUITE, "--rpm", str(packages["0.1.0"]), quiet=True)
         lab.write("/etc/systemd/system/ground.service", GROUND)
         lab.sh(PREPARE)
-        disk = '[[disk]]\npath = "/srv/disks/disk.raw"\n'
+        device = lab.sh(LOOP.format(kind="ext4", size=16, quiet="-q")).strip()
+        define(lab, f'name = "disks"\ntype = "filesystem"\npath = "/srv/disks"\nsource = "{device}"\n')
+        lab.virtctl("pool", "start", "disks")
+        lab.sh(f"losetup -d {device}")  # once it is unmounted
+        volume(lab, "create", "disks", "disk", "1M")
+        disk = '[[disk]]\npool = "disks"\nvolume = "disk"\n'
         lab.define("polite", cmdline="virtd.rate=50", more=disk, start=True)
         # Nobody is in these but a BIOS without anything to boot, which doesn't know of a power button.
         for name, limit in (("deaf3", 3), ("deaf6", 6)):
@@ -152,10 +157,7 @@ def test_soft_reboot_and_power_off(lab: Lab) -> None:
         number = check(lab.console("polite")).last
         lab.wait("more lines", lambda: check(lab.console("polite")).last > number, 20)
         assert lab.json("status")["problems"] == []
-        # It has unmounted what was mounted by hand: a running guest keeps it, and a stopping one has to do without.
-        lab.sh(
-            "rm -f /var/tmp/g*; systemctl restart ground.service; rm -f /var/tmp/g*; mount -t tmpfs tmpfs /srv/disks"
-        )
+        lab.sh("rm -f /var/tmp/g*; systemctl restart ground.service; rm -f /var/tmp/g*")
     lab.sh("systemctl poweroff", check=False)
     lab.wait("the end of the lab", lambda: gone(lab), 60)
     guests_ended_well(lab)
