@@ -48,6 +48,8 @@ from .paths import Paths  # noqa: E402
 from .pump import Loss, Pump  # noqa: E402
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from .api import dbus
     from .bus import Bus
     from .units import Units
@@ -63,8 +65,28 @@ LISTENER = "varlink"  # FileDescriptorName= in virtd.socket
 GRACE = 0.05  # seconds after READY=1 in which those who waited for it are answered before D-Bus is brought up
 LAST_LOOK = 0.2  # seconds that the end waits for what guests have just said to be in their logs
 WELL = 5.0  # seconds after which a crash is the first of its kind, see RestartSteps= in virtd.service
+LOOKS = 4  # at what systemd has of the store's entries, before one counts as dropped
 UNITS_LIMIT = 20.0  # seconds that an operation waits for D-Bus to come (back)
 ITSELF = Caller(uid=0, pid=os.getpid(), name="virtd")
+
+
+async def dropped(store: fdstore.Store, count: Callable[[], Awaitable[int]]) -> tuple[int, int]:
+    """How many of the store's entries systemd doesn't take, though it was given them again; and of how many.
+
+    `count` says how many it has. Children start and end meanwhile, so a few looks have to agree that one is missing.
+    """
+    wanted = kept = 0
+    for look in range(LOOKS):
+        if look == 1:
+            await asyncio.to_thread(store.send_again)
+        if look:
+            await asyncio.to_thread(store.barrier)
+        wanted = store.budget().entries
+        kept = await count()
+        wanted = min(wanted, store.budget().entries)
+        if kept >= wanted:
+            return 0, wanted
+    return wanted - kept, wanted
 
 
 class Daemon:
@@ -279,16 +301,12 @@ class Daemon:
         try:
             unit_max = int(await units.service_property(UNIT, "FileDescriptorStoreMax"))
             self._store.resize(unit_max)
-            wanted = self._store.budget().entries
-            if await units.store_count(UNIT) < wanted:
-                await asyncio.to_thread(self._store.send_again)
-                await asyncio.to_thread(self._store.barrier)
-            kept = await units.store_count(UNIT)
+            missing, wanted = await dropped(self._store, lambda: units.store_count(UNIT))
         except (errors.VirtdError, fdstore.StoreError) as exc:
             log.warning("Whether systemd still has all descriptors can't be seen: %s", exc)
             return
-        if kept < wanted:
-            text = f"systemd has dropped {wanted - kept} of {wanted} entries of the FD store, which guests need"
+        if missing:
+            text = f"systemd has dropped {missing} of {wanted} entries of the FD store, which guests need"
             self.host.problems["store"] = (
                 text,
                 f"Raise FileDescriptorStoreMax= of virtd.service (now {unit_max}) before virtd is restarted.",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -11,14 +12,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.unit.fake_pid1 import FakePid1, put_new
 from virtd import __version__
-from virtd.daemon import load_settings
+from virtd.daemon import dropped, load_settings
+from virtd.fdstore import Store
 from virtd.model.settings import Settings
 from virtd.paths import Paths, names
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -125,3 +131,57 @@ def ask(path: str, method: str, process: subprocess.Popen[bytes]) -> dict[str, A
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
+
+
+@pytest.fixture
+def store(pid1: FakePid1) -> Iterator[Store]:
+    store = Store.from_environment(pid1.environment())
+    for n in range(4):
+        put_new(store, f"a/{n}")
+    yield store
+    store.close()
+
+
+def looked_at(pid1: FakePid1, store: Store, count: Callable[[], int]) -> tuple[int, int]:
+    """What `dropped` finds when that many are told of, by one who reads his messages."""
+
+    async def told() -> int:
+        return count()
+
+    async def look() -> tuple[int, int]:
+        loop = asyncio.get_running_loop()
+        loop.add_reader(pid1.fileno(), pid1.read)
+        try:
+            return await dropped(store, told)
+        finally:
+            loop.remove_reader(pid1.fileno())
+
+    return asyncio.run(look())
+
+
+def test_what_systemd_has_dropped_is_given_back(pid1: FakePid1, store: Store) -> None:
+    pid1.read()
+    gone = pid1.entries.pop(1)
+    os.close(gone.fd)
+    assert looked_at(pid1, store, lambda: len(pid1.names())) == (0, 4)
+    assert pid1.names() == store.names()
+
+
+def test_what_systemd_has_no_room_for(pid1: FakePid1, store: Store) -> None:
+    assert looked_at(pid1, store, lambda: len(pid1.names()) - 1) == (1, 4)
+
+
+def test_what_ends_meanwhile_was_not_dropped(pid1: FakePid1, store: Store) -> None:
+    """As what ended while the daemon was away does, which is put away in these moments."""
+    ending = ["a/3", "a/2", "a/1"]
+
+    def count() -> int:
+        had = len(pid1.names())
+        for name in ending:
+            store.drop(name)
+        there = had - len(ending)
+        ending.clear()
+        return there
+
+    put_new(store, "a/5")
+    assert looked_at(pid1, store, count) == (0, 2)
