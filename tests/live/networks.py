@@ -82,6 +82,19 @@ reply = exchange(3, option(2, offer[2]) + option(3, offer[3]))
 print(socket.inet_ntop(socket.AF_INET6, options(reply[3][12:])[5][:16]))
 """
 
+# Asks for a lease to be renewed (RFC 2131, 4.3.2) on behalf of a guest that can't be told to: MAC, address, server.
+# The answer goes to the guest.
+_RENEW = """
+import socket, struct, sys
+mac, mine = bytes.fromhex(sys.argv[1].replace(":", "")), socket.inet_aton(sys.argv[2])
+head = struct.pack("!4BIHH4s4s4s4s16s192s4s", 1, 1, 6, 0, 77, 0, 0, mine, bytes(4), bytes(4), bytes(4), mac, b"",
+                   bytes.fromhex("63825363"))
+options = bytes([53, 1, 3, 61, 7, 1]) + mac + bytes([255])
+one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+one.bind(("", 68))
+one.sendto(head + options, (sys.argv[3], 67))
+"""
+
 # What the server does, in a guest, where there is awk and no more. busybox's nc ends a connection when its input
 # ends, so its input is a FIFO that nobody writes to. The clock of /proc/uptime has hundredths of a second.
 RECEIVE = (
@@ -180,14 +193,24 @@ def lease(lab: Lab, domain: str) -> str:
 
 
 def renew(lab: Lab, domain: str, network_name: str, mac: str) -> str:
-    """Have a guest ask dnsmasq for its lease again, and see that it lasts longer now; the address."""
+    """Have dnsmasq asked for a guest's lease again, and see that it lasts longer now; the address.
+
+    The guest asks, unless its console is lost: then a neighbour does.
+    """
 
     def mine() -> dict[str, Any]:
         found = [row for row in lab.json("network", "leases", network_name) if row["mac"] == mac]
         return found[0] if found else {}
 
     before = mine().get("expires") or ""
-    run(lab, domain, "kill -USR1 $(cat /tmp/udhcpc.pid)")
+    if lab.info(domain)["slots"]:
+        run(lab, domain, "kill -USR1 $(cat /tmp/udhcpc.pid)")
+    else:
+        served = info(lab, network_name)
+        server = served["ipv4"].partition("/")[0]
+        beside = f"{server.rpartition('.')[0]}.250/24"
+        with neighbour(lab, "beside", served["bridge"], beside, server) as inside:
+            lab.run(*inside.split(), "python3", "-c", _RENEW, mac, mine()["address"], server)
     lab.wait("a renewed lease", lambda: (mine().get("expires") or "") > before, 30)
     return str(mine()["address"])
 

@@ -70,7 +70,7 @@ class Networks:
     """The promises: bridge, tap, dnsmasq's PID, lease and rules are the same ones; the stream goes on; what was taken
     from the other network is there again."""
 
-    name = "network"
+    name = driver = "network"
     heading = "The same, for networks"
 
     def __init__(self, lab: Lab) -> None:
@@ -80,6 +80,7 @@ class Networks:
         self.frail_pid = 0
         self.frail_rules = ""
         self.struck = False
+        self.deaf = False  # virtd has lost the slots
         self.lines_then = 0
         self._outside: contextlib.ExitStack | None = None
 
@@ -107,7 +108,7 @@ class Networks:
         self.identity = self._identity()
         self.frail_pid = networks.info(lab, FRAIL)["pid"]
         self.frail_rules = _plain(networks.rules(lab, FRAIL))
-        self.struck = False
+        self.struck = self.deaf = False
         lab.sh(f"systemctl kill -s USR1 {UNIT}")
         self.lines_then = self._sink()["lines"]
         self._more_lines()
@@ -197,6 +198,7 @@ class Networks:
         """Without its pipes dnsmasq runs on, and isn't heard any more; that has to be told."""
         if len(state["slots"]) == 5:
             return []
+        self.deaf = True
         if not any("Slot" in problem["text"] for problem in state["problems"]):
             return [Finding(Verdict.LOST, f"{len(state['slots'])} slots of 5, and virtctl doesn't say so")]
         return [Finding(Verdict.DEGRADED, "what dnsmasq says isn't logged until the network is started afresh")]
@@ -208,8 +210,12 @@ class Networks:
 
         def whole() -> bool:
             now = self._settled(FRAIL)
-            same = _plain(networks.rules(self.lab, FRAIL)) == self.frail_rules
-            return same and now["pid"] not in (None, self.frail_pid) and not now["problems"]
+            if _plain(networks.rules(self.lab, FRAIL)) != self.frail_rules:
+                return False
+            if self.deaf:
+                # Where the slots were lost there is no room for new ones; that has to be told.
+                return now["pid"] is None and any("no room" in problem["text"] for problem in now["problems"])
+            return now["pid"] not in (None, self.frail_pid) and not now["problems"]
 
         try:
             self.lab.wait("the other network", whole, 90)

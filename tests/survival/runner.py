@@ -109,7 +109,7 @@ def _words(cells: dict[str, Cell]) -> str:
 
 
 def _one(scene: Scene, event: Event) -> dict[str, Cell]:
-    """The cell of each subject. What goes wrong with the event itself is a loss for all of them."""
+    """The cell of each subject. What goes wrong with the event itself, or is nobody's, is a loss for all of them."""
     scene.struck, scene.extra = False, []
     found: dict[str, list[Finding]] = {subject.name: [] for subject in scene.subjects}
     common: list[Finding] = []
@@ -126,10 +126,12 @@ def _one(scene: Scene, event: Event) -> dict[str, Cell]:
             common.append(Finding(Verdict.LOST, "nothing ended in the gap: the event tells too little"))
         for subject in scene.subjects:
             found[subject.name] += subject.after(attached=event.attached)
-        common += scene.extra + scene.leftovers()
-        degraded = any(one.verdict is Verdict.DEGRADED for findings in found.values() for one in findings)
-        if not degraded and (problems := scene.status()["problems"]):
-            common.append(Finding(Verdict.LOST, f"virtctl status has a problem: {problems[0]['text'][:100]}"))
+        common += scene.extra
+        theirs = {subject.driver: found[subject.name] for subject in scene.subjects}
+        degraded = {driver for driver, mine in theirs.items() if Cell.of(mine).verdict is Verdict.DEGRADED}
+        problems = [(driver, finding) for driver, finding in scene.problems() if driver not in degraded]
+        for driver, finding in scene.leftovers() + problems:
+            theirs.get(driver, common).append(finding)
     except Exception as exc:  # one event that can't be judged must not cost the others their row
         common.append(Finding(Verdict.LOST, " ".join(str(exc).split())[:200]))
         say(str(exc))

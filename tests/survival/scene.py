@@ -34,6 +34,7 @@ class Subject(Protocol):
 
     name: str
     heading: str  # over the column of the events, in the README
+    driver: str  # whose problems and remains are this subject's
 
     def prepare(self) -> None:
         """Make and start whatever it takes, in a lab that has a fresh daemon; also after `clear`."""
@@ -135,13 +136,24 @@ class Scene:
             return [Finding(Verdict.LOST, f"a client got no answer: {' '.join(failed.split())[:120]}")]
         return [] if asked else [Finding(Verdict.LOST, "no client was answered")]
 
-    def leftovers(self) -> list[Finding]:
-        """Whatever there is that belongs to nothing: units, slots, records, directories, files."""
+    def leftovers(self) -> list[tuple[str, Finding]]:
+        """Whatever there is that belongs to nothing: units, slots, records, directories, files; first whose it is."""
         found = json.loads(self.lab.run("python3", "-c", LEFTOVERS).stdout)
-        return [Finding(Verdict.LOST, text) for text in found]
+        return [(driver, Finding(Verdict.LOST, text)) for driver, text in found]
+
+    def problems(self) -> list[tuple[str, Finding]]:
+        """What `virtctl status` has to say, as it shouldn't after an event that did no harm; first whose it is."""
+        return [
+            (
+                problem["object"].partition("/")[0],
+                Finding(Verdict.LOST, f"virtctl status has a problem: {problem['text'][:100]}"),
+            )
+            for problem in self.status()["problems"]
+        ]
 
 
-# Runs in the lab: units = slots = records = directories, for what runs, and nothing for what doesn't.
+# Runs in the lab: units = slots = records = directories, for what runs, and nothing for what doesn't. A network that
+# is active without a unit says so in its record: its dnsmasq couldn't be started again.
 LEFTOVERS = r"""
 import glob, json, os, subprocess
 # A driver's states in which an object has a unit and a directory in /run; how virtctl calls what has slots.
@@ -151,30 +163,34 @@ def run(*argv):
     return subprocess.run(argv, capture_output=True, text=True).stdout
 wrong = []
 for driver, live in LIVE.items():
-    alive = set()
+    alive, supervised = set(), set()
     for path in glob.glob(f"/run/virtd/{driver}/*.json"):
         with open(path) as file:
             record = json.load(file)
         if record["state"] in live:
             alive.add(record["name"])
+            if record["unit"] or driver != "network":
+                supervised.add(record["name"])
         elif record.get("unit") or record.get("slots"):
-            wrong.append(f"the record of {driver}/{record['name']} is {record['state']} and not put away")
+            wrong.append((driver, f"the record of {driver}/{record['name']} is {record['state']} and not put away"))
     pattern = f"virtd-{driver}-*.service"
     listed = run("systemctl", "list-units", "--all", "--plain", "--no-legend", pattern)
     units = {line.split()[0][len(pattern) - 9:-len(".service")] for line in listed.splitlines()}
     directories = {path.split("/")[-2] for path in glob.glob(f"/run/virtd/{driver}/*/")}
-    for what, there in (("units", units), ("directories", directories)):
-        if there != alive:
-            wrong.append(f"{what} of {driver}/{sorted(there)}, records of {sorted(alive)}")
+    for what, there, due in (("units", units, supervised), ("directories", directories, alive)):
+        if there != due:
+            wrong.append((driver, f"{what} of {driver}/{sorted(there)}, records of {sorted(due)}"))
 known = 0
 for noun in NOUNS:
     for item in json.loads(run("virtctl", *noun, "list", "--json")):
         known += len(json.loads(run("virtctl", *noun, "info", item["name"], "--json"))["slots"])
 status = json.loads(run("virtctl", "status", "--json"))
 if known != status["budget"]["used"]:
-    wrong.append(f"{status['budget']['used']} slots, {known} of them of an object")
+    wrong.append(("", f"{status['budget']['used']} slots, {known} of them of an object"))
 for top in ("/run/virtd", "/etc/virtd", "/var/log/virtd"):
     for directory, _, files in os.walk(top):
-        wrong += [f"{directory}/{name} is left" for name in files if name.startswith(".") or name.endswith(".new")]
+        driver = (directory[len(top) + 1:]).partition("/")[0]
+        left = [name for name in files if name.startswith(".") or name.endswith(".new")]
+        wrong += [(driver, f"{directory}/{name} is left") for name in left]
 print(json.dumps(wrong))
 """

@@ -26,6 +26,7 @@ class Storage:
     writing to a volume that nobody else may have, and nothing is half made."""
 
     name = "pool"
+    driver = "storage"
     heading = "The same, for storage pools and jobs"
 
     def __init__(self, lab: Lab) -> None:
