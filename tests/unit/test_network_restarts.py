@@ -318,6 +318,39 @@ async def test_a_dnsmasq_that_cannot_be_started_again_says_why(site: Site, monke
 
 
 @on_loop
+async def test_slots_that_systemd_has_dropped(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FileDescriptorStoreMax= lowered: dnsmasq is taken back without its slots; one that dies then waits for room."""
+    monkeypatch.setattr(server, "BACKOFF", (0.01,))
+    pid1 = site.world.pid1
+    async with site.world.daemon() as host:
+        await site.define()
+        await host.networks.start("lab", by=ROOT)
+        pid = site.pid()
+    pid1.store_max = 2
+    assert len(pid1.names()) == 5
+    for entry in pid1.entries:
+        os.close(entry.fd)
+    pid1.entries.clear()
+    async with site.world.daemon() as host:
+        net = host.networks.driver.nets["lab"]
+        info = await site.info()
+        assert (info["state"], info["pid"]) == ("active", pid)
+        assert [problem["text"].split(" of ")[0] for problem in info["problems"]] == [
+            f"Slot network/lab/{slot}" for slot in ("stdin", "stdout", "stderr")
+        ]
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: "server" in net.problems and "no room for 5" in net.problems["server"].text)
+        assert list(net.problems) == ["server"]  # what it says from now on won't be lost
+    pid1.store_max = 1000
+    async with site.world.daemon() as host:
+        net = host.networks.driver.nets["lab"]
+        await until(lambda: net.server.alive and not net.problems)
+        site.whole(await site.info(), "when there was room")
+        await host.networks.stop("lab", force=False, by=ROOT)
+        site.nothing("after its stop")
+
+
+@on_loop
 async def test_a_stop_that_cannot_be_put_on_record_is_later(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full /run doesn't keep it from being stopped, and the next daemon knows as soon as there is room."""
     monkeypatch.setattr("virtd.drivers.recorded.SAVE_AGAIN", 0.01)

@@ -100,8 +100,6 @@ class Server(Tasks):
     async def _replace(self, network: Network) -> None:
         await self.end()
         await self._spawn(network)
-        for key in [key for key in self.net.problems if key.startswith("slot ")]:
-            del self.net.problems[key]
         self.spawn(self._watch(), "watch")
 
     async def end(self) -> None:
@@ -124,6 +122,8 @@ class Server(Tasks):
         self._stderr = None
         await child.release()
         self.child = None
+        for key in [key for key in self.net.problems if key.startswith("slot ")]:
+            del self.net.problems[key]
         with contextlib.suppress(errors.VirtdError):
             await units.collect(self.net.unit)
 
