@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import threading
@@ -61,6 +62,12 @@ class Var(NamedTuple):
     value: Any
 
 
+class Descriptor(NamedTuple):
+    """A value for an `h` of a reply. It is closed when the reply is under way."""
+
+    fd: int
+
+
 class Signal(NamedTuple):
     """A subscription; None matches anything."""
 
@@ -85,10 +92,18 @@ class MethodCall:
         self.args: tuple[Any, ...] = bus._unpack(message)
 
     def reply(self, signature: str = "", *values: Any) -> None:
-        if self._wants_reply():
-            reply = self._message.new_method_reply()
-            reply.set_body(self._bus._pack(signature, values))
-            self._send(reply)
+        fds = [value.fd for value in values if isinstance(value, Descriptor)]
+        try:
+            if self._wants_reply():
+                numbers = itertools.count()
+                plain = [next(numbers) if isinstance(value, Descriptor) else value for value in values]
+                reply = self._message.new_method_reply()
+                reply.set_body(self._bus._pack(signature, plain))
+                self._bus._attach(reply, fds)
+                self._send(reply)
+        finally:
+            for fd in fds:
+                os.close(fd)
 
     def error(self, name: str, message: str) -> None:
         if self._wants_reply():
@@ -330,11 +345,7 @@ class Bus:
         message = self._gio.DBusMessage.new_method_call(destination, path, interface, method)
         if signature:
             message.set_body(self._pack(signature, args))
-        if fds:
-            handles = self._gio.UnixFDList.new()
-            for fd in fds:
-                handles.append(fd)
-            message.set_unix_fd_list(handles)
+        self._attach(message, fds)
         serial = self._send(message)
         # Replies are looked up on this very loop, so none can come before its future is in place.
         future: asyncio.Future[Any] = self._loop.create_future()
@@ -383,6 +394,14 @@ class Bus:
         message.set_body(self._pack(signature, values))
         with contextlib.suppress(BusError):
             self._send(message)
+
+    def _attach(self, message: Any, fds: Sequence[int]) -> None:
+        """Have duplicates of these go with a message, whose `h` are indices into them."""
+        if fds:
+            handles = self._gio.UnixFDList.new()
+            for fd in fds:
+                handles.append(fd)
+            message.set_unix_fd_list(handles)
 
     def _send(self, message: Any) -> int:
         if self.closed or self._connection is None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from virtd.api.dbus import ROOT
 from virtd.api.introspection import OBJECT_MANAGER, POOL, POOL_MANAGER, PROPERTIES
 from virtd.bus import BusError
 from virtd.errors import InvalidDefinition
-from virtd.host import Caller
+from virtd.host import Caller, WithDescriptors
 
 __all__ = ["shared_bus"]
 
@@ -77,6 +78,31 @@ class FakeVolumes:
             raise InvalidDefinition("image", "from", "expected the format of /x")
         self.asked.append(("import", pool, name, file, more["source_format"], more["format"], more["by"].name))
         return {"job": "job-1"}
+
+    async def upload(
+        self,
+        pool: str,
+        name: str,
+        *,
+        format: str | None,  # noqa: A002
+        size: int | None,
+        resume: bool,
+        by: Caller,
+    ) -> WithDescriptors:
+        self.asked.append(("upload", pool, name, format, size, resume))
+        read, write = os.pipe2(os.O_CLOEXEC)
+        self.read = read
+        return WithDescriptors({"job": "job-1", "offset": 5 << 30}, [write])
+
+    async def uploaded(self, job: str, *, by: Caller) -> dict[str, Any]:
+        with open(self.read, "rb") as pipe:
+            self.asked.append(("uploaded", job, pipe.read()))  # to its end: nobody else has it open
+        return {"job": ""}
+
+    async def download(self, pool: str, name: str, *, by: Caller) -> WithDescriptors:
+        fd = os.memfd_create(name)
+        os.write(fd, b"content")
+        return WithDescriptors({"format": None}, [fd])
 
     async def jobs(self) -> list[dict[str, Any]]:
         return [JOB]
@@ -142,5 +168,41 @@ def test_pools_have_objects(shared_bus: PrivateBus, monkeypatch: pytest.MonkeyPa
             heard = [(member, args) for _path, _interface, member, args in await client.signals()]
             assert [member for member, _args in heard] == ["PropertiesChanged", "InterfacesRemoved"]
             assert heard[0][1][1] == {"State": "inactive", "Capacity": 0}
+
+    asyncio.run(main())
+
+
+def test_volumes_are_streamed(shared_bus: PrivateBus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.unit.test_dbus_api.FakeHost", Host)
+
+    async def main() -> None:
+        async with serving(shared_bus) as (host, client):
+            assert isinstance(host, Host)
+            job, fd, offset = await client.call(PATH, f"{POOL}.UploadVolume", "sstb", "v", "", 0, False)
+            with open(fd, "wb") as pipe:
+                pipe.write(b"all of it")
+            assert (job, offset) == ("job-1", 5 << 30)
+            assert await client.call(f"{ROOT}/pool", f"{POOL_MANAGER}.Uploaded", "s", job) == ("",)
+            kind, fd = await client.call(PATH, f"{POOL}.DownloadVolume", "s", "v")
+            assert (kind, os.pread(fd, 100, 0)) == ("", b"content")
+            os.close(fd)
+            assert host.volumes.asked == [
+                ("upload", "default", "v", None, None, False), ("uploaded", "job-1", b"all of it"),
+            ]  # fmt: skip
+
+    asyncio.run(main())
+
+
+def test_only_root_streams(shared_bus: PrivateBus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.unit.test_dbus_api.FakeHost", Host)
+
+    async def main() -> None:
+        async with serving(shared_bus, uid=1000) as (host, client):
+            assert isinstance(host, Host)
+            with pytest.raises(BusError, match="may not call UploadVolume"):
+                await client.call(PATH, f"{POOL}.UploadVolume", "sstb", "v", "", 0, False)
+            with pytest.raises(BusError, match="may not call DownloadVolume"):
+                await client.call(PATH, f"{POOL}.DownloadVolume", "s", "v")
+            assert host.volumes.asked == []
 
     asyncio.run(main())

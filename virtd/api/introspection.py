@@ -185,6 +185,8 @@ INTERFACES: Final[dict[str, Interface]] = {
             "ListJobs": _reading("", "jobs:aa{sv}"),
             "WaitJob": _reading("job:s timeout:d", "job:a{sv}"),
             "CancelJob": _changing("job:s", "changed:b"),
+            # Everything has been written to what UploadVolume gave: the job that goes on, "" when all is done.
+            "Uploaded": _changing("job:s", "job:s"),
         },
     ),
     POOL: Interface(
@@ -207,6 +209,9 @@ INTERFACES: Final[dict[str, Interface]] = {
             "ResizeVolume": _changing("volume:s size:s", "job:s"),
             "WipeVolume": _changing("volume:s", "job:s"),
             "DeleteVolume": _changing("volume:s", "job:s"),
+            # `content` is to be written from `offset` on, more than 0 only with `resume`. Size 0: not known.
+            "UploadVolume": _changing("volume:s format:s size:t resume:b", "job:s content:h offset:t"),
+            "DownloadVolume": _changing("volume:s", "format:s content:h"),
         },
         properties=COMMON
         | {

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..bus import Var
+from ..bus import Descriptor, Var
 from .variants import common, dictionary
 
 if TYPE_CHECKING:
@@ -63,6 +63,13 @@ async def call(host: Host, name: str, member: str, args: tuple[Any, ...], by: Ca
             done = await volumes.wipe(name, args[0], by=by)
         case "DeleteVolume":
             done = await volumes.delete(name, args[0], by=by)
+        case "UploadVolume":
+            volume, kind, size, resume = args
+            stream = await volumes.upload(name, volume, format=kind or None, size=size or None, resume=resume, by=by)
+            return stream.value["job"], Descriptor(stream.fds[0]), stream.value["offset"]
+        case "DownloadVolume":
+            stream = await volumes.download(name, args[0], by=by)
+            return stream.value["format"] or "", Descriptor(stream.fds[0])
         case _:  # Undefine: the table has let nothing else through
             await pools.undefine(name, by=by)
             return ()
@@ -79,6 +86,8 @@ async def manage(host: Host, member: str, args: tuple[Any, ...], by: Caller | No
     assert by is not None
     if member == "CancelJob":
         return ((await host.volumes.cancel(args[0], by=by))["changed"],)
+    if member == "Uploaded":
+        return ((await host.volumes.uploaded(args[0], by=by))["job"],)
     text, source, check = args
     done = await host.pools.define(text, source, check=check, by=by)
     return done["name"], done["uuid"], done["created"], done["path"], done["warnings"]
