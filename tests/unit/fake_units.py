@@ -81,8 +81,8 @@ class FakeUnits:
         if spec.name in self.units:
             raise errors.Exists(f"there is a unit {spec.name} already")
         program = FAKE_DNSMASQ if spec.name.startswith("virtd-network-") else FAKE_QEMU
-        # A job of a storage pool is what it says; every other child is made up.
-        real = spec.name.startswith("virtd-storage-")
+        # A job of a storage pool is what it says, and so is what starts LXC; every other child is made up.
+        real = spec.name.startswith(("virtd-storage-", "virtd-lxc-", "virtd-create-"))
         process = subprocess.Popen(  # noqa: ASYNC220 (as blocking as fork is)
             spec.argv if real else [sys.executable, "-I", "-S", program, *spec.argv[1:]],
             stdin=stdio[0],

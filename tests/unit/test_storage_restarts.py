@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.unit import fake_qemu_img
-from tests.unit.whole_host import ROOT, World, on_loop, until
+from tests.unit.whole_host import ROOT, SteppingOs, World, on_loop, until
 from virtd import errors
 from virtd.child import Child
 from virtd.drivers.storage import host as storage_host
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 DATA = b"what a guest has written" * 3000
-VISIBLE = frozenset({"link", "unlink", "mkdir", "ftruncate", "fchown", "fsync", "rename"})
 
 
 class Children(list[Child]):
@@ -40,31 +39,6 @@ class Children(list[Child]):
                 if file is not None:
                     file.close()
         self.clear()
-
-
-class SteppingOs:
-    """The os module, for one that changes pools: each change that others could see is a step of the world's."""
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-
-    def __getattr__(self, name: str) -> Any:
-        function = getattr(os, name)
-        if name == "open":
-            return self._open
-        if name not in VISIBLE:
-            return function
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self._world.step(f"{name} {args[0]}")
-            return function(*args, **kwargs)
-
-        return call
-
-    def _open(self, path: str, flags: int, *args: Any, **kwargs: Any) -> int:
-        if flags & os.O_CREAT:
-            self._world.step(f"create {path}")
-        return os.open(path, flags, *args, **kwargs)
 
 
 @contextlib.contextmanager

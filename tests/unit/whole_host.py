@@ -17,7 +17,7 @@ import pwd
 import shutil
 import threading
 import time
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec, cast
 
 from tests.unit.fake_pid1 import FakePid1
 from tests.unit.fake_units import FakeUnits
@@ -28,7 +28,7 @@ from virtd.drivers.qemu.monitor import Monitor
 from virtd.fdstore import Store
 from virtd.fdstore.notify import connect
 from virtd.host import Caller, Host
-from virtd.model.settings import Log, Qemu, Settings
+from virtd.model.settings import Log, Lxc, Qemu, Settings
 from virtd.paths import Paths
 from virtd.pump import Pump
 from virtd.stderrlog import StderrLog
@@ -39,8 +39,11 @@ if TYPE_CHECKING:
 
     import pytest
 
+    from virtd.drivers.guests import Guests
+
 ROOT = Caller(uid=0, pid=os.getpid(), name="root")
 P = ParamSpec("P")
+VISIBLE = frozenset({"link", "unlink", "mkdir", "makedirs", "ftruncate", "fchown", "chown", "fsync", "rename"})
 SLOTS = [f"qemu/web1/{slot}" for slot in ("console.log", "log", "stderr", "stdin", "stdout")]
 
 
@@ -77,6 +80,7 @@ class World:
         self.pid1 = FakePid1(root, store_max)
         self.units = FakeUnits(self.pid1, old=old)
         self.settings = Qemu(binary=os.path.realpath("/bin/true"), start_timeout=20, shutdown_timeout=20)
+        self.lxc = Lxc(directory=f"{root}/containers", start_timeout=20, shutdown_timeout=20)
         self.limits = Log()
         self.messages: list[dict[str, str]] = []
         self.dead = False
@@ -170,12 +174,16 @@ class World:
         await self.define(name, cmdline, more)
         return int((await self.host.start(name, by=ROOT))["pid"])
 
-    def type(self, name: str, line: str) -> None:
+    def type(self, name: str, line: str, driver: str = "qemu") -> None:
         """Type a line on a guest's console."""
         assert self.host is not None
-        child = self.host.driver.machines[name].child
+        child = self.guests(driver).machines[name].child
         assert child is not None
         os.write(child.stdin(), f"{line}\n".encode())
+
+    def guests(self, driver: str) -> Guests[Any, Any]:
+        assert self.host is not None
+        return cast("Guests[Any, Any]", self.host.use(driver))
 
     # One run of the daemon
 
@@ -201,7 +209,8 @@ class World:
             host.grown(key)
 
         pump = Pump(loop.call_soon_threadsafe, on_bytes=grown)
-        host = Host(Services(self.paths, store, pump, self.limits, self._get_units), Settings(qemu=self.settings))
+        settings = Settings(qemu=self.settings, lxc=self.lxc)
+        host = Host(Services(self.paths, store, pump, self.limits, self._get_units), settings)
         self.host = host
         try:
             host.restore(time.monotonic())
@@ -227,16 +236,16 @@ class World:
     def slots(self) -> list[str]:
         return self.pid1.names()
 
-    def record(self, name: str) -> records.Record:
-        with open(self.paths.record("qemu", name), "rb") as file:
+    def record(self, name: str, driver: str = "qemu") -> records.Record:
+        with open(self.paths.record(driver, name), "rb") as file:
             return records.decode(file.read())
 
-    def console(self, name: str) -> str:
-        with open(self.paths.console_log("qemu", name), encoding="utf-8") as file:
+    def console(self, name: str, driver: str = "qemu") -> str:
+        with open(self.paths.console_log(driver, name), encoding="utf-8") as file:
             return file.read()
 
-    def runtime_left(self, name: str) -> bool:
-        return os.path.exists(self.paths.runtime("qemu", name))
+    def runtime_left(self, name: str, driver: str = "qemu") -> bool:
+        return os.path.exists(self.paths.runtime(driver, name))
 
 
 async def until(condition: Any, what: str = "it") -> None:
@@ -246,10 +255,35 @@ async def until(condition: Any, what: str = "it") -> None:
             await asyncio.sleep(0.005)
 
 
-def nothing_left(world: World, name: str = "web1") -> None:
+class SteppingOs:
+    """The os module of one that changes the host: each change that others could see is a step of the world's."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(os, name)
+        if name == "open":
+            return self._open
+        if name not in VISIBLE:
+            return function
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._world.step(f"{name} {args[0]}")
+            return function(*args, **kwargs)
+
+        return call
+
+    def _open(self, path: str, flags: int, *args: Any, **kwargs: Any) -> int:
+        if flags & os.O_CREAT:
+            self._world.step(f"create {path}")
+        return os.open(path, flags, *args, **kwargs)
+
+
+def nothing_left(world: World, name: str = "web1", driver: str = "qemu") -> None:
     """What an ended guest must leave: its record and its logs, and nothing else."""
-    assert [slot for slot in world.slots() if slot.startswith(f"qemu/{name}/")] == []
-    assert f"virtd-qemu-{name}.service" not in world.units.units
-    assert not world.runtime_left(name)
-    record = world.record(name)
+    assert [slot for slot in world.slots() if slot.startswith(f"{driver}/{name}/")] == []
+    assert f"virtd-{driver}-{name}.service" not in world.units.units
+    assert not world.runtime_left(name, driver)
+    record = world.record(name, driver)
     assert (record.unit, record.slots, record.main_pid, record.data) == ("", {}, 0, {})

@@ -133,6 +133,7 @@ async def clear(run: str, directory: str, units: Units, defined: Callable[[str],
             place = file.read()
         with contextlib.suppress(errors.VirtdError):
             await units.kill(unit_of(name), 9, whole=True)
+        with contextlib.suppress(errors.VirtdError):  # one that has ended by itself is still to be forgotten
             await execs.result(units, unit_of(name))
         if not defined(name) and place.startswith("/"):
             log.warning("The making of container %s was cut off: %s/%s is removed", name, place, name)
