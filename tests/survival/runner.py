@@ -129,8 +129,8 @@ def _one(scene: Scene, event: Event) -> dict[str, Cell]:
         common += scene.extra
         theirs = {subject.driver: found[subject.name] for subject in scene.subjects}
         degraded = {driver for driver, mine in theirs.items() if Cell.of(mine).verdict is Verdict.DEGRADED}
-        problems = [(driver, finding) for driver, finding in scene.problems() if driver not in degraded]
-        for driver, finding in scene.leftovers() + problems:
+        told = scene.problems() + scene.differences()
+        for driver, finding in scene.leftovers() + [one for one in told if one[0] not in degraded]:
             theirs.get(driver, common).append(finding)
     except Exception as exc:  # one event that can't be judged must not cost the others their row
         common.append(Finding(Verdict.LOST, " ".join(str(exc).split())[:200]))

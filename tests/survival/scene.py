@@ -151,6 +151,14 @@ class Scene:
             for problem in self.status()["problems"]
         ]
 
+    def differences(self) -> list[tuple[str, Finding]]:
+        """What `virtctl fsck` finds; first whose it is."""
+        found = json.loads(self.lab.virtctl("fsck", "--json", check=False).stdout)["differences"]
+        return [
+            (row["object"].partition("/")[0], Finding(Verdict.LOST, f"virtctl fsck finds: {row['text'][:100]}"))
+            for row in found
+        ]
+
 
 # Runs in the lab: units = slots = records = directories, for what runs, and nothing for what doesn't. A network that
 # is active without a unit says so in its record: its dnsmasq couldn't be started again.
