@@ -31,7 +31,10 @@ class Progress:
         if self._done - self._told >= min(TELL, self._total // 100 or 1):
             self._told = self._done
             text = f"    ({min(100.0, self._done * 100 / self._total):.2f}/100%)\r"
-            os.write(1, text.encode())
+            try:
+                os.write(1, text.encode())
+            except BrokenPipeError:  # virtd's end was lost with systemd's store; that's no reason to fail
+                self._told = 2 * self._total
 
 
 def extents(fd: int, size: int) -> list[tuple[int, int]]:
