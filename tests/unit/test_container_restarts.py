@@ -361,3 +361,25 @@ async def test_a_container_does_not_notice_restarts(tmp_path: Path, monkeypatch:
             nothing_left(site.world, driver="lxc")
     finally:
         site.world.close()
+
+
+@on_loop
+async def test_lxc_is_faster_than_systemds_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LXC's diary has told of the first program before anybody knows which process LXC is."""
+    site = Site(tmp_path, monkeypatch)
+    start = site.world.units.start
+
+    async def late(*args: Any, **options: Any) -> Any:
+        state = await start(*args, **options)
+        await until(host.containers.driver.find("web1").started.is_set, "the line in LXC's diary")
+        return state
+
+    monkeypatch.setattr(site.world.units, "start", late)
+    try:
+        async with site.world.daemon() as host:
+            await site.define(host)
+            pid = (await host.containers.start("web1", by=ROOT))["pid"]
+            assert pid == host.containers.driver.find("web1")._find_init() != 0
+            await host.containers.stop("web1", by=ROOT)
+    finally:
+        site.world.close()

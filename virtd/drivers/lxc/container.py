@@ -61,8 +61,7 @@ class Container(Guest[model.Container]):
 
     def adopted(self) -> None:
         self.forward_stderr()  # what LXC has said while nobody was here
-        if self.init() is None:
-            self._note_init(self._find_init())
+        self.know_init()
         frozen = self.frozen()
         if frozen and self.state is State.RUNNING:
             self.note(State.PAUSED, "frozen")
@@ -108,6 +107,11 @@ class Container(Guest[model.Container]):
         """The PID of the first program, if it runs."""
         kept = self.record.data.get("init") if self.record is not None else None
         return int(kept["pid"]) if kept and process.alive(int(kept["pid"]), int(kept["start"])) else None
+
+    def know_init(self) -> None:
+        """Find its first program, if LXC has told of it before it was known which process LXC is."""
+        if self.init() is None:
+            self._note_init(self._find_init())
 
     def _find_init(self) -> int:
         """The child of LXC's monitor that is the first of its PID namespace, proc(5); 0 when there is none."""

@@ -196,6 +196,7 @@ class _Start(Start[Container, model.Container]):
             for task in (started, ended):
                 task.cancel()
             await asyncio.gather(started, ended, return_exceptions=True)
+        container.know_init()
         for index, link in enumerate(self.links):
             network = self.definition.nic[index].network
             await container.peers("network").add_port(network, user=container.key, interface=link.host)
