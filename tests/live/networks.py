@@ -203,7 +203,7 @@ def renew(lab: Lab, domain: str, network_name: str, mac: str) -> str:
         return found[0] if found else {}
 
     before = mine().get("expires") or ""
-    if lab.info(domain)["slots"]:
+    if f"qemu/{domain}/stdin" in lab.info(domain)["slots"]:
         run(lab, domain, "kill -USR1 $(cat /tmp/udhcpc.pid)")
     else:
         served = info(lab, network_name)
