@@ -65,6 +65,7 @@ def properties(
             [(path, path, False, 0) for path in readable] + [(path, path, True, 0) for path in LIBRARIES],
         ),
         ("ProtectProc", "s", "invisible"),
+        ("ProcSubset", "s", "pid"),  # spares systemd a mount for each file of ProtectKernelTunables=
         ("ProtectKernelModules", "b", True),
         ("PrivateNetwork", "b", True),
         ("RestrictAddressFamilies", "(bas)", (True, ["AF_UNIX"])),

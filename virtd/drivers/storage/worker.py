@@ -16,6 +16,7 @@ import sys
 
 CHUNK = 16 << 20
 TELL = 64 << 20  # bytes between two lines of progress
+WINDOW = 64 << 20  # bytes that are handed to the disk at a time
 
 
 class Progress:
@@ -35,6 +36,22 @@ class Progress:
                 os.write(1, text.encode())
             except BrokenPipeError:  # virtd's end was lost with systemd's store; that's no reason to fail
                 self._told = 2 * self._total
+
+
+class Writeback:
+    """Has the disk begin with what is written, so that little is left to wait for at the end.
+
+    Linux starts writing dirty pages that it is told won't be needed: posix_fadvise(2).
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._begun = 0
+
+    def reached(self, at: int) -> None:
+        if at - self._begun >= WINDOW:
+            os.posix_fadvise(self._fd, self._begun, at - self._begun, os.POSIX_FADV_DONTNEED)
+            self._begun = at
 
 
 def extents(fd: int, size: int) -> list[tuple[int, int]]:
@@ -70,6 +87,7 @@ def copy(source: str, target: str) -> None:
         os.ftruncate(new, size)
     parts = extents(old, size) if regular else [(0, size)]
     progress = Progress(sum(end - start for start, end in parts))
+    writeback = Writeback(new)
     kernel = regular
     for start, end in parts:
         at = start
@@ -92,6 +110,7 @@ def copy(source: str, target: str) -> None:
                 write(new, data, at)
                 count = len(data)
             at += count
+            writeback.reached(at)
             progress.add(count)
     os.fsync(new)
 
@@ -101,6 +120,7 @@ def wipe(target: str) -> None:
     fd = os.open(target, os.O_RDWR | os.O_CLOEXEC)
     parts = extents(fd, length(fd))
     progress = Progress(sum(end - start for start, end in parts))
+    writeback = Writeback(fd)
     zeros = bytes(CHUNK)
     for start, end in parts:
         at = start
@@ -108,6 +128,7 @@ def wipe(target: str) -> None:
             piece = min(CHUNK, end - at)
             write(fd, zeros[:piece], at)
             at += piece
+            writeback.reached(at)
             progress.add(piece)
     os.fsync(fd)
 
