@@ -7,7 +7,7 @@ import os
 import sys
 import time
 
-from virtd.cli.client import PATIENCE, Call, constant
+from virtd.cli.client import Call, constant
 from virtd.cli.output import clean
 from virtd.errors import InvalidState, VirtdError
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 OVER = ("done", "failed", "cancelled")
 ASK = 1.0  # seconds that one question waits for news
-WORK = 600.0  # seconds that the daemon may take before it answers: it syncs what it finishes
+WORK = (
+    600.0  # seconds that the daemon may take before it answers: it syncs what it finishes, or has just been started
+)
 QUIET = 0.5  # seconds in which nobody wonders how far it is
 STEP = 10  # percent between two lines
 
@@ -43,7 +45,7 @@ def wait(session: Session, job: str, what: str) -> None:
     show = Progress(what)
     try:
         while True:
-            call = Call(session, "Volume.Await", constant({"job": job, "timeout": ASK}), limit=ASK + PATIENCE)
+            call = Call(session, "Volume.Await", constant({"job": job, "timeout": ASK}), limit=WORK)
             with call:
                 found: dict[str, Any] = call.result().parameters["object"]
             if found.get("state") in OVER:
