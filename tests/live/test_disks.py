@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.harness import Attached, Lab, definition
+from tests.live.test_storage_domains import LOOP
+from tests.live.tools import KILL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -116,6 +118,38 @@ def test_a_disk_that_is_broken(lab: Lab, images: str) -> None:
     assert "not in qcow2 format" in info["reason"]
     assert owner(lab, f"{images}/boot.qcow2") == "root"
     assert "not in qcow2 format" in lab.virtctl("log", "--qemu", "web1").stdout
+
+
+def test_a_block_device_is_a_disk(lab: Lab) -> None:
+    device = lab.sh(LOOP.format(kind="ext4", size=16, quiet="-q")).strip()
+    before = lab.sh(f"stat -c '%U:%G %a' {device}")
+    table = f'[[disk]]\npath = "{device}"\n'
+    try:
+        kernel_domain(lab, "web1", table)
+        lab.sh(f"mkdir -p /srv/mnt && mount -o ro {device} /srv/mnt")
+        refused = lab.virtctl("start", "web1", check=False)
+        assert refused.returncode == 1
+        assert f"web1.toml: disk[0].path: {device} is in use by the host" in refused.stderr
+        lab.sh("umount /srv/mnt")
+        lab.virtctl("start", "web1")
+        lab.wait_ready("web1")
+        assert lab.info("web1")["disks"] == [device]
+        assert owner(lab, device) == "virtd-qemu"
+        # Under another name it is the same one.
+        lab.sh(f"ln -s {device} /dev/other")
+        kernel_domain(lab, "second", '[[disk]]\npath = "/dev/other"\n')
+        assert "in use by domain web1" in lab.virtctl("start", "second", check=False).stderr
+        console = Attached(lab, "web1")
+        lab.sh(KILL)
+        console.type("sh echo written by the guest | dd of=/dev/vda seek=9 conv=notrunc,fsync 2>/dev/null\n")
+        assert console.heard("sh exit 0", 60)
+        console.close()
+        lab.virtctl("stop", "web1")
+        assert "written by the guest" in lab.sh(f"dd if={device} skip=9 count=1 status=none | tr -d '\\0'")
+        assert lab.sh(f"stat -c '%U:%G %a' {device}") == before, "it was given back"
+    finally:
+        lab.undefine_all()
+        lab.sh(f"umount /srv/mnt; losetup -d {device}; rm -rf /dev/other /srv/loops /srv/mnt", check=False)
 
 
 def test_what_is_plugged_in(lab: Lab) -> None:

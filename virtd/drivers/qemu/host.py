@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import grp
 import os
 import pwd
@@ -119,12 +120,18 @@ def check_files(domain: model.Domain, source: str, who: Account) -> None:
     """Every file is there, of the right kind, and readable for the guest's user. Raises InvalidDefinition."""
     for key, text in missing_files(domain):
         raise errors.InvalidDefinition(source, key, text)
+    read_only = {f"disk[{index}].path" for index, disk in enumerate(domain.disk) if disk.readonly}
     for key, path in model.paths(domain):
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode) and not (
             key.startswith("disk") and path.startswith("/dev/") and stat.S_ISBLK(status.st_mode)
         ):
             raise errors.InvalidDefinition(source, key, f"expected a regular file: {path}")
+        if stat.S_ISBLK(status.st_mode) and key not in read_only and claimed(path):
+            raise errors.Busy(
+                f"{source}: {key}: {path} is in use by the host, which has it mounted or in a volume group",
+                hint="Unmount it first, or have the guest only read it: readonly = true.",
+            )
         if key.startswith("boot") and not may(status, who, os.R_OK):
             raise errors.InvalidDefinition(
                 source, key, f"{path} is not readable for {who.user}", hint=f"chmod o+r {path}, or use a copy."
@@ -135,6 +142,15 @@ def check_files(domain: model.Domain, source: str, who: Account) -> None:
             "memory",
             f"expected at most what the host has, {size.show(total >> 20 << 20)}, got {domain.memory}",
         )
+
+
+def claimed(path: str) -> bool:
+    """Whether the kernel uses a block device itself: O_EXCL is refused then, see open(2)."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK))
+    except OSError as exc:
+        return exc.errno == errno.EBUSY
+    return False
 
 
 def may(status: os.stat_result, who: Account, wanted: int) -> bool:
