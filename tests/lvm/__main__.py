@@ -4,10 +4,15 @@
 This machine's kernel may have neither a device mapper nor an NFS server, and a lab sees that kernel. So a lab becomes
 a whole machine: its file system on a disk, Debian's own kernel, run by QEMU without KVM. It boots twice, for it
 crashes in the midst of a clone. Needs root, Debian's archive and some minutes.
+
+    python -m tests.lvm --only clone --only nfs     only steps of inside.py with such names; no crash
+    VIRTD_KEEP_LAB=1 python -m tests.lvm            keeps the lab, which it names
+    python -m tests.lvm --lab NAME                  uses that, with the virtd that is in it
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
@@ -26,20 +31,25 @@ def main() -> int:
     def say(text: str) -> None:
         print(f"lvm: [{time.monotonic() - began:4.0f} s] {text}", flush=True)
 
-    lab = Lab(f"lvm{os.getpid()}")
+    parser = argparse.ArgumentParser(prog="python -m tests.lvm")
+    parser.add_argument("--only", action="append", default=[], metavar="WORD")
+    parser.add_argument("--lab", metavar="NAME")
+    args = parser.parse_args()
+    lab = Lab(args.lab or f"lvm{os.getpid()}")
     said: list[str] = []
     try:
-        say("booting a lab, and making a machine of it")
-        Lab.up(lab.name, "--rpm", str(build_rpm()), quiet=True)
+        say(f"booting the lab {lab.name}, and making a machine of it")
+        if not args.lab:
+            Lab.up(lab.name, "--rpm", str(build_rpm()), quiet=True)
         machine.make(lab)
-        for boot in ("first", "second"):
+        for boot in ("first",) if args.only else ("first", "second"):
             say(f"the machine's {boot} boot")
-            for line in machine.boot(lab):
+            for line in machine.boot(lab, f"virtd.only={','.join(args.only)}" if args.only else ""):
                 if line.startswith(("ok ", "FAILED ", "crashing", "verdict:")):
                     said.append(line)
                     say(line)
     finally:
-        if os.environ.get("VIRTD_KEEP_LAB") != "1":
+        if not args.lab and os.environ.get("VIRTD_KEEP_LAB") != "1":
             lab.down()
     return 0 if said[-1:] == ["verdict: good"] else 1
 
