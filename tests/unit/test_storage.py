@@ -382,8 +382,8 @@ async def test_a_file_system_that_hangs_costs_one_thread() -> None:
 def test_copying_keeps_holes(tmp_path: Path) -> None:
     source, target = tmp_path / "a", tmp_path / "b"
     with open(source, "wb") as file:
-        file.truncate(64 << 20)
-        file.seek(32 << 20)
+        file.truncate(96 << 20)
+        file.seek(80 << 20)
         file.write(b"x" * 100_000)
     target.write_bytes(b"")
     done = subprocess.run(
