@@ -3,12 +3,12 @@
 
 Its life, and what a crash of the daemon leaves at each point:
 
-    prepare   pipes and logs made                    nothing
+    prepare   pipes and logs made                    FIFOs without a slot: `sweep`
     keep      slots put (the caller has saved the record)    record and slots without a unit: rolled back
     spawn     unit started                           a child that is adopted
     (runs)    the pump moves its output              the same
     (ended)   drained, verdict on record             the same, once more
-    release   slots dropped, unit collected          leftovers without an owner: dropped
+    release   slots and FIFOs dropped, unit collected    leftovers without an owner: dropped
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from . import errors, fdstore, process
+from . import errors, fdstore, fifos, process
 from .logfile import LogFile
 
 if TYPE_CHECKING:
@@ -53,15 +53,16 @@ class Services(NamedTuple):
 
 
 class Ends(msgspec.Struct):
-    """The child's ends of its pipes, ours until they are passed on.
+    """The child's ends of its pipes, ours until it has opened them by the paths in `stdio`.
 
-    With a terminal, `stdout` is its other end, which can be read as well, `stdin` is /dev/null (systemd would make a
+    With a terminal, `stdout` is its other end, which can be read as well, `stdin` is none (systemd would make a
     terminal on standard input the child's controlling one), and `tty` is its name, "/dev/pts/3".
     """
 
     stdin: int
     stdout: int
     stderr: int
+    stdio: tuple[int | str, int | str, int | str]  # units.Stdio, whose import would cost something
     tty: str = ""
 
     def close(self) -> None:
@@ -92,6 +93,10 @@ class Child(msgspec.Struct):
     def key(self) -> str:
         return f"{self.driver}/{self.name}"
 
+    @property
+    def pipes(self) -> str:
+        return self.services.paths.fifos(self.driver, self.name)
+
     def slot(self, name: str) -> str:
         return f"{self.key}/{name}"
 
@@ -115,15 +120,13 @@ class Child(msgspec.Struct):
         opened: list[int] = []
         try:
             if terminal:
-                opened += [os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC), *os.openpty()[::-1]]
-            else:
-                opened += os.pipe2(os.O_CLOEXEC)
-            for _ in range(2):
-                opened += os.pipe2(os.O_CLOEXEC)
+                opened += [-1, *os.openpty()[::-1], *os.pipe2(os.O_CLOEXEC)]
+            opened += fifos.make(self.pipes, (STDERR,) if terminal else fifos.NAMES)
             tty = os.ttyname(opened[1]) if terminal else ""
         except OSError as exc:
             for fd in opened:
-                os.close(fd)
+                if fd >= 0:
+                    os.close(fd)
             self.console.close()
             self.stderr.close()
             raise errors.HostError(f"Cannot make pipes for {self.name}: {exc.strerror}") from exc
@@ -151,7 +154,9 @@ class Child(msgspec.Struct):
         if terminal:
             os.close(out_write)  # the feeder opens it again whenever there is one
             out_write = slave
-        return Ends(in_read, out_write, err_write, tty), {self.slot(name): fd for name, fd in ours.items()}
+        stdin, stdout, stderr = (f"{self.pipes}/{name}" for name in fifos.NAMES)
+        stdio = (os.devnull, slave, stderr) if terminal else (stdin, stdout, stderr)
+        return Ends(in_read, out_write, err_write, stdio, tty), {self.slot(name): fd for name, fd in ours.items()}
 
     async def keep(self, descriptors: dict[str, int]) -> None:
         """Put `descriptors` into their slots and see that PID 1 has them. Raises HostError, with none left there."""
@@ -202,7 +207,7 @@ class Child(msgspec.Struct):
         units = await self.services.units()
         try:
             self._pump()
-            state = await units.start(spec, (ends.stdin, ends.stdout, ends.stderr))
+            state = await units.start(spec, ends.stdio)
         finally:
             ends.close()
         self.identify(state)
@@ -210,6 +215,8 @@ class Child(msgspec.Struct):
 
     def identify(self, state: UnitState) -> None:
         """Take from the unit's state which process it is."""
+        if state.active != "activating":  # by which time it has opened what it was given
+            fifos.retire(self.pipes)
         self.pid = state.main_pid
         self.start = process.start_time(self.pid)
         self.invocation_id = state.invocation_id
@@ -271,6 +278,7 @@ class Child(msgspec.Struct):
         """Stop the pumps, drop the slots, close the logs. Idempotent."""
         await self.close()
         self._drop_slots()
+        fifos.remove(self.pipes)
 
     async def close(self) -> None:
         """Let go of the logs and pipes; the slots stay with PID 1."""
@@ -352,6 +360,14 @@ class Child(msgspec.Struct):
                 self.services.pump.add(self.slot(name), fd, file, size=size)
                 if name == STDERR:
                     self.services.pump.watch(self.slot(name))  # the journal is to have it soon
+
+
+def sweep(services: Services) -> None:
+    """Remove the FIFOs of starts that were cut off before they had a slot. Before this daemon starts anything."""
+    for driver, name in fifos.owners(services.paths):
+        child = Child(services, driver, name)
+        if fifos.fresh(child.pipes) and not any(slot in services.store for slot in child.slot_names()):
+            fifos.remove(child.pipes)
 
 
 def identities(descriptors: Mapping[str, int]) -> dict[str, str]:

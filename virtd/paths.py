@@ -26,6 +26,10 @@ class Paths:
         """The object's own directory: sockets and such, gone when it ends."""
         return f"{self.run}/{driver}/{name}"
 
+    def fifos(self, driver: str = "", name: str = "") -> str:
+        """A child's pipes, see fifos.py; without a child, where all of them are."""
+        return f"{self.run}/fifos" + (f"/{driver}.{name}" if driver else "")
+
     def console_log(self, driver: str, name: str) -> str:
         return f"{self.log}/{driver}/{name}.console.log"
 

@@ -46,6 +46,10 @@ FINAL_TARGETS: Final = ("poweroff.target", "reboot.target", "halt.target", "kexe
 GROUND: Final = "virtd-guests-pre.target"
 SURVIVAL_SINCE: Final = 255  # SurviveFinalKillSignal=; soft reboots themselves are of 254
 
+# What a child's standard input, output or error is to be: a descriptor, or a path that systemd opens. PID 1 keeps a
+# descriptor until the unit ends (see fifos.py), so a path is better for what lives long.
+Stdio: TypeAlias = int | str
+
 # Name, device and inode of each descriptor in an FD store.
 StoreEntries: TypeAlias = list[tuple[str, int, int]]
 
@@ -220,7 +224,7 @@ class Units:
         """The connection, for what else there is on it."""
         return self._bus
 
-    async def start(self, spec: UnitSpec, stdio: tuple[int, int, int], *, timeout: float = 60.0) -> UnitState:
+    async def start(self, spec: UnitSpec, stdio: tuple[Stdio, Stdio, Stdio], *, timeout: float = 60.0) -> UnitState:
         """Start a unit whose standard input, output and error are `stdio`, which stay the caller's; await the exec.
 
         A child that was started and ended at once is no error here: the returned state says so.
@@ -234,8 +238,8 @@ class Units:
                 (job,) = await self._call(
                     "StartTransientUnit",
                     "ssa(sv)a(sa(sv))",
-                    (spec.name, "fail", transient_properties(spec, await self.version()), []),
-                    fds=stdio,
+                    (spec.name, "fail", transient_properties(spec, stdio, await self.version()), []),
+                    fds=tuple(one for one in stdio if isinstance(one, int)),
                     timeout=timeout,
                 )
                 result = await jobs.wait(job, timeout)
@@ -479,8 +483,8 @@ SERVICE_PROPERTIES: Final = (
 )
 
 
-def transient_properties(spec: UnitSpec, version: int) -> list[tuple[str, Var]]:
-    """The a(sv) of StartTransientUnit of that systemd; the three descriptors are numbers 0 to 2 of the message's."""
+def transient_properties(spec: UnitSpec, stdio: tuple[Stdio, Stdio, Stdio], version: int) -> list[tuple[str, Var]]:
+    """The a(sv) of StartTransientUnit of that systemd; the message has the descriptors of `stdio`, in that order."""
     found: list[tuple[str, str, Any]] = [
         ("Description", "s", spec.description),
         ("Slice", "s", spec.slice),
@@ -492,9 +496,6 @@ def transient_properties(spec: UnitSpec, version: int) -> list[tuple[str, Var]]:
         ("RemainAfterExit", "b", True),
         ("KillMode", "s", "mixed"),
         ("Environment", "as", [f"{key}={value}" for key, value in spec.environment]),
-        ("StandardInputFileDescriptor", "h", 0),
-        ("StandardOutputFileDescriptor", "h", 1),
-        ("StandardErrorFileDescriptor", "h", 2),
         # A soft reboot ends all but what says this; a real end of the host ends the child first of all.
         ("DefaultDependencies", "b", False),
         ("IgnoreOnIsolate", "b", True),
@@ -511,6 +512,13 @@ def transient_properties(spec: UnitSpec, version: int) -> list[tuple[str, Var]]:
     if spec.supplementary_groups:
         found.append(("SupplementaryGroups", "as", list(spec.supplementary_groups)))
     found += spec.properties
+    number = 0
+    for which, one in zip(("Input", "Output", "Error"), stdio, strict=True):
+        if isinstance(one, str):
+            found.append((f"Standard{which}File", "s", one))
+        else:
+            found.append((f"Standard{which}FileDescriptor", "h", number))
+            number += 1
     return [(name, Var(signature, value)) for name, signature, value in found]
 
 

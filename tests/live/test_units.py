@@ -30,7 +30,7 @@ def lab(request: pytest.FixtureRequest) -> Iterator[BareLab]:
     with bare_lab("units", request.param) as lab:
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w") as archive:
-            for name in ("__init__.py", "errors.py", "bus.py", "units.py"):
+            for name in ("__init__.py", "errors.py", "bus.py", "units.py", "fifos.py"):
                 archive.add(ROOT / "virtd" / name, f"virtd/{name}")
             archive.add(PROBE, PROBE.name)
         lab.run("mkdir", "-p", "/opt/units")

@@ -7,21 +7,22 @@ Status 77 means that the check can't be made there.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
+import tempfile
 import time
 from typing import TYPE_CHECKING, Any
 
-from virtd import errors, units
+from virtd import errors, fifos, units
 from virtd.bus import Bus, BusError
 from virtd.units import CLD_EXITED, CLD_KILLED, Units, UnitSpec, unit_name
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-NULL = os.open("/dev/null", os.O_RDWR)
-NO_STDIO = (NULL, NULL, NULL)
+NO_STDIO = (os.devnull, os.devnull, os.devnull)
 
 
 def spec(name: str, *argv: str, **more: Any) -> UnitSpec:
@@ -36,15 +37,46 @@ async def failure_of(operation: Awaitable[object]) -> errors.VirtdError:
     raise AssertionError("it succeeded")
 
 
+def descriptors(pid: int) -> list[os.stat_result]:
+    found = []
+    for entry in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.stat(f"/proc/{pid}/fd/{entry}"))
+    return found
+
+
+async def check_that_nobody_waits_for_a_pipe_at_a_stop(systemd: Units) -> None:
+    """ExecStop= is given the same paths, and ours is the only other end that there was."""
+    directory = tempfile.mkdtemp() + "/pipes"
+    ends = fifos.make(directory, fifos.NAMES)
+    mark = f"{os.path.dirname(directory)}/stopped"
+    stop = ("ExecStop", "a(sasb)", [("/usr/bin/touch", ["/usr/bin/touch", mark], False)])
+    state = await systemd.start(
+        spec("waits", "/bin/sleep", "1000", properties=(stop,)),
+        (f"{directory}/stdin", f"{directory}/stdout", f"{directory}/stderr"),
+    )
+    for fd in ends:
+        os.close(fd)
+    fifos.retire(directory)
+    await systemd.stop(state.name, timeout=60)
+    assert os.path.exists(mark)
+    await systemd.collect(state.name)
+
+
 async def check_stdio_environment_and_status(systemd: Units) -> None:
-    stdin, stdout, stderr = os.pipe(), os.pipe(), os.pipe()
+    directory = tempfile.mkdtemp() + "/pipes"
+    ends = fifos.make(directory, fifos.NAMES)
+    theirs, (stdin, stdout, stderr) = [ends[0], ends[3], ends[5]], [ends[1], ends[2], ends[4]]
     script = "env; id -un; read line; echo got $line; echo complaint >&2; exit 42"
     state = await systemd.start(
         spec("child", "/bin/sh", "-c", script, environment=(("GREETING", "hello world"),), user="nobody"),
-        (stdin[0], stdout[1], stderr[1]),
+        (f"{directory}/stdin", f"{directory}/stdout", f"{directory}/stderr"),
     )
-    for fd in (stdin[0], stdout[1], stderr[1]):
+    for fd in theirs:
         os.close(fd)
+    fifos.remove(directory)
+    held = {os.fstat(fd).st_ino for fd in (stdin, stdout, stderr)}
+    assert not held & {status.st_ino for status in descriptors(1)}, "PID 1 has kept some"
     assert (state.active, state.sub, state.load) == ("active", "running", "loaded"), state
     assert state.main_pid > 0
     assert state.running
@@ -55,15 +87,15 @@ async def check_stdio_environment_and_status(systemd: Units) -> None:
     assert state.exited_at is None
     with open(f"/proc/{state.main_pid}/cgroup") as file:
         assert file.read().strip().endswith("/virtd.slice/virtd-qemu.slice/virtd-qemu-child.service")
-    os.write(stdin[1], b"a line\n")
-    with open(stdout[0]) as out, open(stderr[0]) as err:
+    os.write(stdin, b"a line\n")
+    with open(stdout) as out, open(stderr) as err:
         lines = out.read().splitlines()
         assert err.read() == "complaint\n"
     assert lines[-2:] == ["nobody", "got a line"], lines
     assert "GREETING=hello world" in lines
     leaked = ("NOTIFY_SOCKET=", "LISTEN_", "FDSTORE=", "WATCHDOG_")
     assert not [line for line in lines if line.startswith(leaked)], lines
-    os.close(stdin[1])
+    os.close(stdin)
     ended = await systemd.ended(state.name)
     assert ended is not None
     assert (ended.exec_code, ended.exec_status, ended.result, ended.active) == (CLD_EXITED, 42, "exit-code", "failed")

@@ -185,7 +185,9 @@ for driver, live in LIVE.items():
     listed = run("systemctl", "list-units", "--all", "--plain", "--no-legend", pattern)
     units = {line.split()[0][len(pattern) - 9:-len(".service")] for line in listed.splitlines()}
     directories = {path.split("/")[-2] for path in glob.glob(f"/run/virtd/{driver}/*/")}
-    for what, there, due in (("units", units, supervised), ("directories", directories, alive)):
+    pipes = {path.split("/")[-2].partition(".")[2] for path in glob.glob(f"/run/virtd/fifos/{driver}.*/")}
+    compared = (("units", units, supervised), ("directories", directories, alive), ("pipes", pipes, supervised))
+    for what, there, due in compared:
         if there != due:
             wrong.append((driver, f"{what} of {driver}/{sorted(there)}, records of {sorted(due)}"))
 known = 0

@@ -7,6 +7,7 @@ Like PID 1 it outlives the daemon: a test keeps one FakeUnits over any number of
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fnmatch
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from virtd import errors
 from virtd.fdstore import StoredEntry
-from virtd.units import CLD_EXITED, CLD_KILLED, Listed, StoreEntries, UnitSpec, UnitState
+from virtd.units import CLD_EXITED, CLD_KILLED, Listed, Stdio, StoreEntries, UnitSpec, UnitState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container
@@ -72,7 +73,7 @@ class FakeUnits:
         self._pid1 = pid1
         self._old = old
 
-    async def start(self, spec: UnitSpec, stdio: tuple[int, int, int], *, timeout: float = 60.0) -> UnitState:
+    async def start(self, spec: UnitSpec, stdio: tuple[Stdio, Stdio, Stdio], *, timeout: float = 60.0) -> UnitState:
         self.step(f"start {spec.name}")
         self.history.append(f"start {spec.name}")
         await asyncio.sleep(0)
@@ -83,13 +84,18 @@ class FakeUnits:
         program = FAKE_DNSMASQ if spec.name.startswith("virtd-network-") else FAKE_QEMU
         # A job of a storage pool is what it says, and so is what starts LXC; every other child is made up.
         real = spec.name.startswith(("virtd-storage-", "virtd-lxc-", "virtd-create-"))
-        process = subprocess.Popen(  # noqa: ASYNC220 (as blocking as fork is)
-            spec.argv if real else [sys.executable, "-I", "-S", program, *spec.argv[1:]],
-            stdin=stdio[0],
-            stdout=stdio[1],
-            stderr=stdio[2],
-            env=dict(spec.environment),
-        )
+        with contextlib.ExitStack() as files:
+            stdin, stdout, stderr = (
+                one if isinstance(one, int) else files.enter_context(open(one, mode, buffering=0))
+                for one, mode in zip(stdio, ("rb", "wb", "wb"), strict=True)
+            )
+            process = subprocess.Popen(  # noqa: ASYNC220 (as blocking as fork is)
+                spec.argv if real else [sys.executable, "-I", "-S", program, *spec.argv[1:]],
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                env=dict(spec.environment),
+            )
         self.units[spec.name] = Unit(spec, process)
         return self.units[spec.name].state()
 

@@ -16,6 +16,8 @@ from virtd import errors, units
 from virtd.bus import Var
 from virtd.units import CLD_DUMPED, CLD_EXITED, CLD_KILLED, Jobs, UnitSpec, UnitState
 
+NO_STDIO = (os.devnull, os.devnull, os.devnull)
+
 PROPERTIES: dict[str, Any] = {
     "LoadState": "loaded",
     "ActiveState": "failed",
@@ -141,11 +143,13 @@ def test_what_a_unit_is_made_of() -> None:
         supplementary_groups=("kvm",),
         properties=(("NoNewPrivileges", "b", True),),
     )
-    properties = dict(units.transient_properties(spec, 257))
+    properties = dict(units.transient_properties(spec, ("/run/in", 7, 8), 257))
     assert properties["ExecStart"] == Var("a(sasb)", [("/bin/x", ["/bin/x", "-y"], False)])
     assert properties["Environment"] == Var("as", ["A=b=c d"])
     assert properties["RemainAfterExit"] == Var("b", True)
-    assert properties["StandardErrorFileDescriptor"] == Var("h", 2)
+    assert properties["StandardInputFile"] == Var("s", "/run/in")
+    assert properties["StandardOutputFileDescriptor"] == Var("h", 0)
+    assert properties["StandardErrorFileDescriptor"] == Var("h", 1)
     assert properties["User"] == Var("s", "virtd-qemu")
     assert properties["SupplementaryGroups"] == Var("as", ["kvm"])
     assert properties["NoNewPrivileges"] == Var("b", True)
@@ -155,7 +159,7 @@ def test_what_a_unit_is_made_of() -> None:
 
 def test_a_unit_lives_through_a_soft_reboot_where_there_are_any() -> None:
     spec = UnitSpec("u.service", "a guest", "virtd-qemu.slice", ("/bin/x",), after=("srv-vm.mount",))
-    old, new = (dict(units.transient_properties(spec, version)) for version in (252, 255))
+    old, new = (dict(units.transient_properties(spec, NO_STDIO, version)) for version in (252, 255))
     assert new["SurviveFinalKillSignal"] == Var("b", True)
     assert "SurviveFinalKillSignal" not in old  # systemd refuses what it doesn't know
     for properties in (old, new):
@@ -164,7 +168,7 @@ def test_a_unit_lives_through_a_soft_reboot_where_there_are_any() -> None:
         assert properties["After"] == Var("as", ["virtd-guests-pre.target", "srv-vm.mount"])
         assert "virtd-guests-pre.target" not in properties["Before"].value
     ground = dict(
-        units.transient_properties(UnitSpec("n.service", "a network", "s.slice", ("/x",), ground=True), 255)
+        units.transient_properties(UnitSpec("n.service", "a network", "s.slice", ("/x",), ground=True), NO_STDIO, 255)
     )
     assert "virtd-guests-pre.target" in ground["Before"].value
     assert ground["After"] == Var("as", [])

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, cast
 
 from tests.unit.fake_pid1 import FakePid1
 from tests.unit.fake_units import FakeUnits
-from virtd import files, records
+from virtd import fifos, files, records
 from virtd.child import Services
 from virtd.drivers.qemu.host import Account
 from virtd.drivers.qemu.monitor import Monitor
@@ -285,5 +285,6 @@ def nothing_left(world: World, name: str = "web1", driver: str = "qemu") -> None
     assert [slot for slot in world.slots() if slot.startswith(f"{driver}/{name}/")] == []
     assert f"virtd-{driver}-{name}.service" not in world.units.units
     assert not world.runtime_left(name, driver)
+    assert (driver, name) not in fifos.owners(world.paths)
     record = world.record(name, driver)
     assert (record.unit, record.slots, record.main_pid, record.data) == ("", {}, 0, {})

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import msgspec
 
-from .. import errors, fdstore, files, journal
+from .. import errors, fdstore, fifos, files, journal
 from ..child import Child, Services
 from ..logfile import Cursor
 from ..messages import Message
@@ -410,7 +410,7 @@ class Guest(Recorded, Generic[D]):
                 await _failure(asyncio.to_thread(self.shared.services.store.drop_prefix, f"{child.key}/")),
                 await _failure(self.give_back(record)),
                 await _failure(self._forget_unit()),
-                # After the unit: its ExecStop runs once more, in a sandbox that has this directory in it.
+                # After the unit: its ExecStop runs once more, in a sandbox that has these directories in it.
                 await _failure(self._forget_runtime()),
             )
             if exc is not None
@@ -435,6 +435,7 @@ class Guest(Recorded, Generic[D]):
         await units.collect(self.unit)
 
     async def _forget_runtime(self) -> None:
+        fifos.remove(self.shared.services.paths.fifos(self.driver, self.name))
         await asyncio.to_thread(files.remove_tree, self.runtime)
         if os.path.lexists(self.runtime):
             raise errors.HostError(f"{self.runtime} can't be removed")

@@ -162,8 +162,7 @@ class Start(Generic[G, D]):
         """Whatever there is of it by now goes away again."""
         machine = self.machine
         if machine.record is before:  # not even a record yet
-            await self.child.close()
-            self.services.store.drop_prefix(f"{self.child.key}/")
+            await self.child.release()
             machine.over.set()
             return
         try:

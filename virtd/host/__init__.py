@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from .. import __version__, console, errors, files
+from ..child import sweep
 from ..drivers.qemu.machine import DRIVER
 from ..drivers.registry import Drivers
 from ..process import boot_id
@@ -133,6 +134,7 @@ class Host(Domains):
             self.drivers.get(name)
         for driver in self.drivers:
             self._restore(driver)
+        sweep(self.services)
         self.recovery.objects = self.live()
         self.recovery.what = self.summary()
         self.recovery.ms = (time.monotonic() - started) * 1000

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
-from .. import errors, files
+from .. import errors, fifos, files
 from ..drivers.protocol import Comparing, Difference
 from ..drivers.registry import MODULES
 from ..paths import names
@@ -14,6 +16,8 @@ from ..paths import names
 if TYPE_CHECKING:
     from ..child import Services
     from . import Host
+
+STARTING = 60.0  # seconds that a start may take from the making of its pipes to its unit
 
 
 async def compare(host: Host, services: Services, *, repair: bool) -> list[dict[str, Any]]:
@@ -30,6 +34,7 @@ async def compare(host: Host, services: Services, *, repair: bool) -> list[dict[
             rows += [_row(difference, f"{driver.name}/{difference.object}") for difference in found]
     rows += [_row(difference, "") for difference in await _strangers(services)]
     rows += [_row(difference, "") for difference in _quarantine(services, repair=repair)]
+    rows += [_row(difference, "") for difference in _pipes(services, present, repair=repair)]
     return rows
 
 
@@ -64,4 +69,20 @@ def _quarantine(services: Services, *, repair: bool) -> list[Difference]:
                 repaired = False
         text = f"{path} is a record that couldn't be read; its object was rebuilt without it"
         found.append(Difference("record", "", text, "remove it", repaired))
+    return found
+
+
+def _pipes(services: Services, present: set[str], *, repair: bool) -> list[Difference]:
+    """FIFOs of children that aren't there. Younger ones may be of a start that is under way."""
+    found = []
+    for driver, name in fifos.owners(services.paths):
+        directory = services.paths.fifos(driver, name)
+        if f"virtd-{driver}-{name}.service" in present or f"{driver}/{name}/stderr" in services.store:
+            continue
+        with contextlib.suppress(OSError):
+            if time.time() - os.stat(directory).st_mtime > STARTING:
+                if repair:
+                    fifos.remove(directory)
+                repaired = repair and not os.path.lexists(directory)
+                found.append(Difference("file", "", f"{directory} is of a child that is gone", "remove it", repaired))
     return found

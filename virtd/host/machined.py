@@ -159,12 +159,10 @@ class Registry:
             slice="virtd.slice",
             argv=("/usr/bin/busctl", "-q", "call", MACHINED, PATH, MANAGER, "RegisterMachine", "sayssus", *words),
         )
-        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         try:
-            await self._units.start(spec, (null, null, null))
+            await self._units.start(spec, (os.devnull, os.devnull, os.devnull))
             await self._units.ended(spec.name, timeout=LIMIT)
         finally:
-            os.close(null)
             await self._units.collect(spec.name)
 
     async def _leader(self, name: str) -> int:

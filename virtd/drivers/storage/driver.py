@@ -10,6 +10,7 @@ import secrets
 from typing import TYPE_CHECKING, Any
 
 from ... import errors, files
+from ...child import Child
 from ...model import pool as model
 from ...process import boot_id
 from ...records import Records
@@ -133,7 +134,7 @@ class Driver(Collection[StoragePool, model.Pool]):
             with contextlib.suppress(errors.VirtdError):
                 await units.stop(f"virtd-{DRIVER}-{name}.service")
                 await units.collect(f"virtd-{DRIVER}-{name}.service")
-            self._services.store.drop_prefix(f"{DRIVER}/{name}/")
+            await Child(self._services, DRIVER, name).release()
             self.found.rolled_back.append(name)
         for name in logged(self._services.paths) - known:
             remove_logs(self._services.paths, name)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The pipes of a child as FIFOs, which systemd opens by their paths.
+
+PID 1 keeps each descriptor that a unit is given until it ends, and forks twice to close it whenever it reads its
+units anew: three for each of a thousand children made a daemon-reload five times as long. A path costs nothing.
+
+The directory is root's alone, for systemd opens what is in it as root. Once the child has its ends, links to
+/dev/null take the FIFOs' places: systemd opens the same paths for ExecStop=, and where it has dropped our ends of the
+pipes (before 254, at a stop of virtd) it would wait there for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .paths import Paths
+
+NAMES = ("stdin", "stdout", "stderr")
+
+
+def make(directory: str, names: tuple[str, ...]) -> list[int]:
+    """Those of NAMES in `directory`: the read and write end of each, as pipe2(2) gives them.
+
+    Raises OSError, with nothing left behind.
+    """
+    opened: list[int] = []
+    try:
+        remove(directory)
+        os.makedirs(os.path.dirname(directory), mode=0o700, exist_ok=True)
+        os.mkdir(directory, 0o700)
+        for name in names:
+            path = f"{directory}/{name}"
+            os.mkfifo(path, 0o600)
+            # Whoever reads comes first: to open one for writing that nobody reads waits, or is an error.
+            opened.append(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+            opened.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
+            os.set_blocking(opened[-2], True)
+    except OSError:
+        for fd in opened:
+            os.close(fd)
+        remove(directory)
+        raise
+    return opened
+
+
+def retire(directory: str) -> None:
+    """The child has its ends. Safe to repeat."""
+    with contextlib.suppress(OSError):
+        for name in NAMES:
+            path = f"{directory}/{name}"
+            if not os.path.islink(path):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+                os.symlink(os.devnull, path)
+
+
+def remove(directory: str) -> None:
+    """Idempotent; what can't be removed stays."""
+    for name in NAMES:
+        with contextlib.suppress(OSError):
+            os.unlink(f"{directory}/{name}")
+    with contextlib.suppress(OSError):
+        os.rmdir(directory)
+
+
+def owners(paths: Paths) -> list[tuple[str, str]]:
+    """Driver and name of each child that has a directory."""
+    try:
+        entries = os.listdir(paths.fifos())
+    except FileNotFoundError:
+        return []
+    return [(driver, name) for driver, _, name in (entry.partition(".") for entry in sorted(entries))]
+
+
+def fresh(directory: str) -> bool:
+    """Whether the FIFOs are still there: it isn't known yet whether the child has opened them."""
+    try:
+        return stat.S_ISFIFO(os.lstat(f"{directory}/{NAMES[-1]}").st_mode)
+    except OSError:
+        return False
