@@ -14,7 +14,6 @@ Its life, and what a crash of the daemon leaves at each point:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import fcntl
 import logging
 import os
@@ -275,9 +274,13 @@ class Child(msgspec.Struct):
         await asyncio.gather(*(asyncio.wrap_future(pump.drain(self.slot(name))) for name in (STDOUT, STDERR)))
 
     async def release(self) -> None:
-        """Stop the pumps, drop the slots, close the logs. Idempotent."""
+        """Stop the pumps, drop the slots, close the logs. Idempotent.
+
+        Slots that PID 1 can't be told of now are dropped later: with the store's next change, or by the daemon's next
+        try (`Store.untidy`), or by the next daemon, for which they are nobody's.
+        """
         await self.close()
-        self._drop_slots()
+        await asyncio.to_thread(self._drop_slots)
         fifos.remove(self.pipes)
 
     async def close(self) -> None:
@@ -296,8 +299,10 @@ class Child(msgspec.Struct):
         await asyncio.gather(*self._renewals.values(), return_exceptions=True)
 
     def _drop_slots(self) -> None:
-        with contextlib.suppress(fdstore.NotifyFailed):
+        try:
             self.services.store.drop_prefix(f"{self.key}/")
+        except fdstore.NotifyFailed as exc:
+            log.warning("The slots of %s are dropped later: %s", self.key, exc)
 
     def _rotated(self, name: str, fd: int) -> None:
         """A log goes on in another file: have its slot follow. In the pump's thread, which mustn't wait for PID 1."""

@@ -64,6 +64,7 @@ UNIT = "virtd.service"
 LISTENER = "varlink"  # FileDescriptorName= in virtd.socket
 GRACE = 0.05  # seconds after READY=1 in which those who waited for it are answered before D-Bus is brought up
 LAST_LOOK = 0.2  # seconds that the end waits for what guests have just said to be in their logs
+TIDY_EVERY = 2.0
 WELL = 5.0  # seconds after which a crash is the first of its kind, see RestartSteps= in virtd.service
 LOOKS = 4  # at what systemd has of the store's entries, before one counts as dropped
 UNITS_LIMIT = 20.0  # seconds that an operation waits for D-Bus to come (back)
@@ -130,6 +131,7 @@ class Daemon:
         gc.enable()
         self.host.subscribe(lambda _event, _item: self._status_later())
         self._task(self._watchdog)
+        self._task(self._keep_tidy)
         self._task(self._bring_up)
         await self._stopping.wait()
         self._notify("STOPPING=1")
@@ -337,6 +339,14 @@ class Daemon:
             await self.host.reload(by=ITSELF)
         finally:
             self._notify(f"READY=1\nSTATUS={self._status()}")
+
+    async def _keep_tidy(self) -> None:
+        """Drop what couldn't be dropped when it should have been."""
+        while True:
+            await asyncio.sleep(TIDY_EVERY)
+            if self._store.untidy():
+                with contextlib.suppress(fdstore.NotifyFailed):
+                    await asyncio.to_thread(self._store.tidy)
 
     async def _watchdog(self) -> None:
         """Tell systemd that the loop turns, twice as often as it asks for."""

@@ -20,6 +20,7 @@ from virtd.fdstore import (
     BadName,
     Difference,
     MissingSlot,
+    NotifyFailed,
     Store,
     StoredEntry,
     StoreError,
@@ -28,7 +29,7 @@ from virtd.fdstore import (
 from virtd.fdstore.notify import connect
 
 if TYPE_CHECKING:
-    pass
+    from collections.abc import Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -112,6 +113,43 @@ def test_drop_closes_and_removes(pid1: FakePid1, store: Store) -> None:
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(slot.fd)
     assert pid1.history[1:] == ["FDSTOREREMOVE=1\nFDNAME=a/b"], "the second drop told PID 1 something"
+
+
+@pytest.mark.parametrize("direct", [9, 2])
+def test_what_could_not_be_dropped_goes_with_the_next_change(pid1: FakePid1, direct: int) -> None:
+    """Whether it is an entry of its own or shares one."""
+    deaf = False
+    transport = connect(pid1.path)
+
+    def send(text: str, fds: Sequence[int]) -> None:
+        if deaf:
+            raise NotifyFailed("the service manager took no message")
+        transport(text, fds)
+        pid1.read()
+
+    store = Store.from_environment(pid1.environment(), notify=send, direct=direct)
+    for name in ("a/web1/in", "a/web1/out", "a/web2/in", "a/web2/out"):
+        put_new(store, name)
+    for web in ("web1", "web2"):
+        deaf = True
+        with pytest.raises(NotifyFailed):
+            store.drop_prefix(f"a/{web}/")
+        with pytest.raises(NotifyFailed):
+            store.tidy()
+        assert store.untidy()
+        deaf = False
+        if web == "web1":
+            store.tidy()
+        else:
+            put_new(store, "a/web2/in")  # which isn't unwanted any more
+            store.tidy()
+        assert not store.untidy()
+        assert [name for name in store.names() if web in name] == (["a/web2/in"] if web == "web2" else [])
+    inherited = pid1.hand_over()
+    store.close()
+    store = Store.from_environment(pid1.environment(), inherited=inherited, notify=send, direct=direct)
+    assert store.names() == ["a/web2/in"]
+    store.close()
 
 
 @pytest.mark.parametrize("prefix", ["qemu/web1", "qemu/web1/"])

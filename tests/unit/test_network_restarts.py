@@ -13,6 +13,7 @@ from tests.unit.fake_kernel import FakeKernel
 from tests.unit.whole_host import ROOT, World, on_loop, until
 from virtd.drivers.network import host, server
 from virtd.drivers.network.host import Account
+from virtd.fdstore import NotifyFailed, Store
 from virtd.messages import Message
 
 if TYPE_CHECKING:
@@ -348,6 +349,32 @@ async def test_slots_that_systemd_has_dropped(site: Site, monkeypatch: pytest.Mo
         site.whole(await site.info(), "when there was room")
         await host.networks.stop("lab", force=False, by=ROOT)
         site.nothing("after its stop")
+
+
+@on_loop
+async def test_slots_that_could_not_be_dropped_are_later(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the daemon, as soon as systemd takes messages again, or by the next one."""
+
+    def refuse(_store: Store) -> None:
+        raise NotifyFailed("the service manager took no message")
+
+    for restarted in (False, True):
+        async with site.world.daemon() as host:
+            if not restarted:
+                await site.define()
+            await host.networks.start("lab", by=ROOT)
+            with monkeypatch.context() as patch:
+                patch.setattr(Store, "tidy", refuse)
+                await host.networks.stop("lab", force=False, by=ROOT)
+            assert (await site.info())["state"] == "inactive"
+            assert site.world.slots() == SLOTS
+            if not restarted:
+                assert host.services.store.untidy()
+                host.services.store.tidy()
+                assert site.world.slots() == []
+    async with site.world.daemon():
+        assert site.world.slots() == []
+        assert (await site.info())["state"] == "inactive"
 
 
 @on_loop

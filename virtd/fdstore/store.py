@@ -107,6 +107,8 @@ class Store:
         self._sockets: dict[str, list[int]] = {}
         # How many entries of its own a slot has in PID 1: one if it isn't in a box, more if others made doubles.
         self._alone: dict[str, int] = {}
+        # What was dropped, and is still in PID 1.
+        self._unwanted: set[str] = set()
         # Which slots may be the same open file, by dev:ino; asking the kernel about each pair would be quadratic.
         self._by_inode: dict[tuple[int, int], set[str]] = {}
         generations: dict[int, dict[int, int]] = {}
@@ -320,6 +322,7 @@ class Store:
         """
         with self._changing:
             placed = self._placed(descriptors)
+            self._unwanted -= descriptors.keys()
             self.tidy()
             new: dict[str, Slot] = {}
             try:
@@ -391,7 +394,10 @@ class Store:
             return fd
 
     def drop(self, name: str) -> None:
-        """Forget the slot, here and in PID 1, and close its descriptor. One that isn't there is dropped already."""
+        """Forget the slot, here and in PID 1, and close its descriptor. One that isn't there is dropped already.
+
+        NotifyFailed: it is still there, and goes with the next change or `tidy`, unless it is put anew before.
+        """
         self._drop([name])
 
     def expel(self, name: str) -> None:
@@ -403,17 +409,8 @@ class Store:
 
     def _drop(self, names: Iterable[str]) -> None:
         with self._changing:
+            self._unwanted |= {name for name in names if name in self._slots}
             self.tidy()
-            going = {name for name in names if name in self._slots}
-            for name in sorted(going & self._alone.keys()):
-                self._tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
-                if not self._boxes.of(name):
-                    self._forget(name)
-            for box in self._boxes.all():
-                if not going.isdisjoint(box.since):
-                    self._repack(box.id, without=going)
-            for name in going & self._slots.keys():
-                self._forget(name)
 
     def renew(self, name: str) -> None:
         """Send the slot's descriptor to PID 1 again, as the only one of its name; here it stays the same.
@@ -439,10 +436,28 @@ class Store:
             self._drop(dropped)
             return dropped
 
+    def untidy(self) -> bool:
+        """Whether PID 1 still has what was dropped, because it took no message at that time."""
+        return bool(self._unwanted)
+
     def tidy(self) -> None:
-        """Remove what a crash between two messages has left in PID 1, as every change does. Raises NotifyFailed."""
+        """Remove from PID 1 what a crash between two messages, or a drop that failed, has left there.
+
+        Every change does it. Raises NotifyFailed.
+        """
         with self._changing:
             self._boxes.tidy()
+            going = self._unwanted & self._slots.keys()
+            for name in sorted(going & self._alone.keys()):
+                self._tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
+                if not self._boxes.of(name):
+                    self._forget(name)
+            for box in self._boxes.all():
+                if not going.isdisjoint(box.since):
+                    self._repack(box.id, without=going)
+            for name in going & self._slots.keys():
+                self._forget(name)
+            self._unwanted.clear()
 
     def resolve(self, name: str, dev: int, ino: int) -> Slot:
         """Settle a name that came back more than once: keep the candidate that is `dev:ino` and drop the others.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ... import errors, files, journal
+from ...child import Child
 from ...messages import Message
 from ...model import network as model
 from ...model.network import State
@@ -119,6 +120,9 @@ class Driver(Collection[Net, model.Network]):
             elif result:
                 getattr(self.found, result.replace(" ", "_")).append(net.name)
         slots = {name.split("/")[1] for name in self._services.store.names() if name.startswith(f"{DRIVER}/")}
+        for net in nets:
+            if net.name in slots and net.record is not None and not net.record.slots:
+                await Child(self._services, DRIVER, net.name).release()  # what couldn't be dropped at its end
         recorded = {net.name for net in nets}
         lost = {net.name for net in self.nets.values() if net.definition is not None and self._has_bridge(net)}
         for name in sorted((present | slots | lost) - recorded):

@@ -123,7 +123,7 @@ class Driver(Collection[StoragePool, model.Pool]):
         await asyncio.gather(*(self._sweep(pool) for pool in pools))
         # What no record tells of was cut off before it had one, or its record was lost: a job's result is worth
         # less than a leftover's harm.
-        known = {job.name for job in self.jobs.values()}
+        known = {job.name for job in self.jobs.values() if not job.over.is_set()}
         present = {
             name
             for unit in await units.list(f"virtd-{DRIVER}-job-*.service")
