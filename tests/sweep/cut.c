@@ -46,14 +46,14 @@ static const struct call {
 #define CALL(name, shape) {SYS_##name, #name, shape}
 #ifdef SYS_open
     CALL(open, OPEN), CALL(rename, TWO_PATHS), CALL(unlink, PATH0), CALL(mkdir, PATH0), CALL(rmdir, PATH0),
-    CALL(chmod, PATH0), CALL(chown, PATH0), CALL(link, TWO_PATHS), CALL(symlink, TWO_PATHS),
+    CALL(chmod, PATH0), CALL(chown, PATH0), CALL(link, TWO_PATHS), CALL(symlink, TWO_PATHS), CALL(mknod, PATH0),
 #endif
     CALL(openat, OPENAT), CALL(renameat, TWO_PATHS_AT), CALL(renameat2, TWO_PATHS_AT), CALL(unlinkat, PATH1),
     CALL(mkdirat, PATH1), CALL(fchmodat, PATH1), CALL(fchownat, PATH1), CALL(fchmod, FD), CALL(fchown, FD),
     CALL(ftruncate, FD), CALL(fsync, FD), CALL(write, TEXT), CALL(pwrite64, TEXT), CALL(writev, FD),
     CALL(sendmsg, MESSAGE), CALL(sendto, TEXT), CALL(connect, ADDRESS), CALL(bind, ADDRESS), CALL(splice, FD),
     CALL(kill, PLAIN), CALL(pidfd_send_signal, PLAIN), CALL(pipe2, PLAIN), CALL(memfd_create, PLAIN),
-    CALL(setxattr, PATH0), CALL(mount, PATH1), CALL(umount2, PATH0),
+    CALL(setxattr, PATH0), CALL(mount, PATH1), CALL(umount2, PATH0), CALL(mknodat, PATH1),
 };
 
 static long at, seen;

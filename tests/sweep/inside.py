@@ -33,7 +33,7 @@ TRACE = "/run/sweep-trace"
 CALLS = (
     "open,rename,unlink,mkdir,rmdir,chmod,chown,link,symlink,openat,renameat,renameat2,unlinkat,mkdirat,fchmodat,"
     "fchownat,fchmod,fchown,ftruncate,fsync,write,pwrite64,writev,sendmsg,sendto,connect,bind,kill,pidfd_send_signal,"
-    "pipe2,memfd_create,setxattr,mount,umount2"
+    "pipe2,memfd_create,setxattr,mount,umount2,mknod,mknodat"
 )
 QUIET = 0.15  # seconds without a further call after which an operation counts as over
 MOST = 400  # points of one operation; more would mean that something doesn't end
@@ -44,6 +44,8 @@ ERRORS = {
     "fsync": ("EIO",),
     "rename": ("ENOSPC",),
     "mkdir": ("ENOSPC",),
+    "mknod": ("ENOSPC",),
+    "mknodat": ("ENOSPC",),
     "unlink": ("EROFS",),
     "chown": ("EPERM",),
     "fchown": ("EPERM",),

@@ -321,6 +321,9 @@ def _disagreements() -> Iterator[str]:
             directories.add(entry)
         elif not entry.startswith("."):
             yield from _record(path, domains.get(entry.removesuffix(".json")), alive)
+    pipes = {path.rpartition("/qemu.")[2] for path in glob.glob("/run/virtd/fifos/qemu.*")}
+    if pipes != alive:
+        yield f"pipes of {sorted(pipes)}, but alive are {sorted(alive)}"
     if directories != alive:
         yield f"directories {sorted(directories)}, but alive are {sorted(alive)}"
     for name in alive:
