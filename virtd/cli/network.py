@@ -9,7 +9,7 @@ import sys
 from virtd.cli import domains
 from virtd.cli.client import Call, constant
 from virtd.cli.exits import OK
-from virtd.cli.output import BOLD, STATE_COLOURS, ago, clean, labelled, moment, paint, plural, table, write_json
+from virtd.cli.output import BOLD, RED, STATE_COLOURS, ago, clean, labelled, listing, moment, paint, write_json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,26 +38,20 @@ def list_(args: argparse.Namespace, session: Session) -> int:
     networks = session.call("Network.List")["objects"]
     if args.active:
         networks = [item for item in networks if item.get("state") != "inactive"]
-    if args.json:
-        write_json(networks, args.json)
-        return OK
-    rows = [
-        (
-            str(item.get("name")),
-            str(item.get("state")),
-            str(item.get("mode") or "-"),
-            str(item.get("bridge") or "-"),
-            " ".join(str(item[key]) for key in ("ipv4", "ipv6") if item.get(key)) or "-",
-            ago(item.get("since") or "") or "-",
-            "yes" if item.get("autostart") else "no",
-        )
-        for item in networks
-    ]
     header = ("NAME", "STATE", "MODE", "BRIDGE", "ADDRESS", "SINCE", "AUTOSTART")
-    table(header, rows, legend=not args.no_legend, colour=1)
-    if not args.no_legend:
-        print(("\n" if rows else "") + plural(len(rows), "network") + " listed.")
-    return OK
+    return listing(args, networks, "network", header, _row, colour=1)
+
+
+def _row(item: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        str(item.get("name")),
+        str(item.get("state")),
+        str(item.get("mode") or "-"),
+        str(item.get("bridge") or "-"),
+        " ".join(str(item[key]) for key in ("ipv4", "ipv6") if item.get(key)) or "-",
+        ago(item.get("since") or "") or "-",
+        "yes" if item.get("autostart") else "no",
+    )
 
 
 def info(args: argparse.Namespace, session: Session) -> int:
@@ -100,7 +94,6 @@ def _text(value: object) -> str:
 
 
 def _problems(problems: list[dict[str, Any]]) -> None:
-    from virtd.cli.output import RED
 
     for problem in problems:
         print(f"\n{paint('●', RED)} {clean(_text(problem.get('text')))}")
@@ -110,22 +103,16 @@ def _problems(problems: list[dict[str, Any]]) -> None:
 
 def leases(args: argparse.Namespace, session: Session) -> int:
     found = session.call("Network.Leases", {"name": args.name})["leases"]
-    if args.json:
-        write_json(found, args.json)
-        return OK
-    rows = [
-        (
-            str(lease.get("address")),
-            str(lease.get("mac") or "-"),
-            str(lease.get("name") or "-"),
-            ago(lease["expires"]) if lease.get("expires") else "never",
-        )
-        for lease in found
-    ]
-    table(("ADDRESS", "MAC", "NAME", "EXPIRES"), rows, legend=not args.no_legend)
-    if not args.no_legend:
-        print(("\n" if rows else "") + plural(len(rows), "lease") + " listed.")
-    return OK
+    return listing(args, found, "lease", ("ADDRESS", "MAC", "NAME", "EXPIRES"), _lease)
+
+
+def _lease(lease: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        str(lease.get("address")),
+        str(lease.get("mac") or "-"),
+        str(lease.get("name") or "-"),
+        ago(lease["expires"]) if lease.get("expires") else "never",
+    )
 
 
 def stop(args: argparse.Namespace, session: Session) -> int:

@@ -8,11 +8,13 @@ import os
 import sys
 import time
 
+from virtd.cli.exits import OK
 from virtd.errors import AccessDenied, InvalidDefinition
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    import argparse
+    from collections.abc import Callable, Iterable, Sequence
     from typing import Any, TextIO
 
     from virtd.errors import VirtdError
@@ -85,6 +87,25 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, legend: bool,
         print(" ".join(cells).rstrip())
 
 
+def listing(
+    args: argparse.Namespace,
+    items: Sequence[Any],
+    noun: str,
+    header: Sequence[str],
+    row: Callable[[Any], Sequence[str]],
+    *,
+    colour: int | None = None,
+) -> int:
+    """Print items as --json and --no-legend of a listing's `args` have it: the exit status."""
+    if args.json:
+        write_json(items, args.json)
+        return OK
+    table(header, map(row, items), legend=not args.no_legend, colour=colour)
+    if not args.no_legend:
+        print(("\n" if items else "") + plural(len(items), noun) + " listed.")
+    return OK
+
+
 def labelled(lines: Iterable[tuple[str, str]], width: int = 10) -> None:
     """Print `label: value` with the colons below each other; empty values are left out."""
     for label, value in lines:
@@ -103,6 +124,11 @@ def rounded(number: int) -> str:
     digits = 0 if units[0] == "B" or value >= 100 else 1 if value >= 10 else 2
     text = f"{value:.{digits}f}"
     return (text.rstrip("0").rstrip(".") if "." in text else text) + units[0]
+
+
+def size_of(number: object) -> str:
+    """A size out of a reply, which may not be known."""
+    return rounded(number) if isinstance(number, int) else "-"
 
 
 def plural(number: int, noun: str) -> str:

@@ -16,7 +16,7 @@ from virtd.cli.domains import (
     undefining,
 )
 from virtd.cli.exits import OK
-from virtd.cli.output import BOLD, GREEN, YELLOW, clean, labelled, moment, paint, plural, rounded, table, write_json
+from virtd.cli.output import BOLD, GREEN, YELLOW, clean, labelled, listing, moment, paint, size_of, write_json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,30 +44,20 @@ COLOURS = {"active": GREEN, "starting": YELLOW, "stopping": YELLOW}
 
 def list_(args: argparse.Namespace, session: Session) -> int:
     pools = session.call("Pool.List")["objects"]
-    if args.json:
-        write_json(pools, args.json)
-        return OK
-    rows = [
-        (
-            str(pool.get("name")),
-            str(pool.get("state")),
-            str(pool.get("type") or "-"),
-            _size(pool.get("capacity")),
-            _size(pool.get("available")),
-            "yes" if pool.get("autostart") else "no",
-            str(pool.get("path") or "-"),
-        )
-        for pool in pools
-    ]
     header = ("NAME", "STATE", "TYPE", "SIZE", "AVAILABLE", "AUTOSTART", "PATH")
-    table(header, rows, legend=not args.no_legend)
-    if not args.no_legend:
-        print(("\n" if rows else "") + plural(len(rows), "pool") + " listed.")
-    return OK
+    return listing(args, pools, "pool", header, _row)
 
 
-def _size(number: object) -> str:
-    return rounded(number) if isinstance(number, int) else "-"
+def _row(pool: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        str(pool.get("name")),
+        str(pool.get("state")),
+        str(pool.get("type") or "-"),
+        size_of(pool.get("capacity")),
+        size_of(pool.get("available")),
+        "yes" if pool.get("autostart") else "no",
+        str(pool.get("path") or "-"),
+    )
 
 
 def info(args: argparse.Namespace, session: Session) -> int:
@@ -90,9 +80,9 @@ def info(args: argparse.Namespace, session: Session) -> int:
             ("Path", str(pool.get("path") or "")),
             ("Source", source + (f" ({pool['fstype']})" if pool.get("fstype") else "")),
             ("Options", str(pool.get("options") or "")),
-            ("Size", _size(pool.get("capacity")).replace("-", "")),
-            ("Used", _size(pool.get("allocation")).replace("-", "")),
-            ("Available", _size(pool.get("available")).replace("-", "")),
+            ("Size", size_of(pool.get("capacity")).replace("-", "")),
+            ("Used", size_of(pool.get("allocation")).replace("-", "")),
+            ("Available", size_of(pool.get("available")).replace("-", "")),
             ("Autostart", "yes" if pool.get("autostart") else "no"),
             ("Definition", str(pool.get("definition_path") or "") + pending),
         ]

@@ -10,20 +10,7 @@ from virtd.cli import jobs
 from virtd.cli.client import Call, constant
 from virtd.cli.domains import act
 from virtd.cli.exits import OK, exit_status
-from virtd.cli.output import (
-    GREEN,
-    RED,
-    YELLOW,
-    ago,
-    clean,
-    complain,
-    labelled,
-    paint,
-    plural,
-    rounded,
-    table,
-    write_json,
-)
+from virtd.cli.output import RED, ago, clean, complain, labelled, listing, paint, size_of, write_json
 from virtd.errors import NotFound, VirtdError
 
 TYPE_CHECKING = False
@@ -51,33 +38,22 @@ COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
     "wait": ("volume", "Jobs", "JOB", "Wait until a job is over", "{job}"),
     "cancel": ("volume", "Jobs", "JOB...", "End jobs, and remove what they have made", ""),
 }
-JOB_COLOURS = {"running": GREEN, "waiting": YELLOW, "failed": RED}
 
 
 def list_(args: argparse.Namespace, session: Session) -> int:
     volumes = session.call("Volume.List", {"pool": args.pool})["objects"]
-    if args.json:
-        write_json(volumes, args.json)
-        return OK
-    rows = [
-        (
+
+    def row(volume: dict[str, Any]) -> tuple[str, ...]:
+        return (
             str(volume.get("name")),
             str(volume.get("format") or "?"),
-            _size(volume.get("capacity")),
-            _size(volume.get("allocation")),
+            size_of(volume.get("capacity")),
+            size_of(volume.get("allocation")),
             _backing(volume, args.pool),
             _use(volume),
         )
-        for volume in volumes
-    ]
-    table(("NAME", "FORMAT", "SIZE", "USED", "BACKING", "STATE"), rows, legend=not args.no_legend)
-    if not args.no_legend:
-        print(("\n" if rows else "") + plural(len(rows), "volume") + " listed.")
-    return OK
 
-
-def _size(number: object) -> str:
-    return rounded(number) if isinstance(number, int) else "-"
+    return listing(args, volumes, "volume", ("NAME", "FORMAT", "SIZE", "USED", "BACKING", "STATE"), row)
 
 
 def _backing(volume: dict[str, Any], pool: str) -> str:
@@ -108,8 +84,8 @@ def info(args: argparse.Namespace, session: Session) -> int:
             ("Volume", f"{volume.get('name')} (pool {volume.get('pool')})"),
             ("Path", str(volume.get("path"))),
             ("Format", str(volume.get("format") or "not known")),
-            ("Size", _size(volume.get("capacity"))),
-            ("Used", _size(volume.get("allocation"))),
+            ("Size", size_of(volume.get("capacity"))),
+            ("Used", size_of(volume.get("allocation"))),
             ("Stands on", "\n".join(_link(link) for link in volume.get("chain") or [])),
             ("Backs", ", ".join(map(str, volume.get("backing_of") or []))),
             ("Snapshots", str(volume.get("snapshots") or "")),
@@ -128,82 +104,27 @@ def _link(link: dict[str, Any]) -> str:
 
 def snapshots(args: argparse.Namespace, session: Session) -> int:
     found = session.call("Volume.Snapshots", {"pool": args.pool, "name": args.name})["objects"]
-    if args.json:
-        write_json(found, args.json)
+    return listing(args, found, "snapshot", ("ID", "NAME", "TIME", "MEMORY"), _snapshot)
+
+
+def _snapshot(item: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        str(item.get("id")),
+        str(item.get("name")),
+        time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(item.get("at") or 0)),
+        size_of(item.get("state")),
+    )
+
+
+def _work(method: str, what: str, *keys: str) -> Callable[[argparse.Namespace, Session], int]:
+    """A command that makes a call of these of its arguments and waits for the job; `what` is shown meanwhile."""
+
+    def run(args: argparse.Namespace, session: Session) -> int:
+        given = {key: getattr(args, key) for key in ("pool", "name", *keys)}
+        jobs.run(session, f"Volume.{method}", given | {"token": jobs.token()}, what.format_map(given))
         return OK
-    rows = [
-        (
-            str(item.get("id")),
-            str(item.get("name")),
-            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(item.get("at") or 0)),
-            _size(item.get("state")),
-        )
-        for item in found
-    ]
-    table(("ID", "NAME", "TIME", "MEMORY"), rows, legend=not args.no_legend)
-    if not args.no_legend:
-        print(("\n" if rows else "") + plural(len(rows), "snapshot") + " listed.")
-    return OK
 
-
-def create(args: argparse.Namespace, session: Session) -> int:
-    parameters = {
-        "pool": args.pool,
-        "name": args.name,
-        "size": args.size,
-        "format": args.format,
-        "preallocation": args.preallocation,
-        "backing": args.backing,
-        "backing_pool": args.backing_pool,
-        "token": jobs.token(),
-    }
-    jobs.run(session, "Volume.Create", parameters, f"Creating {args.name}")
-    return OK
-
-
-def clone(args: argparse.Namespace, session: Session) -> int:
-    parameters = {
-        "pool": args.pool,
-        "source": args.source,
-        "name": args.name,
-        "to_pool": args.to_pool,
-        "token": jobs.token(),
-    }
-    jobs.run(session, "Volume.Clone", parameters, f"Cloning {args.source}")
-    return OK
-
-
-def import_(args: argparse.Namespace, session: Session) -> int:
-    parameters = {
-        "pool": args.pool,
-        "name": args.name,
-        # The daemon's working directory isn't the caller's.
-        "file": os.path.abspath(args.file) if args.file is not None else None,
-        "source_format": getattr(args, "from"),
-        "probe": args.probe,
-        "format": args.format,
-        "token": jobs.token(),
-    }
-    jobs.run(session, "Volume.Import", parameters, f"Importing {args.name}")
-    return OK
-
-
-def resize(args: argparse.Namespace, session: Session) -> int:
-    parameters = {
-        "pool": args.pool,
-        "name": args.name,
-        "size": args.size,
-        "shrink": args.shrink,
-        "token": jobs.token(),
-    }
-    jobs.run(session, "Volume.Resize", parameters, f"Resizing {args.name}")
-    return OK
-
-
-def wipe(args: argparse.Namespace, session: Session) -> int:
-    parameters = {"pool": args.pool, "name": args.name, "token": jobs.token()}
-    jobs.run(session, "Volume.Wipe", parameters, f"Wiping {args.name}")
-    return OK
+    return run
 
 
 def delete(args: argparse.Namespace, session: Session) -> int:
@@ -222,17 +143,10 @@ def delete(args: argparse.Namespace, session: Session) -> int:
 
 def list_jobs(args: argparse.Namespace, session: Session) -> int:
     found = session.call("Volume.Jobs")["objects"]
-    if args.json:
-        write_json(found, args.json)
-        return OK
-    rows = [job_row(job) for job in found]
-    table(("JOB", "STATE", "DONE", "WHAT", "SINCE", "ERROR"), rows, legend=not args.no_legend)
-    if not args.no_legend:
-        print(("\n" if rows else "") + plural(len(rows), "job") + " listed.")
-    return OK
+    return listing(args, found, "job", ("JOB", "STATE", "DONE", "WHAT", "SINCE", "ERROR"), _job)
 
 
-def job_row(job: dict[str, Any]) -> tuple[str, ...]:
+def _job(job: dict[str, Any]) -> tuple[str, ...]:
     progress = job.get("progress")
     return (
         str(job.get("job")),
@@ -311,9 +225,15 @@ def _clone_options(parser: Parser) -> None:
 def _import_options(parser: Parser) -> None:
     volume_arguments(parser)
     parser.add_argument(
-        "file", metavar="FILE", nargs="?", help="an image; without it, what others have put into the pool as NAME"
+        "file",
+        metavar="FILE",
+        nargs="?",
+        type=os.path.abspath,  # the daemon's working directory is another one
+        help="an image; without it, what others have put into the pool as NAME",
     )
-    parser.add_argument("--from", metavar="FORMAT", help="what it is: raw, qcow2, vmdk, vdi, vhdx or vpc")
+    parser.add_argument(
+        "--from", dest="source_format", metavar="FORMAT", help="what it is: raw, qcow2, vmdk, vdi, vhdx or vpc"
+    )
     parser.add_argument(
         "--probe", action="store_true", help="look at it to find that out; not for what a guest could write to"
     )
@@ -362,11 +282,11 @@ RUN: dict[str, Callable[[argparse.Namespace, Session], int]] = {
     "list": list_,
     "info": info,
     "snapshots": snapshots,
-    "create": create,
-    "clone": clone,
-    "import": import_,
-    "resize": resize,
-    "wipe": wipe,
+    "create": _work("Create", "Creating {name}", "size", "format", "preallocation", "backing", "backing_pool"),
+    "clone": _work("Clone", "Cloning {source}", "source", "to_pool"),
+    "import": _work("Import", "Importing {name}", "file", "source_format", "probe", "format"),
+    "resize": _work("Resize", "Resizing {name}", "size", "shrink"),
+    "wipe": _work("Wipe", "Wiping {name}"),
     "delete": delete,
     "jobs": list_jobs,
     "wait": wait,
