@@ -33,6 +33,7 @@ class FakeKernel:
         self.sysfs.mkdir()
         self.tables: dict[str, tuple[str, int]] = {}
         self.addresses: dict[str, set[Address]] = {}
+        self.refused = ""  # a table that can't be made
         self._numbers = 0
         monkeypatch.setattr(links, "CLASS", str(self.sysfs))
         monkeypatch.setattr(host, "PROC", str(root / "proc"))
@@ -53,12 +54,15 @@ class FakeKernel:
                 raise firewall.NftError("nftables refused: No such file or directory")
             text, number = self.tables[match[1]]
             return json.dumps({"nftables": [{"metainfo": {}}, {"table": {"handle": number, "text": text}}]})
-        (name,) = re.findall(r"^delete table inet (\S+)$", command, re.MULTILINE)
-        self.world.step(f"nft {name}")
-        self.tables.pop(name, None)
-        if re.search(rf"^table inet {re.escape(name)} ", command, re.MULTILINE):
-            self._numbers += 1
-            self.tables[name] = command, self._numbers
+        names = re.findall(r"^delete table inet (\S+)$", command, re.MULTILINE)
+        self.world.step(f"nft {' '.join(names)}")
+        if self.refused in names:
+            raise firewall.NftError("nftables refused: these rules")
+        for name in names:
+            self.tables.pop(name, None)
+            if made := re.search(rf"^table inet {re.escape(name)} .*?^}}$", command, re.MULTILINE | re.DOTALL):
+                self._numbers += 1
+                self.tables[name] = made[0], self._numbers
         return ""
 
 

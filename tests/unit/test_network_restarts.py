@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -252,6 +253,47 @@ async def test_a_network_does_not_notice_restarts(site: Site) -> None:
             assert (info["pid"], site.kernel.tables) == (pid, tables)
             assert (await host.status())["recovered"]["adopted"] == ["network/lab"]
     assert len(site.world.told(Message.ADOPTED)) == 3
+
+
+# Rules
+
+
+@on_loop
+async def test_the_rules_of_many_networks_come_back_at_once(site: Site) -> None:
+    """In one transaction; one that is refused, or is busy, doesn't keep the others from theirs."""
+    kernel = site.kernel
+    async with site.world.daemon() as host:
+        for number, name in enumerate(("lab", "one", "two")):
+            define = text().replace('"lab"', f'"{name}"').replace("10.7.0", f"10.7.{number}")
+            await host.networks.define(define, "test", check=False, by=ROOT)
+            await host.networks.start(name, by=ROOT)
+        nets = host.networks.driver.nets
+        everything = ["virtd-lab", "virtd-one", "virtd-two"]
+
+        async def restore() -> list[str]:
+            site.world.steps = []
+            await host.networks.driver._guard.restore_rules(set(nets), why="by a test")
+            return [step for step in site.world.steps if step.startswith("nft")]
+
+        assert await restore() == []
+        kernel.tables.clear()
+        assert await restore() == ["nft virtd-lab virtd-one virtd-two"]
+        assert sorted(kernel.tables) == everything
+        (told,) = site.world.told(Message.NETWORK_RULES_RESTORED)
+        assert told["VIRTD_NAME"] == "lab one two"
+        kernel.tables.clear()
+        kernel.refused = "virtd-one"
+        assert len(await restore()) == 4
+        assert sorted(kernel.tables) == ["virtd-lab", "virtd-two"]
+        assert [name for name, net in nets.items() if "rules" in net.problems] == ["one"]
+        kernel.refused = ""
+        kernel.tables.clear()
+        async with nets["two"].exclusive("be busy with"):
+            restoring = asyncio.create_task(restore())
+            await until(lambda: sorted(kernel.tables) == everything[:2])
+        assert await restoring == ["nft virtd-lab virtd-one", "nft virtd-two"]
+        assert sorted(kernel.tables) == everything
+        assert not any(net.problems for net in nets.values())
 
 
 # A dnsmasq that dies

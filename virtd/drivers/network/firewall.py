@@ -131,10 +131,13 @@ def _dnat(network: Network, hook: str) -> list[str]:
 # Carried out: each of these blocks, for a millisecond or so
 
 
-def replace(network: Network) -> str:
-    """Put the network's rules in place of what there is, all of them or none; their mark. Raises NftError."""
-    _run(rules(network))
-    return mark(network.name)
+def replace(*networks: Network) -> list[str]:
+    """Put the networks' rules in place of what there is, all of them or none; their marks. Raises NftError.
+
+    The kernel waits at the end of each transaction: for many networks one takes a tenth of the time.
+    """
+    _run("".join(map(rules, networks)))
+    return [mark(network.name) for network in networks]
 
 
 def remove(name: str) -> None:

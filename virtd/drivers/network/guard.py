@@ -7,13 +7,15 @@ Nothing is polled: the kernel tells of tables and interfaces, firewalld of its o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
 from ... import errors, journal
 from ...messages import Message
+from ...model.network import State
 from ..protocol import Problem
-from . import firewalld
+from . import firewall, firewalld
 from .server import DRIVER
 from .watch import ALL, Watch
 
@@ -93,15 +95,19 @@ class Guard:
 
     async def restore_rules(self, which: set[str], *, why: str) -> None:
         """Apply the rules again that are gone or changed; the journal is told once, however many networks it is."""
-        restored = []
-        for name in sorted(which):
-            if (net := self._nets.get(name)) is None:
-                continue
+        nets = [net for name, net in sorted(self._nets.items()) if name in which]
+        busy = [net for net in nets if net.busy]
+        try:
+            restored, rest = await self._restore(*(net for net in nets if net not in busy)), busy
+        except errors.VirtdError:  # one of them may be at fault, and not the others
+            restored, rest = [], nets
+        for net in rest:
             try:
-                if await net.restore_rules():
-                    restored.append(name)
+                restored += await self._restore(net)
             except errors.VirtdError as exc:
-                log.error("The rules of network %s can't be applied: %s", name, exc)
+                log.error("The rules of network %s can't be applied: %s", net.name, exc)
+                if not isinstance(exc, errors.Busy):
+                    net.problems["rules"] = Problem(f"Its rules are gone: {exc.message}", exc.hint)
         if restored:
             what = f"network {restored[0]}" if len(restored) == 1 else f"networks {', '.join(restored)}"
             journal.send(
@@ -111,6 +117,20 @@ class Guard:
             )  # fmt: skip
             for name in restored:
                 self._publish("changed", name)
+
+    async def _restore(self, *nets: Net) -> list[str]:
+        """Those whose rules were gone or not as we had left them: all of them or none. Raises a VirtdError."""
+        async with contextlib.AsyncExitStack() as turns:
+            lost = []
+            for net in nets:
+                await turns.enter_async_context(net.exclusive("look after the rules of"))
+                if net.state is State.ACTIVE and (network := net.running) and await net.rules_lost(network):
+                    lost.append((net, network))
+            if lost:
+                marks = await asyncio.to_thread(firewall.replace, *(network for _net, network in lost))
+                for (net, _network), mark in zip(lost, marks, strict=True):
+                    net.rules_applied(mark)
+            return [net.name for net, _network in lost]
 
     # Bridges
 

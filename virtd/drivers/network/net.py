@@ -298,8 +298,11 @@ class Net(Recorded):
 
     async def apply_rules(self, network: model.Network) -> None:
         """Put the network's table in place of what there is, and note how the kernel has it. Raises NftError."""
-        listing = await asyncio.to_thread(firewall.replace, network)
-        self.remember(rules=listing)
+        (mark,) = await asyncio.to_thread(firewall.replace, network)
+        self.rules_applied(mark)
+
+    def rules_applied(self, mark: str) -> None:
+        self.remember(rules=mark)
         self.problems.pop("rules", None)
 
     async def rules_lost(self, network: model.Network) -> bool:
@@ -307,21 +310,6 @@ class Net(Recorded):
         if not network.own or self.record is None:
             return False
         return await asyncio.to_thread(firewall.mark, self.name) != self.record.data.get("rules")
-
-    async def restore_rules(self) -> bool:
-        """Apply them again if they are gone or were changed by somebody; whether that was so."""
-        network = self.running
-        if network is None or self.state is not State.ACTIVE:
-            return False
-        async with self.exclusive("look after the rules of"):
-            if self.state is not State.ACTIVE or not await self.rules_lost(network):
-                return False
-            try:
-                await self.apply_rules(network)
-            except errors.VirtdError as exc:
-                self.problems["rules"] = Problem(f"Its rules are gone: {exc.message}", exc.hint)
-                raise
-            return True
 
     async def _look_for_droppers(self, network: model.Network) -> None:
         """Another's chain that drops what is forwarded can't be overruled, and isn't ours to change: it is said."""
