@@ -112,9 +112,12 @@ class FakeUnits:
 
     async def ended(self, name: str, *, timeout: float = 10.0) -> UnitState | None:
         self.step(f"ended {name}")
+        await self._over(name)
+        return self.units[name].state() if name in self.units else None
+
+    async def _over(self, name: str) -> None:
         while name in self.units and self.units[name].state().running:  # noqa: ASYNC110 (a child has no event)
             await asyncio.sleep(0.002)
-        return self.units[name].state() if name in self.units else None
 
     async def kill(self, name: str, signum: int, *, whole: bool = False) -> None:
         self.step(f"kill {name} {int(signum)}")
@@ -130,7 +133,9 @@ class FakeUnits:
         await asyncio.sleep(0)
         if name in self.units:
             self.units[name].process.terminate()
-            await self.ended(name)
+            # Whoever is killed meanwhile: the next one finds what has ended, not what is about to.
+            await self._over(name)
+            self.step(f"ended {name}")
             if self.units[name].process.returncode == 0:
                 del self.units[name]
 
