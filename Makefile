@@ -27,7 +27,7 @@ CATALOGDIR := $(SYSTEMDDIR)/catalog
 SYSUSERSDIR := $(PREFIX)/lib/sysusers.d
 TMPFILESDIR := $(PREFIX)/lib/tmpfiles.d
 
-.PHONY: help setup lint test unit live lvm survival sweep kills model demo bench rpm install clean
+.PHONY: help setup lint test unit live lvm survival sweep kills neighbours model demo bench rpm install clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ sweep: $(STAMP) ## kill the daemon at every point of every operation (root, minu
 
 kills: $(STAMP) ## kill the daemon under load, 1,000 times or [KILLS=n] (root)
 	VIRTD_KILLS=$(or $(KILLS),1000) $(PYTHON) -m pytest tests/live/test_survival.py -m live -k kills_under_load -s
+
+neighbours: $(STAMP) ## a network beside real docker and libvirt (root, minutes)
+	$(PYTHON) -m tests.neighbours
 
 model: $(STAMP) ## random sequences of operations, kills and deaths against a model, 20 of 40 steps or [EXAMPLES=n] (root)
 	VIRTD_EXAMPLES=$(or $(EXAMPLES),20) VIRTD_STEPS=40 $(PYTHON) -m pytest tests/live/test_model.py -m live -s

@@ -313,6 +313,11 @@ def test_beside_docker_and_libvirt(lab: Lab) -> None:
             )
             before = theirs()
             lab.run(*n1.split(), "ping", "-c", "1", "-W", "5", OUTSIDE)
+            lab.wait("the end of the problem", lambda: info(lab, "nat")["problems"] == [], 30)
+            # And one that comes later is seen as well.
+            lab.sh("nft flush chain ip filter DOCKER-USER")
+            lab.wait("the problem", lambda: info(lab, "nat")["problems"] == [problem], 30)
+            before = theirs()
         lab.virtctl("network", "stop", "nat")
         assert theirs() == before
     finally:

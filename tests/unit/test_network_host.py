@@ -100,7 +100,7 @@ def test_messages_of_the_kernel() -> None:
     deleted = 10 << 8 | 2
     data = message(deleted, bytes(4), 1, "virtd-lab") + message(deleted, bytes(4), 1, "docker")
     data += message(10 << 8 | 15, bytes(4), 1, "virtd-not-a-table")
-    assert list(watch.tables(data)) == ["lab"]
+    assert list(watch.tables(data)) == ["virtd-lab", "docker"]
     assert list(watch.links(message(17, bytes(16), 3, "vd-lab") + message(20, bytes(16), 3, "x"))) == ["vd-lab"]
     assert list(watch.tables(b"\1\2\3")) == list(watch.tables(bytes(64))) == []
 

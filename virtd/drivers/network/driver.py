@@ -132,6 +132,7 @@ class Driver(Collection[Net, model.Network]):
                 self.forget(net.name)
         self._reconciled.set()
         await self._guard.restore_rules(set(self.nets), why="while virtd was away")
+        await self._guard.look_for_droppers()
         self._guard.begin()
 
     def _has_bridge(self, net: Net) -> bool:
@@ -298,6 +299,7 @@ class Driver(Collection[Net, model.Network]):
             net.look()
             await net.join_firewalld()
         await self._guard.restore_rules(set(self.nets), why="by the time of the reload")
+        await self._guard.look_for_droppers()
 
     def check(self, text: str, source: str) -> model.Network:
         network = super().check(text, source)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import errors
 from ...model.network import Mode
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from ...model.network import Network
 
 FAMILY = "inet"
@@ -37,6 +39,10 @@ class NftError(errors.HostError):
 def table(name: str) -> str:
     """The table of the network `name`."""
     return f"{PREFIX}{name}"
+
+
+def is_ours(table: str) -> bool:
+    return table.startswith(PREFIX)
 
 
 def rules(network: Network) -> str:
@@ -159,28 +165,68 @@ def mark(name: str) -> str:
 def listing(name: str) -> str:
     """The network's table as the kernel has it, as JSON; "" when there is none."""
     try:
-        answer = _run(f"list table {FAMILY} {table(name)}", as_json=True)
+        found = _listed(f"table {FAMILY} {table(name)}")
     except NftError:
         return ""
-    found = json.loads(answer)["nftables"]
     return json.dumps([item for item in found if "metainfo" not in item], sort_keys=True)
 
 
 def tables() -> list[str]:
     """The networks that have a table. Raises NftError."""
-    found = json.loads(_run(f"list tables {FAMILY}", as_json=True))["nftables"]
-    named = [item["table"]["name"] for item in found if "table" in item]
-    return [name.removeprefix(PREFIX) for name in named if name.startswith(PREFIX)]
+    named = [item["table"]["name"] for item in _listed(f"tables {FAMILY}") if "table" in item]
+    return [name.removeprefix(PREFIX) for name in named if is_ours(name)]
 
 
-def droppers() -> list[str]:
-    """Other people's chains that drop by policy what is forwarded, as "family table chain"."""
-    found = json.loads(_run("list chains", as_json=True))["nftables"]
-    return [
-        f"{chain['family']} {chain['table']} {chain['name']}"
-        for chain in (item["chain"] for item in found if "chain" in item)
-        if chain.get("hook") == "forward" and chain.get("policy") == "drop"
-    ]
+class Dropper(NamedTuple):
+    """A chain of other people's that drops by policy what is forwarded.
+
+    Nothing in a table of ours overrules that: a packet is through when all tables have let it through.
+    """
+
+    family: str
+    table: str
+    chain: str
+    docker: bool
+
+    def hint(self, bridge: str) -> str:
+        """The commands that have it let through what guests send, and the answers."""
+        if self.docker:
+            tool = "ip6tables" if self.family == "ip6" else "iptables"
+            answers = "-m conntrack --ctstate RELATED,ESTABLISHED"
+            rules = f"-i {bridge} -j ACCEPT", f"-o {bridge} {answers} -j ACCEPT"
+            return "; ".join(f"{tool} -I DOCKER-USER {rule}" for rule in rules)
+        rules = f"iifname {bridge} accept", f"oifname {bridge} ct state related,established accept"
+        return "; ".join(f"nft insert rule {self.family} {self.table} {self.chain} {rule}" for rule in rules)
+
+
+def droppers(bridges: Iterable[str]) -> dict[str, list[Dropper]]:
+    """By bridge: those that no rule beside theirs has let it through. Raises NftError."""
+    found: dict[str, list[Dropper]] = {bridge: [] for bridge in bridges}
+    chains = [item["chain"] for item in _listed("chains") if "chain" in item]
+    for chain in chains:
+        if chain.get("hook") != "forward" or chain.get("policy") != "drop":
+            continue
+        family, name = chain["family"], chain["table"]
+        docker = any((one["family"], one["table"], one["name"]) == (family, name, "DOCKER-USER") for one in chains)
+        accepted = {pair for item in _listed(f"table {family} {name}") for pair in _accepted(item)}
+        for bridge, mine in found.items():
+            if not {("iifname", bridge), ("oifname", bridge)} <= accepted:
+                mine.append(Dropper(family, name, chain["name"], docker))
+    return found
+
+
+def _accepted(item: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """("iifname", bridge) for a rule that accepts what comes from there, in whatever circumstances; or "oifname"."""
+    expressions = item.get("rule", {}).get("expr", [])
+    if any("accept" in expression for expression in expressions):
+        for match in (expression["match"] for expression in expressions if "match" in expression):
+            if isinstance(match["left"], dict) and isinstance(match["right"], str):
+                yield match["left"].get("meta", {}).get("key", ""), match["right"]
+
+
+def _listed(what: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(_run(f"list {what}", as_json=True))["nftables"]
+    return found
 
 
 def _run(command: str, *, as_json: bool = False) -> str:

@@ -43,7 +43,7 @@ class Guard:
         self._problems = problems
         self._publish = publish
         self._watch: Watch | None = None
-        self._doubtful: set[str] = set()  # networks whose rules somebody has touched
+        self._doubtful: set[str] = set()  # tables that somebody has touched
         self._bridges: set[str] = set()  # networks to whose bridges something has happened
         self._soon: asyncio.TimerHandle | None = None
         self._looking: asyncio.Task[None] | None = None
@@ -78,10 +78,10 @@ class Guard:
 
     # Rules
 
-    def _touched(self, name: str) -> None:
-        """Somebody, perhaps we ourselves, changed a network's table."""
-        self._doubtful |= set(self._nets) if name == ALL else {name} & set(self._nets)
-        if self._doubtful and self._looking is None:
+    def _touched(self, table: str) -> None:
+        """Somebody, perhaps we ourselves, changed a table of nftables'."""
+        self._doubtful.add(table)
+        if self._looking is None:
             self._looking = asyncio.create_task(self._look(), name="look-at-rules")
 
     async def _look(self) -> None:
@@ -89,7 +89,10 @@ class Guard:
             while self._doubtful:
                 await asyncio.sleep(SETTLE)
                 doubtful, self._doubtful = self._doubtful, set()
-                await self.restore_rules(doubtful, why="by somebody else")
+                ours = {table.removeprefix(firewall.PREFIX) for table in doubtful if firewall.is_ours(table)}
+                await self.restore_rules(set(self._nets) if ALL in doubtful else ours, why="by somebody else")
+                if not all(map(firewall.is_ours, doubtful)):
+                    await self.look_for_droppers()
         finally:
             self._looking = None
 
@@ -117,6 +120,16 @@ class Guard:
             )  # fmt: skip
             for name in restored:
                 self._publish("changed", name)
+
+    async def look_for_droppers(self) -> None:
+        """See whether other people's rules let through what guests send."""
+        forwarding = {
+            net.bridge_name: net for net in self._nets.values() if net.state is State.ACTIVE and net.forwards
+        }
+        if forwarding:
+            with contextlib.suppress(errors.HostError):
+                for bridge, found in (await asyncio.to_thread(firewall.droppers, list(forwarding))).items():
+                    forwarding[bridge].dropped(found)
 
     async def _restore(self, *nets: Net) -> list[str]:
         """Those whose rules were gone or not as we had left them: all of them or none. Raises a VirtdError."""

@@ -235,7 +235,7 @@ class Net(Recorded):
             log.warning("Network %s: the host forwards from now on: %s", self.name, setting)
         await self.apply_rules(network)
         await self._tell_firewalld(network)
-        await self._look_for_droppers(network)
+        await self._look_for_droppers()
         if network.serves:
             await self.server.run(network, afresh=raised.new)
         self.problems.pop("bridge", None)
@@ -311,19 +311,32 @@ class Net(Recorded):
             return False
         return await asyncio.to_thread(firewall.mark, self.name) != self.record.data.get("rules")
 
-    async def _look_for_droppers(self, network: model.Network) -> None:
+    @property
+    def forwards(self) -> bool:
+        """Whether the host forwards for its guests."""
+        network = self.running
+        return network is not None and network.mode in (model.Mode.NAT, model.Mode.ROUTED)
+
+    async def _look_for_droppers(self) -> None:
+        if self.forwards:
+            with contextlib.suppress(errors.HostError):
+                self.dropped((await asyncio.to_thread(firewall.droppers, [self.bridge_name]))[self.bridge_name])
+
+    def dropped(self, by: list[firewall.Dropper]) -> None:
         """Another's chain that drops what is forwarded can't be overruled, and isn't ours to change: it is said."""
-        self.problems.pop("dropped", None)
-        if network.mode not in (model.Mode.NAT, model.Mode.ROUTED):
+        if (network := self.running) is None:
             return
-        with contextlib.suppress(errors.HostError):
-            if found := await asyncio.to_thread(firewall.droppers):
-                name = network.bridge_name
-                self.problems["dropped"] = Problem(
-                    f"The chain {' and '.join(found)} drops what the host forwards, its guests' packets as well",
-                    f"With docker: iptables -I DOCKER-USER -i {name} -j ACCEPT; "
-                    f"iptables -I DOCKER-USER -o {name} -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT.",
-                )
+        served = {"ip": network.ipv4, "ip6": network.ipv6}
+        by = [one for one in by if served.get(one.family, True)]
+        if not by:
+            self.problems.pop("dropped", None)
+            return
+        chains = " and ".join(f"{one.family} {one.table} {one.chain}" for one in by)
+        text = f"The chain {chains} drops what the host forwards, its guests' packets as well"
+        problem = Problem(text, f"{'; '.join(one.hint(self.bridge_name) for one in by)}.")
+        if self.problems.get("dropped") != problem:
+            self.problems["dropped"] = problem
+            log.warning("Network %s: %s. %s", self.name, text, problem.hint)
 
     async def _tell_firewalld(self, network: model.Network) -> None:
         try:

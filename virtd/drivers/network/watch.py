@@ -14,8 +14,6 @@ import socket
 import struct
 from typing import TYPE_CHECKING
 
-from .firewall import PREFIX
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -34,7 +32,7 @@ ALL = ""  # "look at everything"
 
 
 class Watch:
-    """Calls `table(name)` for the network whose table something happened to, `link(name)` for an interface.
+    """Calls `table(name)` for a table of nftables' that something happened to, `link(name)` for an interface.
 
     Either gets ALL when the kernel had more to tell than we took in time.
     """
@@ -108,12 +106,10 @@ def _text(data: bytes, wanted: int) -> str:
 
 
 def tables(data: bytes) -> Iterator[str]:
-    """The networks whose tables the messages are about. Every message of nftables' has its table's name first."""
+    """The tables that the messages are about. Every message of nftables' has its table's name first."""
     for kind, body in _messages(data):
         if kind >> 8 == _NFTABLES and kind & 0xFF != _NEWGEN:
-            name = _text(body[4:], 1)  # after struct nfgenmsg
-            if name.startswith(PREFIX):
-                yield name.removeprefix(PREFIX)
+            yield _text(body[4:], 1)  # after struct nfgenmsg
 
 
 def links(data: bytes) -> Iterator[str]:
