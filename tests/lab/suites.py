@@ -39,7 +39,8 @@ class Suite:
 SUITES = {
     suite.name: suite
     for suite in (
-        Suite("bookworm", 252, "3.11", _PACKAGES, ("msgspec==0.19.0", "qemu.qmp==0.0.6")),
+        # firewalld of bookworm wants /etc/protocols, and doesn't say so.
+        Suite("bookworm", 252, "3.11", (*_PACKAGES, "netbase"), ("msgspec==0.19.0", "qemu.qmp==0.0.6")),
         Suite("trixie", 257, "3.13", (*_PACKAGES, "python3-msgspec"), ("qemu.qmp==0.0.6",)),
         Suite("forky", 262, "3.14", (*_PACKAGES, "python3-msgspec", "python3-qemu-qmp"), (), lists_may_be_old=True),
     )

@@ -3,14 +3,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import struct
-from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from virtd import errors
-from virtd.drivers.network import host, links, watch
+from virtd.drivers.network import firewalld, host, links, watch
 from virtd.model import network as model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from virtd.bus import Bus
 
 ROUTES = """Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT
 eth0\t00000000\t0100000A\t0003\t0\t0\t0\t00000000\t0\t0\t0
@@ -103,6 +109,28 @@ def test_messages_of_the_kernel() -> None:
     assert list(watch.tables(data)) == ["virtd-lab", "docker"]
     assert list(watch.links(message(17, bytes(16), 3, "vd-lab") + message(20, bytes(16), 3, "x"))) == ["vd-lab"]
     assert list(watch.tables(b"\1\2\3")) == list(watch.tables(bytes(64))) == []
+
+
+def test_firewalld_comes_and_goes() -> None:
+    """Either is a reason to look: what one that has ended has refused is no problem any more."""
+    handlers: list[Any] = []
+
+    class FakeBus:
+        async def subscribe(self, *arguments: Any, **_more: Any) -> Any:
+            handlers.append(arguments[-1])
+
+    told: list[str] = []
+    asyncio.run(firewalld.watch(cast("Bus", FakeBus()), lambda: told.append("changed")))
+    owner, reloaded = handlers
+    for name, before, after in (
+        (firewalld.NAME, "", ":1.5"),
+        ("org.example", ":1.5", ""),
+        (firewalld.NAME, ":1.5", ""),
+    ):
+        owner("/org/freedesktop/DBus", firewalld.DBUS, "NameOwnerChanged", (name, before, after))
+    assert len(told) == 2
+    reloaded(firewalld.PATH, firewalld.NAME, "Reloaded", ())
+    assert len(told) == 3
 
 
 def test_whose_an_interface_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

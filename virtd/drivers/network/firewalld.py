@@ -48,15 +48,15 @@ async def adopt(units: Units, bridge: str) -> None:
         raise errors.HostError(f"it refused: {exc.message}", hint="See: systemctl status firewalld.") from exc
 
 
-async def watch(bus: Bus, back: Callable[[], None]) -> Callable[[], Awaitable[None]]:
-    """Call `back` when firewalld has come up or was reloaded; returns how to end that."""
+async def watch(bus: Bus, changed: Callable[[], None]) -> Callable[[], Awaitable[None]]:
+    """Call `changed` when firewalld has come up, was reloaded or has ended; returns how to end that."""
 
     def owner(_path: str, _interface: str, _member: str, args: tuple[str, ...]) -> None:
-        if args[0] == NAME and args[2]:
-            back()
+        if args[0] == NAME:
+            changed()
 
     def reloaded(*_signal: object) -> None:
-        back()
+        changed()
 
     first = await bus.subscribe(DBUS, DBUS, "NameOwnerChanged", "/org/freedesktop/DBus", owner, arg0=NAME)
     second = await bus.subscribe(NAME, NAME, "Reloaded", PATH, reloaded)

@@ -162,7 +162,10 @@ class Guard:
     # firewalld
 
     async def _follow_firewalld(self) -> None:
-        """For as long as the daemon runs: when firewalld comes up, our bridges have to be put into their zone."""
+        """For as long as the daemon runs: when firewalld comes up, our bridges have to be put into their zone.
+
+        When it ends, what it has refused is no problem any more.
+        """
         while True:
             try:
                 await self._once()
@@ -173,12 +176,12 @@ class Guard:
     async def _once(self) -> None:
         """Until this bus is lost."""
         bus = (await self._services.units()).bus
-        back, closed = asyncio.Event(), asyncio.Event()
-        bus.on_closed(_both(back.set, closed.set))
-        await firewalld.watch(bus, back.set)
+        changed, closed = asyncio.Event(), asyncio.Event()
+        bus.on_closed(_both(changed.set, closed.set))
+        await firewalld.watch(bus, changed.set)
         while not closed.is_set():
-            await back.wait()
-            back.clear()
+            await changed.wait()
+            changed.clear()
             for net in list(self._nets.values()):
                 await net.join_firewalld()
             self._touched(ALL)
