@@ -9,13 +9,14 @@ import logging
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import errors, files, journal
-from ..child import SLOTS
+from ..child import SLOTS, Child
 from ..messages import Message
 from ..model.state import State, require
 from ..process import boot_id
 from ..records import Record, Records, now
 from ..units import object_name
 from . import definitions
+from .autostart import autostart
 from .collection import Collection, D
 from .guest import Guest, Shared
 from .protocol import Difference, Problem
@@ -103,6 +104,15 @@ class Guests(Collection[G, D]):
                 self.forget(machine.name)  # its definition was removed, or it ended as a transient one, meanwhile
         slots = {name.split("/")[1] for name in self._services.store.names() if name.startswith(f"{self.name}/")}
         recorded = {machine.name for machine in machines}
+        for machine in machines:
+            if (
+                machine.name in slots
+                and not machine.alive
+                and machine.record is not None
+                and not machine.record.slots
+            ):
+                # What couldn't be dropped at its end, or not by an older virtd that knew nothing of boxes.
+                await Child(self._services, self.name, machine.name).release()
         for name in sorted((present | slots) - recorded):
             await self._rebuild(name, unit=name in present, new=name not in known)
         self._reconciled.set()
@@ -168,12 +178,12 @@ class Guests(Collection[G, D]):
         slots = asyncio.Semaphore(AT_ONCE)
 
         async def one(machine: G) -> None:
-            async with slots:
-                try:
-                    await self.start(machine.name, "autostart")
-                except errors.VirtdError as exc:
-                    log.error("Cannot autostart %s: %s", machine.name, exc)
-                    machine.problems["start"] = Problem(f"Autostart failed: {exc.message}", exc.hint)
+            async def start() -> None:
+                async with slots:
+                    if wanted(machine):
+                        await self.start(machine.name, "autostart")
+
+            await autostart(machine, start)
 
         def wanted(machine: G) -> bool:
             record = machine.record

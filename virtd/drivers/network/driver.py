@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -23,6 +24,7 @@ from ...paths import names
 from ...process import boot_id
 from ...records import Record, Records, now
 from ...units import object_name
+from ..autostart import autostart
 from ..collection import Collection
 from ..protocol import Problem
 from . import bridge, describing, host, links
@@ -180,11 +182,7 @@ class Driver(Collection[Net, model.Network]):
         """Start what is to be started at boot."""
         for net in list(self.nets.values()):
             if net.definition is not None and net.definition.autostart and not net.active:
-                try:
-                    await self.start(net.name, "autostart")
-                except errors.VirtdError as exc:
-                    log.error("Cannot autostart network %s: %s", net.name, exc)
-                    net.problems["start"] = Problem(f"Autostart failed: {exc.message}", exc.hint)
+                await autostart(net, partial(self.start, net.name, "autostart"))
 
     def grown(self, key: str) -> None:
         """The pump's word that bytes landed in a log that is watched: `key` is a slot's name."""

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ... import errors, files
@@ -15,6 +16,7 @@ from ...model import pool as model
 from ...process import boot_id
 from ...records import Records
 from ...units import object_name
+from ..autostart import autostart
 from ..collection import Collection
 from ..protocol import Problem
 from . import host
@@ -26,7 +28,7 @@ from .programs import Account
 from .volumes import Volumes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from ...child import Services
     from ...model.domain import Format
@@ -178,12 +180,8 @@ class Driver(Collection[StoragePool, model.Pool]):
         return {job.name for job in self.jobs.values() if not job.over.is_set()} | self.volumes.at_work
 
     async def autostart(self) -> None:
-        async def one(pool: StoragePool) -> None:
-            try:
-                await self.start(pool.name, "autostart")
-            except errors.VirtdError as exc:
-                log.error("Cannot autostart pool %s: %s", pool.name, exc)
-                pool.problems["start"] = Problem(f"Autostart failed: {exc.message}", exc.hint)
+        def one(pool: StoragePool) -> Awaitable[None]:
+            return autostart(pool, partial(self.start, pool.name, "autostart"))
 
         wanted = [pool for pool in self.pools.values() if pool.definition is not None and pool.definition.autostart]
         await asyncio.gather(*(one(pool) for pool in wanted))
