@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import re
 import sys
@@ -208,20 +209,20 @@ class Networks:
         if not self.struck:
             return []
 
-        def whole() -> bool:
+        def wrong() -> list[str]:
             now = self._settled(FRAIL)
-            if _plain(networks.rules(self.lab, FRAIL)) != self.frail_rules:
-                return False
-            if self.deaf:
-                # Where the slots were lost there is no room for new ones; that has to be told.
-                return now["pid"] is None and any("no room" in problem["text"] for problem in now["problems"])
-            return now["pid"] not in (None, self.frail_pid) and not now["problems"]
+            found = [problem["text"] for problem in now["problems"]]
+            if now["pid"] in (None, self.frail_pid):
+                found.append(f"dnsmasq is PID {now['pid']}, was {self.frail_pid}")
+            rules = _plain(networks.rules(self.lab, FRAIL))
+            return found + [
+                line for line in difflib.ndiff(self.frail_rules.splitlines(), rules.splitlines()) if line[0] in "+-"
+            ]
 
         try:
-            self.lab.wait("the other network", whole, 90)
+            self.lab.wait("the other network", lambda: not wrong(), 90)
         except Failed:
-            now = self._settled(FRAIL)
-            return [Finding(Verdict.LOST, f"what was taken isn't there again: {now['pid']} {now['problems']}")]
+            return [Finding(Verdict.LOST, f"what was taken isn't there again: {'; '.join(wrong())[:200]}")]
         return []
 
 
