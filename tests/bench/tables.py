@@ -106,11 +106,13 @@ def container(figures: Figures) -> list[str]:
         ]
         lines.append(f"{name:<16}" + "".join(f"{cell:>18}" for cell in cells))
     lines += [f"{name:<16}doesn't run here: {why}" for name, why in figures["missing"].items()]
+    client = f"{_ms(figures['client']['median'])} ({_ms(figures['client']['min'])})"
     (one, first), (many, last) = figures["memory"].items()
     each = (last - first) * 1024 / (int(many) - int(one))
     return [
         *lines,
         "",
+        f"virtctl container info, for what of these is virtctl itself: {client} ms",
         f"virtd with {one} container {first:.1f} MiB, with {many} {last:.1f}: {each:.0f} KiB for each",
     ]
 
