@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 PLACES = ("/usr/bin", "/usr/local/bin")
 SECCOMP = "/usr/share/lxc/config/common.seccomp"
 APPARMOR = "/sys/module/apparmor/parameters/enabled"
+PARSERS = ("/usr/sbin/apparmor_parser", "/sbin/apparmor_parser")  # without one LXC can't load a profile
 # Where /etc/subuid grants root nothing: the upper part of what systemd leaves to containers (UIDS-GIDS in its
 # documentation), which useradd(8) never gives to a person (SUB_UID_MAX of login.defs(5) is 600,100,000).
 FIRST, COUNT = 0x60000000, 0x8000000
@@ -50,12 +51,13 @@ def program(name: str) -> str:
 
 
 def apparmor() -> bool:
-    """Whether the kernel confines by AppArmor."""
+    """Whether the kernel confines by AppArmor, and LXC can have it do so."""
     try:
         with open(APPARMOR, encoding="ascii") as file:
-            return file.read().strip() == "Y"
+            enabled = file.read().strip() == "Y"
     except OSError:
         return False
+    return enabled and any(os.access(path, os.X_OK) for path in PARSERS)
 
 
 # IDs
