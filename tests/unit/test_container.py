@@ -192,6 +192,22 @@ def test_a_root_with_its_program(root: Path) -> None:
     assert host.halt_signal(parse('shutdown_signal = "SIGINT"\n'), str(root)) == "SIGINT"
 
 
+def test_what_a_mount_shows_is_looked_at(root: Path, tmp_path: Path) -> None:
+    """A root file system whose programs are the host's own /usr."""
+    thin = tmp_path / "thin"
+    (thin / "etc").mkdir(parents=True)
+    (thin / "bin").symlink_to("usr/bin")
+    (thin / "sbin").symlink_to("/usr/bin")
+    mount = f'[[mount]]\nsource = "{root}/usr/"\ntarget = "/usr/"\n'
+    host.check_root(parse(f'command = ["sh"]\n{mount}'), str(thin), "x")
+    host.check_root(parse(mount), str(thin), "x")
+    assert host.halt_signal(parse(mount), str(thin)) == "SIGRTMIN+3"
+    with pytest.raises(errors.InvalidDefinition, match="nothing"):
+        host.check_root(parse(f'command = ["nothing"]\n{mount}'), str(thin), "x")
+    with pytest.raises(errors.InvalidDefinition):
+        host.check_root(parse('command = ["sh"]\n'), str(thin), "x")
+
+
 def test_a_root_that_is_none(root: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (root / "usr/bin/plain").write_text("")

@@ -14,7 +14,7 @@ from ...model import container as model
 from ...model import size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 PLACES = ("/usr/bin", "/usr/local/bin")
 SECCOMP = "/usr/share/lxc/config/common.seccomp"
@@ -129,11 +129,19 @@ def free_ids(taken: Iterable[int], *, etc: str = "/etc") -> model.IdMap:
 # The root file system
 
 
-def inside(root: str, path: str) -> str:
+def inside(root: str, path: str, mounts: Mapping[str, str] | None = None) -> str:
     """Where `path` of a container is on the host, with every symbolic link followed as its processes would.
 
-    Raises OSError. Nothing is opened; what is found can change at any time, so this is for checks only.
+    `mounts`: what of the host is shown where in it. Raises OSError. Nothing is opened; what is found can change at
+    any time, so this is for checks only.
     """
+
+    def place(parts: list[str]) -> str:
+        for count in range(len(parts), 0, -1):
+            if (source := (mounts or {}).get("/" + "/".join(parts[:count]))) is not None:
+                return "/".join([source, *parts[count:]])
+        return "/".join([root, *parts])
+
     links = 0
     pending = [part for part in path.split("/") if part not in ("", ".")][::-1]
     found: list[str] = []
@@ -142,7 +150,7 @@ def inside(root: str, path: str) -> str:
         if part == "..":
             del found[-1:]
             continue
-        here = "/".join([root, *found, part])
+        here = place([*found, part])
         if stat.S_ISLNK(os.lstat(here).st_mode):
             links += 1
             if links > LINKS:
@@ -153,7 +161,12 @@ def inside(root: str, path: str) -> str:
             pending += [part for part in target.split("/") if part not in ("", ".")][::-1]
         else:
             found.append(part)
-    return "/".join([root, *found])
+    return place(found)
+
+
+def mounts_of(container: model.Container) -> dict[str, str]:
+    """Its mounts, by where they are in it."""
+    return {mount.target.rstrip("/"): mount.source.rstrip("/") for mount in container.mount}
 
 
 def check_root(container: model.Container, root: str, source: str) -> None:
@@ -173,7 +186,7 @@ def check_root(container: model.Container, root: str, source: str) -> None:
     places = [word] if word.startswith("/") else [f"{place}/{word}" for place in SEARCH]
     for place in places:
         try:
-            status = os.stat(inside(root, place))
+            status = os.stat(inside(root, place, mounts_of(container)))
         except OSError:
             continue
         if not stat.S_ISREG(status.st_mode) or not status.st_mode & 0o111:
@@ -189,7 +202,7 @@ def halt_signal(container: model.Container, root: str) -> str:
     if container.command:
         return "SIGTERM"
     try:
-        program = inside(root, container.argv[0])
+        program = inside(root, container.argv[0], mounts_of(container))
     except OSError:
         return "SIGPWR"
     # systemd(1), "Signals"; SIGPWR is what sysvinit, OpenRC's init and busybox's understand.
