@@ -50,12 +50,9 @@ class Site:
         # No namespace of PIDs: the monitor's child is believed to be the first of one.
         real = container.status_of
         patch.setattr(container, "status_of", lambda pid: real(pid) | {"NSpid": f"{pid} 1"})
-        os.mkdir(f"{directory}/group")
-        with open(f"{directory}/group/cgroup.freeze", "w") as file:
-            file.write("0")
-        patch.setattr(Container, "cgroup", lambda machine: f"{directory}/group" if machine.alive else None)
-        patch.setattr(Container, "frozen", lambda _machine: self.frozen())
-        self._group = f"{directory}/group/cgroup.freeze"
+        self._groups = f"{directory}/group"
+        patch.setattr(Container, "cgroup", lambda machine: self._group(machine))
+        patch.setattr(Container, "frozen", lambda machine: self.frozen(machine))
         signal_init, freeze = Container.signal_init, Container.freeze
 
         def signalled(machine: Container, name: str) -> None:
@@ -76,12 +73,25 @@ class Site:
             file.write(f"#!/bin/sh\n{script}")
         os.chmod(path, 0o755)
 
-    def frozen(self) -> bool:
-        with open(self._group) as file:
+    def _group(self, machine: Container) -> str | None:
+        """A control group for each process: each has one of its own when it starts."""
+        if machine.child is None or not machine.child.pid:
+            return None
+        path = f"{self._groups}-{machine.child.pid}"
+        if not os.path.exists(path):
+            os.mkdir(path)
+            with open(f"{path}/cgroup.freeze", "w") as file:
+                file.write("0")
+        return path
+
+    def frozen(self, machine: Container) -> bool:
+        if (group := self._group(machine)) is None:
+            return False
+        with open(f"{group}/cgroup.freeze") as file:
             return file.read() == "1"
 
-    async def define(self, host: Host, more: str = "") -> None:
-        text = f'name = "web1"\nrootfs = "{self.root}"\nprivileged = true\n{more}'
+    async def define(self, host: Host, more: str = "", name: str = "web1") -> None:
+        text = f'name = "{name}"\nrootfs = "{self.root}"\nprivileged = true\n{more}'
         await host.containers.define(text, "test", check=False, by=ROOT)
 
     def type(self, line: str) -> None:
@@ -264,8 +274,9 @@ async def test_killed_at_every_step_of_a_freeze(tmp_path: Path, monkeypatch: pyt
     async def change(host: Host) -> None:
         await (host.containers.freeze if on else host.containers.thaw)("web1", by=ROOT)
 
-    async def after(site: Site, _host: Host, info: dict[str, Any], where: str, pid: int) -> None:
-        assert info["state"] == ("paused" if site.frozen() else "running"), where
+    async def after(site: Site, host: Host, info: dict[str, Any], where: str, pid: int) -> None:
+        frozen = site.frozen(host.containers.driver.find("web1"))
+        assert info["state"] == ("paused" if frozen else "running"), where
         assert info["pid"] == pid, where
 
     async def freeze(host: Host) -> None:

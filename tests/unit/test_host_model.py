@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tests.unit.model import ALIVE, NAMES, OPERATIONS, after
+from tests.unit.test_container_restarts import Site
 from tests.unit.whole_host import ROOT, Killed, World, until
 from virtd import errors
 
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
 
 
-class Domains(RuleBasedStateMachine):
-    """`expected`: state and PID of each domain that is defined."""
+class Model(RuleBasedStateMachine):
+    """`expected`: state and PID of each object that is defined."""
+
+    driver: str
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,8 +44,25 @@ class Domains(RuleBasedStateMachine):
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         return self.runner.run(work)
 
+    def set_up(self) -> World:
+        raise NotImplementedError
+
+    async def work(self, operation: str, name: str) -> Any:
+        raise NotImplementedError
+
+    async def listing(self) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+    async def certain(self, machine: Any) -> None:
+        """Until all that the kind's own process has to say of it is known."""
+        raise NotImplementedError
+
+    @property
+    def machines(self) -> dict[str, Any]:
+        return self.world.guests(self.driver).machines
+
     async def make(self) -> None:
-        self.world = World(Path(self.directory.name), self.patch)
+        self.world = self.set_up()
         await self.begin()
 
     async def begin(self) -> None:
@@ -52,13 +72,8 @@ class Domains(RuleBasedStateMachine):
     async def end(self) -> None:
         await self.daemon.__aexit__(None, None, None)
 
-    async def work(self, operation: str, name: str) -> Any:
-        if operation == "define":
-            return await self.world.define(name)
-        return await getattr(self.host, operation)(name, by=ROOT)
-
     async def found(self, name: str) -> tuple[str, int]:
-        items = {item["name"]: item for item in await self.host.listing()}
+        items = {item["name"]: item for item in await self.listing()}
         return (items[name]["state"], items[name]["pid"] or 0) if name in items else ("", 0)
 
     def settle(self, name: str, found: tuple[str, int]) -> None:
@@ -99,11 +114,11 @@ class Domains(RuleBasedStateMachine):
                 await self.world.unless_crashed(self.work(operation, name))
             await self.end()
             await self.begin()
-            machine = self.host.driver.machines.get(name)
+            machine = self.machines.get(name)
             if machine is not None and machine.request is not None:  # what was cut off is finished
                 await asyncio.wait_for(machine.over.wait(), 20)
-            if machine is not None and machine.monitor is None and machine.alive:
-                await machine.attach(5)  # whether it is paused is QEMU's to say
+            if machine is not None and machine.alive:
+                await self.certain(machine)
             return await self.found(name)
 
         found = self.run(cut_off())
@@ -118,13 +133,13 @@ class Domains(RuleBasedStateMachine):
         async def die() -> tuple[str, int]:
             if away:
                 await self.end()
-            process = self.world.units.process(name)
+            process = self.world.units.process(name, self.driver)
             process.kill()
             process.wait()
             if away:
                 await self.begin()
-            await until(lambda: not self.host.driver.machines[name].alive)
-            await self.host.driver.machines[name].over.wait()
+            await until(lambda: not self.machines[name].alive)
+            await self.machines[name].over.wait()
             return await self.found(name)
 
         self.expected[name] = ("crashed", 0)
@@ -141,18 +156,18 @@ class Domains(RuleBasedStateMachine):
     @invariant()
     def everything_agrees(self) -> None:
         async def look() -> None:
-            for name, machine in list(self.host.driver.machines.items()):
+            for name, machine in list(self.machines.items()):
                 if machine.alive:
-                    await machine.attach(5)
+                    await self.certain(machine)
                 assert machine.problems == {}, name
-            listed = {item["name"]: (item["state"], item["pid"] or 0) for item in await self.host.listing()}
+            listed = {item["name"]: (item["state"], item["pid"] or 0) for item in await self.listing()}
             assert listed == self.expected
             alive = sorted(name for name, (state, _) in self.expected.items() if state in ALIVE)
-            assert sorted(self.world.units.units) == [f"virtd-qemu-{name}.service" for name in alive]
+            assert sorted(self.world.units.units) == [f"virtd-{self.driver}-{name}.service" for name in alive]
             assert len(self.world.slots()) == 5 * len(alive)
             assert {slot.split("/")[1] for slot in self.world.slots()} == set(alive)
             assert sorted(self.expected) == sorted(
-                entry.removesuffix(".toml") for entry in os.listdir(f"{self.world.paths.etc}/qemu")
+                entry.removesuffix(".toml") for entry in os.listdir(f"{self.world.paths.etc}/{self.driver}")
             )
             assert (await self.host.check_all(repair=False, by=ROOT))["differences"] == []
 
@@ -166,8 +181,46 @@ class Domains(RuleBasedStateMachine):
         self.directory.cleanup()
 
 
-TestDomains = Domains.TestCase
-TestDomains.settings = settings(
+class Domains(Model):
+    driver = "qemu"
+
+    def set_up(self) -> World:
+        return World(Path(self.directory.name), self.patch)
+
+    async def work(self, operation: str, name: str) -> Any:
+        if operation == "define":
+            return await self.world.define(name)
+        return await getattr(self.host, operation)(name, by=ROOT)
+
+    async def listing(self) -> list[dict[str, Any]]:
+        return await self.host.listing()
+
+    async def certain(self, machine: Any) -> None:
+        await machine.attach(5)  # whether it is paused is QEMU's to say
+
+
+class Containers(Model):
+    driver = "lxc"
+
+    def set_up(self) -> World:
+        self.site = Site(Path(self.directory.name), self.patch)
+        return self.site.world
+
+    async def work(self, operation: str, name: str) -> Any:
+        if operation == "define":
+            return await self.site.define(self.host, name=name)
+        operation = {"suspend": "freeze", "resume": "thaw"}.get(operation, operation)
+        return await getattr(self.host.containers, operation)(name, by=ROOT)
+
+    async def listing(self) -> list[dict[str, Any]]:
+        return await self.host.containers.listing()
+
+    async def certain(self, machine: Any) -> None:
+        await until(machine.init, "its first program")
+
+
+TestDomains, TestContainers = Domains.TestCase, Containers.TestCase
+TestDomains.settings = TestContainers.settings = settings(
     max_examples=int(os.environ.get("VIRTD_EXAMPLES", "12")),
     stateful_step_count=12,
     deadline=None,
