@@ -5,7 +5,7 @@ This machine's kernel may have neither a device mapper nor an NFS server, and a 
 a whole machine: its file system on a disk, Debian's own kernel, run by QEMU without KVM. It boots twice, for it
 crashes in the midst of a clone. Needs root, Debian's archive and some minutes.
 
-    python -m tests.lvm --only clone --only nfs     only steps of inside.py with such names; no crash
+    python -m tests.lvm --only clone --only crash   only steps of inside.py with such names, and the crash
     VIRTD_KEEP_LAB=1 python -m tests.lvm            keeps the lab, which it names
     python -m tests.lvm --lab NAME                  uses that, with the virtd that is in it
 """
@@ -42,7 +42,7 @@ def main() -> int:
         if not args.lab:
             Lab.up(lab.name, "--rpm", str(build_rpm()), quiet=True)
         machine.make(lab)
-        for boot in ("first",) if args.only else ("first", "second"):
+        for boot in ("first", "second") if not args.only or "crash" in args.only else ("first",):
             say(f"the machine's {boot} boot")
             for line in machine.boot(lab, f"virtd.only={','.join(args.only)}" if args.only else ""):
                 if line.startswith(("ok ", "FAILED ", "crashing", "verdict:")):
