@@ -327,6 +327,11 @@ def test_beside_docker_and_libvirt(lab: Lab) -> None:
 def test_dnsmasq_dies_and_a_bridge_is_deleted(lab: Lab) -> None:
     define(lab, network("lab", 1))
     pid = info(lab, "lab")["pid"]
+    status = dict(line.split(":\t") for line in lab.sh(f"cat /proc/{pid}/status").splitlines())
+    assert set(status["Uid"].split()) == {lab.sh("id -u virtd-dnsmasq").strip()}
+    # To bind ports below 1024, to enter addresses of clients that have none yet, to ping: no more (capabilities(7)).
+    assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 1 << 10 | 1 << 12 | 1 << 13
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
     journal = Journal.now(lab)
     lab.sh(f"kill -9 {pid}")
     again = lab.wait("another dnsmasq", lambda: (i := info(lab, "lab"))["pid"] not in (None, pid) and i, 10)

@@ -162,6 +162,12 @@ def mark(name: str) -> str:
     return f"{zlib.crc32(found.encode()):08x}" if found else ""
 
 
+def marks(names: Iterable[str]) -> dict[str, str]:
+    """The marks of many. After a flush none of them is there, which one question tells."""
+    there = tables()
+    return {name: mark(name) if name in there else "" for name in names}
+
+
 def listing(name: str) -> str:
     """The network's table as the kernel has it, as JSON; "" when there is none."""
     try:

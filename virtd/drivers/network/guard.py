@@ -134,16 +134,18 @@ class Guard:
     async def _restore(self, *nets: Net) -> list[str]:
         """Those whose rules were gone or not as we had left them: all of them or none. Raises a VirtdError."""
         async with contextlib.AsyncExitStack() as turns:
-            lost = []
             for net in nets:
                 await turns.enter_async_context(net.exclusive("look after the rules of"))
-                if net.state is State.ACTIVE and (network := net.running) and await net.rules_lost(network):
-                    lost.append((net, network))
+            running = {net.name: net.running for net in nets if net.state is State.ACTIVE}
+            networks = [network for network in running.values() if network is not None and network.own]
+            if not networks:
+                return []
+            marks = await asyncio.to_thread(firewall.marks, [network.name for network in networks])
+            lost = [network for network in networks if marks[network.name] != self._nets[network.name].rules_mark]
             if lost:
-                marks = await asyncio.to_thread(firewall.replace, *(network for _net, network in lost))
-                for (net, _network), mark in zip(lost, marks, strict=True):
-                    net.rules_applied(mark)
-            return [net.name for net, _network in lost]
+                for network, mark in zip(lost, await asyncio.to_thread(firewall.replace, *lost), strict=True):
+                    self._nets[network.name].rules_applied(mark)
+            return [network.name for network in lost]
 
     # Bridges
 

@@ -305,11 +305,16 @@ class Net(Recorded):
         self.remember(rules=mark)
         self.problems.pop("rules", None)
 
+    @property
+    def rules_mark(self) -> str | None:
+        """Of the rules that were applied last."""
+        return self.record.data.get("rules") if self.record is not None else None
+
     async def rules_lost(self, network: model.Network) -> bool:
         """Whether the kernel has other rules than those that were applied last."""
         if not network.own or self.record is None:
             return False
-        return await asyncio.to_thread(firewall.mark, self.name) != self.record.data.get("rules")
+        return await asyncio.to_thread(firewall.mark, self.name) != self.rules_mark
 
     @property
     def forwards(self) -> bool:
