@@ -58,7 +58,8 @@ def _again(names: list[str]) -> dict[str, float]:
     begun = time.perf_counter()
     _run("nft", "flush", "ruleset")
     flushed = time.perf_counter()
-    while not all(f"inet virtd-{name}\n" in (_run("nft", "list", "tables") + "\n") for name in names):
+    wanted = {f"table inet virtd-{name}" for name in names}
+    while not wanted <= set(_run("nft", "list", "tables").splitlines()):
         if time.perf_counter() - begun > PATIENCE:
             raise TimeoutError("the rules don't come back")
         time.sleep(0.01)
