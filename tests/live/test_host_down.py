@@ -96,7 +96,8 @@ def guests_ended_well(lab: Lab) -> None:
         assert "Stopped" in found, f"{name} wasn't stopped by its unit: {found}"
         # QEMU ended by itself, by its guest's power-off or when it was told to quit: nobody had to kill it.
         warned = journal(lab, "_PID=1", f"UNIT=virtd-qemu-{name}.service", "-p", "warning")
-        assert [entry["MESSAGE"] for entry in warned] == []
+        # 262 looks for a controller that the lab hasn't got.
+        assert [entry["MESSAGE"] for entry in warned if "Failed to read pids.max" not in entry["MESSAGE"]] == []
     assert max(found["Stopping"] for found in times.values()) < min(found["Stopped"] for found in times.values())
     assert times["polite"]["Stopped"] < times["deaf3"]["Stopped"] < times["deaf6"]["Stopped"]
     for entry in journal(lab, "_PID=1", "UNIT=virtd-network-lab.service"):
