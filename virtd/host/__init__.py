@@ -19,6 +19,7 @@ import msgspec
 
 from .. import __version__, console, errors, files
 from ..child import sweep
+from ..drivers.autostart import AGAIN
 from ..drivers.qemu.machine import DRIVER
 from ..drivers.registry import Drivers
 from ..process import boot_id
@@ -165,11 +166,16 @@ class Host(Domains):
         with contextlib.suppress(OSError), open(mark, encoding="ascii") as file:
             if file.read().strip() == boot:
                 return
-        try:
-            files.write(mark, f"{boot} begun\n".encode())
-        except errors.HostError as exc:
-            self.problems["autostart"] = (f"Nothing was autostarted: {exc.message}", exc.hint)
-            return
+        for pause in (*AGAIN, None):
+            try:
+                files.write(mark, f"{boot} begun\n".encode())
+                break
+            except errors.HostError as exc:
+                self.problems["autostart"] = (f"Nothing was autostarted: {exc.message}", exc.hint)
+                if pause is None:
+                    return
+                await asyncio.sleep(pause)
+        self.problems.pop("autostart", None)
         await self._start_at_boot()
         with contextlib.suppress(errors.HostError):  # the next daemon will find nothing left to do
             files.write(mark, f"{boot}\n".encode())
