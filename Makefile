@@ -53,7 +53,7 @@ unit: $(STAMP) ## tests that need no root and take seconds
 live: $(STAMP) ## tests in booted systems (root), JOBS of them at once [JOBS=2]
 	$(PYTHON) -m pytest tests/live -m live -o faulthandler_timeout=900 -n $(JOBS) --dist loadfile
 
-lvm: $(STAMP) ## pools on LVM and NFS, in a machine that has the kernel for it (root, a quarter of an hour; not yet seen to its end)
+lvm: $(STAMP) ## pools on LVM and NFS, in a machine that has the kernel for it (root, half an hour; half of its steps have been seen to pass)
 	$(PYTHON) -m tests.lvm
 
 survival: $(STAMP) ## the table of what survives what, on all three suites, into the README (root, half an hour)
