@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -77,8 +76,5 @@ def owners(paths: Paths) -> list[tuple[str, str]]:
 
 
 def fresh(directory: str) -> bool:
-    """Whether the FIFOs are still there: it isn't known yet whether the child has opened them."""
-    try:
-        return stat.S_ISFIFO(os.lstat(f"{directory}/{NAMES[-1]}").st_mode)
-    except OSError:
-        return False
+    """Whether the links aren't there yet: the child may not have opened its FIFOs, or they aren't even made."""
+    return not os.path.islink(f"{directory}/{NAMES[-1]}")

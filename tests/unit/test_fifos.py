@@ -63,10 +63,12 @@ def test_what_cannot_be_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 
 @on_loop
 async def test_a_start_that_left_nothing_else_is_swept_up(world: World) -> None:
-    """A crash between the pipes and the record of them."""
+    """A crash between the pipes and the record of them, or before the first pipe."""
     async with world.daemon():
         pid = await world.run("web1")
         fifos.make(world.paths.fifos("qemu", "web2"), ())
+        fifos.retire(world.paths.fifos("qemu", "web2"))
+        fifos.make(world.paths.fifos("qemu", "web4"), ())
         for fd in fifos.make(world.paths.fifos("qemu", "web3"), fifos.NAMES):
             os.close(fd)
     async with world.daemon() as host:
