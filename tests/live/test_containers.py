@@ -19,9 +19,11 @@ from tests.survival import containers as small
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 pytestmark = pytest.mark.live
 
+FORGETS = SUITE == "bookworm"  # systemd 252: its FD store is empty once the service has been stopped
 MINI = '[[mount]]\nsource = "/usr"\ntarget = "/usr"\nreadonly = true\n'  # what small.ROOT needs besides
 ROOT = "/var/lib/virtd/containers/base"
 FIRST = 0x60000000
@@ -155,7 +157,7 @@ def test_how_it_ended_is_on_record(containers: Containers) -> None:
 
     def command(words: str) -> str:
         # systemd 252 drops the terminal when virtd is stopped, and hangs its program up by that.
-        terminal = "terminal = false\n" if SUITE == "bookworm" else ""
+        terminal = "terminal = false\n" if FORGETS else ""
         return f'{terminal}command = ["sh", "-c", "{words}"]\n'
 
     containers.define("good", command("exit 0"))
@@ -177,7 +179,12 @@ def test_how_it_ended_is_on_record(containers: Containers) -> None:
         "monitor": ("crashed", "killed", None),
     }
     assert seen["monitor"]["exit"]["signal"] == "SIGKILL"
-    assert seen["away"]["exit"]["at"] < lab.json("status")["since"]
+    # 252 has problems to tell: it has dropped the pipes of what runs on.
+    since = json.loads(lab.virtctl("status", "--json", check=not FORGETS).stdout)["since"]
+    assert seen["away"]["exit"]["at"] < since
+    if FORGETS:  # with LXC's log it has lost what tells of a signal
+        lab.virtctl("container", "stop", "killed")
+        lab.virtctl("container", "start", "killed")
     lab.virtctl("container", "kill", "-s", "KILL", "killed")
     end = containers.ended("killed")
     assert (end["exit"]["cause"], end["exit"]["signal"], end["exit"]["by"]) == ("killed", "SIGKILL", "root")
@@ -227,7 +234,7 @@ def test_what_it_survives(containers: Containers) -> None:
     for event in (
         "systemctl restart virtd",
         "systemctl kill -s KILL virtd",
-        "systemctl stop virtd; systemctl start virtd",
+        *([] if FORGETS else ["systemctl stop virtd; systemctl start virtd"]),
         "systemctl daemon-reexec",
     ):
         lab.sh(event)
@@ -238,16 +245,106 @@ def test_what_it_survives(containers: Containers) -> None:
     assert containers.info("deb")["pid"] == pid
 
 
+@pytest.mark.skipif(not FORGETS, reason="systemd from 254 on keeps the store")
+def test_a_stop_of_the_service_costs_the_console_only(containers: Containers) -> None:
+    """On systemd 252, and `virtctl status` says so: what runs in it runs on, and is obeyed and started again."""
+    lab = containers.lab
+    containers.define("deb")
+    containers.said("deb", b"login:")
+    pid = containers.info("deb")["pid"]
+    lab.sh("systemctl stop virtd.socket virtd.service; systemctl start virtd.socket virtd.service")
+    lab.wait("the daemon", lambda: lab.virtctl("status", check=False).returncode != 3)
+    assert (containers.state("deb"), containers.info("deb")["pid"]) == ("running", pid)
+    told = lab.virtctl("status", check=False)
+    assert told.returncode == 1
+    assert "older than 254" in told.stdout
+    assert "lxc/deb/stdin" in told.stdout
+    refused = lab.virtctl("container", "console", "deb", check=False)
+    assert "takes no input" in refused.stderr
+    assert lab.virtctl("container", "exec", "deb", "--", "echo", "well").stdout == "well\n"
+    lab.virtctl("container", "shutdown", "deb")
+    assert containers.info("deb")["exit"]["cause"] == "shutdown"
+    lab.virtctl("container", "stop", "talks")
+    count = containers.log("deb").count(b"login:")
+    lab.virtctl("container", "start", "deb")
+    containers.said("deb", b"login:", count + 1)
+    assert lab.json("status")["problems"] == []
+
+
+def test_an_upgrade_of_the_package(containers: Containers, packages: dict[str, Path]) -> None:
+    """And the way back, while a full systemd in it writes to its console: same process, same addresses, each byte."""
+    lab = containers.lab
+    for version, path in packages.items():
+        lab.copy(path, f"/root/virtd-{version}.rpm")
+    lab.virtctl("network", "define", "default")
+    try:
+        containers.define("deb", '[[nic]]\nnetwork = "default"\n')
+        containers.said("deb", b"login:")
+        slow = f'{LINES.replace("COUNT", "1000000")} | while read -r line; do echo "$line"; sleep 0.01; done'
+        inside = ("container", "exec", "deb", "--")
+        lab.virtctl(*inside, "ip", "address", "add", "192.0.2.7/24", "dev", "eth0")
+        lab.virtctl(*inside, "systemd-run", "-q", "--unit=lines", "sh", "-c", f"(echo; {slow}) >/dev/console")
+        before = lab.wait("lines", lambda: check(containers.log("deb")).lines > 50 and containers.info("deb"), 60)
+        for version, options in (("0.1.1", ""), ("0.1.0", "--oldpackage")):
+            last = check(containers.log("deb")).last
+            lab.sh(f"rpm -U {options} /root/virtd-{version}.rpm")
+            assert lab.json("status")["version"] == version
+            info = containers.info("deb")
+            assert (info["state"], info["pid"]) == ("running", before["pid"])
+            assert set(before["addresses"]) <= set(info["addresses"])
+            assert "192.0.2.7" in info["addresses"]
+            lab.wait("more lines", lambda last=last: check(containers.log("deb")).last > last + 50, 60)
+        lab.virtctl(*inside, "systemctl", "stop", "lines")
+        tally = check(containers.log("deb"))
+        assert (tally.first, tally.lost, tally.repeated, tally.broken) == (1, 0, 0, [])
+    finally:
+        lab.virtctl("container", "stop", "deb", check=False)
+        lab.virtctl("network", "stop", "--force", "default", check=False)
+        lab.virtctl("network", "undefine", "default", check=False)
+
+
+LOOPS = """set -e
+test -e /dev/loop-control || mknod /dev/loop-control c 10 237
+for number in 0 1 2 3 4 5 6 7; do test -e /dev/loop$number || mknod /dev/loop$number b 7 $number; done
+"""
+VOLUME = f'name = "vol"\nrootfs = {{ pool = "roots", volume = "one" }}\ncommand = ["/steady", "20"]\n{MINI}'
+
+
+def with_volume(lab: Lab) -> None:
+    """A volume, still without a file system, and in /srv/image what VOLUME needs in one."""
+    make = small.MAKE.replace(small.ROOT, "/srv/image").replace(f"chown -hR {small.FIRST}:{small.FIRST} .", "")
+    lab.run("sh", "-c", make, stdin=small.PROGRAM)
+    lab.sh(f"{LOOPS}mkdir -p /srv/volumes")
+    lab.virtctl("pool", "define", "-", stdin='name = "roots"\ntype = "directory"\npath = "/srv/volumes"\n')
+    lab.virtctl("pool", "start", "roots", check=False)
+    lab.virtctl("volume", "create", "roots", "one", "32M")
+
+
+def without_volume(lab: Lab) -> None:
+    lab.virtctl("container", "undefine", "vol", check=False)
+    lab.virtctl("volume", "delete", "roots", "one", check=False)
+    lab.virtctl("pool", "stop", "roots", check=False)
+    lab.virtctl("pool", "undefine", "roots", check=False)
+    lab.sh("rm -rf /srv/volumes /srv/image")
+
+
 # Groups come and go in it all the time: a command runs in a unit of its own, and then the next.
 CHURN = "while :; do systemd-run -q --wait true && echo >>/run/churned; done"
 
 
-@pytest.mark.skipif(SUITE == "bookworm", reason="systemd 252 has no soft reboot")
+@pytest.mark.skipif(FORGETS, reason="systemd 252 has no soft reboot")
 def test_it_lives_through_a_soft_reboot(containers: Containers) -> None:
-    """All processes of a full systemd, its console, its address; and not a byte of one that writes all the while."""
+    """All processes of a full systemd, its console, its address; not a byte of one that writes all the while; and the
+    mount of a volume that is a root.
+    """
     lab = containers.lab
     lab.virtctl("network", "define", "default")
+    names = ("deb", "flood", "vol")
     try:
+        with_volume(lab)
+        lab.sh("mkfs.ext4 -q -F -d /srv/image /srv/volumes/one")
+        lab.virtctl("container", "define", "-", stdin=VOLUME)
+        lab.virtctl("container", "start", "vol")
         containers.define("deb", '[[nic]]\nnetwork = "default"\n')
         slow = f'{LINES.replace("COUNT", "1000000")} | while read -r line; do echo "$line"; sleep 0.01; done'
         containers.define("flood", f"command = {json.dumps(['sh', '-c', slow])}\n")
@@ -261,10 +358,10 @@ def test_it_lives_through_a_soft_reboot(containers: Containers) -> None:
                 == 0
             ),
         )
-        before = {name: containers.info(name) for name in ("deb", "flood")}
+        before = {name: containers.info(name) for name in names}
         main = lab.virtctl("container", "exec", "deb", "--", "systemctl", "show", "-P", "MainPID", "churn").stdout
         lab.soft_reboot()
-        after = {name: containers.info(name) for name in ("deb", "flood")}
+        after = {name: containers.info(name) for name in names}
         for name, info in after.items():
             assert (info["state"], info["pid"]) == ("running", before[name]["pid"]), info
         assert "192.0.2.7" in after["deb"]["addresses"]
@@ -280,9 +377,15 @@ def test_it_lives_through_a_soft_reboot(containers: Containers) -> None:
         lab.virtctl("container", "console", "--timeout", "1", "deb", stdin="root\n")
         containers.said("deb", b"#")
         assert lab.json("status")["problems"] == []
+        last = check(containers.log("vol")).last
+        lab.wait("more of the volume's", lambda: check(containers.log("vol")).last > last, 60)
+        assert lab.sh("findmnt -n -o FSTYPE /run/virtd/lxc/.roots/vol").strip() == "ext4"
+        lab.virtctl("container", "stop", "vol")
+        assert lab.sh("findmnt -n /run/virtd/lxc/.roots/vol; losetup -j /srv/volumes/one", check=False) == ""
     finally:
-        for name in ("deb", "flood"):
+        for name in names:
             lab.virtctl("container", "stop", name, check=False)
+        without_volume(lab)
         lab.virtctl("network", "stop", "--force", "default", check=False)
         lab.virtctl("network", "undefine", "default", check=False)
 
@@ -296,7 +399,7 @@ def test_the_shutdown_of_its_unit_asks_it(containers: Containers) -> None:
     lab.sh("systemctl start virtd.socket virtd.service")
     end = containers.ended("deb")
     assert (end["state"], end["exit"]["cause"]) == ("stopped", "host-shutdown")
-    assert b"Reached target" in containers.log("deb").split(b"login:")[-1]
+    assert FORGETS or b"Reached target" in containers.log("deb").split(b"login:")[-1]
 
 
 def test_bad_input_is_refused_before_anything_starts(containers: Containers) -> None:
@@ -446,28 +549,46 @@ def test_create_from_an_archive_and_from_a_directory(containers: Containers) -> 
         lab.sh("rm -rf /var/lib/virtd/containers/made /var/lib/virtd/containers/copied")
 
 
+# acl(5) as the kernel has it, linux/posix_acl_xattr.h: the owner, user 33, the group, the mask, others.
+ACL = """
+import os, struct
+NOBODY = 0xFFFFFFFF
+ENTRIES = [(1, 7, NOBODY), (2, 5, 33), (4, 5, NOBODY), (16, 5, NOBODY), (32, 5, NOBODY)]
+packed = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in ENTRIES)
+def user(path):
+    return struct.unpack_from("<HHI", os.getxattr(path, "system.posix_acl_access"), 12)[2]
+"""
+
+
 def test_create_keeps_file_capabilities_and_attributes(containers: Containers) -> None:
-    """Of an archive and of a directory; the container's root is the one that a capability is good for."""
+    """Of an archive and of a directory; the container's root is the one that a capability is good for, and its user
+    33 the one whom an ACL names.
+    """
     lab = containers.lab
+    lab.write("/srv/acl.py", ACL)
     lab.sh("""set -e
         mkdir -p /srv/attributes/usr/bin && cd /srv/attributes
         cp /bin/true usr/bin/init && cp /bin/ls usr/bin/able
         python3 - <<'END'
-import os, struct
+exec(open("/srv/acl.py").read())
+os.setxattr("usr/bin/init", "system.posix_acl_access", packed)
 os.setxattr("usr/bin/able", "security.capability", struct.pack("<5I", 0x02000001, 1 << 13, 0, 0, 0))  # net_raw
 os.setxattr("usr/bin/able", "user.note", b"kept")
 END
-        tar --xattrs --xattrs-include='*' -cf /srv/attributes.tar .""")
+        tar --acls --xattrs --xattrs-include='*' -cf /srv/attributes.tar .""")
     try:
         for name, image in (("packed", "/srv/attributes.tar"), ("copied", "/srv/attributes")):
             lab.virtctl("container", "create", name, "--image", image)
-            read = f"""import os, struct
+            read = f"""exec(open("/srv/acl.py").read())
 path = "/var/lib/virtd/containers/{name}/usr/bin/able"
 magic, permitted, _, _, _, root = struct.unpack("<6I", os.getxattr(path, "security.capability"))
-print(magic >> 24, permitted, root == os.stat(path).st_uid, os.getxattr(path, "user.note").decode())"""
-            assert lab.run("python3", "-c", read).stdout.split() == ["3", str(1 << 13), "True", "kept"]
+print(magic >> 24, permitted, root == os.stat(path).st_uid, os.getxattr(path, "user.note").decode())
+print(user(os.path.dirname(path) + "/init") - os.stat(path).st_uid)"""
+            assert lab.run("python3", "-c", read).stdout.split() == ["3", str(1 << 13), "True", "kept", "33"]
     finally:
-        lab.sh("rm -rf /srv/attributes* /var/lib/virtd/containers/packed /var/lib/virtd/containers/copied")
+        lab.sh(
+            "rm -rf /srv/acl.py /srv/attributes* /var/lib/virtd/containers/packed /var/lib/virtd/containers/copied"
+        )
 
 
 def test_a_create_that_is_cut_off_leaves_nothing(containers: Containers) -> None:
@@ -569,20 +690,24 @@ def test_the_host_s_network(containers: Containers) -> None:
 def test_a_root_of_the_host_s_root_is_shifted(containers: Containers) -> None:
     """On a file system that has idmapped mounts: nothing in it changes hands, and what it makes is root's there."""
     lab = containers.lab
-    lab.sh("""set -e
-        test -e /dev/loop-control || mknod /dev/loop-control c 10 237
-        for number in 0 1 2 3 4 5 6 7; do test -e /dev/loop$number || mknod /dev/loop$number b 7 $number; done
+    lab.sh(f"""{LOOPS}
         truncate -s 32M /srv/shifted.img && mkfs.ext4 -q -F /srv/shifted.img
         mkdir -p /srv/shifted && mount -o loop /srv/shifted.img /srv/shifted""")
     make = small.MAKE.replace(small.ROOT, "/srv/shifted/root").replace(f"chown -hR {small.FIRST}:{small.FIRST} .", "")
     try:
         lab.run("sh", "-c", make, stdin=small.PROGRAM)
-        look = 'command = ["/shell", "-c", "stat -c %u /steady; touch /tmp/made; cat /proc/self/uid_map"]\n'
+        # An ACL's users are shifted with the owners.
+        lab.write("/srv/shifted/root/acl.py", ACL)
+        give = "exec(open('acl.py').read()); os.setxattr('steady', 'system.posix_acl_access', packed)"
+        lab.run("env", "-C", "/srv/shifted/root", "python3", "-c", give)
+        lab.write("/srv/shifted/root/look.py", "exec(open('/acl.py').read())\nprint(user('/steady'))\n")
+        asks = "stat -c %u /steady; python3 /look.py; touch /tmp/made; cat /proc/self/uid_map"
+        look = f"command = {json.dumps(['/shell', '-c', asks])}\n"
         containers.define("shifted", f"{look}{MINI}", root="/srv/shifted/root")
         assert containers.ended("shifted")["exit"]["cause"] == "exited", containers.log("shifted")
         said = containers.log("shifted").split()
-        assert said[:2] == [b"0", b"0"]
-        assert said[2] != b"0"
+        assert said[:3] == [b"0", b"33", b"0"]
+        assert said[3] != b"0"
         assert lab.sh("stat -c %u /srv/shifted/root/steady /srv/shifted/root/tmp/made").split() == ["0", "0"]
     finally:
         lab.virtctl("container", "undefine", "shifted", check=False)
@@ -592,18 +717,9 @@ def test_a_root_of_the_host_s_root_is_shifted(containers: Containers) -> None:
 def test_a_volume_as_its_root(containers: Containers) -> None:
     """In use by nobody else while it is; mounted over crashes of the daemon, and no longer than it runs."""
     lab = containers.lab
-    make = small.MAKE.replace(small.ROOT, "/srv/image").replace(f"chown -hR {small.FIRST}:{small.FIRST} .", "")
-    lab.run("sh", "-c", make, stdin=small.PROGRAM)
-    lab.sh("""set -e
-        test -e /dev/loop-control || mknod /dev/loop-control c 10 237
-        for number in 0 1 2 3 4 5 6 7; do test -e /dev/loop$number || mknod /dev/loop$number b 7 $number; done
-        mkdir -p /srv/volumes""")
-    text = f'name = "vol"\nrootfs = {{ pool = "roots", volume = "one" }}\ncommand = ["/steady", "20"]\n{MINI}'
     try:
-        lab.virtctl("pool", "define", "-", stdin='name = "roots"\ntype = "directory"\npath = "/srv/volumes"\n')
-        lab.virtctl("pool", "start", "roots", check=False)
-        lab.virtctl("volume", "create", "roots", "one", "32M")
-        lab.virtctl("container", "define", "-", stdin=text)
+        with_volume(lab)
+        lab.virtctl("container", "define", "-", stdin=VOLUME)
         empty = lab.virtctl("container", "start", "vol", check=False)
         assert empty.returncode == 1
         assert "Cannot mount" in empty.stderr
@@ -645,12 +761,8 @@ def test_a_volume_as_its_root(containers: Containers) -> None:
         lab.wait("nothing to be left", lambda: ".roots" not in lab.sh("ls -A /run/virtd/lxc"), 60)
     finally:
         lab.virtctl("container", "stop", "vol", check=False)
-        lab.virtctl("container", "undefine", "vol", check=False)
         lab.virtctl("undefine", "disk", check=False)
-        lab.virtctl("volume", "delete", "roots", "one", check=False)
-        lab.virtctl("pool", "stop", "roots", check=False)
-        lab.virtctl("pool", "undefine", "roots", check=False)
-        lab.sh("rm -rf /srv/volumes /srv/image")
+        without_volume(lab)
 
 
 def test_its_end_is_told_on_the_bus(containers: Containers) -> None:
@@ -675,7 +787,9 @@ def machines(lab: Lab) -> dict[str, tuple[str, int]]:
         "org.freedesktop.machine1.Manager ListMachines"
     )
     rows = [row for row in json.loads(said)["data"][0] if row[0] != ".host"]
-    leaders = {row[0]: int(lab.sh(f"machinectl show -P Leader {row[0]} 2>/dev/null || echo 0")) for row in rows}
+    leaders = {
+        row[0]: int(lab.sh(f"machinectl show --value -p Leader {row[0]} 2>/dev/null || echo 0")) for row in rows
+    }
     assert len(leaders) == len(rows)
     return {row[0]: (row[1], leaders[row[0]]) for row in rows}
 
@@ -693,7 +807,7 @@ def test_machinectl_shows_what_runs(containers: Containers) -> None:
 
     lab.wait("both", shown, 60)
     assert "qemu-web1" in lab.sh("machinectl --no-legend list")
-    assert lab.info("web1")["uuid"].replace("-", "") == lab.sh("machinectl show -P Id qemu-web1").strip()
+    assert lab.info("web1")["uuid"].replace("-", "") == lab.sh("machinectl show --value -p Id qemu-web1").strip()
     for event in (
         "systemctl restart virtd.service",
         "systemctl restart systemd-machined.service",
