@@ -51,18 +51,23 @@ class Services(NamedTuple):
     unit: str = "virtd.service"  # the daemon's own unit, which holds the slots
 
 
+Stdio = tuple[int | str, int | str, int | str]  # of units.Stdio, whose import would cost something
+
+
 class Ends(msgspec.Struct):
     """The child's ends of its pipes, ours until it has opened them by the paths in `stdio`.
 
     With a terminal, `stdout` is its other end, which can be read as well, `stdin` is none (systemd would make a
-    terminal on standard input the child's controlling one), and `tty` is its name, "/dev/pts/3".
+    terminal on standard input the child's controlling one), and `tty` is its name, "/dev/pts/3". `held`: the unit has
+    the master end, too, as standard error, and what is to be that as standard input; the child turns them round.
     """
 
     stdin: int
     stdout: int
     stderr: int
-    stdio: tuple[int | str, int | str, int | str]  # units.Stdio, whose import would cost something
+    stdio: Stdio
     tty: str = ""
+    held: bool = False
 
     def close(self) -> None:
         for fd in (self.stdin, self.stdout, self.stderr):
@@ -104,11 +109,13 @@ class Child(msgspec.Struct):
 
     # Making one
 
-    def prepare(self, *, terminal: bool = False) -> tuple[Ends, dict[str, int]]:
+    def prepare(self, *, terminal: bool = False, forgets: bool = False) -> tuple[Ends, dict[str, int]]:
         """Open the logs and make the pipes: the child's ends, and what belongs into the slots. Raises HostError.
 
         With `terminal` the child has a terminal in place of standard input and output: its master end is in the slot
         of stdin, and what comes out of it goes through a pipe of our own, whose read end is in the slot of stdout.
+        `forgets`: systemd drops the slots when virtd is stopped. So that this hangs nothing up, the unit is given the
+        master end as well, which PID 1 has open for as long as the unit is there.
         """
         self.console = self._log(CONSOLE_LOG)
         try:
@@ -154,8 +161,14 @@ class Child(msgspec.Struct):
             os.close(out_write)  # the feeder opens it again whenever there is one
             out_write = slave
         stdin, stdout, stderr = (f"{self.pipes}/{name}" for name in fifos.NAMES)
-        stdio = (os.devnull, slave, stderr) if terminal else (stdin, stdout, stderr)
-        return Ends(in_read, out_write, err_write, stdio, tty), {self.slot(name): fd for name, fd in ours.items()}
+        stdio: Stdio = (os.devnull, slave, stderr) if terminal else (stdin, stdout, stderr)
+        held = terminal and forgets
+        if held:
+            in_read = os.dup(in_write)
+            stdio = (err_write, slave, in_read)
+        return Ends(in_read, out_write, err_write, stdio, tty, held), {
+            self.slot(name): fd for name, fd in ours.items()
+        }
 
     async def keep(self, descriptors: dict[str, int]) -> None:
         """Put `descriptors` into their slots and see that PID 1 has them. Raises HostError, with none left there."""

@@ -44,6 +44,7 @@ FINAL_TARGETS: Final = ("poweroff.target", "reboot.target", "halt.target", "kexe
 # When the host goes down, all that is Before= this target stays until the children have ended: virtd itself,
 # networks, mounts. See units/virtd-guests-pre.target.
 GROUND: Final = "virtd-guests-pre.target"
+STORE_SINCE: Final = 254  # an FD store that is kept while its service is stopped, and can be looked into
 SURVIVAL_SINCE: Final = 255  # SurviveFinalKillSignal=; soft reboots themselves are of 254
 
 # What a child's standard input, output or error is to be: a descriptor, or a path that systemd opens. PID 1 keeps a

@@ -8,6 +8,7 @@ as an init obeys, SIGRTMIN+3 and SIGRTMIN+5; with the word "deaf" in the contain
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -32,7 +33,8 @@ class Monitor:
 
     def say(self, words: str, level: str = "NOTICE") -> None:
         line = f"lxc-start {self.name} 20261124035119.773 {level:<8} start - ../src/lxc/start.c:x:1 - {words}\n"
-        os.write(self.log, line.encode())
+        with contextlib.suppress(BrokenPipeError):  # LXC ignores SIGPIPE, too
+            os.write(self.log, line.encode())
 
     def run(self) -> int:
         """Its exit status: what lxc-execute tells of a command; lxc-start says 0 of an init that was ended."""

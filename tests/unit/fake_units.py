@@ -99,6 +99,9 @@ class FakeUnits:
         self.units[spec.name] = Unit(spec, process)
         return self.units[spec.name].state()
 
+    async def version(self) -> int:
+        return 252 if self._old else 257
+
     async def state(self, name: str) -> UnitState | None:
         self.step(f"state {name}")
         await asyncio.sleep(0)

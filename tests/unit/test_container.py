@@ -113,6 +113,23 @@ def test_a_root_that_can_be_none(rootfs: str) -> None:
     assert caught.value.key == "rootfs"
 
 
+def test_apparmor_takes_a_kernel_that_has_it_and_a_parser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither is on the machines that this is tested on: what LXC is told is all that can be looked at here."""
+    enabled, parser = tmp_path / "enabled", tmp_path / "apparmor_parser"
+    monkeypatch.setattr(host, "APPARMOR", str(enabled))
+    monkeypatch.setattr(host, "PARSERS", (str(parser),))
+    assert not host.apparmor()
+    enabled.write_text("Y\n")
+    assert not host.apparmor()
+    parser.write_text("")
+    parser.chmod(0o755)
+    assert host.apparmor()
+    enabled.write_text("N\n")
+    assert not host.apparmor()
+    assert "lxc.apparmor.profile = unconfined" in config.text(parse(), on_host(), [])
+    assert "lxc.apparmor.profile = generated" in config.text(parse(), on_host(apparmor=True), [])
+
+
 # IDs
 
 

@@ -31,8 +31,8 @@ ENDING = "systemd/systemd"  # what an init is called that knows SIGRTMIN+3 and S
 class Site:
     """A world with LXC in it. Containers share the host's IDs here, for tests aren't root."""
 
-    def __init__(self, directory: Path, patch: pytest.MonkeyPatch) -> None:
-        self.world = World(directory, patch)
+    def __init__(self, directory: Path, patch: pytest.MonkeyPatch, **options: Any) -> None:
+        self.world = World(directory, patch, **options)
         self.root = f"{directory}/root"
         for path in (self.world.paths.etc, self.world.paths.run, self.world.paths.log):
             os.makedirs(f"{path}/lxc")
@@ -394,3 +394,45 @@ async def test_lxc_is_faster_than_systemds_answer(tmp_path: Path, monkeypatch: p
             await host.containers.stop("web1", by=ROOT)
     finally:
         site.world.close()
+
+
+@on_loop
+async def test_an_old_systemd_hangs_up_no_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 254 it drops all slots when virtd is stopped, but has open what a unit was given until the unit goes."""
+    site = Site(tmp_path, monkeypatch, old=True)
+    start = site.world.units.start
+    held: list[int] = []
+
+    async def keeping(spec: Any, stdio: tuple[int, int, int], **options: Any) -> Any:
+        held.extend(os.dup(fd) for fd in stdio)  # none of them is a path
+        return await start(spec, stdio, **options)
+
+    monkeypatch.setattr(site.world.units, "start", keeping)
+    try:
+        async with site.world.daemon() as host:
+            await site.define(host, f'command = ["/usr/lib/{ENDING}"]\n')
+            pid = (await host.containers.start("web1", by=ROOT))["pid"]
+            await site.says("before")
+            os.write(held[2], b"echo unread\n")
+        site.world.pid1.read()
+        for entry in list(site.world.pid1.entries):
+            site.world.pid1._remove(entry)
+        async with site.world.daemon() as host:
+            await tidied(host)
+            info = await host.containers.info("web1")
+            assert (info["state"], info["pid"]) == ("running", pid)
+            assert [problem["text"].split()[1] for problem in info["problems"]] == [
+                f"lxc/web1/{slot}" for slot in ("stdin", "stdout", "stderr")
+            ]
+            # Nobody reads what it says; it says it all the same, and does what it is told.
+            os.write(held[2], b"exit 3\n")
+            await until(lambda: not host.containers.driver.find("web1").alive, "its end")
+            ending = (await host.containers.info("web1"))["exit"]
+            assert (ending["cause"], ending["code"]) == ("failed", 3)
+            assert (await host.containers.start("web1", by=ROOT))["changed"] is True
+            await site.says("after")
+            await host.containers.stop("web1", by=ROOT)
+    finally:
+        site.world.close()
+        for fd in held:
+            os.close(fd)

@@ -14,6 +14,7 @@ from ..child import Child, Ends, identities
 from ..messages import Message
 from ..model.state import State
 from ..records import Record, now
+from ..units import STORE_SINCE
 from . import definitions
 from .collection import D
 from .guest import Guest
@@ -83,7 +84,8 @@ class Start(Generic[G, D]):
         units = await self.services.units()
         await self.reach()
         before = machine.record
-        ends, descriptors = self.child.prepare(terminal=self.terminal)
+        forgets = self.terminal and await units.version() < STORE_SINCE
+        ends, descriptors = self.child.prepare(terminal=self.terminal, forgets=forgets)
         try:
             assert self.child.stderr is not None
             self.stderr_from = os.fstat(self.child.stderr.fd).st_size

@@ -123,12 +123,13 @@ def quoted(words: tuple[str, ...]) -> str:
     return " ".join("'" + word.replace("'", "'\\''") + "'" for word in words)
 
 
-def start_script(container: model.Container, host: Host) -> str:
+def start_script(container: model.Container, host: Host, *, held: bool = False) -> str:
     """What the unit runs.
 
     Its standard error becomes LXC's log, which tells when the container's first program runs, reboots and ends.
     systemd would make a terminal on standard input the controlling one of LXC itself, which would then be hung up
-    together with the container's console; so it comes as standard output, and is put in its place here.
+    together with the container's console; so it comes as standard output, and is put in its place here. `held`: what
+    LXC's log is to go to is standard input (see child.Ends).
     """
     lxc: tuple[str, ...] = (host.start, "-q", "-P", host.path, "-n", container.name, "-f", f"{host.runtime}/config")
     lxc = (*lxc, "-l", "INFO", "-o", "/proc/self/fd/3")
@@ -136,7 +137,7 @@ def start_script(container: model.Container, host: Host) -> str:
         lxc = (*lxc, "-F", "-C")
     if container.command:
         lxc = (*lxc, "--", *container.command)
-    return f"exec 3>&2 {'<&1 ' if host.tty else ''}2>&1 && exec {quoted(lxc)}\n"
+    return f"exec 3>&{0 if held else 2} {'<&1 ' if host.tty else ''}2>&1 && exec {quoted(lxc)}\n"
 
 
 def stop_script(container: model.Container, host: Host, stop: str, seconds: float) -> str:

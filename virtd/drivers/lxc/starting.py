@@ -139,7 +139,7 @@ class _Start(Start[Container, model.Container]):
         self.host = self.host._replace(tty=ends_.tty)
         content = {
             "config": config.text(self.definition, self.host, self.links),
-            "start": config.start_script(self.definition, self.host),
+            "start": config.start_script(self.definition, self.host, held=ends_.held),
             "stop": config.stop_script(self.definition, self.host, self.stop, self.settings.host_shutdown_timeout),
         }
         try:
