@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The rules of each network: one table of nftables' that is ours alone, replaced in one transaction.
 
-Nothing outside of it is read or written. A table's text is made here and handed to libnftables, in this process:
-`nft` would be a child for every change, with the same library in it.
+Nothing outside of it is written, and read only to see what drops guests' packets. A table's text is made here and
+handed to libnftables, in this process: `nft` would be a child for every change, with the same library in it.
 """
 
 from __future__ import annotations
