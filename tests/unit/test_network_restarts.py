@@ -12,7 +12,8 @@ import pytest
 
 from tests.unit.fake_kernel import FakeKernel
 from tests.unit.whole_host import ROOT, World, on_loop, until
-from virtd.drivers.network import host, server
+from virtd.drivers.network import firewall, guard, host, server
+from virtd.drivers.network.firewall import Dropper
 from virtd.drivers.network.host import Account
 from virtd.fdstore import NotifyFailed, Store
 from virtd.messages import Message
@@ -294,6 +295,35 @@ async def test_the_rules_of_many_networks_come_back_at_once(site: Site) -> None:
         assert await restoring == ["nft virtd-lab virtd-one", "nft virtd-two"]
         assert sorted(kernel.tables) == everything
         assert not any(net.problems for net in nets.values())
+
+
+@on_loop
+async def test_other_peoples_rules_are_looked_at_now_and_then(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a change, but not after each of many; and the last one is never passed over."""
+    monkeypatch.setattr(guard, "SETTLE", 0.001)
+    monkeypatch.setattr(guard, "OTHERS_PAUSE", 1000.0)
+    looks: list[list[str]] = []
+    async with site.world.daemon() as host:
+        await site.define()
+        await host.networks.start("lab", by=ROOT)
+        net = host.networks.driver.nets["lab"]
+        dropper = Dropper("ip", "filter", "FORWARD", docker=True)
+
+        def droppers(bridges: list[str]) -> dict[str, list[Dropper]]:
+            looks.append(bridges)
+            return {"vd-lab": [dropper] if len(looks) == 1 else []}
+
+        monkeypatch.setattr(firewall, "droppers", droppers)
+        host.networks.driver._guard._touched("filter")
+        await until(lambda: "dropped" in net.problems)
+        assert "iptables -I DOCKER-USER -i vd-lab" in net.problems["dropped"].hint
+        for _ in range(20):
+            host.networks.driver._guard._touched("filter")
+            await asyncio.sleep(0.001)
+        assert looks == [["vd-lab"]]
+        host.networks.driver._guard._next_look = 0.0
+        await until(lambda: "dropped" not in net.problems)
+        assert looks == [["vd-lab"]] * 2
 
 
 # A dnsmasq that dies

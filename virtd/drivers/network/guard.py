@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from typing import TYPE_CHECKING
 
 from ... import errors, journal
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SETTLE = 0.2  # seconds in which changes by others count as one
+OTHERS = "-"  # stands for any table that isn't ours
+OTHERS_PAUSE = 2.0  # seconds between two looks at these: on some hosts they change all the time, and are long
 BUS_RETRY = 2.0
 
 
@@ -44,6 +47,7 @@ class Guard:
         self._publish = publish
         self._watch: Watch | None = None
         self._doubtful: set[str] = set()  # tables that somebody has touched
+        self._next_look = 0.0  # at the tables of others
         self._bridges: set[str] = set()  # networks to whose bridges something has happened
         self._soon: asyncio.TimerHandle | None = None
         self._looking: asyncio.Task[None] | None = None
@@ -91,8 +95,13 @@ class Guard:
                 doubtful, self._doubtful = self._doubtful, set()
                 ours = {table.removeprefix(firewall.PREFIX) for table in doubtful if firewall.is_ours(table)}
                 await self.restore_rules(set(self._nets) if ALL in doubtful else ours, why="by somebody else")
-                if not all(map(firewall.is_ours, doubtful)):
-                    await self.look_for_droppers()
+                if all(map(firewall.is_ours, doubtful)):
+                    continue
+                if time.monotonic() < self._next_look:
+                    self._doubtful.add(OTHERS)
+                    continue
+                await self.look_for_droppers()
+                self._next_look = time.monotonic() + OTHERS_PAUSE
         finally:
             self._looking = None
 
