@@ -10,8 +10,8 @@ import os
 import signal
 import time
 
-# What Python and its libraries open on their way.
-FOREIGN = ("/usr/", "/etc/", "/proc/", "/lib", "/dev/null")
+# What Python and its libraries open on their way, and its standard input, output and error.
+FOREIGN = ("/usr/", "/etc/", "/proc/", "/lib", "/dev/null", "/run/virtd/fifos/")
 
 
 def opened(pid: int) -> bool:
