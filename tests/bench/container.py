@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .peers import Peer
 
-# What a container's unit sees of the host's top directory.
-SEEN = frozenset({"bin", "sbin", "lib", "lib32", "lib64", "libx32", "usr", "proc", "sys", "dev"})
 TOP = "/var/lib/virtd/containers"
 FIRST = 0x62000000
 PATIENCE = 60.0
@@ -101,30 +99,6 @@ class Alone(Runner):
         return ["lxc-stop", "-k", "-n", name]
 
 
-class InUnit(Alone):
-    """LXC in a unit of its own, with all that virtd asks systemd for: what of virtd's time is systemd's."""
-
-    name = "LXC in a unit"
-    short = "unit"
-
-    def start(self, name: str) -> list[str]:
-        hidden = [f"/{entry.name}" for entry in os.scandir("/") if entry.is_dir(follow_symlinks=False)]
-        hidden = sorted(path for path in hidden if path[1:] not in SEEN)
-        options = [f"TemporaryFileSystem={path}:{'rw' if path == '/run' else 'ro'},mode=0755" for path in hidden]
-        options += [f"BindPaths=-/run/lxc /var/lib/lxc {TOP}/{name} /usr", "BindReadOnlyPaths=/etc/ld.so.cache"]
-        options += ["Type=exec", "Delegate=yes", "DevicePolicy=strict", "DeviceAllow=char-pts rw"]
-        options += [
-            f"DeviceAllow=/dev/{device} rwm" for device in ("null", "zero", "full", "random", "urandom", "tty")
-        ]
-        options += [
-            "ProtectKernelLogs=yes",
-            "SystemCallFilter=~@module @raw-io @swap",
-            "CollectMode=inactive-or-failed",
-        ]
-        words = [word for option in options for word in ("-p", option)]
-        return ["systemd-run", "-q", f"--unit={name}", *words, *super().start(name)[:1], *super().start(name)[2:]]
-
-
 class Libvirt(Runner):
     name = "libvirt"
     short = "lib"
@@ -153,7 +127,7 @@ def measure(peers: list[Peer], *, quick: bool) -> dict[str, Any]:
     taken: dict[str, dict[str, list[float]]] = {"start": {}, "stop": {}}
     asked: list[float] = []
     missing: dict[str, str] = {}
-    runners: list[Runner] = [Virtd(), Alone(), InUnit(), *([Libvirt()] if len(peers) > 1 else [])]
+    runners: list[Runner] = [Virtd(), Alone(), *([Libvirt()] if len(peers) > 1 else [])]
     for runner in list(runners):
         name, root = f"bench-{runner.short}", f"{TOP}/bench-{runner.short}"
         subprocess.run(["sh", "-c", MAKE, "sh", root], check=True)
