@@ -201,7 +201,8 @@ class Supervised:
             found.append(Finding(Verdict.LOST, f"its end is told {at - self.struck_at:+.0f} s off"))
         tally = self.tally(self.victim)
         if not tally.whole or tally.first != 1 or tally.last < self.lines_then:
-            lines = f"{tally.lost} lines lost, {tally.repeated} repeated"
+            lines = f"{tally.lost} lines lost, {tally.repeated} repeated, {len(tally.broken)} broken"
+            lines += f", {tally.first} to {tally.last} instead of 1 to {self.lines_then} or more"
             found.append(Finding(Verdict.LOST, f"the log of what ended: {lines}"))
         if self.gap and tally.last <= self.lines_then:
             lost = f"{self.driver}/{self.victim}/stdout .*lost"
