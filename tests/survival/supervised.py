@@ -88,7 +88,9 @@ class Supervised:
     def strike(self, *, gap: bool) -> None:
         self.gap = gap
         log = self._log(self.victim)
-        done = self.lab.run("sh", "-c", f"cat {log}; kill -{self.signal} {self.victim_pid}", timeout=60)
+        # Without the CRs, which text that is read in Python would take for ends of lines.
+        script = f"tr -d '\\r' <{log}; kill -{self.signal} {self.victim_pid}"
+        done = self.lab.run("sh", "-c", script, timeout=60)
         self.lines_then = check(done.stdout.encode()).last
         self.struck_at = time.time()
 
