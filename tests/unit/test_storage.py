@@ -123,6 +123,30 @@ def test_mount_units() -> None:
     assert mounts.unit_of("/.a b") == "\\x2ea\\x20b.mount"
 
 
+@on_loop
+async def test_a_mount_after_a_soft_reboot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """systemd has forgotten then that a unit is transient, and leaves its file when it is stopped."""
+    monkeypatch.setattr(mounts, "TRANSIENT", str(tmp_path))
+    left = tmp_path / "srv-m.mount"
+    left.touch()
+
+    class Units:
+        fragment = str(left)
+
+        async def unit_property(self, _name: str, prop: str) -> Any:
+            return {"Transient": False, "FragmentPath": self.fragment}[prop]
+
+        async def start_other(self, _name: str, _properties: Any, *, timeout: float) -> str:
+            return "failed" if left.exists() else "done"
+
+    units: Any = Units()
+    assert await mounts.is_ours(units, "/srv/m")
+    await mounts.mount(units, "/dev/loop0", "/srv/m", "ext4", "nodev")
+    assert not left.exists()
+    Units.fragment = "/etc/systemd/system/srv-m.mount"
+    assert not await mounts.is_ours(units, "/srv/m")
+
+
 # qcow2 headers
 
 

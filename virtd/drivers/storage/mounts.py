@@ -4,6 +4,7 @@ has it stay until the guests have ended when the host goes down."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from ...units import FINAL_TARGETS, GROUND
 if TYPE_CHECKING:
     from ...units import Units
 
+TRANSIENT = "/run/systemd/transient"  # where systemd writes down what it was told of by programs
 MOUNT_INFO = "/proc/self/mountinfo"
 LIMIT = 90.0  # seconds; mount.nfs gives a server that doesn't answer about as long
 
@@ -51,8 +53,11 @@ def same_source(one: str, other: str) -> bool:
 
 
 async def mount(units: Units, what: str, where: str, kind: str, options: str) -> None:
-    """Have systemd mount it. Raises HostError with mount(8)'s own words."""
+    """Have systemd mount it, where nothing is mounted. Raises HostError with mount(8)'s own words."""
     name = unit_of(where)
+    with contextlib.suppress(OSError):
+        # A soft reboot makes it a file like any other: systemd leaves it behind, and takes no other unit of its name.
+        os.unlink(f"{TRANSIENT}/{name}")
     try:
         result = await units.start_other(
             name,
@@ -120,4 +125,5 @@ async def unmount(units: Units, where: str) -> None:
 
 async def is_ours(units: Units, where: str) -> bool:
     """Whether virtd had it mounted, and not fstab(5) or a person."""
-    return bool(await units.unit_property(unit_of(where), "Transient"))
+    # Not by Transient=: a soft reboot forgets that.
+    return str(await units.unit_property(unit_of(where), "FragmentPath")).startswith(f"{TRANSIENT}/")
