@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 OVER = ("done", "failed", "cancelled")
 ASK = 1.0  # seconds that one question waits for news
-WORK = (
-    600.0  # seconds that the daemon may take before it answers: it syncs what it finishes, or has just been started
-)
+WORK = 600.0  # seconds until the daemon answers: it syncs what it finishes, or has just been started
 QUIET = 0.5  # seconds in which nobody wonders how far it is
 STEP = 10  # percent between two lines
 

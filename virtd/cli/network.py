@@ -94,7 +94,6 @@ def _text(value: object) -> str:
 
 
 def _problems(problems: list[dict[str, Any]]) -> None:
-
     for problem in problems:
         print(f"\n{paint('●', RED)} {clean(_text(problem.get('text')))}")
         if problem.get("hint"):
