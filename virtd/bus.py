@@ -153,6 +153,7 @@ class Bus:
         self._gio: Any = None
         self._glib: Any = None
         self._connection: Any = None
+        self._holder: Any = None
         self._context: Any = None
         self._stopping = False
         self._told = False
@@ -206,6 +207,7 @@ class Bus:
         freed = asyncio.Event()
         self._connection.weak_ref(self._post, freed.set)
         self._connection = self._context = None
+        self._holder = None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LINGER):
                 await freed.wait()
@@ -259,6 +261,10 @@ class Bus:
         self._filter = connection.add_filter(listener)
         weakref.finalize(listener, self._filter_freed.set).atexit = False
         self.unique_name = connection.get_unique_name()
+        # pydbus has set an attribute of it, so PyGObject drops its reference with the GIL held. Were that the last,
+        # its end would wait for a lock under which the worker thread takes a reference and waits for the GIL: for
+        # ever (GLib 2.74). This object has a reference too, does nothing with it, and drops it without the GIL.
+        self._holder = Gio.DBusActionGroup.get(connection, DBUS, DBUS_PATH)
         self._connection = connection
         self._context = context
 

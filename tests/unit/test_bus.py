@@ -308,6 +308,29 @@ def test_nothing_is_left_behind(shared_bus: PrivateBus) -> None:
     asyncio.run(main())
 
 
+CLOSINGS = """
+import asyncio, sys
+from virtd.bus import Bus
+
+async def main():
+    client = await Bus.open(sys.argv[1])
+    await client.subscribe("org.example", "org.example", "Happened", None, lambda *_: None)
+    for _ in range(500):
+        bus = await Bus.open(sys.argv[1])
+        await bus.own_name("org.example")
+        bus.emit("/x", "org.example", "Happened", "s", "text")
+        await bus.close()
+    await client.close()
+
+asyncio.run(main())
+"""
+
+
+def test_a_close_waits_for_no_lock(shared_bus: PrivateBus) -> None:
+    """In a process of its own: one that stands still in GLib with the GIL can't even fail."""
+    subprocess.run([sys.executable, "-c", CLOSINGS, shared_bus.address], check=True, timeout=120)
+
+
 def test_calls_leak_nothing(shared_bus: PrivateBus) -> None:
     """2,000 calls, answered in this very process; where PyGObject leaks, it is 3 kB for each."""
 
