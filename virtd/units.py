@@ -337,7 +337,7 @@ class Units:
             elif sub == "exited":
                 await self.stop(name)
             elif active in ("active", "activating", "reloading"):
-                raise errors.Busy(f"{name} is still running")
+                raise errors.Busy(f"{name} is still running", hint=f"See: systemctl status {name}")
             # What is deactivating, or dead but not unloaded yet, only takes a moment.
             await patience.pause()
 

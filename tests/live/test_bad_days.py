@@ -195,6 +195,30 @@ def test_more_memory_than_the_host_has(lab: Lab) -> None:
     assert f"{ETC}/newcomer.toml: memory: expected at most what the host has" in done.stderr
 
 
+def test_systemd_refuses_the_unit(lab: Lab) -> None:
+    """StartTransientUnit fails at once: an administrator has masked the unit."""
+    lab.define("newcomer")
+    unit = "virtd-qemu-newcomer.service"
+    lab.sh(f"systemctl mask {unit}")
+    refused_start(lab, f"there is a unit {unit} already", f"See: systemctl status {unit}")
+    lab.sh(f"systemctl unmask {unit}")
+    assert lab.json("fsck")["differences"] == []
+    lab.virtctl("start", "newcomer")
+    lab.virtctl("stop", "newcomer")
+
+
+def test_a_unit_of_that_name_is_not_ours(lab: Lab) -> None:
+    lab.define("newcomer")
+    unit = "virtd-qemu-newcomer.service"
+    lab.sh(f"systemd-run --unit={unit} sleep infinity")
+    pid = lab.sh(f"systemctl show -P MainPID {unit}")
+    refused_start(lab, f"{unit} is still running", f"See: systemctl status {unit}")
+    assert lab.sh(f"systemctl show -P MainPID {unit}") == pid
+    lab.sh(f"systemctl stop {unit}")
+    lab.virtctl("start", "newcomer")
+    lab.virtctl("stop", "newcomer")
+
+
 def test_bad_files_put_there_by_hand(lab: Lab, bystander: Bystander) -> None:
     journal = Journal.now(lab)
     uuid = lab.info(bystander.name)["uuid"]
@@ -393,16 +417,16 @@ def test_a_store_that_has_slots_nobody_knows(lab: Lab, victim: str) -> None:
 
 def refused_start(lab: Lab, *said: str) -> None:
     """`newcomer` doesn't start, the words say why, and nothing of the try is left."""
-    before = lab.slots()
+    units = "systemctl list-units --all --plain --no-legend 'virtd-qemu-newcomer*'"
+    before = lab.slots(), lab.sh(units)
     done = lab.virtctl("start", "newcomer", check=False)
     assert done.returncode == 1
     for words in said:
         assert words in done.stderr, done.stderr
     info = lab.info("newcomer")
     assert (info["state"], info["slots"], info["pid"]) == ("stopped", [], None)
-    assert lab.sh("systemctl list-units --all --plain --no-legend 'virtd-qemu-newcomer*'") == ""
     assert lab.sh("ls -d /run/virtd/qemu/newcomer", check=False) == ""
-    assert lab.slots() == before
+    assert (lab.slots(), lab.sh(units)) == before
 
 
 def test_qemu_that_cannot_be_run(lab: Lab) -> None:

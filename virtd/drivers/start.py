@@ -82,6 +82,7 @@ class Start(Generic[G, D]):
         self.check()
         self._check_budget()
         units = await self.services.units()
+        await units.collect(machine.unit)  # before there is anything to undo: what runs there isn't ours to end
         await self.reach()
         before = machine.record
         forgets = self.terminal and await units.version() < STORE_SINCE
@@ -95,8 +96,6 @@ class Start(Generic[G, D]):
             self.prepare(ends)
             await self.connect()
             await self.child.keep(descriptors)
-            with contextlib.suppress(errors.Busy):
-                await units.collect(machine.unit)
             await self._spawn(ends)
         except BaseException as exc:
             ends.close()

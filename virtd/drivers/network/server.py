@@ -159,6 +159,7 @@ class Server(Tasks):
         child = Child(services, DRIVER, net.name)
         self._check_budget(child)
         units = await services.units()
+        await units.collect(net.unit)  # before there is anything to undo: what runs there isn't ours to end
         ends, descriptors = child.prepare()
         assert child.stderr is not None
         begun_at = os.fstat(child.stderr.fd).st_size
@@ -173,8 +174,6 @@ class Server(Tasks):
             self.child = child
             self._begin_stderr(child)
             await child.keep(descriptors)
-            with contextlib.suppress(errors.Busy):
-                await units.collect(net.unit)
             spec = dnsmasq.spec(network, net.unit, binary, self.files, account)
             state = await child.spawn(spec, ends)
             net.save(main_pid=child.pid, main_start=child.start, invocation_id=state.invocation_id)
