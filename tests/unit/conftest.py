@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.unit.cuts import Cuts
 from tests.unit.fake_pid1 import FakePid1
 from tests.unit.whole_host import World
 from virtd.fdstore import Store
@@ -33,6 +34,12 @@ def make_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
 @pytest.fixture
 def world(make_world: Callable[..., World]) -> World:
     return make_world()
+
+
+@pytest.fixture
+def cuts(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Cuts:
+    # A short name: there are sockets below it, whose paths have 108 bytes (unix(7)).
+    return Cuts(tmp_path_factory.mktemp("cuts"), monkeypatch)
 
 
 @pytest.fixture

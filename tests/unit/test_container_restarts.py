@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -21,7 +22,9 @@ from virtd.drivers.lxc.container import Container
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from tests.unit.cuts import Cuts
     from virtd.host import Host
+
 
 UNIT = "virtd-lxc-web1.service"
 CONTAINER_SLOTS = [slot.replace("qemu/", "lxc/") for slot in SLOTS]
@@ -138,8 +141,7 @@ async def tidied(host: Host) -> None:
 
 
 async def each_step(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    cuts: Cuts,
     work: Callable[[Host], Awaitable[Any]],
     after: Callable[[Site, Host, dict[str, Any], str, int], Awaitable[None]],
     *,
@@ -151,45 +153,35 @@ async def each_step(
     """Kill the daemon before every visible step of `work`; the next one finds the container whole, and then `after`
     looks at it and at the PID that it had. `ends`: it does by itself, however far `work` has come. The steps.
     """
-    crash_at, finished = 0, False
-    seen: list[str] = []
-    while not finished:
-        crash_at += 1
-        with monkeypatch.context() as patch:
-            (tmp_path / str(crash_at)).mkdir()
-            site = Site(tmp_path / str(crash_at), patch)
-            world = site.world
-            try:
-                pid = 0
-                async with world.daemon() as host:
-                    await site.define(host, more)
-                    await tidied(host)
-                    if running:
-                        pid = (await host.containers.start("web1", by=ROOT))["pid"]
-                        await site.says("before")
-                    if before is not None:
-                        await before(host)
-                    world.steps, world.crash_at = [], crash_at
-                    await world.unless_crashed(work(host))  # type: ignore[arg-type]
-                    finished = True
-                seen.append(world.steps[-1])
-                async with world.daemon() as host:
-                    await tidied(host)
-                    machine = host.containers.driver.machines.get("web1")
-                    if machine is not None and (ends or _is_finished(machine)):
-                        await asyncio.wait_for(machine.over.wait(), 20)
-                    where = f"killed before step {crash_at}, {seen[-1]}"
-                    info = await site.holds(host, where) if machine is not None else {}
-                    await after(site, host, info, where, pid)
-                    assert (await host.check_all(repair=False, by=ROOT))["differences"] == [], where
-                    if info.get("state") in ("running", "paused"):
-                        await host.containers.thaw("web1", by=ROOT)
-                        await site.says("after")
-                        await host.containers.stop("web1", by=ROOT)
-                        nothing_left(world, driver="lxc")
-            finally:
-                world.close()
-    return seen
+    for root, patch in cuts:
+        site = Site(root, patch)
+        world = site.world
+        with contextlib.closing(world):
+            pid = 0
+            async with world.daemon() as host:
+                await site.define(host, more)
+                await tidied(host)
+                if running:
+                    pid = (await host.containers.start("web1", by=ROOT))["pid"]
+                    await site.says("before")
+                if before is not None:
+                    await before(host)
+                await cuts.cut(world, work(host))
+            async with world.daemon() as host:
+                await tidied(host)
+                machine = host.containers.driver.machines.get("web1")
+                if machine is not None and (ends or _is_finished(machine)):
+                    await asyncio.wait_for(machine.over.wait(), 20)
+                where = cuts.where
+                info = await site.holds(host, where) if machine is not None else {}
+                await after(site, host, info, where, pid)
+                assert (await host.check_all(repair=False, by=ROOT))["differences"] == [], where
+                if info.get("state") in ("running", "paused"):
+                    await host.containers.thaw("web1", by=ROOT)
+                    await site.says("after")
+                    await host.containers.stop("web1", by=ROOT)
+                    nothing_left(world, driver="lxc")
+    return cuts.seen
 
 
 def _is_finished(machine: Container) -> bool:
@@ -198,7 +190,7 @@ def _is_finished(machine: Container) -> bool:
 
 
 @on_loop
-async def test_killed_at_every_step_of_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_killed_at_every_step_of_a_start(cuts: Cuts) -> None:
     async def start(host: Host) -> None:
         await host.containers.start("web1", by=ROOT)
 
@@ -207,14 +199,14 @@ async def test_killed_at_every_step_of_a_start(tmp_path: Path, monkeypatch: pyte
         assert changed is (info["state"] == "stopped"), where
         info |= await host.containers.info("web1")
 
-    seen = await each_step(tmp_path, monkeypatch, start, after, running=False)
+    seen = await each_step(cuts, start, after, running=False)
     assert sum("FDSTORE=1" in step for step in seen) == 5
     assert f"start {UNIT}" in seen
     assert any(step.startswith("makedirs ") for step in seen)
 
 
 @on_loop
-async def test_killed_at_every_step_of_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_killed_at_every_step_of_a_stop(cuts: Cuts) -> None:
     async def stop(host: Host) -> None:
         await host.containers.stop("web1", by=ROOT)
 
@@ -227,13 +219,13 @@ async def test_killed_at_every_step_of_a_stop(tmp_path: Path, monkeypatch: pytes
             assert (await host.containers.start("web1", by=ROOT))["changed"] is True, where
             info |= await host.containers.info("web1")
 
-    seen = await each_step(tmp_path, monkeypatch, stop, after)
+    seen = await each_step(cuts, stop, after)
     assert sum("FDSTOREREMOVE=1" in step for step in seen) == 5
     assert {"signal SIGKILL", f"collect {UNIT}", "rmtree web1"} <= set(seen)
 
 
 @on_loop
-async def test_killed_at_every_step_of_a_shutdown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_killed_at_every_step_of_a_shutdown(cuts: Cuts) -> None:
     async def shutdown(host: Host) -> None:
         await host.containers.shutdown("web1", 20, by=ROOT)
 
@@ -243,12 +235,12 @@ async def test_killed_at_every_step_of_a_shutdown(tmp_path: Path, monkeypatch: p
         else:
             assert (info["exit"]["cause"], info["exit"]["by"]) == ("shutdown", "root"), where
 
-    seen = await each_step(tmp_path, monkeypatch, shutdown, after)
+    seen = await each_step(cuts, shutdown, after)
     assert "signal SIGRTMIN+3" in seen
 
 
 @on_loop
-async def test_killed_at_every_step_of_a_reboot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_killed_at_every_step_of_a_reboot(cuts: Cuts) -> None:
     """It has rebooted once or not at all, and is the same object: its unit, its slots, its console."""
 
     async def reboot(host: Host) -> None:
@@ -262,13 +254,13 @@ async def test_killed_at_every_step_of_a_reboot(tmp_path: Path, monkeypatch: pyt
         assert lives in (1, 2), where
         assert (info["pid"] == pid) is (lives == 1), where
 
-    seen = await each_step(tmp_path, monkeypatch, reboot, after)
+    seen = await each_step(cuts, reboot, after)
     assert "signal SIGRTMIN+5" in seen
 
 
 @pytest.mark.parametrize("on", [True, False])
 @on_loop
-async def test_killed_at_every_step_of_a_freeze(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
+async def test_killed_at_every_step_of_a_freeze(cuts: Cuts, on: bool) -> None:
     """The kernel says what is; a record that was cut off doesn't."""
 
     async def change(host: Host) -> None:
@@ -282,12 +274,12 @@ async def test_killed_at_every_step_of_a_freeze(tmp_path: Path, monkeypatch: pyt
     async def freeze(host: Host) -> None:
         await host.containers.freeze("web1", by=ROOT)
 
-    seen = await each_step(tmp_path, monkeypatch, change, after, before=None if on else freeze)
+    seen = await each_step(cuts, change, after, before=None if on else freeze)
     assert f"freeze {on}" in seen
 
 
 @on_loop
-async def test_killed_at_every_step_of_an_end_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_killed_at_every_step_of_an_end_of_its_own(cuts: Cuts) -> None:
     async def end(host: Host) -> None:
         machine = host.containers.driver.find("web1")
         assert machine.child is not None
@@ -300,12 +292,12 @@ async def test_killed_at_every_step_of_an_end_of_its_own(tmp_path: Path, monkeyp
         assert site.world.console("web1", "lxc") == "before\nlast words\n", where
 
     more = f'command = ["/usr/lib/{ENDING}"]\n'
-    seen = await each_step(tmp_path, monkeypatch, end, after, ends=True, more=more)
+    seen = await each_step(cuts, end, after, ends=True, more=more)
     assert f"ended {UNIT}" in seen
 
 
 @on_loop
-async def test_killed_at_every_step_of_an_undefine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_killed_at_every_step_of_an_undefine(cuts: Cuts) -> None:
     async def stop(host: Host) -> None:
         await host.containers.stop("web1", by=ROOT)
 
@@ -315,12 +307,12 @@ async def test_killed_at_every_step_of_an_undefine(tmp_path: Path, monkeypatch: 
     async def after(site: Site, _host: Host, info: dict[str, Any], where: str, _pid: int) -> None:
         assert info or os.listdir(f"{site.world.paths.etc}/lxc") == [], where
 
-    seen = await each_step(tmp_path, monkeypatch, undefine, after, before=stop)
+    seen = await each_step(cuts, undefine, after, before=stop)
     assert {"remove web1.json", "remove web1.toml"} <= set(seen)
 
 
 @on_loop
-async def test_killed_at_every_step_of_a_create(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_killed_at_every_step_of_a_create(cuts: Cuts, tmp_path: Path) -> None:
     """A whole root file system with its definition, or nothing."""
 
     async def create_it(host: Host) -> None:
@@ -342,7 +334,7 @@ async def test_killed_at_every_step_of_a_create(tmp_path: Path, monkeypatch: pyt
     image = tmp_path / "image"
     (image / "usr/bin").mkdir(parents=True)
     (image / "usr/bin/program").write_bytes(b"whole")
-    seen = await each_step(tmp_path, monkeypatch, create_it, after, running=False)
+    seen = await each_step(cuts, create_it, after, running=False)
     assert {"write made.creating", "write made.toml", "start virtd-create-lxc-made.service"} <= set(seen)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from typing import TYPE_CHECKING
@@ -17,7 +18,8 @@ from virtd.records import Record, Records
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
+
+    from tests.unit.cuts import Cuts
 
 
 @on_loop
@@ -179,61 +181,49 @@ async def test_another_process_with_the_same_pid_is_not_the_guest(world: World) 
         assert (await host.info("web1"))["state"] == "crashed"
 
 
-async def crash_everywhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, *, running: bool
-) -> list[str]:
+async def crash_everywhere(cuts: Cuts, operation: str, *, running: bool) -> list[str]:
     """Kill the daemon before every visible step of `operation`; see each time what the next daemon makes of it."""
-    crash_at = 0
-    seen: list[str] = []
-    while True:
-        crash_at += 1
-        with monkeypatch.context() as patch:
-            (tmp_path / str(crash_at)).mkdir()
-            world = World(tmp_path / str(crash_at), patch)
+    for root, patch in cuts:
+        with contextlib.closing(World(root, patch)) as world:
             pid = 0
-            try:
-                async with world.daemon() as host:
-                    await world.define("web1")
+            async with world.daemon() as host:
+                await world.define("web1")
+                if running:
+                    pid = await world.run("web1")
+                    world.type("web1", "echo before")
+                await cuts.cut(world, getattr(host, operation)("web1", by=ROOT))
+            async with world.daemon() as host:
+                machine = host.driver.machines["web1"]
+                if machine.request is not None:  # what was cut off is finished in the background
+                    await asyncio.wait_for(machine.over.wait(), 20)
+                info = await host.info("web1")
+                where = f"{cuts.where}, {world.steps}: {info}"
+                if info["state"] == "running":
+                    assert world.units.process("web1").pid == info["pid"], where
+                    assert world.slots() == SLOTS, where
+                    assert not pid or pid == info["pid"], where
+                    assert not info["problems"], where
+                    world.type("web1", "echo after")
+                    await until(lambda world=world: world.console("web1").endswith("after\n"))
+                else:
+                    assert info["state"] == "stopped", where
+                    assert not info["problems"], where
+                    assert world.slots() == [], where
+                    assert world.units.units == {}, where
+                    assert not world.runtime_left("web1"), where
                     if running:
-                        pid = await world.run("web1")
-                        world.type("web1", "echo before")
-                    world.steps, world.crash_at = [], crash_at
-                    await world.unless_crashed(getattr(host, operation)("web1", by=ROOT))
-                    return seen
-                seen.append(world.steps[-1])  # type: ignore[unreachable]  # the context manager swallows Killed
-                async with world.daemon() as host:
-                    machine = host.driver.machines["web1"]
-                    if machine.request is not None:  # what was cut off is finished in the background
-                        await asyncio.wait_for(machine.over.wait(), 20)
-                    info = await host.info("web1")
-                    where = f"killed before step {crash_at}, {world.steps}: {info}"
-                    if info["state"] == "running":
-                        assert world.units.process("web1").pid == info["pid"], where
-                        assert world.slots() == SLOTS, where
-                        assert not pid or pid == info["pid"], where
-                        assert not info["problems"], where
-                        world.type("web1", "echo after")
-                        await until(lambda world=world: world.console("web1").endswith("after\n"))
-                    else:
-                        assert info["state"] == "stopped", where
-                        assert not info["problems"], where
-                        assert world.slots() == [], where
-                        assert world.units.units == {}, where
-                        assert not world.runtime_left("web1"), where
-                        if running:
-                            assert info["exit"]["cause"] == "stop", where
-                            assert world.console("web1") == "before\n", where
-                    changed = (await host.start("web1", by=ROOT))["changed"]
-                    assert changed == (info["state"] == "stopped"), where
-                    assert (await host.stop("web1", by=ROOT))["changed"] is True, where
-                    nothing_left(world)
-            finally:
-                world.close()
+                        assert info["exit"]["cause"] == "stop", where
+                        assert world.console("web1") == "before\n", where
+                changed = (await host.start("web1", by=ROOT))["changed"]
+                assert changed == (info["state"] == "stopped"), where
+                assert (await host.stop("web1", by=ROOT))["changed"] is True, where
+                nothing_left(world)
+    return cuts.seen
 
 
 @on_loop
-async def test_killed_at_every_step_of_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = await crash_everywhere(tmp_path, monkeypatch, "start", running=False)
+async def test_killed_at_every_step_of_a_start(cuts: Cuts) -> None:
+    seen = await crash_everywhere(cuts, "start", running=False)
     # It has seen the record, the five slots, the unit, and the record with the PID.
     assert sum("FDSTORE=1" in step for step in seen) == 5
     assert sum(step.startswith("write web1.json") for step in seen) >= 2
@@ -241,73 +231,51 @@ async def test_killed_at_every_step_of_a_start(tmp_path: Path, monkeypatch: pyte
 
 
 @on_loop
-async def test_killed_at_every_step_of_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = await crash_everywhere(tmp_path, monkeypatch, "stop", running=True)
+async def test_killed_at_every_step_of_a_stop(cuts: Cuts) -> None:
+    seen = await crash_everywhere(cuts, "stop", running=True)
     assert sum("FDSTOREREMOVE=1" in step for step in seen) == 5
     assert "collect virtd-qemu-web1.service" in seen
 
 
 @on_loop
-async def test_killed_at_every_step_of_a_reboot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_killed_at_every_step_of_a_reboot(cuts: Cuts) -> None:
     """The guest is rebooted by the next daemon, or not at all; and its power button is what it was."""
-    crash_at, finished = 0, False
-    seen: list[str] = []
-    while not finished:
-        crash_at += 1
-        with monkeypatch.context() as patch:
-            (tmp_path / str(crash_at)).mkdir()
-            world = World(tmp_path / str(crash_at), patch)
-            try:
-                async with world.daemon() as host:
-                    pid = await world.run("web1")
-                    world.steps, world.crash_at = [], crash_at
-                    await world.unless_crashed(host.reboot("web1", force=False, timeout=20, by=ROOT))
-                    finished = True
-                seen.append(world.steps[-1])
-                async with world.daemon() as host:
-                    machine = host.driver.machines["web1"]
-                    await until(lambda machine=machine: machine.request is None)
-                    where = f"killed before step {crash_at}, {seen[-1]}: {machine.reason}"
-                    assert (machine.state, (await host.info("web1"))["pid"]) == ("running", pid), where
-                    assert machine.problems == {}, where
-                    assert (await host.shutdown("web1", None, by=ROOT))["changed"] is True, where
-                    assert (await host.info("web1"))["exit"]["cause"] == "shutdown", where
-            finally:
-                world.close()
-    assert {"qmp set-action", "qmp system_powerdown", "qmp system_reset", "qmp cont"} <= set(seen)
+    for root, patch in cuts:
+        with contextlib.closing(World(root, patch)) as world:
+            async with world.daemon() as host:
+                pid = await world.run("web1")
+                await cuts.cut(world, host.reboot("web1", force=False, timeout=20, by=ROOT))
+            async with world.daemon() as host:
+                machine = host.driver.machines["web1"]
+                await until(lambda machine=machine: machine.request is None)
+                where = f"{cuts.where}: {machine.reason}"
+                assert (machine.state, (await host.info("web1"))["pid"]) == ("running", pid), where
+                assert machine.problems == {}, where
+                assert (await host.shutdown("web1", None, by=ROOT))["changed"] is True, where
+                assert (await host.info("web1"))["exit"]["cause"] == "shutdown", where
+    assert {"qmp set-action", "qmp system_powerdown", "qmp system_reset", "qmp cont"} <= set(cuts.seen)
 
 
 @on_loop
-async def test_killed_at_every_step_of_an_autostart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_killed_at_every_step_of_an_autostart(cuts: Cuts) -> None:
     """Each guest is started once in this boot, by this daemon or the next."""
-    crash_at, finished = 0, False
-    seen: list[str] = []
-    while not finished:
-        crash_at += 1
-        with monkeypatch.context() as patch:
-            (tmp_path / str(crash_at)).mkdir()
-            world = World(tmp_path / str(crash_at), patch)
-            try:
-                async with world.daemon() as host:
-                    for name in ("web1", "web2"):
-                        await world.define(name, more="autostart = true\n")
-                    world.steps, world.crash_at = [], crash_at
-                    await world.unless_crashed(host.autostart())
-                    finished = True
-                seen.append(world.steps[-1])
-                async with world.daemon() as host:
-                    await host.autostart()
-                    where = f"killed before step {crash_at}, {seen[-1]}: {await host.listing()}"
-                    assert [item["state"] for item in await host.listing()] == ["running", "running"], where
-                    assert host.drivers.get("qemu").troubles() == [], where
-                    await host.stop("web1", by=ROOT)
-                async with world.daemon() as host:
-                    await host.autostart()
-                    assert (await host.info("web1"))["state"] == "stopped", where
-            finally:
-                world.close()
-    assert "write autostarted" in seen
-    assert len(seen) > 20
+    for root, patch in cuts:
+        with contextlib.closing(World(root, patch)) as world:
+            async with world.daemon() as host:
+                for name in ("web1", "web2"):
+                    await world.define(name, more="autostart = true\n")
+                await cuts.cut(world, host.autostart())
+            async with world.daemon() as host:
+                await host.autostart()
+                where = f"{cuts.where}: {await host.listing()}"
+                assert [item["state"] for item in await host.listing()] == ["running", "running"], where
+                assert host.drivers.get("qemu").troubles() == [], where
+                await host.stop("web1", by=ROOT)
+            async with world.daemon() as host:
+                await host.autostart()
+                assert (await host.info("web1"))["state"] == "stopped", where
+    assert "write autostarted" in cuts.seen
+    assert len(cuts.seen) > 20
 
 
 @on_loop

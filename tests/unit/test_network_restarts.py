@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
     from pathlib import Path
 
+    from tests.unit.cuts import Cuts
     from virtd.host import Host
+
 
 SLOTS = [f"network/lab/{slot}" for slot in ("console.log", "log", "stderr", "stdin", "stdout")]
 UNIT = "virtd-network-lab.service"
@@ -94,8 +97,7 @@ FORWARD = '[[forward]]\nport = 80\nto = "10.7.0.9"\n'
 
 
 async def crash_everywhere(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    cuts: Cuts,
     operation: Callable[[Host], Awaitable[Any]],
     *,
     active: bool,
@@ -108,85 +110,74 @@ async def crash_everywhere(
     `before` is done to the host first, and `then` looks at what is special about the operation. `spoilt`: what
     `before` did is reported, and mended by a start only.
     """
-    crash_at = 0
-    seen: list[str] = []
-    while True:
-        crash_at += 1
-        with monkeypatch.context() as patch:
-            (tmp_path / str(crash_at)).mkdir()
-            site = Site.make(tmp_path / str(crash_at), patch)
-            world = site.world
-            try:
-                async with world.daemon() as host:
-                    await site.define()
-                    if active:
-                        await host.networks.start("lab", by=ROOT)
-                    before(site)
-                    world.steps, world.crash_at = [], crash_at
-                    await world.unless_crashed(operation(host))  # type: ignore[arg-type]
-                    return seen
-                seen.append(world.steps[-1])  # type: ignore[unreachable]  # the context manager swallows Killed
-                async with world.daemon() as host:
-                    where = f"killed before step {crash_at}, {seen[-1]}"
-                    if "lab" in host.networks.driver.nets:
-                        info = await site.info()
-                        then(site, where)
-                        if spoilt:
-                            assert info["state"] == "active", where
-                        elif info["state"] == "active":
-                            site.whole(info, where)
-                            # The rules are those of the definition that the record says is in force.
-                            net = host.networks.driver.nets["lab"]
-                            assert net.running is not None
-                            assert not await net.rules_lost(net.running), where
-                        else:
-                            assert (info["state"], info["problems"]) == ("inactive", []), where
-                            site.nothing(where)
-                        changed = (await host.networks.start("lab", by=ROOT))["changed"]
-                        assert spoilt or changed is (info["state"] == "inactive"), where
-                        site.whole(await site.info(), where)
-                        await host.networks.stop("lab", force=False, by=ROOT)
+    for root, patch in cuts:
+        site = Site.make(root, patch)
+        world = site.world
+        with contextlib.closing(world):
+            async with world.daemon() as host:
+                await site.define()
+                if active:
+                    await host.networks.start("lab", by=ROOT)
+                before(site)
+                await cuts.cut(world, operation(host))
+            async with world.daemon() as host:
+                where = cuts.where
+                if "lab" in host.networks.driver.nets:
+                    info = await site.info()
+                    then(site, where)
+                    if spoilt:
+                        assert info["state"] == "active", where
+                    elif info["state"] == "active":
+                        site.whole(info, where)
+                        # The rules are those of the definition that the record says is in force.
+                        net = host.networks.driver.nets["lab"]
+                        assert net.running is not None
+                        assert not await net.rules_lost(net.running), where
+                    else:
+                        assert (info["state"], info["problems"]) == ("inactive", []), where
                         site.nothing(where)
-                        await host.networks.undefine("lab", by=ROOT)
+                    changed = (await host.networks.start("lab", by=ROOT))["changed"]
+                    assert spoilt or changed is (info["state"] == "inactive"), where
+                    site.whole(await site.info(), where)
+                    await host.networks.stop("lab", force=False, by=ROOT)
                     site.nothing(where)
-                    left = [f"{world.paths.etc}/network", f"{world.paths.run}/network", f"{world.paths.lib}/network"]
-                    assert [name for directory in left for name in os.listdir(directory)] == [], where
-                    assert (await host.status())["problems"] == [], where
-            finally:
-                world.close()
+                    await host.networks.undefine("lab", by=ROOT)
+                site.nothing(where)
+                left = [f"{world.paths.etc}/network", f"{world.paths.run}/network", f"{world.paths.lib}/network"]
+                assert [name for directory in left for name in os.listdir(directory)] == [], where
+                assert (await host.status())["problems"] == [], where
+    return cuts.seen
 
 
 @on_loop
-async def test_killed_at_every_step_of_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = await crash_everywhere(
-        tmp_path, monkeypatch, lambda host: host.networks.start("lab", by=ROOT), active=False
-    )
+async def test_killed_at_every_step_of_a_start(cuts: Cuts) -> None:
+    seen = await crash_everywhere(cuts, lambda host: host.networks.start("lab", by=ROOT), active=False)
     assert sum("FDSTORE=1" in step for step in seen) == 5
     assert {"add_bridge vd-lab", "add_address vd-lab", "nft virtd-lab", f"start {UNIT}"} <= set(seen)
 
 
 @on_loop
-async def test_killed_at_every_step_of_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_killed_at_every_step_of_a_stop(cuts: Cuts) -> None:
     def stop(host: Host) -> Awaitable[Any]:
         return host.networks.stop("lab", force=False, by=ROOT)
 
-    seen = await crash_everywhere(tmp_path, monkeypatch, stop, active=True)
+    seen = await crash_everywhere(cuts, stop, active=True)
     assert sum("FDSTOREREMOVE=1" in step for step in seen) == 5
     assert {f"stop {UNIT}", "nft virtd-lab", "rmtree vd-lab"} <= set(seen)
 
 
 @on_loop
-async def test_killed_at_every_step_of_an_undefine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_killed_at_every_step_of_an_undefine(cuts: Cuts) -> None:
     """Leases included: those of a network that there isn't any more would be the next one's of that name."""
     seen = await crash_everywhere(
-        tmp_path, monkeypatch, lambda host: host.networks.undefine("lab", by=ROOT), active=False,
+        cuts, lambda host: host.networks.undefine("lab", by=ROOT), active=False,
         before=lambda site: os.mkdir(f"{site.world.paths.lib}/network/lab"),
     )  # fmt: skip
     assert {"remove lab.toml", "rmtree lab"} <= set(seen)
 
 
 @on_loop
-async def test_killed_at_every_step_of_a_repair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_killed_at_every_step_of_a_repair(cuts: Cuts) -> None:
     """Somebody has deleted the bridge and the rules; what one daemon has left unmended, the next mends."""
 
     def spoil(site: Site) -> None:
@@ -194,8 +185,7 @@ async def test_killed_at_every_step_of_a_repair(tmp_path: Path, monkeypatch: pyt
         site.kernel.tables.clear()
 
     seen = await crash_everywhere(
-        tmp_path,
-        monkeypatch,
+        cuts,
         lambda host: host.networks.start("lab", by=ROOT),
         active=True,
         before=spoil,
@@ -213,9 +203,7 @@ async def test_killed_at_every_step_of_a_repair(tmp_path: Path, monkeypatch: pyt
     ],
 )
 @on_loop
-async def test_killed_at_every_step_of_a_reload(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: str, more: str, step: str
-) -> None:
+async def test_killed_at_every_step_of_a_reload(cuts: Cuts, head: str, more: str, step: str) -> None:
     """dnsmasq has read what is in force, whichever of the two definitions that is."""
 
     def change(site: Site) -> None:
@@ -236,7 +224,7 @@ async def test_killed_at_every_step_of_a_reload(
         assert os.stat(config).st_mtime <= read, f"{where}: dnsmasq has read another file than this"
 
     seen = await crash_everywhere(
-        tmp_path, monkeypatch, lambda host: host.reload(by=ROOT), active=True, before=change, then=as_it_says
+        cuts, lambda host: host.reload(by=ROOT), active=True, before=change, then=as_it_says
     )
     assert step in seen
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
     from pathlib import Path
 
+    from tests.unit.cuts import Cuts
+
+
 DATA = b"what a guest has written" * 3000
 
 
@@ -44,7 +47,6 @@ class Children(list[Child]):
 @contextlib.contextmanager
 def hosted(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     """A world with storage in it, and a pool "p"."""
-    directory.mkdir()
     world = World(directory, monkeypatch)
     for top in (world.paths.etc, world.paths.run, world.paths.log):
         os.makedirs(f"{top}/storage")
@@ -163,48 +165,35 @@ def nothing_unfinished(world: World, pool: Path) -> None:
 
 
 async def each_step(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    cuts: Cuts,
     work: Callable[[Host], Awaitable[None]],
     cut: Callable[[Path], None],
     after: Callable[[World, Path, Host], Awaitable[None]],
 ) -> list[str]:
     """Cut `work` off at each of its steps; `cut` looks at what is there then, `after` at it with the next daemon."""
-    crash_at, finished = 0, False
-    seen: list[str] = []
-    while not finished:
-        crash_at += 1
+    for root, patch in cuts:
         children = Children()
-        with monkeypatch.context() as patch, hosted(tmp_path / str(crash_at), patch) as world:
-            pool = tmp_path / str(crash_at) / "pool"
+        with hosted(root, patch) as world:
+            pool = root / "pool"
             patch.setattr("virtd.drivers.storage.job.Child", children)
             async with world.daemon() as host:
-                await prepare(host, pool.parent)
-                world.steps, world.crash_at = [], crash_at
-                await world.unless_crashed(_awaited(work(host)))
-                finished = True
+                await prepare(host, root)
+                await cuts.cut(world, work(host))
             children.close()
-            seen.append(world.steps[-1] if world.steps else "")
             try:
                 cut(pool)
                 async with world.daemon() as host:
                     await settled(host)
                     await after(world, pool, host)
             except BaseException as exc:
-                exc.add_note(f"killed before step {crash_at}: {seen[-1]}")
+                exc.add_note(cuts.where)
                 raise
-    return seen
-
-
-async def _awaited(work: Awaitable[None]) -> None:
-    await work
+    return cuts.seen
 
 
 @pytest.mark.parametrize("verb", MAKES)
 @on_loop
-async def test_killed_at_every_step_of_making_a_volume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
-) -> None:
+async def test_killed_at_every_step_of_making_a_volume(cuts: Cuts, verb: str) -> None:
     """A reader sees all of it or nothing, the next daemon finishes it or removes it, and the same call succeeds."""
     work, content = MAKES[verb]
 
@@ -229,16 +218,14 @@ async def test_killed_at_every_step_of_making_a_volume(
         assert (pool / "source").read_bytes() == DATA
         nothing_unfinished(world, pool)
 
-    seen = await each_step(tmp_path, monkeypatch, work, cut, after)
+    seen = await each_step(cuts, work, cut, after)
     assert len(seen) > 8, seen
     assert any(step.startswith("link") for step in seen), seen
 
 
 @pytest.mark.parametrize("verb", CHANGES)
 @on_loop
-async def test_killed_at_every_step_of_changing_a_volume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
-) -> None:
+async def test_killed_at_every_step_of_changing_a_volume(cuts: Cuts, verb: str) -> None:
     """It is as before, or done, or known to be damaged; and the same call then succeeds."""
     work = CHANGES[verb]
     sizes = {
@@ -276,5 +263,5 @@ async def test_killed_at_every_step_of_changing_a_volume(
         for name in listed:
             assert os.stat(pool / name).st_mode & 0o777 == 0o640 or (name, verb) == ("foreign", verb)
 
-    seen = await each_step(tmp_path, monkeypatch, work, cut, after)
+    seen = await each_step(cuts, work, cut, after)
     assert len(seen) > 2, seen

@@ -34,7 +34,7 @@ from virtd.pump import Pump
 from virtd.stderrlog import StderrLog
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
     from pathlib import Path
 
     import pytest
@@ -121,7 +121,7 @@ class World:
             self._loop.call_soon_threadsafe(self._crashed.set)
             raise Killed
 
-    async def unless_crashed(self, work: Coroutine[Any, Any, Any]) -> None:
+    async def unless_crashed(self, work: Awaitable[Any]) -> None:
         """Do `work`; Killed as soon as the run is cut off, wherever that was."""
         before = asyncio.all_tasks()
         tasks = [asyncio.ensure_future(work), asyncio.ensure_future(self._crashed.wait())]
