@@ -47,10 +47,10 @@ def make(directory: str, names: tuple[str, ...]) -> list[int]:
 
 
 def retire(directory: str) -> None:
-    """The child has its ends. Safe to repeat."""
-    with contextlib.suppress(OSError):
-        for name in NAMES:
-            path = f"{directory}/{name}"
+    """The child has its ends. To be repeated before the unit is stopped, in case that something was in the way."""
+    for name in NAMES:
+        path = f"{directory}/{name}"
+        with contextlib.suppress(OSError):
             if not os.path.islink(path):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)

@@ -62,6 +62,37 @@ def test_what_cannot_be_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 
 
 @on_loop
+async def test_no_stop_waits_in_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """systemd opens all three for ExecStop=; with /run full, no link could take their places after the start."""
+    with monkeypatch.context() as full:
+        full.setattr(os, "symlink", broken)
+        async with world.daemon():
+            await world.run("web1")
+            directory = world.paths.fifos("qemu", "web1")
+            assert os.listdir(directory) == []
+    with monkeypatch.context() as stuck:
+        stuck.setattr(os, "unlink", broken)
+        async with world.daemon():
+            await world.run("web2")
+    collected: list[tuple[str, list[bool]]] = []
+
+    def step(what: str) -> None:
+        if what.startswith("collect"):
+            there = world.paths.fifos("qemu", what[-12:-8])
+            collected.append((what[-12:-8], [os.path.islink(f"{there}/{name}") for name in fifos.NAMES]))
+
+    async with world.daemon() as host:
+        monkeypatch.setattr(world.units, "step", step)
+        for name in ("web1", "web2"):
+            await host.stop(name, by=ROOT)
+    assert collected == [("web1", [True] * 3), ("web2", [True] * 3)]
+
+
+def broken(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@on_loop
 async def test_a_start_that_left_nothing_else_is_swept_up(world: World) -> None:
     """A crash between the pipes and the record of them, or before the first pipe."""
     async with world.daemon():

@@ -432,13 +432,16 @@ class Guest(Recorded, Generic[D]):
 
     async def _forget_unit(self) -> None:
         units = await self.shared.services.units()
+        fifos.retire(self.shared.services.paths.fifos(self.driver, self.name))  # or its ExecStop= may wait in one
         await units.collect(self.unit)
 
     async def _forget_runtime(self) -> None:
-        fifos.remove(self.shared.services.paths.fifos(self.driver, self.name))
+        pipes = self.shared.services.paths.fifos(self.driver, self.name)
+        fifos.remove(pipes)
         await asyncio.to_thread(files.remove_tree, self.runtime)
-        if os.path.lexists(self.runtime):
-            raise errors.HostError(f"{self.runtime} can't be removed")
+        for directory in (pipes, self.runtime):
+            if os.path.lexists(directory):
+                raise errors.HostError(f"{directory} can't be removed")
 
     def last_words(self, since: int | None = None) -> str:
         """The end of what it wrote to stderr: the last 4 KiB, or what came after offset `since`."""
