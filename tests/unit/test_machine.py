@@ -13,6 +13,7 @@ import pytest
 from tests.unit.whole_host import ROOT, SLOTS, World, nothing_left, on_loop, until
 from virtd import errors
 from virtd.drivers.qemu import ends, operations
+from virtd.drivers.qemu.monitor import Link
 from virtd.messages import Message
 from virtd.model.state import State
 
@@ -106,6 +107,29 @@ async def test_a_monitor_that_never_answers_fails_the_start(make_world: Callable
         with pytest.raises(errors.StartFailed, match=r"didn't answer within 0\.5 s"):
             await host.start("web1", by=ROOT)
         nothing_left(world)
+
+
+@on_loop
+async def test_a_broken_monitor_does_not_take_the_next_ones_place(world: World) -> None:
+    """QEMU has one client at a time: whoever still tried to reach the old one got the new one's only connection."""
+    async with world.daemon() as host:
+        pid = await world.run("web1")
+        machine = host.driver.machines["web1"]
+        os.unlink(f"{machine.runtime}/qmp.sock")
+        assert machine.monitor is not None
+        machine.monitor.link = Link.CLOSED
+        with pytest.raises(errors.MonitorError):
+            await machine.command("query-status", limit=0.1)
+        broken = machine.monitor
+        machine.spawn(machine._stay_attached(), "attach")
+        await until(lambda: machine.monitor is not broken)
+        trying = machine.monitor
+        os.kill(pid, signal.SIGKILL)
+        await machine.over.wait()
+        await host.start("web1", by=ROOT)
+        assert (await host.info("web1"))["monitor"] == "connected"
+        assert trying is not None
+        assert trying.link is Link.CLOSED
 
 
 @on_loop

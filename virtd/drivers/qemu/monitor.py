@@ -46,32 +46,19 @@ class Monitor:
         self._on_event = on_event
         self._client: QMPClient | None = None
         self._events: asyncio.Task[None] | None = None
+        self._closed = asyncio.Event()
         self.link = Link.CONNECTING
 
     async def connect(self, limit: float) -> None:
         """Connect within `limit` seconds, waiting for the socket to appear. Raises MonitorError."""
-        from qemu.qmp import ConnectError, QMPClient, QMPError
+        from qemu.qmp import QMPError
 
         # qemu.qmp reports what its caller reports too.
         logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
         self.link = Link.CONNECTING
-        begun = time.monotonic()
         try:
             async with asyncio.timeout(limit):
-                while True:
-                    # A look costs microseconds, an attempt that fails milliseconds, for qemu.qmp formats tracebacks.
-                    if not os.path.exists(self._path):
-                        await asyncio.sleep(max(RETRY, LATER * (time.monotonic() - begun)))
-                        continue
-                    client = QMPClient(self._name)
-                    try:
-                        await client.connect(self._path)
-                        break
-                    except ConnectError as exc:
-                        # EINVAL is what asyncio makes of EAGAIN: a QEMU that hangs lets its queue of clients fill.
-                        if getattr(exc.exc, "errno", 0) not in (errno.ENOENT, errno.ECONNREFUSED, errno.EINVAL):
-                            raise
-                        await asyncio.sleep(RETRY)
+                client = await self._reach()
         except TimeoutError:
             self.link = Link.SILENT
             raise errors.MonitorError(
@@ -84,6 +71,30 @@ class Monitor:
         self._client = client
         self.link = Link.CONNECTED
         self._events = asyncio.create_task(self._listen(client), name=f"qmp-events-{self._name}")
+
+    async def _reach(self) -> QMPClient:
+        """Raises EOFError when it was closed meanwhile: who answers then is the next QEMU, which has one monitor."""
+        from qemu.qmp import ConnectError, QMPClient
+
+        begun = time.monotonic()
+        while not self._closed.is_set():
+            # A look costs microseconds, an attempt that fails milliseconds, for qemu.qmp formats tracebacks.
+            if not os.path.exists(self._path):
+                await asyncio.sleep(max(RETRY, LATER * (time.monotonic() - begun)))
+                continue
+            client = QMPClient(self._name)
+            try:
+                await client.connect(self._path)
+            except ConnectError as exc:
+                # EINVAL is what asyncio makes of EAGAIN: a QEMU that hangs lets its queue of clients fill.
+                if getattr(exc.exc, "errno", 0) not in (errno.ENOENT, errno.ECONNREFUSED, errno.EINVAL):
+                    raise
+                await asyncio.sleep(RETRY)
+                continue
+            if not self._closed.is_set():
+                return client
+            await client.disconnect()
+        raise EOFError("the guest has ended")
 
     async def execute(
         self, command: str, arguments: dict[str, Any] | None = None, *, limit: float = ANSWER_LIMIT
@@ -109,7 +120,9 @@ class Monitor:
             raise errors.MonitorError(f"The QEMU monitor of {self._name} broke off: {exc}") from exc
 
     async def close(self) -> None:
-        """Idempotent."""
+        """Also of one that is being connected. Idempotent."""
+        self.link = Link.CLOSED
+        self._closed.set()
         client, self._client = self._client, None
         task, self._events = self._events, None
         if task is not None:
@@ -118,7 +131,6 @@ class Monitor:
         if client is not None:
             with contextlib.suppress(Exception):  # whatever the link died of is known by now
                 await client.disconnect()
-        self.link = Link.CLOSED
 
     async def _listen(self, client: QMPClient) -> None:
         with client.listener() as listener:
