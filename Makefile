@@ -53,7 +53,7 @@ unit: $(STAMP) ## tests that need no root and take seconds
 live: $(STAMP) ## tests in booted systems (root), JOBS of them at once [JOBS=2]
 	$(PYTHON) -m pytest tests/live -m live -o faulthandler_timeout=900 -n $(JOBS) --dist loadfile
 
-lvm: $(STAMP) ## pools on LVM and NFS, in a machine that has the kernel for it (root, half an hour; half of its steps have been seen to pass)
+lvm: $(STAMP) ## pools on LVM and NFS, in a machine that has the kernel for it (root, a quarter of an hour)
 	$(PYTHON) -m tests.lvm
 
 survival: $(STAMP) ## the table of what survives what, on all three suites, into the README (root, half an hour)
@@ -63,7 +63,7 @@ sweep: $(STAMP) ## kill the daemon at every point of every operation (root, minu
 	$(PYTHON) -m tests.sweep $(SWEEP)
 
 kills: $(STAMP) ## kill the daemon under load, 1,000 times or [KILLS=n] (root)
-	VIRTD_KILLS=$(or $(KILLS),1000) $(PYTHON) -m pytest tests/live/test_survival.py -m live -k kills_under_load -s
+	VIRTD_KILLS=$(or $(KILLS),1000) $(PYTHON) -m pytest tests/live/test_survival.py -m live -k kills_under_load -s -o faulthandler_timeout=0
 
 neighbours: $(STAMP) ## a network beside real docker and libvirt (root, minutes)
 	$(PYTHON) -m tests.neighbours
