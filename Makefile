@@ -47,8 +47,8 @@ lint: $(STAMP) ## ruff, mypy, the units, the spec
 
 test: unit live ## the unit tests, then the live ones
 
-unit: $(STAMP) ## tests that need no root and take seconds
-	$(PYTHON) -m pytest tests/unit
+unit: $(STAMP) ## tests that need no root, JOBS of them at once [JOBS=2]
+	$(PYTHON) -m pytest tests/unit -n $(JOBS)
 
 live: $(STAMP) ## tests in booted systems (root), JOBS of them at once [JOBS=2]
 	$(PYTHON) -m pytest tests/live -m live -o faulthandler_timeout=900 -n $(JOBS) --dist loadfile

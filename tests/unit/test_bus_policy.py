@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree as ET
@@ -65,7 +66,8 @@ def bus(tmp_path: Path) -> Iterator[str]:
     config.write_text(CONFIG.format(directory=tmp_path, policy=POLICY))
     (tmp_path / "org.virtd1.service").write_text(SERVICE)
     # pytest's directories are the owner's alone.
-    for directory in (tmp_path, *tmp_path.parents[:2]):
+    top = Path(tempfile.gettempdir())
+    for directory in (tmp_path, *(parent for parent in tmp_path.parents if top in parent.parents)):
         directory.chmod(directory.stat().st_mode | 0o011)
     with subprocess.Popen(
         ["dbus-daemon", "--nofork", "--print-address", f"--config-file={config}"],
