@@ -295,3 +295,22 @@ async def test_a_reboot_that_was_cut_off_and_is_ignored_is_given_up(make_world: 
         world.type("web1", "poweroff")
         await machine.over.wait()
         assert machine.reason == "powered off by itself"
+
+
+@on_loop
+async def test_what_an_ended_guest_left_in_the_store_is_dropped(world: World) -> None:
+    """PID 1 took no message at its end, or an older virtd, which knew nothing of boxes, couldn't see its slots."""
+    async with world.daemon() as host:
+        await world.run("web1")
+        left = {name: os.dup(host.services.store.get(name)) for name in SLOTS}
+        await host.stop("web1", by=ROOT)
+        assert world.slots() == []
+        host.services.store.put_all(left)
+        for fd in left.values():
+            os.close(fd)
+    assert world.slots() == SLOTS
+    async with world.daemon() as host:
+        assert world.slots() == []
+        assert (await host.info("web1"))["state"] == "stopped"
+        assert (await host.status())["problems"] == []
+        nothing_left(world)

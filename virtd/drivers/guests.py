@@ -9,21 +9,19 @@ import logging
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import errors, files, journal
-from ..child import SLOTS, Child
+from ..child import SLOTS
 from ..messages import Message
 from ..model.state import State, require
 from ..process import boot_id
 from ..records import Record, Records, now
-from ..units import object_name
-from . import definitions
+from . import definitions, reconcile
 from .autostart import autostart
 from .collection import Collection, D
 from .guest import Guest, Shared
-from .protocol import Difference, Problem
 
 if TYPE_CHECKING:
     from ..child import Services
-    from .protocol import Publish
+    from .protocol import Difference, Publish
 
 log = logging.getLogger(__name__)
 
@@ -78,43 +76,16 @@ class Guests(Collection[G, D]):
 
     async def reconcile(self) -> None:
         """Second step: compare with systemd, finish or roll back what a crash cut off."""
-        units = await self._services.units()
-        present = {
-            name
-            for unit in await units.list(f"virtd-{self.name}-*.service")
-            if (name := object_name(self.name, unit.name))
-        }
         known = set(self.machines)
-        machines = [machine for machine in self.machines.values() if machine.record is not None]
-        results = await asyncio.gather(
-            *(machine.reconcile(unit_exists=machine.name in present) for machine in machines), return_exceptions=True
-        )
-        for machine, result in zip(machines, results, strict=True):
-            if isinstance(result, BaseException):
-                log.error("%s can't be reconciled: %s", machine.name, result, exc_info=result)
-                machine.problems["adoption"] = Problem(
-                    f"{machine.name} disagrees with systemd: {result}", "The guest was left alone."
-                )
-            elif result:
-                getattr(self.found, result.replace(" ", "_")).append(machine.name)
-                if result == "adopted":
-                    machine.spawn(self.go_on(machine), "finish")
-        for machine in machines:
+        came, others = await reconcile.recorded(self)
+        for name, result in came.items():
+            if result == "adopted":
+                self.machines[name].spawn(self.go_on(self.machines[name]), "finish")
+        for machine in list(self.machines.values()):
             if machine.definition is None and not machine.alive and machine.settled.is_set() and not machine.problems:
                 self.forget(machine.name)  # its definition was removed, or it ended as a transient one, meanwhile
-        slots = {name.split("/")[1] for name in self._services.store.names() if name.startswith(f"{self.name}/")}
-        recorded = {machine.name for machine in machines}
-        for machine in machines:
-            if (
-                machine.name in slots
-                and not machine.alive
-                and machine.record is not None
-                and not machine.record.slots
-            ):
-                # What couldn't be dropped at its end, or not by an older virtd that knew nothing of boxes.
-                await Child(self._services, self.name, machine.name).release()
-        for name in sorted((present | slots) - recorded):
-            await self._rebuild(name, unit=name in present, new=name not in known)
+        for name, unit in others.items():
+            await self._rebuild(name, unit=unit, new=name not in known)
         self._reconciled.set()
 
     async def compare(self, *, repair: bool) -> list[Difference]:

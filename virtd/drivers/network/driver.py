@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ... import errors, files, journal
-from ...child import Child
 from ...messages import Message
 from ...model import network as model
 from ...model.network import State
 from ...paths import names
 from ...process import boot_id
 from ...records import Record, Records, now
-from ...units import object_name
+from .. import reconcile
 from ..autostart import autostart
 from ..collection import Collection
 from ..protocol import Problem
@@ -104,31 +103,12 @@ class Driver(Collection[Net, model.Network]):
 
     async def reconcile(self) -> None:
         """Second step: compare with systemd and the kernel, finish what a crash cut off."""
-        units = await self._services.units()
-        present = {
-            name for unit in await units.list(f"virtd-{DRIVER}-*.service") if (name := object_name(DRIVER, unit.name))
-        }
-        nets = [net for net in self.nets.values() if net.record is not None]
-        results = await asyncio.gather(
-            *(net.reconcile(unit_exists=net.name in present) for net in nets), return_exceptions=True
-        )
-        for net, result in zip(nets, results, strict=True):
-            if isinstance(result, BaseException):
-                log.error("%s can't be reconciled: %s", net.name, result, exc_info=result)
-                net.problems["adoption"] = Problem(
-                    f"{net.name} can't be made whole: {result}",
-                    f"What there is of it was left alone. Try: virtctl network start {net.name}.",
-                )
-            elif result:
-                getattr(self.found, result.replace(" ", "_")).append(net.name)
-        slots = {name.split("/")[1] for name in self._services.store.names() if name.startswith(f"{DRIVER}/")}
-        for net in nets:
-            if net.name in slots and net.record is not None and not net.record.slots:
-                await Child(self._services, DRIVER, net.name).release()  # what couldn't be dropped at its end
-        recorded = {net.name for net in nets}
-        lost = {net.name for net in self.nets.values() if net.definition is not None and self._has_bridge(net)}
-        for name in sorted((present | slots | lost) - recorded):
-            await self._rebuild(name, unit=name in present)
+        _, others = await reconcile.recorded(self)
+        for net in self.nets.values():
+            if net.record is None and net.definition is not None and self._has_bridge(net):
+                others.setdefault(net.name, False)
+        for name, unit in sorted(others.items()):
+            await self._rebuild(name, unit=unit)
         for net in list(self.nets.values()):
             if net.definition is None and not net.active and not net.problems:
                 self.forget(net.name)

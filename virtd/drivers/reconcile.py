@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The second step of a start of the daemon, for objects that have units: the records beside what there is."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..child import Child
+from ..units import object_name
+from .collection import Object
+from .protocol import Problem
+
+if TYPE_CHECKING:
+    from .collection import Collection
+
+log = logging.getLogger(__name__)
+
+
+class Recorded(Object, Protocol):
+    async def reconcile(self, *, unit_exists: bool) -> str: ...
+
+
+async def recorded(driver: Collection[Any, Any]) -> tuple[dict[str, str], dict[str, bool]]:
+    """Each object of `driver` with a record; one that can't be made whole has a problem, and costs no other anything.
+
+    What came of each that was adopted, had ended or was rolled back; and the other names of which there is a unit
+    (True) or only slots (False).
+    """
+    services = driver.services
+    units = await services.units()
+    present = {
+        name
+        for unit in await units.list(f"virtd-{driver.name}-*.service")
+        if (name := object_name(driver.name, unit.name))
+    }
+    objects: list[Recorded] = [one for one in driver.objects.values() if one.record is not None]
+    results = await asyncio.gather(
+        *(one.reconcile(unit_exists=one.name in present) for one in objects), return_exceptions=True
+    )
+    came = {}
+    for one, result in zip(objects, results, strict=True):
+        if isinstance(result, BaseException):
+            log.error("%s can't be reconciled: %s", one.name, result, exc_info=result)
+            text = f"{one.name} can't be made whole: {result}"
+            one.problems["adoption"] = Problem(text, "What there is of it was left alone.")
+        elif result:
+            getattr(driver.found, result.replace(" ", "_")).append(one.name)
+            came[one.name] = result
+    slots = {name.split("/")[1] for name in services.store.names() if name.startswith(f"{driver.name}/")}
+    for one in objects:
+        if one.name in slots and one.record is not None and not (one.record.unit or one.record.slots):
+            # What couldn't be dropped at its end, or not by an older virtd that knew nothing of boxes.
+            await Child(services, driver.name, one.name).release()
+    others = (present | slots) - {one.name for one in objects}
+    return came, {name: name in present for name in sorted(others)}
