@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What many children cost: a start, the restart of the daemon, a daemon-reload of PID 1. Runs inside a lab.
 
-Guests are real in everything but QEMU, in whose place a small process runs (tests/children). virtd alone.
+Guests are real in everything but QEMU, in whose place a small process runs (tests/children). Beside it, what as many
+units cost PID 1 that only sleep, without virtd, stdio or sandbox.
 """
 
 from __future__ import annotations
@@ -34,15 +35,17 @@ class Sleepers(Virtd):
 def measure(_peers: list[Peer], *, quick: bool) -> dict[str, Any]:
     """By number of children, in seconds."""
     daemon = Sleepers()
-    begin()
     counts = (10, 50) if quick else (10, 100, 1000)
     runs = 3
+    sleeping = {count: plain(count, runs) for count in counts}
+    begin()
     result: dict[str, Any] = {"runs": runs, "children": {}}
     try:
         result["children"][0] = {"reload": reload(runs)}
         there = 0
         for count in counts:
             result["children"][count] = one(daemon, there, count, runs)
+            result["children"][count]["plain"] = sleeping[count]
             there = count
     finally:
         end(daemon)
@@ -106,6 +109,17 @@ def one(daemon: Sleepers, there: int, count: int, runs: int) -> dict[str, Any]:
     settle(daemon)
     figures["pss"] = daemon.pss()
     return figures
+
+
+def plain(count: int, runs: int) -> dict[str, float]:
+    """A daemon-reload beside so many units of nobody's."""
+    start = "systemd-run --quiet --unit=plain-{} -p StandardOutput=null -p StandardError=null sleep infinity"
+    numbers = "".join(f"{number}\n" for number in range(count))
+    try:
+        subprocess.run(["xargs", "-P4", "-I{}", "sh", "-c", start], input=numbers, text=True, check=True)
+        return reload(runs)
+    finally:
+        subprocess.run(["systemctl", "stop", "plain-*"], check=True)
 
 
 def settle(daemon: Sleepers) -> None:

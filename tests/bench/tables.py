@@ -88,13 +88,18 @@ def children(figures: Figures) -> list[str]:
         ("listing (ms)", "list", 1000), ("restart to listing (ms)", "restart", 1000),
         ("SIGKILL to listing (ms)", "kill", 1000), ("daemon-reload (ms)", "wall", 1000),
         ("  PID 1's CPU time (ms)", "cpu", 1000), ("  PID 1 answers nobody (ms)", "silent", 1000),
+        ("daemon-reload, as many `sleep`s", "plain wall", 1000), ("  PID 1's CPU time (ms)", "plain cpu", 1000),
         ("slots", "slots", 1), ("entries in PID 1", "entries", 1), ("the daemon's PSS (MiB)", "pss", 1),
     ]  # fmt: skip
     lines = [f"median of {figures['runs']}", ""]
-    lines.append(f"{'children':<30}" + "".join(f"{count:>9}" for count in figures["children"]))
+    lines.append(f"{'children':<32}" + "".join(f"{count:>9}" for count in figures["children"]))
+    columns = [
+        {**one, **one["reload"], **{f"plain {key}": value for key, value in one.get("plain", {}).items()}}
+        for one in figures["children"].values()
+    ]
     for title, key, factor in rows:
-        values = [{**one, **one["reload"]}.get(key) for one in figures["children"].values()]
-        lines.append(f"{title:<30}" + "".join(f"{'' if v is None else f'{v * factor:.0f}':>9}" for v in values))
+        values = [column.get(key) for column in columns]
+        lines.append(f"{title:<32}" + "".join(f"{'' if v is None else f'{v * factor:.0f}':>9}" for v in values))
     return lines
 
 
