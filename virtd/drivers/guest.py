@@ -121,20 +121,10 @@ class Guest(Recorded, Generic[D]):
         return State.of(self.record.state) if self.record is not None else State.STOPPED
 
     @property
-    def reason(self) -> str:
-        return self.record.reason if self.record is not None else "not started since boot"
-
-    @property
     def alive(self) -> bool:
         return self.state in ALIVE
 
     active = alive
-
-    @property
-    def uuid(self) -> str:
-        if self.definition is not None and self.definition.uuid is not None:
-            return self.definition.uuid
-        return self.record.uuid if self.record is not None else ""
 
     @property
     def key(self) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class Recorded(Object, Protocol):
+class WithUnit(Object, Protocol):
     async def reconcile(self, *, unit_exists: bool) -> str: ...
 
 
@@ -35,7 +35,7 @@ async def recorded(driver: Collection[Any, Any]) -> tuple[dict[str, str], dict[s
         for unit in await units.list(f"virtd-{driver.name}-*.service")
         if (name := object_name(driver.name, unit.name))
     }
-    objects: list[Recorded] = [one for one in driver.objects.values() if one.record is not None]
+    objects: list[WithUnit] = [one for one in driver.objects.values() if one.record is not None]
     results = await asyncio.gather(
         *(one.reconcile(unit_exists=one.name in present) for one in objects), return_exceptions=True
     )

@@ -64,14 +64,32 @@ class Tasks:
         await asyncio.gather(*mine, return_exceptions=True)
 
 
-class Recorded(Tasks):
+class Defined:
+    """What has a definition, a record, or both."""
+
+    definition: Any
+    record: Record | None
+
+    @property
+    def reason(self) -> str:
+        """Why it is in the state that it is in, for a person to read."""
+        return self.record.reason if self.record is not None else "not started since boot"
+
+    @property
+    def uuid(self) -> str:
+        if self.definition is not None and self.definition.uuid is not None:
+            return str(self.definition.uuid)
+        return self.record.uuid if self.record is not None else ""
+
+
+class Recorded(Tasks, Defined):
     """What has a record."""
 
     shared: Shared
 
     def __init__(self, name: str) -> None:
         super().__init__(name, {})
-        self.record: Record | None = None
+        self.record = None
         self.on_record = asyncio.Event()  # cleared while the record on disk is older than the one in memory
         self.on_record.set()
 

@@ -77,16 +77,6 @@ class Net(Recorded):
         return self.state in ON
 
     @property
-    def reason(self) -> str:
-        return self.record.reason if self.record is not None else "not started since boot"
-
-    @property
-    def uuid(self) -> str:
-        if self.definition is not None and self.definition.uuid is not None:
-            return self.definition.uuid
-        return self.record.uuid if self.record is not None else ""
-
-    @property
     def mac(self) -> str:
         """The bridge's address; of an active network the one that it was made with."""
         kept = self.record.data.get("mac") if self.record is not None and self.active else None

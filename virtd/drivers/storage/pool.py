@@ -15,6 +15,7 @@ from ... import errors, journal
 from ...messages import Message
 from ...model import pool as model
 from ...records import Record, Records, now
+from ..recorded import Defined
 from ..turns import Turns
 from .job import DRIVER
 
@@ -40,7 +41,7 @@ class State(StrEnum):
     STOPPING = "stopping"
 
 
-class StoragePool:
+class StoragePool(Defined):
     """A pool. Without a definition only the record of an active one is left of it, and it goes when it is stopped.
 
     `make` makes the backend of a definition. `published(event, pool)` is told of changes.
@@ -83,16 +84,6 @@ class StoragePool:
     def in_doubt(self) -> bool:
         """Whether a start or a stop was cut off, or is under way."""
         return self.state in (State.STARTING, State.STOPPING)
-
-    @property
-    def reason(self) -> str:
-        return self.record.reason if self.record is not None else "not started since boot"
-
-    @property
-    def uuid(self) -> str:
-        if self.definition is not None and self.definition.uuid is not None:
-            return self.definition.uuid
-        return self.record.uuid if self.record is not None else ""
 
     @property
     def source(self) -> str:
