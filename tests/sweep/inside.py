@@ -14,6 +14,7 @@ import errno
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -205,7 +206,8 @@ class Sweep:
                     try:
                         operation.act()
                     except Refused as exc:
-                        if not point.error or exc.kind == "VirtdError" or "Error" in str(exc).partition(":")[2]:
+                        told = str(exc).partition(":")[2]
+                        if not point.error or exc.kind == "VirtdError" or re.search(r"\w(Error|Exception)\b", told):
                             raise Broken(f"its caller was told {exc}") from exc
                     except Broken:
                         if not operation.start:

@@ -307,6 +307,7 @@ class Collection(Generic[T, D]):
                 self.records.remove(name)
             except errors.HostError as exc:  # it is gone all the same; the next start, or fsck, removes the file
                 log.warning("The record of %s stays: %s", name, exc)
+            one.record = None  # nor is it to be written once more
         del self.objects[name]
         self._publish("removed", name)
 

@@ -128,7 +128,7 @@ class Recorded(Tasks, Defined):
 
     async def _save_again(self) -> None:
         """Until the record says what is so: the next daemon will go by it."""
-        while not self.on_record.is_set():
+        while self.record is not None and not self.on_record.is_set():
             await asyncio.sleep(SAVE_AGAIN)
             if self.record is not None and not self.on_record.is_set():
                 with contextlib.suppress(errors.HostError):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import errors, files, journal
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+STOP_AGAIN = 1.0  # seconds until a stop that couldn't be finished is tried again
 ON = (State.STARTING, State.ACTIVE, State.STOPPING)
 
 
@@ -268,12 +270,31 @@ class Net(Recorded):
                     hint="Stop these first, or cut them off: --force. They are connected again at its next start.",
                 )
             self.note(State.STOPPING, f"being stopped by {by}")
-            await self.unmake()
-            self.note(State.INACTIVE, f"stopped by {by}", slots={}, unit="", main_pid=0, main_start=0, data={})
-            for key in self.problems.keys() - {"record"}:
-                del self.problems[key]
-            journal.send(f"Stopped network {self.name}", **self.fields())
+            await self._finish(f"stopped by {by}")
             return True
+
+    async def _finish(self, why: str) -> None:
+        """What a stop has left to do. Raises a VirtdError, and is then tried again."""
+        try:
+            await self.unmake()
+        except errors.VirtdError as exc:
+            if "stop" not in self.problems:
+                self.spawn(self._finish_later(why), "stop")
+            self.problems["stop"] = Problem(f"It isn't stopped yet: {exc.message}", "It is tried again every second.")
+            raise
+        self.note(State.INACTIVE, why, slots={}, unit="", main_pid=0, main_start=0, data={})
+        for key in self.problems.keys() - {"record"}:
+            del self.problems[key]
+        journal.send(f"Stopped network {self.name}", **self.fields())
+
+    async def _finish_later(self, why: str) -> None:
+        while self.state is State.STOPPING:
+            await asyncio.sleep(STOP_AGAIN)
+            with contextlib.suppress(errors.VirtdError):
+                async with self.exclusive("stop"):
+                    if self.state is State.STOPPING:
+                        await self._finish(why)
+        self.problems.pop("stop", None)  # it was started instead
 
     async def unmake(self) -> None:
         """Remove every piece that is there, in the opposite order. Raises HostError, and may be repeated then."""
@@ -283,6 +304,8 @@ class Net(Recorded):
             await asyncio.to_thread(firewall.remove, self.name)
             await asyncio.to_thread(bridge.lower_it, str(kept), self.mac)
         await asyncio.to_thread(files.remove_tree, self.runtime)
+        if os.path.lexists(self.runtime):
+            raise errors.HostError(f"{self.runtime} can't be removed")
 
     # Rules
 
@@ -417,10 +440,7 @@ class Net(Recorded):
                     self.note(State.INACTIVE, record.reason, slots={}, unit="", main_pid=0, main_start=0, data={})
                 return ""
             case State.STOPPING:
-                await self.unmake()
-                self.note(
-                    State.INACTIVE, "its stop was interrupted, and finished", slots={}, unit="", main_pid=0, data={}
-                )
+                await self._finish("its stop was interrupted, and finished")
                 return "ended"
         await self.server.identify(unit_exists=unit_exists)
         if self.state is State.STARTING:

@@ -23,6 +23,7 @@ from . import host
 from .directory import Directory
 from .job import DRIVER, KEPT, Job, Program, Shared, Task, logged, remove_logs
 from .job import State as JobState
+from .pool import Shared as PoolShared
 from .pool import State, StoragePool
 from .programs import Account
 from .volumes import Volumes
@@ -72,7 +73,9 @@ class Driver(Collection[StoragePool, model.Pool]):
         return self.objects
 
     def make(self, name: str) -> StoragePool:
-        return StoragePool(name, self._services.paths, self.records, self._boot_id, self._backend, self.published)
+        return StoragePool(
+            PoolShared(self._services.paths, self.records, self.published, self._boot_id, self._backend), name
+        )
 
     def parse(self, text: str, source: str) -> model.Pool:
         return model.parse(text, source)
@@ -198,7 +201,9 @@ class Driver(Collection[StoragePool, model.Pool]):
         await self._reconcile_pool(pool)
 
     async def close(self) -> None:
-        await asyncio.gather(*(job.close() for job in self.jobs.values()))
+        await asyncio.gather(
+            *(job.close() for job in self.jobs.values()), *(pool.end_tasks() for pool in self.pools.values())
+        )
 
     # Definitions
 
@@ -219,7 +224,8 @@ class Driver(Collection[StoragePool, model.Pool]):
 
     def put_in_force(self, one: StoragePool, definition: model.Pool, text: str) -> None:
         del definition
-        one.note(State.ACTIVE, one.reason, text)
+        one.save(data={"definition": text})
+        self.published("changed", one)
 
     def _backend(self, pool: model.Pool) -> Backend:
         return host.backend(pool, self._services, self._settings, self.run_tool)

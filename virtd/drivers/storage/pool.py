@@ -7,15 +7,15 @@ import asyncio
 import contextlib
 import logging
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from ... import errors, journal
 from ...messages import Message
 from ...model import pool as model
-from ...records import Record, Records, now
-from ..recorded import Defined
+from ...records import Record, now
+from ..recorded import Recorded
 from ..turns import Turns
 from .job import DRIVER
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from ...paths import Paths
-    from ..protocol import Problem
+    from ...records import Records
     from .backend import Backend, Capacity
 
 log = logging.getLogger(__name__)
@@ -41,32 +41,25 @@ class State(StrEnum):
     STOPPING = "stopping"
 
 
-class StoragePool(Defined):
-    """A pool. Without a definition only the record of an active one is left of it, and it goes when it is stopped.
+class Shared(NamedTuple):
+    """What the pools share. `publish(event, pool)` is told of changes; `make` makes the backend of a definition."""
 
-    `make` makes the backend of a definition. `published(event, pool)` is told of changes.
-    """
+    paths: Paths
+    records: Records
+    publish: Callable[[str, StoragePool], None]
+    boot_id: str
+    make: Callable[[model.Pool], Backend]
 
-    def __init__(
-        self,
-        name: str,
-        paths: Paths,
-        records: Records,
-        boot_id: str,
-        make: Callable[[model.Pool], Backend],
-        published: Callable[[str, StoragePool], None],
-    ) -> None:
-        self.name = name
+
+class StoragePool(Recorded):
+    """A pool. Without a definition only the record of an active one is left of it, and it goes when it is stopped."""
+
+    def __init__(self, shared: Shared, name: str) -> None:
+        super().__init__(name)
+        self.shared: Shared = shared
         self.definition: model.Pool | None = None
         self.definition_text = ""
-        self.record: Record | None = None
-        self.problems: dict[str, Problem] = {}
         self.capacity: Capacity | None = None
-        self._paths = paths
-        self._records = records
-        self._boot_id = boot_id
-        self._make = make
-        self._published = published
         self._backend: Backend | None = None
         self.settled = asyncio.Event()  # at any time: it is what its record says
         self.settled.set()
@@ -88,7 +81,7 @@ class StoragePool(Defined):
     @property
     def source(self) -> str:
         """The definition's file."""
-        return self._paths.definition(DRIVER, self.name)
+        return self.shared.paths.definition(DRIVER, self.name)
 
     @property
     def pending(self) -> bool:
@@ -124,7 +117,7 @@ class StoragePool(Defined):
     def backend(self) -> Backend:
         present = self.present
         if self._backend is None or self._backend.pool != present:
-            self._backend = self._make(present)
+            self._backend = self.shared.make(present)
         return self._backend
 
     @property
@@ -143,17 +136,16 @@ class StoragePool(Defined):
         """One operation at a time. Raises Busy when another takes too long."""
         return self._turns.take(what)
 
-    def note(self, state: State, reason: str, definition: str) -> None:
-        """Put a state on record. Raises HostError; all is then as before."""
+    def _begin(self, state: State, reason: str, definition: str) -> None:
+        """Put on record what is about to be done. Raises HostError; all is then as before."""
         record = Record(
             driver=DRIVER, name=self.name, uuid=self.uuid, state=state.value, reason=reason, since=now(),
-            boot_id=self._boot_id, data={"definition": definition} if definition else {},
+            boot_id=self.shared.boot_id, data={"definition": definition},
         )  # fmt: skip
         if self.record is not None:
             record = msgspec.structs.replace(record, unknown=self.record.unknown)
-        self._records.save(record)
-        self.record = record
-        self._published("changed", self)
+        self.put(record)
+        self.shared.publish("changed", self)
 
     async def start(self, by: str) -> bool:
         """False if it was active."""
@@ -163,17 +155,16 @@ class StoragePool(Defined):
             text = self.definition_text or self._text()
             backend = self.backend
             # On record first: what a crash leaves is finished, or taken back, by the next start of the daemon.
-            self.note(State.STARTING, f"being started by {by}", text)
+            self._begin(State.STARTING, f"being started by {by}", text)
             try:
                 await backend.start()
-                self.note(State.ACTIVE, f"started by {by}", text)
             except BaseException as exc:
                 with contextlib.suppress(errors.VirtdError):
                     await backend.stop()
-                with contextlib.suppress(errors.VirtdError):
-                    self.note(State.INACTIVE, f"failed to start: {exc}", "")
+                self.note(State.INACTIVE, f"failed to start: {exc}", data={})
                 raise
             self.problems.clear()
+            self.note(State.ACTIVE, f"started by {by}")
             journal.send(f"Started pool {self.name}", message_id=Message.STARTED, **self.fields())
             await self.measure()
             return True
@@ -186,31 +177,30 @@ class StoragePool(Defined):
         async with self.exclusive("stop"):
             if not self.active:
                 return False
-            reason, text = self.reason, self._text()
-            self.note(State.STOPPING, f"being stopped by {by}", text)
+            reason = self.reason
+            self._begin(State.STOPPING, f"being stopped by {by}", self._text())
             try:
                 await self.backend.stop()
             except BaseException:
-                self.note(State.ACTIVE, reason, text)
+                self.note(State.ACTIVE, reason)
                 raise
-            self.note(State.INACTIVE, f"stopped by {by}", "")
             self.capacity = None
             self.problems.clear()
+            self.note(State.INACTIVE, f"stopped by {by}", data={})
             journal.send(f"Stopped pool {self.name}", message_id=Message.ENDED, VIRTD_CAUSE="stop", **self.fields())
             return True
 
     async def settle(self) -> str:
         """After the daemon's start: finish, or take back, what a crash cut off: "adopted" or "rolled_back"."""
-        text = self._text()
         if not await self.backend.lost():
             if self.state is State.STARTING:
                 await self.backend.start()  # all of it is there, or is made now
-            self.note(State.ACTIVE, "found active after a restart of virtd", text)
+            self.note(State.ACTIVE, "found active after a restart of virtd")
             return "adopted"
         if self.state is State.STARTING:
             with contextlib.suppress(errors.VirtdError):
                 await self.backend.stop()
-        self.note(State.INACTIVE, "its start or stop was cut off", "")
+        self.note(State.INACTIVE, "its start or stop was cut off", data={})
         return "rolled_back"
 
     async def measure(self) -> None:
