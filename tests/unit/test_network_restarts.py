@@ -13,6 +13,7 @@ import pytest
 
 from tests.unit.fake_kernel import FakeKernel
 from tests.unit.whole_host import ROOT, World, on_loop, until
+from virtd import errors
 from virtd.drivers.network import firewall, guard, host, server
 from virtd.drivers.network.firewall import Dropper
 from virtd.drivers.network.host import Account
@@ -461,6 +462,34 @@ async def test_a_stop_that_cannot_be_put_on_record_is_later(site: Site, monkeypa
 
 
 def _refuse(_records: Any, record: Any) -> None:
-    from virtd import errors
-
     raise errors.HostError(f"Cannot write {record.name}: No space left on device")
+
+
+@on_loop
+async def test_a_stop_that_is_held_up_is_finished(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bus broke off at that very moment, say: who asked is told, and needn't ask again."""
+    monkeypatch.setattr("virtd.drivers.network.net.STOP_AGAIN", 0.01)
+    tries: list[str] = []
+
+    def step(what: str) -> None:
+        if what.startswith("stop "):
+            tries.append(what)
+            if len(tries) < 4:
+                raise errors.HostError("the D-Bus connection was closed")
+
+    async with site.world.daemon() as host:
+        await site.define()
+        await host.networks.start("lab", by=ROOT)
+        monkeypatch.setattr(site.world.units, "step", step)
+        with pytest.raises(errors.HostError, match="was closed"):
+            await host.networks.stop("lab", force=False, by=ROOT)
+        info = await site.info()
+        assert info["state"] == "stopping"
+        assert [problem["text"] for problem in info["problems"]] == [
+            "It isn't stopped yet: the D-Bus connection was closed"
+        ]
+        net = host.networks.driver.nets["lab"]
+        await until(lambda: net.state.value == "inactive")
+        assert len(tries) == 4
+        assert (await site.info())["problems"] == []
+        site.nothing("after its stop")

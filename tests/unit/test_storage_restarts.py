@@ -16,6 +16,7 @@ from virtd import errors
 from virtd.child import Child
 from virtd.drivers.storage import host as storage_host
 from virtd.host import Host
+from virtd.records import Record, Records
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -265,3 +266,33 @@ async def test_killed_at_every_step_of_changing_a_volume(cuts: Cuts, verb: str) 
 
     seen = await each_step(cuts, work, cut, after)
     assert len(seen) > 2, seen
+
+
+@on_loop
+async def test_a_pools_stop_that_cannot_be_put_on_record_is_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full /run doesn't keep it from being stopped, and the next daemon knows as soon as there is room."""
+    monkeypatch.setattr("virtd.drivers.recorded.SAVE_AGAIN", 0.01)
+    with hosted(tmp_path, monkeypatch) as world:
+        async with world.daemon() as host:
+            await host.pools.start("p", by=ROOT)
+            pool = host.volumes.driver.pools["p"]
+            save = Records.save
+            with monkeypatch.context() as full:
+
+                def refuse(records: Records, record: Record) -> None:
+                    if record.state == "inactive":
+                        raise errors.HostError(f"Cannot write {record.name}: No space left on device")
+                    save(records, record)
+
+                full.setattr(Records, "save", refuse)
+                await host.pools.stop("p", by=ROOT)
+                info = await host.pools.info("p")
+                assert (info["state"], [problem["text"] for problem in info["problems"]]) == (
+                    "inactive", ["Cannot write p: No space left on device"],
+                )  # fmt: skip
+                assert world.record("p", "storage").state == "stopping"
+            await until(pool.on_record.is_set)
+            assert world.record("p", "storage").state == "inactive"
+            assert (await host.pools.info("p"))["problems"] == []
