@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from tests.unit.whole_host import until
 from virtd import errors
-from virtd.drivers.network import firewalld, host, links, watch
+from virtd.drivers.network import firewalld, guard, host, links, watch
 from virtd.model import network as model
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from virtd.bus import Bus
@@ -109,6 +112,51 @@ def test_messages_of_the_kernel() -> None:
     assert list(watch.tables(data)) == ["virtd-lab", "docker"]
     assert list(watch.links(message(17, bytes(16), 3, "vd-lab") + message(20, bytes(16), 3, "x"))) == ["vd-lab"]
     assert list(watch.tables(b"\1\2\3")) == list(watch.tables(bytes(64))) == []
+
+
+def test_firewalld_is_told_again_when_the_bus_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bus that broke off is no time to ask anybody; what was asked of firewalld meanwhile is asked once more."""
+    monkeypatch.setattr(guard, "BUS_RETRY", 0.01)
+    buses: list[Any] = []
+
+    class FakeBus:
+        def __init__(self) -> None:
+            buses.append(self)
+
+        def on_closed(self, callback: Callable[[], None]) -> None:
+            self.close = callback
+
+        async def subscribe(self, *_arguments: Any, **_more: Any) -> Any: ...
+
+    class FakeServices:
+        async def units(self) -> Any:
+            return SimpleNamespace(bus=FakeBus())
+
+    told: list[int] = []
+
+    class FakeNet:
+        active = False
+
+        async def join_firewalld(self) -> None:
+            told.append(len(buses))
+
+    async def main() -> None:
+        nets = {"lab": FakeNet()}
+        beside = guard.Guard(FakeServices(), nets, {}, lambda *_: None)  # type: ignore[arg-type]
+        following = asyncio.create_task(beside._follow_firewalld())
+        try:
+            await until(lambda: buses and hasattr(buses[0], "close"))
+            await asyncio.sleep(0.05)
+            assert told == []
+            buses[0].close()
+            await until(lambda: told)
+            assert told == [2]
+        finally:
+            following.cancel()
+            await beside.close()
+            await asyncio.gather(following, return_exceptions=True)
+
+    asyncio.run(main())
 
 
 def test_firewalld_comes_and_goes() -> None:

@@ -177,21 +177,24 @@ class Guard:
 
         When it ends, what it has refused is no problem any more.
         """
+        missed = False
         while True:
             try:
-                await self._once()
+                await self._once(missed=missed)
             except errors.VirtdError as exc:
                 log.debug("firewalld isn't watched: %s", exc)
+            missed = True
             await asyncio.sleep(BUS_RETRY)
 
-    async def _once(self) -> None:
-        """Until this bus is lost."""
+    async def _once(self, *, missed: bool) -> None:
+        """Until this bus is lost. `missed`: it may have come up, or been asked in vain, when there was none."""
         bus = (await self._services.units()).bus
         changed, closed = asyncio.Event(), asyncio.Event()
         bus.on_closed(_both(changed.set, closed.set))
         await firewalld.watch(bus, changed.set)
-        while not closed.is_set():
-            await changed.wait()
+        if missed:
+            changed.set()
+        while await changed.wait() and not closed.is_set():
             changed.clear()
             for net in list(self._nets.values()):
                 await net.join_firewalld()
