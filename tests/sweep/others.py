@@ -174,6 +174,9 @@ class OfVolume(OfPool):
         done = call("Volume.Create", pool=POOL, name=VOLUME, size="1M", format="qcow2", token=self.token)
         if done["job"]:
             ended = call("Volume.Await", job=done["job"])["object"]
+            if ended["state"] == "failed" and ended["error"]:  # as the call would have; it is asked for anew
+                self.token += "'"
+                raise scene.Refused("JobFailed", ended["error"])
             expect("the job", (ended["state"], ended["error"]), ("done", ""))
 
 

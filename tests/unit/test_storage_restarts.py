@@ -296,3 +296,31 @@ async def test_a_pools_stop_that_cannot_be_put_on_record_is_later(
             await until(pool.on_record.is_set)
             assert world.record("p", "storage").state == "inactive"
             assert (await host.pools.info("p"))["problems"] == []
+
+
+@on_loop
+async def test_a_job_that_systemd_cannot_be_told_of_is_put_away_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bus broke off: the result counts at once, and what is left goes as soon as there is a bus."""
+    monkeypatch.setattr("virtd.drivers.storage.job.AGAIN", 0.01)
+    children = Children()
+    monkeypatch.setattr("virtd.drivers.storage.job.Child", children)
+    refused: list[str] = []
+
+    def step(what: str) -> None:
+        if what.startswith("collect ") and len(refused) < 3:
+            refused.append(what)
+            raise errors.HostError("the D-Bus connection was closed")
+
+    (tmp_path / "host").mkdir()
+    with hosted(tmp_path / "host", monkeypatch) as world:
+        async with world.daemon() as host:
+            await prepare(host, tmp_path / "host")
+            monkeypatch.setattr(world.units, "step", step)
+            work, content = MAKES["clone"]
+            await work(host)
+            assert (tmp_path / "host/pool/new").read_bytes() == content
+            await until(lambda: len(refused) == 3 and not world.units.units)
+            nothing_unfinished(world, tmp_path / "host/pool")
+    children.close()

@@ -336,6 +336,7 @@ class Driver(Collection[StoragePool, model.Pool]):
         self.jobs.pop(job.name, None)
         with contextlib.suppress(errors.HostError):
             self.records.remove(job.name)
+        job.record = None  # nor is it to be written once more
 
     async def run_job(self, job: Job, program: Program) -> None:
         """Start it; one that can't be is forgotten again. Raises VirtdError."""

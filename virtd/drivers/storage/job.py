@@ -358,15 +358,38 @@ class Job:
         self.shared.published(self)
 
     async def _put_away(self) -> None:
-        """Slots, unit and logs of a child that has ended. Safe to repeat."""
+        """Slots, unit and logs of a child that has ended. What systemd can't be told now, it is later. Repeatable."""
         child = self.child or Child(self.shared.services, DRIVER, self.name)
         await child.release()
         self.child = None
         if self.record is not None and self.record.unit:
-            units = await self.shared.services.units()
-            with contextlib.suppress(errors.VirtdError):
-                await units.ended(self.unit)
-                await units.collect(self.unit)
+            try:
+                await self._collect()
+            except errors.VirtdError as exc:
+                log.warning("%s is put away later: %s", self.unit, exc)
+                self.spawn(self._collect_later())
+                return
+        self._clear()
+
+    async def _collect(self) -> None:
+        units = await self.shared.services.units()
+        await units.ended(self.unit)
+        await units.collect(self.unit)
+
+    async def _collect_later(self) -> None:
+        while True:
+            await asyncio.sleep(AGAIN)
+            try:
+                units = await self.shared.services.units()
+                with contextlib.suppress(errors.NotFound):
+                    await units.kill(self.unit, 9)  # a start that was undone: it may run
+                await self._collect()
+                break
+            except errors.VirtdError:
+                continue
+        self._clear()
+
+    def _clear(self) -> None:
         remove_logs(self.shared.services.paths, self.name)
         if self.record is not None and (self.record.unit or self.record.slots):
             with contextlib.suppress(errors.HostError):
