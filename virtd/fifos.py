@@ -15,6 +15,8 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
+from . import errors
+
 if TYPE_CHECKING:
     from .paths import Paths
 
@@ -64,6 +66,13 @@ def remove(directory: str) -> None:
             os.unlink(f"{directory}/{name}")
     with contextlib.suppress(OSError):
         os.rmdir(directory)
+
+
+def clear(directory: str) -> None:
+    """As `remove`. Raises HostError when something of it stays."""
+    remove(directory)
+    if os.path.lexists(directory):
+        raise errors.HostError(f"{directory} can't be removed")
 
 
 def owners(paths: Paths) -> list[tuple[str, str]]:

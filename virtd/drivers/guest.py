@@ -426,12 +426,10 @@ class Guest(Recorded, Generic[D]):
         await units.collect(self.unit)
 
     async def _forget_runtime(self) -> None:
-        pipes = self.shared.services.paths.fifos(self.driver, self.name)
-        fifos.remove(pipes)
+        fifos.clear(self.shared.services.paths.fifos(self.driver, self.name))
         await asyncio.to_thread(files.remove_tree, self.runtime)
-        for directory in (pipes, self.runtime):
-            if os.path.lexists(directory):
-                raise errors.HostError(f"{directory} can't be removed")
+        if os.path.lexists(self.runtime):
+            raise errors.HostError(f"{self.runtime} can't be removed")
 
     def last_words(self, since: int | None = None) -> str:
         """The end of what it wrote to stderr: the last 4 KiB, or what came after offset `since`."""

@@ -19,7 +19,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ... import errors, files, journal
+from ... import errors, fifos, files, journal
 from ...messages import Message
 from ...model import network as model
 from ...model.network import State
@@ -303,6 +303,7 @@ class Net(Recorded):
         if kept:
             await asyncio.to_thread(firewall.remove, self.name)
             await asyncio.to_thread(bridge.lower_it, str(kept), self.mac)
+        fifos.clear(self.shared.services.paths.fifos(DRIVER, self.name))
         await asyncio.to_thread(files.remove_tree, self.runtime)
         if os.path.lexists(self.runtime):
             raise errors.HostError(f"{self.runtime} can't be removed")

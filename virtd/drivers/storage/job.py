@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from ... import errors, fdstore
+from ... import errors, fdstore, fifos
 from ...child import Child, Services, identities
 from ...paths import names
 from ...records import Record, Records, now
@@ -375,6 +375,7 @@ class Job:
         units = await self.shared.services.units()
         await units.ended(self.unit)
         await units.collect(self.unit)
+        fifos.clear(self.shared.services.paths.fifos(DRIVER, self.name))
 
     async def _collect_later(self) -> None:
         while True:
