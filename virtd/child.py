@@ -14,9 +14,11 @@ Its life, and what a crash of the daemon leaves at each point:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import logging
 import os
+import signal
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STDIN, STDOUT, STDERR, CONSOLE_LOG, STDERR_LOG = SLOTS = ("stdin", "stdout", "stderr", "console.log", "log")
+END_TRIES = 3
 RENEW_EVERY = 1.0  # seconds between two renewals of one log's slot
 PIPE_SIZE = 1 << 20  # pipe(7): the most that an unprivileged process gets; what a guest may say while we are away
 
@@ -378,6 +381,20 @@ class Child(msgspec.Struct):
                 self.services.pump.add(self.slot(name), fd, file, size=size)
                 if name == STDERR:
                     self.services.pump.watch(self.slot(name))  # the journal is to have it soon
+
+
+async def end_unit(services: Services, unit: str) -> None:
+    """Kill what a start that failed may have begun; what can't be done is left for others to find.
+
+    Once more where it was for nothing: the kill may come before the process, and the bus may have broken off.
+    """
+    for _ in range(END_TRIES):
+        with contextlib.suppress(errors.VirtdError):
+            units = await services.units()
+            with contextlib.suppress(errors.NotFound):
+                await units.kill(unit, signal.SIGKILL)
+            await units.ended(unit)
+            return
 
 
 def sweep(services: Services) -> None:

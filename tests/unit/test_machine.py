@@ -110,6 +110,29 @@ async def test_a_monitor_that_never_answers_fails_the_start(make_world: Callable
 
 
 @on_loop
+async def test_a_start_that_failed_is_ended_once_there_is_a_bus(
+    make_world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else QEMU would run on, with nobody to know it, and its unit be in the way of the next start."""
+    world = make_world()
+    world.settings = type(world.settings)(binary=world.settings.binary, start_timeout=0.5)
+    refused: list[str] = []
+
+    def step(what: str) -> None:
+        if what.startswith("kill ") and len(refused) < 2:
+            refused.append(what)
+            raise errors.HostError("the D-Bus connection was closed")
+
+    async with world.daemon() as host:
+        await world.define("web1", "silent")
+        monkeypatch.setattr(world.units, "step", step)
+        with pytest.raises(errors.StartFailed, match="didn't answer"):
+            await host.start("web1", by=ROOT)
+        assert len(refused) == 2
+        nothing_left(world)
+
+
+@on_loop
 async def test_a_broken_monitor_does_not_take_the_next_ones_place(world: World) -> None:
     """QEMU has one client at a time: whoever still tried to reach the old one got the new one's only connection."""
     async with world.daemon() as host:

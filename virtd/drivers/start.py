@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from .. import errors, fdstore, journal
-from ..child import Child, Ends, identities
+from ..child import Child, Ends, end_unit, identities
 from ..messages import Message
 from ..model.state import State
 from ..records import Record, now
@@ -167,11 +166,7 @@ class Start(Generic[G, D]):
             machine.over.set()
             return
         try:
-            units = await self.services.units()
-            with contextlib.suppress(errors.VirtdError):
-                await units.kill(machine.unit, 9)
-            with contextlib.suppress(errors.VirtdError):
-                await units.ended(machine.unit)
+            await end_unit(self.services, machine.unit)
             await self.child.drain()
             machine.forward_stderr(final=True)
             self.words = machine.last_words(self.stderr_from)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ... import errors, fdstore, files, journal
-from ...child import Child, Ends, identities
+from ...child import Child, Ends, end_unit, identities
 from ...logfile import Cursor
 from ...messages import Message
 from ...stderrlog import StderrLog
@@ -192,11 +192,7 @@ class Server(Tasks):
         ends.close()
         child.discard(descriptors)
         self.child = child
-        units = await self.net.shared.services.units()
-        with contextlib.suppress(errors.VirtdError):
-            await units.kill(self.net.unit, signal.SIGKILL)
-        with contextlib.suppress(errors.VirtdError):
-            await units.ended(self.net.unit)
+        await end_unit(self.net.shared.services, self.net.unit)
         await self._put_away()
 
     async def _put_away(self) -> None:
