@@ -371,9 +371,10 @@ async def test_a_dnsmasq_that_cannot_be_started_again_says_why(site: Site, monke
             await until(lambda: "server" in net.problems and "No space left" in net.problems["server"].text)
             info = await site.info()
             assert (info["state"], info["pid"]) == ("active", None)
-            assert [problem["text"] for problem in info["problems"]] == [
-                "dnsmasq can't be started again: Cannot write lab: No space left on device"
-            ]
+            assert {problem["text"] for problem in info["problems"]} == {
+                "dnsmasq can't be started again: Cannot write lab: No space left on device",
+                "Cannot write lab: No space left on device",  # how far its words are in the journal
+            }
         await until(lambda: net.server.alive and "server" not in net.problems)
         site.whole(await site.info(), "when there was room")
         assert site.pid() != pid
@@ -493,3 +494,21 @@ async def test_a_stop_that_is_held_up_is_finished(site: Site, monkeypatch: pytes
         assert len(tries) == 4
         assert (await site.info())["problems"] == []
         site.nothing("after its stop")
+
+
+@on_loop
+async def test_how_far_the_journal_has_its_words_is_on_record(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when there was no room for it at first: else it would have them twice, and fsck a difference."""
+    monkeypatch.setattr("virtd.drivers.recorded.SAVE_AGAIN", 0.01)
+    async with site.world.daemon() as host:
+        await site.define()
+        await host.networks.start("lab", by=ROOT)
+        net = host.networks.driver.nets["lab"]
+        assert net.record is not None
+        with monkeypatch.context() as full:
+            full.setattr(type(net.shared.records), "save", _refuse)
+            net.keep(data=net.record.data | {"stderr": {"file": "1:2", "offset": 3}})
+            assert "No space left" in (await site.info())["problems"][0]["text"]
+        await until(net.on_record.is_set)
+        assert site.world.record("lab", "network").data["stderr"] == {"file": "1:2", "offset": 3}
+        assert (await site.info())["problems"] == []

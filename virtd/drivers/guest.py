@@ -222,9 +222,7 @@ class Guest(Recorded, Generic[D]):
             pass
         if (cursor := self.stderr.cursor) != before:
             place = {"file": cursor.file, "offset": cursor.offset}
-            self.record = msgspec.structs.replace(self.record, data=self.record.data | {"stderr": place})
-            with contextlib.suppress(errors.HostError):  # sent twice after a crash, then
-                self.shared.records.save(self.record)
+            self.keep(data=self.record.data | {"stderr": place})
 
     # Taking it back
 

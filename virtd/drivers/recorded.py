@@ -110,7 +110,13 @@ class Recorded(Tasks, Defined):
         if (state.value, reason) == (self.record.state, self.record.reason) and not changes:
             return
         changes.setdefault("since", now() if state.value != self.record.state else self.record.since)
-        self.record = msgspec.structs.replace(self.record, state=state.value, reason=reason, **changes)
+        self.keep(state=state.value, reason=reason, **changes)
+        self.shared.publish("changed", self)
+
+    def keep(self, **changes: Any) -> None:
+        """Change the record, as `note` does, by what nobody is told of."""
+        assert self.record is not None
+        self.record = msgspec.structs.replace(self.record, **changes)
         try:
             self.shared.records.save(self.record)
             self._recorded()
@@ -120,7 +126,6 @@ class Recorded(Tasks, Defined):
             if self.on_record.is_set():
                 self.on_record.clear()
                 self.spawn(self._save_again(), "save")
-        self.shared.publish("changed", self)
 
     def _recorded(self) -> None:
         self.problems.pop("record", None)

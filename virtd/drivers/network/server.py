@@ -11,8 +11,6 @@ import signal
 import time
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from ... import errors, fdstore, files, journal
 from ...child import Child, Ends, end_unit, identities
 from ...logfile import Cursor
@@ -355,9 +353,7 @@ class Server(Tasks):
             pass
         if (cursor := self._stderr.cursor) != before:
             place = {"file": cursor.file, "offset": cursor.offset}
-            net.record = msgspec.structs.replace(net.record, data=net.record.data | {"stderr": place})
-            with contextlib.suppress(errors.HostError):  # sent twice after a crash, then
-                net.shared.records.save(net.record)
+            net.keep(data=net.record.data | {"stderr": place})
 
     async def close(self) -> None:
         """Let go of everything in this process; dnsmasq and its slots stay."""
