@@ -64,11 +64,17 @@ class Tasks:
         await asyncio.gather(*mine, return_exceptions=True)
 
 
-class Defined:
+class Recorded(Tasks):
     """What has a definition, a record, or both."""
 
+    shared: Shared
     definition: Any
-    record: Record | None
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, {})
+        self.record: Record | None = None
+        self.on_record = asyncio.Event()  # cleared while the record on disk is older than the one in memory
+        self.on_record.set()
 
     @property
     def reason(self) -> str:
@@ -80,18 +86,6 @@ class Defined:
         if self.definition is not None and self.definition.uuid is not None:
             return str(self.definition.uuid)
         return self.record.uuid if self.record is not None else ""
-
-
-class Recorded(Tasks, Defined):
-    """What has a record."""
-
-    shared: Shared
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name, {})
-        self.record = None
-        self.on_record = asyncio.Event()  # cleared while the record on disk is older than the one in memory
-        self.on_record.set()
 
     def save(self, **changes: Any) -> None:
         """Change the record and write it. Raises HostError; what is in memory is then as before."""
