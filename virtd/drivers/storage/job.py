@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from ... import errors, fdstore, fifos
-from ...child import Child, Services, identities
+from ...child import Child, Services, end_unit, identities
 from ...paths import names
 from ...records import Record, Records, now
 from ...units import CLD_EXITED, UnitSpec, signal_name, unit_name
@@ -228,9 +228,7 @@ class Job:
         self.spawn(self._watch())
 
     async def _undo(self) -> None:
-        units = await self.shared.services.units()
-        with contextlib.suppress(errors.VirtdError):
-            await units.kill(self.unit, 9)
+        await end_unit(self.shared.services, self.unit)
         await self._put_away()
         self.shared.records.remove(self.name)
         self.record = None
