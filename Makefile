@@ -27,7 +27,7 @@ CATALOGDIR := $(SYSTEMDDIR)/catalog
 SYSUSERSDIR := $(PREFIX)/lib/sysusers.d
 TMPFILESDIR := $(PREFIX)/lib/tmpfiles.d
 
-.PHONY: help setup lint test unit live lvm survival sweep kills neighbours model demo bench rpm install clean
+.PHONY: help setup lint test unit live lvm survival sweep kills neighbours model fuzz demo bench rpm install clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ neighbours: $(STAMP) ## a network beside real docker and libvirt (root, minutes)
 
 model: $(STAMP) ## random sequences of operations, kills and deaths against a model, 20 of 40 steps or [EXAMPLES=n] (root)
 	VIRTD_EXAMPLES=$(or $(EXAMPLES),20) VIRTD_STEPS=40 $(PYTHON) -m pytest tests/live/test_model.py -m live -s
+
+fuzz: $(STAMP) ## inputs that nobody wrote on purpose, ten minutes for each target [FUZZ="--only NAME --seconds n"]
+	$(PYTHON) -m tests.fuzz $(FUZZ)
 
 demo: $(STAMP) ## one guest that lives through everything, with a verdict (root)
 	$(PYTHON) tests/demo.py
