@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+
+from .text import plain
 
 log = logging.getLogger("virtd")
 
@@ -24,9 +27,15 @@ def send(text: str, *, message_id: str = "", level: str = "info", **fields: str)
         if message_id:
             entry.append(f"MESSAGE_ID={message_id}")
         entry += [f"{key}={value}" for key, value in fields.items() if value]
-        sendv(*entry)
-    except (ImportError, OSError):
-        print(f"<{PRIORITY[level]}>{text}", file=sys.stderr, flush=True)
+        sendv(*map(plain, entry))
+    except (ImportError, OSError, ValueError):
+        _say(f"<{PRIORITY[level]}>{plain(text)}")
+
+
+def _say(line: str) -> None:
+    """On stderr, which systemd reads as well, if it is there to be written to."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(line, file=sys.stderr, flush=True)
 
 
 class Handler(logging.Handler):
@@ -36,4 +45,8 @@ class Handler(logging.Handler):
         level = (
             "error" if record.levelno >= logging.ERROR else "warning" if record.levelno >= logging.WARNING else "info"
         )
-        send(self.format(record), level=level, CODE_FUNC=record.funcName, CODE_FILE=record.pathname)
+        try:
+            text = self.format(record)
+        except Exception as exc:  # its arguments don't fit, or can't be shown
+            text = f"{record.msg!r} can't be formatted: {exc!r}"
+        send(text, level=level, CODE_FUNC=record.funcName, CODE_FILE=record.pathname)

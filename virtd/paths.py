@@ -4,6 +4,10 @@
 from __future__ import annotations
 
 import os
+import re
+from typing import NamedTuple
+
+from .model.domain import NAME
 
 
 class Paths:
@@ -54,12 +58,32 @@ class Paths:
         return f"{self.run}/virtd.sock"
 
 
-def names(directory: str, suffix: str) -> list[str]:
-    """The files in `directory` that end in `suffix`, without it, sorted; hidden ones (half-written) left out."""
+class Listing(NamedTuple):
+    """What is in a directory: names of objects; `odd`, files that are called as no object can be; and in `wrong` why
+    it can't be read.
+    """
+
+    names: list[str]
+    odd: list[str]
+    wrong: str = ""
+
+
+def listing(directory: str, suffix: str) -> Listing:
+    """The files in `directory` that end in `suffix`, without it, sorted; hidden ones (half-written) left out.
+
+    A directory that isn't there has nothing wrong with it.
+    """
     try:
         entries = os.listdir(directory)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return sorted(
-        entry.removesuffix(suffix) for entry in entries if entry.endswith(suffix) and not entry.startswith(".")
-    )
+    except FileNotFoundError:
+        return Listing([], [])
+    except OSError as exc:
+        return Listing([], [], exc.strerror or str(exc))
+    found = {entry.removesuffix(suffix) for entry in entries if entry.endswith(suffix) and not entry.startswith(".")}
+    good = {name for name in found if re.fullmatch(NAME, name)}
+    return Listing(sorted(good), [f"{name}{suffix}" for name in sorted(found - good)])
+
+
+def names(directory: str, suffix: str) -> list[str]:
+    """The names of objects that `listing` finds; none in a directory that can't be read."""
+    return listing(directory, suffix).names

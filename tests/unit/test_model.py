@@ -423,3 +423,25 @@ def test_errors_cross_the_wire_whole() -> None:
         assert error.fields() == fields
         assert str(error) == "m"
     assert type(errors.from_wire("OfTomorrow", {})) is errors.VirtdError
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (".".join("a" * 50_000) + " = 1", "keys of at most 128 parts"),
+        ("[" + " . ".join(["'a'"] * 50_000) + "]", "keys of at most 128 parts"),
+        ("a = " + "1" * 500_000, "integers of at most 64 bits"),
+        ("a = 0x" + "f" * 500_000, "integers of at most 64 bits"),
+        ("a = " + "[" * 100_000, "nested as deeply"),
+        ("a = " + "{a=" * 100_000, "nested as deeply"),
+        ("x" * (2 << 20), "at most 1 MiB, got 2097152 bytes"),
+    ],
+)
+def test_texts_that_cost_too_much(text: str, said: str) -> None:
+    with pytest.raises(errors.InvalidDefinition, match=said) as caught:
+        domain.parse(text, "web1.toml")
+    assert len(caught.value.message) < 200
+
+
+def test_a_byte_order_mark_means_nothing() -> None:
+    assert domain.parse(f"\ufeff{GOOD}", "web1.toml").name == "web1"

@@ -22,21 +22,57 @@ _WORDS = ((" | null", ""), ("`object`", "table"), ("`str`", "string"), ("`int`",
 
 LIMIT = 1 << 20  # a definition of more than 1 MiB is a mistake (a disk image, most likely)
 
+# tomllib's time for a dotted key grows with the square of its parts: 5 s for 20,000. Nothing here is so deep.
+PARTS = 128
+LONG_NUMBER = "expected integers of at most 64 bits"
+BOM = "\ufeff"  # what some editors put before UTF-8; TOML is silent about it, and it means nothing
+_PART = r"""(?:"[^"\n]*"|'[^'\n]*'|[A-Za-z0-9_-]+)"""
+_DOTTED = rf"{_PART}(?:[ \t]*+\.[ \t]*+{_PART})*+"
+
 
 def decode(text: str, source: str, kind: type[T]) -> T:
     """A `kind` made of the TOML in `text`; raises InvalidDefinition, whose `file` is `source`."""
     if len(text) > LIMIT:
-        raise errors.InvalidDefinition(source, "", f"expected a definition in TOML, got {len(text)} characters")
+        raise too_large(source, len(text))
+    if text.count(".") >= PARTS and any(text.count(".", *key.span()) >= PARTS for key in re.finditer(_DOTTED, text)):
+        raise errors.InvalidDefinition(source, "", f"expected keys of at most {PARTS} parts")
     import tomllib  # 2 ms: a daemon whose guests all run need not read a definition before it answers
 
     try:
-        table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as exc:
+        table = tomllib.loads(text.removeprefix(BOM))
+    except tomllib.TOMLDecodeError as exc:
         raise errors.InvalidDefinition(source, "", f"expected TOML: {exc}") from exc
+    except RecursionError as exc:
+        raise errors.InvalidDefinition(source, "", "expected TOML that isn't nested as deeply") from exc
+    except ValueError as exc:  # of int(), which reads some thousands of digits
+        raise errors.InvalidDefinition(source, "", LONG_NUMBER) from exc
+    if not _fits(table):
+        raise errors.InvalidDefinition(source, "", LONG_NUMBER)
     try:
         return msgspec.convert(table, kind)
     except msgspec.ValidationError as exc:
         raise _explain(exc, source, kind) from exc
+
+
+def _fits(table: dict[str, Any]) -> bool:
+    """Whether all integers are of TOML's size, 64 bits. Python reads longer ones, and can't always show them."""
+    left: list[Any] = [table]
+    while left:
+        match left.pop():
+            case dict() as inner:
+                left += inner.values()
+            case list() as inner:
+                left += inner
+            case int() as number if not -(1 << 63) <= number < 1 << 63:
+                return False
+            case _:
+                pass
+    return True
+
+
+def too_large(source: str, size: int) -> errors.InvalidDefinition:
+    """What a file is told that can't be a definition."""
+    return errors.InvalidDefinition(source, "", f"expected a definition in TOML of at most 1 MiB, got {size} bytes")
 
 
 def _explain(exc: msgspec.ValidationError, source: str, kind: type[msgspec.Struct]) -> errors.InvalidDefinition:
