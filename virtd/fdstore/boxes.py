@@ -85,7 +85,7 @@ def unpack(fd: int) -> dict[str, int] | None:
     """
     fds = array("i")
     try:
-        with socket.socket(fileno=os.dup(fd)) as box:
+        with _duplicate(fd) as box:
             data, control, flags, _ = box.recvmsg(
                 _LONGEST,
                 socket.CMSG_SPACE(_SCM_MAX_FD * fds.itemsize),
@@ -103,6 +103,16 @@ def unpack(fd: int) -> dict[str, int] | None:
     for opened in fds:
         os.close(opened)
     return None
+
+
+def _duplicate(fd: int) -> socket.socket:
+    """Raises OSError, for what isn't a socket."""
+    duplicate = os.dup(fd)
+    try:
+        return socket.socket(fileno=duplicate)
+    except BaseException:
+        os.close(duplicate)
+        raise
 
 
 class Boxes:

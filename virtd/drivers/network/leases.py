@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
 import msgspec
 
 from ...records import stamp
+
+# As far as a date has four digits for the year. (str.isdigit() knows digits that int() doesn't.)
+_SECONDS = r"[0-9]{1,11}"
 
 
 class Lease(msgspec.Struct, frozen=True):
@@ -45,28 +49,29 @@ def read(path: str) -> list[Lease]:
 
 
 def parse(lines: list[str], now: float) -> list[Lease]:
-    found: list[Lease] = []
+    found: list[tuple[tuple[int, bytes], Lease]] = []
     for line in lines:
         fields = line.split()
         # "duid ..." is the server's own identifier; after it come the leases of DHCPv6.
-        if len(fields) < 5 or not fields[0].isdigit():
+        if len(fields) < 5 or not re.fullmatch(_SECONDS, fields[0]):
             continue
         expires, key, address, name, client = int(fields[0]), *fields[1:5]
-        if expires and expires < now:
+        if (expires and expires < now) or (place := _place(address)) is None:
             continue
         mac = _mac_of_duid(client) if ":" in address else key.rpartition("-")[2].lower()
-        found.append(Lease(address, mac, "" if name == "*" else name, expires))
-    return sorted(found, key=_place)
+        found.append((place, Lease(address, mac, "" if name == "*" else name, expires)))
+    return [lease for _place, lease in sorted(found, key=lambda one: one[0])]
 
 
-def _place(lease: Lease) -> tuple[int, bytes]:
+def _place(address: str) -> tuple[int, bytes] | None:
+    """What to sort by; None for what isn't an address."""
     import socket
 
-    family = socket.AF_INET6 if ":" in lease.address else socket.AF_INET
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
-        return int(family), socket.inet_pton(family, lease.address)
-    except OSError:
-        return int(family), lease.address.encode()
+        return int(family), socket.inet_pton(family, address)
+    except (OSError, ValueError):
+        return None
 
 
 def _mac_of_duid(duid: str) -> str:

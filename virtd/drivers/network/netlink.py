@@ -14,6 +14,7 @@ import errno
 import os
 import socket
 import struct
+import sys
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 if TYPE_CHECKING:
@@ -132,12 +133,15 @@ class Netlink:
         index = _index(name)
         found = []
         for body in self._dump(RTM_GETADDR, _ADDRESS.pack(0, 0, 0, 0, 0)):
-            family, prefix, _flags, scope, of = _ADDRESS.unpack_from(body)
-            if of != index or scope >= 253:  # RT_SCOPE_LINK
-                continue
-            attributes = dict(_attributes(body[_ADDRESS.size :]))
-            packed = attributes.get(_IFA_LOCAL) or attributes[_IFA_ADDRESS]
-            found.append(Address(socket.inet_ntop(family, packed), prefix))
+            try:
+                family, prefix, _flags, scope, of = _ADDRESS.unpack_from(body)
+                if of != index or scope >= 253:  # RT_SCOPE_LINK
+                    continue
+                attributes = dict(_attributes(body[_ADDRESS.size :]))
+                packed = attributes.get(_IFA_LOCAL) or attributes[_IFA_ADDRESS]
+                found.append(Address(socket.inet_ntop(family, packed), prefix))
+            except (struct.error, LookupError, ValueError):
+                raise _unknown() from None
         return found
 
     def _ask(self, kind: int, flags: int, body: bytes) -> None:
@@ -167,6 +171,8 @@ class Netlink:
             data = self._socket.recv(1 << 16)
             while len(data) >= _HEADER.size:
                 length, kind, flags, sequence, _port = _HEADER.unpack_from(data)
+                if length < _HEADER.size:
+                    raise _unknown()
                 if sequence == self._sequence:
                     yield kind, flags, data[_HEADER.size : length]
                 data = data[length + 3 & ~3 :]
@@ -188,17 +194,24 @@ def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 def _check(flags: int, answer: bytes) -> None:
     """Raise what an NLMSG_ERROR says; the number 0 is the acknowledgement."""
-    number = -struct.unpack_from("=i", answer)[0]
+    try:
+        number = -struct.unpack_from("=i", answer)[0]
+    except struct.error:
+        raise _unknown() from None
     if number == 0:
         return
     words = os.strerror(number)
     if flags & _WITH_TEXT:
         rest = answer[4 + _HEADER.size :]
-        if not flags & _CAPPED:
-            rest = answer[4 + _HEADER.unpack_from(answer, 4)[0] :]
+        if not flags & _CAPPED and rest:
+            rest = answer[4 + int.from_bytes(answer[4:8], sys.byteorder) :]
         text = dict(_attributes(rest)).get(1, b"").rstrip(b"\0").decode(errors="replace")
         words = f"{words} ({text})" if text else words
     raise NetlinkError(number, words)
+
+
+def _unknown() -> NetlinkError:
+    return NetlinkError(errno.EBADMSG, "the kernel's answer isn't one that virtd knows")
 
 
 def _index(name: str) -> int:
