@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Reading a file that may be anything: put there by hand, by accident, or by a child in a directory of its own.
+"""Opening what may be anything: put there by hand, by accident, or by a child in a directory of its own.
 
 A FIFO would hold up open(2) for ever, a device do something when it is opened, /dev/zero never end, a link lead
-anywhere. So it is first looked at with O_PATH, which opens nothing, and what was looked at is what is opened.
+anywhere; a lease (fcntl(2)) makes who opens a file wait for 45 s. So it is first looked at with O_PATH, which opens
+nothing, and what was looked at is what is opened, without waiting. A socket's other end is looked at as well.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import socket
 import stat
+import struct
+
+from . import process
 
 KINDS = {
     stat.S_IFDIR: "a directory",
@@ -73,3 +78,33 @@ def tail(path: str, most: int, *, since: int = 0, dir_fd: int | None = None) -> 
         return os.pread(fd, most, max(0, size - most, min(since, size)))
     finally:
         os.close(fd)
+
+
+def connect(path: str, pid: int, start: int, *, dir_fd: int | None = None) -> socket.socket:
+    """A stream connection, in non-blocking mode, to process `pid`, which listens on the Unix socket at `path`.
+
+    `pid` and `start` as in `process`. Raises Unfit for what is no socket and for who else listens there, wherever he
+    has it from; OSError: ENOENT and ECONNREFUSED when nobody listens yet, or any more, EAGAIN when it doesn't accept.
+    """
+    where = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=dir_fd)
+    try:
+        kind = stat.S_IFMT(os.fstat(where).st_mode)
+        if kind != stat.S_IFSOCK:
+            raise Unfit(errno.EINVAL, f"it is {KINDS.get(kind, 'a file')}, not a socket", path)
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            connection.connect(f"/proc/self/fd/{where}")
+            if (peer := listener(connection)) != pid or not process.alive(pid, start):
+                raise Unfit(errno.EACCES, f"process {peer} listens there, and not {pid}", path)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+    finally:
+        os.close(where)
+
+
+def listener(connection: socket.socket) -> int:
+    """The PID of who called listen(2) at the other end (unix(7), SO_PEERCRED); 0 if it can't be seen from here."""
+    credentials = struct.Struct("3i")  # pid, uid, gid
+    return int(credentials.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size))[0])
