@@ -15,7 +15,7 @@ from tests.unit.whole_host import ROOT, nothing_left, on_loop, until
 from virtd import errors
 from virtd.bus import BusError
 from virtd.drivers import guest
-from virtd.drivers.qemu import host as hostinfo
+from virtd.drivers.qemu import ownership
 from virtd.drivers.qemu.monitor import Link, Monitor
 from virtd.fdstore import NotifyFailed, Store
 
@@ -187,17 +187,20 @@ async def test_a_daemon_that_ends_meanwhile_leaves_it_to_the_next(
 async def test_a_disk_that_cant_be_given_back_is_told_after_all_others_were(
     world: World, disk: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    me, given = hostinfo.Account("me", "me", os.getuid(), os.getgid(), ()), []
+    given = []
 
     def chown(path: str, *_ids: int) -> None:
-        if path == disk:
+        if (name := os.readlink(path)) == disk:
             raise PermissionError(1, "Operation not permitted", path)
-        given.append(path)
+        given.append(name)
 
     monkeypatch.setattr(os, "chown", chown)
-    owners = [hostinfo.Owner(path, 0, 0) for path in ("/nowhere/disk", disk, world.kernel)]
+    owners = []
+    for path in (disk, world.kernel):
+        status = os.stat(path)
+        owners.append(ownership.Given(path, status.st_dev, status.st_ino, 0, 0, status.st_uid))
     with pytest.raises(errors.HostError, match=f"{disk} can't be given back: Operation not permitted"):
-        hostinfo.give_back(owners, me)
+        ownership.give_back([ownership.Given("/nowhere/disk", 1, 1, 0, 0, 0), *owners])
     assert given == [world.kernel]
 
 

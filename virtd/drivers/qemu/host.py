@@ -16,10 +16,9 @@ import msgspec
 from ... import errors
 from ...model import domain as model
 from ...model import size
+from ...reach import look
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from ...model.settings import Qemu
 
 KVM, VHOST = "/dev/kvm", "/dev/vhost-net"
@@ -112,17 +111,28 @@ def devices(*, kvm: bool, tap: bool, vhost: bool) -> list[str]:
 
 
 def missing_files(domain: model.Domain) -> list[tuple[str, str]]:
-    """What the definition names and the host doesn't have, as (key, text)."""
-    return [(key, f"no such file: {path}") for key, path in model.paths(domain) if not os.path.exists(path)]
+    """What the definition names and the host doesn't have, or can't be given to a guest, as (key, text)."""
+    found = [(key, _trouble(path)) for key, path in model.paths(domain)]
+    return [(key, text) for key, text in found if text]
+
+
+def _trouble(path: str) -> str:
+    try:
+        look(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return f"no such file: {path}"
+    except OSError as exc:
+        return f"cannot open {path}: {exc.strerror}"
+    except errors.HostError as exc:
+        return exc.message
+    return ""
 
 
 def check_files(domain: model.Domain, source: str, who: Account) -> None:
     """Every file is there, of the right kind, and readable for the guest's user. Raises InvalidDefinition."""
-    for key, text in missing_files(domain):
-        raise errors.InvalidDefinition(source, key, text)
     read_only = {f"disk[{index}].path" for index, disk in enumerate(domain.disk) if disk.readonly}
     for key, path in model.paths(domain):
-        status = os.stat(path)
+        status = _look(key, path, source)
         if not stat.S_ISREG(status.st_mode) and not (
             key.startswith("disk") and path.startswith("/dev/") and stat.S_ISBLK(status.st_mode)
         ):
@@ -144,6 +154,15 @@ def check_files(domain: model.Domain, source: str, who: Account) -> None:
         )
 
 
+def _look(key: str, path: str, source: str) -> os.stat_result:
+    try:
+        return look(path)
+    except OSError:
+        raise errors.InvalidDefinition(source, key, _trouble(path)) from None
+    except errors.HostError as exc:
+        raise errors.InvalidDefinition(source, key, exc.message, hint=exc.hint) from exc
+
+
 def claimed(path: str) -> bool:
     """Whether the kernel uses a block device itself: O_EXCL is refused then, see open(2)."""
     try:
@@ -161,45 +180,6 @@ def may(status: os.stat_result, who: Account, wanted: int) -> bool:
 
 def memory_total() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-class Owner(msgspec.Struct, frozen=True):
-    """Whose a file was before a guest was given it."""
-
-    path: str
-    uid: int
-    gid: int
-
-
-def give(opened: Iterable[tuple[str, bool]], who: Account) -> list[Owner]:
-    """The files whose owner must change for the guest's user to open them, with the owner they have now.
-
-    `opened`: each path, and whether it is written.
-    """
-    found: list[Owner] = []
-    for path, writes in opened:
-        status = os.stat(path)
-        if not may(status, who, os.R_OK | os.W_OK if writes else os.R_OK):
-            found.append(Owner(path, status.st_uid, status.st_gid))
-    return found
-
-
-def give_back(owners: list[Owner], who: Account) -> None:
-    """Give the files back to whom they belonged, unless somebody else did something with them since.
-
-    Raises HostError for the first that can't be, when all have been tried.
-    """
-    failed = None
-    for owner in owners:
-        try:
-            if os.stat(owner.path).st_uid == who.uid:
-                os.chown(owner.path, owner.uid, owner.gid)
-        except (FileNotFoundError, NotADirectoryError):
-            pass  # it was removed, or what it is on was unmounted
-        except OSError as exc:
-            failed = failed or errors.HostError(f"{owner.path} can't be given back: {exc.strerror}")
-    if failed is not None:
-        raise failed
 
 
 def identity(path: str) -> tuple[int, int] | None:

@@ -14,7 +14,7 @@ from ...model.state import State
 from ...records import now
 from ..guest import End, Guest, Shared
 from ..protocol import Problem
-from . import command, ends, images
+from . import command, ends, images, ownership
 from . import host as hostinfo
 from .monitor import Event, Link, Monitor
 
@@ -74,8 +74,8 @@ class Machine(Guest[model.Domain]):
         for nic in record.data.get("nics", []):
             with contextlib.suppress(errors.HostError):
                 await self.peers("network").detach(nic["interface"])
-        if owners := [hostinfo.Owner(*owner) for owner in record.data.get("owners", [])]:
-            hostinfo.give_back(owners, hostinfo.account(self.settings))
+        old = hostinfo.account(self.settings).uid if record.data.get("owners") else 0
+        ownership.give_back(ownership.recorded(record.data, old))
 
     def meaning(self, slot: str) -> str:
         match slot:

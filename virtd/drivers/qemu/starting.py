@@ -13,7 +13,7 @@ from ... import errors, files
 from ...model import domain as model
 from ...units import UnitSpec, mount_units
 from ..start import Start
-from . import command, ends, images, nics, sandbox
+from . import command, ends, images, nics, ownership, sandbox
 from . import host as hostinfo
 from .machine import DRIVER, Machine
 
@@ -68,7 +68,7 @@ class _Start(Start[Machine, model.Domain]):
             {nic.index: nic.interface for nic in self.nics},
             self.vhost,
         )
-        self.owners: list[hostinfo.Owner] = []
+        self.given: list[ownership.Given] = []
 
     def check(self) -> None:
         hostinfo.check_files(self.definition, self.machine.source, self.account)
@@ -79,19 +79,15 @@ class _Start(Start[Machine, model.Domain]):
         # Once more, for others may have had their turn since. From the record on they see that the images are ours.
         check_disks(self.machine, self.definition, self.disks, self.others)
         images.require_free(self.disks, self.machine.peers)
-        self.owners = hostinfo.give(images.opened(self.definition, self.disks), self.account)
+        self.given = ownership.needed(images.opened(self.definition, self.disks), self.account)
         return {
             "images": images.recorded(images.identified(self.definition, self.disks)),
-            "owners": [list(msgspec.structs.astuple(owner)) for owner in self.owners],
+            "given": ownership.to_record(self.given),
             "nics": [msgspec.to_builtins(nic) for nic in self.nics],
         }
 
     def prepare(self, _ends: Ends) -> None:
-        for owner in self.owners:
-            try:
-                os.chown(owner.path, self.account.uid, self.account.gid)
-            except OSError as exc:
-                raise errors.HostError(f"Cannot give {owner.path} to {self.account.user}: {exc.strerror}") from exc
+        ownership.hand_over(self.given, self.account)
         self._runtime()
 
     async def connect(self) -> None:

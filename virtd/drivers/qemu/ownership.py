@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Files that a guest's user must own to open them: given to it for the time that the guest runs, and given back.
+
+Which file it is, whose it was and who has it is on record before anything is changed. A file is changed by a
+descriptor of it, after a look at what it is: never by a path alone, which could lead to another file by then.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ... import errors, files
+from ...reach import reached
+from .host import may
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ...reach import Reached
+    from .host import Account
+
+log = logging.getLogger(__name__)
+
+
+class Given(msgspec.Struct, frozen=True):
+    """A file that user `to` is given: its path without links, device and inode, and whose it was.
+
+    `ino` is 0 where an older virtd hasn't recorded it.
+    """
+
+    path: str
+    dev: int
+    ino: int
+    uid: int
+    gid: int
+    to: int
+
+
+def needed(opened: Iterable[tuple[str, bool]], who: Account) -> list[Given]:
+    """The files whose owner must change for the guest's user to open them.
+
+    `opened`: each path, and whether it is written. Raises HostError for one that others could exchange.
+    """
+    found: dict[tuple[int, int], Given] = {}
+    for path, writes in opened:
+        try:
+            with reached(path) as file:
+                if not may(file.status, who, os.R_OK | os.W_OK if writes else os.R_OK):
+                    uid, gid = file.status.st_uid, file.status.st_gid
+                    found[file.identity] = Given(file.path, *file.identity, uid, gid, who.uid)
+        except OSError as exc:
+            raise errors.HostError(f"Cannot open {path}: {exc.strerror}", hint=files.hint(exc)) from exc
+    return list(found.values())
+
+
+def hand_over(given: Iterable[Given], who: Account) -> None:
+    """Raises HostError."""
+    for one in given:
+        try:
+            with reached(one.path) as file:
+                if file.identity != (one.dev, one.ino):
+                    raise errors.HostError(f"{one.path} was exchanged for another file while the guest was started")
+                _chown(file, who.uid, who.gid)
+        except OSError as exc:
+            raise errors.HostError(
+                f"Cannot give {one.path} to {who.user}: {exc.strerror}", hint=files.hint(exc)
+            ) from exc
+
+
+def give_back(given: Iterable[Given]) -> None:
+    """Give the files back to whom they belonged, unless somebody else did something with them since.
+
+    Idempotent. Raises HostError for the first that can't be, when all have been tried.
+    """
+    failed = None
+    for one in given:
+        try:
+            # Whichever way leads there: it is the file that was given, or nothing is done to it.
+            with reached(one.path, strict=not one.ino) as file:
+                if one.ino and file.identity != (one.dev, one.ino):
+                    log.warning("%s is another file by now, and isn't given back", one.path)
+                elif file.status.st_uid == one.to:
+                    _chown(file, one.uid, one.gid)
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # it was removed, or what it is on was unmounted
+        except OSError as exc:
+            failed = failed or errors.HostError(f"{one.path} can't be given back: {exc.strerror}")
+        except errors.HostError as exc:
+            log.warning("%s isn't given back: %s", one.path, exc)
+    if failed is not None:
+        raise failed
+
+
+def _chown(file: Reached, uid: int, gid: int) -> None:
+    os.chown(file.itself, uid, gid)
+
+
+def to_record(given: Iterable[Given]) -> list[dict[str, Any]]:
+    """As a guest's record has them, under "given"."""
+    return [msgspec.to_builtins(one) for one in given]
+
+
+def recorded(data: dict[str, Any], user: int) -> list[Given]:
+    """What a guest was given, by its record's data. An older virtd gave all to one `user`, the paths' files to be
+    found among those that the guest has open.
+    """
+    if (rows := data.get("given")) is not None:
+        return msgspec.convert(rows, list[Given])
+    known = {path: (dev, ino) for path, dev, ino, _writes in data.get("images", [])}
+    return [Given(path, *known.get(path, (0, 0)), uid, gid, user) for path, uid, gid in data.get("owners", [])]

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A file by a path of which nobody but root could exchange a step.
+
+What root does to a file that is named to it (give it away, show it to a guest, read it) would otherwise be done to
+whatever a user puts into its place in that moment, by a link, a rename or a new file. So the path is walked one name
+at a time, and a directory that others can write ends it. What holds then holds for systemd too, which resolves the
+same path again when it sets up a sandbox, at the start of a unit and before its ExecStop=.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from typing import TYPE_CHECKING, NamedTuple
+
+from . import errors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LINKS = 40  # as many symbolic links as the kernel follows, path_resolution(7)
+ACL = "system.posix_acl_access"
+MOUNT_INFO = "/proc/self/mountinfo"
+_PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_OTHERS, _GROUP = 0o002, 0o020
+
+
+class Reached(NamedTuple):
+    """What is at the end of a path. `fd` is an O_PATH descriptor, see open(2); `path` has no links in it."""
+
+    fd: int
+    path: str
+    status: os.stat_result
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        return (self.status.st_dev, self.status.st_ino)
+
+    @property
+    def itself(self) -> str:
+        """A name of this very file, whatever its path leads to by now; for this process and while `fd` is open."""
+        return f"/proc/self/fd/{self.fd}"
+
+
+@contextlib.contextmanager
+def reached(path: str, *, strict: bool = True) -> Iterator[Reached]:
+    """Walk an absolute path, following links. Without `strict` others may be able to change what is at its end.
+
+    Raises OSError as open(2) does, and HostError when somebody else could exchange what is there.
+    """
+    fd, canonical = _walk(path, strict=strict)
+    try:
+        yield Reached(fd, canonical, os.fstat(fd))
+    finally:
+        os.close(fd)
+
+
+def look(path: str) -> os.stat_result:
+    """stat(2) of what `reached` leads to, with its errors."""
+    with reached(path) as found:
+        return found.status
+
+
+def _walk(path: str, *, strict: bool) -> tuple[int, str]:
+    pending, names, links = _names(path), list[str](), 0
+    here = os.open("/", _PATH | os.O_DIRECTORY)
+    try:
+        while pending:
+            name = pending.pop()
+            there = _step(name, here)
+            try:
+                status = os.fstat(there)
+                if strict and name != "..":
+                    _require_ours(here, "/" + "/".join(names), name, status)
+                if stat.S_ISLNK(status.st_mode):
+                    if (links := links + 1) > LINKS:
+                        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+                    target = os.readlink("", dir_fd=there)
+                    pending += _names(target)
+                    if target.startswith("/"):
+                        names.clear()
+                        root = os.open("/", _PATH | os.O_DIRECTORY)
+                        os.close(here)
+                        here = root
+                elif name == "..":
+                    del names[-1:]
+                    here, there = there, here
+                else:
+                    names.append(name)
+                    here, there = there, here
+            finally:
+                os.close(there)
+    except BaseException:
+        os.close(here)
+        raise
+    return here, "/" + "/".join(names)
+
+
+def _names(path: str) -> list[str]:
+    """The names in a path, the last one first."""
+    return [name for name in path.split("/") if name not in ("", ".")][::-1]
+
+
+def _step(name: str, here: int) -> int:
+    try:
+        # O_DIRECTORY has the kernel mount what is to be mounted there on demand; O_PATH by itself doesn't.
+        return os.open(name, _PATH | os.O_DIRECTORY, dir_fd=here)
+    except NotADirectoryError:
+        return os.open(name, _PATH, dir_fd=here)
+
+
+def _require_ours(here: int, directory: str, name: str, entry: os.stat_result) -> None:
+    """Raise HostError when others could put something else in the place of `entry`."""
+    status = os.fstat(here)
+    ours = (0, os.geteuid())
+    if user := _mounted_by(status, entry):
+        raise errors.HostError(
+            f"{directory.rstrip('/')}/{name} is a file system of user {user}'s, who could exchange what is in it",
+            hint="Use a file elsewhere.",
+        )
+    if status.st_uid not in ours:
+        raise errors.HostError(
+            f"{directory} belongs to user {status.st_uid}, who could exchange {name} in it",
+            hint=f"Only root may write there: chown root {directory}; or use a file elsewhere.",
+        )
+    if status.st_mode & _OTHERS:
+        who, hint = "everybody", f"chmod o-w {directory}"
+    elif status.st_mode & _GROUP and (status.st_gid or _has_acl(here)):
+        # With an access control list these bits are what the list may grant at most, see acl(5).
+        who, hint = f"group {status.st_gid} or an ACL", f"chmod g-w {directory}"
+    else:
+        return
+    # As in /tmp: only its owner can rename or remove it. But anybody could have made another link of a file.
+    single = stat.S_ISDIR(entry.st_mode) or entry.st_nlink == 1
+    if status.st_mode & stat.S_ISVTX and entry.st_uid in ours and single:
+        return
+    raise errors.HostError(
+        f"{directory} can be written by {who}, who could exchange {name} in it",
+        hint=f"Only root may write there: {hint}; or use a file elsewhere.",
+    )
+
+
+def _has_acl(fd: int) -> bool:
+    try:
+        os.getxattr(f"/proc/self/fd/{fd}", ACL)
+    except OSError:
+        return False
+    return True
+
+
+def _mounted_by(above: os.stat_result, entry: os.stat_result) -> int:
+    """The user who serves the file system that begins at `entry`, fuse(4); 0 for root, and where none begins."""
+    if entry.st_dev == above.st_dev or os.major(entry.st_dev):
+        return 0
+    number = f"{os.major(entry.st_dev)}:{os.minor(entry.st_dev)}"
+    with open(MOUNT_INFO, encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            fields = line.split()
+            if fields[2] == number:
+                _, _, options = fields[fields.index("-") + 1 :][:3]
+                return next((int(o[8:]) for o in options.split(",") if o.startswith("user_id=")), 0)
+    return 0
