@@ -695,7 +695,7 @@ def test_a_root_of_the_host_s_root_is_shifted(containers: Containers) -> None:
     lab = containers.lab
     lab.sh(f"""{LOOPS}
         truncate -s 32M /srv/shifted.img && mkfs.ext4 -q -F /srv/shifted.img
-        mkdir -p /srv/shifted && mount -o loop /srv/shifted.img /srv/shifted""")
+        mkdir -p /srv/shifted && mount -o loop /srv/shifted.img /srv/shifted && chmod 700 /srv/shifted""")
     make = small.MAKE.replace(small.ROOT, "/srv/shifted/root").replace(f"chown -hR {small.FIRST}:{small.FIRST} .", "")
     try:
         lab.run("sh", "-c", make, stdin=small.PROGRAM)
@@ -715,6 +715,124 @@ def test_a_root_of_the_host_s_root_is_shifted(containers: Containers) -> None:
     finally:
         lab.virtctl("container", "undefine", "shifted", check=False)
         lab.sh("umount /srv/shifted; rm -rf /srv/shifted /srv/shifted.img")
+
+
+# As a local user who tries: what comes out is what was possible.
+OUTSIDER = """
+import os, sys
+os.setgroups([]), os.setresgid(4242, 4242, 4242), os.setresuid(4242, 4242, 4242)
+for path in sys.argv[1:]:
+    base = os.path.basename(path)
+    try:
+        if base == "suid":
+            pid = os.fork()
+            if not pid:
+                os.close(2), os.execv(path, [path, "-c", "import os; os.setuid(0); print('OUT: root')"])
+            os.waitpid(pid, 0)
+        elif base == "planted":
+            open(path, "w").close()
+            print("OUT: planted", path)
+        else:
+            os.listdir(path) if os.path.isdir(path) else open(path, "rb").close()
+            print("OUT: read", path)
+    except OSError:
+        pass
+"""
+# What its root makes for one outside: a setuid program, a device, a place to plant files in.
+FOR_OTHERS = (
+    "cp /usr/bin/python3 /suid && chown 0:0 /suid && chmod 4755 /suid; mknod /null c 1 3; chmod 1777 /tmp; "
+    "echo readable >/note; cp /suid /shared/suid && chmod 4755 /shared/suid; echo made; sleep 600"
+)
+
+
+def test_nobody_else_reaches_its_files(containers: Containers) -> None:
+    """Not even with its root's help, where what that makes is the host's root's on disk: an idmapped mount, a volume
+    and a directory of its own. Of what is shared on purpose nothing belongs to the host's root.
+    """
+    lab = containers.lab
+    lab.sh(f"""{LOOPS}
+        truncate -s 64M /srv/shifted.img && mkfs.ext4 -q -F /srv/shifted.img
+        mkdir -p /srv/shifted /srv/shared && mount -o loop /srv/shifted.img /srv/shifted && chmod 700 /srv/shifted
+        chmod 777 /srv/shared""")
+    make = small.MAKE.replace(small.ROOT, "/srv/shifted/root").replace(f"chown -hR {small.FIRST}:{small.FIRST} .", "")
+    more = f'{MINI}[[mount]]\nsource = "/srv/shared"\ntarget = "/shared"\n'
+    command = f"command = {json.dumps(['/shell', '-c', FOR_OTHERS])}\n"
+    try:
+        with_volume(lab)
+        lab.sh("mkfs.ext4 -q -F -d /srv/image /srv/volumes/one")
+        lab.run("sh", "-c", make, stdin=small.PROGRAM)
+        lab.run("sh", "-c", small.MAKE, stdin=small.PROGRAM)
+        lab.virtctl("container", "define", "-", stdin=VOLUME.replace('["/steady", "20"]', json.dumps(
+            ["/shell", "-c", FOR_OTHERS])) + '[[mount]]\nsource = "/srv/shared"\ntarget = "/shared"\n')  # fmt: skip
+        lab.virtctl("container", "start", "vol")
+        containers.define("shifted", command + more, root="/srv/shifted/root")
+        containers.define("own", command + more, root=small.ROOT)
+        roots = ["/run/virtd/lxc/.roots/vol", "/srv/shifted/root", small.ROOT]
+        for name in ("vol", "shifted", "own"):
+            containers.said(name, b"made")
+            roots.append(f"/proc/{containers.info(name)['pid']}/root")
+        for root in roots[:2]:
+            assert lab.sh(f"stat -c %u:%a {root}/suid").strip() == "0:4755"  # it is really there
+
+        def tried(*paths: str) -> list[str]:
+            return lab.run("python3", "-c", OUTSIDER, *paths).stdout.split()
+
+        inside = [f"{root}/{name}" for root in roots for name in ("", "suid", "note", "null", "tmp/planted")]
+        sockets = lab.sh("find /run/virtd/lxc -mindepth 1").split()
+        assert tried(*inside, *sockets, "/run/virtd/lxc", "/var/lib/virtd/containers") == []
+        assert tried("/srv/shared/suid") == []
+        assert lab.sh("find /srv/shared -user 0 -type f") == ""
+        # On the host the volume's setuid programs are none; in the container they are.
+        assert "nosuid" in lab.sh("findmnt -n -o OPTIONS /run/virtd/lxc/.roots/vol")
+        check = (
+            "import os; os.setresuid(7, 7, 7); os.execv('/suid', ['/suid', '-c', 'import os; print(os.geteuid())'])"
+        )
+        done = lab.virtctl("container", "exec", "-T", "vol", "--", "/usr/bin/python3", "-c", check)
+        assert done.stdout == "0\n"
+        # What others may come to reach is told of while it runs, and not started again.
+        lab.sh("chmod 755 /srv/shifted; systemctl reload virtd")
+        assert "OUT:" in tried("/srv/shifted/root/note")
+        assert any("Others can reach" in one["text"] for one in lab.json("container", "info", "shifted")["problems"])
+        lab.virtctl("container", "stop", "shifted")
+        refused = lab.virtctl("container", "start", "shifted", check=False)
+        assert "nobody but root can reach" in refused.stderr
+        assert "nobody but root can reach" in lab.virtctl(
+            "container", "define", "-", stdin=lab.virtctl("container", "dump", "shifted").stdout).stderr  # fmt: skip
+        lab.sh("chmod 700 /srv/shifted; mkdir -p /srv/again && mount --bind /srv/shifted /srv/again; chmod 755 /srv")
+        assert lab.virtctl("container", "start", "shifted", check=False).stderr == ""  # its own mode holds there, too
+        lab.virtctl("container", "stop", "shifted")
+        lab.sh("umount /srv/again; mount --bind /srv/shifted/root /srv/again")
+        assert "as /srv/again" in lab.virtctl("container", "start", "shifted", check=False).stderr
+    finally:
+        lab.sh("umount /srv/again", check=False)
+        for name in ("vol", "shifted", "own"):
+            lab.virtctl("container", "stop", name, check=False)
+        without_volume(lab)
+        lab.sh("umount /srv/shifted; rm -rf /srv/shifted /srv/shifted.img /srv/shared /srv/again")
+
+
+def test_the_name_of_its_socket_cannot_be_taken_before(containers: Containers) -> None:
+    """LXC's is an abstract one: whoever has bound it keeps the container from being started."""
+    lab = containers.lab
+    lab.run("sh", "-c", small.MAKE, stdin=small.PROGRAM)
+    taker = (
+        "import socket, time; s = socket.socket(socket.AF_UNIX); s.bind(bytes(1) + b'/run/virtd/lxc/sock/command'); "
+        "time.sleep(600)"
+    )
+    lab.run("systemd-run", "-q", "--unit=taker", "--uid=nobody", "/usr/bin/python3", "-c", taker)
+    try:
+        lab.wait("the socket", lambda: "lxc/sock/command" in lab.sh("cat /proc/net/unix"))
+        names = []
+        for _ in range(2):
+            containers.define("sock", f'command = ["/steady", "0"]\n{MINI}', root=small.ROOT)
+            (name,) = re.findall(r"@(/run/virtd/lxc/sock/\S+)", lab.sh("cat /proc/net/unix").replace(
+                "@/run/virtd/lxc/sock/command", ""))  # fmt: skip
+            names.append(name)
+            assert lab.virtctl("container", "exec", "sock", "--", "/usr/bin/true", check=False).returncode == 0
+            lab.virtctl("container", "stop", "sock")
+        assert len(set(names)) == 2
+    finally:
+        lab.sh("systemctl stop taker")
 
 
 def test_a_volume_as_its_root(containers: Containers) -> None:

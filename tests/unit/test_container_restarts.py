@@ -202,7 +202,7 @@ async def test_killed_at_every_step_of_a_start(cuts: Cuts) -> None:
     seen = await each_step(cuts, start, after, running=False)
     assert sum("FDSTORE=1" in step for step in seen) == 5
     assert f"start {UNIT}" in seen
-    assert any(step.startswith("makedirs ") for step in seen)
+    assert any(step.startswith("mkdir ") for step in seen)
 
 
 @on_loop

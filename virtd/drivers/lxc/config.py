@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from ...model import container as model
+from ...model import container as model
 
 # What a privileged container must not do to the host's kernel: the list of LXC's own common.conf.
 DROPPED = ("mac_admin", "mac_override", "sys_module", "sys_rawio", "sys_time")
@@ -27,7 +26,7 @@ class Link(NamedTuple):
 class Host(NamedTuple):
     """What is known of the host when a container is started. `tty` is "" without a terminal."""
 
-    path: str  # lxcpath: the directory that has the container's own directory
+    path: str  # lxcpath: the directory that has the container's own directory, see Container.secret_path
     runtime: str
     root: str
     ids: model.IdMap | None
@@ -137,7 +136,10 @@ def start_script(container: model.Container, host: Host, *, held: bool = False) 
         lxc = (*lxc, "-F", "-C")
     if container.command:
         lxc = (*lxc, "--", *container.command)
-    return f"exec 3>&{0 if held else 2} {'<&1 ' if host.tty else ''}2>&1 && exec {quoted(lxc)}\n"
+    # A volume is mounted nosuid. What is changed here is the unit's own view of it.
+    mount = quoted(("mount", "-o", "remount,bind,rw,nodev,suid", host.root))
+    suid = f"{mount} || exit 1\n" if isinstance(container.rootfs, model.Root) else ""
+    return f"{suid}exec 3>&{0 if held else 2} {'<&1 ' if host.tty else ''}2>&1 && exec {quoted(lxc)}\n"
 
 
 def stop_script(container: model.Container, host: Host, stop: str, seconds: float) -> str:

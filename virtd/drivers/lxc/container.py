@@ -16,7 +16,7 @@ from ...model.state import State
 from ...records import now
 from ..guest import End, Guest, Shared
 from ..protocol import Problem
-from . import config, ends, volume
+from . import config, ends, exposure, volume
 
 if TYPE_CHECKING:
     from ...model.settings import Lxc
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 DRIVER = "lxc"
 CGROUPS = "/sys/fs/cgroup"
+SECRET = "lxc-"  # the beginning of the name of what secret_path() makes
 
 
 class Container(Guest[model.Container]):
@@ -62,11 +63,40 @@ class Container(Guest[model.Container]):
     def adopted(self) -> None:
         self.forward_stderr()  # what LXC has said while nobody was here
         self.know_init()
+        self.look_at_root()
         frozen = self.frozen()
         if frozen and self.state is State.RUNNING:
             self.note(State.PAUSED, "frozen")
         elif not frozen and self.state is State.PAUSED:
             self.note(State.RUNNING, "thawed")
+
+    def look_at_root(self) -> None:
+        """One that an earlier version has started runs on, though others may reach its files: that is a problem."""
+        root = self.record.data.get("root") if self.record is not None else None
+        self.problems.pop("root", None)
+        if self.alive and root:
+            try:
+                exposure.check(root, self.source, self.settings.directory)
+            except errors.InvalidDefinition as exc:
+                text = f"Others can reach the files of container {self.name}: rootfs: {exc.expected}"
+                hint = f"{exc.hint} It runs on, and won't be started so again."
+                self.problems["root"] = Problem(text, hint.strip())
+
+    # LXC's own directory for it
+
+    def secret_path(self) -> str:
+        """A new lxcpath. LXC's socket is an abstract one that is called by it, and such names anybody may take: so it
+        is one that nobody can know beforehand.
+        """
+        return f"{self.runtime}/{SECRET}{os.urandom(16).hex()}"
+
+    def lxc_path(self) -> str:
+        """The lxcpath that it was started with."""
+        with contextlib.suppress(OSError):
+            for name in os.listdir(self.runtime):
+                if name.startswith(SECRET):
+                    return f"{self.runtime}/{name}"
+        return f"{self.shared.services.paths.run}/{DRIVER}"  # of an earlier version
 
     async def give_back(self, record: Record) -> None:
         """The host's ends of its interfaces go with its network namespace, which can take a moment."""

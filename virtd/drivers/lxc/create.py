@@ -100,7 +100,7 @@ def owners(directory: str) -> set[int]:
 async def run(job: Job, units: Units, define: Callable[[str], Container]) -> Container:
     """Make it, and have it defined. Raises a VirtdError, with nothing left behind."""
     try:
-        os.makedirs(job.directory, mode=0o711, exist_ok=True)
+        os.makedirs(job.directory, mode=0o700, exist_ok=True)
         os.makedirs(job.run, mode=0o700, exist_ok=True)
         files.write(job.mark, job.directory.encode())
         await _make(job, units)

@@ -6,15 +6,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import stat
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from ... import errors
 from ...model import container as model
+from ...model.settings import Lxc
 from ..guests import Guests
 from . import create as creating
-from . import execs, operations, starting, volume
+from . import execs, exposure, operations, starting, volume
 from . import host as hostinfo
 from .container import DRIVER, Container
 
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from ...child import Services
-    from ...model.settings import Lxc, Settings
+    from ...model.settings import Settings
     from ...units import Units
     from ..protocol import Peers, Publish
 
@@ -60,6 +63,23 @@ class Driver(Guests[Container, model.Container]):
         if container.idmap is not None:
             hostinfo.check_ids(container.idmap, source)
         return container
+
+    def restore(self) -> None:
+        self._keep_others_out()
+        super().restore()
+
+    def _keep_others_out(self) -> None:
+        """An earlier version made these directories for everybody to pass. One of another name is its maker's."""
+        ours = [self._settings.directory] if self._settings.directory == Lxc().directory else []
+        for path in (self._run, f"{self._run}/{volume.ROOTS}", *ours):
+            with contextlib.suppress(OSError):
+                mode = os.lstat(path).st_mode
+                if stat.S_ISDIR(mode) and mode & 0o77:
+                    os.chmod(path, 0o700)
+
+    async def reload(self) -> None:
+        for machine in self.machines.values():
+            machine.look_at_root()
 
     async def start(self, name: str, by: str) -> bool:
         container = self.find(name)
@@ -174,6 +194,7 @@ class Driver(Guests[Container, model.Container]):
             return found
         try:
             hostinfo.check_root(definition, definition.rootfs.rstrip("/"), "")
+            exposure.check(definition.rootfs.rstrip("/"), "", self._settings.directory)
         except errors.InvalidDefinition as exc:
             found.append(f"{exc.key}: {exc.expected}")
         return found

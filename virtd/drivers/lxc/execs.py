@@ -52,7 +52,7 @@ async def begin(
     number = os.urandom(4).hex()
     unit, script = f"{PREFIX}{container.name}-{number}.service", f"{container.runtime}/exec-{number}"
     words = (
-        attach, "-P", f"{container.shared.services.paths.run}/{DRIVER}", "-n", container.name, "--clear-env",
+        attach, "-P", container.lxc_path(), "-n", container.name, "--clear-env",
         *(f"--set-var={key}={value}" for key, value in environment.items()), "--", *command,
     )  # fmt: skip
     # In a file: what is in a unit's command line systemd takes apart, and everybody may read.

@@ -12,7 +12,7 @@ from ... import errors, files
 from ...model import container as model
 from ...units import UnitSpec
 from ..start import Start
-from . import config, ends, sandbox, volume
+from . import config, ends, exposure, sandbox, volume
 from . import host as hostinfo
 from .container import DRIVER, Container, interface_names, mac_of
 
@@ -64,11 +64,11 @@ class _Start(Start[Container, model.Container]):
         """With the root there, what it holds and whose it is."""
         definition, source = self.definition, self.machine.source
         hostinfo.check_root(definition, root, source)
+        exposure.check(root, source, self.settings.directory)
         ids, shifted = hostinfo.ids_of(definition, root, source, self.taken)
-        paths = self.services.paths
         self.stop = hostinfo.program("lxc-stop")
         self.host = config.Host(
-            path=f"{paths.run}/{DRIVER}",
+            path=self.machine.secret_path(),
             runtime=self.machine.runtime,
             root=root,
             ids=ids,
@@ -144,7 +144,11 @@ class _Start(Start[Container, model.Container]):
         }
         try:
             files.remove_tree(runtime)
-            os.makedirs(runtime, mode=0o700)
+            # LXC insists on its root being able to pass there. Others don't get as far: the directory above is 0700.
+            for path in (runtime, self.host.path, f"{self.host.path}/{self.machine.name}"):
+                os.mkdir(path)
+                os.chmod(path, 0o711)
+            os.symlink("../../config", f"{self.host.path}/{self.machine.name}/config")
             for name, text in content.items():
                 with open(f"{runtime}/{name}", "x", encoding="utf-8") as file:
                     file.write(text)

@@ -55,11 +55,14 @@ async def mount(root: model.Root, where: str, peers: Peers, units: Units, source
     require_free = await storage.require_unused(root.pool, root.volume)
     await unmount(where, units)  # a start that was cut off has left it
     try:
+        os.makedirs(os.path.dirname(where), mode=0o700, exist_ok=True)
         os.makedirs(where, mode=0o755, exist_ok=True)
     except OSError as exc:
         raise errors.HostError(f"Cannot make {where}: {exc.strerror}") from exc
-    # systemd's own choice of file systems, as for any device; "loop" is for a file.
-    await mounts.mount(units, path, where, "auto", "rw,nodev" if path.startswith("/dev/") else "loop,rw,nodev")
+    # systemd's own choice of file systems, as for any device; "loop" is for a file. Setuid programs are for the
+    # container alone, in whose unit config.start_script allows them.
+    options = "rw,nodev,nosuid" if path.startswith("/dev/") else "loop,rw,nodev,nosuid"
+    await mounts.mount(units, path, where, "auto", options)
     return Mounted(path, after, require_free)
 
 

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Who can reach a container's root file system from outside.
+
+Its root is root of all files in it: it makes programs setuid, and, where an idmapped mount shifts IDs, setuid to the
+host's own root. Whoever can walk there could run them, and could plant files where everybody may in it (/tmp). So
+some directory above has to keep everybody but root out, on every path that leads there; and nobody else may be able
+to put another one in its place, see reach.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from typing import NamedTuple
+
+from ... import errors, reach
+
+MOUNT_INFO = "/proc/self/mountinfo"
+SEARCH = stat.S_IXGRP | stat.S_IXOTH  # with an ACL the group's bits are its mask, acl(5): all that it grants
+
+
+def check(root: str, source: str, directory: str) -> None:
+    """Refuse a root file system that others can reach. `directory`: one that they can't. Raises InvalidDefinition."""
+    try:
+        with reach.reached(root) as found:
+            way = _exposed(found.path)
+    except errors.HostError as exc:
+        raise errors.InvalidDefinition(
+            source, "rootfs", f"expected a directory that only root can exchange; {exc.message}", hint=exc.hint
+        ) from exc
+    except OSError as exc:
+        raise errors.InvalidDefinition(source, "rootfs", f"{root} can't be looked at: {exc.strerror}") from exc
+    if way is not None:
+        hint = f"Move it into a directory that only root can enter, such as {directory}."
+        if way.directory:
+            other = f", or move it to {directory}" if way.directory != directory else ""
+            hint = f"chmod 700 {way.directory}{other}."
+        raise errors.InvalidDefinition(
+            source, "rootfs", f"expected a directory that nobody but root can reach; {way.why}", hint=hint
+        )
+
+
+class Exposed(NamedTuple):
+    """`why` in words; `directory` whose mode 0700 would mend it, or "" when that would lock out others as well."""
+
+    why: str
+    directory: str
+
+
+def _exposed(root: str) -> Exposed | None:
+    """How others than root can reach the directory, whose path has no links in it. Raises OSError."""
+    if not _kept(root):
+        above = os.path.dirname(root)
+        return Exposed(f"no directory above {root} keeps others out", above if above.count("/") > 1 else "")
+    for other in _elsewhere(root):
+        if not _kept(os.path.realpath(other)):
+            return Exposed(f"others reach files of its as {other}, where they are mounted, too", "")
+    return None
+
+
+def _kept(path: str) -> bool:
+    """Whether a directory above it lets nobody but root through."""
+    while path != "/":
+        path = os.path.dirname(path)
+        status = os.stat(path)
+        if status.st_uid in (0, os.geteuid()) and not status.st_mode & SEARCH:
+            return True
+    return False
+
+
+def _elsewhere(root: str) -> list[str]:
+    """Where else on the host the directory, or a part of it, is mounted, proc_pid_mountinfo(5)."""
+    fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
+            ident = next(line.split()[1] for line in file if line.startswith("mnt_id:"))
+    finally:
+        os.close(fd)
+    with open(MOUNT_INFO, encoding="utf-8", errors="surrogateescape") as file:
+        rows = [line.split()[:5] for line in file]
+    own = next((row for row in rows if row[0] == ident), None)
+    if own is None:
+        return []
+    point, start = _plain(own[4]).rstrip("/"), _plain(own[3]).rstrip("/")
+    if root != point and not root.startswith(f"{point}/"):
+        return []
+    target = start + root[len(point) :]  # in the file system itself
+    found = []
+    for other, _, device, top, where in rows:
+        if other == ident or device != own[2]:
+            continue
+        top, where = _plain(top).rstrip("/"), _plain(where).rstrip("/")
+        if target == top or target.startswith(f"{top}/"):
+            found.append(where + target[len(top) :])
+            if not _same(found[-1], root):  # hidden below another mount
+                found.pop()
+        elif top.startswith(f"{target}/"):
+            found.append(where)
+    return found
+
+
+def _same(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
+def _plain(field: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
