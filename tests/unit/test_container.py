@@ -130,51 +130,6 @@ def test_apparmor_takes_a_kernel_that_has_it_and_a_parser(tmp_path: Path, monkey
     assert "lxc.apparmor.profile = generated" in config.text(parse(), on_host(apparmor=True), [])
 
 
-# IDs
-
-
-def grant(etc: Path, subuid: str, subgid: str | None = None) -> str:
-    (etc / "subuid").write_text(subuid)
-    (etc / "subgid").write_text(subuid if subgid is None else subgid)
-    return str(etc)
-
-
-def test_without_a_grant_the_upper_range_is_ours(tmp_path: Path) -> None:
-    etc = grant(tmp_path, "alice:100000:65536\n")
-    host.check_ids(model.IdMap(host.FIRST), "x", etc=etc)
-    assert host.free_ids([], etc=etc).first == host.FIRST
-    assert host.free_ids([host.FIRST], etc=etc).first == host.FIRST + 65536
-    with pytest.raises(errors.InvalidDefinition) as caught:
-        host.check_ids(model.IdMap(100000), "x", etc=etc)
-    assert caught.value.key == "idmap"
-    assert "root:100000:65536" in caught.value.hint
-
-
-def test_what_root_is_granted_counts(tmp_path: Path) -> None:
-    etc = grant(tmp_path, "root:1000000:131072\n# a remark\nbroken:x:y\n")
-    assert host.free_ids([], etc=etc).first == 1000000
-    assert host.free_ids([1000000], etc=etc).first == 1065536
-    with pytest.raises(errors.HostError):
-        host.free_ids([1000000, 1065536], etc=etc)
-    with pytest.raises(errors.InvalidDefinition):
-        host.check_ids(model.IdMap(host.FIRST), "x", etc=etc)
-    with pytest.raises(errors.InvalidDefinition):
-        host.check_ids(model.IdMap(1000000, 131073), "x", etc=etc)
-
-
-def test_ids_that_somebody_else_has_are_refused(tmp_path: Path) -> None:
-    etc = grant(tmp_path, "root:100000:1000000\nalice:165536:65536\n")
-    with pytest.raises(errors.InvalidDefinition, match="alice"):
-        host.check_ids(model.IdMap(165536), "x", etc=etc)
-    assert host.free_ids([100000], etc=etc).first == 231072
-
-
-def test_groups_count_as_well(tmp_path: Path) -> None:
-    etc = grant(tmp_path, "root:1000000:65536\n", "root:2000000:65536\n")
-    with pytest.raises(errors.InvalidDefinition, match="subgid"):
-        host.check_ids(model.IdMap(1000000), "x", etc=etc)
-
-
 # The root file system
 
 

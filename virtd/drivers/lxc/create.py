@@ -88,15 +88,6 @@ def check(name: str, image: str, directory: str) -> None:
         raise errors.Exists(f"Cannot create {name}: there is {directory}/{name} already")
 
 
-def owners(directory: str) -> set[int]:
-    """To whom the root file systems that there are belong, those without a definition included."""
-    try:
-        with os.scandir(directory) as entries:
-            return {entry.stat(follow_symlinks=False).st_uid for entry in entries} - {0}
-    except OSError:
-        return set()
-
-
 async def run(job: Job, units: Units, define: Callable[[str], Container]) -> Container:
     """Make it, and have it defined. Raises a VirtdError, with nothing left behind."""
     try:

@@ -16,10 +16,12 @@ from ... import errors
 from ...model import container as model
 from ...model.settings import Lxc
 from ..guests import Guests
+from ..protocol import Problem
 from . import create as creating
 from . import execs, exposure, operations, starting, volume
 from . import host as hostinfo
 from .container import DRIVER, Container
+from .idmaps import HINT, Maps
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -50,6 +52,8 @@ class Driver(Guests[Container, model.Container]):
         self._peers = peers
         self._tasks: set[asyncio.Task[None]] = set()
         self._creating = asyncio.Lock()
+        table = f"{services.paths.lib}/lxc-ids.json"
+        self.maps = Maps(self.objects, settings.directory, table)
 
     def make(self, name: str) -> Container:
         return Container(self._shared, name, self._settings, self._peers)
@@ -60,8 +64,7 @@ class Driver(Guests[Container, model.Container]):
     def check(self, text: str, source: str) -> model.Container:
         """What the host's subuid doesn't allow is refused at once, not only at the start."""
         container = super().check(text, source)
-        if container.idmap is not None:
-            hostinfo.check_ids(container.idmap, source)
+        self.maps.check(container, source)
         return container
 
     def restore(self) -> None:
@@ -81,10 +84,32 @@ class Driver(Guests[Container, model.Container]):
         for machine in self.machines.values():
             machine.look_at_root()
 
+    def load_definitions(self) -> list[str]:
+        changed = super().load_definitions()
+        self._look_for_overlaps()
+        return changed
+
+    def define(self, text: str, source: str) -> tuple[Container, bool]:
+        defined = super().define(text, source)
+        self._look_for_overlaps()
+        return defined
+
+    def forget(self, name: str) -> None:
+        super().forget(name)
+        self._look_for_overlaps()
+
+    def _look_for_overlaps(self) -> None:
+        """Of earlier versions, and by hand: each runs on, and nothing is given other IDs."""
+        for key in [key for key in self.problems if key.startswith("ids ")]:
+            del self.problems[key]
+        for name, other in self.maps.overlaps().items():
+            text = f"Container {name} has user IDs in common with {other.ids.owner}, whose files are its own, too"
+            self.problems[f"ids {name}"] = Problem(text, HINT)
+
     async def start(self, name: str, by: str) -> bool:
         container = self.find(name)
         await self.certain()
-        return await starting.start(container, self.taken(container), by)
+        return await starting.start(container, self.maps, by)
 
     async def create(self, name: str, image: str) -> Container:
         """Make a root file system of `image`, and define the container. Raises a VirtdError, with nothing left."""
@@ -94,22 +119,10 @@ class Driver(Guests[Container, model.Container]):
         await self.certain()
         async with self._creating:  # so that no two of them get the same IDs
             creating.check(name, image, directory)
-            ids = hostinfo.free_ids(self.taken() | creating.owners(directory))
+            ids = self.maps.reserve_new(name)
             job = creating.Job(name, image, directory, ids, self._run)
             units = await self._services.units()
             return await creating.run(job, units, lambda text: self.define(text, name)[0])
-
-    def taken(self, besides: Container | None = None) -> set[int]:
-        """The first IDs of all maps, so that a new container gets IDs of its own."""
-        found = set()
-        for container in self.machines.values():
-            if container is besides:
-                continue
-            if container.definition is not None and container.definition.idmap is not None:
-                found.add(container.definition.idmap.first)
-            if container.record is not None and (ids := container.record.data.get("ids")):
-                found.add(int(ids[0]))
-        return found
 
     def images(self) -> list[tuple[str, str, tuple[int, int], bool]]:
         """Which running container has which volume as its root, as the domains' driver tells of images."""

@@ -7,39 +7,22 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ... import errors
 from ...model import container as model
 from ...model import size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
 PLACES = ("/usr/bin", "/usr/local/bin")
 SECCOMP = "/usr/share/lxc/config/common.seccomp"
 APPARMOR = "/sys/module/apparmor/parameters/enabled"
 PARSERS = ("/usr/sbin/apparmor_parser", "/sbin/apparmor_parser")  # without one LXC can't load a profile
-# Where /etc/subuid grants root nothing: the upper part of what systemd leaves to containers (UIDS-GIDS in its
-# documentation), which useradd(8) never gives to a person (SUB_UID_MAX of login.defs(5) is 600,100,000).
-FIRST, COUNT = 0x60000000, 0x8000000
 # Where a command is looked for; the container's own PATH isn't known before its program runs.
 SEARCH = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
 LINKS = 40  # as many symbolic links in a row as the kernel follows
-
-
-class Range(NamedTuple):
-    """IDs `first` to `first` + `many` - 1, granted to `owner`."""
-
-    owner: str
-    first: int
-    many: int
-
-    def holds(self, first: int, count: int) -> bool:
-        return self.first <= first and first + count <= self.first + self.many
-
-    def meets(self, first: int, count: int) -> bool:
-        return self.first < first + count and first < self.first + self.many
 
 
 def program(name: str) -> str:
@@ -58,72 +41,6 @@ def apparmor() -> bool:
     except OSError:
         return False
     return enabled and any(os.access(path, os.X_OK) for path in PARSERS)
-
-
-# IDs
-
-
-def grants(path: str) -> list[Range]:
-    """The lines of subuid(5) or subgid(5); those that aren't any are left out."""
-    found = []
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                owner, _, rest = line.strip().partition(":")
-                first, _, count = rest.partition(":")
-                if owner and first.isdecimal() and count.isdecimal() and int(count):
-                    found.append(Range(owner, int(first), int(count)))
-    except OSError:
-        pass
-    return found
-
-
-def own(granted: Iterable[Range]) -> list[Range]:
-    """What root may give to containers: its lines, or without any the range that is ours by custom."""
-    return [entry for entry in granted if entry.owner in ("root", "0")] or [Range("root", FIRST, COUNT)]
-
-
-def check_ids(ids: model.IdMap, source: str, *, etc: str = "/etc") -> None:
-    """Refuse a map that the host's subuid doesn't allow. Raises InvalidDefinition."""
-    for file in ("subuid", "subgid"):
-        path = f"{etc}/{file}"
-        granted = grants(path)
-        mine = own(granted)
-        asked = f"{ids.first} to {ids.first + ids.count - 1}"
-        if not any(entry.holds(ids.first, ids.count) for entry in mine):
-            allowed = ", ".join(f"{entry.first} to {entry.first + entry.many - 1}" for entry in mine)
-            raise errors.InvalidDefinition(
-                source,
-                "idmap",
-                f"expected IDs that {path} allows root to give away ({allowed}), got {asked}",
-                hint=f"Choose others, or add a line to /etc/subuid and /etc/subgid: root:{ids.first}:{ids.count}.",
-            )
-        for entry in granted:
-            if entry.owner not in ("root", "0") and entry.meets(ids.first, ids.count):
-                raise errors.InvalidDefinition(
-                    source,
-                    "idmap",
-                    f"expected IDs that nobody else has, got {asked}, of which {path} grants some to {entry.owner}",
-                )
-
-
-def free_ids(taken: Iterable[int], *, etc: str = "/etc") -> model.IdMap:
-    """The first map of the usual size that no container has and nobody else is granted. Raises HostError."""
-    used = set(taken)
-    granted = grants(f"{etc}/subuid") + grants(f"{etc}/subgid")
-    others = [entry for entry in granted if entry.owner not in ("root", "0")]
-    groups = own(grants(f"{etc}/subgid"))
-    for entry in own(grants(f"{etc}/subuid")):
-        for first in range(entry.first, entry.first + entry.many - model.IDS + 1, model.IDS):
-            if (
-                not any(abs(first - other) < model.IDS for other in used)
-                and any(group.holds(first, model.IDS) for group in groups)
-                and not any(other.meets(first, model.IDS) for other in others)
-            ):
-                return model.IdMap(first)
-    raise errors.HostError(
-        "There are no IDs left for another container", hint="Grant root more in /etc/subuid and /etc/subgid."
-    )
 
 
 # The root file system
@@ -207,29 +124,6 @@ def halt_signal(container: model.Container, root: str) -> str:
         return "SIGPWR"
     # systemd(1), "Signals"; SIGPWR is what sysvinit, OpenRC's init and busybox's understand.
     return "SIGRTMIN+3" if "systemd" in os.path.basename(program) else "SIGPWR"
-
-
-def ids_of(
-    container: model.Container, root: str, source: str, taken: Iterable[int]
-) -> tuple[model.IdMap | None, bool]:
-    """The map that a container is run with, and whether its files have to be shifted by an idmapped mount.
-
-    None for a privileged one. Raises InvalidDefinition when the root file system belongs to nobody in the map.
-    """
-    if container.privileged:
-        return None, False
-    owner = os.stat(root).st_uid
-    ids = container.idmap or (model.IdMap(owner) if owner else free_ids(taken))
-    check_ids(ids, source)
-    if ids.first <= owner < ids.first + ids.count:
-        return ids, False
-    if owner:
-        raise errors.InvalidDefinition(
-            source,
-            "idmap",
-            f"expected IDs with {owner}, to whom {root} belongs, got {ids.first} to {ids.first + ids.count - 1}",
-        )
-    return ids, True
 
 
 def check_host(container: model.Container, source: str) -> None:

@@ -17,17 +17,16 @@ from . import host as hostinfo
 from .container import DRIVER, Container, interface_names, mac_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from ...child import Ends
+    from .idmaps import Maps
 
 # All that LXC gets of an environment; it doesn't pass it on to the container.
 ENVIRONMENT = (("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), ("LANG", "C.UTF-8"), ("HOME", "/root"))
 TTY_GROUP = 5  # "tty" of every distribution, to which a terminal belongs
 
 
-async def start(container: Container, taken: Iterable[int], by: str) -> bool:
-    """Start it; False if it was running. `taken`: the first IDs of the other containers' maps.
+async def start(container: Container, maps: Maps, by: str) -> bool:
+    """Start it; False if it was running. `maps`: who has which IDs.
 
     Raises a VirtdError, with nothing left behind.
     """
@@ -41,15 +40,15 @@ async def start(container: Container, taken: Iterable[int], by: str) -> bool:
                 f"Container {container.name} has no definition",
                 hint=f'virtctl container define FILE, with name = "{container.name}".',
             )
-        await _Start(container, definition, taken, by).run()
+        await _Start(container, definition, maps, by).run()
         return True
 
 
 class _Start(Start[Container, model.Container]):
-    def __init__(self, container: Container, definition: model.Container, taken: Iterable[int], by: str) -> None:
+    def __init__(self, container: Container, definition: model.Container, maps: Maps, by: str) -> None:
         super().__init__(container, definition, by)
         self.settings = container.settings
-        self.taken = taken
+        self.maps = maps
         self.links: list[config.Link] = []
         self.terminal = definition.terminal
         self.images: list[list[Any]] = []  # volumes, as a domain's record has them
@@ -65,7 +64,7 @@ class _Start(Start[Container, model.Container]):
         definition, source = self.definition, self.machine.source
         hostinfo.check_root(definition, root, source)
         exposure.check(root, source, self.settings.directory)
-        ids, shifted = hostinfo.ids_of(definition, root, source, self.taken)
+        ids, shifted = self.maps.reserve(self.machine, definition, root, source)
         self.stop = hostinfo.program("lxc-stop")
         self.host = config.Host(
             path=self.machine.secret_path(),
@@ -110,6 +109,8 @@ class _Start(Start[Container, model.Container]):
             if not isinstance(self.definition.rootfs, str):
                 await asyncio.shield(self._unmount())
             raise
+        finally:
+            self.maps.release(self.machine.name)  # they are on record, if it runs
 
     async def _unmount(self) -> None:
         run = f"{self.services.paths.run}/{DRIVER}"

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Which user and group IDs of the host a container has: whole ranges, and no two containers any in common.
+
+What definitions ask for, whom root file systems belong to, what runs and what is just being started or made: all of
+it is looked at and a range taken in one step, between whose parts nobody else comes, since the event loop has but one
+thread. A range that was chosen for a container stays its own, in a table in /var/lib/virtd that is written before the
+range is used. Containers that have one root file system in common, which takes intention, have its IDs in common.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from ... import errors, files
+from ...model import container as model
+from .. import ids
+from ..ids import Range
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from .container import Container
+
+log = logging.getLogger(__name__)
+
+
+class Claim(NamedTuple):
+    """IDs that container `name` ("": none any more) has or is to have. `root`: what its root file system is."""
+
+    name: str
+    ids: Range
+    root: str
+    active: bool  # it runs, or is being started or made
+
+    def in_the_way(self, other: Range, root: str) -> bool:
+        return self.ids.meets(other.first, other.many) and not (root and root == self.root)
+
+
+class Table(msgspec.Struct, frozen=True):
+    """The file: first ID and number of them by uuid."""
+
+    ids: dict[str, tuple[int, int]] = {}
+    schema: int = 1
+
+
+class Maps:
+    """All of them. `containers` is the driver's own table, `directory` where root file systems are made."""
+
+    def __init__(self, containers: Mapping[str, Container], directory: str, table: str, *, etc: str = "/etc") -> None:
+        self._containers = containers
+        self._directory = directory
+        self._path = table
+        self._etc = etc
+        self._reserved: dict[str, Claim] = {}
+
+    # Taking IDs
+
+    def reserve(
+        self, container: Container, definition: model.Container, root: str, source: str
+    ) -> tuple[model.IdMap | None, bool]:
+        """The map that a container is started with, and whether its files have to be shifted by an idmapped mount.
+
+        None for a privileged one. They are its own from now on, until `release`, or, if it has them in its record by
+        then, until it ends. Raises InvalidDefinition when the root file system belongs to nobody in the map, or
+        another has some of these IDs; HostError when none are left.
+        """
+        if definition.privileged:
+            return None, False
+        owner = os.stat(root).st_uid
+        found = definition.idmap or (model.IdMap(owner) if owner else self._own(container))
+        check(found, source, etc=self._etc)
+        if owner and not found.first <= owner < found.first + found.count:
+            raise errors.InvalidDefinition(
+                source,
+                "idmap",
+                f"expected IDs with {owner}, to whom {root} belongs, "
+                f"got {found.first} to {found.first + found.count - 1}",
+            )
+        claim = _claim(container.name, found, root_of(definition), active=True)
+        for other in self.claims(container.name):
+            if other.active and other.in_the_way(claim.ids, claim.root):
+                raise overlap(claim, other, source)
+        self._reserved[container.name] = claim
+        return found, not owner
+
+    def reserve_new(self, name: str) -> model.IdMap:
+        """IDs for a container that is being made. Raises HostError."""
+        found = self._free(self.claims(name))
+        self._reserved[name] = _claim(name, found, "", active=True)
+        return found
+
+    def release(self, name: str) -> None:
+        self._reserved.pop(name, None)
+
+    def _own(self, container: Container) -> model.IdMap:
+        """What was chosen for it before, or is now. On record first."""
+        claims = self.claims(container.name)
+        table = self._load()
+        if kept := table.ids.get(container.uuid):
+            found = model.IdMap(*kept)
+            if not any(claim.ids.meets(*kept) for claim in claims):
+                return found
+        found = self._free(claims)
+        present = {one.uuid for one in self._containers.values()}
+        others = {uuid: kept for uuid, kept in table.ids.items() if uuid in present}
+        files.write(self._path, msgspec.json.encode(Table(others | {container.uuid: (found.first, found.count)})))
+        return found
+
+    def _free(self, claims: Iterable[Claim]) -> model.IdMap:
+        """The first map of the usual size that nobody has. Raises HostError."""
+        taken = [claim.ids for claim in claims] + others(self._etc)
+        taken += [Range("", *kept) for kept in self._load().ids.values()]
+        for users in own(self._etc, "subuid"):
+            for groups in own(self._etc, "subgid"):
+                first = max(users.first, groups.first)
+                both = Range("", first, min(users.last, groups.last) - first + 1)
+                if (found := ids.free(both, model.IDS, taken, step=model.IDS)) is not None:
+                    return model.IdMap(found)
+        raise errors.HostError(
+            "There are no IDs left for another container", hint="Grant root more in /etc/subuid and /etc/subgid."
+        )
+
+    def _load(self) -> Table:
+        try:
+            with open(self._path, "rb") as file:
+                return msgspec.json.decode(file.read(), type=Table)
+        except FileNotFoundError:
+            return Table()
+        except (OSError, ValueError) as exc:
+            log.warning("%s can't be read, and IDs are chosen anew: %s", self._path, exc)
+            return Table()
+
+    # Who has which
+
+    def claims(self, besides: str = "") -> list[Claim]:
+        """Of all containers but one, and of root file systems that no container has any more."""
+        found = [claim for name, claim in self._reserved.items() if name != besides]
+        roots = set()
+        for name, one in self._containers.items():
+            root = root_of(one.definition)
+            roots.add(root)
+            if name == besides:
+                continue
+            if one.alive and one.record is not None and (kept := one.record.data.get("ids")):
+                found.append(_claim(name, model.IdMap(*kept), root_of(one.running_definition), active=True))
+            if (defined := defined_ids(one.definition)) is not None:
+                found.append(_claim(name, defined, root, active=False))
+        for path, owner in _owners(self._directory):
+            if path not in roots:
+                found.append(Claim("", Range(path, owner, model.IDS), path, active=False))
+        return found
+
+    def check(self, definition: model.Container, source: str) -> None:
+        """Refuse a new definition whose IDs others have, people or containers. Raises InvalidDefinition."""
+        if definition.idmap is not None:
+            check(definition.idmap, source, etc=self._etc)
+        if (wanted := defined_ids(definition)) is None:
+            return
+        claim = _claim(definition.name, wanted, root_of(definition), active=False)
+        for other in self.claims(definition.name):
+            if other.in_the_way(claim.ids, claim.root):
+                raise overlap(claim, other, source)
+
+    def overlaps(self) -> dict[str, Claim]:
+        """Containers that have IDs of another, since they are older than the rule or made by hand: which other."""
+        found: dict[str, Claim] = {}
+        claims = sorted(self.claims(), key=lambda claim: claim.ids.first)
+        for at, claim in enumerate(claims):
+            for other in claims[at + 1 :]:
+                if other.ids.first > claim.ids.last:
+                    break
+                if other.name != claim.name and other.in_the_way(claim.ids, claim.root):
+                    found.setdefault(claim.name, other)
+                    found.setdefault(other.name, claim)
+        found.pop("", None)
+        return found
+
+
+HINT = (
+    "Each needs IDs of its own: virtctl container create NEW --image ROOTFS makes a copy that has some, of the root "
+    "file system of a container that doesn't run; or change [idmap] and the files' owners."
+)
+
+
+def overlap(claim: Claim, other: Claim, source: str) -> errors.InvalidDefinition:
+    return errors.InvalidDefinition(
+        source,
+        "idmap",
+        f"expected IDs that nobody else has, got {claim.ids.first} to {claim.ids.last}, "
+        f"of which {other.ids.owner} has some ({other.ids.first} to {other.ids.last})",
+        hint=HINT,
+    )
+
+
+def defined_ids(definition: model.Container | None) -> model.IdMap | None:
+    """Those that a definition, or the owner of the root file system, gives it."""
+    if definition is None or definition.privileged:
+        return None
+    if definition.idmap is not None:
+        return definition.idmap
+    try:
+        owner = os.lstat(definition.rootfs.rstrip("/")).st_uid if isinstance(definition.rootfs, str) else 0
+    except OSError:
+        return None
+    return model.IdMap(owner) if owner else None
+
+
+def root_of(definition: model.Container | None) -> str:
+    if definition is None:
+        return ""
+    root = definition.rootfs
+    return os.path.realpath(root) if isinstance(root, str) else f"{root.pool}/{root.volume}"
+
+
+def _claim(name: str, found: model.IdMap, root: str, *, active: bool) -> Claim:
+    return Claim(name, Range(f"container {name}", found.first, found.count), root, active)
+
+
+def _owners(directory: str) -> list[tuple[str, int]]:
+    """Whose the root file systems are that there are."""
+    try:
+        with os.scandir(directory) as entries:
+            found = [(entry.path, entry.stat(follow_symlinks=False).st_uid) for entry in entries]
+    except OSError:
+        return []
+    return [(os.path.realpath(path), owner) for path, owner in found if owner]
+
+
+# The host's files
+
+
+def own(etc: str, file: str) -> list[Range]:
+    """What root may give to containers: its lines, or without any the range that is ours by custom."""
+    return [entry for entry in ids.grants(f"{etc}/{file}") if entry.owner in ("root", "0")] or [ids.CONTAINERS]
+
+
+def others(etc: str) -> list[Range]:
+    """What is granted to others than root, is a user's or a group's already, or is for guests."""
+    found = [ids.GUESTS]
+    for file in ("subuid", "subgid"):
+        found += [
+            entry._replace(owner=f"{entry.owner} ({etc}/{file})")
+            for entry in ids.grants(f"{etc}/{file}")
+            if entry.owner not in ("root", "0")
+        ]
+    for file, noun in (("passwd", "user"), ("group", "group")):
+        try:
+            with open(f"{etc}/{file}", encoding="utf-8", errors="replace") as lines:
+                rows = [line.split(":") for line in lines]
+        except OSError:
+            continue
+        found += [
+            Range(f"{noun} {row[0]}", int(row[2]), 1)
+            for row in rows
+            if row[2:] and re.fullmatch("[0-9]{1,10}", row[2])
+        ]
+    return found
+
+
+def check(wanted: model.IdMap, source: str, *, etc: str = "/etc") -> None:
+    """Refuse a map that the host's files don't allow. Raises InvalidDefinition."""
+    first, last = wanted.first, wanted.first + wanted.count - 1
+    for file in ("subuid", "subgid"):
+        mine = own(etc, file)
+        if not any(entry.holds(first, wanted.count) for entry in mine):
+            allowed = ", ".join(f"{entry.first} to {entry.last}" for entry in mine)
+            raise errors.InvalidDefinition(
+                source,
+                "idmap",
+                f"expected IDs that {etc}/{file} allows root to give away ({allowed}), got {first} to {last}",
+                hint=f"Choose others, or add a line to /etc/subuid and /etc/subgid: root:{first}:{wanted.count}.",
+            )
+    for entry in others(etc):
+        if entry.meets(first, wanted.count):
+            has = f"got {first} to {last}, of which {entry.owner} has some"
+            raise errors.InvalidDefinition(source, "idmap", f"expected IDs that nobody else has, {has}")
