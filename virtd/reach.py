@@ -13,6 +13,7 @@ import contextlib
 import errno
 import os
 import stat
+from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import errors
@@ -25,6 +26,7 @@ ACL = "system.posix_acl_access"
 MOUNT_INFO = "/proc/self/mountinfo"
 _PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _OTHERS, _GROUP = 0o002, 0o020
+EVERYBODY = -1
 
 
 class Reached(NamedTuple):
@@ -44,13 +46,21 @@ class Reached(NamedTuple):
         return f"/proc/self/fd/{self.fd}"
 
 
-@contextlib.contextmanager
-def reached(path: str, *, strict: bool = True) -> Iterator[Reached]:
-    """Walk an absolute path, following links. Without `strict` others may be able to change what is at its end.
+class Trust(Enum):
+    """Who may be able to exchange what is reached."""
 
-    Raises OSError as open(2) does, and HostError when somebody else could exchange what is there.
+    ROOT = "root"
+    OWNER = "owner"  # nor anybody but the file's own owner, who could have put anything into it anyway
+    ANYBODY = "anybody"
+
+
+@contextlib.contextmanager
+def reached(path: str, trust: Trust = Trust.ROOT) -> Iterator[Reached]:
+    """Walk an absolute path, following links.
+
+    Raises OSError as open(2) does, and HostError when somebody who isn't trusted could exchange what is there.
     """
-    fd, canonical = _walk(path, strict=strict)
+    fd, canonical = _walk(path, trust)
     try:
         yield Reached(fd, canonical, os.fstat(fd))
     finally:
@@ -63,8 +73,9 @@ def look(path: str) -> os.stat_result:
         return found.status
 
 
-def _walk(path: str, *, strict: bool) -> tuple[int, str]:
+def _walk(path: str, trust: Trust) -> tuple[int, str]:
     pending, names, links = _names(path), list[str](), 0
+    others: list[Others] = []
     here = os.open("/", _PATH | os.O_DIRECTORY)
     try:
         while pending:
@@ -72,8 +83,10 @@ def _walk(path: str, *, strict: bool) -> tuple[int, str]:
             there = _step(name, here)
             try:
                 status = os.fstat(there)
-                if strict and name != "..":
-                    _require_ours(here, "/" + "/".join(names), name, status)
+                if name != ".." and (found := _others(here, "/" + "/".join(names), name, status)) is not None:
+                    if trust is Trust.ROOT:
+                        raise found.error
+                    others.append(found)
                 if stat.S_ISLNK(status.st_mode):
                     if (links := links + 1) > LINKS:
                         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
@@ -92,6 +105,11 @@ def _walk(path: str, *, strict: bool) -> tuple[int, str]:
                     here, there = there, here
             finally:
                 os.close(there)
+        if trust is Trust.OWNER:
+            owner = os.fstat(here).st_uid
+            for other in others:
+                if other.user != owner:
+                    raise other.error
     except BaseException:
         os.close(here)
         raise
@@ -111,35 +129,39 @@ def _step(name: str, here: int) -> int:
         return os.open(name, _PATH, dir_fd=here)
 
 
-def _require_ours(here: int, directory: str, name: str, entry: os.stat_result) -> None:
-    """Raise HostError when others could put something else in the place of `entry`."""
+class Others(NamedTuple):
+    """Who could exchange a name in a directory: one user, or EVERYBODY for several; and the error that says so."""
+
+    user: int
+    error: errors.HostError
+
+
+def _others(here: int, directory: str, name: str, entry: os.stat_result) -> Others | None:
+    """Who else could put something in the place of `entry`, which is `name` in the open directory `here`."""
     status = os.fstat(here)
     ours = (0, os.geteuid())
     if user := _mounted_by(status, entry):
-        raise errors.HostError(
-            f"{directory.rstrip('/')}/{name} is a file system of user {user}'s, who could exchange what is in it",
-            hint="Use a file elsewhere.",
-        )
+        text = f"{directory.rstrip('/')}/{name} is a file system of user {user}'s, who could exchange what is in it"
+        return Others(user, errors.HostError(text, hint="Use a file elsewhere."))
     if status.st_uid not in ours:
-        raise errors.HostError(
-            f"{directory} belongs to user {status.st_uid}, who could exchange {name} in it",
-            hint=f"Only root may write there: chown root {directory}; or use a file elsewhere.",
-        )
+        text = f"{directory} belongs to user {status.st_uid}, who could exchange {name} in it"
+        hint = f"Only root may write there: chown root {directory}; or use a file elsewhere."
+        user = EVERYBODY if status.st_mode & (_OTHERS | _GROUP) else status.st_uid
+        return Others(user, errors.HostError(text, hint=hint))
     if status.st_mode & _OTHERS:
-        who, hint = "everybody", f"chmod o-w {directory}"
+        who, what = "everybody", f"chmod o-w {directory}"
     elif status.st_mode & _GROUP and (status.st_gid or _has_acl(here)):
         # With an access control list these bits are what the list may grant at most, see acl(5).
-        who, hint = f"group {status.st_gid} or an ACL", f"chmod g-w {directory}"
+        who, what = f"group {status.st_gid} or an ACL", f"chmod g-w {directory}"
     else:
-        return
+        return None
     # As in /tmp: only its owner can rename or remove it. But anybody could have made another link of a file.
-    single = stat.S_ISDIR(entry.st_mode) or entry.st_nlink == 1
-    if status.st_mode & stat.S_ISVTX and entry.st_uid in ours and single:
-        return
-    raise errors.HostError(
-        f"{directory} can be written by {who}, who could exchange {name} in it",
-        hint=f"Only root may write there: {hint}; or use a file elsewhere.",
-    )
+    alone = bool(status.st_mode & stat.S_ISVTX) and (stat.S_ISDIR(entry.st_mode) or entry.st_nlink == 1)
+    if alone and entry.st_uid in ours:
+        return None
+    text = f"{directory} can be written by {who}, who could exchange {name} in it"
+    hint = f"Only root may write there: {what}; or use a file elsewhere."
+    return Others(entry.st_uid if alone else EVERYBODY, errors.HostError(text, hint=hint))
 
 
 def _has_acl(fd: int) -> bool:

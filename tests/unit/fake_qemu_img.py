@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 import sys
@@ -20,12 +21,17 @@ def write(path: str, size: int) -> None:
     os.close(fd)
 
 
+def named(name: str) -> str:
+    """The file that a name of qemu-img's stands for."""
+    return str(json.loads(name[5:])["file"]["filename"]) if name.startswith("json:") else name
+
+
 def main() -> int:
-    verb, path = sys.argv[1], sys.argv[-1]
+    verb = sys.argv[1]
     if verb in ("create", "resize"):
-        write(sys.argv[-2], int(path))
+        write(named(sys.argv[-2]), int(sys.argv[-1]))
         return 0
-    with open(path, "rb") as file:  # check
+    with open(named(sys.argv[-1]), "rb") as file:  # check
         return 0 if file.read(4) == b"QFI\xfb" else 2
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import grp
+import json
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +112,7 @@ def test_three_monitors_and_a_console() -> None:
 def test_a_comma_in_a_path_is_a_comma() -> None:
     host = command.Host("/q", kvm=True, runtime="/run/a,id=x")
     assert fields(values(KERNEL, "-chardev", host)[0])["path"] == "/run/a,id=x/qmp.sock"
-    nodes = {fields(value)["node-name"]: fields(value) for value in values(DISKS, "-blockdev")}
+    nodes = {node["node-name"]: node for node in map(json.loads, values(DISKS, "-blockdev"))}
     assert nodes["file0"]["filename"] == "/a,b/c=d.qcow2"
     assert nodes["cdfile0"]["filename"] == "/c,d.iso"
     # -kernel, -initrd and -append are no lists: nothing is doubled there.
@@ -121,14 +122,15 @@ def test_a_comma_in_a_path_is_a_comma() -> None:
 
 
 def test_disks() -> None:
-    nodes = {fields(value)["node-name"]: fields(value) for value in values(DISKS, "-blockdev")}
+    nodes = {node["node-name"]: node for node in map(json.loads, values(DISKS, "-blockdev"))}
     assert (nodes["disk0"]["driver"], nodes["disk0"]["file"], nodes["disk0"]["read-only"]) == (
         "qcow2",
         "file0",
-        "off",
+        False,
     )
-    assert (nodes["disk1"]["driver"], nodes["disk1"]["file"], nodes["disk1"]["read-only"]) == ("raw", "file1", "on")
-    assert nodes["file1"]["read-only"] == nodes["cd0"]["read-only"] == nodes["cdfile0"]["read-only"] == "on"
+    assert nodes["disk0"]["backing"] is None
+    assert (nodes["disk1"]["driver"], nodes["disk1"]["file"], nodes["disk1"]["read-only"]) == ("raw", "file1", True)
+    assert nodes["file1"]["read-only"] == nodes["cd0"]["read-only"] == nodes["cdfile0"]["read-only"] is True
     # QEMU's own locks are a second guard against two writers.
     assert nodes["file0"]["locking"] == "auto"
     devices = {device["id"]: device for value in values(DISKS, "-device") if "id" in (device := fields(value))}

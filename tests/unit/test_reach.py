@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from virtd import errors, reach
-from virtd.reach import reached
+from virtd.reach import Trust, reached
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,7 +110,7 @@ def test_a_directory_of_another_users(tmp_path: Path, give_away: Callable[[Path]
     assert "belongs to user" in text
     assert "disk in it" in text or os.geteuid()
     assert "chown root" in hint
-    with reached(f"{place}/disk", strict=False) as found:
+    with reached(f"{place}/disk", Trust.ANYBODY) as found:
         assert found.path == f"{place}/disk"
 
 
@@ -169,6 +169,9 @@ def test_a_sticky_directory(tmp_path: Path, give_away: Callable[[Path], None]) -
     assert "everybody" in told(place / "linked")[0]
     give_away(place / "theirs")
     told(place / "theirs")
+    if os.geteuid() == 0:
+        with reached(f"{place}/theirs", Trust.OWNER):
+            pass
 
 
 def test_a_file_system_that_a_user_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,3 +191,27 @@ def test_a_file_system_that_a_user_serves(tmp_path: Path, monkeypatch: pytest.Mo
     for number, user in ((77, 0), (78, 1000), (79, 0), (80, 0)):
         assert reach._mounted_by(whole, of(os.makedev(0, number))) == user
     assert reach._mounted_by(of(os.makedev(0, 78)), of(os.makedev(0, 78))) == 0  # told where it began
+
+
+def test_a_file_that_only_its_owner_could_exchange(tmp_path: Path, give_away: Callable[[Path], None]) -> None:
+    """As an image that is imported from its owner's directory. A link of the owner's leads to nothing else."""
+    if os.geteuid():
+        pytest.skip("nobody's but one user's files can be made")
+    place, secret = tmp_path / "bob", tmp_path / "secret"
+    place.mkdir()
+    secret.touch()
+    (place / "mine").touch()
+    (place / "link").symlink_to("mine")
+    (place / "theft").symlink_to(secret)
+    os.link(secret, place / "hard")
+    for path in (place, place / "mine"):
+        give_away(path)
+    for name in ("mine", "link"):
+        with reached(f"{place}/{name}", Trust.OWNER) as found:
+            assert found.path == f"{place}/mine"
+    for name in ("theft", "hard"):
+        with pytest.raises(errors.HostError, match="belongs to user"), reached(f"{place}/{name}", Trust.OWNER):
+            pass
+    place.chmod(0o770)
+    with pytest.raises(errors.HostError, match="belongs to user"), reached(f"{place}/mine", Trust.OWNER):
+        pass

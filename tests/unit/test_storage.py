@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import struct
 import subprocess
@@ -17,8 +18,11 @@ import pytest
 from tests.unit.whole_host import on_loop
 from virtd import errors
 from virtd.cli.output import rounded
+from virtd.drivers import nodes, qcow2
 from virtd.drivers.qemu import command, images
-from virtd.drivers.storage import mounts, qcow2, worker
+from virtd.drivers.storage import host as storage_host
+from virtd.drivers.storage import images as storage_images
+from virtd.drivers.storage import mounts, programs, worker
 from virtd.drivers.storage.aside import Aside
 from virtd.drivers.storage.backend import Backing, Meta
 from virtd.drivers.storage.directory import Directory
@@ -481,12 +485,72 @@ def test_qemu_is_told_what_an_image_stands_on() -> None:
         domain, "00000000-0000-0000-0000-000000000001", command.Host("qemu", False, "/run/d"), [image]
     )
     nodes = [argv[at + 1] for at, word in enumerate(argv) if word == "-blockdev"]
-    names = [dict(part.split("=", 1) for part in node.split(",")) for node in nodes]
-    assert [(node["node-name"], node.get("backing")) for node in names] == [
-        ("file0b2", None), ("disk0b2", None), ("file0b1", None), ("disk0b1", "disk0b2"), ("file0", None),
+    names = [json.loads(node) for node in nodes]
+    assert [(node["node-name"], node.get("backing", "")) for node in names] == [
+        ("file0b2", ""), ("disk0b2", ""), ("file0b1", ""), ("disk0b1", "disk0b2"), ("file0", ""),
         ("disk0", "disk0b1"),
     ]  # fmt: skip
-    assert [node["read-only"] for node in names] == ["on", "on", "on", "on", "off", "off"]
+    assert [node["read-only"] for node in names] == [True, True, True, True, False, False]
     assert [node["driver"] for node in names] == ["file", "raw", "file", "qcow2", "file", "qcow2"]
     device = command.argv(domain, "0" * 32, command.Host("qemu", False, "/run/d"), [images.Image("/dev/vg0/v")])
-    assert any(word.startswith("driver=host_device,node-name=file0,filename=/dev/vg0/v") for word in device)
+    node = json.loads(device[device.index("-blockdev") + 1])
+    assert (node["driver"], node["filename"]) == ("host_device", "/dev/vg0/v")
+
+
+@pytest.mark.parametrize(
+    "lower", [(), (("/p/base", Format.QCOW2),), (("/p/mid", Format.QCOW2), ("/p/b", Format.RAW))]
+)
+@pytest.mark.parametrize("path", ["/p/a", '/p/a,b:c "d\\\n', "/dev/vg/lv"])
+def test_nothing_is_left_to_what_an_image_says(path: str, lower: tuple[tuple[str, Format], ...]) -> None:
+    """Each node has its driver, and each that could stand on another one says that it does, or doesn't."""
+
+    def check(node: nodes.Node) -> int:
+        assert node["driver"] in ("qcow2", "raw")
+        below = node.get("backing", "left open")
+        assert (below == "left open") == (node["driver"] == "raw")
+        assert node["file"].keys() == {"driver", "filename"}
+        return 1 + (check(below) if isinstance(below, dict) else 0)
+
+    name = nodes.name(nodes.image(path, Format.QCOW2, lower))
+    assert name.startswith("json:")
+    node = json.loads(name[5:])
+    assert check(node) == 1 + len(lower)
+    assert node["file"]["filename"] == path
+    argv = [
+        word for index in (0, 1) for word in command._blockdevs(index, images.Image(path, Format.QCOW2, False, lower))
+    ]
+    for node in map(json.loads, argv[1::2]):
+        assert ("backing" in node) == (node["driver"] == "qcow2")
+    assert sum(node.get("backing", "") is None for node in map(json.loads, argv[1::2])) == (
+        0 if lower and lower[-1][1] is Format.RAW else 2
+    )
+
+
+def test_no_program_of_a_job_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """qemu-img is told each image's format, and opens none that it needn't."""
+    monkeypatch.setattr(storage_host, "program", lambda _name, _package: "qemu-img")
+    me = programs.Account("u", "g")
+    lower = ("/p/base", Format.QCOW2)
+    made = [
+        programs.create(me, "/p/n", 512, model.Preallocation.OFF, Format.QCOW2, lower),
+        programs.copy(me, 7, "/p/n", check=True),
+        programs.check(me, "/p/n"),
+        programs.resize(me, "/p/n", 512, [lower], shrink=False),
+        programs.wipe(me, "/p/n", 512, Format.QCOW2, lower),
+        *(programs.convert(me, 7, kind, "/p/n", Format.RAW) for kind in storage_images.FORMATS),
+    ]
+    for program in made:
+        words = program.argv[program.argv.index("qemu-img") :]
+        opened = [word for word in words[2:] if word.startswith("/") and word != "/p/base"]
+        if "create" in words:
+            assert (words[words.index("-b") - 1], words[words.index("-b") + 2]) == ("-u", "-F")
+            assert "-f" in words
+        elif "convert" in words:
+            assert opened == ["/p/n"]  # which is made
+            assert "-O" in words
+            (name,) = (word for word in words if word.startswith("json:"))
+            assert json.loads(name[5:])["file"]["filename"] == programs.STDIN
+        else:
+            assert opened == []
+            assert any(word.startswith("json:") for word in words)
+    assert [program.source for program in made] == [-1, 7, -1, -1, -1, *[7] * len(storage_images.FORMATS)]

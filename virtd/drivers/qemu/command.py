@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ...model.domain import Domain, OnCrash, OnPoweroff, OnReboot
+from .. import nodes
 from .images import Image, plain
 
 if TYPE_CHECKING:
@@ -101,10 +102,7 @@ def argv(domain: Domain, uuid: str, host: Host, images: Sequence[Image] | None =
     for index, cdrom in enumerate(domain.cdrom):
         drive = "ide-cd" if domain.machine.startswith(("q35", "pc")) else "virtio-blk-pci"
         arguments += [
-            "-blockdev",
-            f"driver=file,node-name=cdfile{index},filename={_escape(cdrom.path)},read-only=on",
-            "-blockdev",
-            f"driver=raw,node-name=cd{index},file=cdfile{index},read-only=on",
+            *_cdrom(index, cdrom.path),
             "-device",
             f"{drive},drive=cd{index},id=cdrom{index}{_order(domain, len(domain.disk) + index)}",
         ]
@@ -127,40 +125,33 @@ def argv(domain: Domain, uuid: str, host: Host, images: Sequence[Image] | None =
 
 
 def _blockdevs(index: int, image: Image) -> list[str]:
-    """The nodes of one disk, what it stands on first.
-
-    Each names the one below it, so that QEMU never asks an image what it stands on, and in which format that is.
-    """
-    arguments: list[str] = []
-    below = ""
+    """The nodes of one disk, what it stands on first."""
+    found: list[nodes.Node] = []
+    below: str | None = None
     for number in range(len(image.backing), 0, -1):
         path, kind = image.backing[number - 1]
         name = f"{index}b{number}"
-        arguments += [
-            "-blockdev",
-            f"driver={_driver(path)},node-name=file{name},filename={_escape(path)},read-only=on,auto-read-only=off",
-            "-blockdev",
-            f"driver={kind.value},node-name=disk{name},file=file{name},read-only=on{below}",
+        found += [
+            nodes.file(path, **{"node-name": f"file{name}", "read-only": True, "auto-read-only": False}),
+            nodes.over(kind.value, f"file{name}", below, **{"node-name": f"disk{name}", "read-only": True}),
         ]
-        below = f",backing=disk{name}"
-    readonly = "on" if image.readonly else "off"
-    return [
-        *arguments,
-        "-blockdev",
-        (
-            f"driver={_driver(image.path)},node-name=file{index},filename={_escape(image.path)},read-only={readonly}"
-            ",auto-read-only=off,locking=auto"
-        ),
-        "-blockdev",
-        (
-            f"driver={image.format.value},node-name=disk{index},file=file{index}"
-            f",read-only={readonly},discard=unmap{below}"
+        below = f"disk{name}"
+    common = {"read-only": image.readonly}
+    found += [
+        nodes.file(image.path, **{"node-name": f"file{index}", "auto-read-only": False, "locking": "auto"}, **common),
+        nodes.over(
+            image.format.value, f"file{index}", below, **{"node-name": f"disk{index}", "discard": "unmap"}, **common
         ),
     ]
+    return [word for node in found for word in ("-blockdev", nodes.text(node))]
 
 
-def _driver(path: str) -> str:
-    return "host_device" if path.startswith("/dev/") else "file"
+def _cdrom(index: int, path: str) -> list[str]:
+    found = [
+        nodes.file(path, **{"node-name": f"cdfile{index}", "read-only": True}),
+        nodes.over("raw", f"cdfile{index}", None, **{"node-name": f"cd{index}", "read-only": True}),
+    ]
+    return [word for node in found for word in ("-blockdev", nodes.text(node))]
 
 
 def _order(domain: Domain, index: int) -> str:

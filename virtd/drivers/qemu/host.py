@@ -16,7 +16,8 @@ import msgspec
 from ... import errors
 from ...model import domain as model
 from ...model import size
-from ...reach import look
+from ...reach import look, reached
+from .. import qcow2
 
 if TYPE_CHECKING:
     from ...model.settings import Qemu
@@ -131,6 +132,7 @@ def _trouble(path: str) -> str:
 def check_files(domain: model.Domain, source: str, who: Account) -> None:
     """Every file is there, of the right kind, and readable for the guest's user. Raises InvalidDefinition."""
     read_only = {f"disk[{index}].path" for index, disk in enumerate(domain.disk) if disk.readonly}
+    images = {f"disk[{index}].path" for index, disk in enumerate(domain.disk) if disk.format is model.Format.QCOW2}
     for key, path in model.paths(domain):
         status = _look(key, path, source)
         if not stat.S_ISREG(status.st_mode) and not (
@@ -142,6 +144,8 @@ def check_files(domain: model.Domain, source: str, who: Account) -> None:
                 f"{source}: {key}: {path} is in use by the host, which has it mounted or in a volume group",
                 hint="Unmount it first, or have the guest only read it: readonly = true.",
             )
+        if key in images:
+            _check_qcow2(key, path, source)
         if key.startswith("boot") and not may(status, who, os.R_OK):
             raise errors.InvalidDefinition(
                 source, key, f"{path} is not readable for {who.user}", hint=f"chmod o+r {path}, or use a copy."
@@ -161,6 +165,28 @@ def _look(key: str, path: str, source: str) -> os.stat_result:
         raise errors.InvalidDefinition(source, key, _trouble(path)) from None
     except errors.HostError as exc:
         raise errors.InvalidDefinition(source, key, exc.message, hint=exc.hint) from exc
+
+
+def _check_qcow2(key: str, path: str, source: str) -> None:
+    """Raise InvalidDefinition for an image that is more than this one file: QEMU isn't to go by what it names."""
+    with reached(path) as file:
+        fd = os.open(file.itself, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        header = qcow2.read(fd, path)
+    except errors.InvalidState:
+        return  # QEMU says what is wrong with it
+    finally:
+        os.close(fd)
+    if wrong := qcow2.unusable(header):
+        raise errors.InvalidDefinition(source, key, f"{path} can't be used: {wrong}")
+    if header.backing:
+        raise errors.InvalidDefinition(
+            source,
+            key,
+            f"{path} stands on {model.shown(header.backing)}, which only a volume can",
+            hint="Import both into a pool: virtctl volume import; "
+            f"or make one image of both: qemu-img convert -O qcow2 {path} NEW.",
+        )
 
 
 def claimed(path: str) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ... import errors, files
-from ...reach import reached
+from ...reach import Trust, reached
 from .host import may
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def give_back(given: Iterable[Given]) -> None:
     for one in given:
         try:
             # Whichever way leads there: it is the file that was given, or nothing is done to it.
-            with reached(one.path, strict=not one.ino) as file:
+            with reached(one.path, Trust.ANYBODY if one.ino else Trust.ROOT) as file:
                 if one.ino and file.identity != (one.dev, one.ino):
                     log.warning("%s is another file by now, and isn't given back", one.path)
                 elif file.status.st_uid == one.to:

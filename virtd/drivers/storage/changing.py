@@ -66,7 +66,7 @@ class Changing(Usage):
             undo=False,
         )
         program = programs.resize(
-            self._account, volume.path, number, [link.volume.path for link in chain[1:]], shrink=shrink
+            self._account, volume.path, number, [link.pair for link in chain[1:]], shrink=shrink
         )
         return await self._lend_and_run(pool, volume, task, program)
 
@@ -96,7 +96,8 @@ class Changing(Usage):
             raise errors.InvalidState(
                 f"Cannot wipe {name}: {volume.trouble}", hint="Delete it; its blocks are then free, though not empty."
             )
-        program = programs.wipe(self._account, volume.path, size, volume.meta.format, [x.pair for x in chain[1:]])
+        below = chain[1].pair if len(chain) > 1 else None
+        program = programs.wipe(self._account, volume.path, size, volume.meta.format, below)
         damaged = msgspec.structs.replace(volume.meta, damaged="it was being wiped: wipe it again, or delete it")
         await pool.usable.describe(name, damaged)
         try:
@@ -194,7 +195,7 @@ class Changing(Usage):
             raise
         job.task = msgspec.structs.replace(job.task, meta=meta)
         if meta.format is Format.QCOW2:
-            await job.run(programs.check(self._account, path, backing=meta.backing is not None))
+            await job.run(programs.check(self._account, path))
         else:
             await job.conclude(ok=True)
         return answer

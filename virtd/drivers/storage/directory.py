@@ -23,7 +23,7 @@ import msgspec
 from ... import errors, files
 from ...model import pool as model
 from ...model.domain import Format
-from . import qcow2
+from .. import qcow2
 from .aside import Aside
 from .backend import Capacity, Meta, Volume
 
@@ -176,7 +176,7 @@ class Directory:
                 try:
                     header = qcow2.read(fd, name)
                     capacity = header.size
-                    trouble = trouble or told(header)
+                    trouble = trouble or qcow2.unusable(header)
                 except errors.VirtdError as exc:
                     capacity, trouble = None, exc.message
         return Volume(
@@ -267,6 +267,8 @@ class Directory:
                 raise self._refused(f"Cannot finish {name} in", exc) from exc
             if _exists(name, top) and not _same(new, name, top):
                 raise self._exists(name)
+            with _opened(new, os.O_RDONLY | os.O_NOFOLLOW, top) as fd:
+                _check(fd, name, meta)
             self._write_meta(name, meta)
             try:
                 # link(2) and not rename(2): it never takes the place of a file that came there meanwhile.
@@ -387,15 +389,6 @@ class Directory:
         return await self._aside(work)
 
 
-def told(header: qcow2.Header) -> str:
-    """What a header says that makes an image unfit for use; "" for none."""
-    if header.corrupt:
-        return "it is marked as corrupt"
-    if header.data_file:
-        return "its data is in another file, which isn't supported"
-    return ""
-
-
 @contextlib.contextmanager
 def _opened(path: str, flags: int, top: int | None = None) -> Iterator[int]:
     fd = os.open(path, flags | os.O_CLOEXEC, 0o600, dir_fd=top)
@@ -403,6 +396,19 @@ def _opened(path: str, flags: int, top: int | None = None) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def _check(fd: int, name: str, meta: Meta) -> None:
+    """Raise InvalidState when a new volume isn't what is to be put on record of it.
+
+    What it was made of may have been written to since it was looked at.
+    """
+    if meta.format is Format.QCOW2:
+        header = qcow2.read(fd, name)
+        if wrong := qcow2.unusable(header):
+            raise errors.InvalidState(f"{name} can't be used: {wrong}")
+        if bool(header.backing) != (meta.backing is not None):
+            raise errors.InvalidState(f"{name} can't be used: it was changed while it was made")
 
 
 def _exists(name: str, top: int) -> bool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,13 +12,13 @@ import msgspec
 
 from ... import errors
 from ...model.domain import Format
-from . import qcow2
+from ...reach import Trust, reached
+from .. import qcow2
 from .aside import Aside
 from .backend import Backing, Meta, Volume
-from .directory import told
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
 
     from .backend import Backend
     from .driver import Driver
@@ -101,8 +102,11 @@ async def dependents(driver: Driver, pool: str, volume: str) -> list[tuple[str, 
 
 
 class Foreign(NamedTuple):
-    """An image that virtd knows nothing of yet. `size`: of a raw one, in bytes; `backing` as it says itself."""
+    """An image that virtd knows nothing of yet, open as `fd`. `size`: of a raw one, in bytes; `backing` as it says
+    itself.
+    """
 
+    fd: int
     path: str
     format: str
     identity: tuple[int, int]
@@ -110,8 +114,12 @@ class Foreign(NamedTuple):
     backing: str = ""
 
 
-async def look(file: str, told_format: str | None, *, probe: bool) -> Foreign:
-    """Open an image and see that it can be what it is said to be. It is probed only if that was asked for."""
+@contextlib.asynccontextmanager
+async def looked(file: str, told_format: str | None, *, probe: bool) -> AsyncIterator[Foreign]:
+    """Open an image and see that it can be what it is said to be. It is probed only if that was asked for.
+
+    Its owner may be able to exchange it: what was looked at is what the descriptor leads to.
+    """
     if not file.startswith("/"):
         raise errors.InvalidDefinition("image", "file", f"expected an absolute path, got {file}")
     if told_format is not None and told_format not in FORMATS:
@@ -124,30 +132,35 @@ async def look(file: str, told_format: str | None, *, probe: bool) -> Foreign:
             hint="Say it with --from, or have it probed with --probe. A guest that wrote a header into its raw disk "
             "could then have it taken for another format.",
         )
-    return await Aside(file)(lambda: _look(file, told_format, file))
+    foreign = await Aside(file)(lambda: _look(file, told_format, file))
+    try:
+        yield foreign
+    finally:
+        os.close(foreign.fd)
 
 
 def _look(file: str, told_format: str | None, name: str) -> Foreign:
-    """`name` is for errors."""
-    path = os.path.realpath(file)
+    """`name` is for errors. The descriptor is the caller's to close."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with reached(file, Trust.OWNER) as found:
+            if not stat.S_ISREG(found.status.st_mode):
+                raise errors.InvalidState(f"{name} is no regular file")
+            fd, path = os.open(found.itself, os.O_RDONLY | os.O_CLOEXEC), found.path
     except OSError as exc:
         raise errors.HostError(f"Cannot read {name}: {exc.strerror}") from exc
     try:
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise errors.InvalidState(f"{name} is no regular file")
-        found = told_format or qcow2.probe(fd)
+        looks = told_format or qcow2.probe(fd)
         identity = (status.st_dev, status.st_ino)
-        if found != "qcow2":
-            return Foreign(path, found, identity, status.st_size if found == "raw" else None)
+        if looks != "qcow2":
+            return Foreign(fd, path, looks, identity, status.st_size if looks == "raw" else None)
         header = qcow2.read(fd, name)
-        if wrong := told(header):
+        if wrong := qcow2.unusable(header):
             raise errors.InvalidState(f"{name} can't be imported: {wrong}")
-        return Foreign(path, found, identity, header.size, header.backing)
-    finally:
+        return Foreign(fd, path, looks, identity, header.size, header.backing)
+    except BaseException:
         os.close(fd)
+        raise
 
 
 def native(found: str) -> Format:
@@ -210,6 +223,7 @@ async def received(driver: Driver, backend: Backend, job: str, task: Task) -> tu
         return task.meta, path
     wanted = str(task.meta.format)
     foreign = await Aside(path)(lambda: _look(path, wanted, task.volume))
+    os.close(foreign.fd)
     if foreign.size == 0:
         raise errors.InvalidState("Nothing was uploaded")
     if task.meta.format is Format.RAW:

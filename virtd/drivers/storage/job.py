@@ -80,12 +80,16 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Program(NamedTuple):
-    """What a job runs: as whom, and in which sandbox. `tool`: its output is wanted, and nobody else's business."""
+    """What a job runs: as whom, and in which sandbox.
+
+    `source`: the descriptor that is to be its standard input, and stays the caller's; -1: nothing that it reads.
+    """
 
     argv: tuple[str, ...]
     properties: tuple[tuple[str, str, Any], ...]
     user: str = ""
     group: str = ""
+    source: int = -1
 
 
 class Shared(NamedTuple):
@@ -195,6 +199,8 @@ class Job:
         except fdstore.StoreFull as exc:
             raise errors.BudgetExceeded(f"Cannot {self.task.verb} {self.task.volume}: {exc}", hint=exc.hint) from exc
         ends, descriptors = child.prepare()
+        if program.source >= 0:
+            ends.stdio = (program.source, *ends.stdio[1:])
         self.child = child
         try:
             slots = identities(descriptors)

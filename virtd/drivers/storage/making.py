@@ -16,6 +16,7 @@ from .usage import Answer, Usage, called, key
 
 if TYPE_CHECKING:
     from .job import Program
+    from .pool import StoragePool
 
 
 class Making(Usage):
@@ -63,8 +64,9 @@ class Making(Usage):
 
         def program(path: str) -> Program:
             if logical:
-                return programs.wipe(self._account, path, number, wanted, [])
-            return programs.create(self._account, path, number, allocate, wanted, [link.pair for link in chain])
+                return programs.wipe(self._account, path, number, wanted, None)
+            below = chain[0].pair if chain else None
+            return programs.create(self._account, path, number, allocate, wanted, below)
 
         return await self._make(pool, task, number if wanted is Format.RAW else None, None if quick else program)
 
@@ -117,7 +119,20 @@ class Making(Usage):
         pool, known = await self._begin_call(pool_name, name, token)
         if known is not None:
             return known
-        foreign = await images.look(file, source_format, probe=probe)
+        async with images.looked(file, source_format, probe=probe) as foreign:
+            return await self._import(pool, name, file, foreign, format, token=token, by=by)
+
+    async def _import(
+        self,
+        pool: StoragePool,
+        name: str,
+        file: str,
+        foreign: images.Foreign,
+        format: str | None,  # noqa: A002
+        *,
+        token: str,
+        by: str,
+    ) -> Answer:
         wanted = model.volume_format(format) if format else images.native(foreign.format)
         self._check_format(pool, wanted)
         for user, writes in self.users().get(foreign.identity, ()):
@@ -134,9 +149,8 @@ class Making(Usage):
 
         def program(path: str) -> Program:
             if foreign.format == wanted.value:
-                check, stands = wanted is Format.QCOW2, backing is not None
-                return programs.copy(self._account, foreign.path, path, check=check, backing=stands)
-            return programs.convert(self._account, foreign.path, foreign.format, path, wanted)
+                return programs.copy(self._account, foreign.fd, path, check=wanted is Format.QCOW2)
+            return programs.convert(self._account, foreign.fd, foreign.format, path, wanted)
 
         return await self._make(pool, task, foreign.size if wanted is Format.RAW else None, program)
 
@@ -151,7 +165,8 @@ class Making(Usage):
         if not isinstance(backend, Directory):
             raise errors.InvalidState(f"The volumes of pool {pool.name} are always raw")
         self.require("import", pool.name, volume, writes=True)
-        foreign = await images.look(volume.path, source_format, probe=probe)
+        async with images.looked(volume.path, source_format, probe=probe) as foreign:
+            pass  # the pool's directory is root's: nobody exchanges it
         if volume.meta.format is not None:
             if volume.meta.format.value == foreign.format:
                 return Answer(pool.name, name)
@@ -179,4 +194,4 @@ class Making(Usage):
             writes=(key(pool.name, name),),
             undo=False,
         )
-        return await self._run(pool, task, programs.check(self._account, volume.path, backing=backing is not None))
+        return await self._run(pool, task, programs.check(self._account, volume.path))

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...model.domain import Format
+from .. import nodes
 from . import host, sandbox
 from .job import Program
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ...model.pool import Preallocation
+
+
+STDIN = "/proc/self/fd/0"
 
 
 class Account(NamedTuple):
@@ -28,8 +31,13 @@ def _qemu_img() -> str:
     return host.program("qemu-img", "qemu-utils (Fedora: qemu-img)")
 
 
-def _program(who: Account, argv: Sequence[str], readable: Sequence[str], writable: Sequence[str]) -> Program:
-    """In a sandbox that shows these files. Devices are shown by the name that the program is given."""
+def _program(
+    who: Account, argv: Sequence[str], readable: Sequence[str], writable: Sequence[str], *, source: int = -1
+) -> Program:
+    """In a sandbox that shows these files. Devices are shown by the name that the program is given.
+
+    `source`: what is to be its standard input, which it can open again as STDIN.
+    """
     devices = [path for path in (*readable, *writable) if path.startswith("/dev/")]
     toplevel = sorted(entry.name for entry in os.scandir("/") if entry.is_dir(follow_symlinks=False))
     properties = sandbox.properties(
@@ -38,7 +46,7 @@ def _program(who: Account, argv: Sequence[str], readable: Sequence[str], writabl
         toplevel=toplevel,
         devices=[os.path.realpath(path) for path in devices],
     )
-    return Program(tuple(argv), tuple(properties), who.user, who.group)
+    return Program(tuple(argv), tuple(properties), who.user, who.group, source)
 
 
 def create(
@@ -47,10 +55,10 @@ def create(
     size: int,
     preallocation: Preallocation,
     format: Format,  # noqa: A002 (what everybody calls it)
-    backing: Sequence[tuple[str, Format]] = (),
+    backing: tuple[str, Format] | None = None,
 ) -> Program:
-    """`backing`: the chain that the new image stands on, the nearest first."""
-    return _program(who, _create(path, size, preallocation, format, backing), [b for b, _ in backing], [path])
+    """`backing`: what the new image stands on."""
+    return _program(who, _create(path, size, preallocation, format, backing), [], [path])
 
 
 def _create(
@@ -58,47 +66,52 @@ def _create(
     size: int,
     preallocation: str,
     format: Format,  # noqa: A002
-    backing: Sequence[tuple[str, Format]],
+    backing: tuple[str, Format] | None,
 ) -> list[str]:
     argv = [_qemu_img(), "create", "-q", "-f", format.value, "-o", f"preallocation={preallocation}"]
-    if backing:
-        argv += ["-b", backing[0][0], "-F", backing[0][1].value]
+    if backing is not None:
+        # -u: it needn't be opened, and with it whatever its header names.
+        argv += ["-u", "-b", backing[0], "-F", backing[1].value]
     return [*argv, path, str(size)]
 
 
-def copy(who: Account, source: str, target: str, *, check: bool = False, backing: bool = False) -> Program:
-    """Byte by byte; with `check` the copy is a qcow2 image, which is looked at in the end."""
-    then = ("--", *_check(target, backing=backing)) if check else ()
+def copy(who: Account, source: str | int, target: str, *, check: bool = False) -> Program:
+    """Byte by byte; with `check` the copy is a qcow2 image, which is looked at in the end.
+
+    `source`: a path or, where others may have a hand in that, an open file.
+    """
+    then = ("--", *_check(target)) if check else ()
+    if isinstance(source, int):
+        return _program(who, host.worker("copy", STDIN, target, *then), [], [target], source=source)
     return _program(who, host.worker("copy", source, target, *then), [source], [target])
 
 
-def check(who: Account, path: str, *, backing: bool) -> Program:
-    """See whether a qcow2 image is whole."""
-    return _program(who, _check(path, backing=backing), [path], [])
+def check(who: Account, path: str) -> Program:
+    """See whether a qcow2 image is whole; what it stands on is looked at by itself."""
+    return _program(who, _check(path), [path], [])
 
 
-def _check(path: str, *, backing: bool) -> list[str]:
-    argv = [_qemu_img(), "check", "-q"]
-    if not backing:
-        return [*argv, "-f", "qcow2", path]
-    # Without what it stands on: that is looked at by itself, and a check needn't open it.
-    return [*argv, "json:" + json.dumps({"driver": "qcow2", "backing": None, "file.filename": path})]
+def _check(path: str) -> list[str]:
+    return [_qemu_img(), "check", "-q", nodes.name(nodes.image(path, "qcow2"))]
 
 
-def convert(who: Account, source: str, source_format: str, target: str, format: Format) -> Program:  # noqa: A002
+def convert(who: Account, source: int, source_format: str, target: str, format: Format) -> Program:  # noqa: A002
+    """`source`: an open file."""
     # -n would keep qemu-img from making the target; a file that is there is taken all the same.
-    argv = [_qemu_img(), "convert", "-p", "-f", source_format, "-O", format.value, source, target]
+    argv = [_qemu_img(), "convert", "-p", "-O", format.value, nodes.name(nodes.image(STDIN, source_format)), target]
     if target.startswith("/dev/"):
         argv.insert(2, "-n")
-    return _program(who, argv, [source], [target])
+    return _program(who, argv, [], [target], source=source)
 
 
-def resize(who: Account, path: str, size: int, backing: Sequence[str], *, shrink: bool) -> Program:
-    argv = [_qemu_img(), "resize", "-q", "-f", "qcow2", *(["--shrink"] if shrink else []), path, str(size)]
-    return _program(who, argv, backing, [path])
+def resize(who: Account, path: str, size: int, backing: Sequence[tuple[str, Format]], *, shrink: bool) -> Program:
+    # With all that it stands on: what becomes visible of that by the new size has to be covered with zeros.
+    node = nodes.name(nodes.image(path, "qcow2", backing))
+    argv = [_qemu_img(), "resize", "-q", *(["--shrink"] if shrink else []), node, str(size)]
+    return _program(who, argv, [lower for lower, _format in backing], [path])
 
 
-def wipe(who: Account, path: str, size: int, format: Format, backing: Sequence[tuple[str, Format]]) -> Program:  # noqa: A002
+def wipe(who: Account, path: str, size: int, format: Format, backing: tuple[str, Format] | None) -> Program:  # noqa: A002
     """Overwrite it; a qcow2 image is made anew after that, for zeros aren't one."""
     again = () if format is Format.RAW else ("--", *_create(path, size, "off", format, backing))
-    return _program(who, host.worker("wipe", path, *again), [b for b, _ in backing], [path])
+    return _program(who, host.worker("wipe", path, *again), [], [path])

@@ -13,7 +13,7 @@ from ..hardening import HARDENED, Property
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-KEPT = frozenset({"bin", "sbin", "lib", "lib32", "lib64", "libx32", "usr", "proc", "sys", "dev", "nix"})
+KEPT = frozenset({"bin", "sbin", "lib", "lib32", "lib64", "libx32", "usr", "proc", "dev", "nix"})
 LIBRARIES = ("/etc/ld.so.cache", "/etc/alternatives")
 MEMORY = 1 << 30
 CAP_DAC_READ_SEARCH = 1 << 2
@@ -53,12 +53,14 @@ def properties(
     file that isn't the guests' user's.
     """
     nodes = sorted(devices)
+    kept = KEPT | {"sys"} if nodes else KEPT  # where qemu-img reads what a device can take at once
     found: list[Property] = [
         *_LIMITS,
         ("CapabilityBoundingSet", "t", CAP_DAC_READ_SEARCH),
         ("AmbientCapabilities", "t", CAP_DAC_READ_SEARCH),
         ("ProtectSystem", "s", "strict"),
-        ("TemporaryFileSystem", "a(ss)", [(f"/{name}", "ro,mode=0755") for name in toplevel if name not in KEPT]),
+        # An image can name any file as a part of it, in the formats that are converted.
+        ("TemporaryFileSystem", "a(ss)", [(f"/{name}", "ro,mode=0755") for name in toplevel if name not in kept]),
         (
             "BindReadOnlyPaths",
             "a(ssbt)",

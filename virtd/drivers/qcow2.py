@@ -12,7 +12,7 @@ import struct
 
 import msgspec
 
-from ... import errors
+from .. import errors
 
 MAGIC = b"QFI\xfb"
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQ")  # up to and with snapshots_offset, 72 bytes
@@ -85,17 +85,35 @@ def read(fd: int, name: str, *, snapshots: bool = False) -> Header:
         backing = os.pread(fd, backing_length, backing_at)
         if len(backing) != backing_length or b"\0" in backing:
             raise _bad(name, "the name of its backing file is cut off")
+    try:
+        name_of_backing = backing.decode()
+    except UnicodeDecodeError:
+        raise _bad(name, "the name of its backing file is no text") from None
     return Header(
         version=version,
         size=size,
         cluster=1 << bits,
-        backing=backing.decode(errors="surrogateescape"),
+        backing=name_of_backing,
         backing_format=_backing_format(fd, header_length, backing_at or 1 << bits),
         corrupt=bool(features & _CORRUPT),
         data_file=bool(features & _DATA_FILE),
         encrypted=encryption != 0,
         snapshots=_snapshots(fd, name, count, snapshots_at, length) if snapshots else (),
     )
+
+
+def unusable(header: Header) -> str:
+    """What a header says that makes an image unfit for use; "" for none.
+
+    QEMU goes by the header when it opens a data file or asks for a key, and can't be told otherwise.
+    """
+    if header.corrupt:
+        return "it is marked as corrupt"
+    if header.data_file:
+        return "its data is in another file, which isn't supported"
+    if header.encrypted:
+        return "it is encrypted, which isn't supported"
+    return ""
 
 
 def _bad(name: str, why: str) -> errors.InvalidState:

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""QEMU's block nodes: an image and all that it stands on, in QEMU's own terms (BlockdevOptions in its QAPI).
+
+Everything is said: what a node leaves open QEMU takes from the image's header, which a guest or whoever made the
+image has written. So the lowest node has `"backing": null`, which no other spelling of a node can express, and no
+format is ever guessed. What can't be said is a qcow2 image's data file: `qcow2.unusable` finds one beforehand.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Node = dict[str, Any]
+
+
+def file(path: str, **more: Any) -> Node:
+    """The node of a file or block device, for itself."""
+    return {"driver": "host_device" if path.startswith("/dev/") else "file", "filename": path, **more}
+
+
+def over(format: str, file: str | Node, backing: str | Node | None, **more: Any) -> Node:  # noqa: A002
+    """The node of a format; `file` and `backing` are nodes, or names of such."""
+    node: Node = {"driver": format, "file": file, **more}
+    if format != "raw":  # which stands on nothing, and takes the key amiss
+        node["backing"] = backing
+    return node
+
+
+def image(path: str, format: str, backing: Sequence[tuple[str, str]] = ()) -> Node:  # noqa: A002
+    """One node with all others in it. `backing`: paths and formats, the nearest first."""
+    below: Node | None = None
+    for lower, kind in reversed(backing):
+        below = over(kind, file(lower), below)
+    return over(format, file(path), below)
+
+
+def text(node: Node) -> str:
+    """As -blockdev takes it."""
+    return json.dumps(node, ensure_ascii=False)
+
+
+def name(node: Node) -> str:
+    """As qemu-img takes it in place of a file's name."""
+    return f"json:{text(node)}"
