@@ -73,6 +73,35 @@ def look(path: str) -> os.stat_result:
         return found.status
 
 
+def opened(path: str, flags: int) -> int:
+    """open(2) of what `reached` leads to, with its errors; the caller's to close."""
+    with reached(path) as found:
+        return os.open(found.itself, flags | os.O_CLOEXEC)
+
+
+def require_directory(found: Reached) -> None:
+    """Raise HostError when others could exchange what is in the directory."""
+    if (others := _others(found.fd, found.path, "what is", found.status)) is not None:
+        raise others.error
+
+
+def make_directory(path: str, mode: int) -> bool:
+    """mkdir(2), with what is missing above it; False when it is there. Raises as `reached`."""
+    try:
+        with reached(path):
+            return False
+    except FileNotFoundError:
+        pass
+    above, name = os.path.split(path.rstrip("/"))
+    make_directory(above, 0o755)
+    with reached(above) as found:
+        try:
+            os.mkdir(name, mode, dir_fd=found.fd)
+        except FileExistsError:
+            return False
+    return True
+
+
 def _walk(path: str, trust: Trust) -> tuple[int, str]:
     pending, names, links = _names(path), list[str](), 0
     others: list[Others] = []

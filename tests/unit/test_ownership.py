@@ -121,3 +121,15 @@ def test_without_a_known_file_the_path_has_to_be_roots(disk: Path, changes: list
     disk.parent.chmod(0o700)
     ownership.give_back(rows)
     assert changes == [Change(disk.stat().st_ino, 5, 6)]
+
+
+def test_what_the_guest_is_shown(disk: Path) -> None:
+    """Its sandbox has the files on record, or the start fails; what can't be seen doesn't keep it from starting."""
+    identity = (disk.stat().st_dev, disk.stat().st_ino)
+    ownership.check_shown(os.getpid(), {identity: (str(disk), True)})
+    ownership.check_shown(1 << 22, {identity: (str(disk), True)})
+    disk.rename(disk.with_name("aside"))
+    ownership.check_shown(os.getpid(), {identity: (str(disk), True)})
+    disk.touch()
+    with pytest.raises(errors.StartFailed, match="was exchanged"):
+        ownership.check_shown(os.getpid(), {identity: (str(disk), True)})

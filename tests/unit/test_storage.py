@@ -379,8 +379,46 @@ def test_directories_that_are_refused(tmp_path: Path) -> None:
         assert "directory" in await refused(tmp_path / "link")
         real.chmod(0o777)
         assert "written by everybody" in await refused(real)
+        (real / "below").mkdir()
+        assert f"{real} can be written by everybody" in await refused(real / "below")
+        real.chmod(0o775)
+        os.chown(real, -1, os.getgid() or 4321)
+        assert "by group" in await refused(real)
 
     run(work())
+
+
+def test_a_directory_of_the_guests_user_becomes_roots(tmp_path: Path) -> None:
+    """An older virtd had it so; the pool may be active, and stays so."""
+    if os.geteuid():
+        pytest.skip("only root gives files away")
+    os.chown(tmp_path, 4321, 4321)
+    pool = Directory(model.Pool("p", str(tmp_path)), 4321, 4321)
+    assert asyncio.run(pool.lost()) == ""
+    assert tmp_path.stat().st_uid == 0
+    os.chown(tmp_path, 4322, 4321)
+    assert "belongs to user 4322" in asyncio.run(pool.lost())
+    assert tmp_path.stat().st_uid == 4322
+
+
+def test_building_a_pool_in_a_directory_of_anothers(tmp_path: Path) -> None:
+    """It isn't made where its owner, or anybody, has put a link."""
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open/link").symlink_to(tmp_path)
+    (tmp_path / "open").chmod(0o777)
+
+    def pool(path: str) -> Directory:
+        return Directory(model.Pool("p", f"{tmp_path}/{path}"), os.getuid(), os.getgid())
+
+    async def work() -> None:
+        with pytest.raises(errors.HostError, match="can be written by everybody"):
+            await pool("open/link/new").build()
+        assert await pool("a/b/c").build()
+        assert not await pool("a/b/c").build()
+
+    run(work())
+    assert sorted(os.listdir(tmp_path)) == ["a", "open"]
+    assert (tmp_path / "a/b/c").stat().st_mode & 0o777 == 0o700
 
 
 @on_loop

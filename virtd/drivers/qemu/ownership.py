@@ -95,6 +95,24 @@ def give_back(given: Iterable[Given]) -> None:
         raise failed
 
 
+def check_shown(pid: int, taken: dict[tuple[int, int], tuple[str, bool]]) -> None:
+    """See that a guest's sandbox has the very files that were looked at; systemd has found them by their paths.
+
+    Raises StartFailed. Nobody who may not write to the directories can have a hand in that, see `reached`; it is
+    looked at all the same, since a mistake there would show one's files to another.
+    """
+    for identity, (path, _writes) in taken.items():
+        try:
+            status = os.stat(f"/proc/{pid}/root{path}")
+        except FileNotFoundError:
+            continue  # it has ended, and that is told by others
+        except OSError as exc:
+            log.warning("It can't be seen which file %s is to the guest: %s", path, exc.strerror)
+            continue
+        if (status.st_dev, status.st_ino) != identity:
+            raise errors.StartFailed(f"{path} was exchanged for another file while the guest was started")
+
+
 def _chown(file: Reached, uid: int, gid: int) -> None:
     os.chown(file.itself, uid, gid)
 

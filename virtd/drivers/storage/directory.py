@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import stat
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ import msgspec
 from ... import errors, files
 from ...model import pool as model
 from ...model.domain import Format
+from ...reach import Reached, make_directory, opened, reached, require_directory
 from .. import qcow2
 from .aside import Aside
 from .backend import Capacity, Meta, Volume
@@ -30,11 +32,13 @@ from .backend import Capacity, Meta, Volume
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
+log = logging.getLogger(__name__)
+
 OURS = ".virtd"
 NEW = "new"
 MODE = 0o640
 FICLONE = 0x40049409  # linux/fs.h
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class Directory:
@@ -70,13 +74,9 @@ class Directory:
 
     def _build(self) -> bool:
         try:
-            os.makedirs(os.path.dirname(self.pool.path), mode=0o755, exist_ok=True)
-            os.mkdir(self.pool.path, 0o711)
-        except FileExistsError:
-            return False
+            return make_directory(self.pool.path, 0o700)
         except OSError as exc:
             raise errors.HostError(f"Cannot make {self.pool.path}: {exc.strerror}", hint=files.hint(exc)) from exc
-        return True
 
     def _start(self) -> None:
         with self._open() as top:
@@ -96,24 +96,22 @@ class Directory:
         """The pool's directory, checked: a directory, and nobody's but ours."""
         path, hint = self.pool.path, f"virtctl pool build {self.pool.name} makes it."
         try:
-            fd = os.open(path, _DIRECTORY)
+            if os.path.islink(path):
+                raise errors.HostError(f"{path} is no directory", hint="A symbolic link isn't followed.")
+            with reached(path) as found:
+                if found.status.st_uid == self._uid != os.geteuid():
+                    # An older virtd said that it may be the guests' user's, who had /var/lib/virtd/images.
+                    os.chown(found.itself, os.geteuid(), -1)
+                    log.warning("%s belonged to the user of guests, and is root's now", path)
+            fd = opened(path, _DIRECTORY)
         except FileNotFoundError:
             raise errors.HostError(f"There is no directory {path}", hint=hint) from None
         except NotADirectoryError:
-            raise errors.HostError(f"{path} is no directory", hint="A symbolic link isn't followed.") from None
+            raise errors.HostError(f"{path} is no directory") from None
         except OSError as exc:
             raise errors.HostError(f"Cannot open {path}: {exc.strerror}") from exc
         try:
-            status = os.fstat(fd)
-            if status.st_uid not in (0, os.geteuid(), self._uid):
-                raise errors.HostError(
-                    f"{path} belongs to user {status.st_uid}, who could exchange volumes in it",
-                    hint=f"A pool's directory is root's: chown root {path}.",
-                )
-            if status.st_mode & 0o002:
-                raise errors.HostError(
-                    f"{path} can be written by everybody, who could exchange volumes in it", hint=f"chmod o-w {path}"
-                )
+            require_directory(Reached(fd, path, os.fstat(fd)))
             yield fd
         finally:
             os.close(fd)
@@ -236,7 +234,7 @@ class Directory:
     def _reflink(self, source: str, target: str) -> bool:
         with (
             self._open() as top,
-            _opened(source, os.O_RDONLY | os.O_NOFOLLOW) as old,
+            _reopened(source) as old,
             _opened(target, os.O_RDWR | os.O_NOFOLLOW, top) as new,
         ):
             try:
@@ -383,7 +381,7 @@ class Directory:
         """The header of a qcow2 volume with its snapshots. Raises InvalidState."""
 
         def work() -> qcow2.Header:
-            with _opened(volume.path, os.O_RDONLY | os.O_NOFOLLOW) as fd:
+            with _reopened(volume.path) as fd:
                 return qcow2.read(fd, volume.name, snapshots=True)
 
         return await self._aside(work)
@@ -392,6 +390,16 @@ class Directory:
 @contextlib.contextmanager
 def _opened(path: str, flags: int, top: int | None = None) -> Iterator[int]:
     fd = os.open(path, flags | os.O_CLOEXEC, 0o600, dir_fd=top)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _reopened(path: str) -> Iterator[int]:
+    """A volume of any pool, to be read."""
+    fd = opened(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         yield fd
     finally:
@@ -426,7 +434,7 @@ def _same(one: str, other: str, top: int) -> bool:
 
 def _listed(path: str, top: int) -> list[str]:
     try:
-        with _opened(path, _DIRECTORY, top) as fd:
+        with _opened(path, _DIRECTORY | os.O_NOFOLLOW, top) as fd:
             return sorted(os.listdir(fd))
     except FileNotFoundError:
         return []

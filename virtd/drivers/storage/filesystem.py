@@ -8,6 +8,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from ... import errors
+from ...reach import look, make_directory, opened
 from . import mounts
 from .directory import Directory
 
@@ -68,14 +69,18 @@ class Filesystem(Directory):
         """The device is one, and the mount point is an empty directory: what is in it would be hidden."""
         if self._source.startswith("/"):
             try:
-                status = os.stat(self._source)
+                status = look(self._source)
             except OSError as exc:
                 raise errors.HostError(f"Cannot find {self._source}: {exc.strerror}") from exc
             if not stat.S_ISBLK(status.st_mode):
                 raise errors.HostError(f"{self._source} is no block device")
         try:
-            os.makedirs(self.pool.path, mode=0o755, exist_ok=True)
-            entries = os.listdir(self.pool.path)
+            make_directory(self.pool.path, 0o700)
+            fd = opened(self.pool.path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                entries = os.listdir(fd)
+            finally:
+                os.close(fd)
         except OSError as exc:
             raise errors.HostError(f"Cannot use {self.pool.path} as a mount point: {exc.strerror}") from exc
         if entries:

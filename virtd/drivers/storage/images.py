@@ -12,7 +12,7 @@ import msgspec
 
 from ... import errors
 from ...model.domain import Format
-from ...reach import Trust, reached
+from ...reach import Trust, opened, reached
 from .. import qcow2
 from .aside import Aside
 from .backend import Backing, Meta, Volume
@@ -191,7 +191,7 @@ async def open_begun(backend: Backend, job: str, name: str) -> tuple[int, int]:
     path = backend.begun(job, name)
 
     def work() -> tuple[int, int]:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (0 if path.startswith("/dev/") else os.O_NOFOLLOW))
+        fd = opened(path, os.O_RDWR)
         status = os.fstat(fd)
         return fd, status.st_size if stat.S_ISREG(status.st_mode) else 0
 
@@ -207,7 +207,7 @@ async def open_whole(backend: Backend, volume: Volume) -> int:
     path = volume.path
 
     def work() -> int:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if path.startswith("/dev/") else os.O_NOFOLLOW))
+        return opened(path, os.O_RDONLY)
 
     try:
         return await Aside(path)(work)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ... import errors
 from ...model import pool as model
 from ...model.domain import Format
+from ...reach import opened, reached
 from . import host, sandbox
 from .aside import Aside
 from .backend import Capacity, Meta, Volume
@@ -146,7 +147,7 @@ class Logical:
         path = self.begun(job, name)
         # udev makes the link, a moment later.
         await self._aside(lambda: _await(path))
-        await self._aside(lambda: os.chown(path, self._uid, -1))  # for the job that fills it
+        await self._aside(lambda: _own(path, self._uid, -1))  # for the job that fills it
         return path
 
     def begun(self, _job: str, name: str) -> str:
@@ -182,7 +183,7 @@ class Logical:
         await self._lvm("lvresize", "-q", "--yes", *shrink, "--size", f"{size}b", f"{self._group}/{volume.name}")
 
     async def lend(self, volume: Volume) -> None:
-        await self._aside(lambda: os.chown(volume.path, self._uid, -1))
+        await self._aside(lambda: _own(volume.path, self._uid, -1))
 
     async def take(self, name: str) -> None:
         """As udev gives it: root's, and for the group of disks."""
@@ -193,7 +194,7 @@ class Logical:
             except KeyError:
                 group = 0
             with contextlib.suppress(OSError):
-                os.chown(f"{self.pool.path}/{name}", 0, group)
+                _own(f"{self.pool.path}/{name}", 0, group)
 
         await self._aside(work)
 
@@ -222,8 +223,13 @@ def _await(path: str) -> None:
     raise errors.HostError(f"{path} didn't come about", hint="Is udev running?")
 
 
+def _own(path: str, uid: int, gid: int) -> None:
+    with reached(path) as found:
+        os.chown(found.itself, uid, gid)
+
+
 def _flush(path: str) -> None:
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    fd = opened(path, os.O_RDWR)
     try:
         os.fsync(fd)
     finally:
