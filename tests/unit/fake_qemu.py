@@ -10,7 +10,7 @@ It takes virtd's own command line. The kernel's command line (-append) steers it
     slow-exit=SECONDS  be that long about an end by `quit` or the power button
 
 A line on its console is obeyed: `echo WORD`, `burst N` (N lines, and then it powers off), `poweroff`, `reset`,
-`panic`, `die SIGNAL`, `complain TEXT` (on stderr).
+`panic`, `flood N` (N events), `die SIGNAL`, `complain TEXT` (on stderr).
 """
 
 from __future__ import annotations
@@ -173,6 +173,9 @@ class Machine:
                     self.event("RESET", guest=True, reason="guest-reset")
                 case "panic":
                     self.panic()
+                case "flood":
+                    for _ in range(int(rest)):
+                        self.event("GUEST_CRASHLOADED", action="run")
                 case "die":
                     os.kill(os.getpid(), signal.Signals[rest])
             self.follow_up()

@@ -127,7 +127,15 @@ def _details(item: dict[str, Any]) -> list[tuple[str, str]]:
         ("NICs", "\n".join(map(_nic, item.get("nics") or []))),
         ("VNC", text(item.get("vnc"))),
         ("Monitor", text(item.get("monitor"))),
+        ("Events", _events(item.get("events"))),
     ]
+
+
+def _events(events: dict[str, Any] | None) -> str:
+    """Nothing where nothing was held back."""
+    if not events or not events.get("hung_up"):
+        return ""
+    return f"{events['taken']} taken; hung up on {events['hung_up']} times, for there were too many"
 
 
 def text(value: object) -> str:

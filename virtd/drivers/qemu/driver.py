@@ -91,6 +91,7 @@ class Driver(Guests[Machine, model.Domain]):
             else [],
             "nics": nics.describe(machine, domain),
             "monitor": machine.monitor.link.value if machine.monitor is not None else None,
+            "events": {"taken": machine.news.taken, "hung_up": machine.floods},
             "vnc": command.vnc_socket(machine.runtime)
             if machine.alive and domain is not None and domain.vnc is not None and domain.vnc.enabled
             else None,

@@ -6,17 +6,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 from ... import errors, journal
+from ...allowance import Allowance
+from ...messages import Message
 from ...model import domain as model
-from ...model.state import State
 from ...records import now
 from ..guest import End, Guest, Shared
 from ..protocol import Problem
 from . import command, ends, images, ownership
 from . import host as hostinfo
-from .monitor import Event, Link, Monitor
+from .monitor import Link, Monitor
+from .news import News
 
 if TYPE_CHECKING:
     from ...model.settings import Qemu
@@ -28,7 +31,9 @@ log = logging.getLogger(__name__)
 
 DRIVER = "qemu"
 GREETING_LIMIT = 5.0  # seconds for the monitor of a guest that runs already
-LINK_AGAIN = 1.0  # seconds until a link that was refused is tried again
+LINK_AGAIN = 1.0  # seconds until a link that was refused, or broke, is tried again ...
+LINK_AGAIN_AT_MOST = 64.0  # ... and, doubled each time, the most that this becomes
+CALM = 60.0  # seconds after which a link counts as one that holds
 
 
 class Machine(Guest[model.Domain]):
@@ -46,7 +51,13 @@ class Machine(Guest[model.Domain]):
         self.monitor: Monitor | None = None
         # QEMU told that the guest has powered off, and waits (see operations.reboot).
         self.guest_off = asyncio.Event()
+        self.news = News(self)
+        self.floods = 0  # how often its monitor was hung up on, for all its events
         self._linking = asyncio.Lock()  # held while the monitor is being connected
+        self._linked_at = 0.0
+        self._attaching = False
+        self._pause = 0.0  # seconds until a link that broke is made again
+        self._flood_told = Allowance(1, 1 / 3600)
 
     def parse(self, text: str, source: str) -> model.Domain:
         return model.parse(text, source)
@@ -62,7 +73,7 @@ class Machine(Guest[model.Domain]):
         return ends.judge(unit, events, self.request, self.last_words(), now())
 
     def adopted(self) -> None:
-        self.spawn(self._stay_attached(), "attach")
+        self._attach_later()
 
     async def let_go(self) -> None:
         if self.monitor is not None:
@@ -71,6 +82,8 @@ class Machine(Guest[model.Domain]):
 
     async def give_back(self, record: Record) -> None:
         self.guest_off.clear()
+        self.news.forget()
+        self.floods, self._pause = 0, 0.0
         for nic in record.data.get("nics", []):
             with contextlib.suppress(errors.HostError):
                 await self.peers("network").detach(nic["interface"])
@@ -101,28 +114,93 @@ class Machine(Guest[model.Domain]):
                     await self.monitor.close()
                 await self._connect(limit)
 
+    def _attach_later(self) -> None:
+        """Nobody tells us of its events until then."""
+        if self.alive and not self._attaching:
+            self._attaching = True
+            self.spawn(self._stay_attached(), "attach")
+
     async def _stay_attached(self) -> None:
         """Until there is a link. One that doesn't answer is left to the next command, which has a person waiting."""
-        while self.alive:
-            await self.attach(GREETING_LIMIT)
-            if self.monitor is None or self.monitor.link is not Link.CLOSED:
-                return
-            await asyncio.sleep(LINK_AGAIN)
+        try:
+            while self.alive:
+                if await self.ended_within(self._pause):
+                    return
+                self._pause = min(max(LINK_AGAIN, 2 * self._pause), LINK_AGAIN_AT_MOST)
+                await self.attach(GREETING_LIMIT)
+                if "events" in self.problems:
+                    await self.ended_within(CALM)
+                if self.monitor is None or self.monitor.link not in (Link.CLOSED, Link.FLOODED):
+                    self.problems.pop("events", None)
+                    return
+        finally:
+            self._attaching = False
+
+    async def ended_within(self, seconds: float) -> bool:
+        """A pause that its end cuts short; whether it did."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.over.wait()
+        return self.over.is_set()
 
     async def _connect(self, limit: float) -> None:
-        monitor = Monitor(self.name, command.monitor_socket(self.runtime), self.on_event)
+        child = self.child
+        monitor = Monitor(
+            self.name,
+            command.monitor_socket(self.runtime),
+            lambda: (child.pid, child.start) if child is not None else (0, 0),
+            self.news.on_event,
+            lambda: self._lost(monitor),
+        )
         self.monitor = monitor
         try:
             await monitor.connect(limit)
-            self._take_status(await monitor.execute("query-status"))
+            self._linked_at = time.monotonic()
+            self.news.take_status(await monitor.status())
             self.problems.pop("monitor", None)
         except errors.MonitorError as exc:
-            if self.alive and self.child is not None and self.child.alive():
-                self.problems["monitor"] = Problem(exc.message, exc.hint)
-                log.warning("%s: %s", self.name, exc)
+            if self.alive and child is not None and child.alive():
+                problem = Problem(exc.message, exc.hint)
+                if self.problems.get("monitor") != problem:
+                    log.warning("%s: %s", self.name, exc)
+                self.problems["monitor"] = problem
+
+    def _lost(self, monitor: Monitor) -> None:
+        """The link broke by itself."""
+        if monitor is not self.monitor or not self.alive:
+            return
+        if time.monotonic() - self._linked_at > CALM:
+            self._pause = 0.0
+        self._pause = max(LINK_AGAIN, self._pause)
+        if monitor.link is Link.FLOODED:
+            self.floods += 1
+            text = f"{self.name} makes QEMU send more events than virtd takes"
+            hint = "virtd listens to it for a moment each minute: what is shown of it may be that old."
+            self.problems["events"] = Problem(text, hint)
+            if self._flood_told.take():
+                journal.send(text, message_id=Message.EVENTS_HELD_BACK, level="warning", **self.fields())
+        self._attach_later()
 
     async def command(self, name: str, arguments: dict[str, Any] | None = None, *, limit: float = 5.0) -> Any:
-        """One QMP command; a link that broke is made again first. Raises MonitorError."""
+        """One QMP command, and what QEMU answers, which may be anything; a link that broke is made again first.
+
+        Raises MonitorError.
+        """
+        monitor = await self._linked(limit)
+        try:
+            return await monitor.execute(name, arguments, limit=limit)
+        finally:
+            if monitor.link is Link.CLOSED and self.monitor is monitor:
+                self._attach_later()
+
+    async def ask_state(self) -> str:
+        """What the guest's CPUs do, as QMP's query-status has it; taken note of. Raises MonitorError."""
+        status = await (await self._linked(GREETING_LIMIT)).status()
+        if self.alive:
+            self.news.take_status(status)
+        return status
+
+    async def _linked(self, limit: float) -> Monitor:
         async with self._linking:
             if self.monitor is None or self.monitor.link is not Link.CONNECTED:
                 if self.monitor is not None:
@@ -131,46 +209,4 @@ class Machine(Guest[model.Domain]):
             monitor = self.monitor
         if monitor is None:  # it ended meanwhile
             raise errors.MonitorError(f"{self.name} has ended")
-        try:
-            return await monitor.execute(name, arguments, limit=limit)
-        finally:
-            if monitor.link is Link.CLOSED and self.monitor is monitor and self.alive:
-                self.spawn(self._stay_attached(), "attach")  # nobody tells us of its events until then
-
-    def _take_status(self, status: dict[str, Any]) -> None:
-        match str(status.get("status")):
-            case "running":
-                if self.state is State.PAUSED:
-                    self.note(State.RUNNING, "resumed")
-            case "shutdown":
-                self.guest_off.set()
-                self.note(State.PAUSED, "powered off, and kept")
-            case "guest-panicked":
-                self.note(State.PAUSED, "the guest's kernel panicked")
-            case "io-error":
-                self.note(State.PAUSED, "a disk reported an error")
-            case "paused" if self.state is not State.PAUSED:
-                self.note(State.PAUSED, "paused")
-            case _:
-                pass
-
-    def on_event(self, event: Event) -> None:
-        """What QEMU tells by itself. Its end is not told here: the process is the witness of that."""
-        if not self.alive:
-            return
-        match str(event.get("event")), event.get("data") or {}:
-            case "STOP", _ if self.state is State.RUNNING:
-                # With on_poweroff = "keep" the guest's end comes before this; a reboot takes the state back at once.
-                self.note(State.PAUSED, "powered off, and kept" if self.guest_off.is_set() else "paused")
-            case "RESUME", _ if self.state is State.PAUSED:
-                self.note(State.RUNNING, "resumed")
-            case "GUEST_PANICKED", data if data.get("action") == "pause":
-                self.note(State.PAUSED, "the guest's kernel panicked")
-            case "BLOCK_IO_ERROR", data if data.get("action") == "stop":
-                self.note(State.PAUSED, "a disk reported an error")
-            case "SHUTDOWN", _:
-                self.guest_off.set()
-            case "RESET", data if data.get("guest"):
-                journal.send(f"Domain {self.name} rebooted itself", **self.fields())
-            case _:
-                pass
+        return monitor

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The QMP connection to one guest: qemu.qmp with time limits, and errors of our own tree."""
+"""The QMP connection to one guest: qemu.qmp with limits of time and amount, and errors of our own tree.
+
+A QEMU whose monitor nobody reads keeps what it has to say in its own memory, 7 MB/s of it when its guest wants that;
+one to whose monitor nobody is connected says nothing. So when there are more events than are taken, the line is hung
+up for a while, which costs neither side anything, and the guest's state is asked for when it is up again.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +12,32 @@ import asyncio
 import contextlib
 import errno
 import logging
-import os
 import time
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from ... import errors
+from ... import errors, untrusted
+from ...allowance import Allowance
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
 
-    from qemu.qmp import QMPClient
+    from .qmp import Client, Event
 
 log = logging.getLogger(__name__)
 
 ANSWER_LIMIT = 5.0  # seconds; a healthy QEMU answers in under one millisecond
 RETRY = 0.005  # seconds between two looks while QEMU hasn't made its socket yet: it takes 30 to 50 ms
 LATER = 0.1  # and on a busy machine, where it takes longer, this part of the time that it has taken
+NOT_YET = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN)  # the last from a QEMU that hangs, whose queue is full
 
-Event = dict[str, Any]
+BURST = 500
+"""So many events of one guest are taken at once; hundreds come when a large guest's CPUs or disks are changed ..."""
+RATE = 50.0
+"""... and so many a second from then on."""
+WORDS = 300
+"""Characters of what QEMU answers that are repeated to a person."""
 
 
 class Link(StrEnum):
@@ -34,24 +46,41 @@ class Link(StrEnum):
     CONNECTING = "connecting"
     CONNECTED = "connected"
     SILENT = "not answering"
+    FLOODED = "hung up on, for its many events"
     CLOSED = "closed"
 
 
 class Monitor:
-    """Connects once; when the link breaks it is `CLOSED` and the owner decides."""
+    """Connects once. When the link breaks by itself, `on_lost` is called, and the owner decides.
 
-    def __init__(self, name: str, path: str, on_event: Callable[[Event], None]) -> None:
+    `process` gives the PID and start time of the QEMU that has to be at the other end.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: str,
+        process: Callable[[], tuple[int, int]],
+        on_event: Callable[[Event], None],
+        on_lost: Callable[[], None],
+    ) -> None:
         self._name = name
         self._path = path
+        self._process = process
         self._on_event = on_event
-        self._client: QMPClient | None = None
-        self._events: asyncio.Task[None] | None = None
+        self._on_lost = on_lost
+        self._client: Client | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._events: asyncio.Queue[Event] = asyncio.Queue(BURST)
         self._closed = asyncio.Event()
+        self._allowance = Allowance(BURST, RATE)
         self.link = Link.CONNECTING
 
     async def connect(self, limit: float) -> None:
         """Connect within `limit` seconds, waiting for the socket to appear. Raises MonitorError."""
         from qemu.qmp import QMPError
+
+        from . import qmp
 
         # qemu.qmp reports what its caller reports too.
         logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
@@ -67,40 +96,50 @@ class Monitor:
             ) from None
         except (QMPError, OSError, EOFError) as exc:
             self.link = Link.CLOSED
-            raise errors.MonitorError(f"Cannot connect to the QEMU monitor of {self._name}: {exc}") from exc
+            raise errors.MonitorError(
+                f"Cannot connect to the QEMU monitor of {self._name}: {qmp.words(exc)}"
+            ) from None
         self._client = client
         self.link = Link.CONNECTED
-        self._events = asyncio.create_task(self._listen(client), name=f"qmp-events-{self._name}")
+        self._tasks = [
+            asyncio.create_task(self._watch(client), name=f"qmp-{self._name}"),
+            asyncio.create_task(self._listen(), name=f"qmp-events-{self._name}"),
+        ]
 
-    async def _reach(self) -> QMPClient:
+    async def _reach(self) -> Client:
         """Raises EOFError when it was closed meanwhile: who answers then is the next QEMU, which has one monitor."""
-        from qemu.qmp import ConnectError, QMPClient
+        from .qmp import Client
 
         begun = time.monotonic()
         while not self._closed.is_set():
-            # A look costs microseconds, an attempt that fails milliseconds, for qemu.qmp formats tracebacks.
-            if not os.path.exists(self._path):
+            try:
+                connection = untrusted.connect(self._path, *self._process())
+            except OSError as exc:
+                if exc.errno not in NOT_YET:
+                    raise
                 await asyncio.sleep(max(RETRY, LATER * (time.monotonic() - begun)))
                 continue
-            client = QMPClient(self._name)
-            try:
-                await client.connect(self._path)
-            except ConnectError as exc:
-                # EINVAL is what asyncio makes of EAGAIN: a QEMU that hangs lets its queue of clients fill.
-                if getattr(exc.exc, "errno", 0) not in (errno.ENOENT, errno.ECONNREFUSED, errno.EINVAL):
-                    raise
-                await asyncio.sleep(RETRY)
-                continue
+            client = await self._greet(Client(self._take), connection)
             if not self._closed.is_set():
                 return client
             await client.disconnect()
         raise EOFError("the guest has ended")
 
+    async def _greet(self, client: Client, connection: socket.socket) -> Client:
+        try:
+            await client.reach(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return client
+
     async def execute(
         self, command: str, arguments: dict[str, Any] | None = None, *, limit: float = ANSWER_LIMIT
     ) -> Any:
-        """The value that QEMU returns. Raises MonitorError."""
+        """The value that QEMU returns, which may be anything. Raises MonitorError."""
         from qemu.qmp import ExecuteError, QMPError
+
+        from . import qmp
 
         client = self._client
         if client is None:
@@ -114,26 +153,51 @@ class Monitor:
                 f"The QEMU monitor of {self._name} didn't answer {command} within {limit:g} s"
             ) from None
         except ExecuteError as exc:
-            raise errors.MonitorError(f"QEMU refused {command}: {exc}") from exc
+            raise errors.MonitorError(f"QEMU refused {command}: {_short(exc.error.error.desc)}") from None
         except (QMPError, OSError, EOFError) as exc:
             self.link = Link.CLOSED
-            raise errors.MonitorError(f"The QEMU monitor of {self._name} broke off: {exc}") from exc
+            raise errors.MonitorError(f"The QEMU monitor of {self._name} broke off: {qmp.words(exc)}") from None
+
+    async def status(self) -> str:
+        """What the guest's CPUs do, as QMP's query-status has it. Raises MonitorError."""
+        answer = await self.execute("query-status")
+        return str(answer.get("status"))[:WORDS] if isinstance(answer, dict) else ""
 
     async def close(self) -> None:
         """Also of one that is being connected. Idempotent."""
         self.link = Link.CLOSED
         self._closed.set()
         client, self._client = self._client, None
-        task, self._events = self._events, None
-        if task is not None:
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         if client is not None:
             with contextlib.suppress(Exception):  # whatever the link died of is known by now
                 await client.disconnect()
 
-    async def _listen(self, client: QMPClient) -> None:
-        with client.listener() as listener:
-            async for event in listener:
-                log.debug("%s: event %s", self._name, event)
-                self._on_event(dict(event))
+    def _take(self, event: Event) -> bool:
+        if self._events.full() or not self._allowance.take():
+            return False
+        self._events.put_nowait(event)
+        return True
+
+    async def _listen(self) -> None:
+        while True:
+            event = await self._events.get()
+            log.debug("%s: event %s", self._name, event)
+            self._on_event(event)
+
+    async def _watch(self, client: Client) -> None:
+        from qemu.qmp import Runstate
+
+        while client.runstate is Runstate.RUNNING:
+            await client.runstate_changed()
+        self.link = Link.FLOODED if client.flooded else Link.CLOSED
+        self._on_lost()
+
+
+def _short(text: object) -> str:
+    """One line that a terminal shows as it is."""
+    shown = "".join(character if character.isprintable() else " " for character in str(text)[: WORDS + 1])
+    return shown if len(shown) <= WORDS else f"{shown[:WORDS]}..."

@@ -157,7 +157,7 @@ async def finish(machine: Machine) -> None:
 async def _press_and_reset(machine: Machine, timeout: float, by: str) -> None:
     """There is no reboot button: the guest is shut down with QEMU told to stay, and then reset. Raises TimedOut."""
     # One whose reboot was cut off may be off, or waiting for its reset, or may never have heard of it.
-    if (await machine.command("query-status")).get("status") == "shutdown":
+    if await machine.ask_state() == "shutdown":
         machine.guest_off.set()
     await machine.command("set-action", {"shutdown": "pause"})
     try:

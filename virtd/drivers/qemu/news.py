@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a guest's QEMU tells by itself, and what becomes of it.
+
+Its end is not told here: the process is the witness of that. Each change of state is a record that is synced, a
+signal to every client and a line in the journal, and a guest that reboots or panics in a loop can have any number of
+them. So they have an allowance, and what is past it is made up for by one question, a moment later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ... import errors, journal
+from ...allowance import Allowance
+from ...model.state import State
+
+if TYPE_CHECKING:
+    from .machine import Machine
+    from .qmp import Event
+
+CHANGES, CHANGES_RATE = 20, 1.0  # changes of state at once, and a second
+REBOOTS, REBOOTS_RATE = 5, 1 / 60  # lines in the journal about reboots
+SETTLE = 1.0  # seconds from a change that was one too many until the state is asked for
+OF_THE_END = frozenset({"SHUTDOWN", "RESET", "POWERDOWN", "GUEST_PANICKED"})
+
+
+class Change(NamedTuple):
+    state: State
+    reason: str
+
+
+class News:
+    """The events of one machine, each of its lives."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._changes = Allowance(CHANGES, CHANGES_RATE)
+        self._reboots = Allowance(REBOOTS, REBOOTS_RATE)
+        self._unsaid = 0  # reboots that the journal wasn't told of
+        self._asking = False
+        self.taken = 0
+        self.last: deque[Event] = deque(maxlen=16)
+        """The last that have to do with an end, for the verdict."""
+
+    def forget(self) -> None:
+        """Another QEMU comes."""
+        self.taken = self._unsaid = 0
+        self.last.clear()
+
+    def on_event(self, event: Event) -> None:
+        machine = self._machine
+        self.taken += 1
+        name, data = event["event"], event["data"]
+        if name in OF_THE_END:
+            self.last.append(event)
+        if not machine.alive:
+            return
+        if name == "SHUTDOWN":
+            machine.guest_off.set()
+        elif name == "RESET" and data.get("guest"):
+            self._rebooted()
+        if (change := self._meaning(name, data)) is None or change.state is machine.state:
+            return
+        if self._changes.take():
+            machine.note(*change)
+        elif not self._asking:
+            self._asking = True
+            machine.spawn(self._ask(), "ask-state")
+
+    def take_status(self, status: str) -> None:
+        """What query-status says."""
+        machine = self._machine
+        match status:
+            case "running":
+                if machine.state is State.PAUSED:
+                    machine.note(State.RUNNING, "resumed")
+            case "shutdown":
+                machine.guest_off.set()
+                machine.note(State.PAUSED, "powered off, and kept")
+            case "guest-panicked":
+                machine.note(State.PAUSED, "the guest's kernel panicked")
+            case "io-error":
+                machine.note(State.PAUSED, "a disk reported an error")
+            case "paused" if machine.state is not State.PAUSED:
+                machine.note(State.PAUSED, "paused")
+            case _:
+                pass
+
+    def _meaning(self, name: str, data: dict[str, Any]) -> Change | None:
+        machine = self._machine
+        match name:
+            case "STOP" if machine.state is State.RUNNING:
+                # With on_poweroff = "keep" the guest's end comes before this; a reboot takes the state back at once.
+                return Change(State.PAUSED, "powered off, and kept" if machine.guest_off.is_set() else "paused")
+            case "RESUME" if machine.state is State.PAUSED:
+                return Change(State.RUNNING, "resumed")
+            case "GUEST_PANICKED" if data.get("action") == "pause":
+                return Change(State.PAUSED, "the guest's kernel panicked")
+            case "BLOCK_IO_ERROR" if data.get("action") == "stop":
+                return Change(State.PAUSED, "a disk reported an error")
+            case _:
+                return None
+
+    async def _ask(self) -> None:
+        try:
+            if await self._machine.ended_within(SETTLE):
+                return
+            with contextlib.suppress(errors.MonitorError):
+                await self._machine.ask_state()
+        finally:
+            self._asking = False
+
+    def _rebooted(self) -> None:
+        machine = self._machine
+        if not self._reboots.take():
+            self._unsaid += 1
+            return
+        often = f" ({self._unsaid} more times that were not told of)" if self._unsaid else ""
+        self._unsaid = 0
+        journal.send(f"Domain {machine.name} rebooted itself{often}", **machine.fields())
