@@ -12,8 +12,8 @@ import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from virtd.drivers.network import bridge, firewall, firewalld, guard, host, links
-from virtd.drivers.network.netlink import Address
+from virtd.drivers.network import bridge, firewall, firewalld, guard, host, isolation, links
+from virtd.drivers.network.netlink import Address, RoutingRule
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,13 +33,15 @@ class FakeKernel:
         self.sysfs.mkdir()
         self.tables: dict[str, tuple[str, int]] = {}
         self.addresses: dict[str, set[Address]] = {}
+        self.routing: set[RoutingRule] = set()  # rules of policy routing
         self.refused = ""  # a table that can't be made
         self._numbers = 0
         monkeypatch.setattr(links, "CLASS", str(self.sysfs))
         monkeypatch.setattr(host, "PROC", str(root / "proc"))
         monkeypatch.setattr(bridge, "Netlink", lambda: FakeNetlink(self))
+        monkeypatch.setattr(isolation, "Netlink", lambda: FakeNetlink(self))
         monkeypatch.setattr(firewall, "_run", self._nft)
-        monkeypatch.setattr(guard, "Watch", lambda _table, _link: FakeWatch())
+        monkeypatch.setattr(guard, "Watch", lambda *_calls: FakeWatch())
         monkeypatch.setattr(guard.Guard, "_follow_firewalld", _nothing)
         monkeypatch.setattr(firewalld, "adopt", _nothing)
 
@@ -109,6 +111,17 @@ class FakeNetlink:
     def delete_address(self, name: str, address: str, prefix: int) -> None:
         self.kernel.world.step(f"delete_address {name}")
         self.kernel.addresses[name].remove(Address(address, prefix))
+
+    def routing_rules(self, _protocol: int) -> set[RoutingRule]:
+        return set(self.kernel.routing)
+
+    def add_routing_rule(self, rule: RoutingRule, _protocol: int) -> None:
+        self.kernel.world.step(f"add rule {rule.version} {rule.priority} {rule.iif} {rule.to}")
+        self.kernel.routing.add(rule)
+
+    def delete_routing_rule(self, rule: RoutingRule, _protocol: int) -> None:
+        self.kernel.world.step(f"delete rule {rule.version} {rule.priority} {rule.iif} {rule.to}")
+        self.kernel.routing.remove(rule)
 
 
 class FakeWatch:

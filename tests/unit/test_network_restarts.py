@@ -14,7 +14,7 @@ import pytest
 from tests.unit.fake_kernel import FakeKernel
 from tests.unit.whole_host import ROOT, World, on_loop, until
 from virtd import errors
-from virtd.drivers.network import firewall, guard, host, server
+from virtd.drivers.network import firewall, guard, host, isolation, server
 from virtd.drivers.network.firewall import Dropper
 from virtd.drivers.network.host import Account
 from virtd.fdstore import NotifyFailed, Store
@@ -72,11 +72,16 @@ class Site(NamedTuple):
         assert (info["pid"], self.world.units.units[UNIT].state().running) == (self.pid(), True), where
         assert self.world.slots() == SLOTS, where
         assert info["problems"] == [], where
+        assert self.world.host is not None
+        running = self.world.host.networks.driver.nets["lab"].running
+        assert running is not None
+        assert self.kernel.routing == isolation.wanted(running), where
 
     def nothing(self, where: str) -> None:
         """No piece of it is left."""
         assert list(self.kernel.sysfs.iterdir()) == [], where
         assert self.kernel.tables == {}, where
+        assert self.kernel.routing == set(), where
         assert self.world.units.units == {}, where
         assert self.world.slots() == [], where
         assert not os.path.exists(self.world.paths.runtime("network", "lab")), where
@@ -199,6 +204,7 @@ async def test_killed_at_every_step_of_a_repair(cuts: Cuts) -> None:
     ("head", "more", "step"),
     [
         ("", HOST + FORWARD, "nft virtd-lab"),
+        ('mode = "isolated"', "", "add rule 4 900 vd-lab "),
         ('domain = "lab.internal"', "", f"start {UNIT}"),
         ('dnsmasq = ["fail"]', "", f"start {UNIT}"),  # which it doesn't take: the old one is begun again
     ],

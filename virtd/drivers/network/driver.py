@@ -28,6 +28,7 @@ from ..collection import Collection
 from ..protocol import Problem
 from . import bridge, describing, host, links
 from .guard import Guard
+from .isolation import Isolation
 from .net import Net, Shared
 from .server import DRIVER
 
@@ -65,8 +66,9 @@ class Driver(Collection[Net, model.Network]):
 
     def __init__(self, services: Services, settings: Dnsmasq, publish: Publish) -> None:
         super().__init__(services, Records(services.paths, DRIVER), publish)
-        self._shared = Shared(services, self.records, settings, self.published, boot_id())
-        self._guard = Guard(services, self.nets, self.problems, publish)
+        self._isolation = Isolation(self.nets)
+        self._shared = Shared(services, self.records, settings, self.published, boot_id(), self._isolation)
+        self._guard = Guard(services, self.nets, self.problems, publish, self._isolation)
 
     async def compare(self, *, repair: bool) -> list[Difference]:
         from . import fsck  # no start of the daemon needs it
@@ -112,6 +114,7 @@ class Driver(Collection[Net, model.Network]):
         for net in list(self.nets.values()):
             if net.definition is None and not net.active and not net.problems:
                 self.forget(net.name)
+        await self._guard.restore_isolation(why="while virtd was away")
         self._reconciled.set()
         await self._guard.restore_rules(set(self.nets), why="while virtd was away")
         await self._guard.look_for_droppers()
@@ -276,6 +279,7 @@ class Driver(Collection[Net, model.Network]):
                 journal.send(exc.message, message_id=Message.DEFINITION_PROBLEM, level="error", VIRTD_FILE=net.source)
             net.look()
             await net.join_firewalld()
+        await self._guard.restore_isolation(why="by the time of the reload")
         await self._guard.restore_rules(set(self.nets), why="by the time of the reload")
         await self._guard.look_for_droppers()
 

@@ -96,15 +96,20 @@ def _forward(network: Network) -> list[str]:
 
 
 def _input(network: Network) -> list[str]:
-    """What guests of an isolated network may say to the host: to ask for a lease and for names, and to ping it."""
+    """What guests of an isolated network may say to the host: to ask for a lease and for names, and to ping it.
+
+    All of it to the addresses of their own bridge only: behind the host's others, and those of its other bridges, may
+    be a DNS server that asks the whole world.
+    """
     bridge = f'"{network.bridge_name}"'
+    own = "fib daddr . iif type"
     return [
         f"iifname != {bridge} accept",
         "ct state established,related accept",
-        "udp dport { 53, 67, 547 } accept",
-        "tcp dport 53 accept",
+        f"meta l4proto {{ tcp, udp }} th dport 53 {own} local accept",
+        f"udp dport {{ 67, 547 }} {own} {{ local, broadcast, multicast }} accept",
         # ICMP and ICMPv6 by number: old nfts look their names up in /etc/protocols, which not every host has.
-        "meta l4proto { 1, 58 } fib daddr . iif type { local, broadcast, multicast } accept",
+        f"meta l4proto {{ 1, 58 }} {own} {{ local, broadcast, multicast }} accept",
         _REJECT,
     ]
 

@@ -16,7 +16,7 @@ from ... import errors, journal
 from ...messages import Message
 from ...model.network import State
 from ..protocol import Problem
-from . import firewall, firewalld
+from . import firewall, firewalld, isolation
 from .server import DRIVER
 from .watch import ALL, Watch
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from ...child import Services
     from ..protocol import Publish
+    from .isolation import Isolation
     from .net import Net
 
 log = logging.getLogger(__name__)
@@ -39,18 +40,25 @@ class Guard:
     """One for all networks; `problems` are the driver's. It begins with the first active network."""
 
     def __init__(
-        self, services: Services, nets: dict[str, Net], problems: dict[str, Problem], publish: Publish
+        self,
+        services: Services,
+        nets: dict[str, Net],
+        problems: dict[str, Problem],
+        publish: Publish,
+        isolated: Isolation,
     ) -> None:
         self._services = services
         self._nets = nets
         self._problems = problems
         self._publish = publish
+        self._isolation = isolated
         self._watch: Watch | None = None
         self._doubtful: set[str] = set()  # tables that somebody has touched
         self._next_look = 0.0  # at the tables of others
         self._bridges: set[str] = set()  # networks to whose bridges something has happened
         self._soon: asyncio.TimerHandle | None = None
         self._looking: asyncio.Task[None] | None = None
+        self._settling: asyncio.Task[None] | None = None
         self._beside: asyncio.Task[None] | None = None
 
     def begin(self, *, beside_firewalld: bool = True) -> None:
@@ -59,7 +67,7 @@ class Guard:
             return
         if self._watch is None:
             try:
-                self._watch = Watch(self._touched, self._link_changed)
+                self._watch = Watch(self._touched, self._link_changed, self._routing_changed)
                 self._problems.pop("watch", None)
             except OSError as exc:
                 self._problems["watch"] = Problem(
@@ -75,7 +83,7 @@ class Guard:
         if self._soon is not None:
             self._soon.cancel()
             self._soon = None
-        tasks = [task for task in (self._looking, self._beside) if task is not None]
+        tasks = [task for task in (self._looking, self._settling, self._beside) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -121,14 +129,16 @@ class Guard:
                 if not isinstance(exc, errors.Busy):
                     net.problems["rules"] = Problem(f"Its rules are gone: {exc.message}", exc.hint)
         if restored:
-            what = f"network {restored[0]}" if len(restored) == 1 else f"networks {', '.join(restored)}"
-            journal.send(
-                f"The firewall rules of {what} had been removed or changed {why}, and were applied again",
-                message_id=Message.NETWORK_RULES_RESTORED, level="warning",
-                VIRTD_DRIVER=DRIVER, VIRTD_NAME=" ".join(restored),
-            )  # fmt: skip
-            for name in restored:
-                self._publish("changed", name)
+            self._tell_restored(restored, f"The firewall rules of {_named(restored)}", why)
+
+    def _tell_restored(self, names: list[str], what: str, why: str) -> None:
+        journal.send(
+            f"{what} had been removed or changed {why}, and were applied again",
+            message_id=Message.NETWORK_RULES_RESTORED, level="warning",
+            VIRTD_DRIVER=DRIVER, VIRTD_NAME=" ".join(names),
+        )  # fmt: skip
+        for name in names:
+            self._publish("changed", name)
 
     async def look_for_droppers(self) -> None:
         """See whether other people's rules let through what guests send."""
@@ -155,6 +165,40 @@ class Guard:
                 for network, mark in zip(lost, await asyncio.to_thread(firewall.replace, *lost), strict=True):
                     self._nets[network.name].rules_applied(mark)
             return [network.name for network in lost]
+
+    # Isolation
+
+    def _routing_changed(self) -> None:
+        """Somebody, perhaps we ourselves, removed a rule of policy routing."""
+        if self._settling is None:
+            self._settling = asyncio.create_task(self._settle(), name="look-at-routing")
+
+    async def _settle(self) -> None:
+        try:
+            await self.restore_isolation(why="by somebody else")
+        finally:
+            self._settling = None
+
+    async def restore_isolation(self, *, why: str) -> None:
+        """See that isolated networks are cut off, and that nothing else is, by a rule of ours that was left over."""
+        needed = {
+            net.name: isolation.wanted(network)
+            for net in self._nets.values()
+            if net.state is State.ACTIVE and (network := net.running) is not None
+        }
+        try:
+            missing = await self._isolation.settle()
+        except errors.HostError as exc:
+            log.error("%s", exc)
+            for name in (name for name, rules in needed.items() if rules):
+                self._nets[name].problems["isolation"] = Problem(
+                    f"It may not be isolated: {exc.message}", f"virtctl network start {name} tries it again."
+                )
+            return
+        for name in needed:
+            self._nets[name].problems.pop("isolation", None)
+        if restored := sorted(name for name, rules in needed.items() if rules & missing):
+            self._tell_restored(restored, f"The rules of policy routing (ip rule) of {_named(restored)}", why)
 
     # Bridges
 
@@ -199,6 +243,10 @@ class Guard:
             for net in list(self._nets.values()):
                 await net.join_firewalld()
             self._touched(ALL)
+
+
+def _named(names: list[str]) -> str:
+    return f"network {names[0]}" if len(names) == 1 else f"networks {', '.join(names)}"
 
 
 def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:

@@ -2,8 +2,8 @@
 """One network and its life. Its pieces, in the order in which they are made:
 
     record    what shall be there; state "starting"
+    rules     of policy routing, for an isolated network, and nftables' own tables
     bridge    known as ours by its address, which is made of the uuid
-    rules     a table of nftables' own
     dnsmasq   a child like any other: slots, unit
     record    state "active"
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from ...child import Services
     from ...model.settings import Dnsmasq
+    from .isolation import Isolation
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Shared(NamedTuple):
     settings: Dnsmasq
     publish: Callable[[str, Net], None]
     boot_id: str
+    isolation: Isolation
 
 
 class Net(Recorded):
@@ -222,10 +224,12 @@ class Net(Recorded):
         if not network.own:
             await asyncio.to_thread(host.check_bridge, network, self.source, self.mac)
             return
+        # What would be open without its rules isn't there before they are.
+        await self.shared.isolation.settle()
+        await self.apply_rules(network)
         raised = await asyncio.to_thread(bridge.raise_it, network, self.mac)
         for setting in raised.settings:
             log.warning("Network %s: the host forwards from now on: %s", self.name, setting)
-        await self.apply_rules(network)
         await self._tell_firewalld(network)
         await self._look_for_droppers()
         if network.serves:
@@ -258,6 +262,7 @@ class Net(Recorded):
             self.problems["start"] = Problem(f"Undoing a failed start failed: {exc}")
         reason = why.message if isinstance(why, errors.VirtdError) else str(why) or type(why).__name__
         self.note(State.INACTIVE, f"failed to start: {reason}", slots={}, unit="", main_pid=0, main_start=0, data={})
+        await self._no_longer_isolated()
 
     async def stop(self, by: str, *, force: bool) -> bool:
         """Remove all of its pieces; False if it was inactive. Raises Busy when it is in use, unless `force`."""
@@ -283,6 +288,7 @@ class Net(Recorded):
             self.problems["stop"] = Problem(f"It isn't stopped yet: {exc.message}", "It is tried again every second.")
             raise
         self.note(State.INACTIVE, why, slots={}, unit="", main_pid=0, main_start=0, data={})
+        await self._no_longer_isolated()
         for key in self.problems.keys() - {"record"}:
             del self.problems[key]
         journal.send(f"Stopped network {self.name}", **self.fields())
@@ -301,12 +307,19 @@ class Net(Recorded):
         await self.server.end()
         kept = self.record.data.get("bridge") if self.record is not None else None
         if kept:
-            await asyncio.to_thread(firewall.remove, self.name)
             await asyncio.to_thread(bridge.lower_it, str(kept), self.mac)
+            await asyncio.to_thread(firewall.remove, self.name)
         fifos.clear(self.shared.services.paths.fifos(DRIVER, self.name))
         await asyncio.to_thread(files.remove_tree, self.runtime)
         if os.path.lexists(self.runtime):
             raise errors.HostError(f"{self.runtime} can't be removed")
+
+    async def _no_longer_isolated(self) -> None:
+        """Its rules of policy routing go last, when the record says that nobody needs them; or at a later change."""
+        try:
+            await self.shared.isolation.settle()
+        except errors.HostError as exc:
+            log.warning("Network %s: %s", self.name, exc)
 
     # Rules
 
@@ -406,6 +419,8 @@ class Net(Recorded):
                 await self.apply_rules(new)
             await self.server.adapt(new, old)
         self.remember(**self.in_force(new, self.definition_text), unsure=False)
+        if model.Mode.ISOLATED in (old.mode, new.mode):
+            await self.shared.isolation.settle()
         log.info("Network %s: the new definition is in force", self.name)
 
     # Taking it back

@@ -22,9 +22,11 @@ log = logging.getLogger(__name__)
 NETLINK_NETFILTER = 12
 _NFTABLES_GROUP = 1 << 6  # NFNLGRP_NFTABLES is 7, linux/netfilter/nfnetlink.h
 _LINK_GROUP = 1 << 0  # RTNLGRP_LINK is 1, linux/rtnetlink.h
+_RULE_GROUPS = 1 << 7 | 1 << 18  # RTNLGRP_IPV4_RULE is 8, RTNLGRP_IPV6_RULE 19
 _NFTABLES = 10  # NFNL_SUBSYS_NFTABLES
 _NEWGEN = 15  # NFT_MSG_NEWGEN: the end of a transaction; it has no table
 _NEWLINK, _DELLINK = 16, 17
+_DELRULE = 33
 _IFLA_IFNAME = 3
 _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
@@ -32,20 +34,32 @@ ALL = ""  # "look at everything"
 
 
 class Watch:
-    """Calls `table(name)` for a table of nftables' that something happened to, `link(name)` for an interface.
+    """Calls `table(name)` for a table of nftables' that something happened to, `link(name)` for an interface, and
+    `routing()` when a rule of policy routing has gone.
 
-    Either gets ALL when the kernel had more to tell than we took in time.
+    The first two get ALL when the kernel had more to tell than we took in time.
     """
 
-    def __init__(self, table: Callable[[str], None], link: Callable[[str], None]) -> None:
+    def __init__(
+        self, table: Callable[[str], None], link: Callable[[str], None], routing: Callable[[], None]
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._sockets: list[socket.socket] = []
+
+        def routed(data: bytes) -> None:
+            _each(links(data), link)
+            if any(kind == _DELRULE for kind, _body in _messages(data)):
+                routing()
+
+        def lost() -> None:
+            link(ALL)
+            routing()
+
         try:
-            for protocol, group, reader in (
-                (NETLINK_NETFILTER, _NFTABLES_GROUP, lambda data: _each(tables(data), table)),
-                (socket.NETLINK_ROUTE, _LINK_GROUP, lambda data: _each(links(data), link)),
-            ):
-                self._open(protocol, group, reader, lambda call=table if protocol else link: call(ALL))  # type: ignore[misc]
+            self._open(
+                NETLINK_NETFILTER, _NFTABLES_GROUP, lambda data: _each(tables(data), table), lambda: table(ALL)
+            )
+            self._open(socket.NETLINK_ROUTE, _LINK_GROUP | _RULE_GROUPS, routed, lost)
         except BaseException:
             self.close()
             raise

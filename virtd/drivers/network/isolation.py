@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What keeps an isolated network isolated where there are no firewall rules: rules of policy routing, ip-rule(8).
+
+Nothing that comes from its bridge is routed on, and nothing from elsewhere to its prefixes. The table `local` is
+asked first (priority 0), so the host itself is reached, which is for the firewall to limit. `nft flush ruleset`
+leaves these rules alone, they need no daemon, and they may be there before the bridge is. (The bridge's own sysctl
+`forwarding` would not do: whoever writes net.ipv4.ip_forward sets it for all interfaces.)
+
+They carry a protocol number by which they are known as ours, and are always settled for all networks together: what
+is missing is added, what nobody wants any more is removed, so that a crash at any point is mended by the next time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from typing import TYPE_CHECKING
+
+from ... import errors
+from ...model.network import Mode
+from .netlink import PROHIBIT, TO_TABLE, Netlink, RoutingRule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ...model.network import Network
+    from .net import Net
+
+PROTOCOL = 86  # rtnetlink(7)'s rtm_protocol: no other program's in iproute2's list of them
+# After `local`, wherever others (Cilium) have moved it to, and before everything that routes: VRFs have 1000.
+PRIORITY = 900
+
+
+def wanted(network: Network) -> set[RoutingRule]:
+    """The rules that the network needs; none unless it is isolated."""
+    if network.mode is not Mode.ISOLATED:
+        return set()
+    found = {RoutingRule(version, PRIORITY, PROHIBIT, iif=network.bridge_name) for version in (4, 6)}
+    for _key, subnet in network.subnets():
+        # The host's own packets go there, and its answer to "from where would I get this?" (rp_filter) is as ever.
+        found.add(RoutingRule(subnet.version, PRIORITY - 1, TO_TABLE, iif="lo", to=str(subnet)))
+        found.add(RoutingRule(subnet.version, PRIORITY, PROHIBIT, to=str(subnet)))
+    return found
+
+
+def settle(networks: Iterable[Network], *, remove: bool = True) -> set[RoutingRule]:
+    """Have the rules that these networks need, and with `remove` no others of ours; what was missing.
+
+    Raises HostError.
+    """
+    needed = set[RoutingRule]().union(*map(wanted, networks))
+    missing = set()
+    try:
+        with Netlink() as netlink:
+            there = netlink.routing_rules(PROTOCOL)
+            # Those that let the host through come first, by their priority.
+            for rule in sorted(needed - there):
+                try:
+                    netlink.add_routing_rule(rule, PROTOCOL)
+                    missing.add(rule)
+                except OSError as exc:
+                    if exc.errno == errno.EEXIST:
+                        continue
+                    if exc.errno in (errno.EAFNOSUPPORT, errno.EOPNOTSUPP) and rule.version == 6:
+                        continue  # a kernel without IPv6 routes none
+                    raise
+            for rule in there - needed if remove else ():
+                try:
+                    netlink.delete_routing_rule(rule, PROTOCOL)
+                except OSError as exc:
+                    if exc.errno != errno.ENOENT:
+                        raise
+    except OSError as exc:
+        raise errors.HostError(f"Cannot set the rules of policy routing: {exc.strerror}") from exc
+    return missing
+
+
+class Isolation:
+    """Of all networks of the driver's, one change at a time."""
+
+    def __init__(self, nets: dict[str, Net]) -> None:
+        self._nets = nets
+        self._turn = asyncio.Lock()
+
+    async def settle(self) -> set[RoutingRule]:
+        """Have what the networks need that are active by their records; what was missing. Raises HostError."""
+        async with self._turn:
+            running = [net.running for net in self._nets.values() if net.active]
+            # Of one whose definition can't be read nobody knows what it needs.
+            known = [network for network in running if network is not None]
+            return await asyncio.to_thread(settle, known, remove=len(known) == len(running))
