@@ -37,19 +37,19 @@ from typing import TYPE_CHECKING, Any  # noqa: E402
 
 import msgspec  # noqa: E402
 
-from . import __version__, errors, fdstore, files, journal  # noqa: E402
+from . import __version__, errors, fdstore, files, journal, layout, process, storecheck  # noqa: E402
 from .api import varlink  # noqa: E402
 from .child import Services  # noqa: E402
+from .drivers import definitions  # noqa: E402
 from .drivers.registry import MODULES  # noqa: E402
 from .host import Caller, Host  # noqa: E402
 from .messages import Message  # noqa: E402
 from .model import settings as settings_model  # noqa: E402
 from .paths import Paths  # noqa: E402
 from .pump import Loss, Pump  # noqa: E402
+from .text import plain  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
     from .api import dbus
     from .bus import Bus
     from .units import Units
@@ -66,28 +66,8 @@ GRACE = 0.05  # seconds after READY=1 in which those who waited for it are answe
 LAST_LOOK = 0.2  # seconds that the end waits for what guests have just said to be in their logs
 TIDY_EVERY = 2.0
 WELL = 5.0  # seconds after which a crash is the first of its kind, see RestartSteps= in virtd.service
-LOOKS = 4  # at what systemd has of the store's entries, before one counts as dropped
 UNITS_LIMIT = 20.0  # seconds that an operation waits for D-Bus to come (back)
 ITSELF = Caller(uid=0, pid=os.getpid(), name="virtd")
-
-
-async def dropped(store: fdstore.Store, count: Callable[[], Awaitable[int]]) -> tuple[int, int]:
-    """How many of the store's entries systemd doesn't take, though it was given them again; and of how many.
-
-    `count` says how many it has. Children start and end meanwhile, so a few looks have to agree that one is missing.
-    """
-    wanted = kept = 0
-    for look in range(LOOKS):
-        if look == 1:
-            await asyncio.to_thread(store.send_again)
-        if look:
-            await asyncio.to_thread(store.barrier)
-        wanted = store.budget().entries
-        kept = await count()
-        wanted = min(wanted, store.budget().entries)
-        if kept >= wanted:
-            return 0, wanted
-    return wanted - kept, wanted
 
 
 class Daemon:
@@ -116,6 +96,7 @@ class Daemon:
 
     async def run(self) -> None:
         """Until SIGTERM."""
+        layout.ensure(self._paths)
         self.host.restore(STARTED)
         self.pump.start()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -124,7 +105,7 @@ class Daemon:
         server = varlink.Server(self.host, self._listener())
         server.start()
         self._degraded()
-        self._announce()
+        announce(self._paths)
         self._notify(f"READY=1\nSTATUS={self._status()}")
         # Collecting was off during the imports; none of what they made will ever be garbage.
         gc.freeze()
@@ -149,7 +130,6 @@ class Daemon:
         inherited = self._store.sockets().get(LISTENER, [])
         if inherited:
             return socket.socket(fileno=os.dup(inherited[0]))
-        os.makedirs(self._paths.run, mode=0o755, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._paths.socket)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -157,20 +137,6 @@ class Daemon:
         os.chmod(self._paths.socket, 0o666)
         listener.listen(128)
         return listener
-
-    def _announce(self) -> None:
-        """For the package's scriptlet: which code this daemon runs."""
-        try:
-            with open(CODE_ID, encoding="ascii") as file:
-                code = file.read().strip()
-        except OSError:
-            code = ""
-        content = {"version": __version__, "pid": os.getpid(), "code_id": code}
-        try:
-            os.makedirs(self._paths.run, mode=0o755, exist_ok=True)
-            files.write(f"{self._paths.run}/daemon.json", msgspec.json.encode(content), mode=0o644)
-        except (errors.HostError, OSError) as exc:
-            log.warning("%s", exc)
 
     def _degraded(self) -> None:
         stray = [name for name in self._store.names() if name.partition("/")[0] not in MODULES]
@@ -295,27 +261,15 @@ class Daemon:
             await Registry(self.host, self._units).run()
 
     async def _check_store(self) -> None:
-        """After a daemon-reload: see that systemd still has all slots, and give it back what it has dropped.
-
-        As long as this process runs it has them all; only the next one would miss them.
-        """
-        units = await self._get_units()
+        """After a daemon-reload, and once at the start: see that the next start will find what it needs."""
         try:
-            unit_max = int(await units.service_property(UNIT, "FileDescriptorStoreMax"))
-            self._store.resize(unit_max)
-            missing, wanted = await dropped(self._store, lambda: units.store_count(UNIT))
+            found = await storecheck.look(self._store, await self._get_units(), UNIT)
         except (errors.VirtdError, fdstore.StoreError) as exc:
             log.warning("Whether systemd still has all descriptors can't be seen: %s", exc)
             return
-        if missing:
-            text = f"systemd has dropped {missing} of {wanted} entries of the FD store, which guests need"
-            self.host.problems["store"] = (
-                text,
-                f"Raise FileDescriptorStoreMax= of virtd.service (now {unit_max}) before virtd is restarted.",
-            )
-            log.warning("%s: FileDescriptorStoreMax= is %d", text, unit_max)
-        else:
-            self.host.problems.pop("store", None)
+        before = {key: self.host.problems.pop(key) for key in storecheck.KEYS if key in self.host.problems}
+        self.host.problems |= found
+        storecheck.tell(before, found)
 
     async def _get_units(self) -> Units:
         if not self._units_there.is_set():
@@ -398,7 +352,7 @@ class Daemon:
 
     def _notify(self, text: str) -> None:
         try:
-            self._store.notify(text)
+            self._store.notify(plain(text))
         except fdstore.NotifyFailed as exc:
             log.warning("systemd doesn't take %r: %s", text.partition("\n")[0], exc)
 
@@ -418,6 +372,24 @@ class Daemon:
             )
 
 
+def announce(paths: Paths) -> None:
+    """For the package's scriptlet: which code this daemon runs."""
+    try:
+        with open(CODE_ID, encoding="ascii") as file:
+            code = file.read().strip()
+    except (OSError, ValueError):
+        code = ""
+    pid, path = os.getpid(), f"{paths.run}/daemon.json"
+    content = {"version": __version__, "pid": pid, "start": process.start_time(pid), "code_id": code}
+    try:
+        files.write(path, msgspec.json.encode(content), mode=0o644)
+    except errors.HostError as exc:
+        log.warning("%s", exc)
+        # What an earlier daemon has left there is true of nobody by now.
+        with contextlib.suppress(errors.HostError):
+            files.remove(path)
+
+
 def _give_way() -> None:
     """Let the next daemon go on, which costs nobody anything, where this one would be there and of no use."""
     os._exit(1)
@@ -435,15 +407,17 @@ async def _within(event: asyncio.Event, seconds: float) -> bool:
 
 def load_settings(paths: Paths) -> tuple[settings_model.Settings, errors.VirtdError | None]:
     """virtd.toml, or the defaults and what is wrong with it: a bad file must not keep guests from their daemon."""
+    path = paths.settings
     try:
-        with open(paths.settings, encoding="utf-8") as file:
-            return settings_model.parse(file.read(), paths.settings), None
+        return settings_model.parse(definitions.read(path), path), None
     except FileNotFoundError:
         return settings_model.Settings(), None
     except errors.InvalidDefinition as exc:
         return settings_model.Settings(), exc
-    except (OSError, ValueError) as exc:
-        return settings_model.Settings(), errors.InvalidDefinition(paths.settings, "", f"can't be read: {exc}")
+    except OSError as exc:
+        return settings_model.Settings(), errors.InvalidDefinition(path, "", f"can't be read: {exc.strerror}")
+    except ValueError as exc:
+        return settings_model.Settings(), errors.InvalidDefinition(path, "", f"can't be read: {exc}")
 
 
 async def _run(paths: Paths, store: fdstore.Store, *, knows_store: bool) -> None:
@@ -460,9 +434,8 @@ def main() -> int:
         return 2
     logging.basicConfig(level=logging.INFO, handlers=[journal.Handler()], format="%(message)s")
     knows_store = "FDSTORE" in os.environ
-    # Half of the open files for slots: for each guest's five there are two logs, a pidfd, a monitor, and clients.
-    headroom = max(fdstore.HEADROOM, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
-    store = fdstore.Store.from_environment(fallback_max=STORE_MAX, headroom=headroom)
+    headroom = storecheck.headroom(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    store = fdstore.Store.from_environment(fallback_max=STORE_MAX, headroom=headroom, reserve=True)
     loop = asyncio.new_event_loop()
     status = 1
     try:

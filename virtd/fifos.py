@@ -15,7 +15,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
-from . import errors
+from . import errors, files
 
 if TYPE_CHECKING:
     from .paths import Paths
@@ -31,7 +31,7 @@ def make(directory: str, names: tuple[str, ...]) -> list[int]:
     opened: list[int] = []
     try:
         remove(directory)
-        os.makedirs(os.path.dirname(directory), mode=0o700, exist_ok=True)
+        files.make_directory(os.path.dirname(directory), 0o700)
         os.mkdir(directory, 0o700)
         for name in names:
             path = f"{directory}/{name}"
@@ -79,7 +79,7 @@ def owners(paths: Paths) -> list[tuple[str, str]]:
     """Driver and name of each child that has a directory."""
     try:
         entries = os.listdir(paths.fifos())
-    except FileNotFoundError:
+    except OSError:
         return []
     return [(driver, name) for driver, _, name in (entry.partition(".") for entry in sorted(entries))]
 

@@ -6,16 +6,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import stat
 
 from . import errors
 
 log = logging.getLogger(__name__)
 
 
-def write(path: str, data: bytes, *, mode: int = 0o600) -> None:
+def write(path: str, data: bytes, *, mode: int = 0o600, group: int = -1, sync_directory: bool = True) -> None:
     """Replace `path` by `data`: temporary file, fsync, rename, fsync of the directory.
 
-    Raises HostError (a full or read-only file system, mostly); the old file is then as it was.
+    `group` -1: our own. Raises HostError (a full or read-only file system, mostly); the old file is then as it was.
     """
     directory, name = os.path.split(path)
     # A fixed name: what a crash leaves is overwritten by the next try instead of piling up. Writers of one path
@@ -24,6 +25,8 @@ def write(path: str, data: bytes, *, mode: int = 0o600) -> None:
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
         try:
+            if group != -1:
+                os.fchown(fd, -1, group)
             os.fchmod(fd, mode)
             view = memoryview(data)
             while view:
@@ -32,11 +35,26 @@ def write(path: str, data: bytes, *, mode: int = 0o600) -> None:
         finally:
             os.close(fd)
         os.rename(temporary, path)
-        sync(directory)
+        if sync_directory:
+            sync(directory)
     except OSError as exc:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise errors.HostError(f"Cannot write {path}: {exc.strerror}", hint=hint(exc)) from exc
+
+
+def make_directory(path: str, mode: int) -> None:
+    """Make `path` if it isn't there, and what is above it; of that mode, whatever the umask. Raises OSError."""
+    try:
+        os.mkdir(path, mode)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise
+    except FileNotFoundError:
+        make_directory(os.path.dirname(path), 0o755)
+        make_directory(path, mode)
+    else:
+        os.chmod(path, mode)
 
 
 def leftovers(directory: str) -> list[str]:
@@ -63,9 +81,13 @@ def remove(path: str) -> bool:
 
 
 def remove_tree(directory: str) -> None:
-    """Remove a directory and all that is in it; what can't be removed stays."""
+    """Remove a directory and all that is in it, or what is in its place; what can't be removed stays."""
     import shutil  # 4 ms, and no start of the daemon needs it
 
+    with contextlib.suppress(OSError):
+        if not stat.S_ISDIR(os.lstat(directory).st_mode):
+            os.unlink(directory)  # rmtree() would open it, and wait for whoever writes into a FIFO
+            return
     shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -29,6 +29,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import HostError
+from .files import make_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -285,7 +286,7 @@ class LogFile:
         try:
             fd = os.open(self.path, _OPEN, 0o600)
         except FileNotFoundError:
-            os.makedirs(os.path.dirname(self.path), mode=0o750, exist_ok=True)
+            make_directory(os.path.dirname(self.path), 0o700)
             fd = os.open(self.path, _OPEN, 0o600)
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):

@@ -49,6 +49,13 @@ class Paths:
         return f"{self.run}/quarantine"
 
     @property
+    def autostarted(self) -> tuple[str, str]:
+        """Marks of the boot in which everything was autostarted. One in /run alone would be lost where somebody
+        clears that, and then what was stopped on purpose would be started; in /run older versions look for it.
+        """
+        return f"{self.lib}/autostarted", f"{self.run}/autostarted"
+
+    @property
     def launched(self) -> str:
         """The mark of a run that hasn't come to its regular end (yet); /usr/libexec/virtd makes it."""
         return f"{self.run}/launched"

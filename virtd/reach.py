@@ -97,6 +97,7 @@ def make_directory(path: str, mode: int) -> bool:
     with reached(above) as found:
         try:
             os.mkdir(name, mode, dir_fd=found.fd)
+            os.chmod(name, mode, dir_fd=found.fd)  # a umask of ours was in the way
         except FileExistsError:
             return False
     return True

@@ -13,10 +13,12 @@ from typing import Any
 
 import msgspec
 
-from . import errors, files
-from .paths import Paths, names
+from . import errors, files, untrusted
+from .paths import Paths, listing
+from .text import plain, plainly
 
 SCHEMA = 1
+LIMIT = 16 << 20  # bytes; the largest part is a definition, in its text and parsed
 
 
 class Exit(msgspec.Struct, frozen=True, omit_defaults=False):
@@ -77,10 +79,19 @@ def decode(raw: bytes) -> Record:
         raise ValueError(str(exc)) from exc
 
 
+def read(path: str) -> Record:
+    """The record in a file. Raises OSError, or ValueError with the reason when it can't be read."""
+    return decode(untrusted.read(path, LIMIT))
+
+
 def encode(record: Record) -> bytes:
     table = msgspec.structs.asdict(record)
-    unknown = table.pop("unknown")
-    return msgspec.json.format(msgspec.json.encode(unknown | table), indent=1) + b"\n"
+    table = table.pop("unknown") | table
+    try:
+        text = msgspec.json.encode(table)
+    except UnicodeEncodeError:  # a name that isn't UTF-8 came in by a path or somebody's words
+        text = msgspec.json.encode(plainly(msgspec.to_builtins(table)))
+    return msgspec.json.format(text, indent=1) + b"\n"
 
 
 class Quarantined(msgspec.Struct, frozen=True):
@@ -94,10 +105,11 @@ class Quarantined(msgspec.Struct, frozen=True):
 
 
 class Loaded(msgspec.Struct, frozen=True):
-    """What a driver's directory held."""
+    """What a driver's directory held; `wrong`: why it couldn't be read."""
 
     records: dict[str, Record] = {}
     quarantined: list[Quarantined] = []
+    wrong: str = ""
 
 
 class Records:
@@ -110,15 +122,20 @@ class Records:
 
     def load(self) -> Loaded:
         """Every record; those that can't be read are moved aside, so that one bad file keeps nobody from starting."""
-        loaded = Loaded()
-        for name in names(self._directory, ".json"):
+        found = listing(self._directory, ".json")
+        loaded = Loaded(wrong=found.wrong and f"{self._directory} can't be read: {found.wrong}")
+        for entry in found.odd:
+            name, path = entry.removesuffix(".json"), f"{self._directory}/{entry}"
+            loaded.quarantined.append(self._quarantine(name, path, "nothing can be called so"))
+        for name in found.names:
             path = self._paths.record(self._driver, name)
             try:
-                with open(path, "rb") as file:
-                    record = decode(file.read())
+                record = read(path)
                 if (record.driver, record.name) != (self._driver, name):
                     raise ValueError(f"it names {record.key}")
-            except (ValueError, OSError) as exc:
+            except OSError as exc:
+                loaded.quarantined.append(self._quarantine(name, path, exc.strerror or str(exc)))
+            except ValueError as exc:
                 loaded.quarantined.append(self._quarantine(name, path, str(exc)))
             else:
                 loaded.records[name] = record
@@ -132,21 +149,27 @@ class Records:
         except errors.HostError:
             if os.path.isdir(self._directory):
                 raise
-            os.makedirs(self._directory, mode=0o711, exist_ok=True)
+            try:
+                files.make_directory(self._directory, 0o711)
+            except OSError as exc:
+                raise errors.HostError(
+                    f"Cannot make {self._directory}: {exc.strerror}", hint=files.hint(exc)
+                ) from exc
             files.write(path, encode(record))
 
     def remove(self, name: str) -> None:
         files.remove(self._paths.record(self._driver, name))
 
     def _quarantine(self, name: str, path: str, reason: str) -> Quarantined:
-        target = f"{self._paths.quarantine}/{self._driver}-{name}.{now().replace(':', '')}.json"
+        suffix = f".{now().replace(':', '')}.json"
+        target = f"{self._paths.quarantine}/{self._driver}-{plain(name)[:100]}{suffix}"
         try:
-            os.makedirs(self._paths.quarantine, mode=0o700, exist_ok=True)
+            files.make_directory(self._paths.quarantine, 0o700)
             os.rename(path, target)
         except OSError as exc:
             # A full /run, perhaps. The file is ignored where it lies and reported again at the next start.
-            return Quarantined(self._driver, name, path, path, f"{reason}; not moved: {exc.strerror}")
-        return Quarantined(self._driver, name, path, target, reason)
+            return Quarantined(self._driver, plain(name), path, path, f"{reason}; not moved: {exc.strerror}")
+        return Quarantined(self._driver, plain(name), path, target, reason)
 
 
 def now() -> str:

@@ -182,7 +182,7 @@ def mount_units(path: str) -> list[str]:
 
 def _escaped_path(parts: list[str]) -> str:
     """A path as it is in a unit's name, systemd.unit(5): "/" becomes "-", and what would be ambiguous \\xNN."""
-    path = "/".join(parts).encode()
+    path = os.fsencode("/".join(parts))
     escaped = re.sub(rb"[^A-Za-z0-9:_./]|^\.", lambda match: b"\\x%02x" % match[0][0], path)
     return escaped.replace(b"/", b"-").decode()
 

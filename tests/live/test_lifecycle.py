@@ -157,7 +157,10 @@ def test_autostart_once_per_boot(lab: Lab) -> None:
     lab.sh("systemctl restart virtd.service; sleep 1")
     assert lab.info("web1")["state"] == "stopped", "a start of the daemon is no boot"
     # What a boot is like for the daemon: /run is empty.
-    lab.sh("systemctl stop virtd.service 2>/dev/null; rm -f /run/virtd/autostarted; systemctl start virtd.service")
+    lab.sh(
+        "systemctl stop virtd.service 2>/dev/null; rm -f /run/virtd/autostarted /var/lib/virtd/autostarted; "
+        "systemctl start virtd.service"
+    )
     lab.wait("the autostart", lambda: lab.info("web1")["state"] == "running", 20)
     lab.virtctl("autostart", "--disable", "web1")
     assert lab.info("web1")["autostart"] is False

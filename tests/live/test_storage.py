@@ -113,7 +113,8 @@ def test_a_pools_life(lab: Lab) -> None:
         assert lab.json("pool", "info", "other")["state"] == "inactive", "autostart is once for each boot"
         # As after a boot.
         lab.sh(
-            "systemctl stop virtd.socket virtd.service; rm -rf /run/virtd/storage /run/virtd/autostarted; "
+            "systemctl stop virtd.socket virtd.service; rm -rf /run/virtd/storage /run/virtd/autostarted "
+            "/var/lib/virtd/autostarted; "
             "systemctl start virtd.socket virtd.service"
         )
         lab.wait("the autostart", lambda: lab.json("pool", "info", "other")["state"] == "active", 20)

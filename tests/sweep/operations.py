@@ -429,8 +429,9 @@ class Autostart(Operation):
                 call(method, name=name)
 
     def held(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink("/run/virtd/autostarted")
+        for mark in ("/var/lib/virtd/autostarted", "/run/virtd/autostarted"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(mark)
 
     def act(self) -> None:
         for name in self.guests:

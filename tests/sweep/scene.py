@@ -236,6 +236,7 @@ def type_on(name: str, word: str) -> None:
 
 
 def killed() -> None:
+    systemctl("reset-failed", "virtd.service")  # or systemd would take it for a crash loop, and wait
     with contextlib.suppress(ProcessLookupError):
         if pid := main_pid():
             os.kill(pid, signal.SIGKILL)

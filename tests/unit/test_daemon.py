@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.unit.fake_pid1 import FakePid1, put_new
-from virtd import __version__
-from virtd.daemon import dropped, load_settings
+from virtd import __version__, errors
+from virtd.daemon import announce, load_settings
 from virtd.fdstore import Store
 from virtd.model.settings import Settings
 from virtd.paths import Paths, names
+from virtd.storecheck import dropped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -185,3 +186,17 @@ def test_what_ends_meanwhile_was_not_dropped(pid1: FakePid1, store: Store) -> No
 
     put_new(store, "a/5")
     assert looked_at(pid1, store, count) == (0, 2)
+
+
+def test_no_word_of_an_older_daemon_stays(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/run is full: the package's scriptlet mustn't go by what the daemon before this one wrote."""
+    os.makedirs(paths.run)
+    stale = Path(paths.run, "daemon.json")
+    stale.write_text('{"pid": 1, "code_id": "0123abc"}')
+
+    def full(path: str, *_args: object, **_more: object) -> None:
+        raise errors.HostError(f"Cannot write {path}: No space left on device")
+
+    monkeypatch.setattr("virtd.files.write", full)
+    announce(paths)
+    assert not stale.exists()

@@ -250,20 +250,20 @@ async def test_a_file_system_that_refuses(world: World, where: str, monkeypatch:
         await world.define("web1")
         with monkeypatch.context() as patch:
             full = OSError(28, "No space left on device")
-            real_open, real_makedirs = os.open, os.makedirs
+            real_open, real_mkdir = os.open, os.mkdir
 
             def failing_open(path: str, *args: int, **kwargs: int) -> int:
                 if str(path).endswith({"record": "web1.json.new", "log": "web1.log"}.get(where, "never")):
                     raise full
                 return real_open(path, *args, **kwargs)
 
-            def failing_makedirs(path: str, *args: Any, **kwargs: Any) -> None:
+            def failing_mkdir(path: str, *args: Any, **kwargs: Any) -> None:
                 if where == "runtime" and path.endswith("qemu/web1"):
                     raise full
-                real_makedirs(path, *args, **kwargs)
+                real_mkdir(path, *args, **kwargs)
 
             patch.setattr(os, "open", failing_open)
-            patch.setattr(os, "makedirs", failing_makedirs)
+            patch.setattr(os, "mkdir", failing_mkdir)
             with pytest.raises(errors.HostError, match="No space left on device"):
                 await host.start("web1", by=ROOT)
         assert not [slot for slot in world.slots() if slot.startswith("qemu/web1/")]

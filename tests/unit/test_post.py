@@ -19,6 +19,7 @@ echo "$@" >>"$HOST/calls"
 case "$1" in
 is-active) [ -e "$HOST/active" ] ;;
 list-units) cat "$HOST/guests" ;;
+show) cat "$HOST/pid" ;;
 reload|restart) [ ! -e "$HOST/broken" ] ;;
 esac
 """
@@ -39,8 +40,9 @@ class Host:
                 "VIRTD_CODE_ID": f"{self.path}/code-id",
                 "VIRTD_RUN": f"{self.path}/run",
                 "VIRTD_BOOTED": f"{self.path}/booted",
+                "VIRTD_PROC": f"{self.path}/proc",
                 "VIRTD_SITELIB": f"{self.path}/lib",
-                "VIRTD_UNITDIR": str(SCRIPT.parents[1] / "units"),
+                "VIRTD_UNITDIR": f"{self.path}/units",
                 "VIRTD_COMPILE": "1",
             },
             stdout=subprocess.PIPE,
@@ -58,8 +60,15 @@ class Host:
 
     def runs_daemon(self, code_id: str | None) -> None:
         (self.path / "active").touch()
+        (self.path / "pid").write_text("17\n")
+        (self.path / "proc/17").mkdir(parents=True)
+        (self.path / "proc/17/stat").write_text(f"17 (virtd :-) x) S {' '.join(map(str, range(4, 60)))}\n")
         if code_id is not None:
-            (self.path / "run/daemon.json").write_text(f'{{"pid": 1, "code_id": "{code_id}", "version": "0.1.0"}}\n')
+            self.says(code_id)
+
+    def says(self, code_id: str, pid: int = 17, start: str = '"start": 22, ') -> None:
+        content = f'{{"version": "0.1.0", "pid": {pid}, {start}"code_id": "{code_id}"}}\n'
+        (self.path / "run/daemon.json").write_text(content)
 
     def has_guests(self, *names: str) -> None:
         lines = [f"virtd-qemu-{name}.service loaded active running\n" for name in names]
@@ -70,7 +79,8 @@ class Host:
 def host(tmp_path: Path) -> Host:
     for directory in ("bin", "booted", "lib/virtd/drivers/qemu", "run/qemu/web1"):
         (tmp_path / directory).mkdir(parents=True)
-    for tool in ("cat", "cp", "find", "install", "python3", "rm", "rmdir", "sed", "wc"):
+    shutil.copytree(SCRIPT.parents[1] / "units", tmp_path / "units")
+    for tool in ("cat", "cp", "find", "install", "mkdir", "python3", "rm", "rmdir", "sed", "wc"):
         found = shutil.which(tool, path="/usr/bin:/bin")
         assert found is not None
         (tmp_path / "bin" / tool).symlink_to(found)
@@ -96,6 +106,35 @@ def test_same_code_reloads(host: Host) -> None:
     host.run("settled")
     assert host.calls()[-1] == "reload virtd.service"
     assert "restart virtd.service" not in host.calls()
+
+
+def test_a_file_of_an_older_daemon_is_not_believed(host: Host) -> None:
+    """/run was full when the daemon that runs was started."""
+    host.runs_daemon(None)
+    for pid, start in ((16, '"start": 22, '), (17, '"start": 21, '), (17, '"start": 2, ')):
+        host.says("0123abc", pid, start)
+        host.run("settled")
+        assert host.calls()[-1] == "restart virtd.service", (pid, start)
+    host.says("0123abc", start="")  # of a version that didn't write it
+    host.run("settled")
+    assert host.calls()[-1] == "reload virtd.service"
+
+
+@pytest.mark.parametrize(("version", "there"), [("252 (252.39-1)", True), ("254 (v254)", False), ("", False)])
+def test_what_an_old_systemd_cannot_do_itself(host: Host, version: str, *, there: bool) -> None:
+    program = host.path / "bin/systemd-analyze"
+    program.write_text(f"#!/bin/sh\necho 'systemd {version}'\necho +PAM\n")
+    program.chmod(0o755)
+    file = host.path / "units/virtd.service.d/50-hold-back.conf"
+    if not there:
+        file.parent.mkdir()
+        file.touch()
+    host.run("installed", "2")
+    assert file.exists() == there
+    if there:
+        assert 'ExecStopPost=-/bin/sh -c \'[ "$SERVICE_RESULT" = success ]' in file.read_text()
+        host.run("erasing")
+        assert not file.parent.exists()
 
 
 def test_unknown_code_restarts(host: Host) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..bus import Var
+from ..text import plain
 from ..units import unit_name
 
 Object = dict[str, Any]
@@ -13,7 +14,7 @@ Object = dict[str, Any]
 
 def dictionary(value: Object) -> dict[str, Var]:
     """A JSON object as a{sv}. D-Bus has no null: those keys are left out."""
-    return {key: variant(item) for key, item in value.items() if item is not None}
+    return {plain(key): variant(item) for key, item in value.items() if item is not None}
 
 
 def variant(value: Any) -> Var:
@@ -28,11 +29,11 @@ def variant(value: Any) -> Var:
         case dict():
             return Var("a{sv}", dictionary(value))
         case list() | tuple() if all(isinstance(item, str) for item in value):
-            return Var("as", [str(item) for item in value])
+            return Var("as", [plain(item) for item in value])
         case list() | tuple():
             return Var("av", [variant(item) for item in value if item is not None])
         case _:
-            return Var("s", str(value))
+            return Var("s", plain(str(value)))
 
 
 def common(item: Object) -> dict[str, Var]:
@@ -42,7 +43,7 @@ def common(item: Object) -> dict[str, Var]:
         "Driver": Var("s", item["driver"]),
         "Uuid": Var("s", item["uuid"]),
         "State": Var("s", str(item["state"])),
-        "Reason": Var("s", item.get("reason") or ""),
+        "Reason": Var("s", plain(item.get("reason") or "")),
         "Since": Var("s", item.get("since") or ""),
         "Autostart": Var("b", bool(item.get("autostart"))),
     }

@@ -21,6 +21,7 @@ import msgspec
 
 from .. import __version__, errors
 from ..host import Caller, Host, WithDescriptors
+from ..text import plainly
 from . import idl, interfaces
 
 if TYPE_CHECKING:
@@ -244,7 +245,10 @@ class Connection:
                 await close()
 
     async def _send(self, reply: dict[str, Any], fds: list[int]) -> None:
-        data = msgspec.json.encode(reply) + b"\0"
+        try:
+            data = msgspec.json.encode(reply) + b"\0"
+        except UnicodeEncodeError:  # the name of somebody's file, or of a network interface
+            data = msgspec.json.encode(plainly(reply)) + b"\0"
         if fds:
             control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
             sent = 0

@@ -6,16 +6,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+import os
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from .. import errors, files, journal
 from ..messages import Message
 from ..model.domain import canonical_uuid
-from ..paths import names
+from ..paths import listing
 from . import definitions
 from .protocol import Difference, Found, Problem
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from enum import StrEnum
 
     from ..child import Services
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+BATCH = 64  # definitions without a uuid that are written at once
+CHANGED, NEW_UUID = "changed", "new uuid"  # what reading a definition came to
 RECONCILE_LIMIT = 30.0  # seconds that an operation waits after the daemon's own start
 
 
@@ -60,6 +64,14 @@ class Object(Protocol):
     def pending(self) -> bool: ...
     def parsed(self, text: str) -> Any: ...
     def adopt(self, record: Record) -> object: ...
+
+
+class Fresh(NamedTuple):
+    """An object whose definition is getting a uuid, and what it was defined by before."""
+
+    name: str
+    definition: Any = None
+    text: str = ""
 
 
 T = TypeVar("T", bound=Object)
@@ -128,6 +140,9 @@ class Collection(Generic[T, D]):
             with contextlib.suppress(errors.HostError):  # a file system that is read-only by now, perhaps
                 files.remove(path)
         loaded = self.records.load()
+        if loaded.wrong:
+            self.problems["records"] = Problem(loaded.wrong, self.taken_back)
+            log.error("%s", loaded.wrong)
         for bad in loaded.quarantined:
             text = f"The record of {self.noun} {bad.name} can't be read: {bad.reason}"
             self.problems[f"record {bad.name}"] = Problem(text, f"It was moved to {bad.moved_to}. {self.taken_back}")
@@ -171,50 +186,108 @@ class Collection(Generic[T, D]):
 
         A bad one is a problem, and its object is as before.
         """
+        return [name for name in self.read_definitions() if name]
+
+    def read_definitions(self) -> Iterator[str]:
+        """`load_definitions`, bit by bit: after each the name of one that changed, or ""."""
         directory = f"{self._services.paths.etc}/{self.name}"
         for key in [key for key in self.problems if key.startswith("definition")]:
             del self.problems[key]
-        found = names(directory, ".toml")
+        found = listing(directory, ".toml")
+        for where, problem in definitions.troubles(directory, found):
+            self.problems[f"definition {where}".rstrip()] = problem
+        if found.wrong:
+            return
+        there = set(found.names)
         # First, so that a definition that was given another name doesn't meet its old self.
-        changed = [name for name, one in self.objects.items() if one.definition is not None and name not in found]
-        for name in changed:
+        for name in [name for name, one in self.objects.items() if one.definition is not None and name not in there]:
             self.forget(name)
-        for name in found:
-            path = f"{directory}/{name}.toml"
-            known = self.objects.get(name)
-            try:
-                text = definitions.read(path)
-                if known is not None and known.definition is not None and known.definition_text == text:
-                    continue
-                definition: D = (known.parsed(text) if known is not None else None) or self.parse(text, path)
-                definitions.check_name(definition.name, name, path)
-                self._check_unique(definition, path)
-                if definition.uuid is None:
-                    definition, text = self._with_uuid(definition, text)
-                    definitions.write(path, text)
-            except (errors.VirtdError, OSError, ValueError) as exc:
-                self.problems[f"definition {name}"] = definitions.complain(path, exc)
-                continue
-            self._take(definition, text)
-            changed.append(name)
-        return changed
+            yield name
+        fresh: list[Fresh] = []
+        try:
+            for name in found.names:
+                before = self._before(name)
+                changed = self._try_definition(name)
+                if changed == NEW_UUID:
+                    fresh.append(before)
+                    if len(fresh) >= BATCH:
+                        self._write_fresh(fresh)
+                yield name if changed else ""
+        finally:
+            self._write_fresh(fresh)
+
+    def _before(self, name: str) -> Fresh:
+        known = self.objects.get(name)
+        return Fresh(name) if known is None else Fresh(name, known.definition, known.definition_text)
+
+    def _try_definition(self, name: str) -> str:
+        """`_read_definition`; what is wrong with it is a problem."""
+        try:
+            return self._read_definition(name)
+        except FileNotFoundError as exc:  # undefined while we read the others, unless it is a link to nowhere
+            if os.path.lexists(self._services.paths.definition(self.name, name)):
+                self._complain(name, exc)
+        except (errors.VirtdError, OSError, ValueError) as exc:
+            self._complain(name, exc)
+        return ""
+
+    def _read_definition(self, name: str) -> str:
+        """Take what one file holds; CHANGED, NEW_UUID when it is still to be written, or "" when all is as it was."""
+        path = self._services.paths.definition(self.name, name)
+        known = self.objects.get(name)
+        text = definitions.read(path)
+        if known is not None and known.definition is not None and known.definition_text == text:
+            return ""
+        definition: D = (known.parsed(text) if known is not None else None) or self.parse(text, path)
+        definitions.check_name(definition.name, name, path)
+        self._check_unique(definition, path)
+        lacking = definition.uuid is None
+        if lacking:
+            definition, text = self._with_uuid(definition, text)
+        self._take(definition, text)
+        return NEW_UUID if lacking else CHANGED
+
+    def _write_fresh(self, fresh: list[Fresh]) -> None:
+        """Put the uuids on disk that were made for definitions without one; who can't have one isn't taken."""
+        paths = {self._services.paths.definition(self.name, before.name): before for before in fresh}
+        texts = {
+            path: self.objects[one.name].definition_text for path, one in paths.items() if one.name in self.objects
+        }
+        for path, exc in definitions.write_all(texts).items():
+            before = paths[path]
+            self._complain(before.name, exc)
+            if before.definition is None:
+                self.forget(before.name)
+            else:
+                self._take(before.definition, before.text)
+        fresh.clear()
+
+    def _complain(self, name: str, exc: Exception) -> None:
+        path = self._services.paths.definition(self.name, name)
+        self.problems[f"definition {name}"] = definitions.complain(path, exc)
 
     def unread_definitions(self) -> list[Difference]:
         """Files that aren't what was read of them last; a reload reads them."""
         directory = f"{self._services.paths.etc}/{self.name}"
-        there = names(directory, ".toml")
+        there = listing(directory, ".toml")
+        if there.wrong:
+            return (
+                [Difference("definition", "", self.problems["definition"].text)]
+                if "definition" in self.problems
+                else []
+            )
         found = [
             Difference(
                 "definition", name, f"{directory}/{name}.toml is gone, and virtd doesn't know that yet", "reload"
             )
             for name, one in self.objects.items()
-            if one.definition is not None and name not in there
+            if one.definition is not None and name not in there.names
         ]
-        for name in there:
+        for name in there.names:
             one = self.objects.get(name)
             try:
                 text: str | None = definitions.read(f"{directory}/{name}.toml")
-            except (OSError, ValueError):
+            except (errors.VirtdError, OSError, ValueError):
                 text = None
             if (bad := self.problems.get(f"definition {name}")) is not None:
                 found.append(Difference("definition", name, bad.text))

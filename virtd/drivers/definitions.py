@@ -3,17 +3,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import stat
 import uuid as uuidlib
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from .. import __version__, errors, files, journal
+from .. import __version__, errors, files, journal, ownership, untrusted
 from ..messages import Message
+from ..model.document import BOM, LIMIT
+from ..text import plain
 from .protocol import Problem
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from ..paths import Listing
+
+AT_ONCE = 16  # threads that write definitions: a file system's journal takes so many with one flush
 D = TypeVar("D")
 
 _AUTOSTART = r"(?m)^autostart[ \t]*=[ \t]*(?:true|false)\b"
@@ -21,27 +31,101 @@ _TABLE = r"(?m)^[ \t]*\["
 
 
 def read(path: str) -> str:
-    """A definition's text. Raises OSError, or UnicodeDecodeError, which is a ValueError."""
-    with open(path, encoding="utf-8") as file:
-        return file.read()
+    """A definition's text; its file may be a link to where it is kept.
 
-
-def write(path: str, text: str) -> None:
-    """Put a definition in its place, whole or not at all. Raises HostError."""
+    Raises InvalidDefinition when it isn't a file that only root can write, UnicodeDecodeError, which is a ValueError,
+    or OSError.
+    """
     try:
-        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+        link = stat.S_ISLNK(os.lstat(path).st_mode)
+        fd = untrusted.open_regular(path, follow=link)
+        try:
+            ownership.require(path, os.fstat(fd))
+            if link:
+                ownership.require_directories(path)
+            raw = untrusted.read_open(fd, path, LIMIT)
+        finally:
+            os.close(fd)
+    except untrusted.Unfit as exc:
+        raise errors.InvalidDefinition(path, "", f"can't be read: {exc.strerror}") from exc
+    return raw.decode().removeprefix(BOM)
+
+
+def troubles(directory: str, found: Listing) -> Iterator[tuple[str, Problem]]:
+    """What is wrong with a directory of definitions, and with files in it that no object can be called after: their
+    names, or "" for the directory.
+    """
+    if found.wrong:
+        text = f"{directory} can't be read: {found.wrong}"
+        hint = "What was read of it last is in force. Mend it, then: systemctl reload virtd."
+        journal.send(text, message_id=Message.DEFINITION_PROBLEM, level="error", VIRTD_FILE=directory)
+        yield "", Problem(text, hint)
+        return
+    with contextlib.suppress(OSError):
+        for where, wrong in ownership.faults_above(f"{os.path.realpath(directory)}/any"):
+            text = f"Definitions in {where} can be replaced by others than root: {wrong}"
+            journal.send(text, message_id=Message.DEFINITION_PROBLEM, level="warning", VIRTD_FILE=where)
+            yield "", Problem(text, f"chown root: {where}; chmod go-w {where}; systemctl reload virtd.")
+    for name in found.odd:
+        stem = plain(name.removesuffix(".toml"))
+        expected = "expected a file that is called as its object: 1 to 64 letters, digits, '.', '_' or '-', and .toml"
+        yield stem, complain(f"{directory}/{name}", errors.InvalidDefinition(f"{directory}/{name}", "", expected))
+
+
+def write(path: str, text: str, *, sync: bool = True) -> None:
+    """Put a definition in its place, whole or not at all. Raises HostError.
+
+    A link stays one, and what there is keeps its group and mode. Without `sync`, another is to sync the directory.
+    """
+    try:
+        files.make_directory(os.path.dirname(path), 0o755)
+        target = os.path.realpath(path)
+        if target != path:
+            ownership.require_directories(path)
+        mode, group = 0o644, -1
+        with contextlib.suppress(FileNotFoundError):
+            status = os.stat(target, follow_symlinks=False)
+            if stat.S_ISREG(status.st_mode) and not ownership.fault(status):
+                mode, group = stat.S_IMODE(status.st_mode), status.st_gid
     except OSError as exc:
-        raise errors.HostError(f"Cannot make {os.path.dirname(path)}: {exc.strerror}") from exc
-    files.write(path, text.encode(), mode=0o644)
+        raise errors.HostError(f"Cannot write {path}: {exc.strerror}", hint=files.hint(exc)) from exc
+    except errors.InvalidDefinition as exc:
+        raise errors.HostError(f"Cannot write {exc.message}", hint=exc.hint) from exc
+    files.write(target, text.encode(), mode=mode, group=group, sync_directory=sync)
+
+
+def write_all(texts: Mapping[str, str]) -> dict[str, errors.HostError]:
+    """Write definitions, by path: those that couldn't be, and why.
+
+    Each waits for the disk, and a thousand that did so one after the other would take a minute.
+    """
+
+    def one(path: str) -> errors.HostError | None:
+        try:
+            write(path, texts[path], sync=False)
+        except errors.HostError as exc:
+            return exc
+        return None
+
+    if not texts:
+        return {}
+    from concurrent.futures import ThreadPoolExecutor  # no start of the daemon needs it otherwise
+
+    with ThreadPoolExecutor(min(AT_ONCE, len(texts))) as pool:
+        results = dict(zip(texts, pool.map(one, texts), strict=True))
+    for directory in {os.path.dirname(os.path.realpath(path)) for path in texts}:
+        files.sync(directory)
+    return {path: exc for path, exc in results.items() if exc is not None}
 
 
 def with_uuid(text: str, uuid: str = "") -> str:
     """A definition that has none, with `uuid`, or a new one, as its first key."""
-    return f'uuid = "{uuid or uuidlib.uuid4()}"\n{text}'
+    return f'uuid = "{uuid or uuidlib.uuid4()}"\n{text.removeprefix(BOM)}'
 
 
 def with_autostart(text: str, *, enable: bool) -> str:
     """A definition with its top-level key `autostart` set; the rest of the text stays as it is."""
+    text = text.removeprefix(BOM)
     table = re.search(_TABLE, text)
     head, tail = (text[: table.start()], text[table.start() :]) if table else (text, "")
     line = f"autostart = {str(enable).lower()}"
@@ -76,7 +160,8 @@ def check_name(name: str, stem: str, path: str) -> None:
 def complain(path: str, exc: Exception) -> Problem:
     """The problem that a file which can't be read makes; the journal is told."""
     known = exc if isinstance(exc, errors.VirtdError) else None
-    text = known.message if known is not None else f"{path}: {exc}"
+    said = exc.strerror if isinstance(exc, OSError) else str(exc)
+    text = plain(known.message if known is not None else f"{path}: {said}")
     hint = known.hint if known is not None and known.hint else "Mend it, then: systemctl reload virtd."
     journal.send(text, message_id=Message.DEFINITION_PROBLEM, level="error", VIRTD_FILE=path)
     return Problem(text, hint)

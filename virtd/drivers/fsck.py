@@ -314,8 +314,7 @@ def _record(guests: AnyGuests, name: str) -> list[Difference]:
 def record_differences(path: str, name: str, known: records.Record | None) -> list[Difference]:
     """The record on disk, beside the one in memory."""
     try:
-        with open(path, "rb") as file:
-            there: records.Record | None = records.decode(file.read())
+        there: records.Record | None = records.read(path)
     except FileNotFoundError:
         there = None
     except (OSError, ValueError) as exc:

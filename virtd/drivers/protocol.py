@@ -8,7 +8,7 @@ never a front end. Drivers that need each other ask the host for a peer by its n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import msgspec
@@ -65,6 +65,9 @@ class Driver(Protocol):
 
     def load_definitions(self) -> list[str]:
         """Read the definitions again; the names of those that changed. A bad one is a problem of its own."""
+
+    def read_definitions(self) -> Iterator[str]:
+        """The same, bit by bit: after each the name of one that changed, or ""."""
 
     async def reload(self) -> None:
         """Apply again what others may have removed, such as firewall rules. Nothing that runs is touched."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from ..paths import names
+from ..paths import listing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -62,10 +62,15 @@ class Drivers:
             name
             for name in MODULES
             if name not in self._made
-            and (name in held or names(f"{paths.etc}/{name}", ".toml") or _unfinished(f"{paths.run}/{name}"))
+            and (name in held or _something(f"{paths.etc}/{name}", ".toml") or _unfinished(f"{paths.run}/{name}"))
         ]
 
 
 def _unfinished(run: str) -> bool:
     """Whether there are records, or marks of objects that were being made."""
-    return bool(names(run, ".json") or names(run, CREATING))
+    return _something(run, ".json") or _something(run, CREATING)
+
+
+def _something(directory: str, suffix: str) -> bool:
+    """Whether the directory has such files, or something is wrong with it: the driver will say what."""
+    return any(listing(directory, suffix))

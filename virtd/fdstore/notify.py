@@ -10,13 +10,15 @@ every child inherits it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
 import socket
+import threading
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from virtd.fdstore.errors import NotifyFailed
 
@@ -40,40 +42,73 @@ def _address(path: str) -> str:
     raise NotifyFailed(f"NOTIFY_SOCKET={path} is not an AF_UNIX socket")
 
 
-def connect(path: str, patience: float = PATIENCE) -> Transport:
-    """A function that sends one message and its descriptors to the NOTIFY_SOCKET of that value.
+def connect(path: str, patience: float = PATIENCE, *, reserve: bool = False) -> Sender:
+    """What sends one message and its descriptors to the NOTIFY_SOCKET of that value; see Sender."""
+    return Sender(_address(path), patience, reserve=reserve)
 
-    It returns when the message is in the manager's queue, where it outlives this process: SIGKILL in the next
-    instruction doesn't unsend it. It raises NotifyFailed if there was no room for `patience` seconds, or nobody is
-    there. Any thread may call it.
+
+class Sender:
+    """Called with a message and descriptors, it returns when they are in the manager's queue, where they outlive this
+    process: SIGKILL in the next instruction doesn't unsend them. Raises NotifyFailed if there was no room for
+    `patience` seconds, or nobody is there. Any thread may call it.
+
+    With `reserve` there is a socket that is used when no other can be had, because too many files are open.
     """
-    address = _address(path)
 
-    def send(text: str, fds: Sequence[int]) -> None:
+    def __init__(self, address: str, patience: float, *, reserve: bool = False) -> None:
+        self._address = address
+        self._patience = patience
+        self._spare = _socket() if reserve else None
+        self._sparing = threading.Lock()
+
+    def close(self) -> None:
+        """Let go of the spare socket."""
+        if self._spare is not None:
+            self._spare.close()
+            self._spare = None
+
+    def __call__(self, text: str, fds: Sequence[int]) -> None:
         message = text.encode()
         if len(message) > LONGEST:
             raise NotifyFailed(f"a message of {len(message)} bytes; the service manager reads up to {LONGEST}")
         control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
-        deadline = time.monotonic() + patience
-        # A socket for each message costs 10 µs and spares us the lock, and the question what to do when the manager
-        # has made itself a new one. Connected, because poll() sees the peer's full queue only then.
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as sock:
-            try:
-                sock.connect(address)
+        deadline = time.monotonic() + self._patience
+        try:
+            # A socket for each message costs 10 µs and spares us the lock, and the question what to do when the
+            # manager has made itself a new one. Connected, because poll() sees the peer's full queue only then.
+            with self._one() as sock:
+                sock.connect(self._address)
                 while True:
                     try:
                         sock.sendmsg([message], control, socket.MSG_NOSIGNAL)
                         return
                     except BlockingIOError:
                         _wait_for_room(sock, deadline)
-            except OSError as error:
-                if error.errno == errno.ETOOMANYREFS:
-                    hint = "raise LimitNOFILE= in the unit: too many descriptors are on their way to PID 1"
-                else:
-                    hint = "is the service manager alive?"
-                raise NotifyFailed(f"the service manager took no message: {error.strerror}", hint=hint) from error
+        except OSError as error:
+            if error.errno == errno.ETOOMANYREFS:
+                hint = "raise LimitNOFILE= in the unit: too many descriptors are on their way to PID 1"
+            elif error.errno in (errno.EMFILE, errno.ENFILE):
+                hint = "raise LimitNOFILE= in the unit: too many files are open"
+            else:
+                hint = "is the service manager alive?"
+            raise NotifyFailed(f"the service manager took no message: {error.strerror}", hint=hint) from error
 
-    return send
+    @contextlib.contextmanager
+    def _one(self) -> Iterator[socket.socket]:
+        try:
+            sock = _socket()
+        except OSError as error:
+            if self._spare is None or error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            with self._sparing:
+                yield self._spare
+            return
+        with sock:
+            yield sock
+
+
+def _socket() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
 
 
 def _wait_for_room(sock: socket.socket, deadline: float) -> None:

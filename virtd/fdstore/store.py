@@ -145,6 +145,7 @@ class Store:
         direct: int | None = DIRECT,
         inherited: Mapping[int, str] | None = None,
         notify: messages.Transport | None = None,
+        reserve: bool = False,
     ) -> Self:
         """Take over what the service manager passed to this process; call it once, early, before anything is spawned.
 
@@ -153,14 +154,15 @@ class Store:
         it: where neither it nor $FDSTORE says that there is a store, `put()` refuses rather than lose what it is
         given. `headroom` is how many descriptors the daemon opens beside its slots. `direct` is how many slots are
         entries of their own in PID 1 before more are put into boxes (boxes.py); None: all of them. `inherited` (names
-        by number) and `notify` stand in for systemd in tests.
+        by number) and `notify` stand in for systemd in tests. With `reserve` one descriptor is kept for messages, so
+        that a daemon that has run out of them is not killed by its watchdog.
         """
         if inherited is None:
             inherited = _listen_fds() if "LISTEN_FDS" in environ else {}
         told = environ.get("FDSTORE", "")
         path = environ.get("NOTIFY_SOCKET")
         if notify is None and path:
-            notify = messages.connect(path)
+            notify = messages.connect(path, reserve=reserve)
         for key in _OURS:
             environ.pop(key, None)
         store_max = None if notify is None else int(told) if told.isdecimal() else fallback_max
@@ -470,10 +472,14 @@ class Store:
                     return self.put(name, slot.fd) if name in self._doubles else slot
             raise MissingSlot(f"no descriptor in slot {name} is the one sought ({dev}:{ino})")
 
-    def resize(self, store_max: int) -> None:
-        """FileDescriptorStoreMax= is `store_max` now: a daemon-reload may change it under a running daemon."""
+    def resize(self, store_max: int, files: int | None = None, headroom: int = HEADROOM) -> None:
+        """FileDescriptorStoreMax= is `store_max` now, and LimitNOFILE= `files` (None: there is none).
+
+        A daemon-reload may change them under a running daemon.
+        """
         if self._send is not None:
             self._store_max = store_max
+            self._files_max = files_limit(-1 if files is None else files, headroom)
 
     def send_again(self) -> None:
         """Send PID 1 every slot once more. It keeps those that it has; what it dropped is there again, if it fits.
@@ -508,6 +514,8 @@ class Store:
             for name in list(self._slots):
                 self._forget(name)
             self._boxes.close()
+            if isinstance(self._send, messages.Sender):
+                self._send.close()
             for fds in self._sockets.values():
                 for fd in fds:
                     os.close(fd)

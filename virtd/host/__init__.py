@@ -13,11 +13,11 @@ import functools
 import logging
 import os
 import time
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
 
-from .. import __version__, console, errors, files
+from .. import __version__, console, errors, files, untrusted
 from ..child import sweep
 from ..drivers.autostart import AGAIN
 from ..drivers.qemu.machine import DRIVER
@@ -28,7 +28,7 @@ from .base import Caller, Listener, WithDescriptors
 from .domains import Domains
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable, Iterable
 
     from ..child import Services
     from ..drivers import qemu, storage
@@ -42,6 +42,10 @@ if TYPE_CHECKING:
 __all__ = ["Caller", "Host", "Listener", "WithDescriptors"]
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+TURN = 0.01  # seconds that reading definitions keeps everybody else waiting
 
 
 class Recovery(msgspec.Struct):
@@ -66,6 +70,7 @@ class Host(Domains):
         self.degraded: list[str] = []
         self.problems: dict[str, tuple[str, str]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._reloading = asyncio.Lock()
         self.services = services
 
     # The other nouns
@@ -159,16 +164,17 @@ class Host(Domains):
     async def autostart(self) -> None:
         """Start what is to be started at boot: once per boot, which a soft reboot isn't.
 
-        The mark is in /run, and says "begun" before the first one is started, so that a daemon that takes over in the
-        middle goes on with the rest. One driver comes after the other: what others stand on is first.
+        The mark says "begun" before the first one is started, so that a daemon that takes over in the middle goes on
+        with the rest. One driver comes after the other: what others stand on is first.
         """
-        mark, boot = f"{self._services.paths.run}/autostarted", boot_id()
-        with contextlib.suppress(OSError), open(mark, encoding="ascii") as file:
-            if file.read().strip() == boot:
-                return
+        boot = boot_id()
+        for mark in self._services.paths.autostarted:
+            with contextlib.suppress(OSError):
+                if untrusted.read(mark, 100).decode(errors="replace").strip() == boot:
+                    return
         for pause in (*AGAIN, None):
             try:
-                files.write(mark, f"{boot} begun\n".encode())
+                self._mark(f"{boot} begun\n")
                 break
             except errors.HostError as exc:
                 self.problems["autostart"] = (f"Nothing was autostarted: {exc.message}", exc.hint)
@@ -178,7 +184,19 @@ class Host(Domains):
         self.problems.pop("autostart", None)
         await self._start_at_boot()
         with contextlib.suppress(errors.HostError):  # the next daemon will find nothing left to do
-            files.write(mark, f"{boot}\n".encode())
+            self._mark(f"{boot}\n")
+
+    def _mark(self, text: str) -> None:
+        """Write how far autostarting is. Raises HostError when that can be done nowhere."""
+        failed = []
+        marks = self._services.paths.autostarted
+        for mark in marks:
+            try:
+                files.write(mark, text.encode())
+            except errors.HostError as exc:
+                failed.append(exc)
+        if len(failed) == len(marks):
+            raise failed[0]
 
     async def _start_at_boot(self) -> None:
         for driver in self.drivers:
@@ -278,17 +296,31 @@ class Host(Domains):
 
     async def reload(self, *, by: Caller) -> dict[str, Any]:
         """Read the definitions again, and apply again what others may have removed; nothing that runs is touched."""
+        async with self._reloading:
+            return await self._reload()
+
+    async def _reload(self) -> dict[str, Any]:
         for name in self.drivers.wanted():
             self._wake(name)
         changed: list[str] = []
         problems: list[dict[str, str]] = []
         for driver in self.drivers:
             prefix = "" if driver.name == DRIVER else f"{driver.name}/"
-            changed += [f"{prefix}{name}" for name in driver.load_definitions()]
+            changed += [f"{prefix}{name}" async for name in _bit_by_bit(driver.read_definitions()) if name]
             await driver.reload()
             problems += [_row(driver.name, *trouble) for trouble in driver.bad_definitions()]
         log.info("Reloaded: %d definitions changed", len(changed))
         return {"changed": changed, "problems": problems}
+
+
+async def _bit_by_bit(work: Iterable[T]) -> AsyncIterator[T]:
+    """What `work` yields, with others having their turn after each few milliseconds of it."""
+    turn = time.monotonic()
+    for item in work:
+        yield item
+        if time.monotonic() - turn > TURN:
+            await asyncio.sleep(0)
+            turn = time.monotonic()
 
 
 def _repaired(row: dict[str, Any]) -> bool:
@@ -297,4 +329,4 @@ def _repaired(row: dict[str, Any]) -> bool:
 
 def _row(driver: str, name: str, problem: Problem) -> dict[str, str]:
     """A problem of the object `name`, as every front end tells it."""
-    return {"object": f"{driver}/{name}", "text": problem.text, "hint": problem.hint}
+    return {"object": f"{driver}/{name}" if name else driver, "text": problem.text, "hint": problem.hint}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .. import errors, fifos, files
 from ..drivers.protocol import Comparing, Difference
 from ..drivers.registry import MODULES
-from ..paths import names
+from ..text import plain
 
 if TYPE_CHECKING:
     from ..child import Services
@@ -59,15 +59,20 @@ async def _strangers(services: Services) -> list[Difference]:
 def _quarantine(services: Services, *, repair: bool) -> list[Difference]:
     """Records that couldn't be read at a start. Their objects are rebuilt; the files are for a person."""
     found = []
-    for name in names(services.paths.quarantine, ".json"):
-        path = os.path.join(services.paths.quarantine, f"{name}.json")
+    try:
+        entries = sorted(os.listdir(services.paths.quarantine))
+    except OSError:
+        return []
+    for entry in entries:
+        path = os.path.join(services.paths.quarantine, entry)
         repaired = False
         if repair:
             try:
                 repaired = files.remove(path)
             except errors.HostError:
-                repaired = False
-        text = f"{path} is a record that couldn't be read; its object was rebuilt without it"
+                files.remove_tree(path)  # it was a directory that was called as a record
+                repaired = not os.path.lexists(path)
+        text = f"{plain(path)} is a record that couldn't be read; its object was rebuilt without it"
         found.append(Difference("record", "", text, "remove it", repaired))
     return found
 

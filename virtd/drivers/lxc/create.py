@@ -17,7 +17,7 @@ import re
 import tempfile
 from typing import TYPE_CHECKING, NamedTuple
 
-from ... import errors, files
+from ... import errors, files, untrusted
 from ...model.domain import NAME, shown
 from ...paths import names
 from ...units import UnitSpec
@@ -91,8 +91,8 @@ def check(name: str, image: str, directory: str) -> None:
 async def run(job: Job, units: Units, define: Callable[[str], Container]) -> Container:
     """Make it, and have it defined. Raises a VirtdError, with nothing left behind."""
     try:
-        os.makedirs(job.directory, mode=0o700, exist_ok=True)
-        os.makedirs(job.run, mode=0o700, exist_ok=True)
+        files.make_directory(job.directory, 0o700)
+        files.make_directory(job.run, 0o700)
         files.write(job.mark, job.directory.encode())
         await _make(job, units)
         return define(job.definition)
@@ -120,8 +120,11 @@ async def clear(run: str, directory: str, units: Units, defined: Callable[[str],
     """At a start of the daemon: remove what was being made when the last one ended."""
     for name in names(run, MARK):
         mark = f"{run}/{name}{MARK}"
-        with open(mark, encoding="utf-8") as file:
-            place = file.read()
+        try:
+            place = os.fsdecode(untrusted.read(mark, 4096))
+        except OSError as exc:
+            log.warning("%s can't be read: %s", mark, exc.strerror)
+            continue
         with contextlib.suppress(errors.VirtdError):
             await units.kill(unit_of(name), 9, whole=True)
         with contextlib.suppress(errors.VirtdError):  # one that has ended by itself is still to be forgotten

@@ -8,7 +8,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from ... import errors, files
+from ... import errors, files, layout
 from ...model import container as model
 from ...units import UnitSpec
 from ..start import Start
@@ -144,6 +144,7 @@ class _Start(Start[Container, model.Container]):
             "stop": config.stop_script(self.definition, self.host, self.stop, self.settings.host_shutdown_timeout),
         }
         try:
+            layout.ensure(self.services.paths)
             files.remove_tree(runtime)
             # LXC insists on its root being able to pass there. Others don't get as far: the directory above is 0700.
             for path in (runtime, self.host.path, f"{self.host.path}/{self.machine.name}"):

@@ -11,7 +11,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from ... import errors
+from ... import errors, files
 from ...model.domain import Format
 from ..storage import mounts
 
@@ -55,8 +55,8 @@ async def mount(root: model.Root, where: str, peers: Peers, units: Units, source
     require_free = await storage.require_unused(root.pool, root.volume)
     await unmount(where, units)  # a start that was cut off has left it
     try:
-        os.makedirs(os.path.dirname(where), mode=0o700, exist_ok=True)
-        os.makedirs(where, mode=0o755, exist_ok=True)
+        files.make_directory(os.path.dirname(where), 0o700)
+        files.make_directory(where, 0o755)
     except OSError as exc:
         raise errors.HostError(f"Cannot make {where}: {exc.strerror}") from exc
     # systemd's own choice of file systems, as for any device; "loop" is for a file. Setuid programs are for the

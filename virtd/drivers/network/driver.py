@@ -19,7 +19,7 @@ from ... import errors, files, journal
 from ...messages import Message
 from ...model import network as model
 from ...model.network import State
-from ...paths import names
+from ...paths import listing
 from ...process import boot_id
 from ...records import Record, Records, now
 from .. import reconcile
@@ -98,9 +98,11 @@ class Driver(Collection[Net, model.Network]):
     def _sweep_leases(self) -> None:
         """Remove leases of networks that there aren't any more: an undefine was cut off."""
         top = f"{self._services.paths.lib}/{DRIVER}"
-        defined = names(f"{self._services.paths.etc}/{DRIVER}", ".toml")  # also those that can't be read
+        defined = listing(f"{self._services.paths.etc}/{DRIVER}", ".toml")  # also those that can't be read
+        if defined.wrong:
+            return
         with contextlib.suppress(OSError):
-            for name in set(os.listdir(top)) - set(self.objects) - set(defined):
+            for name in set(os.listdir(top)) - set(self.objects) - set(defined.names):
                 files.remove_tree(f"{top}/{name}")
 
     async def reconcile(self) -> None:

@@ -192,8 +192,7 @@ async def _interfaces(driver: Driver, *, repair: bool) -> list[Difference]:
 def _has_something(driver: Driver, user: str) -> bool:
     kind, _, name = user.partition("/")
     try:
-        with open(driver.services.paths.record(kind, name), "rb") as file:
-            record = records.decode(file.read())
+        record = records.read(driver.services.paths.record(kind, name))
     except FileNotFoundError:
         return False
     except (OSError, ValueError):

@@ -11,7 +11,7 @@ import signal
 import time
 from typing import TYPE_CHECKING, Any
 
-from ... import errors, fdstore, files, journal
+from ... import errors, fdstore, files, journal, layout
 from ...child import Child, Ends, end_unit, identities
 from ...logfile import Cursor
 from ...messages import Message
@@ -131,12 +131,9 @@ class Server(Tasks):
         account = host.account(self.net.shared.settings)
         changed = set()
         try:
-            os.makedirs(self.net.runtime, mode=0o755, exist_ok=True)
-            os.chmod(self.net.runtime, 0o755)  # a umask of ours is in the way of makedirs
-            if not os.path.isdir(self.net.state_directory):
-                os.makedirs(os.path.dirname(self.net.state_directory), mode=0o711, exist_ok=True)
-                os.chmod(os.path.dirname(self.net.state_directory), 0o711)
-                os.mkdir(self.net.state_directory, 0o750)
+            layout.ensure(self.net.shared.services.paths)
+            files.make_directory(self.net.runtime, 0o755)
+            files.make_directory(self.net.state_directory, 0o750)
             os.chown(self.net.state_directory, account.uid, account.gid)
         except OSError as exc:
             raise errors.HostError(f"Cannot make the directories of network {self.net.name}: {exc}") from exc

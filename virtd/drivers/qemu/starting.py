@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ... import errors, files
+from ... import errors, files, layout
 from ...model import domain as model
 from ...units import UnitSpec, mount_units
 from ..start import Start
@@ -98,8 +98,9 @@ class _Start(Start[Machine, model.Domain]):
         runtime = self.machine.runtime
         stem = command.events(runtime)
         try:
+            layout.ensure(self.services.paths)
             files.remove_tree(runtime)
-            os.makedirs(runtime, mode=0o700)
+            os.mkdir(runtime, mode=0o700)
             for path, content in ((f"{stem}.in", CAPABILITIES), (f"{stem}.out", b"")):
                 with open(path, "xb") as file:
                     os.fchmod(file.fileno(), 0o600)

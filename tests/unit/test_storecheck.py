@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a daemon-reload may do to the ground that virtd stands on is told while there is time to put it right."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from tests.unit.fake_pid1 import FakePid1, put_new
+from tests.unit.whole_host import on_loop
+from virtd import errors, storecheck
+from virtd.fdstore import NotifyFailed, Store, StoreFull
+from virtd.fdstore.notify import connect
+from virtd.messages import Message
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from virtd.units import Units
+
+NONE = (1 << 64) - 1  # how systemd says that there is no limit
+
+
+class Unit:
+    """virtd.service as systemd has it."""
+
+    def __init__(self, pid1: FakePid1) -> None:
+        self.pid1 = pid1
+        self.properties: dict[str, Any] = {
+            "FileDescriptorStoreMax": 4096,
+            "LimitNOFILESoft": 524288,
+            "FileDescriptorStorePreserve": "yes",
+            "LoadState": "loaded",
+        }
+
+    async def service_property(self, _unit: str, name: str) -> Any:
+        if name not in self.properties:
+            raise errors.HostError(f"Unknown property {name}")
+        return self.properties[name]
+
+    unit_property = service_property
+
+    async def store_count(self, _unit: str) -> int:
+        self.pid1.read()
+        return len(self.pid1.names())
+
+    def becomes(self, **properties: Any) -> None:
+        """A daemon-reload: what is over the limit is dropped."""
+        self.properties |= properties
+        self.pid1.read()
+        self.pid1.store_max = self.properties["FileDescriptorStoreMax"]
+        while len(self.pid1.entries) > self.pid1.store_max:
+            os.close(self.pid1.entries.pop().fd)
+
+
+async def look(store: Store, unit: Unit) -> storecheck.Problems:
+    """One look, with a PID 1 that reads its messages meanwhile."""
+
+    async def read() -> None:
+        while True:
+            unit.pid1.read()
+            await asyncio.sleep(0.001)
+
+    reading = asyncio.ensure_future(read())
+    try:
+        return await storecheck.look(store, cast("Units", unit), "virtd.service")
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+
+
+@pytest.fixture
+def five(pid1: FakePid1, store: Store) -> Store:
+    pid1.store_max = 4096
+    store.resize(4096)
+    for number in range(5):
+        put_new(store, f"qemu/web1/{number}")
+    pid1.read()
+    return store
+
+
+@on_loop
+async def test_nothing_is_wrong(pid1: FakePid1, five: Store) -> None:
+    unit = Unit(pid1)
+    assert await look(five, unit) == {}
+    unit.becomes(LimitNOFILESoft=NONE)
+    assert await look(five, unit) == {}
+    del unit.properties["FileDescriptorStorePreserve"]  # systemd before 254
+    assert await look(five, unit) == {}
+
+
+@on_loop
+async def test_masked(pid1: FakePid1, five: Store) -> None:
+    unit = Unit(pid1)
+    unit.becomes(LoadState="masked", FileDescriptorStoreMax=0)
+    assert pid1.names() == []
+    found = await look(five, unit)
+    text, hint = found["store"]
+    assert "masked" in text
+    assert hint.startswith("systemctl unmask virtd.service before virtd is stopped")
+    unit.becomes(LoadState="loaded", FileDescriptorStoreMax=4096)
+    assert await look(five, unit) == {}
+    assert len(pid1.names()) == 5, "systemd has all of it again"
+
+
+@on_loop
+async def test_the_file_is_gone_or_bad(pid1: FakePid1, five: Store) -> None:
+    for load, said in (("not-found", "is gone"), ("bad-setting", "can't be used (bad-setting)")):
+        unit = Unit(pid1)
+        unit.becomes(LoadState=load)
+        text, hint = (await look(five, unit))["store"]
+        assert said in text
+        assert "daemon-reload" in hint
+
+
+@on_loop
+async def test_a_store_that_was_made_smaller(pid1: FakePid1, five: Store) -> None:
+    unit = Unit(pid1)
+    unit.becomes(FileDescriptorStoreMax=2)
+    text, hint = (await look(five, unit))["store"]
+    assert "dropped 3 of 5" in text
+    assert "FileDescriptorStoreMax=" in hint
+
+
+@on_loop
+async def test_a_store_that_would_not_outlive_a_stop(pid1: FakePid1, five: Store) -> None:
+    unit = Unit(pid1)
+    for value in ("no", "restart"):
+        unit.becomes(FileDescriptorStorePreserve=value)
+        assert "isn't yes" in (await look(five, unit))["preserve"][0]
+
+
+@on_loop
+async def test_fewer_open_files_than_are_stored(pid1: FakePid1, five: Store) -> None:
+    unit = Unit(pid1)
+    unit.becomes(LimitNOFILESoft=7)
+    text, hint = (await look(five, unit))["files"]
+    assert "LimitNOFILE= of virtd.service is 7" in text
+    assert "Raise it to" in hint
+    with pytest.raises(StoreFull, match="LimitNOFILE allows"):
+        five.room_for(["qemu/web2/stdin"])
+    unit.becomes(LimitNOFILESoft=524288)
+    assert await look(five, unit) == {}
+    five.room_for(["qemu/web2/stdin"])
+
+
+def test_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[str, str]] = []
+    monkeypatch.setattr("virtd.journal.send", lambda text, **more: said.append((text, more["message_id"])))
+    found = {"store": ("virtd.service is masked", "systemctl unmask virtd.service.")}
+    storecheck.tell({}, found)
+    storecheck.tell(found, found)
+    storecheck.tell(found, {})
+    assert said == [("virtd.service is masked. systemctl unmask virtd.service.", Message.STORE_AT_RISK)]
+
+
+@pytest.fixture
+def no_files_left() -> Iterator[list[int]]:
+    """Not one more descriptor can be had; the list has those that are in the way."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    taken: list[int] = []
+    yield taken
+    for fd in taken:
+        os.close(fd)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_the_watchdog_is_told_without_a_descriptor_to_be_had(pid1: FakePid1, no_files_left: list[int]) -> None:
+    send, unprepared = connect(pid1.path, reserve=True), connect(pid1.path)
+    try:
+        while True:
+            try:
+                no_files_left.append(os.dup(2))
+            except OSError:
+                break
+        for _ in range(3):
+            send("WATCHDOG=1", ())
+        with pytest.raises(NotifyFailed, match="took no message"):
+            unprepared("WATCHDOG=1", ())
+    finally:
+        os.close(no_files_left.pop())
+        os.close(no_files_left.pop())
+        send.close()
+    assert pid1.read() == 3

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The directories that virtd works in. systemd-tmpfiles(8) makes them, and so does virtd, where it has not been asked
+to or somebody has removed them: of the same modes, which units/virtd.tmpfiles has as well.
+
+No StateDirectory= or its like, for `systemctl clean` deletes what those name: images, definitions and logs are their
+owners', and what is in /run tells of guests that run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+from . import files
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .paths import Paths
+
+OURS = {  # in /run, where all is made by virtd
+    "": 0o755,
+    # Children reach what is theirs by name, and who else there is, is none of their business.
+    "qemu": 0o711,
+    "network": 0o711,
+    "lxc": 0o700,
+    "storage": 0o700,
+    "fifos": 0o700,
+    "quarantine": 0o700,
+}
+ETC = {"": 0o755, "qemu": 0o755, "network": 0o755, "storage": 0o755, "lxc": 0o755}
+LIB = {"": 0o711, "network": 0o711, "images": 0o700, "containers": 0o700}
+# Consoles hold what guests print, passwords at times included.
+LOG = {"": 0o711, "qemu": 0o700, "network": 0o700, "lxc": 0o700, "storage": 0o700}
+
+
+def directories(paths: Paths) -> Iterator[tuple[str, int]]:
+    """Each with its mode, those above first."""
+    for base, table in ((paths.run, OURS), (paths.etc, ETC), (paths.lib, LIB), (paths.log, LOG)):
+        for name, mode in table.items():
+            yield f"{base}/{name}".rstrip("/"), mode
+
+
+def ensure(paths: Paths) -> None:
+    """Have them all there. What can't be made is told by whoever needs it.
+
+    Those in /run get their mode back; the others' may be their owner's choice.
+    """
+    for path, mode in directories(paths):
+        with contextlib.suppress(OSError):
+            files.make_directory(path, mode)
+            if path.startswith(paths.run) and os.stat(path).st_mode & 0o7777 != mode:
+                os.chmod(path, mode)

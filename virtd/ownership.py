@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Whether only root can change a file that root goes by.
+
+Who writes a definition has QEMU opened whatever it names, so a user's own file, or one that everybody may write, is
+one that nobody should go by.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from . import errors, reach
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def fault(status: os.stat_result) -> str:
+    """Who else can write what has this status, as a sentence; "" when nobody can.
+
+    In a directory with the sticky bit others may make files of their own, and leave root's alone.
+    """
+    mode = status.st_mode
+    if status.st_uid not in (0, os.geteuid()):
+        return f"it belongs to the user with the ID {status.st_uid}"
+    if stat.S_ISDIR(mode) and mode & stat.S_ISVTX:
+        return ""
+    if mode & stat.S_IWOTH:
+        return "everybody may write it"
+    if mode & stat.S_IWGRP and status.st_gid not in (0, os.getegid()):
+        return f"the group with the ID {status.st_gid} may write it"
+    return ""
+
+
+def require(path: str, status: os.stat_result) -> None:
+    """Raise InvalidDefinition when others than root can write the file `path`, which has this status."""
+    if wrong := fault(status):
+        raise errors.InvalidDefinition(
+            path, "", f"expected a file that only root can write: {wrong}",
+            hint=f"See what is in it, then: chown root: {path}; chmod go-w {path}; systemctl reload virtd.",
+        )  # fmt: skip
+
+
+def require_directories(path: str) -> None:
+    """Raise InvalidDefinition when others than root can put another file where the link `path` leads to.
+
+    Raises OSError where it leads nowhere.
+    """
+    try:
+        with reach.reached(path):
+            pass
+    except errors.HostError as exc:
+        hint = exc.hint or "Keep it where only root can write."
+        expected = f"expected a file that only root can write: {exc.message}"
+        raise errors.InvalidDefinition(path, "", expected, hint=hint) from exc
+
+
+def faults_above(path: str) -> Iterator[tuple[str, str]]:
+    """The directories above `path`, which has no links in it, that others than root can write, and who can."""
+    while path != "/":
+        path = os.path.dirname(path)
+        if wrong := fault(os.stat(path)):
+            yield path, wrong

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Whether systemd still keeps what virtd has given it, and would start virtd with it.
+
+A daemon-reload may change virtd.service under a running daemon, and drop descriptors or make the next start
+impossible. As long as this process runs it has them all; only the next one would miss them. So it is said now.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from . import errors, fdstore, journal
+from .messages import Message
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from .units import Units
+
+log = logging.getLogger(__name__)
+
+LOOKS = 4  # at what systemd has of the store's entries, before one counts as dropped
+BEFORE = "before virtd is stopped or restarted"
+
+Problems = dict[str, tuple[str, str]]  # by key: text and hint
+
+
+def headroom(soft: int) -> int:
+    """Half of the open files are for slots: to each guest's five there are two logs, a pidfd, a monitor, clients."""
+    return max(fdstore.HEADROOM, soft // 2)
+
+
+async def dropped(store: fdstore.Store, count: Callable[[], Awaitable[int]]) -> tuple[int, int]:
+    """How many of the store's entries systemd doesn't take, though it was given them again; and of how many.
+
+    `count` says how many it has. Children start and end meanwhile, so a few looks have to agree that one is missing.
+    """
+    wanted = kept = 0
+    for look in range(LOOKS):
+        if look == 1:
+            await asyncio.to_thread(store.send_again)
+        if look:
+            await asyncio.to_thread(store.barrier)
+        wanted = store.budget().entries
+        kept = await count()
+        wanted = min(wanted, store.budget().entries)
+        if kept >= wanted:
+            return 0, wanted
+    return wanted - kept, wanted
+
+
+async def look(store: fdstore.Store, units: Units, unit: str) -> Problems:
+    """Compare with systemd, and give it back what it has dropped: what is wrong now.
+
+    Raises VirtdError or StoreError.
+    """
+    unit_max = int(await units.service_property(unit, "FileDescriptorStoreMax"))
+    soft = int(await units.service_property(unit, "LimitNOFILESoft"))
+    store.resize(unit_max, *files(soft))
+    found: Problems = {}
+    missing, wanted = await dropped(store, lambda: units.store_count(unit))
+    load = str(await units.unit_property(unit, "LoadState"))
+    if missing:
+        text = f"systemd has dropped {missing} of {wanted} entries of the FD store, which guests need"
+        found["store"] = (text, f"Raise FileDescriptorStoreMax= of {unit} (now {unit_max}) {BEFORE}.")
+    if load == "masked":
+        text = f"{unit} is masked: systemd has dropped what it kept for guests" if missing else f"{unit} is masked"
+        found["store"] = (text, f"systemctl unmask {unit} {BEFORE}, or their consoles are lost.")
+    elif load not in ("loaded", ""):
+        what = "is gone" if load == "not-found" else f"can't be used ({load})"
+        found["store"] = (
+            f"The file of {unit} {what}, and virtd could not be started again",
+            f"See: systemctl status {unit}. Put it right, then systemctl daemon-reload, {BEFORE}.",
+        )
+    if await keeps(units, unit) is False:
+        found["preserve"] = (
+            f"FileDescriptorStorePreserve= of {unit} isn't yes: when virtd is stopped, guests' consoles are lost",
+            "See: systemctl cat virtd.service. Remove what changes it, then systemctl daemon-reload.",
+        )
+    budget = store.budget()
+    if budget.files_max is not None and budget.used > budget.files_max:
+        found["files"] = (
+            f"LimitNOFILE= of {unit} is {soft}: too little for the {budget.used} descriptors kept for guests",
+            f"Raise it to {2 * budget.used + 1024} or more, then systemctl daemon-reload, {BEFORE}.",
+        )
+    return found
+
+
+def files(soft: int) -> tuple[int | None, int]:
+    """RLIMIT_NOFILE as the store wants it, and the headroom; `soft` as systemd has it, with 2^64 - 1 for none."""
+    limit = soft if soft < 1 << 63 else None
+    return limit, headroom(limit or 0)
+
+
+async def keeps(units: Units, unit: str) -> bool | None:
+    """Whether the store outlives a stop; None with a systemd that can't do that in any case, or doesn't say."""
+    try:
+        return bool(await units.service_property(unit, "FileDescriptorStorePreserve") == "yes")
+    except errors.VirtdError:
+        return None
+
+
+KEYS = ("store", "preserve", "files")
+
+
+def tell(before: Problems, found: Problems) -> None:
+    """Say in the journal what is wrong that wasn't before, and what is well again."""
+    for key in KEYS:
+        if key in found and found[key] != before.get(key):
+            text, hint = found[key]
+            journal.send(f"{text}. {hint}", message_id=Message.STORE_AT_RISK, level="error")
+        elif key in before and key not in found:
+            log.info("systemd keeps virtd's descriptors as it should again: %s", key)
