@@ -24,6 +24,7 @@ SEEDS = (
     b"\0" + _message(0x0A00, b"\2\0\0\0" + struct.pack("=HH8s", 12, 1, b"virtd-a\0")) + _message(0x0A0F, b""),
     b"\1" + _message(20, _ADDRESS) + _DONE,
     b"\2" + _message(2, struct.pack("=i", 0)),
+    b"\2" + _message(2, struct.pack("=i", -(1 << 31))),  # once an OverflowError
     b"\2" + _message(2, struct.pack("=i", -17) + _message(16, b"") + struct.pack("=HH4s", 8, 1, b"no!\0"), 0x300),
 )
 WORDS = (struct.pack("=I", 16), struct.pack("=H", 2), struct.pack("=H", 3), b"\0\0\0\0", _DONE)

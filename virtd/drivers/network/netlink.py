@@ -263,6 +263,8 @@ def _check(flags: int, answer: bytes) -> None:
         raise _unknown() from None
     if number == 0:
         return
+    if not 0 < number < 4096:  # MAX_ERRNO
+        raise _unknown()
     words = os.strerror(number)
     if flags & _WITH_TEXT:
         rest = answer[4 + _HEADER.size :]
