@@ -19,7 +19,7 @@ echo "$@" >>"$HOST/calls"
 case "$1" in
 is-active) [ -e "$HOST/active" ] ;;
 list-units) cat "$HOST/guests" ;;
-show) cat "$HOST/pid" ;;
+show) if [ "$3" = ExecStop ]; then cat "$HOST/stops" 2>/dev/null; else cat "$HOST/pid"; fi ;;
 reload|restart) [ ! -e "$HOST/broken" ] ;;
 esac
 """
@@ -44,6 +44,8 @@ class Host:
                 "VIRTD_SITELIB": f"{self.path}/lib",
                 "VIRTD_UNITDIR": f"{self.path}/units",
                 "VIRTD_COMPILE": "1",
+                "VIRTD_FIREWALLD": f"{self.path}/firewalld",
+                "VIRTD_LIB": f"{self.path}/lib",
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -80,7 +82,7 @@ def host(tmp_path: Path) -> Host:
     for directory in ("bin", "booted", "lib/virtd/drivers/qemu", "run/qemu/web1"):
         (tmp_path / directory).mkdir(parents=True)
     shutil.copytree(SCRIPT.parents[1] / "units", tmp_path / "units")
-    for tool in ("cat", "cp", "find", "install", "mkdir", "python3", "rm", "rmdir", "sed", "wc"):
+    for tool in ("cat", "cp", "find", "grep", "install", "mkdir", "python3", "rm", "rmdir", "sed", "sha256sum", "wc"):
         found = shutil.which(tool, path="/usr/bin:/bin")
         assert found is not None
         (tmp_path / "bin" / tool).symlink_to(found)
@@ -219,12 +221,42 @@ def test_erasing_with_guests_keeps_their_descriptors(host: Host) -> None:
     assert (host.path / "booted/virtd.socket").exists()
     # What the guests' ExecStop= falls back on has to run without the package.
     helper = subprocess.run(
-        [sys.executable, "-IS", host.path / "run/qemu/web1/guest-stop.py", "no.sock", "1"],
+        [sys.executable, "-IS", host.path / "run/guest-stop.py", "no.sock", "1"],
         stderr=subprocess.PIPE,
         text=True,
         timeout=60,
     )
     assert "no.sock: [Errno 2]" in helper.stderr
+    # Nothing is written where guests may.
+    assert not list((host.path / "run/qemu/web1").iterdir())
+
+
+def test_erasing_serves_guests_of_older_versions(host: Host) -> None:
+    """Their ExecStop= looks in their own directory; what the guest has put there is replaced and not followed."""
+    host.runs_daemon("0123abc")
+    host.has_guests("web1")
+    own = host.path / "run/qemu/web1"
+    precious = host.path / "precious"
+    precious.touch()
+    (own / "guest-stop.py").symlink_to(precious)
+    (host.path / "stops").write_text(f"argv[]=/bin/sh -c exec python3 -IS {own}/guest-stop.py x 1")
+    host.run("erasing")
+    assert precious.read_text() == ""
+    assert (own / "guest-stop.py").read_text() == (host.path / "run/guest-stop.py").read_text()
+
+
+def test_firewalld_reads_again_only_what_has_changed(host: Host) -> None:
+    program = host.path / "bin/firewall-cmd"
+    program.write_text('#!/bin/sh\necho firewall-cmd "$@" >>"$HOST/calls"\n')
+    program.chmod(0o755)
+    zone = host.path / "firewalld/zones/virtd.xml"
+    zone.parent.mkdir(parents=True)
+    reloads = []
+    for text in ("one", "one", "two"):
+        zone.write_text(text)
+        host.run("installed", "2")
+        reloads.append(host.calls().count("firewall-cmd --quiet --reload"))
+    assert reloads == [1, 1, 2]
 
 
 def test_installing_again_takes_over_from_the_keeper(host: Host) -> None:

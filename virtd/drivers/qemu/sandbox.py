@@ -45,7 +45,7 @@ def properties(
     read_only += sorted({path for image in images for path, _format in image.backing})
     writable = [image.path for image in images if not image.readonly]
     disks = [os.path.realpath(image.path) for image in images if image.is_device]
-    optional = LIBRARIES + (RESOLVER if network else ())
+    optional = (*LIBRARIES, *(RESOLVER if network else ()), stop_helper(runtime))
     families = ["AF_UNIX", "AF_INET", "AF_INET6"] if network else ["AF_UNIX"]
     found: list[Property] = [
         *HARDENED,
@@ -88,16 +88,23 @@ def _bind(path: str, *, missing_ok: bool = False) -> tuple[str, str, bool, int]:
     return (path, path, missing_ok, 0)
 
 
+def stop_helper(runtime: str) -> str:
+    """Where the package's scriptlet puts the helper that stops guests when it takes the installed one away: beside
+    the guests' directories, for they write to those.
+    """
+    return f"{os.path.dirname(os.path.dirname(runtime))}/guest-stop.py"
+
+
 def _stop_command(runtime: str, seconds: float) -> tuple[str, list[str], bool]:
     helper = "/usr/libexec/virtd-guest-stop"
     socket = command.shutdown_socket(runtime)
     # systemd runs ExecStop for a process that has ended by itself too, then without $MAINPID: nothing to do, and no
-    # time to spend on a Python start. When the package is erased under a running guest, its scriptlet leaves the
-    # guest a copy of the helper. (Neither "$" nor ";" nor quotes here: systemd 252 escapes them in the unit's file,
+    # time to spend on a Python start. When the package is erased under running guests, its scriptlet leaves them a
+    # copy of the helper. (Neither "$" nor ";" nor quotes here: systemd 252 escapes them in the unit's file,
     # and then doesn't know the escapes when it reads the file again.)
     script = (
         "printenv MAINPID >/dev/null || exit 0 && "
         f"test -x {helper} && exec {helper} {socket} {seconds:g} || "
-        f"exec python3 -IS {runtime}/guest-stop.py {socket} {seconds:g}"
+        f"exec python3 -IS {stop_helper(runtime)} {socket} {seconds:g}"
     )
     return ("/bin/sh", ["/bin/sh", "-c", script], False)
