@@ -24,3 +24,30 @@ HARDENED: tuple[Property, ...] = (
     # A core dump of a guest's memory, or of whatever was read from an image, is nobody's business.
     ("LimitCORE", "t", 0),
 )
+
+# What no program that we start asks of the kernel, for SystemCallFilter=.
+FILTERED = (
+    "@clock", "@cpu-emulation", "@debug", "@keyring", "@module", "@mount", "@obsolete", "@raw-io", "@reboot",
+    "@resources", "@swap",
+)  # fmt: skip
+
+# For a tool that needs nothing but a unix socket, and is over in a moment.
+TOOL: tuple[Property, ...] = (
+    *HARDENED,
+    ("CapabilityBoundingSet", "t", 0),
+    ("ProtectSystem", "s", "strict"),
+    ("ProtectHome", "s", "yes"),
+    ("PrivateDevices", "b", True),
+    ("PrivateNetwork", "b", True),
+    ("ProtectProc", "s", "invisible"),
+    ("ProcSubset", "s", "pid"),
+    ("ProtectKernelModules", "b", True),
+    ("ProtectHostname", "b", True),
+    ("MemoryDenyWriteExecute", "b", True),
+    ("RestrictAddressFamilies", "(bas)", (True, ["AF_UNIX"])),
+    ("SystemCallFilter", "(bas)", (False, [*FILTERED])),
+    ("SystemCallErrorNumber", "i", 1),
+    ("UMask", "u", 0o077),
+    ("MemoryMax", "t", 256 << 20),
+    ("TasksMax", "t", 16),
+)

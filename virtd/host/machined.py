@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from .. import errors
 from ..bus import DBUS, DBUS_PATH, BusError
+from ..drivers.hardening import TOOL
 from ..units import UnitSpec
 
 if TYPE_CHECKING:
@@ -158,6 +159,7 @@ class Registry:
             description=f"Telling systemd-machined of {name}",
             slice="virtd.slice",
             argv=("/usr/bin/busctl", "-q", "call", MACHINED, PATH, MANAGER, "RegisterMachine", "sayssus", *words),
+            properties=TOOL,
         )
         try:
             await self._units.start(spec, (os.devnull, os.devnull, os.devnull))

@@ -147,4 +147,7 @@ def _sandbox(state: str) -> list[Property]:
         ("MemoryDenyWriteExecute", "b", True),
         ("UMask", "u", 0o027),
         ("TimeoutStopUSec", "t", 5_000_000),
+        # 65,536 leases take some 20 MiB, and it forks for names that are asked for over TCP, 20 times at the most.
+        ("MemoryMax", "t", 256 << 20),
+        ("TasksMax", "t", 64),
     ]

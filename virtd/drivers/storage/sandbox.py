@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..hardening import HARDENED, Property
+from ..hardening import FILTERED, HARDENED, Property
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -69,10 +69,11 @@ def properties(
         ("ProtectProc", "s", "invisible"),
         ("ProcSubset", "s", "pid"),  # spares systemd a mount for each file of ProtectKernelTunables=
         ("ProtectKernelModules", "b", True),
+        ("ProtectHostname", "b", True),
         ("PrivateNetwork", "b", True),
         ("RestrictAddressFamilies", "(bas)", (True, ["AF_UNIX"])),
         # With the capability, open_by_handle_at(2) would reach any file of a file system that is shown in part.
-        ("SystemCallFilter", "(bas)", (False, ["open_by_handle_at", "@mount", "@debug", "@keyring", "@reboot"])),
+        ("SystemCallFilter", "(bas)", (False, ["open_by_handle_at", *FILTERED])),
         ("SystemCallErrorNumber", "i", 1),
         ("MemoryMax", "t", MEMORY),
     ]
@@ -90,6 +91,19 @@ def privileged() -> list[Property]:
     return [
         *_LIMITS,
         ("CapabilityBoundingSet", "t", LVM_CAPABILITIES),
+        ("ProtectSystem", "s", "full"),
+        ("ReadWritePaths", "as", ["-/etc/lvm"]),  # backups of what is known of each volume group
         ("ProtectHome", "s", "yes"),
+        ("ProtectProc", "s", "invisible"),
+        ("ProtectKernelModules", "b", True),
+        ("ProtectHostname", "b", True),
+        ("MemoryDenyWriteExecute", "b", True),
         ("PrivateNetwork", "b", True),
+        # Any block device may be one that a volume group lies on, and it makes nodes for the volumes.
+        ("DevicePolicy", "s", "closed"),
+        ("DeviceAllow", "a(ss)", [("block-*", "rwm"), ("/dev/mapper/control", "rw")]),
+        ("RestrictAddressFamilies", "(bas)", (True, ["AF_UNIX", "AF_NETLINK"])),  # syslog and udev
+        ("SystemCallFilter", "(bas)", (False, [*FILTERED])),
+        ("SystemCallErrorNumber", "i", 1),
+        ("MemoryMax", "t", MEMORY),
     ]
