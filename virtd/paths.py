@@ -56,6 +56,15 @@ class Paths:
         return f"{self.lib}/autostarted", f"{self.run}/autostarted"
 
     @property
+    def waiting(self) -> str:
+        """What couldn't be autostarted in this boot yet; where the mark is that nobody clears by chance."""
+        return f"{self.lib}/waiting.json"
+
+    def ground(self, pool: str) -> str:
+        """Which file system a directory pool was on when it was last active."""
+        return f"{self.lib}/storage/{pool}.json"
+
+    @property
     def launched(self) -> str:
         """The mark of a run that hasn't come to its regular end (yet); /usr/libexec/virtd makes it."""
         return f"{self.run}/launched"

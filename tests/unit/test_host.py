@@ -197,40 +197,6 @@ async def test_autostart_of_one_that_runs_is_no_change_that_waits(world: World) 
         await host.stop("web1", by=ROOT)
 
 
-@on_loop
-async def test_autostarting(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("virtd.drivers.autostart.AGAIN", (0.01, 0.01))
-    async with world.daemon() as host:
-        for name in ("web1", "web2", "web3"):
-            await world.define(name, "fail=1" if name == "web2" else "", "autostart = true" if name != "web3" else "")
-        await host.autostart()
-        states = {item["name"]: item["state"] for item in await host.listing()}
-        assert states == {"web1": "running", "web2": "stopped", "web3": "stopped"}
-        assert [problem["object"] for problem in (await host.status())["problems"]] == ["qemu/web2"]
-        assert "Cannot allocate memory" in (await host.status())["problems"][0]["text"]
-        assert world.units.history.count("start virtd-qemu-web2.service") == 3
-
-
-@on_loop
-async def test_an_autostart_that_fails_is_tried_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What PID 1 refuses in one moment it may do in the next, and nobody sits there to ask again."""
-    monkeypatch.setattr("virtd.drivers.autostart.AGAIN", (0.01, 0.01))
-    refused: list[str] = []
-
-    def step(what: str) -> None:
-        if what == "start virtd-qemu-web1.service" and len(refused) < 2:
-            refused.append(what)
-            raise errors.HostError("systemd refused to start virtd-qemu-web1.service: Connection reset by peer")
-
-    async with world.daemon() as host:
-        await world.define("web1", "", "autostart = true")
-        monkeypatch.setattr(world.units, "step", step)
-        await host.autostart()
-        assert len(refused) == 2
-        assert (await host.info("web1"))["state"] == "running"
-        assert (await host.status())["problems"] == []
-
-
 # Reading
 
 
@@ -240,7 +206,9 @@ async def test_info_and_status(world: World) -> None:
         pid = await world.run("web1")
         info = await host.info("web1")
         listed = (await host.listing())[0]
-        assert {"name", "driver", "uuid", "state", "reason", "pid", "since", "autostart", "id"} == set(listed)
+        assert {"name", "driver", "uuid", "state", "reason", "pid", "since", "autostart", "waits", "id"} == set(
+            listed
+        )
         assert listed.items() <= info.items()
         assert {"unit", "slots", "exit", "definition_path", "pending", "memory", "vcpus", "disks", "monitor"} <= set(
             info

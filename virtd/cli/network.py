@@ -9,7 +9,19 @@ import sys
 from virtd.cli import domains
 from virtd.cli.client import Call, constant
 from virtd.cli.exits import OK
-from virtd.cli.output import BOLD, RED, STATE_COLOURS, ago, clean, labelled, listing, moment, paint, write_json
+from virtd.cli.output import (
+    BOLD,
+    RED,
+    STATE_COLOURS,
+    ago,
+    autostarts,
+    clean,
+    labelled,
+    listing,
+    moment,
+    paint,
+    write_json,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -50,7 +62,7 @@ def _row(item: dict[str, Any]) -> tuple[str, ...]:
         str(item.get("bridge") or "-"),
         " ".join(str(item[key]) for key in ("ipv4", "ipv6") if item.get(key)) or "-",
         ago(item.get("since") or "") or "-",
-        "yes" if item.get("autostart") else "no",
+        autostarts(item),
     )
 
 
@@ -83,7 +95,7 @@ def _details(item: dict[str, Any]) -> list[tuple[str, str]]:
         ("Used by", "\n".join(map(str, item.get("users") or []))),
         ("Leases", _text(item.get("leases") or None)),
         ("dnsmasq", f"PID {item['pid']} in {item.get('unit')}" if item.get("pid") else ""),
-        ("Autostart", "yes" if item.get("autostart") else "no"),
+        ("Autostart", autostarts(item)),
         ("Definition", _text(item.get("definition_path")) + pending),
         ("Log", _text(item.get("log"))),
     ]

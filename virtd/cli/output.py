@@ -50,6 +50,11 @@ def clean(text: str) -> str:
     return text.translate(_CONTROL)
 
 
+def autostarts(item: dict[str, Any]) -> str:
+    """Whether an object starts at boot; "waits": it was to, and something that it needs isn't there yet."""
+    return ("waits" if item.get("waits") else "yes") if item.get("autostart") else "no"
+
+
 def colours(stream: TextIO) -> bool:
     """Whether `stream` is a terminal that wants colours (https://no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

@@ -16,7 +16,19 @@ from virtd.cli.domains import (
     undefining,
 )
 from virtd.cli.exits import OK
-from virtd.cli.output import BOLD, GREEN, YELLOW, clean, labelled, listing, moment, paint, size_of, write_json
+from virtd.cli.output import (
+    BOLD,
+    GREEN,
+    YELLOW,
+    autostarts,
+    clean,
+    labelled,
+    listing,
+    moment,
+    paint,
+    size_of,
+    write_json,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -55,7 +67,7 @@ def _row(pool: dict[str, Any]) -> tuple[str, ...]:
         str(pool.get("type") or "-"),
         size_of(pool.get("capacity")),
         size_of(pool.get("available")),
-        "yes" if pool.get("autostart") else "no",
+        autostarts(pool),
         str(pool.get("path") or "-"),
     )
 
@@ -83,7 +95,7 @@ def info(args: argparse.Namespace, session: Session) -> int:
             ("Size", size_of(pool.get("capacity")).replace("-", "")),
             ("Used", size_of(pool.get("allocation")).replace("-", "")),
             ("Available", size_of(pool.get("available")).replace("-", "")),
-            ("Autostart", "yes" if pool.get("autostart") else "no"),
+            ("Autostart", autostarts(pool)),
             ("Definition", str(pool.get("definition_path") or "") + pending),
         ]
     )

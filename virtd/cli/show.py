@@ -17,6 +17,7 @@ from virtd.cli.output import (
     STATE_COLOURS,
     YELLOW,
     ago,
+    autostarts,
     clean,
     dot,
     how_it_ended,
@@ -61,7 +62,7 @@ def listing(
                 str(item.get("state")),
                 str(item.get("pid") or "-"),
                 ago(item.get("since") or "") or "-",
-                "yes" if item.get("autostart") else "no",
+                autostarts(item),
                 str(item.get("reason") or "-"),
             )
             for item in found
@@ -102,7 +103,7 @@ def informing(
                 ("PID", text(item.get("pid"))),
                 ("Unit", text(item.get("unit"))),
                 *details(item),
-                ("Autostart", "yes" if item.get("autostart") else "no"),
+                ("Autostart", autostarts(item)),
                 ("Definition", text(item.get("definition_path")) + pending),
                 ("Console", text(item.get("console_log"))),
                 ("Log", text(item.get("log"))),

@@ -15,7 +15,6 @@ from ..model.state import State, require
 from ..process import boot_id
 from ..records import Record, Records, now
 from . import definitions, reconcile
-from .autostart import autostart
 from .collection import Collection, D
 from .guest import Guest, Shared
 
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 G = TypeVar("G", bound=Guest[Any])
-
-AT_ONCE = 8  # starts in parallel at boot; more only slow each other down on a small host
 
 
 class Guests(Collection[G, D]):
@@ -144,24 +141,13 @@ class Guests(Collection[G, D]):
             if new:
                 self._publish("added", name)
 
-    async def autostart(self) -> None:
-        """Start what is to be started at boot, but for what has run and ended since, should this be a second try."""
-        slots = asyncio.Semaphore(AT_ONCE)
-
-        async def one(machine: G) -> None:
-            async def start() -> None:
-                async with slots:
-                    if wanted(machine):
-                        await self.start(machine.name, "autostart")
-
-            await autostart(machine, start)
-
+    def to_autostart(self) -> list[G]:
         def wanted(machine: G) -> bool:
             record = machine.record
             had_its_turn = record is not None and record.exit is not None and record.boot_id == self._shared.boot_id
             return bool(machine.definition and machine.definition.autostart) and not (machine.alive or had_its_turn)
 
-        await asyncio.gather(*(one(machine) for machine in list(self.machines.values()) if wanted(machine)))
+        return [machine for machine in self.machines.values() if wanted(machine)]
 
     def grown(self, key: str) -> None:
         """The pump's word that bytes landed in a log that is watched: `key` is a slot's name."""
@@ -208,6 +194,7 @@ class Guests(Collection[G, D]):
             "pid": record.main_pid if record is not None and machine.alive and record.main_pid else None,
             "since": record.since if record is not None else None,
             "autostart": bool(machine.definition and machine.definition.autostart),
+            "waits": machine.waits is not None,
             "id": record.id if record is not None and record.id else None,
         }
 

@@ -50,6 +50,21 @@ class Difference(msgspec.Struct, frozen=True):
     repaired: bool = False
 
 
+class Startable(Protocol):
+    """An object, as whoever starts it at boot sees it."""
+
+    name: str
+    waits: Problem | None  # why it couldn't be autostarted so far, while that is tried again
+
+    @property
+    def active(self) -> bool: ...
+    def wait_for(self, failed: Problem | None) -> None:
+        """Have it wait, for the reason why its start failed; None: no longer."""
+
+    def fields(self) -> dict[str, str]:
+        """The journal fields of this object."""
+
+
 class Driver(Protocol):
     """One driver. All methods are called on the event loop."""
 
@@ -72,11 +87,11 @@ class Driver(Protocol):
     async def reload(self) -> None:
         """Apply again what others may have removed, such as firewall rules. Nothing that runs is touched."""
 
-    async def autostart(self) -> None:
-        """Start what is to be started at boot. Failures are problems of their objects.
+    def to_autostart(self) -> list[Startable]:
+        """What is to be started at boot and hasn't been: it isn't active, nor has it run and ended in this boot."""
 
-        It may be the second try in this boot, after a crash in the middle of the first.
-        """
+    async def start(self, name: str, by: str) -> bool:
+        """Start an object; False if it was active. Raises a VirtdError, with nothing left behind."""
 
     def grown(self, key: str) -> None:
         """The pump's word that bytes landed in a log that is watched: `key` is a slot's name of this driver."""

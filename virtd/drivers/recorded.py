@@ -75,10 +75,32 @@ class Recorded(Tasks):
         self.record: Record | None = None
         self.on_record = asyncio.Event()  # cleared while the record on disk is older than the one in memory
         self.on_record.set()
+        self.waits: Problem | None = None  # see Startable
+
+    @property
+    def active(self) -> bool:
+        raise NotImplementedError
+
+    def fields(self) -> dict[str, str]:
+        """The journal fields of this object."""
+        raise NotImplementedError
+
+    def wait_for(self, failed: Problem | None) -> None:
+        """Have it wait to be autostarted, for the reason why its start failed; None: no longer."""
+        if failed is None:
+            if self.waits is None:
+                return
+            self.problems.pop("start", None)
+        else:
+            self.problems["start"] = Problem(f"Autostart failed: {failed.text}; it is tried again", failed.hint)
+        self.waits = failed
+        self.shared.publish("changed", self)
 
     @property
     def reason(self) -> str:
         """Why it is in the state that it is in, for a person to read."""
+        if self.waits is not None and not self.active:
+            return f"waits to be autostarted: {self.waits.text}"
         return self.record.reason if self.record is not None else "not started since boot"
 
     @property
@@ -105,6 +127,8 @@ class Recorded(Tasks):
             return
         changes.setdefault("since", now() if state.value != self.record.state else self.record.since)
         self.keep(state=state.value, reason=reason, **changes)
+        if self.active:
+            self.wait_for(None)
         self.shared.publish("changed", self)
 
     def keep(self, **changes: Any) -> None:

@@ -8,7 +8,6 @@ and a property of Host that makes its operations when they are first asked for.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
 import os
@@ -17,12 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
 
-from .. import __version__, console, errors, files, untrusted
+from .. import __version__, console
 from ..child import sweep
-from ..drivers.autostart import AGAIN
 from ..drivers.qemu.machine import DRIVER
 from ..drivers.registry import Drivers
-from ..process import boot_id
 from ..records import now
 from .base import Caller, Listener, WithDescriptors
 from .domains import Domains
@@ -34,6 +31,7 @@ if TYPE_CHECKING:
     from ..drivers import qemu, storage
     from ..drivers.protocol import Driver, Problem
     from ..model.settings import Settings
+    from .boot import Boot
     from .containers import Containers
     from .networks import Networks
     from .pools import Pools
@@ -86,6 +84,12 @@ class Host(Domains):
         from .containers import Containers
 
         return Containers(self)
+
+    @functools.cached_property
+    def boot(self) -> Boot:
+        from .boot import Boot
+
+        return Boot(self.drivers, self.services.paths, self.problems, self.subscribe, self._trouble)
 
     # Events
 
@@ -162,48 +166,8 @@ class Host(Domains):
             self._trouble(driver, "reconciled", exc)
 
     async def autostart(self) -> None:
-        """Start what is to be started at boot: once per boot, which a soft reboot isn't.
-
-        The mark says "begun" before the first one is started, so that a daemon that takes over in the middle goes on
-        with the rest. One driver comes after the other: what others stand on is first.
-        """
-        boot = boot_id()
-        for mark in self._services.paths.autostarted:
-            with contextlib.suppress(OSError):
-                if untrusted.read(mark, 100).decode(errors="replace").strip() == boot:
-                    return
-        for pause in (*AGAIN, None):
-            try:
-                self._mark(f"{boot} begun\n")
-                break
-            except errors.HostError as exc:
-                self.problems["autostart"] = (f"Nothing was autostarted: {exc.message}", exc.hint)
-                if pause is None:
-                    return
-                await asyncio.sleep(pause)
-        self.problems.pop("autostart", None)
-        await self._start_at_boot()
-        with contextlib.suppress(errors.HostError):  # the next daemon will find nothing left to do
-            self._mark(f"{boot}\n")
-
-    def _mark(self, text: str) -> None:
-        """Write how far autostarting is. Raises HostError when that can be done nowhere."""
-        failed = []
-        marks = self._services.paths.autostarted
-        for mark in marks:
-            try:
-                files.write(mark, text.encode())
-            except errors.HostError as exc:
-                failed.append(exc)
-        if len(failed) == len(marks):
-            raise failed[0]
-
-    async def _start_at_boot(self) -> None:
-        for driver in self.drivers:
-            try:
-                await driver.autostart()
-            except Exception as exc:
-                self._trouble(driver, "autostarted", exc)
+        """Start what is to be started at boot, and go on trying where that can't be done yet."""
+        await self.boot.run()
 
     def _trouble(self, driver: Driver, what: str, exc: Exception) -> None:
         log.error("The driver %s can't be %s: %s", driver.name, what, exc, exc_info=exc)
@@ -233,6 +197,8 @@ class Host(Domains):
 
     async def close(self) -> None:
         """Let go of everything in this process; what runs stays."""
+        if "boot" in self.__dict__:
+            await self.boot.close()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

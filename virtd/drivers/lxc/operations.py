@@ -55,6 +55,7 @@ async def stop(container: Container, by: str) -> bool:
     """End everything in it at once. False if it wasn't running."""
     async with container.exclusive("stop"):
         if not container.alive:
+            container.wait_for(None)
             return False
         container.note(State.STOPPING, f"being stopped by {by}", data=container.ask("stop", by))
         # With the first program of a PID namespace the kernel ends all others in it; LXC then tidies up.

@@ -25,6 +25,7 @@ def short(net: Net) -> dict[str, Any]:
         "pid": net.server.pid,
         "since": record.since if record is not None else None,
         "autostart": bool(net.definition and net.definition.autostart),
+        "waits": net.waits is not None,
         "mode": network.mode.value if network is not None else None,
         "bridge": net.bridge_name or None,
         "ipv4": network.ipv4.address if network is not None and network.ipv4 is not None else None,

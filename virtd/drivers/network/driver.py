@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -23,7 +22,6 @@ from ...paths import listing
 from ...process import boot_id
 from ...records import Record, Records, now
 from .. import reconcile
-from ..autostart import autostart
 from ..collection import Collection
 from ..protocol import Problem
 from . import bridge, describing, host, links
@@ -163,11 +161,8 @@ class Driver(Collection[Net, model.Network]):
             message_id=Message.ROLLED_BACK, level="notice", **net.fields(),
         )  # fmt: skip
 
-    async def autostart(self) -> None:
-        """Start what is to be started at boot."""
-        for net in list(self.nets.values()):
-            if net.definition is not None and net.definition.autostart and not net.active:
-                await autostart(net, partial(self.start, net.name, "autostart"))
+    def to_autostart(self) -> list[Net]:
+        return [net for net in self.nets.values() if net.definition and net.definition.autostart and not net.active]
 
     def grown(self, key: str) -> None:
         """The pump's word that bytes landed in a log that is watched: `key` is a slot's name."""

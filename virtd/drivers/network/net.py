@@ -268,6 +268,7 @@ class Net(Recorded):
         """Remove all of its pieces; False if it was inactive. Raises Busy when it is in use, unless `force`."""
         async with self.exclusive("stop"):
             if not self.active:
+                self.wait_for(None)
                 return False
             if (users := self.users()) and not force:
                 raise errors.Busy(

@@ -64,6 +64,7 @@ async def stop(machine: Machine, by: str) -> bool:
     """End it at once, as pulling the plug does, but with QEMU's own buffers written. False if it wasn't running."""
     async with machine.exclusive("stop"):
         if not machine.alive:
+            machine.wait_for(None)
             return False
         machine.note(State.STOPPING, f"being stopped by {by}", data=machine.ask("stop", by))
         with contextlib.suppress(errors.MonitorError):

@@ -32,6 +32,8 @@ from .backend import Capacity, Meta, Volume
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
+    from .ground import Ground
+
 log = logging.getLogger(__name__)
 
 OURS = ".virtd"
@@ -42,10 +44,11 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class Directory:
-    """See Backend. `uid` and `gid`: the guests' user and group."""
+    """See Backend. `uid` and `gid`: the guests' user and group; `ground`: the file system that it must be on."""
 
-    def __init__(self, pool: model.Pool, uid: int, gid: int) -> None:
+    def __init__(self, pool: model.Pool, uid: int, gid: int, ground: Ground | None = None) -> None:
         self.pool = pool
+        self._ground = ground
         self._uid = uid
         self._gid = gid
         self._aside = Aside(f"Pool {pool.name} ({pool.path})")
@@ -53,12 +56,18 @@ class Directory:
     # The pool
 
     async def start(self) -> None:
+        if self._ground is not None:
+            await self._ground.require()
         await self._aside(self._start)
+        if self._ground is not None:
+            self._ground.remember()
 
     async def stop(self) -> None:
         """Nothing to do: the directory stays."""
 
     async def lost(self) -> str:
+        if self._ground is not None and (gone := self._ground.gone()):
+            return gone
         try:
             await self._aside(self._look)
         except errors.VirtdError as exc:
@@ -67,6 +76,8 @@ class Directory:
 
     async def build(self) -> bool:
         """Make the directory; False when it is there."""
+        if self._ground is not None:
+            await self._ground.require()
         return await self._aside(self._build)
 
     async def capacity(self) -> Capacity:

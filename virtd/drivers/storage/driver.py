@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ... import errors, files
@@ -16,7 +15,6 @@ from ...model import pool as model
 from ...process import boot_id
 from ...records import Records
 from ...units import object_name
-from ..autostart import autostart
 from ..collection import Collection
 from ..protocol import Problem
 from . import host
@@ -29,7 +27,7 @@ from .programs import Account
 from .volumes import Volumes
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
     from ...child import Services
     from ...model.domain import Format
@@ -182,12 +180,15 @@ class Driver(Collection[StoragePool, model.Pool]):
         """Jobs whose begun volumes must stay."""
         return {job.name for job in self.jobs.values() if not job.over.is_set()} | self.volumes.at_work
 
-    async def autostart(self) -> None:
-        def one(pool: StoragePool) -> Awaitable[None]:
-            return autostart(pool, partial(self.start, pool.name, "autostart"))
+    def to_autostart(self) -> list[StoragePool]:
+        """Also what was active and has lost its mount."""
 
-        wanted = [pool for pool in self.pools.values() if pool.definition is not None and pool.definition.autostart]
-        await asyncio.gather(*(one(pool) for pool in wanted))
+        def wanted(pool: StoragePool) -> bool:
+            return bool(pool.definition and pool.definition.autostart) and (
+                not pool.active or "lost" in pool.problems
+            )
+
+        return [pool for pool in self.pools.values() if wanted(pool)]
 
     def grown(self, key: str) -> None:
         """Nobody watches a job's output."""
@@ -216,6 +217,8 @@ class Driver(Collection[StoragePool, model.Pool]):
                     hint=f"Stop it first: virtctl pool stop {pool.name}. Its volumes stay where they are.",
                 )
             files.remove(pool.source)
+            with contextlib.suppress(errors.HostError):  # one without a pool means nothing
+                files.remove(self._services.paths.ground(pool.name))
             self.forget(pool.name)
 
     def check_beside(self, definition: model.Pool, other: StoragePool, source: str) -> None:

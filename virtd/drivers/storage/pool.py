@@ -176,6 +176,7 @@ class StoragePool(Recorded):
         """False if it wasn't active. Whether somebody uses its volumes is the caller's question."""
         async with self.exclusive("stop"):
             if not self.active:
+                self.wait_for(None)
                 return False
             reason = self.reason
             self._begin(State.STOPPING, f"being stopped by {by}", self._text())
@@ -224,6 +225,7 @@ class StoragePool(Recorded):
             "reason": self.reason,
             "since": self.record.since if self.record is not None else None,
             "autostart": bool(self.definition and self.definition.autostart),
+            "waits": self.waits is not None,
             "type": pool.type.value if pool is not None else "",
             "path": pool.path if pool is not None else "",
             "capacity": capacity.capacity if capacity is not None else None,

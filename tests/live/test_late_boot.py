@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A host on which a bridge, a disk and a mount come after virtd: what stands on them starts once they are there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.harness import definition
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.harness import Lab
+
+pytestmark = pytest.mark.live
+
+LATE = "/srv/late"
+NEXT_BOOT = (
+    "systemctl stop virtd.socket virtd.service; rm -rf /run/virtd/autostarted /var/lib/virtd/autostarted "
+    "/run/virtd/storage /run/virtd/network/*.json /run/virtd/qemu/*.json; systemctl start virtd.socket virtd.service"
+)
+
+
+@pytest.fixture
+def late(lab: Lab) -> Iterator[Lab]:
+    """A network on a bridge of the host's, a guest in it, a guest with a disk and a pool on a mount: all start at boot."""
+    lab.sh(f"mkdir -p {LATE} && mount -t tmpfs -o mode=755 late {LATE} && mkdir -m 711 {LATE}/pool")
+    lab.sh(f"truncate -s 1M {LATE}/disk.raw; chmod 600 {LATE}/disk.raw")
+    lab.sh("ip link add br0 type bridge && ip link set br0 up")
+    lab.virtctl("network", "define", "-", stdin='name = "lan"\nmode = "bridge"\nbridge = "br0"\nautostart = true\n')
+    lab.virtctl("pool", "define", "-", stdin=f'name = "late"\npath = "{LATE}/pool"\nautostart = true\n')
+    lab.virtctl("pool", "start", "late")
+    lab.virtctl("pool", "stop", "late")
+    for name, more in (
+        ("innet", '[[nic]]\nnetwork = "lan"\n'),
+        ("ondisk", f'[[disk]]\npath = "{LATE}/disk.raw"\nformat = "raw"\n'),
+    ):
+        lab.virtctl("define", "-", stdin=definition(name, more=more))
+        lab.virtctl("autostart", name)
+    lab.sh(f"umount {LATE}; ip link del br0")
+    try:
+        yield lab
+    finally:
+        for name in ("innet", "ondisk"):
+            lab.virtctl("stop", name, check=False)
+        lab.virtctl("pool", "stop", "late", check=False)
+        lab.virtctl("pool", "undefine", "late", check=False)
+        lab.virtctl("network", "stop", "lan", check=False)
+        lab.sh(f"umount {LATE}; rm -rf {LATE}; ip link del br0", check=False)
+
+
+def states(lab: Lab) -> dict[str, tuple[str, bool]]:
+    rows: list[dict[str, Any]] = [*lab.json("list"), *lab.json("network", "list"), *lab.json("pool", "list")]
+    return {row["name"]: (row["state"], row["waits"]) for row in rows}
+
+
+def problems(lab: Lab) -> set[str]:
+    return {row["object"] for row in lab.json("status")["problems"]}
+
+
+def test_what_comes_late(late: Lab) -> None:
+    everything = {"qemu/innet", "qemu/ondisk", "network/lan", "storage/late"}
+    waiting = {"innet": ("stopped", True), "ondisk": ("stopped", True), "lan": ("inactive", True)}
+    waiting["late"] = ("inactive", True)
+    late.sh(NEXT_BOOT)
+    late.wait("all to wait", lambda: states(late) == waiting, 20)
+    assert problems(late) == everything
+    assert "waits to be autostarted" in late.virtctl("list").stdout
+    assert late.sh(f"ls -A {LATE}") == "", "the pool was made below the mount point"
+    hints = {row["object"]: row["hint"] for row in late.json("status")["problems"]}
+    assert "pool build" not in hints["storage/late"]
+    # The next daemon knows of it at once.
+    late.sh("systemctl restart virtd")
+    assert states(late) == waiting
+    assert problems(late) == everything
+    # A person who starts one that can't be started is told why, and it waits on.
+    assert late.virtctl("network", "start", "lan", check=False).returncode == 1
+    assert states(late)["lan"] == ("inactive", True)
+
+    late.sh("ip link add br0 type bridge && ip link set br0 up")
+    late.wait("the network", lambda: states(late)["lan"] == ("active", False), 15)
+    late.wait("the guest in it", lambda: states(late)["innet"] == ("running", False), 30)
+    assert problems(late) == {"qemu/ondisk", "storage/late"}
+    late.sh(f"mount -t tmpfs -o mode=755 late {LATE} && mkdir -m 711 {LATE}/pool && truncate -s 1M {LATE}/disk.raw")
+    late.wait("the pool", lambda: states(late)["late"] == ("active", False), 15)
+    late.wait("the guest on it", lambda: states(late)["ondisk"] == ("running", False), 30)
+    assert problems(late) == set()
+    # It was once for this boot.
+    late.virtctl("stop", "ondisk")
+    late.sh("systemctl restart virtd")
+    assert states(late)["ondisk"] == ("stopped", False)
+
+
+def test_a_mount_that_goes_is_told_of(late: Lab) -> None:
+    late.sh(f"mount -t tmpfs -o mode=755 late {LATE} && mkdir -m 711 {LATE}/pool")
+    late.virtctl("pool", "start", "late")
+    late.sh(f"umount {LATE} && systemctl reload virtd")
+    assert any(LATE in row["text"] for row in late.json("status")["problems"])
+    refused = late.virtctl("pool", "start", "late", check=False)
+    assert refused.returncode == 1
+    assert "isn't mounted" in refused.stderr
+    assert late.sh(f"ls -A {LATE}") == ""

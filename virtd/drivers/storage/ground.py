@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The file system that a directory pool is on. A directory that waits for a mount is not the pool, however like it.
+
+What is to be mounted is known from systemd's mount units, fstab(5) included, and from the last time that the pool was
+active, for mounts that nobody has told systemd of. The latter is in /var/lib/virtd/storage/NAME.json.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ... import errors, files, untrusted
+from . import mounts
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from ...model import pool as model
+    from ...units import Units
+
+log = logging.getLogger(__name__)
+
+LIMIT = 1 << 16
+
+
+class Stood(msgspec.Struct, frozen=True):
+    """Where a pool was when it was last active. `mountpoint` "" stands for the root file system."""
+
+    path: str
+    mountpoint: str
+
+
+class Ground:
+    """One pool's; `memory` is the file's path."""
+
+    def __init__(self, pool: model.Pool, memory: str, units: Callable[[], Awaitable[Units]]) -> None:
+        self._pool = pool
+        self._memory = memory
+        self._units = units
+
+    async def require(self) -> None:
+        """Raise HostError while what the pool is on isn't mounted."""
+        if gone := self.gone():
+            raise errors.HostError(gone, hint=self._hint())
+        units = await self._units()
+        for where in above(os.path.realpath(self._pool.path)):
+            unit = mounts.unit_of(where)
+            if mounts.mounted(where) is None and await units.unit_property(unit, "LoadState") == "loaded":
+                raise errors.HostError(
+                    f"{where} isn't mounted, and pool {self._pool.name} ({self._pool.path}) is on it",
+                    hint=f"systemctl start '{unit}' mounts it.",
+                )
+
+    def gone(self) -> str:
+        """Why the pool isn't where it was the last time, or ""."""
+        stood = self._stood()
+        if stood is None or stood.path != self._pool.path or not stood.mountpoint:
+            return ""
+        if mounts.mounted(stood.mountpoint) is not None:
+            return ""
+        return f"{stood.mountpoint}, which pool {self._pool.name} ({self._pool.path}) was on, isn't mounted"
+
+    def remember(self) -> None:
+        """The pool is active, and here."""
+        real = os.path.realpath(self._pool.path)
+        mountpoint = next((where for where in above(real) if mounts.mounted(where) is not None), "")
+        stood = Stood(self._pool.path, mountpoint)
+        if stood == self._stood():
+            return
+        try:
+            os.makedirs(os.path.dirname(self._memory), mode=0o700, exist_ok=True)
+            files.write(self._memory, msgspec.json.encode(stood))
+        except (OSError, errors.HostError) as exc:  # the next start looks less closely
+            log.warning("Which file system pool %s is on isn't on record: %s", self._pool.name, exc)
+
+    def _stood(self) -> Stood | None:
+        try:
+            return msgspec.json.decode(untrusted.read(self._memory, LIMIT), type=Stood)
+        except (OSError, msgspec.MsgspecError, ValueError):
+            return None
+
+    def _hint(self) -> str:
+        name = self._pool.name
+        return (
+            "Mount it. Should the pool be in the directory itself from now on: "
+            f"virtctl pool undefine {name}, and define it again; its volumes stay."
+        )
+
+
+def above(path: str) -> list[str]:
+    """`path` and the directories that it is in, the nearest first, without the root."""
+    parts = path.strip("/").split("/")
+    return ["/" + "/".join(parts[:count]) for count in range(len(parts), 0, -1) if parts[0]]
