@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -25,7 +26,7 @@ NEXT_BOOT = (
 
 @pytest.fixture
 def late(lab: Lab) -> Iterator[Lab]:
-    """A network on a bridge of the host's, a guest in it, a guest with a disk and a pool on a mount: all start at boot."""
+    """A network on a bridge of the host's, a guest in it, a guest and a pool on a mount: all start at boot."""
     lab.sh(f"mkdir -p {LATE} && mount -t tmpfs -o mode=755 late {LATE} && mkdir -m 711 {LATE}/pool")
     lab.sh(f"truncate -s 1M {LATE}/disk.raw; chmod 600 {LATE}/disk.raw")
     lab.sh("ip link add br0 type bridge && ip link set br0 up")
@@ -56,8 +57,9 @@ def states(lab: Lab) -> dict[str, tuple[str, bool]]:
     return {row["name"]: (row["state"], row["waits"]) for row in rows}
 
 
-def problems(lab: Lab) -> set[str]:
-    return {row["object"] for row in lab.json("status")["problems"]}
+def problems(lab: Lab) -> dict[str, dict[str, str]]:
+    found = json.loads(lab.virtctl("status", "--json", check=False).stdout)["problems"]
+    return {row["object"]: row for row in found}
 
 
 def test_what_comes_late(late: Lab) -> None:
@@ -66,15 +68,14 @@ def test_what_comes_late(late: Lab) -> None:
     waiting["late"] = ("inactive", True)
     late.sh(NEXT_BOOT)
     late.wait("all to wait", lambda: states(late) == waiting, 20)
-    assert problems(late) == everything
+    assert set(problems(late)) == everything
     assert "waits to be autostarted" in late.virtctl("list").stdout
     assert late.sh(f"ls -A {LATE}") == "", "the pool was made below the mount point"
-    hints = {row["object"]: row["hint"] for row in late.json("status")["problems"]}
-    assert "pool build" not in hints["storage/late"]
+    assert "pool build" not in problems(late)["storage/late"]["hint"]
     # The next daemon knows of it at once.
     late.sh("systemctl restart virtd")
     assert states(late) == waiting
-    assert problems(late) == everything
+    assert set(problems(late)) == everything
     # A person who starts one that can't be started is told why, and it waits on.
     assert late.virtctl("network", "start", "lan", check=False).returncode == 1
     assert states(late)["lan"] == ("inactive", True)
@@ -82,11 +83,11 @@ def test_what_comes_late(late: Lab) -> None:
     late.sh("ip link add br0 type bridge && ip link set br0 up")
     late.wait("the network", lambda: states(late)["lan"] == ("active", False), 15)
     late.wait("the guest in it", lambda: states(late)["innet"] == ("running", False), 30)
-    assert problems(late) == {"qemu/ondisk", "storage/late"}
+    assert set(problems(late)) == {"qemu/ondisk", "storage/late"}
     late.sh(f"mount -t tmpfs -o mode=755 late {LATE} && mkdir -m 711 {LATE}/pool && truncate -s 1M {LATE}/disk.raw")
     late.wait("the pool", lambda: states(late)["late"] == ("active", False), 15)
     late.wait("the guest on it", lambda: states(late)["ondisk"] == ("running", False), 30)
-    assert problems(late) == set()
+    assert problems(late) == {}
     # It was once for this boot.
     late.virtctl("stop", "ondisk")
     late.sh("systemctl restart virtd")
@@ -97,7 +98,7 @@ def test_a_mount_that_goes_is_told_of(late: Lab) -> None:
     late.sh(f"mount -t tmpfs -o mode=755 late {LATE} && mkdir -m 711 {LATE}/pool")
     late.virtctl("pool", "start", "late")
     late.sh(f"umount {LATE} && systemctl reload virtd")
-    assert any(LATE in row["text"] for row in late.json("status")["problems"])
+    assert LATE in problems(late)["storage/late"]["text"]
     refused = late.virtctl("pool", "start", "late", check=False)
     assert refused.returncode == 1
     assert "isn't mounted" in refused.stderr

@@ -33,8 +33,11 @@ async def problems(host: Host) -> dict[str, str]:
 
 
 def waiting(world: World) -> set[str]:
-    with open(world.paths.waiting, encoding="utf-8") as file:
-        return set(json.load(file)["objects"])
+    try:
+        with open(world.paths.waiting, encoding="utf-8") as file:
+            return set(json.load(file)["objects"])
+    except FileNotFoundError:
+        return set()
 
 
 @on_loop
@@ -84,8 +87,10 @@ async def test_a_file_that_comes_late(world: World, tmp_path_factory: pytest.Tem
         await world.define("web1", more=more)
         await host.autostart()
         assert str(disk) in (await problems(host))["qemu/web1"]
-    # Another daemon: it waits on, and says so before it has tried even once.
+    # Another daemon: it waits on, and says so from the beginning.
     async with world.daemon() as host:
+        assert (await host.info("web1"))["waits"] is True
+        assert str(disk) in (await problems(host))["qemu/web1"]
         await host.autostart()
         assert str(disk) in (await problems(host))["qemu/web1"]
         disk.write_bytes(bytes(1 << 20))

@@ -144,6 +144,8 @@ class Host(Domains):
             self.drivers.get(name)
         for driver in self.drivers:
             self._restore(driver)
+        if os.path.lexists(self.services.paths.waiting):
+            self.boot.recall()
         sweep(self.services)
         self.recovery.objects = self.live()
         self.recovery.what = self.summary()

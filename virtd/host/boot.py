@@ -250,13 +250,16 @@ class Boot:
         if record == self._written:
             return
         try:
-            files.write(self._paths.waiting, msgspec.json.encode(record))
+            if objects:
+                files.write(self._paths.waiting, msgspec.json.encode(record))
+            else:
+                files.remove(self._paths.waiting)
             self._written = record
         except errors.HostError as exc:  # it is written with the next change; until then this process knows
             log.warning("What waits to be autostarted isn't on record: %s", exc)
 
-    def _go_on(self) -> None:
-        """Wait for what an earlier daemon has waited for in this boot."""
+    def recall(self) -> None:
+        """Know what an earlier daemon of this boot has waited for, before anybody asks; `run` goes on with it."""
         try:
             record = msgspec.json.decode(untrusted.read(self._paths.waiting, LIMIT), type=Waiting)
         except FileNotFoundError:
@@ -264,13 +267,25 @@ class Boot:
         except (OSError, msgspec.MsgspecError, ValueError) as exc:
             log.warning("What waited to be autostarted isn't known: %s", exc)
             return
-        if record.boot != self._boot:
-            return
-        self._written = record
-        for driver in self._drivers:
-            for one in driver.to_autostart():
-                if (failed := record.objects.get(f"{driver.name}/{one.name}")) is not None:
-                    self._wait(driver, one, failed)
+        if record.boot == self._boot:
+            self._written = record
+            for _driver, one, failed in self._recalled():
+                one.wait_for(failed)
+
+    def _recalled(self) -> list[tuple[Driver, Startable, Problem]]:
+        found = self._written.objects
+        return [
+            (driver, one, found[key])
+            for driver in self._drivers
+            for one in driver.to_autostart()
+            if (key := f"{driver.name}/{one.name}") in found
+        ]
+
+    def _go_on(self) -> None:
+        for driver, one, failed in self._recalled():
+            if one.waits is not None:  # and nobody has ended that since
+                self._wait(driver, one, failed)
+        self._record()
         self.nudge()
 
 
