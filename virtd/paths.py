@@ -45,6 +45,16 @@ class Paths:
         return f"{self.etc}/virtd.toml"
 
     @property
+    def userdb(self) -> str:
+        """Where names of users are put who come and go, nss-systemd(8)."""
+        return f"{self.root}/run/userdb"
+
+    @property
+    def qemu_ids(self) -> str:
+        """Which domain has which user ID."""
+        return f"{self.lib}/qemu-ids.json"
+
+    @property
     def quarantine(self) -> str:
         return f"{self.run}/quarantine"
 

@@ -54,6 +54,8 @@ Stdio: TypeAlias = int | str
 # Name, device and inode of each descriptor in an FD store.
 StoreEntries: TypeAlias = list[tuple[str, int, int]]
 
+EXIT_GROUP: Final = 216
+EXIT_USER: Final = 217
 # systemd's exit statuses for what goes wrong between fork and exec, systemd.exec(5). {path} is the program.
 EXEC_STATUS: Final = {
     200: ("CHDIR", "cannot change to the working directory"),
@@ -62,8 +64,8 @@ EXEC_STATUS: Final = {
     205: ("LIMITS", "cannot set the resource limits"),
     208: ("STDIN", "cannot set up standard input"),
     209: ("STDOUT", "cannot set up standard output"),
-    216: ("GROUP", "cannot change to the group"),
-    217: ("USER", "cannot change to the user: does it exist?"),
+    EXIT_GROUP: ("GROUP", "cannot change to the group"),
+    EXIT_USER: ("USER", "cannot change to the user: does it exist?"),
     218: ("CAPABILITIES", "cannot drop capabilities"),
     219: ("CGROUP", "cannot set up the control group"),
     222: ("STDERR", "cannot set up standard error"),

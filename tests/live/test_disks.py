@@ -9,7 +9,7 @@ import pytest
 
 from tests.harness import Attached, Lab, definition
 from tests.live.test_storage_domains import LOOP
-from tests.live.tools import KILL
+from tests.live.tools import KILL, acl
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,7 +56,7 @@ def test_boot_from_a_qcow2_and_a_raw_disk(lab: Lab, images: str) -> None:
         lab.wait_ready(name, timeout=150)
         assert lab.info(name)["disks"] == [f"{images}/{disk}" for disk in disks]
         for disk in disks:
-            assert owner(lab, f"{images}/{disk}") == "virtd-qemu"
+            assert owner(lab, f"{images}/{disk}") == f"vm-{name}"
     lab.virtctl("stop", "first")
     assert owner(lab, f"{images}/boot.qcow2") == "root"
     # A disk goes back to its owner also when its guest ends while nobody looks.
@@ -81,7 +81,7 @@ def test_a_disk_for_two(lab: Lab, images: str) -> None:
                 assert lab.info("second")["state"] == "stopped"
         # The second could run; that the first does and keeps its disk is what matters.
         assert lab.info("first")["state"] == "running"
-        assert owner(lab, f"{images}/data.raw") == "virtd-qemu"
+        assert owner(lab, f"{images}/data.raw") == "vm-first"
         # Another program's lock on the file is QEMU's to see, and its words are ours.
         lab.virtctl("stop", "first")
         lab.virtctl("start", "first")
@@ -101,8 +101,10 @@ def test_a_disk_that_two_only_read(lab: Lab, images: str) -> None:
     lab.virtctl("start", "first")
     lab.virtctl("stop", "second")
     assert lab.info("first")["state"] == "running"
-    assert owner(lab, f"{images}/data.raw") == "virtd-qemu"
+    assert owner(lab, f"{images}/data.raw") == "root"
+    assert acl(lab, f"{images}/data.raw") == ["user:vm-first:r--"]
     lab.virtctl("stop", "first")
+    assert acl(lab, f"{images}/data.raw") == []
     assert owner(lab, f"{images}/data.raw") == "root"
 
 
@@ -134,7 +136,7 @@ def test_a_block_device_is_a_disk(lab: Lab) -> None:
         lab.virtctl("start", "web1")
         lab.wait_ready("web1")
         assert lab.info("web1")["disks"] == [device]
-        assert owner(lab, device) == "virtd-qemu"
+        assert owner(lab, device) == "vm-web1"
         # Under another name it is the same one.
         lab.sh(f"ln -s {device} /dev/other")
         kernel_domain(lab, "second", '[[disk]]\npath = "/dev/other"\n')

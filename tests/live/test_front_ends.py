@@ -162,7 +162,7 @@ def test_how_qemu_runs(lab: Lab) -> None:
     lab.define("web2", start=True)
     pid = lab.info("web1")["pid"]
     status = dict(line.split(":\t", 1) for line in lab.sh(f"cat /proc/{pid}/status").splitlines() if ":\t" in line)
-    uid = lab.sh("id -u virtd-qemu").strip()
+    uid = lab.sh("id -u vm-web1").strip()
     assert set(status["Uid"].split()) == {uid}
     assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
     assert {int(status[key], 16) for key in ("CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb")} == {0}

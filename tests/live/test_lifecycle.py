@@ -197,4 +197,4 @@ def test_what_virtctl_prints(lab: Lab) -> None:
     assert lab.sh("systemctl is-active virtd-qemu-web1.service") == "active\n"
     assert "1 domain running" in lab.sh("systemctl status virtd.service --no-pager")
     user = lab.sh(f"stat -c %U /proc/{info['pid']}").strip()
-    assert user == "virtd-qemu"
+    assert user == "vm-web1"

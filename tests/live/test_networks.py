@@ -50,7 +50,7 @@ def test_guests_have_a_network_that_stays(lab: Lab, packages: dict[str, Path]) -
         assert (card["network"], card["mac"], card["addresses"]) == ("lab", MACS["db"], [db])
         assert card["interface"] == "vt-db-0"
         assert info(lab, "lab")["users"] == ["qemu/db", "qemu/web1"]
-        owner = lab.sh("cat /sys/class/net/vt-db-0/owner; id -u virtd-qemu").split()
+        owner = lab.sh("cat /sys/class/net/vt-db-0/owner; id -u vm-db").split()
         assert owner[0] == owner[1]
         # Names, short and long, and IPv6 by router advertisement.
         status, said = networks.run(lab, "web1", "ping -c 1 -W 5 db && ping -c 1 -W 5 db.lab.internal")

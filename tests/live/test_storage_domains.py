@@ -52,7 +52,7 @@ def test_a_guest_that_writes_while_the_daemon_is_killed(lab: Lab, chain: str) ->
     assert lab.json("pool", "info", chain)["state"] == "active"
     lab.wait_ready("web1", timeout=150)
     pid = lab.info("web1")["pid"]
-    assert lab.sh(f"stat -c %U {POOL}/web1").strip() == "virtd-qemu"
+    assert lab.sh(f"stat -c %U {POOL}/web1").strip() == "vm-web1"
     listed = {item["name"]: item["used_by"] for item in lab.json("volume", "list", chain)}
     assert (listed["web1"], listed["base"], listed["golden"]) == (["web1"], ["web1"], [])
     for arguments in (["delete", chain, "web1"], ["resize", chain, "web1", "1G"], ["clone", chain, "web1", "x"],

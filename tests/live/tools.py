@@ -123,3 +123,19 @@ def attached(lab: Lab, *arguments: str) -> Iterator[Attached]:
     finally:
         with contextlib.suppress(ValueError):  # closed already
             console.close()
+
+
+def acl(lab: Lab, path: str) -> list[str]:
+    """The users that a file's access control list names, besides its owner."""
+    script = """
+import os, pwd, struct, sys
+try:
+    raw = os.getxattr(sys.argv[1], "system.posix_acl_access")
+except OSError:
+    raw = b"\\2\\0\\0\\0"
+for tag, perm, uid in struct.iter_unpack("<HHI", raw[4:]):
+    if tag == 2:
+        bits = "".join(letter if perm & bit else "-" for letter, bit in (("r", 4), ("w", 2), ("x", 1)))
+        print(f"user:{pwd.getpwuid(uid).pw_name}:{bits}")
+"""
+    return lab.run("python3", "-c", script, path).stdout.split()

@@ -188,9 +188,9 @@ def a_guest_has_a_logical_volume() -> None:
     virtctl("pool", "stop", "vg")
     virtctl("start", "one")
     assert asked("pool", "info", "vg")["state"] == "active", "it wasn't started for the guest"
-    assert owner("up").startswith("virtd-qemu:"), owner("up")
+    assert owner("up").startswith("vm-one:"), owner("up")
     pid = asked("info", "one")["pid"]
-    assert sh(f"stat -c %U /proc/{pid}") == "virtd-qemu"
+    assert sh(f"stat -c %U /proc/{pid}") == "vm-one"
     refused("in use by domain one", "start", "two")
     refused("domain one", "volume", "delete", "vg", "up")
     refused("domain one", "volume", "resize", "vg", "up", "64M")

@@ -79,7 +79,9 @@ class World:
         self.kernel = str(root / "kernel")
         self.pid1 = FakePid1(root, store_max)
         self.units = FakeUnits(self.pid1, old=old)
-        self.settings = Qemu(binary=os.path.realpath("/bin/true"), start_timeout=20, shutdown_timeout=20)
+        user, group = pwd.getpwuid(os.getuid()).pw_name, grp.getgrgid(os.getgid()).gr_name
+        # Guests run as whoever runs the tests, who needn't be root and have users to give away.
+        self.settings = Qemu(os.path.realpath("/bin/true"), user, group, start_timeout=20, shutdown_timeout=20)
         self.lxc = Lxc(directory=f"{root}/containers", start_timeout=20, shutdown_timeout=20)
         self.limits = Log()
         self.messages: list[dict[str, str]] = []
@@ -89,7 +91,6 @@ class World:
         self.host: Host | None = None
         self._sending = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
-        user, group = pwd.getpwuid(os.getuid()).pw_name, grp.getgrgid(os.getgid()).gr_name
         me = Account(user, group, os.getuid(), os.getgid(), ())
         monkeypatch.setattr("virtd.drivers.qemu.host.account", lambda _settings: me)
         monkeypatch.setattr("virtd.drivers.qemu.host.has_kvm", lambda: False)

@@ -106,6 +106,9 @@ class Guest(Recorded, Generic[D]):
     async def give_back(self, record: Record) -> None:
         """Undo what was done to the host for it, as the record says. Idempotent."""
 
+    async def forgotten(self, record: Record) -> None:
+        """The same, for what its unit needs until systemd has forgotten it."""
+
     def meaning(self, slot: str) -> str:
         """What the loss of a slot, one of child.SLOTS, means for it."""
         raise NotImplementedError
@@ -397,7 +400,7 @@ class Guest(Recorded, Generic[D]):
             for exc in (
                 await _failure(asyncio.to_thread(self.shared.services.store.drop_prefix, f"{child.key}/")),
                 await _failure(self.give_back(record)),
-                await _failure(self._forget_unit()),
+                await _failure(self._forget_unit(record)),
                 # After the unit: its ExecStop runs once more, in a sandbox that has these directories in it.
                 await _failure(self._forget_runtime()),
             )
@@ -418,10 +421,11 @@ class Guest(Recorded, Generic[D]):
         self.over.set()
         self.settled.set()
 
-    async def _forget_unit(self) -> None:
+    async def _forget_unit(self, record: Record) -> None:
         units = await self.shared.services.units()
         fifos.retire(self.shared.services.paths.fifos(self.driver, self.name))  # or its ExecStop= may wait in one
         await units.collect(self.unit)
+        await self.forgotten(record)
 
     async def _forget_runtime(self) -> None:
         fifos.clear(self.shared.services.paths.fifos(self.driver, self.name))

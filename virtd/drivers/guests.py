@@ -20,6 +20,7 @@ from .guest import Guest, Shared
 
 if TYPE_CHECKING:
     from ..child import Services
+    from ..units import UnitState
     from .protocol import Difference, Publish
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,10 @@ class Guests(Collection[G, D]):
     def put_in_force(self, one: G, definition: D, text: str) -> None:
         assert one.record is not None
         one.note(one.state, one.reason, data=one.record.data | definitions.in_force(definition, text))
+
+    def found_out(self, _machine: G, _unit: UnitState) -> dict[str, Any]:
+        """More for the record of one whose record is lost: what can be seen of what it said."""
+        return {}
 
     async def go_on(self, machine: G) -> None:
         """Do what was asked of an object before a restart of the daemon, whatever stage it was in."""
@@ -113,7 +118,8 @@ class Guests(Collection[G, D]):
             invocation_id=state.invocation_id if state is not None else "",
             boot_id=self._shared.boot_id,
             slots={slot: slots.get(slot, "") for slot in expected} if state is not None else slots,
-            data={"definition": machine.definition_text, "owners": [], "request": None},
+            data={"definition": machine.definition_text, "owners": [], "request": None}
+            | (self.found_out(machine, state) if state is not None else {}),
         )
         machine.adopt(record)
         if machine.child is not None and state is not None:

@@ -69,6 +69,10 @@ class Boot(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     initrd: str | None = None
     cmdline: str = ""
 
+    @property
+    def files(self) -> list[str]:
+        return [path for path in (self.kernel, self.initrd) if path is not None]
+
 
 class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One virtio-blk disk: a file, or a volume of a storage pool, which knows its format."""

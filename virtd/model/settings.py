@@ -10,6 +10,11 @@ import msgspec
 from .. import errors
 from . import document, size
 
+SHARED = "virtd-qemu"  # the user and group that the package makes
+
+# With less a guest that does nothing wrong could be killed, or its disks fail: see drivers/qemu/limits.py.
+OVERHEAD_MIN, TASKS_MIN = 256 << 20, 128
+
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 
 
@@ -25,14 +30,37 @@ class Log(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Qemu(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The QEMU driver. `binary` empty: the host's architecture's qemu-system in the usual places."""
+    """The QEMU driver. `binary` empty: the host's architecture's qemu-system in the usual places.
+
+    `user` empty: each guest runs as a user of its own, with an ID of the `uid_count` from `first_uid` on. A guest may
+    take `memory_overhead` besides its memory ("unlimited": no limit), and have `tasks_overhead` threads besides its
+    vCPUs' (0: no limit).
+    """
 
     binary: str = ""
-    user: str = "virtd-qemu"
-    group: str = "virtd-qemu"
+    user: str = ""
+    group: str = ""
+    first_uid: Annotated[int, msgspec.Meta(ge=1000, le=0x7FFFFFFE)] = 0x78000000
+    uid_count: Annotated[int, msgspec.Meta(ge=16, le=1 << 20)] = 0x10000
+    memory_overhead: str | int = "1G"
+    tasks_overhead: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] = 256
     start_timeout: Seconds = 30
     shutdown_timeout: Seconds = 60
     host_shutdown_timeout: Seconds = 60
+
+    @property
+    def shared_user(self) -> str:
+        """Whom jobs on volumes run as, and with `user` guests, too."""
+        return self.user or SHARED
+
+    @property
+    def shared_group(self) -> str:
+        return self.group or SHARED
+
+    @property
+    def overhead_bytes(self) -> int | None:
+        """None: no limit."""
+        return None if self.memory_overhead == "unlimited" else size.parse(self.memory_overhead)
 
 
 class Dnsmasq(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -69,6 +97,20 @@ def parse(text: str, source: str) -> Settings:
         limit = -1
     if limit < 1 << 16:
         raise errors.InvalidDefinition(source, "log.max_size", 'expected a size of at least 64K, such as "16M"')
+    try:
+        overhead = settings.qemu.overhead_bytes
+    except ValueError:
+        overhead = -1
+    if overhead is not None and overhead < OVERHEAD_MIN:
+        raise errors.InvalidDefinition(
+            source, "qemu.memory_overhead", 'expected a size of at least 256M, such as "1G", or "unlimited"'
+        )
+    if 0 < settings.qemu.tasks_overhead < TASKS_MIN:
+        raise errors.InvalidDefinition(
+            source, "qemu.tasks_overhead", f"expected at least {TASKS_MIN}, or 0: no limit"
+        )
+    if settings.qemu.first_uid + settings.qemu.uid_count > 0x7FFFFFFF:
+        raise errors.InvalidDefinition(source, "qemu.uid_count", "expected user IDs below 2147483647")
     for key, binary in (("qemu.binary", settings.qemu.binary), ("dnsmasq.binary", settings.dnsmasq.binary)):
         if binary and not binary.startswith("/"):
             raise errors.InvalidDefinition(source, key, "expected an absolute path")

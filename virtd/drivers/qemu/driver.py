@@ -11,14 +11,15 @@ from ...model import domain as model
 from ...model.state import Cause
 from ..guests import Guests
 from ..protocol import Problem
-from . import command, nics, operations, starting
+from . import command, nics, operations, starting, userdb, users
 from . import host as hostinfo
 from .machine import DRIVER, Machine
 
 if TYPE_CHECKING:
     from ...child import Services
     from ...model.settings import Qemu, Settings
-    from ..protocol import Peers, Publish
+    from ...units import UnitState
+    from ..protocol import Difference, Peers, Publish
     from .images import Use
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Driver(Guests[Machine, model.Domain]):
         super().__init__(services, publish)
         self._settings = settings
         self._peers = peers
+        self.users = users.Users(services.paths, settings)
 
     def make(self, name: str) -> Machine:
         return Machine(self._shared, name, self._settings, self._peers)
@@ -51,15 +53,39 @@ class Driver(Guests[Machine, model.Domain]):
         nics.check(domain, source, self._peers)
         return domain
 
+    def found_out(self, machine: Machine, unit: UnitState) -> dict[str, Any]:
+        user = self.users.seen(machine.name, unit.main_pid)
+        return {"account": user._asdict()} if user is not None else {}
+
+    async def compare(self, *, repair: bool) -> list[Difference]:
+        from . import fsck
+
+        return await super().compare(repair=repair) + await fsck.users(self, repair=repair)
+
     async def reconcile(self) -> None:
         await super().reconcile()
         await nics.sweep({machine.name for machine in self.machines.values() if machine.alive}, self._peers)
+        self.see_to_names()
+
+    def see_to_names(self) -> None:
+        """Users of guests that run have their names, and no others have."""
+        directory = self.services.paths.userdb
+        there = userdb.listing(directory)
+        needed = {machine.name: user for machine in self.machines.values() if (user := machine.user) is not None}
+        for name, user in needed.items():
+            if not userdb.mentioned(there, user):
+                self.machines[name].name_user()
+        for user in userdb.left_over(directory, there, set(needed.values())):
+            try:
+                userdb.remove(directory, user)
+            except errors.HostError as exc:  # fsck tells
+                log.warning("The name of user %s stays: %s", user.name, exc)
 
     async def start(self, name: str, by: str) -> bool:
         machine = self.find(name)
         await self.certain()
         others = [other for other in self.machines.values() if other is not machine]
-        return await starting.start(machine, others, by)
+        return await starting.start(machine, others, self.users, by)
 
     async def go_on(self, machine: Machine) -> None:
         await operations.finish(machine)

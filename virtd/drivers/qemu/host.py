@@ -29,37 +29,59 @@ ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64", "i686": "i386"}
 
 
 class Account(msgspec.Struct, frozen=True):
-    """Whom the guests run as."""
+    """Whom a guest runs as. `own`: it is nobody else's, and known by name only while it is needed."""
 
     user: str
     group: str
     uid: int
     gid: int
     groups: tuple[str, ...]  # more groups: those that may open KVM and VHOST
+    own: bool = False
+
+
+def own(name: str, uid: int) -> Account:
+    """A user and group of a guest's own."""
+    return Account(name, name, uid, uid, _device_groups(uid), own=True)
 
 
 def account(settings: Qemu) -> Account:
-    """Raises HostError when there is no such user or group."""
+    """The one user for all guests, which they have if virtd.toml says so, and had with older versions of virtd.
+
+    Raises HostError when there is no such user or group.
+    """
     hint = "Run systemd-sysusers, or set qemu.user and qemu.group in virtd.toml."
     try:
-        entry = pwd.getpwnam(settings.user)
+        entry = pwd.getpwnam(settings.shared_user)
     except KeyError:
-        raise errors.HostError(f"There is no user {settings.user} to run guests as", hint=hint) from None
+        raise errors.HostError(f"There is no user {settings.shared_user} to run guests as", hint=hint) from None
     if entry.pw_uid == 0:
         raise errors.HostError(
             "QEMU doesn't run as root", hint="Set qemu.user in virtd.toml to an unprivileged user."
         )
     try:
-        gid = grp.getgrnam(settings.group).gr_gid
+        gid = grp.getgrnam(settings.shared_group).gr_gid
     except KeyError:
-        raise errors.HostError(f"There is no group {settings.group} to run guests as", hint=hint) from None
-    groups = []
+        raise errors.HostError(f"There is no group {settings.shared_group} to run guests as", hint=hint) from None
+    return Account(settings.shared_user, settings.shared_group, entry.pw_uid, gid, _device_groups(gid))
+
+
+def group_of(settings: Qemu) -> int:
+    """The group of jobs on volumes, which may read a pool's; root's where there is none."""
+    try:
+        return grp.getgrnam(settings.shared_group).gr_gid
+    except KeyError:
+        return 0
+
+
+def _device_groups(gid: int) -> tuple[str, ...]:
+    """The groups that may open KVM and VHOST, unless that is `gid` or root's."""
+    groups: list[str] = []
     for device in (KVM, VHOST):
         with contextlib.suppress(OSError, KeyError):
             owner = os.stat(device).st_gid
             if owner not in (0, gid) and (name := grp.getgrgid(owner).gr_name) not in groups:
                 groups.append(name)
-    return Account(settings.user, settings.group, entry.pw_uid, gid, tuple(groups))
+    return tuple(groups)
 
 
 def binary(settings: Qemu) -> str:
@@ -146,7 +168,8 @@ def check_files(domain: model.Domain, source: str, who: Account) -> None:
             )
         if key in images:
             _check_qcow2(key, path, source)
-        if key.startswith("boot") and not may(status, who, os.R_OK):
+        # A user of its own is granted what it may not read, beside others who are.
+        if key.startswith("boot") and not who.own and not may(status, who, os.R_OK):
             raise errors.InvalidDefinition(
                 source, key, f"{path} is not readable for {who.user}", hint=f"chmod o+r {path}, or use a copy."
             )

@@ -16,10 +16,11 @@ from ...model import domain as model
 from ...records import now
 from ..guest import End, Guest, Shared
 from ..protocol import Problem
-from . import command, ends, images, ownership
+from . import command, ends, images, ownership, userdb
 from . import host as hostinfo
 from .monitor import Link, Monitor
 from .news import News
+from .users import running_as
 
 if TYPE_CHECKING:
     from ...model.settings import Qemu
@@ -89,6 +90,24 @@ class Machine(Guest[model.Domain]):
                 await self.peers("network").detach(nic["interface"])
         old = hostinfo.account(self.settings).uid if record.data.get("owners") else 0
         ownership.give_back(ownership.recorded(record.data, old))
+
+    @property
+    def user(self) -> userdb.Named | None:
+        """The user that it has for itself, from before its start until all of it is put away."""
+        return running_as(self.record.data) if self.record is not None else None
+
+    async def forgotten(self, record: Record) -> None:
+        if (user := running_as(record.data)) is not None:
+            userdb.remove(self.shared.services.paths.userdb, user)
+
+    def name_user(self) -> None:
+        """See that its user has a name: its unit's ExecStop= can't be run otherwise."""
+        if (user := self.user) is not None:
+            try:
+                userdb.add(self.shared.services.paths.userdb, user, self.name)
+                self.problems.pop("user", None)
+            except errors.HostError as exc:
+                self.problems["user"] = Problem(exc.message, exc.hint)
 
     def meaning(self, slot: str) -> str:
         match slot:

@@ -1,26 +1,31 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Files that a guest's user must own to open them: given to it for the time that the guest runs, and given back.
+"""Files that a guest's user may not open: given to it for the time that the guest runs, and given back.
 
-Which file it is, whose it was and who has it is on record before anything is changed. A file is changed by a
-descriptor of it, after a look at what it is: never by a path alone, which could lead to another file by then.
+What it writes is made its own. What it only reads may be read by several guests, each with a user of its own: there
+its user is granted that in the file's access control list. Which file it is, whose it was and who has it is on record
+before anything is changed. A file is changed by a descriptor of it, after a look at what it is: never by a path
+alone, which could lead to another file by then.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from ... import errors, files
 from ...reach import Trust, reached
+from . import acl
 from .host import may
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from ...reach import Reached
+    from ..ids import Range
     from .host import Account
 
 log = logging.getLogger(__name__)
@@ -29,7 +34,8 @@ log = logging.getLogger(__name__)
 class Given(msgspec.Struct, frozen=True):
     """A file that user `to` is given: its path without links, device and inode, and whose it was.
 
-    `ino` is 0 where an older virtd hasn't recorded it.
+    `ino` is 0 where an older virtd hasn't recorded it. `listed`: its owner stays, and its access control list names
+    `to`.
     """
 
     path: str
@@ -38,23 +44,60 @@ class Given(msgspec.Struct, frozen=True):
     uid: int
     gid: int
     to: int
+    listed: bool = False
 
 
-def needed(opened: Iterable[tuple[str, bool]], who: Account) -> list[Given]:
-    """The files whose owner must change for the guest's user to open them.
+class Leftovers(NamedTuple):
+    """How to tell files that a guest wasn't asked to give back, for want of power perhaps: they belong to an ID of
+    `guests`, and not to one of `running`. They become root's again, and `group`'s.
+    """
 
-    `opened`: each path, and whether it is written. Raises HostError for one that others could exchange.
+    guests: Range
+    running: set[int]
+    group: int
+
+
+def needed(opened: Iterable[tuple[str, bool]], who: Account, left: Leftovers | None = None) -> list[Given]:
+    """The files that have to be changed for the guest's user to open them.
+
+    `opened`: each path, and whether it is written. Raises HostError for one that others could exchange, or that can't
+    be had because another guest has it.
     """
     found: dict[tuple[int, int], Given] = {}
-    for path, writes in opened:
+    for path, writes in sorted(opened, key=lambda one: one[1]):  # what is both read and written is written
         try:
             with reached(path) as file:
-                if not may(file.status, who, os.R_OK | os.W_OK if writes else os.R_OK):
-                    uid, gid = file.status.st_uid, file.status.st_gid
-                    found[file.identity] = Given(file.path, *file.identity, uid, gid, who.uid)
+                if (one := _needed(file, who, left, writes=writes)) is not None:
+                    found[file.identity] = one
         except OSError as exc:
             raise errors.HostError(f"Cannot open {path}: {exc.strerror}", hint=files.hint(exc)) from exc
     return list(found.values())
+
+
+def _needed(file: Reached, who: Account, left: Leftovers | None, *, writes: bool) -> Given | None:
+    uid, gid = file.status.st_uid, file.status.st_gid
+    if left is not None and left.guests.holds(uid) and uid not in left.running:
+        uid, gid = 0, left.group
+    elif may(file.status, who, os.R_OK | os.W_OK if writes else os.R_OK):
+        return None
+    if not writes and who.own and _can_be_listed(file):
+        return Given(file.path, *file.identity, uid, gid, who.uid, listed=True)
+    if left is not None and uid in left.running:
+        raise errors.HostError(
+            f"{file.path} is given to another guest, and its file system has no access control lists",
+            hint=f"Let everybody read it: chmod o+r {file.path}.",
+        )
+    return Given(file.path, *file.identity, uid, gid, who.uid)
+
+
+def _can_be_listed(file: Reached) -> bool:
+    try:
+        acl.read(file.itself)
+    except OSError as exc:
+        if exc.errno == errno.EOPNOTSUPP:
+            return False
+        raise
+    return True
 
 
 def hand_over(given: Iterable[Given], who: Account) -> None:
@@ -64,7 +107,10 @@ def hand_over(given: Iterable[Given], who: Account) -> None:
             with reached(one.path) as file:
                 if file.identity != (one.dev, one.ino):
                     raise errors.HostError(f"{one.path} was exchanged for another file while the guest was started")
-                _chown(file, who.uid, who.gid)
+                if one.listed:
+                    acl.grant(file.itself, who.uid)
+                else:
+                    _chown(file, who.uid, who.gid)
         except OSError as exc:
             raise errors.HostError(
                 f"Cannot give {one.path} to {who.user}: {exc.strerror}", hint=files.hint(exc)
@@ -83,6 +129,8 @@ def give_back(given: Iterable[Given]) -> None:
             with reached(one.path, Trust.ANYBODY if one.ino else Trust.ROOT) as file:
                 if one.ino and file.identity != (one.dev, one.ino):
                     log.warning("%s is another file by now, and isn't given back", one.path)
+                elif one.listed:
+                    acl.revoke(file.itself, one.to)
                 elif file.status.st_uid == one.to:
                     _chown(file, one.uid, one.gid)
         except (FileNotFoundError, NotADirectoryError):

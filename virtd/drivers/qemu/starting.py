@@ -11,22 +11,24 @@ import msgspec
 
 from ... import errors, files, layout
 from ...model import domain as model
-from ...units import UnitSpec, mount_units
+from ...units import EXIT_GROUP, EXIT_USER, StartFailed, UnitSpec, mount_units
 from ..start import Start
-from . import command, ends, images, nics, ownership, sandbox
+from . import command, ends, images, nics, ownership, sandbox, userdb
 from . import host as hostinfo
 from .machine import DRIVER, Machine
+from .users import Living
 
 if TYPE_CHECKING:
     from ...child import Ends
+    from .users import Users
 
 # All that QEMU gets of an environment: nothing of ours.
 ENVIRONMENT = (("PATH", "/usr/sbin:/usr/bin"), ("LANG", "C.UTF-8"), ("HOME", "/"))
 CAPABILITIES = b'{"execute": "qmp_capabilities"}\n'
 
 
-async def start(machine: Machine, others: list[Machine], by: str) -> bool:
-    """Start it; False if it was running. `others`: the driver's other machines.
+async def start(machine: Machine, others: list[Machine], users: Users, by: str) -> bool:
+    """Start it; False if it was running. `others`: the driver's other machines; `users`: whom each runs as.
 
     Raises a VirtdError, with nothing left behind.
     """
@@ -41,8 +43,13 @@ async def start(machine: Machine, others: list[Machine], by: str) -> bool:
                 f"Domain {machine.name} has no definition", hint=f'virtctl define FILE, with name = "{machine.name}".'
             )
         disks = await images.resolve(domain, machine.source, machine.peers, by)
-        await _Start(machine, domain, disks, others, by).run()
+        account = await users.account(machine.name, machine.uuid, [_living(one) for one in (machine, *others)])
+        await _Start(machine, domain, disks, others, users, account, by).run()
         return True
+
+
+def _living(machine: Machine) -> Living:
+    return Living(machine.uuid, machine.user.uid if machine.user is not None else None)
 
 
 class _Start(Start[Machine, model.Domain]):
@@ -52,13 +59,18 @@ class _Start(Start[Machine, model.Domain]):
         domain: model.Domain,
         disks: list[images.Image],
         others: list[Machine],
+        users: Users,
+        account: hostinfo.Account,
         by: str,
     ) -> None:
         super().__init__(machine, domain, by)
         self.disks = disks
         self.others = others
         self.settings = machine.settings
-        self.account = hostinfo.account(self.settings)
+        self.users = users
+        self.account = account
+        self.user = userdb.Named(account.user, account.uid) if account.own else None
+        self.systemd = 0
         self.nics = nics.plan(machine, domain)
         self.vhost = bool(self.nics) and hostinfo.has_vhost(self.account)
         self.host = command.Host(
@@ -79,14 +91,22 @@ class _Start(Start[Machine, model.Domain]):
         # Once more, for others may have had their turn since. From the record on they see that the images are ours.
         check_disks(self.machine, self.definition, self.disks, self.others)
         images.require_free(self.disks, self.machine.peers)
-        self.given = ownership.needed(images.opened(self.definition, self.disks), self.account)
+        files = [*images.opened(self.definition, self.disks), *((path, False) for path in self.definition.boot.files)]
+        running = {other.user.uid for other in self.others if other.user is not None}
+        self.given = ownership.needed(files, self.account, self.users.leftovers(running))
         return {
             "images": images.recorded(images.identified(self.definition, self.disks)),
             "given": ownership.to_record(self.given),
             "nics": [msgspec.to_builtins(nic) for nic in self.nics],
+            **({"account": self.user._asdict()} if self.user is not None else {}),
         }
 
+    async def reach(self) -> None:
+        self.systemd = await (await self.services.units()).version()
+
     def prepare(self, _ends: Ends) -> None:
+        if self.user is not None:
+            userdb.add(self.services.paths.userdb, self.user, self.machine.name)
         ownership.hand_over(self.given, self.account)
         self._runtime()
 
@@ -118,8 +138,9 @@ class _Start(Start[Machine, model.Domain]):
             slice=f"virtd-{DRIVER}.slice",
             argv=tuple(command.argv(self.definition, machine.uuid, self.host, self.disks)),
             environment=ENVIRONMENT,
-            user=self.account.user,
-            group=self.account.group,
+            # By number where it is its own: no name that somebody else has too can come to mean another user.
+            user=self.account.user if self.user is None else str(self.account.uid),
+            group=self.account.group if self.user is None else str(self.account.gid),
             supplementary_groups=self.account.groups if self.host.kvm or self.vhost else (),
             properties=tuple(
                 sandbox.properties(
@@ -129,6 +150,11 @@ class _Start(Start[Machine, model.Domain]):
                     devices=hostinfo.devices(kvm=self.host.kvm, tap=bool(self.nics), vhost=self.vhost),
                     stop_after=self.definition.host_shutdown_timeout or self.settings.host_shutdown_timeout,
                     images=self.disks,
+                    own_user=self.account.own,
+                    systemd=self.systemd,
+                    kvm=self.host.kvm,
+                    memory_overhead=self.settings.overhead_bytes,
+                    tasks_overhead=self.settings.tasks_overhead,
                 )
             ),
             after=tuple(sorted({unit for path in self._files() for unit in mount_units(path)})),
@@ -159,6 +185,20 @@ class _Start(Start[Machine, model.Domain]):
             for task in (attaching, ended):
                 task.cancel()
             await asyncio.gather(attaching, ended, return_exceptions=True)
+
+    def _explained(self, exc: errors.VirtdError) -> errors.VirtdError:
+        status = exc.state.exec_status if isinstance(exc, StartFailed) and exc.state is not None else 0
+        if self.user is not None and status in (EXIT_GROUP, EXIT_USER):
+            return errors.StartFailed(
+                f"Cannot start {self.machine.name}: the host doesn't know its user {self.user.name}, "
+                f"whose name is in {self.services.paths.userdb}",
+                hint=(
+                    "nss-systemd(8) makes it known: install it (Debian: libnss-systemd), and have systemd in the "
+                    "lines passwd and group of /etc/nsswitch.conf. Or set qemu.user in virtd.toml, so that all "
+                    "guests run as one user, which is less secure."
+                ),
+            )
+        return super()._explained(exc)
 
     def own_words(self, words: str) -> str:
         """QEMU's last lines without the program's name before each."""

@@ -254,7 +254,7 @@ class Driver(Collection[StoragePool, model.Pool]):
     @property
     def account(self) -> Account:
         """Whom jobs run as."""
-        return Account(self._settings.qemu.user, self._settings.qemu.group)
+        return Account(self._settings.qemu.shared_user, self._settings.qemu.shared_group)
 
     # Starting and stopping
 

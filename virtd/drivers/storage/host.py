@@ -29,7 +29,7 @@ PLACES = ("/usr/bin", "/usr/sbin", "/bin", "/sbin", "/usr/local/bin")
 def account(settings: Settings) -> tuple[int, int]:
     """The guests' user and group. Raises HostError."""
     try:
-        return pwd.getpwnam(settings.qemu.user).pw_uid, grp.getgrnam(settings.qemu.group).gr_gid
+        return pwd.getpwnam(settings.qemu.shared_user).pw_uid, grp.getgrnam(settings.qemu.shared_group).gr_gid
     except KeyError as exc:
         raise errors.HostError(
             f"There is no user or group {exc.args[0]}", hint="Run systemd-sysusers, or see qemu.user in virtd.toml."

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One user more who may read a file: an entry of its access control list, acl(5), and no change of owner or group.
+
+So several guests read one file, each with a user of its own, and nobody else does. The list is the extended attribute
+`system.posix_acl_access`: version 2 and eight bytes for each entry, all little-endian (linux/posix_acl_xattr.h). The
+kernel keeps its first and last entries and the file's mode the same thing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+from typing import NamedTuple
+
+ATTRIBUTE = "system.posix_acl_access"
+VERSION = 2
+USER_OBJ, USER, GROUP_OBJ, GROUP, MASK, OTHER = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
+NOBODY = 0xFFFFFFFF  # the ID of entries that name none
+READ = 4
+
+
+class Entry(NamedTuple):
+    """As the kernel has them, and in the order that it wants: by tag, then by ID."""
+
+    tag: int
+    perm: int
+    id: int = NOBODY
+
+
+def grant(path: str, uid: int) -> None:
+    """Have `uid` read the file. Raises OSError; EOPNOTSUPP where the file system has no such lists.
+
+    The mode that stat(2) shows then has what is granted at most in the place of the group's bits.
+    """
+    entries = [entry for entry in read(path) if (entry.tag, entry.id) != (USER, uid)]
+    _write(path, [*entries, Entry(USER, READ, uid)])
+
+
+def revoke(path: str, uid: int) -> None:
+    """Take back what `grant` did; with the last name that is in it the list itself goes. Raises OSError."""
+    entries = read(path)
+    left = [entry for entry in entries if (entry.tag, entry.id) != (USER, uid)]
+    if left == entries:
+        return
+    if not any(entry.tag in (USER, GROUP) for entry in left):
+        _write(path, left)
+        return
+    # Others are in it: their mask stays, whatever it is by now.
+    os.setxattr(path, ATTRIBUTE, _packed(left))
+
+
+def granted(path: str, uid: int) -> bool:
+    return any((entry.tag, entry.id) == (USER, uid) and entry.perm & READ for entry in read(path))
+
+
+def read(path: str) -> list[Entry]:
+    """The file's list; one that has none has its mode as the list of three that says the same.
+
+    Raises OSError; EOPNOTSUPP where the file system has no such lists.
+    """
+    try:
+        raw = os.getxattr(path, ATTRIBUTE)
+    except OSError as exc:
+        if exc.errno != errno.ENODATA:
+            raise
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+        return [Entry(USER_OBJ, mode >> 6 & 7), Entry(GROUP_OBJ, mode >> 3 & 7), Entry(OTHER, mode & 7)]
+    if len(raw) < 4 or struct.unpack_from("<I", raw)[0] != VERSION:
+        raise OSError(errno.EINVAL, "Unknown version of its access control list", path)
+    return [Entry(*entry) for entry in struct.iter_unpack("<HHI", raw[4:])]
+
+
+def _write(path: str, entries: list[Entry]) -> None:
+    """Write a list, with the mask that its entries need."""
+    mask = next((entry.perm for entry in entries if entry.tag == MASK), None)
+    others = [entry for entry in entries if entry.tag != MASK]
+    group = next(entry.perm for entry in others if entry.tag == GROUP_OBJ)
+    if any(entry.tag in (USER, GROUP) for entry in others):
+        if mask is not None and not mask & READ:
+            # Somebody has switched off what the other names are granted; for ours it would be switched on again.
+            raise OSError(errno.EOPNOTSUPP, "Its access control list is switched off by its mask", path)
+        others.append(Entry(MASK, group | READ if mask is None else mask))
+    elif mask is not None:
+        others = [Entry(GROUP_OBJ, group & mask) if entry.tag == GROUP_OBJ else entry for entry in others]
+    os.setxattr(path, ATTRIBUTE, _packed(others))
+
+
+def _packed(entries: list[Entry]) -> bytes:
+    return struct.pack("<I", VERSION) + b"".join(struct.pack("<HHI", *entry) for entry in sorted(entries))

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`virtctl fsck` for what only QEMU's guests have: a user of its own for each."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from ... import errors
+from ..fsck import told
+from ..protocol import Difference
+from . import userdb
+from .users import known_as
+
+if TYPE_CHECKING:
+    from .driver import Driver
+
+
+async def users(driver: Driver, *, repair: bool) -> list[Difference]:
+    """Names and IDs of guests' users: each is known by its own name, to one guest, and none is left over."""
+    found = _names(driver)
+    if repair and found:
+        for machine in driver.machines.values():
+            if machine.alive:
+                machine.name_user()
+        driver.see_to_names()
+        left = {difference.text for difference in _names(driver)}
+        found = [told(difference, repaired=difference.text not in left) for difference in found]
+    return found + await _ids(driver)
+
+
+def _names(driver: Driver) -> list[Difference]:
+    directory = driver.services.paths.userdb
+    running = {machine.name: user for machine in driver.machines.values() if (user := machine.user) is not None}
+    found = [
+        Difference(
+            "user",
+            name,
+            f"the records of user {user.name} in {directory} aren't as they should be",
+            "write them anew",
+        )
+        for name, user in running.items()
+        if not userdb.is_whole(directory, user, name)
+    ]
+    needed = set(running.values())
+    return found + [
+        Difference("user", "", f"{directory} has user {user.name} ({user.uid}), whom no guest runs as", "remove it")
+        for user in userdb.left_over(directory, userdb.listing(directory), set(needed))
+    ]
+
+
+async def _ids(driver: Driver) -> list[Difference]:
+    found = []
+    try:
+        driver.users.read()
+    except errors.HostError as exc:
+        text = f"{exc.message}; each domain gets another user ID at its next start"
+        found.append(Difference("user", "", text))
+    others: dict[int, str] = {}
+    for machine in driver.machines.values():
+        if (user := machine.user) is None:
+            continue
+        if (other := others.setdefault(user.uid, machine.name)) != machine.name:
+            found.append(Difference("user", machine.name, f"{machine.name} and {other} run as one user, {user.uid}"))
+        known = await asyncio.to_thread(known_as, user.uid)
+        if known is None:
+            text = (
+                f"the host doesn't know user {user.name} ({user.uid}) and can't shut {machine.name} down as it ends"
+            )
+            found.append(Difference("user", machine.name, text))
+        elif known != user.name:
+            found.append(
+                Difference("user", machine.name, f"{machine.name} runs as {user.uid}, who is {known} as well")
+            )
+    return found
