@@ -78,7 +78,8 @@ def owners(lab: Lab) -> str:
 def swapping(lab: Lab, path: str, *targets: str) -> Iterator[None]:
     words = " ".join((path, f"{HOME}/own.raw", *targets))
     lab.sh(
-        f"systemd-run -q --collect --unit=mallory setpriv --reuid {MALLORY} --clear-groups python3 /srv/swapper.py {words}"
+        f"systemd-run -q --collect --unit=mallory setpriv --reuid {MALLORY} --clear-groups "
+        f"python3 /srv/swapper.py {words}"
     )
     try:
         yield
