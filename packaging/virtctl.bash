@@ -78,7 +78,7 @@ _virtctl_container() {
         kill) options='--signal' ;;
         wait) options='--state --timeout --json' ;;
         console) options='--force --read-only --lines --escape --timeout' ;;
-        log) options='--follow --lines --qemu --stderr --json' ;;
+        log) options='--follow --lines --qemu --stderr --raw --json' ;;
         exec) options='--terminal --no-terminal --env' ;;
         create) options='--image' ;;
         define) options='--check' ;;
@@ -269,7 +269,7 @@ _virtctl() {
         kill) options='--signal' ;;
         wait) options='--state --timeout --json' ;;
         console) options='--force --read-only --lines --escape --timeout' ;;
-        log) options='--follow --lines --qemu --stderr --json' ;;
+        log) options='--follow --lines --qemu --stderr --raw --json' ;;
         define) options='--check' ;;
         autostart) options='--disable' ;;
         *) options='' ;;

@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import itertools
 import logging
 import os
 import threading
@@ -24,9 +23,12 @@ import weakref
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from . import errors
+from .busmessage import Descriptor, MethodCall, Table, Var, sendable
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Container, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
+
+__all__ = ["Bus", "BusError", "Descriptor", "MethodCall", "Table", "Var"]
 
 log = logging.getLogger(__name__)
 
@@ -55,19 +57,6 @@ class BusError(errors.HostError):
         self.name = name
 
 
-class Var(NamedTuple):
-    """A value for a `v`, with the signature that D-Bus needs and Python doesn't have."""
-
-    signature: str
-    value: Any
-
-
-class Descriptor(NamedTuple):
-    """A value for an `h` of a reply. It is closed when the reply is under way."""
-
-    fd: int
-
-
 class Signal(NamedTuple):
     """A subscription; None matches anything."""
 
@@ -76,66 +65,6 @@ class Signal(NamedTuple):
     member: str | None
     path: str | None
     callback: Callable[[str, str, str, tuple[Any, ...]], None]
-
-
-class MethodCall:
-    """A call that a peer made to us. Exactly one of `reply` and `error` has to follow, at any time."""
-
-    def __init__(self, bus: Bus, message: Any) -> None:
-        self._bus = bus
-        self._message = message
-        self.sender: str = message.get_sender() or ""
-        self.path: str = message.get_path()
-        self.interface: str = message.get_interface() or ""
-        self.member: str = message.get_member()
-        self.signature: str = message.get_signature()
-        self.args: tuple[Any, ...] = bus._unpack(message)
-
-    def reply(self, signature: str = "", *values: Any) -> None:
-        fds = [value.fd for value in values if isinstance(value, Descriptor)]
-        try:
-            if self._wants_reply():
-                numbers = itertools.count()
-                plain = [next(numbers) if isinstance(value, Descriptor) else value for value in values]
-                reply = self._message.new_method_reply()
-                reply.set_body(self._bus._pack(signature, plain))
-                self._bus._attach(reply, fds)
-                self._send(reply)
-        finally:
-            for fd in fds:
-                os.close(fd)
-
-    def error(self, name: str, message: str) -> None:
-        if self._wants_reply():
-            # A literal, because the other constructor takes a printf format.
-            self._send(self._message.new_method_error_literal(name, message))
-
-    def _wants_reply(self) -> bool:
-        return not self._message.get_flags() & self._bus._gio.DBusMessageFlags.NO_REPLY_EXPECTED
-
-    def _send(self, message: Any) -> None:
-        # A peer, or a bus, that has gone away by now doesn't want the answer any more.
-        with contextlib.suppress(BusError):
-            self._bus._send(message)
-
-
-class Table:
-    """An answer that is an array of structs. Rows become Python values when they are asked for.
-
-    To unpack all of a large one takes PyGObject 8 microseconds for each value.
-    """
-
-    def __init__(self, array: Any) -> None:
-        self._array = array
-
-    def rows(self, columns: Sequence[int], keys: Container[str] | None = None) -> list[tuple[Any, ...]]:
-        """These columns of all rows, or of those whose first column, a string, is one of `keys`."""
-        found = []
-        for number in range(self._array.n_children()):
-            row = self._array.get_child_value(number)
-            if keys is None or row.get_child_value(0).get_string() in keys:
-                found.append(tuple(row.get_child_value(column).unpack() for column in columns))
-        return found
 
 
 class Bus:
@@ -152,6 +81,7 @@ class Bus:
         self._loop = asyncio.get_running_loop()
         self._gio: Any = None
         self._glib: Any = None
+        self._kinds: Any = None
         self._connection: Any = None
         self._holder: Any = None
         self._context: Any = None
@@ -166,6 +96,8 @@ class Bus:
         self._lost: dict[str, Callable[[], None]] = {}
         self._on_closed: list[Callable[[], None]] = []
         self._handler: Callable[[MethodCall], None] | None = None
+        self._gate: Callable[[Any], bool] | None = None
+        self._speakers: set[str | None] = {DBUS}  # whose signals are listened to; the worker thread reads it
         self._thread: threading.Thread | None = None
 
     # Opening and closing
@@ -200,7 +132,7 @@ class Bus:
         self._on_closed.clear()
         self._signals.clear()
         self._lost.clear()
-        self._handler = None
+        self._handler = self._gate = None
         if self._connection is None:
             return
         # The worker thread may be the last to hold the connection, whose end frees descriptors.
@@ -241,6 +173,7 @@ class Bus:
                 hint="Install pydbus and PyGObject (python3-pydbus, python3-gi)",
             ) from exc
         self._gio, self._glib = Gio, GLib
+        self._kinds = Gio.DBusMessageType
         # A context of our own: the connection's signals must not wait for the default one, which nobody runs.
         context = GLib.MainContext()
         context.push_thread_default()
@@ -397,7 +330,7 @@ class Bus:
     def emit(self, path: str, interface: str, member: str, signature: str = "", *values: Any) -> None:
         """Send a signal to everybody. Dropped when the connection is gone."""
         message = self._gio.DBusMessage.new_signal(path, interface, member)
-        message.set_body(self._pack(signature, values))
+        message.set_body(self.pack(signature, values))
         with contextlib.suppress(BusError):
             self._send(message)
 
@@ -419,6 +352,13 @@ class Bus:
         serial: int = message.get_serial()
         return serial
 
+    def pack(self, signature: str, values: Sequence[Any]) -> Any:
+        """A body for what we tell others, which is always sent: see `sendable`."""
+        try:
+            return self._pack(signature, values)
+        except (UnicodeEncodeError, OverflowError):
+            return self._pack(signature, sendable(tuple(values)))
+
     def _pack(self, signature: str, values: Sequence[Any]) -> Any:
         return self._glib.Variant(f"({signature})", tuple(self._wrap(value) for value in values))
 
@@ -436,14 +376,37 @@ class Bus:
     # Messages in
 
     def _filter_message(self, _connection: Any, message: Any, incoming: bool, *_: Any) -> Any:  # noqa: FBT001
-        """Runs in GDBus's worker thread. What it returns goes on to GDBus, which answers Peer's calls for us."""
-        if not incoming or message.get_interface() == PEER:
+        """Runs in GDBus's worker thread. What it returns goes on to GDBus, which answers Peer's calls for us.
+
+        Everybody on a bus may send us as much as they like, and what is handed on waits for the loop without any
+        bound: so what nobody has asked for ends here.
+        """
+        if not incoming:
             return message
+        kind = message.get_message_type()
+        if kind == self._kinds.SIGNAL:
+            if not self._listens(message):
+                return None
+        elif kind == self._kinds.METHOD_CALL:
+            gate = self._gate
+            if gate is not None and not gate(message):
+                return None
+            if message.get_interface() == PEER:
+                return message
         self._post(self._receive, message)
         return None
 
+    def _listens(self, message: Any) -> bool:
+        sender = message.get_sender()
+        if sender == DBUS and message.get_member() == "NameOwnerChanged":
+            # Known before the loop has it, for the new owner may go on at once.
+            name, _, owner = message.get_body().unpack()
+            if owner and name in self._owners:
+                self._speakers.add(owner)
+        return sender in self._speakers or None in self._speakers
+
     def _receive(self, message: Any) -> None:
-        kinds = self._gio.DBusMessageType
+        kinds = self._kinds
         kind = message.get_message_type()
         if kind in (kinds.METHOD_RETURN, kinds.ERROR):
             future = self._pending.get(message.get_reply_serial())
@@ -499,6 +462,8 @@ class Bus:
         result, awaited, ends the subscription.
         """
         signal = Signal(sender, interface, member, path, callback)
+        if sender is None or sender.startswith(":"):
+            self._speakers.add(sender)
         if sender and not sender.startswith(":") and sender != DBUS:
             await self._watch_owner(sender)
         rule = _match(type="signal", sender=sender, interface=interface, member=member, path=path, arg0=arg0)
@@ -529,7 +494,9 @@ class Bus:
         await self._add_match(f"{rule},arg0='{name}'")
         # A name without an owner yet is one that will be activated; NameOwnerChanged tells.
         with contextlib.suppress(BusError):
-            (self._owners[name],) = await self.call(DBUS, DBUS_PATH, DBUS, "GetNameOwner", "s", (name,))
+            (owner,) = await self.call(DBUS, DBUS_PATH, DBUS, "GetNameOwner", "s", (name,))
+            self._owners[name] = owner
+            self._speakers.add(owner)
 
     def _receive_signal(self, message: Any) -> None:
         sender, path = message.get_sender(), message.get_path()
@@ -555,9 +522,19 @@ class Bus:
 
     # Being a service
 
-    def serve(self, handler: Callable[[MethodCall], None] | None) -> None:
-        """Have `handler` called, on the loop, for every call that comes in, but for org.freedesktop.DBus.Peer's."""
+    def serve(self, handler: Callable[[MethodCall], None] | None, gate: Callable[[Any], bool] | None = None) -> None:
+        """Have `handler` called, on the loop, for every call that comes in, but for org.freedesktop.DBus.Peer's.
+
+        `gate` is asked about each message first, Peer's as well, and False drops it. It runs in GDBus's worker
+        thread; until it returns no other message gets through.
+        """
         self._handler = handler
+        self._gate = gate
+
+    def send(self, message: Any) -> None:
+        """Send a message that somebody else has made, from any thread. Dropped when the connection is gone."""
+        with contextlib.suppress(BusError):
+            self._send(message)
 
     async def own_name(self, name: str, lost: Callable[[], None] | None = None) -> None:
         """Take a well-known name, for good: nobody can take it from us, and `lost` runs if the bus does all the same.

@@ -39,6 +39,7 @@ import msgspec  # noqa: E402
 
 from . import __version__, errors, fdstore, files, journal, layout, process, storecheck  # noqa: E402
 from .api import varlink  # noqa: E402
+from .api.limits import Limits  # noqa: E402
 from .child import Services  # noqa: E402
 from .drivers import definitions  # noqa: E402
 from .drivers.registry import MODULES  # noqa: E402
@@ -58,10 +59,11 @@ log = logging.getLogger("virtd")
 
 CODE_ID = "/usr/share/virtd/code-id"
 STORE_MAX = 4096  # FileDescriptorStoreMax= in virtd.service; systemd < 254 doesn't tell
+CLIENT_NAME = "org.virtd1.Client"  # by which the bus's policy knows what nobody may send anything to
 BUS_RETRY = 1.0
 NAME_RETRY = 10.0
 UNIT = "virtd.service"
-LISTENER = "varlink"  # FileDescriptorName= in virtd.socket
+LISTENERS = ("varlink", "varlink-root")  # FileDescriptorName= in virtd.socket and virtd-root.socket
 GRACE = 0.05  # seconds after READY=1 in which those who waited for it are answered before D-Bus is brought up
 LAST_LOOK = 0.2  # seconds that the end waits for what guests have just said to be in their logs
 TIDY_EVERY = 2.0
@@ -82,7 +84,9 @@ class Daemon:
         self._units_there = asyncio.Event()
         self._units_wanted = asyncio.Event()
         self._front_end: dbus.Server | None = None
+        self._served: Bus | None = None
         self._stopping = asyncio.Event()
+        self._limits = Limits()
         self._status_due = False
         self._tasks: list[asyncio.Task[None]] = []
         settings, problem = load_settings(paths)
@@ -102,7 +106,7 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stopping.set)
         self._loop.add_signal_handler(signal.SIGHUP, self._task, self._reload)
-        server = varlink.Server(self.host, self._listener())
+        server = varlink.Server(self.host, *self._listeners(), limits=self._limits)
         server.start()
         self._degraded()
         announce(self._paths)
@@ -125,22 +129,22 @@ class Daemon:
 
     # Start-up
 
-    def _listener(self) -> socket.socket:
-        """systemd's socket, or, when run by hand, one of our own."""
-        inherited = self._store.sockets().get(LISTENER, [])
-        if inherited:
-            return socket.socket(fileno=os.dup(inherited[0]))
+    def _listeners(self) -> list[socket.socket]:
+        """systemd's sockets, or, when run by hand, one of our own."""
+        sockets = self._store.sockets()
+        if inherited := [fd for name in LISTENERS for fd in sockets.get(name, [])]:
+            return [socket.socket(fileno=os.dup(fd)) for fd in inherited]
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._paths.socket)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(self._paths.socket)
         os.chmod(self._paths.socket, 0o666)
         listener.listen(128)
-        return listener
+        return [listener]
 
     def _degraded(self) -> None:
         stray = [name for name in self._store.names() if name.partition("/")[0] not in MODULES]
-        stray += [name for name in self._store.sockets() if name != LISTENER]
+        stray += [name for name in self._store.sockets() if name not in LISTENERS]
         if stray:
             # Perhaps a newer virtd's, before a rollback. They are as safe as our own, and none of our business.
             self.host.degraded.append(f"the FD store holds what this version doesn't know: {', '.join(stray)}")
@@ -174,6 +178,8 @@ class Daemon:
             bus.on_closed(lost.set)
             self._units = Units(bus)
             self._units_there.set()
+            with contextlib.suppress(errors.VirtdError):  # an older policy may be in force
+                await bus.own_name(CLIENT_NAME)
             try:
                 await self._units.on_reloaded(lambda: self._task(self._check_store))
                 if first:
@@ -186,10 +192,11 @@ class Daemon:
                     self._task(self.host.autostart)
                     self._task(self._be_well)
                 machines = self._task(self._machined)
-                while not await self._serve_bus(bus):
-                    if await _within(lost, NAME_RETRY):
+                while not lost.is_set():
+                    if await self._serve_bus(lost):
+                        await lost.wait()
+                    elif await _within(lost, NAME_RETRY):
                         break
-                await lost.wait()
             except errors.VirtdError as exc:
                 self.host.problems["bus"] = (exc.message, exc.hint)
                 log.warning("D-Bus: %s", exc)
@@ -198,10 +205,7 @@ class Daemon:
                 self._units_there.clear()
                 if machines is not None:
                     machines.cancel()
-                if self._front_end is not None:
-                    with contextlib.suppress(errors.VirtdError):
-                        await self._front_end.close()
-                    self._front_end = None
+                await self._leave_bus()
                 await bus.close()
 
     async def _recover(self) -> None:
@@ -235,12 +239,21 @@ class Daemon:
         with contextlib.suppress(errors.VirtdError):
             await (await self._get_units()).reset_failed(UNIT)
 
-    async def _serve_bus(self, bus: Bus) -> bool:
-        """Have org.virtd1 on the bus; False when that can't be: a bus policy that isn't in force yet, most likely."""
+    async def _serve_bus(self, lost: asyncio.Event) -> bool:
+        """Have org.virtd1 on the bus; False when that can't be: a bus policy that isn't in force yet, most likely.
+
+        It has a connection of its own: what others send to that name must not stand in the way of what systemd
+        answers. `lost` is set when that connection breaks.
+        """
+        from .bus import Bus
+
         try:
             from .api import dbus
 
-            self._front_end = dbus.Server(self.host, bus)
+            await self._leave_bus()
+            self._served = await Bus.open()
+            self._served.on_closed(lost.set)
+            self._front_end = dbus.Server(self.host, self._served, self._limits)
             await self._front_end.start()
             self.host.problems.pop("org.virtd1", None)
             return True
@@ -251,6 +264,15 @@ class Daemon:
                 "virtctl works all the same. See: systemctl reload dbus.service.",
             )
             return False
+
+    async def _leave_bus(self) -> None:
+        if self._front_end is not None:
+            with contextlib.suppress(errors.VirtdError):
+                await self._front_end.close()
+            self._front_end = None
+        if self._served is not None:
+            await self._served.close()
+            self._served = None
 
     async def _machined(self) -> None:
         """Have what runs in `machinectl list`, where there is a machined. Nothing depends on it."""

@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,7 +22,6 @@ from virtd.cli.main import main
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 CHANGED = {"name": "web1", "changed": True, "pid": 1}
 
@@ -232,3 +232,50 @@ def test_an_answer_in_many_pieces(daemon: FakeDaemon) -> None:
 
     daemon.answers["Dump"] = dump
     assert client.Session(daemon.path).call("Dump", {"name": "web1"})["text"] == text
+
+
+def test_a_daemon_that_breaks_off_each_time_is_no_restart(
+    daemon: FakeDaemon, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "RETRY", 0.001)
+    said = os.path.join(os.path.dirname(daemon.path), "daemon.json")
+    Path(said).write_text("{}")
+    daemon.dies_on = ["List"] * 1000
+    assert main(["list"]) == 1
+    assert "breaks the connection off whenever it is asked for List" in capsys.readouterr().err
+    assert len(daemon.asked("List")) == client.BROKEN
+    # Each other daemon is one restart more, and no end of the patience.
+    daemon.calls.clear()
+    daemon.answers["List"] = {"objects": []}
+    daemon.dies_on = []
+    left = 3 * client.BROKEN
+
+    def die(call: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if not left:
+            return {"objects": []}
+        os.unlink(said)
+        Path(said).write_text(f"{left}")
+        return call.connection.shutdown(socket.SHUT_RDWR)
+
+    daemon.answers["List"] = die
+    assert main(["list"]) == 0
+    assert left == 0
+
+
+def test_one_that_cannot_be_told_apart_is_given_up_in_the_end(
+    daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    daemon.dies_on = ["List"] * 1000
+    assert main(["list", "--daemon-timeout", "0.3"]) == 1
+    assert "virtd went away again and again" in capsys.readouterr().err
+    assert len(daemon.asked("List")) < 20
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_it_is_sent(
+    daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["info", "B\udcfcro"]) == 1
+    assert "isn't UTF-8" in capsys.readouterr().err
+    assert daemon.calls == []

@@ -247,3 +247,22 @@ async def test_a_start_clears_half_files_away(world: World) -> None:
         assert await check(host) == []
         assert os.listdir(f"{world.paths.run}/qemu") == []
         assert os.listdir(f"{world.paths.etc}/qemu") == [".kept"]
+
+
+@on_loop
+async def test_a_guest_that_ends_while_it_is_looked_at(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two looks at it its child is put away, with nobody else's lock held."""
+    async with world.daemon() as host:
+        await world.run("web1")
+        asked = world.units.state
+
+        async def end_it(name: str) -> object:
+            state = await asked(name)
+            monkeypatch.setattr(world.units, "state", asked)
+            world.units.process("web1").kill()
+            await until(lambda: host.driver.machines["web1"].child is None)
+            return state
+
+        monkeypatch.setattr(world.units, "state", end_it)
+        assert await check(host) == []
+        assert (await host.info("web1"))["state"] == "crashed"

@@ -259,6 +259,9 @@ async def test_a_message_without_an_end(tmp_path: Any, monkeypatch: pytest.Monke
         with world.client() as client:
             with contextlib.suppress(ConnectionError):
                 await client.send(b"x" * 1_000_000, end=b"")
+            reply = await client.receive()
+            assert reply is not None
+            assert reply["error"] == "org.virtd1.HostError"
             assert await client.receive() is None
         # Only that client was thrown out.
         with world.client() as client:
@@ -491,7 +494,7 @@ async def test_who_hangs_up_is_not_waited_for(tmp_path: Any, monkeypatch: pytest
             await until(lambda: world.host.calls)
             assert world.host.cancelled == []
         await until(lambda: world.host.cancelled == [method.lower()])
-        await until(lambda: not world.server._tasks)
+        await until(lambda: not world.server.clients.count(0))
 
 
 @on_loop
@@ -511,7 +514,7 @@ async def test_a_change_goes_on_without_its_client(tmp_path: Any, monkeypatch: p
         await asyncio.sleep(0.05)
         go_on.set()
         await asyncio.wait_for(done.wait(), 20)
-        await until(lambda: not world.server._tasks)
+        await until(lambda: not world.server.clients.count(0))
 
 
 @on_loop
@@ -562,7 +565,7 @@ async def test_hanging_up_gives_the_console_back(tmp_path: Any, monkeypatch: pyt
             await client.call("org.virtd1.OpenConsole", {"name": "a"}, more=True)
             assert not world.host.console_closed.is_set()
         await asyncio.wait_for(world.host.console_closed.wait(), 20)
-        await until(lambda: not world.server._tasks)
+        await until(lambda: not world.server.clients.count(0))
 
 
 @on_loop

@@ -11,14 +11,16 @@ Reading is for everybody, changing for root. An error's name is org.virtd1.Error
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import pwd
 from typing import TYPE_CHECKING, Any, Final
 
 from .. import __version__, errors
-from ..bus import DBUS, DBUS_PATH, Bus, MethodCall, Var
+from ..bus import DBUS, DBUS_PATH, Bus, BusError, MethodCall, Var
 from ..host import Caller
+from ..sparing import Sparing
 from ..units import escape_label, unescape_label
+from .door import KNOWN, LIMITS_EXCEEDED, Door
 from .introspection import (
     INTERFACES,
     INTROSPECTABLE,
@@ -26,13 +28,16 @@ from .introspection import (
     OBJECT_MANAGER,
     PEER,
     PROPERTIES,
+    Method,
     document,
 )
 from .kinds import KINDS, Kind
+from .limits import Limits, Turn
+from .sharing import Sharing
 from .variants import Object, dictionary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Sequence
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 
     from ..host import Host
 
@@ -45,7 +50,8 @@ FREEDESKTOP: Final = "org.freedesktop.DBus.Error"
 
 STANDARD: Final = (INTROSPECTABLE, PEER, PROPERTIES)
 RUNNING: Final = frozenset({"starting", "running", "paused", "stopping"})
-MAX_CALLERS: Final = 256
+NO_USER: Final = (1 << 32) - 1
+COST: Final = 2.0  # a call, as compared to one on Varlink
 GRACE: Final = 0.25  # seconds
 
 BY_SEGMENT: Final = {kind.segment: kind for kind in KINDS}
@@ -63,13 +69,18 @@ class Refused(Exception):
 class Server:
     """Serves one Bus. When the Bus is lost, close it and make another one for the next."""
 
-    def __init__(self, host: Host, bus: Bus) -> None:
+    def __init__(self, host: Host, bus: Bus, limits: Limits | None = None) -> None:
         self._host = host
         self._bus = bus
+        self._limits = limits or Limits()
+        self._sharing = Sharing()
+        self._sparing = Sparing(log)
+        self._door = Door(self._refuse)
         # The objects of each kind as the bus was last told of them: changes are sent as the difference to this.
         self._objects: dict[str, dict[str, Object]] = {kind.segment: {} for kind in KINDS}
         self._running = 0
         self._callers: dict[str, Caller] = {}
+        self._lookups: dict[str, asyncio.Task[Caller | None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._unsubscribe: Callable[[], None] | None = None
         self._named = False
@@ -80,7 +91,7 @@ class Server:
             self._objects[kind.segment] = {item["name"]: item for item in await kind.listing(self._host)}
         self._running = self._count_running()
         self._unsubscribe = self._host.subscribe(self._event)
-        self._bus.serve(self._receive)
+        self._bus.serve(self._receive, self._door.admits)
         # Last, because the calls that activation has kept for us come with the name. The end may come while we wait.
         self._named = True
         await self._bus.own_name(NAME, lost)
@@ -105,6 +116,7 @@ class Server:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self._sharing.close()
             if not self._bus.closed:
                 await self._bus.flush(timeout=GRACE)
         except errors.VirtdError as exc:
@@ -120,12 +132,26 @@ class Server:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def _refuse(self, message: Any) -> None:
+        """In GDBus's thread."""
+        text = "There are too many calls of users without rights, or this one is too large"
+        self._bus.send(message.new_method_error_literal(LIMITS_EXCEEDED, text))
+
     async def _answer(self, call: MethodCall) -> None:
+        turn = Turn()
+        size = 0
         try:
+            by = await self._caller_of(call.sender)
+            if by is None:
+                return  # gone, with nobody left to answer to
+            turn = await self._limits.turn(by.uid, COST)
             interface = self._resolve(call)
             method = INTERFACES[interface].methods[call.member]
-            result = await self._dispatch(interface, call)
-            call.reply(method.gives.signature, *result)
+            if not method.reading and by.uid != 0:
+                raise errors.AccessDenied(
+                    f"{by.name} may not call {call.member}", hint="Only root may change anything for now."
+                )
+            size = await self._reply(call, interface, method, by, turn)
         except Refused as refused:
             call.error(refused.name, str(refused))
         except errors.VirtdError as error:
@@ -134,8 +160,82 @@ class Server:
             call.error(f"{ERROR}.Disconnected", "virtd is ending; the call may have had its effect all the same")
             raise
         except Exception:
-            log.exception("A bug: %s.%s of %s failed", call.interface, call.member, call.path)
+            self._sparing.exception("A bug: %s.%s of %s failed", call.interface, call.member, call.path)
             call.error(f"{ERROR}.VirtdError", "virtd has a bug here; its journal tells more")
+        finally:
+            turn.leave(size)
+            self._door.leaves(call.sender)
+
+    async def _reply(self, call: MethodCall, interface: str, method: Method, by: Caller, turn: Turn) -> int:
+        """Answer the call; the answer's size in bytes."""
+        signature = method.gives.signature
+        if method.waiting:
+            turn.leave()
+            async with self._while_there(call.sender):
+                result = await self._dispatch(interface, call, by)
+        elif by.uid == 0:
+            call.reply(signature, *await self._dispatch(interface, call, by))
+            return 0
+        elif method.shared:
+
+            async def find() -> Any:
+                return self._bus.pack(signature, await self._dispatch(interface, call, by))
+
+            return call.answer(await self._sharing.get((call.path, interface, call.member, call.args), find))
+        else:
+            result = await self._dispatch(interface, call, by)
+        return call.answer(self._bus.pack(signature, result))
+
+    async def _caller_of(self, sender: str) -> Caller | None:
+        """Whose the connection is; None when it is gone."""
+        by = self._callers.get(sender)
+        if by is None:
+            if (lookup := self._lookups.get(sender)) is None:
+                lookup = self._lookups[sender] = asyncio.create_task(self._look_up(sender), name="dbus-caller")
+            by = await asyncio.shield(lookup)
+        if by is not None:
+            self._door.learns(sender, by.uid)
+        return by
+
+    async def _look_up(self, sender: str) -> Caller | None:
+        try:
+            (about,) = await self._bus.call(
+                DBUS, DBUS_PATH, DBUS, "GetConnectionCredentials", "s", (sender,), timeout=10.0
+            )
+        except BusError:
+            return None
+        finally:
+            del self._lookups[sender]
+        by = Caller.of(about.get("UnixUserID", NO_USER), about.get("ProcessID", 0))
+        # A bus never gives a unique name out twice, so no entry goes stale; only their number is kept low.
+        while len(self._callers) >= KNOWN:
+            del self._callers[next(iter(self._callers))]
+        self._callers[sender] = by
+        return by
+
+    @contextlib.asynccontextmanager
+    async def _while_there(self, sender: str) -> AsyncIterator[None]:
+        """Ends what is in it when the caller leaves the bus."""
+        ours = asyncio.current_task()
+        gone = False
+
+        def changed(_path: str, _interface: str, _member: str, args: tuple[Any, ...]) -> None:
+            nonlocal gone
+            if args[0] == sender and not args[2] and ours is not None and not gone:
+                gone = True
+                ours.cancel()
+
+        unsubscribe = await self._bus.subscribe(DBUS, DBUS, "NameOwnerChanged", DBUS_PATH, changed, arg0=sender)
+        try:
+            # It may have left before anybody listened.
+            await self._bus.call(DBUS, DBUS_PATH, DBUS, "GetNameOwner", "s", (sender,))
+            yield
+        except asyncio.CancelledError:
+            if not gone or ours is None or ours.uncancel():
+                raise
+            raise errors.Disconnected(f"{sender} has left the bus") from None
+        finally:
+            await unsubscribe()
 
     def _resolve(self, call: MethodCall) -> str:
         """The interface that a call means: it may leave it out. Raises Refused when the call fits none."""
@@ -152,17 +252,17 @@ class Server:
                 return interface
         raise Refused("UnknownMethod", f"{call.path} has no method {call.member}")
 
-    async def _dispatch(self, interface: str, call: MethodCall) -> tuple[Any, ...]:
+    async def _dispatch(self, interface: str, call: MethodCall, caller: Caller) -> tuple[Any, ...]:
         match interface:
             case "org.virtd1.Manager":
-                return await self._manager(call)
+                return await self._manager(call, caller)
             case "org.freedesktop.DBus.Properties":
                 return await self._properties(call)
             case "org.freedesktop.DBus.ObjectManager":
                 return (await self._managed(),)
             case "org.freedesktop.DBus.Introspectable":
                 return (document(self._interfaces(call.path), self._children(call.path)),)
-        by = None if INTERFACES[interface].methods[call.member].reading else await self._authorised(call)
+        by = None if INTERFACES[interface].methods[call.member].reading else caller
         kind, name = self._at(call.path)
         if name is not None:
             return await kind.call(self._host, name, call.member, call.args, by)
@@ -176,13 +276,18 @@ class Server:
             names = sorted(self._objects[kind.segment])
             infos = await asyncio.gather(*(kind.info(self._host, name) for name in names), return_exceptions=True)
             for name, info in zip(names, infos, strict=True):
-                if isinstance(info, dict):
+                try:
+                    if isinstance(info, BaseException):
+                        raise info
                     found[path_of(name, kind.segment)] = {kind.interface: kind.properties(info)}
-                elif not isinstance(info, errors.NotFound):
-                    raise info
+                except errors.NotFound:
+                    pass
+                except Exception:
+                    # What others have made of it costs it its place here, and no other object anything.
+                    self._sparing.exception("%s %s can't be told of on D-Bus", kind.segment, name)
         return found
 
-    async def _manager(self, call: MethodCall) -> tuple[Any, ...]:
+    async def _manager(self, call: MethodCall, by: Caller) -> tuple[Any, ...]:
         match call.member:
             case "List":
                 rows = [
@@ -194,7 +299,6 @@ class Server:
                 return (dictionary(await self._host.status()),)
             case "Check":
                 return _differences(await self._host.check_all(repair=False, by=None))
-        by = await self._authorised(call)
         if call.member == "Define":
             text, source, check = call.args
             done = await self._host.define(text, source, check=check, by=by)
@@ -225,25 +329,6 @@ class Server:
         kind, name = self._at(path)
         assert name is not None
         return kind.properties(await kind.info(self._host, name))
-
-    async def _authorised(self, call: MethodCall) -> Caller:
-        """Who calls, if they may change something; AccessDenied else."""
-        by = self._callers.get(call.sender)
-        if by is None:
-            (about,) = await self._bus.call(
-                DBUS, DBUS_PATH, DBUS, "GetConnectionCredentials", "s", (call.sender,), timeout=10.0
-            )
-            uid = about.get("UnixUserID", -1)
-            by = Caller(uid=uid, pid=about.get("ProcessID", 0), name=user_name(uid))
-            # A bus never gives a unique name out twice, so no entry goes stale; only their number is kept low.
-            if len(self._callers) >= MAX_CALLERS:
-                self._callers.pop(next(iter(self._callers)))
-            self._callers[call.sender] = by
-        if by.uid != 0:
-            raise errors.AccessDenied(
-                f"{by.name} may not call {call.member}", hint="Only root may change anything for now."
-            )
-        return by
 
     # The tree of objects
 
@@ -347,11 +432,3 @@ def path_of(name: str, segment: str = "domain") -> str:
 def kind_of(error: errors.VirtdError) -> str:
     """The class of `error`, or the nearest one above it, that virtd.errors defines."""
     return next(cls.__name__ for cls in type(error).__mro__ if errors.KINDS.get(cls.__name__) is cls)
-
-
-def user_name(uid: int) -> str:
-    """A user's name, or the number of one that has none."""
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except (KeyError, OverflowError):
-        return str(uid)

@@ -19,12 +19,16 @@ def _reading(answer: Answer) -> Method:
     return Method(answer, reading=True)
 
 
+def _shared(answer: Answer) -> Method:
+    return Method(answer, reading=True, shared=True)
+
+
 def _given(parameters: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in parameters.items() if value is not None}
 
 
 METHODS: dict[str, Method] = {
-    "Status": _reading(lambda host, by, p: under("status", host.status())),
+    "Status": _shared(lambda host, by, p: under("status", host.status())),
     "List": _reading(lambda host, by, p: under("objects", host.listing())),
     "Info": _reading(lambda host, by, p: under("object", host.info(p["name"]))),
     "Dump": _reading(lambda host, by, p: under("text", host.dump(p["name"]))),
@@ -40,9 +44,9 @@ METHODS: dict[str, Method] = {
     "Suspend": _changing(lambda host, by, p: host.suspend(p["name"], by=by)),
     "Resume": _changing(lambda host, by, p: host.resume(p["name"], by=by)),
     "Autostart": _changing(lambda host, by, p: host.set_autostart(p["name"], p["enable"], by=by)),
-    "Check": _reading(lambda host, by, p: host.check_all(repair=False, by=by)),
+    "Check": _shared(lambda host, by, p: host.check_all(repair=False, by=by)),
     "Repair": _changing(lambda host, by, p: host.check_all(repair=True, by=by)),
-    "Slots": _reading(lambda host, by, p: under("slots", host.slots())),
+    "Slots": _shared(lambda host, by, p: under("slots", host.slots())),
     "Reload": _changing(lambda host, by, p: host.reload(by=by)),
     "Wait": Method(
         lambda host, by, p: under("object", host.wait(p["name"], p["states"], p.get("timeout"))),

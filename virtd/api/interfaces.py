@@ -20,14 +20,16 @@ Stream = Callable[[Host, Caller, dict[str, Any]], AsyncIterator[dict[str, Any] |
 class Method(NamedTuple):
     """One method: what answers it, or, for one that is called with `more`, what makes its replies.
 
-    `reading` ones are for everybody. `waiting` ones change nothing and may last until somebody else does something:
-    they end when the client hangs up. A stream's last reply is the one with an "event".
+    `reading` ones are for everybody. `waiting` ones change nothing and may last until somebody else does something;
+    all of these end when the client hangs up. `shared` ones cost much: users without rights who ask for the same get
+    the same answer, which may be a second old. A stream's last reply is the one with an "event".
     """
 
     answer: Answer | None = None
     stream: Stream | None = None
     reading: bool = False
     waiting: bool = False
+    shared: bool = False
 
 
 MODULES: dict[str, str] = {

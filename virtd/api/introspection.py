@@ -47,11 +47,16 @@ class Args(msgspec.Struct, frozen=True):
 
 
 class Method(msgspec.Struct, frozen=True):
-    """A method; `reading` ones are for everybody, the others for root."""
+    """A method; `reading` ones are for everybody, the others for root.
+
+    `waiting` ones last until something happens. `shared` ones cost much, see virtd.api.interfaces.Method.
+    """
 
     takes: Args = Args()
     gives: Args = Args()
     reading: bool = False
+    waiting: bool = False
+    shared: bool = False
 
 
 class Property(msgspec.Struct, frozen=True):
@@ -71,6 +76,14 @@ class Interface(msgspec.Struct, frozen=True):
 
 def _reading(takes: str = "", gives: str = "") -> Method:
     return Method(Args(takes), Args(gives), reading=True)
+
+
+def _waiting(takes: str = "", gives: str = "") -> Method:
+    return Method(Args(takes), Args(gives), reading=True, waiting=True)
+
+
+def _shared(takes: str = "", gives: str = "") -> Method:
+    return Method(Args(takes), Args(gives), reading=True, shared=True)
 
 
 def _changing(takes: str = "", gives: str = "") -> Method:
@@ -98,9 +111,9 @@ INTERFACES: Final[dict[str, Interface]] = {
     MANAGER: Interface(
         methods={
             "List": _reading("", "domains:a(sossus)"),  # name, path, uuid, state, pid, reason
-            "Status": _reading("", "status:a{sv}"),
+            "Status": _shared("", "status:a{sv}"),
             "Define": _changing("text:s source:s check:b", "name:s uuid:s created:b file:s warnings:as"),
-            "Check": _reading("", "differences:aa{sv} objects:u"),
+            "Check": _shared("", "differences:aa{sv} objects:u"),
             "Repair": _changing("", "differences:aa{sv} objects:u"),
             "Reload": _changing("", "changed:as problems:aa{sv}"),
         },
@@ -114,7 +127,7 @@ INTERFACES: Final[dict[str, Interface]] = {
         methods={
             "Info": _reading("", "info:a{sv}"),
             "Dump": _reading("", "text:s"),
-            "Wait": _reading("states:as timeout:d", "state:s"),
+            "Wait": _waiting("states:as timeout:d", "state:s"),
             "Start": _changing("", "changed:b"),
             "Shutdown": _changing("timeout:d", "changed:b"),
             "Stop": _changing("", "changed:b"),
@@ -162,7 +175,7 @@ INTERFACES: Final[dict[str, Interface]] = {
         methods={
             "Info": _reading("", "info:a{sv}"),
             "Dump": _reading("", "text:s"),
-            "Wait": _reading("states:as timeout:d", "state:s"),
+            "Wait": _waiting("states:as timeout:d", "state:s"),
             "Start": _changing("", "changed:b"),
             "Shutdown": _changing("timeout:d", "changed:b"),
             "Stop": _changing("", "changed:b"),
@@ -183,7 +196,7 @@ INTERFACES: Final[dict[str, Interface]] = {
         methods={
             "Define": _changing("text:s source:s check:b", "name:s uuid:s created:b path:s warnings:as"),
             "ListJobs": _reading("", "jobs:aa{sv}"),
-            "WaitJob": _reading("job:s timeout:d", "job:a{sv}"),
+            "WaitJob": _waiting("job:s timeout:d", "job:a{sv}"),
             "CancelJob": _changing("job:s", "changed:b"),
             # Everything has been written to what UploadVolume gave: the job that goes on, "" when all is done.
             "Uploaded": _changing("job:s", "job:s"),
@@ -193,9 +206,9 @@ INTERFACES: Final[dict[str, Interface]] = {
         methods={
             "Info": _reading("", "info:a{sv}"),
             "Dump": _reading("", "text:s"),
-            "ListVolumes": _reading("", "volumes:aa{sv}"),
-            "VolumeInfo": _reading("volume:s", "info:a{sv}"),
-            "ListSnapshots": _reading("volume:s", "snapshots:aa{sv}"),
+            "ListVolumes": _shared("", "volumes:aa{sv}"),
+            "VolumeInfo": _shared("volume:s", "info:a{sv}"),
+            "ListSnapshots": _shared("volume:s", "snapshots:aa{sv}"),
             "Start": _changing("", "changed:b"),
             "Stop": _changing("", "changed:b"),
             "Refresh": _changing("", "volumes:x"),
@@ -222,7 +235,7 @@ INTERFACES: Final[dict[str, Interface]] = {
             "Available": Property("t"),
         },
     ),
-    INTROSPECTABLE: Interface(methods={"Introspect": _reading("", "xml:s")}),
+    INTROSPECTABLE: Interface(methods={"Introspect": _shared("", "xml:s")}),
     PROPERTIES: Interface(
         methods={
             "Get": _reading("interface:s property:s", "value:v"),
@@ -232,7 +245,7 @@ INTERFACES: Final[dict[str, Interface]] = {
         signals={"PropertiesChanged": Args("interface:s changed:a{sv} invalidated:as")},
     ),
     OBJECT_MANAGER: Interface(
-        methods={"GetManagedObjects": _reading("", "objects:a{oa{sa{sv}}}")},
+        methods={"GetManagedObjects": _shared("", "objects:a{oa{sa{sv}}}")},
         signals={
             "InterfacesAdded": Args("object:o interfaces:a{sa{sv}}"),
             "InterfacesRemoved": Args("object:o interfaces:as"),

@@ -11,6 +11,8 @@ from ..units import unit_name
 
 Object = dict[str, Any]
 
+INT_END = 1 << 63  # of the largest type that D-Bus has for a number with a sign
+
 
 def dictionary(value: Object) -> dict[str, Var]:
     """A JSON object as a{sv}. D-Bus has no null: those keys are left out."""
@@ -22,7 +24,7 @@ def variant(value: Any) -> Var:
     match value:
         case bool():
             return Var("b", value)
-        case int():
+        case int() if -INT_END <= value < INT_END:
             return Var("x", value)
         case float():
             return Var("d", value)

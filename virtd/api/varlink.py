@@ -12,26 +12,33 @@ import asyncio
 import contextlib
 import logging
 import os
-import pwd
+import select
 import socket
-import struct
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from .. import __version__, errors
 from ..host import Caller, Host, WithDescriptors
-from ..text import plainly
-from . import idl, interfaces
+from ..sparing import Sparing
+from ..text import plain
+from . import idl, interfaces, wire
+from .clients import ERRORS, Clients, caller_of
+from .limits import Limits, TooMuch, Turn
+from .sharing import Sharing
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable
 
+__all__ = ["Connection", "Server", "caller_of"]
+
 log = logging.getLogger(__name__)
 
 SERVICE = "org.varlink.service"
-ERRORS = "org.virtd1"  # all interfaces share its errors
 LIMIT = 4 << 20  # bytes of one message; a definition has at most 1 MiB
+SMALL = 64 << 10  # of a user who may only ask
+PATIENCE = 30.0  # seconds for the rest of a message that was begun, and for a reply to be read
+LOOK = 1.0  # seconds between two looks at whether a client that can't be watched is still there
 
 
 class Refused(Exception):
@@ -44,69 +51,87 @@ class Refused(Exception):
 
 
 class Server:
-    """Accepts connections on a listening socket until `close`."""
+    """Serves listening sockets until `close`; they stay the owner's."""
 
-    def __init__(self, host: Host, listener: socket.socket) -> None:
+    def __init__(self, host: Host, *listeners: socket.socket, limits: Limits | None = None) -> None:
         self._host = host
-        self._listener = listener
-        self._listener.setblocking(False)
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._accepting: asyncio.Task[None] | None = None
+        self._listeners = listeners
+        self._limits = limits or Limits()
+        self._sharing = Sharing()
+        self._sparing = Sparing(log)
+        self.clients = Clients(self._limits, lambda connection: caller_of(connection), self._serve)
 
     def start(self) -> None:
-        self._accepting = asyncio.create_task(self._accept(), name="varlink-accept")
+        self.clients.listen(self._listeners)
 
     async def close(self) -> None:
-        """Ends every connection; the listening socket stays the owner's."""
-        tasks = [*self._tasks, *([self._accepting] if self._accepting else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        """Ends every connection."""
+        await self.clients.close()
+        await self._sharing.close()
 
-    async def _accept(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                connection, _ = await loop.sock_accept(self._listener)
-            except OSError as exc:
-                # Out of descriptors, most likely. Who waits in the backlog is served when there are some again.
-                log.warning("Cannot accept a client: %s", exc.strerror)
-                await asyncio.sleep(0.1)
-                continue
-            task = asyncio.create_task(Connection(self._host, connection).serve(), name="varlink-connection")
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+    def _serve(self, connection: socket.socket, caller: Caller) -> Connection:
+        return Connection(self._host, connection, caller, self._limits, self._sharing, self._sparing)
 
 
 class Connection:
     """One client. Its calls are answered in order, one at a time, as Varlink has it."""
 
-    def __init__(self, host: Host, connection: socket.socket) -> None:
+    def __init__(
+        self,
+        host: Host,
+        connection: socket.socket,
+        caller: Caller,
+        limits: Limits,
+        sharing: Sharing,
+        sparing: Sparing,
+    ) -> None:
         self._host = host
         self._socket = connection
         self._socket.setblocking(False)
+        self.caller = caller
+        self._limits = limits
+        self._sharing = sharing
+        self._sparing = sparing
         self._loop = asyncio.get_running_loop()
         self._buffer = bytearray()
+        self._most = LIMIT if caller.uid == 0 else SMALL
+        self.since: float | None = self._loop.time()
 
     async def serve(self) -> None:
         try:
-            self._caller = caller_of(self._socket)
             while (message := await self._receive()) is not None:
+                self.since = None
                 if not await self._answer(message):
                     break
-        except (OSError, ValueError) as exc:
-            log.debug("A client's connection ended: %s", exc)
+                self.since = self._loop.time()
+        except (OSError, TooMuch, TimeoutError) as exc:
+            log.debug("A client's connection ended: %r", exc)
+        except Exception:
+            # Nobody waits for this task's end, and asyncio would tell of each one.
+            self._sparing.exception("A bug: a connection of %s broke", self.caller.name)
         finally:
             self._socket.close()
+
+    def close(self) -> None:
+        self._socket.close()
 
     async def _receive(self) -> bytes | None:
         """The next message without its NUL; None at the end."""
         searched = 0
+        begun = None
         while (end := self._buffer.find(0, searched)) < 0:
             searched = len(self._buffer)
-            if searched > LIMIT:
-                raise ValueError("a message is too long")
-            chunk = await self._loop.sock_recv(self._socket, 1 << 16)
+            if searched > self._most:
+                await self._too_long()
+                return None
+            if self.caller.uid == 0:
+                chunk = await self._loop.sock_recv(self._socket, 1 << 16)
+            else:
+                # Who has begun a message has to end it: until then it takes room of ours.
+                if begun is None and searched:
+                    begun = self._loop.time()
+                async with asyncio.timeout_at(None if begun is None else begun + PATIENCE):
+                    chunk = await self._loop.sock_recv(self._socket, 1 << 14)
             if not chunk:
                 return None
             self._buffer += chunk
@@ -114,46 +139,63 @@ class Connection:
         del self._buffer[: end + 1]
         return message
 
+    async def _too_long(self) -> None:
+        self._buffer.clear()
+        if self.caller.uid == 0:
+            refusal: errors.VirtdError = errors.HostError(f"A message has more than {LIMIT >> 20} MiB")
+        else:
+            refusal = errors.AccessDenied(
+                f"{self.caller.name} may not send more than {SMALL >> 10} KiB at a time",
+                hint="Only root may change anything or read consoles.",
+            )
+        await self._send(wire.encode(_failure(refusal)) + b"\0", [])
+
     async def _answer(self, message: bytes) -> bool:
         """Answer one call; False when the connection must end."""
-        try:
-            call = msgspec.json.decode(message)
-            method, parameters = call["method"], call.get("parameters") or {}
-            if not isinstance(method, str) or not isinstance(parameters, dict):
-                return False
-        except (msgspec.DecodeError, LookupError, TypeError, AttributeError):
-            return False
+        turn = await self._limits.turn(self.caller.uid)
+        size = 0
         fds: list[int] = []
-        oneway, more = bool(call.get("oneway")), bool(call.get("more"))
         try:
-            found = self._find(method, parameters)
-            if found is not None and found.stream is not None:
-                if not more:
-                    raise Refused(f"{SERVICE}.ExpectedMore", {})
-                await self._stream(found.stream(self._host, self._caller, parameters))
-                return True
-            result = await self._call(found, method, parameters)
-        except Refused as refused:
-            reply = {"error": refused.name, "parameters": refused.parameters}
-        except errors.VirtdError as error:
-            reply = {"error": f"{ERRORS}.{_kind(error)}", "parameters": error.fields()}
-        except ConnectionError:
-            raise
-        except Exception as exc:
-            # A bug of ours, or a file system that we didn't expect. Hanging up instead would look like a restart of
-            # the daemon, after which clients repeat their call.
-            log.exception("%s failed", method)
-            failure = errors.HostError(
-                f"{method.rpartition('.')[2]} failed: {exc}", hint="See: journalctl -u virtd.service"
-            )
-            reply = {"error": f"{ERRORS}.{_kind(failure)}", "parameters": failure.fields()}
-        else:
-            fds = result.fds if isinstance(result, WithDescriptors) else []
-            reply = {"parameters": result.value if isinstance(result, WithDescriptors) else result}
-        try:
+            try:
+                call = msgspec.json.decode(message)
+                method, parameters = call["method"], call.get("parameters") or {}
+                if not isinstance(method, str) or not isinstance(parameters, dict):
+                    return False
+                oneway, more = bool(call.get("oneway")), bool(call.get("more"))
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                return False
+            try:
+                found = self._find(method, parameters)
+                if found is not None and found.stream is not None:
+                    if not more:
+                        raise Refused(f"{SERVICE}.ExpectedMore", {})
+                    await self._stream(found.stream(self._host, self.caller, parameters))
+                    return True
+                result = await self._call(found, method, parameters, turn)
+                if isinstance(result, WithDescriptors):
+                    fds = result.fds
+                    result = result.value
+                data = result if isinstance(result, bytes) else wire.encode({"parameters": result})
+            except Refused as refused:
+                data = wire.encode({"error": refused.name, "parameters": refused.parameters})
+            except errors.VirtdError as error:
+                data = wire.encode(_failure(error))
+            except ConnectionError:
+                raise
+            except Exception as exc:
+                # A bug of ours, or a file system that we didn't expect. Hanging up instead would look like a restart
+                # of the daemon, after which clients repeat their call.
+                self._sparing.exception("%s failed", plain(method[:100]))
+                failure = errors.HostError(
+                    f"{method.rpartition('.')[2]} failed: {exc}", hint="See: journalctl -u virtd.service"
+                )
+                data = wire.encode(_failure(failure))
+            size = len(data)
+            turn.leave(size)
             if not oneway:
-                await self._send(reply, fds)
+                await self._send(data + b"\0", fds)
         finally:
+            turn.leave(size)
             for fd in fds:
                 os.close(fd)
         return True
@@ -168,48 +210,69 @@ class Connection:
         table = interfaces.methods(interface)
         if name not in table:
             raise Refused(f"{SERVICE}.MethodNotFound", {"method": method})
-        if not table[name].reading and self._caller.uid != 0:
+        if not table[name].reading and self.caller.uid != 0:
             raise errors.AccessDenied(
-                f"{self._caller.name} may not call {name}",
+                f"{self.caller.name} may not call {name}",
                 hint="Only root may change anything or read consoles.",
             )
         if wrong := idl.problem(interface, name, parameters):
             raise Refused(f"{SERVICE}.InvalidParameter", {"parameter": wrong})
         return table[name]
 
-    async def _call(self, found: interfaces.Method | None, method: str, parameters: dict[str, Any]) -> Any:
+    async def _call(
+        self, found: interfaces.Method | None, method: str, parameters: dict[str, Any], turn: Turn
+    ) -> Any:
+        """What answers it; the whole reply as bytes, if others get the same."""
         if found is None:
             return _service(method.rpartition(".")[2], parameters)
         assert found.answer is not None
-        answer = found.answer(self._host, self._caller, parameters)
-        return await (self._unless_gone(answer) if found.waiting else answer)
+        answer = found.answer
+        if found.shared and self.caller.uid != 0:
+            key = (method, msgspec.json.encode(parameters, order="sorted"))
+
+            async def find() -> bytes:
+                return wire.encode({"parameters": await answer(self._host, self.caller, parameters)})
+
+            return await self._unless_gone(self._sharing.get(key, find))
+        if found.waiting:
+            turn.leave()
+        if found.reading or found.waiting:
+            return await self._unless_gone(answer(self._host, self.caller, parameters))
+        return await answer(self._host, self.caller, parameters)
 
     async def _unless_gone(self, answer: Awaitable[Any]) -> Any:
-        """What `answer` brings; for one that may take for ever it ends when the client hangs up."""
+        """What `answer` brings; it ends when the client hangs up, who doesn't want it any more then."""
         task = asyncio.ensure_future(answer)
-
-        def look() -> None:
-            try:
-                waiting = self._socket.recv(1, socket.MSG_PEEK)
-            except BlockingIOError:
-                return
-            except OSError:
-                waiting = b""
-            # Either way there is nothing more to be learnt: a client that sent its next call is there.
-            self._loop.remove_reader(self._socket)
-            if not waiting:
-                task.cancel()
-
-        self._loop.add_reader(self._socket, look)
         try:
+            await asyncio.sleep(0)
+            if not task.done():
+                self._look(task)
             return await task
         except asyncio.CancelledError:
             ours = asyncio.current_task()
             if ours is not None and ours.cancelling():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
                 raise
             raise ConnectionResetError("the client hung up") from None
         finally:
             self._loop.remove_reader(self._socket)
+
+    def _look(self, task: asyncio.Future[Any]) -> None:
+        """Cancel `task` when the client has hung up, as soon as that can be seen."""
+        if task.done():
+            return
+        self._loop.remove_reader(self._socket)
+        waiting = select.poll()
+        waiting.register(self._socket, select.POLLIN | select.POLLRDHUP)
+        events = waiting.poll(0)
+        if not events:
+            self._loop.add_reader(self._socket, self._look, task)
+        elif events[0][1] & ~select.POLLIN:
+            task.cancel()
+        else:
+            # The next call is here already; after it no end shows but by looking.
+            self._loop.call_later(LOOK, self._look, task)
 
     async def _stream(self, replies: AsyncIterator[dict[str, Any] | WithDescriptors]) -> None:
         """Send what `replies` yields until it ends or the client hangs up.
@@ -232,7 +295,8 @@ class Connection:
                 fds = item.fds if isinstance(item, WithDescriptors) else []
                 value = item.value if isinstance(item, WithDescriptors) else item
                 try:
-                    await self._send({"parameters": value, "continues": "event" not in value}, fds)
+                    reply = {"parameters": value, "continues": "event" not in value}
+                    await self._send(wire.encode(reply) + b"\0", fds)
                 finally:
                     for fd in fds:
                         os.close(fd)
@@ -244,22 +308,25 @@ class Connection:
             if close := getattr(iterator, "aclose", None):
                 await close()
 
-    async def _send(self, reply: dict[str, Any], fds: list[int]) -> None:
+    async def _send(self, data: bytes, fds: list[int]) -> None:
+        """Raises TooMuch or TimeoutError for a client that doesn't read."""
+        control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        sent = 0
+        with contextlib.suppress(BlockingIOError):
+            sent = self._socket.sendmsg([data], control, socket.MSG_NOSIGNAL)
+        if sent == len(data):
+            return
+        uid, left = self.caller.uid, len(data) - sent
+        self._limits.unsent(uid, left)
         try:
-            data = msgspec.json.encode(reply) + b"\0"
-        except UnicodeEncodeError:  # the name of somebody's file, or of a network interface
-            data = msgspec.json.encode(plainly(reply)) + b"\0"
-        if fds:
-            control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-            sent = 0
-            while not sent:
-                try:
-                    sent = self._socket.sendmsg([data], control, socket.MSG_NOSIGNAL)
-                except BlockingIOError:
+            async with asyncio.timeout(PATIENCE):
+                while not sent:
                     await self._writable()
-            data = data[sent:]
-        if data:
-            await self._loop.sock_sendall(self._socket, data)
+                    with contextlib.suppress(BlockingIOError):
+                        sent = self._socket.sendmsg([data], control, socket.MSG_NOSIGNAL)
+                await self._loop.sock_sendall(self._socket, memoryview(data)[sent:])
+        finally:
+            self._limits.unsent(uid, -left)
 
     async def _writable(self) -> None:
         ready = self._loop.create_future()
@@ -270,19 +337,10 @@ class Connection:
             self._loop.remove_writer(self._socket)
 
 
-def caller_of(connection: socket.socket) -> Caller:
-    """Who is at the other end, as the kernel knows it (unix(7), SO_PEERCRED)."""
-    pid, uid, _gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    name = "root" if uid == 0 else str(uid)
-    if uid:
-        with contextlib.suppress(KeyError):
-            name = pwd.getpwuid(uid).pw_name
-    return Caller(uid=uid, pid=pid, name=name)
-
-
-def _kind(error: errors.VirtdError) -> str:
-    """The error's class, or the nearest one above it that has a name on the wire."""
-    return next(cls.__name__ for cls in type(error).__mro__ if cls.__name__ in errors.KINDS)
+def _failure(error: errors.VirtdError) -> dict[str, Any]:
+    """The reply for an error: its class, or the nearest one above it that has a name on the wire, and its fields."""
+    kind = next(cls.__name__ for cls in type(error).__mro__ if cls.__name__ in errors.KINDS)
+    return {"error": f"{ERRORS}.{kind}", "parameters": error.fields()}
 
 
 def _service(method: str, parameters: dict[str, Any]) -> dict[str, Any]:

@@ -3,9 +3,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .interfaces import Method, under
+
+if TYPE_CHECKING:
+    from .interfaces import Answer
+
+
+def _shared(answer: Answer) -> Method:
+    """It may mean to look at many files."""
+    return Method(answer, reading=True, shared=True)
 
 
 def _given(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -13,11 +21,9 @@ def _given(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 METHODS: dict[str, Method] = {
-    "List": Method(lambda host, by, p: under("objects", host.volumes.listing(p["pool"])), reading=True),
-    "Info": Method(lambda host, by, p: under("object", host.volumes.info(p["pool"], p["name"])), reading=True),
-    "Snapshots": Method(
-        lambda host, by, p: under("objects", host.volumes.snapshots(p["pool"], p["name"])), reading=True
-    ),
+    "List": _shared(lambda host, by, p: under("objects", host.volumes.listing(p["pool"]))),
+    "Info": _shared(lambda host, by, p: under("object", host.volumes.info(p["pool"], p["name"]))),
+    "Snapshots": _shared(lambda host, by, p: under("objects", host.volumes.snapshots(p["pool"], p["name"]))),
     "Create": Method(lambda host, by, p: host.volumes.create(**_given(p), by=by)),
     "Clone": Method(lambda host, by, p: host.volumes.clone(**_given(p), by=by)),
     "Import": Method(lambda host, by, p: host.volumes.import_(**_given(p), by=by)),

@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     Parameters = dict[str, Any]
 
 ADDRESS = "/run/virtd/virtd.sock"
+ROOT_ADDRESS = "/run/virtd/root.sock"  # where nobody else can stand in root's way
 CGROUPS = "/sys/fs/cgroup/system.slice"  # virtd.service's is in it while virtd runs
 INTERFACE = "org.virtd1."
 PATIENCE = 30.0  # seconds that a daemon which went away may take to come back, unless --daemon-timeout says otherwise
 QUIET = 2.0  # seconds of its absence that aren't worth a word
 RETRY = 0.05  # seconds between two attempts to connect
+BROKEN = 4  # times that one daemon may break one call off, before that is no restart but its answer
 MAX_FDS = 16  # a reply carries one; the rest is room for a newer daemon
 HINT = "systemctl status virtd"
 KNOCK = "org.varlink.service.GetInfo"
@@ -56,17 +58,16 @@ class Reply:
 class Connection:
     """A connected socket. Raises OSError as the kernel says it; what that means to a person, the callers know."""
 
-    def __init__(self, address: str) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    def __init__(self, address: str, wait: float = PATIENCE) -> None:
         self._buffer = bytearray()
         self._fds: list[int] = []
-        # With a time limit, a full backlog is an error at once and not a wait without end.
-        self._socket.settimeout(PATIENCE)
-        try:
-            self._socket.connect(address)
-        except BaseException:
-            self._socket.close()
-            raise
+        if address == ADDRESS and os.geteuid() == 0:
+            try:
+                self._socket = _connected(ROOT_ADDRESS, wait)
+                return
+            except (FileNotFoundError, ConnectionRefusedError, PermissionError):
+                pass  # an older daemon's host, or a root that is somebody else outside its namespace
+        self._socket = _connected(address, wait)
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -82,8 +83,14 @@ class Connection:
         message: Parameters = {"method": whole, "parameters": parameters}
         if more:
             message["more"] = True
+        try:
+            # As it is, not with escapes: those would let through what isn't UTF-8, which no daemon takes.
+            data = json.dumps(message, separators=(",", ":"), ensure_ascii=False).encode() + b"\0"
+        except UnicodeEncodeError as exc:
+            bad = str(exc.object)[exc.start : exc.end].encode("utf-8", "backslashreplace").decode()
+            raise VirtdError(f"What is asked for isn't UTF-8: it has {bad} in it") from exc
         self._socket.settimeout(PATIENCE)
-        self._socket.sendall(json.dumps(message, separators=(",", ":")).encode() + b"\0")
+        self._socket.sendall(data)
 
     def receive(self, timeout: float | None) -> Reply | None:
         """The next reply, or None when none came in `timeout` seconds (0: look only, None: no limit).
@@ -114,6 +121,27 @@ class Connection:
         # far belong to this message.
         reply, self._fds = Reply({}, self._fds, continues=False), []
         return _decode(message, reply)
+
+
+def _connected(address: str, wait: float) -> socket.socket:
+    """Raises BlockingIOError when the backlog has been full for `wait` seconds."""
+    link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if wait:
+            # Not settimeout(): who doesn't block is told at once of a full backlog, and has to try their luck. Who
+            # does stands in line (unix(7); a struct timeval for SO_SNDTIMEO).
+            size = 8 if sys.maxsize > 1 << 32 else 4
+            parts = (int(wait), int(wait % 1 * 1_000_000))
+            link.setsockopt(
+                socket.SOL_SOCKET, socket.SO_SNDTIMEO, b"".join(part.to_bytes(size, sys.byteorder) for part in parts)
+            )
+        else:
+            link.setblocking(False)
+        link.connect(address)
+    except BaseException:
+        link.close()
+        raise
+    return link
 
 
 def _decode(message: bytes, reply: Reply) -> Reply:
@@ -171,6 +199,14 @@ class Session:
         self.wakes = wakes
         self._cgroups = cgroups or (CGROUPS if address == ADDRESS else "")
 
+    def instance(self) -> str:
+        """Which daemon there is: each writes this file anew before it answers anybody. Nothing if that isn't seen."""
+        try:
+            found = os.stat(os.path.join(os.path.dirname(self.address), "daemon.json"))
+        except OSError:
+            return ""
+        return f"{found.st_ino}:{found.st_mtime_ns}"
+
     def must_wait(self) -> bool:
         """Whether the daemon was stopped, and only a command may start it: a viewer that wants to go on must not.
 
@@ -226,6 +262,9 @@ class Call:
         self._limit = limit
         self._connection: Connection | None = None
         self._failed: VirtdError | None = None
+        self._instance = session.instance()
+        self._broken = 0
+        self._broken_since = 0.0
         self.attempt = 0
         try:
             self._connection = self._connect()
@@ -312,6 +351,7 @@ class Call:
             if away > QUIET and not noticed:
                 noticed = True
                 self._session.notice()
+        self._count(lost)
         self.attempt += 1
         if self._deadline is not None:
             self._deadline = max(self._deadline, time.monotonic() + (patience or PATIENCE))
@@ -320,6 +360,25 @@ class Call:
         except ConnectionError:
             self.close()  # gone once more: result() finds no connection and comes here again
 
+    def _count(self, lost: float) -> None:
+        """Tell a restart from a daemon that breaks this call off each time, by its being the same one still."""
+        instance = self._session.instance()
+        if instance != self._instance:
+            self._instance, self._broken = instance, 0
+            return
+        self._broken += 1
+        if instance and self._broken >= BROKEN:
+            raise VirtdError(
+                f"virtd breaks the connection off whenever it is asked for {self._method}",
+                hint="It wasn't restarted. See: journalctl -u virtd.service",
+            )
+        if self._broken == 1:
+            self._broken_since = lost
+        patience = self._session.patience
+        if patience is not None and time.monotonic() - self._broken_since > patience:
+            raise Disconnected("virtd went away again and again before it answered", hint=HINT)
+        time.sleep(min(1.0, RETRY * 2**self._broken))
+
     def _knock(self) -> bool:
         """Take one short step towards an answer of the new daemon; whether it came."""
         try:
@@ -327,7 +386,7 @@ class Call:
                 if self._session.must_wait():
                     time.sleep(RETRY)
                     return False
-                self._connection = Connection(self._session.address)
+                self._connection = Connection(self._session.address, QUIET / 8)
                 self._connection.send(KNOCK, {})
             return self._connection.receive(QUIET / 8) is not None
         except VirtdError:

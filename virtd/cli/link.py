@@ -37,7 +37,7 @@ class Link:
     def open(self) -> None:
         """Connect for the first time; a daemon that isn't there is an error then."""
         try:
-            self._connection = Connection(self._session.address)
+            self._connection = Connection(self._session.address, 0)
             self._ask(again=False)
         except (ConnectionResetError, BrokenPipeError, BlockingIOError):
             self._lose()
@@ -51,7 +51,7 @@ class Link:
                 self._lose()
                 return -1
             try:
-                self._connection = Connection(self._session.address)
+                self._connection = Connection(self._session.address, 0)
                 self._connection.send(KNOCK, {})
                 self._knocking = True
             except OSError:

@@ -55,6 +55,8 @@ def logging(method: str = "Follow") -> Callable[[argparse.Namespace, Session], i
             source = chunks(session, cursor, follow=args.follow, method=method)
             if args.json:
                 _as_json(source, cursor, args.json)
+            elif sys.stdout.isatty() and not args.raw:
+                _shown(source)
             else:
                 for data in source:
                     write_all(1, data)
@@ -63,6 +65,18 @@ def logging(method: str = "Follow") -> Callable[[argparse.Namespace, Session], i
         return OK
 
     return run
+
+
+def _shown(source: Iterator[bytes]) -> None:
+    """For eyes: with nothing that would work on the terminal."""
+    from virtd.cli.filtered import Filter
+
+    shown = Filter()
+    try:
+        for data in source:
+            write_all(1, shown.pass_on(data))
+    finally:
+        write_all(1, shown.pass_on(b"", last=True))
 
 
 def _as_json(source: Iterator[bytes], cursor: Cursor, style: str) -> None:
@@ -100,6 +114,7 @@ def options(parser: Parser, noun: str = "domain", what: str = "QEMU itself") -> 
         help=f"begin with the last N lines; all of them unless given, and {TAIL} with -f",
     )
     parser.add_argument("--qemu", "--stderr", action="store_true", help=f"show what {what} wrote to its stderr")
+    parser.add_argument("--raw", action="store_true", help="also on a terminal, every byte as it was written")
     parser.json()
 
 

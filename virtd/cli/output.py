@@ -30,8 +30,10 @@ STATE_COLOURS = {
 }
 
 # A guest writes what ends up in reasons, log lines and QEMU's errors, and a terminal obeys control characters: a
-# table must not carry them. (The console and the log are printed as they are; that is what a console is for.)
+# table must not carry them. (The console is printed as it is; that is what a console is for.)
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
+
+_JSON_CONTROL = {code: f"\\u{code:04x}" for code in range(127, 160)}
 
 # Unit, its length in seconds, and the smaller unit that is shown beside it.
 UNITS = (
@@ -47,7 +49,7 @@ UNITS = (
 
 def clean(text: str) -> str:
     """`text` without anything that a terminal would obey; tabs and line ends stay."""
-    return text.translate(_CONTROL)
+    return text.translate(_CONTROL).encode("utf-8", "backslashreplace").decode()
 
 
 def autostarts(item: dict[str, Any]) -> str:
@@ -75,7 +77,8 @@ def write_json(value: object, style: str) -> None:
         text = json.dumps(value, indent=2, ensure_ascii=False)
     else:
         text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-    print(text)
+    # JSON has escapes for what it must, which C1 controls and lone surrogates aren't.
+    print(text if text.isascii() else text.translate(_JSON_CONTROL).encode("utf-8", "backslashreplace").decode())
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, legend: bool, colour: int | None = None) -> None:

@@ -201,8 +201,11 @@ async def _findings(guests: AnyGuests, name: str, seen: Seen) -> list[Difference
     found = _record(guests, name)
     if machine is not None and machine.alive:
         units = await guests.services.units()
-        found += _process(machine, await units.state(machine.unit) if name in seen.units else None)
-        found += _slots(guests, machine, seen)
+        unit = await units.state(machine.unit) if name in seen.units else None
+        if machine.child is None:
+            return found  # it ended while systemd was asked, and is put away
+        found += _process(machine, unit)
+        found += slot_differences(guests.services, machine.child, seen)
         if not os.path.isdir(machine.runtime):
             text = f"{machine.runtime} is gone, which {name} needs while it runs"
             found.append(Difference("directory", name, text))
@@ -249,11 +252,6 @@ def _process(machine: Guest[Any], unit: UnitState | None) -> list[Difference]:
         text = f"{machine.unit} has PID {unit.main_pid}, the record {record.main_pid}"
         return [Difference("process", name, text, "write the unit's into the record" if unit.main_pid else "")]
     return []
-
-
-def _slots(guests: AnyGuests, machine: Guest[Any], seen: Seen) -> list[Difference]:
-    assert machine.child is not None
-    return slot_differences(guests.services, machine.child, seen)
 
 
 def slot_differences(services: Services, child: Child, seen: Seen) -> list[Difference]:
@@ -360,6 +358,8 @@ async def _mend_running(guests: AnyGuests, machine: Guest[Any], seen: Seen) -> N
         return
     units = await guests.services.units()
     unit = await units.state(machine.unit) if machine.name in seen.units else None
+    if not machine.alive:
+        return  # it has ended meanwhile
     if unit is not None and unit.main_pid not in (0, machine.record.main_pid):
         machine.child.identify(unit)
         machine.save(main_pid=machine.child.pid, main_start=machine.child.start, invocation_id=unit.invocation_id)

@@ -69,6 +69,7 @@ class Host(Domains):
         self.problems: dict[str, tuple[str, str]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._reloading = asyncio.Lock()
+        self._comparing = asyncio.Lock()
         self.services = services
 
     # The other nouns
@@ -256,7 +257,8 @@ class Host(Domains):
         """
         from . import fsck
 
-        rows = await fsck.compare(self, self._services, repair=repair)
+        async with self._comparing:  # each makes PID 1 tell of all its units and descriptors
+            rows = await fsck.compare(self, self._services, repair=repair)
         if repair and rows:
             who = by.name if by is not None else "nobody"
             log.info("fsck for %s: %d of %d differences repaired", who, sum(map(_repaired, rows)), len(rows))

@@ -18,6 +18,11 @@ class Caller(msgspec.Struct, frozen=True):
     pid: int
     name: str
 
+    @classmethod
+    def of(cls, uid: int, pid: int) -> Caller:
+        """Users are numbers here, but for root: to ask for a name may mean to wait for a directory server."""
+        return cls(uid=uid, pid=pid, name="root" if uid == 0 else f"uid {uid}")
+
 
 class WithDescriptors(msgspec.Struct, frozen=True):
     """A reply with descriptors, which the front end passes on and then closes."""

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Who is connected to the Varlink sockets: connections are taken, counted by user, and turned away.
+
+Of users without rights each has a few connections, and all together have some more. Who comes past that gets the
+place of a connection that has been idle, of their own or of the user with the most; where there is none, they are
+told so and hung up on. Taking a flood of connections leaves half of the loop's time to others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import struct
+import time
+from typing import TYPE_CHECKING, Protocol
+
+from .. import errors
+from ..host import Caller
+from ..sparing import Sparing
+from . import wire
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from .limits import Limits
+
+log = logging.getLogger(__name__)
+
+CONNECTIONS, ALL_CONNECTIONS = 64, 256
+IDLE = 5.0  # seconds without a call after which a connection may have to make room
+AT_ONCE = 64  # connections that are taken before others have the loop
+AGAIN = 0.1  # seconds after which a listener is looked at again that had no descriptor for a connection
+
+ERRORS = "org.virtd1"  # all interfaces share its errors
+
+
+class Client(Protocol):
+    """A connection that is served."""
+
+    caller: Caller
+    since: float | None  # of its being idle; None while a call is under way
+
+    async def serve(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Clients:
+    """Accepts connections on listening sockets until `close`; `make` gives what serves one."""
+
+    def __init__(
+        self, limits: Limits, caller_of: Callable[[socket.socket], Caller], make: Callable[..., Client]
+    ) -> None:
+        self._limits = limits
+        self._caller_of = caller_of
+        self._make = make
+        self._users: dict[int, dict[Client, asyncio.Task[None]]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._listeners: dict[socket.socket, asyncio.TimerHandle | None] = {}
+        self._sparing = Sparing(log)
+
+    def listen(self, listeners: Sequence[socket.socket]) -> None:
+        for listener in listeners:
+            listener.setblocking(False)
+            self._watch(listener)
+
+    async def close(self) -> None:
+        """End every connection; the listening sockets stay the owner's."""
+        loop = asyncio.get_running_loop()
+        for listener, timer in self._listeners.items():
+            loop.remove_reader(listener)
+            if timer is not None:
+                timer.cancel()
+        self._listeners.clear()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def count(self, uid: int | None = None) -> int:
+        """Connections of a user, or of all but root."""
+        if uid is not None:
+            return len(self._users.get(uid, ()))
+        return sum(len(clients) for uid, clients in self._users.items() if uid != 0)
+
+    # Listening
+
+    def _watch(self, listener: socket.socket) -> None:
+        self._listeners[listener] = None
+        asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+
+    def _pause(self, listener: socket.socket, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(listener)
+        self._listeners[listener] = loop.call_later(seconds, self._watch, listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        begun = time.monotonic()
+        for _ in range(AT_ONCE):
+            try:
+                connection, _address = listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as exc:
+                # Out of descriptors, most likely. Who waits in the backlog is served when there are some again.
+                self._sparing.warning("Cannot accept a client: %s", exc.strerror)
+                self._pause(listener, AGAIN)
+                return
+            try:
+                self._admit(connection)
+            except Exception:
+                connection.close()
+                self._sparing.exception("A client could not be served")
+        self._pause(listener, time.monotonic() - begun)
+
+    # Admitting
+
+    def _admit(self, connection: socket.socket) -> None:
+        caller = self._caller_of(connection)
+        if caller.uid != 0 and not (self._limits.arrives(caller.uid) and self._room(caller.uid)):
+            with contextlib.suppress(OSError):
+                connection.send(_FULL, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            connection.close()
+            return
+        client = self._make(connection, caller)
+        task = asyncio.create_task(client.serve(), name="varlink-connection")
+        self._users.setdefault(caller.uid, {})[client] = task
+        self._tasks.add(task)
+        task.add_done_callback(lambda _: self._gone(client, task))
+
+    def _gone(self, client: Client, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        client.close()  # a task that was cancelled before its first step has closed nothing
+        clients = self._users.get(client.caller.uid, {})
+        clients.pop(client, None)
+        if not clients:
+            self._users.pop(client.caller.uid, None)
+
+    def _room(self, uid: int) -> bool:
+        """Whether there is room for one more of this user's, which may have to be made."""
+        own = self._users.get(uid, {})
+        if len(own) >= CONNECTIONS:
+            return self._evict(own)
+        if self.count() >= ALL_CONNECTIONS:
+            most = max((user for user in self._users.items() if user[0] != 0), key=lambda user: len(user[1]))[1]
+            if len(most) > len(own) + 1:
+                return self._evict(most, any_of_them=True)
+            return self._evict(own)
+        return True
+
+    def _evict(self, clients: dict[Client, asyncio.Task[None]], *, any_of_them: bool = False) -> bool:
+        """End the connection that has been idle for the longest; the oldest one, if it has to be any."""
+        idle = [client for client in clients if client.since is not None]
+        longest = min(idle, key=lambda client: client.since or 0.0, default=None)
+        if longest is None or longest.since is None or time.monotonic() - longest.since < IDLE:
+            if not any_of_them:
+                return False
+            longest = next(iter(clients))
+        clients.pop(longest).cancel()  # its place is free from now on, though its end takes a moment
+        return True
+
+
+def caller_of(connection: socket.socket) -> Caller:
+    """Who is at the other end, as the kernel knows it (unix(7), SO_PEERCRED)."""
+    pid, uid, _gid = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return Caller.of(uid, pid)
+
+
+_BUSY = errors.Busy(
+    "There are too many connections of users without rights, or too many a second", hint="Try again in a moment."
+)
+_FULL = wire.encode({"error": f"{ERRORS}.Busy", "parameters": _BUSY.fields()}) + b"\0"

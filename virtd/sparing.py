@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Messages to the journal that somebody without rights can cause: a few at once, then one in a while."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+BURST = 5
+EVERY = 60.0  # seconds for each one more
+
+
+class Sparing:
+    """Of more messages than that only the number is told, with the next one."""
+
+    def __init__(self, log: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
+        self._log = log
+        self._clock = clock
+        self._left = float(BURST)
+        self._at = clock()
+        self._kept_back = 0
+
+    def warning(self, text: str, *values: Any, exc_info: bool = False) -> None:
+        self._write(logging.WARNING, text, values, exc_info=exc_info)
+
+    def exception(self, text: str, *values: Any) -> None:
+        """With the traceback of what is being handled."""
+        self._write(logging.ERROR, text, values, exc_info=True)
+
+    def _write(self, level: int, text: str, values: tuple[Any, ...], *, exc_info: bool) -> None:
+        now = self._clock()
+        self._left = min(BURST, self._left + (now - self._at) / EVERY)
+        self._at = now
+        if self._left < 1:
+            self._kept_back += 1
+            return
+        self._left -= 1
+        if self._kept_back:
+            text, values = text + " (%d more like this were kept back)", (*values, self._kept_back)
+            self._kept_back = 0
+        self._log.log(level, text, *values, exc_info=exc_info)
