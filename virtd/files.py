@@ -88,7 +88,40 @@ def remove_tree(directory: str) -> None:
         if not stat.S_ISDIR(os.lstat(directory).st_mode):
             os.unlink(directory)  # rmtree() would open it, and wait for whoever writes into a FIFO
             return
-    shutil.rmtree(directory, ignore_errors=True)
+    try:
+        shutil.rmtree(directory, ignore_errors=True)
+    except RecursionError:  # deeper than any tree is that hasn't been made for this
+        _flatten(directory)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _flatten(directory: str) -> None:
+    """Move all directories that are in it, however deep, to its top. What can't be moved stays."""
+    try:
+        top = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        pending, count = _directories(top), 0
+        while pending:
+            name = pending.pop()
+            with contextlib.suppress(OSError):
+                here = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
+                try:
+                    for below in _directories(here):
+                        count += 1
+                        moved = f".flat.{count}"
+                        os.rename(below, moved, src_dir_fd=here, dst_dir_fd=top)
+                        pending.append(moved)
+                finally:
+                    os.close(here)
+    finally:
+        os.close(top)
+
+
+def _directories(fd: int) -> list[str]:
+    with os.scandir(fd) as entries:
+        return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
 
 
 def sync(directory: str) -> None:

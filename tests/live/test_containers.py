@@ -552,6 +552,114 @@ def test_create_from_an_archive_and_from_a_directory(containers: Containers) -> 
         lab.sh("rm -rf /var/lib/virtd/containers/made /var/lib/virtd/containers/copied")
 
 
+HOSTILE = """
+import io, tarfile
+def add(tar, name, kind=tarfile.REGTYPE, link="", mode=0o755, data=b""):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname, member.mode, member.size = kind, link, mode, len(data)
+    tar.addfile(member, io.BytesIO(data))
+with tarfile.open("/srv/hostile.tar", "w") as tar:
+    add(tar, "etc", tarfile.DIRTYPE)
+    add(tar, "etc/hostname", tarfile.FIFOTYPE)
+    add(tar, "etc/machine-id", tarfile.SYMTYPE, "/etc/machine-id")
+    add(tar, "usr", tarfile.DIRTYPE)
+    add(tar, "usr/suid", mode=0o4755)
+    add(tar, "out", tarfile.SYMTYPE, "/srv")
+    add(tar, "/srv/absolute", data=b"x")
+with tarfile.open("/srv/leading.tar", "w") as tar:
+    add(tar, "usr", tarfile.DIRTYPE)
+    add(tar, "../../../../../srv/above", data=b"x")
+    add(tar, "usr/hard", tarfile.LNKTYPE, "/etc/shadow")
+    add(tar, "usr/disk", tarfile.BLKTYPE)
+with tarfile.open("/srv/deep.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+    add(tar, "usr", tarfile.DIRTYPE)
+    add(tar, "a/" * 2000, tarfile.DIRTYPE)
+    add(tar, "x" * 100000)
+with tarfile.open("/srv/bomb.tar.xz", "w:xz") as tar:
+    add(tar, "usr/bomb", data=bytes(256 << 20))
+"""
+
+
+def test_archives_from_anywhere(containers: Containers) -> None:
+    """Made, or refused with nothing left; none of them holds up the next one, or leads out."""
+    lab = containers.lab
+    machine = lab.sh("cat /etc/machine-id")
+    lab.run("python3", "-c", HOSTILE)
+    lab.sh(f"""{LOOPS}
+        truncate -s 64M /srv/small.img && mkfs.ext4 -q -F /srv/small.img && mkdir -p /srv/small
+        mount -o loop /srv/small.img /srv/small; echo outside >/srv/outside; mkfifo /srv/fifo.tar""")
+    try:
+        lab.virtctl("container", "create", "hostile", "--image", "/srv/hostile.tar")
+        made = "/var/lib/virtd/containers/hostile"
+        first = int(lab.sh(f"stat -c %u {made}"))
+        assert lab.sh(f"cat {made}/etc/hostname").strip() == "hostile"
+        assert lab.sh(f"stat -c '%F %s' {made}/etc/machine-id").strip() == "regular empty file 0"
+        assert lab.sh("cat /etc/machine-id") == machine
+        assert lab.sh(f"stat -c '%u %a' {made}/usr/suid").split() == [str(first), "4755"]
+        for name, image, words in (
+            ("leading", "/srv/leading.tar", "Cannot create leading"),
+            ("deep", "/srv/deep.tar", "Cannot create deep"),
+            ("waits", "/srv/fifo.tar", "a FIFO, not a regular file"),
+        ):
+            done = lab.virtctl("container", "create", name, "--image", image, check=False)
+            assert done.returncode == 1, name
+            assert words in done.stderr
+        lab.sh("printf '[lxc]\\ndirectory = \"/srv/small\"\\n' >/etc/virtd/virtd.toml; chmod 700 /srv/small")
+        lab.sh("systemctl restart virtd")
+        done = lab.virtctl("container", "create", "bomb", "--image", "/srv/bomb.tar.xz", check=False)
+        assert "fill the disk" in done.stderr or "No space left" in done.stderr
+        assert lab.sh("ls -A /srv/small").split() == ["lost+found"]
+        assert lab.sh("ls -A /var/lib/virtd/containers").split() == ["base", "hostile"]
+        assert lab.sh("ls /srv/absolute /srv/above", check=False) == ""
+        assert [item["name"] for item in lab.json("container", "list")] == ["hostile"]
+    finally:
+        lab.sh("rm -f /etc/virtd/virtd.toml; systemctl restart virtd; umount /srv/small")
+        lab.sh(f"rm -rf {made} /srv/*.tar /srv/*.tar.xz /srv/small* /srv/outside")
+
+
+def test_how_exposed_its_units_are(containers: Containers) -> None:
+    """What unpacks and enters is held tight. What is in a container inherits the filters of its unit, so that these
+    refuse only what no system may do; LXC itself has few of root's capabilities.
+    """
+    lab = containers.lab
+    containers.define("box", 'command = ["sleep", "600"]\n')
+    lab.sh("virtctl container exec box -- sleep 600 </dev/null >/dev/null 2>&1 & exit 0")
+    lab.wait("the command", lambda: lab.sh("systemctl list-units --plain --no-legend 'virtd-exec-*'"))
+    (entering,) = [line.split()[0] for line in lab.sh(
+        "systemctl list-units --plain --no-legend 'virtd-exec-*'").splitlines()]  # fmt: skip
+    for unit, most in (("virtd-lxc-box.service", 66), (entering, 66)):
+        lab.sh(f"systemd-analyze security --no-pager --threshold={most} {unit} >&2")
+    lab.sh("mkfifo /srv/slow; virtctl container create made --image /usr/share/virtd-lab/debian.tar.xz >/dev/null &")
+    unit = "virtd-create-lxc-made.service"
+    lab.wait("the unpacking", lambda: lab.sh(f"systemctl show -P ActiveState {unit}").strip() == "active")
+    lab.sh(f"systemd-analyze security --no-pager --threshold=20 {unit} >&2")
+    bounding = lab.sh("systemctl show -P CapabilityBoundingSet virtd-lxc-box.service").split()
+    assert set(bounding) == {
+        "cap_dac_override", "cap_kill", "cap_setgid", "cap_setuid", "cap_setfcap", "cap_sys_admin"
+    }  # fmt: skip
+    shown = lab.sh("systemctl show -P MemoryMax -P TasksMax virtd-lxc-box.service").split()
+    info = containers.info("box")["limits"]
+    assert [int(one) for one in shown] == [info["memory"], info["pids"]]
+    assert 1024 <= info["pids"] <= 16384
+    limits = lab.virtctl("container", "exec", "box", "--", "cat", "/proc/1/limits").stdout
+    assert limits.split("open files")[1].split()[:2] == ["1024", "524288"]
+    lab.wait("its making", lambda: "made" in [item["name"] for item in lab.json("container", "list")], 60)
+    lab.sh("rm -rf /var/lib/virtd/containers/made /srv/slow")
+
+
+def test_what_a_container_calls_its_interfaces(containers: Containers) -> None:
+    """Nobody's listing is lost by it."""
+    lab = containers.lab
+    lab.run("sh", "-c", small.MAKE, stdin=small.PROGRAM)
+    containers.define("odd", f'command = ["/steady", "0"]\n{MINI}', root=small.ROOT)
+    enter = ("nsenter", "-t", str(containers.info("odd")["pid"]), "-n", "sh", "-c")
+    lab.run(*enter, "n=$(printf '\\377\\205'); ip link add name $n type veth peer name other; ip link set $n up; "
+            "ip link set other up; ip -6 address add fd00::7/64 dev $n nodad")  # fmt: skip
+    assert "fd00::7" in containers.info("odd")["addresses"]
+    lab.sh("runuser -u nobody -- busctl call org.virtd1 /org/virtd1 org.freedesktop.DBus.ObjectManager "
+           "GetManagedObjects | grep -q fd00::7")  # fmt: skip
+
+
 # acl(5) as the kernel has it, linux/posix_acl_xattr.h: the owner, user 33, the group, the mask, others.
 ACL = """
 import os, struct

@@ -258,7 +258,9 @@ def test_a_command_is_quoted_for_the_shell() -> None:
 def test_an_unprivileged_one_gets_no_capability_of_the_host_that_it_needs_not() -> None:
     found = {
         name: value
-        for name, _, value in sandbox.properties(parse(), on_host(), toplevel=["usr", "home", "run"], stop_after=60)
+        for name, _, value in sandbox.properties(
+            parse(), on_host(), model.Limits(), toplevel=["usr", "home", "run"], stop_after=60
+        )
     }
     assert ("/home", "ro,mode=0755") in found["TemporaryFileSystem"]
     assert not found["CapabilityBoundingSet"] & (1 << 16 | 1 << 17 | 1 << 22 | 1 << 25)  # module, rawio, boot, time

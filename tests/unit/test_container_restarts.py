@@ -15,7 +15,7 @@ import pytest
 
 from tests.unit import fake_lxc
 from tests.unit.whole_host import ROOT, SLOTS, SteppingOs, World, nothing_left, on_loop, until
-from virtd.drivers.lxc import container, create, starting
+from virtd.drivers.lxc import container, create, starting, unpack
 from virtd.drivers.lxc import host as hostinfo
 from virtd.drivers.lxc.container import Container
 
@@ -48,8 +48,16 @@ class Site:
         for name in ("lxc-start", "lxc-execute", "lxc-stop"):
             self._program(f"{programs}/{name}", f'exec {sys.executable} -I -S {fake_lxc.__file__} "$@"\n')
         # In a user namespace of its own, which tests needn't be allowed to make: what it unpacks is theirs here.
-        self._program(f"{programs}/lxc-usernsexec", 'while [ "$1" != -- ]; do shift; done; shift; exec "$@"\n')
+        with open(f"{programs}/unpack.py", "w") as file:
+            file.write(
+                f"import json, sys\nsys.path.insert(0, {os.path.dirname(unpack.__file__)!r})\nimport unpack\n"
+                "sys.exit(unpack.run(unpack.Job(**json.loads(sys.argv[1]) | {'ids': [], 'shifted': []})))\n"
+            )
+        here = (sys.executable, "-I", f"{programs}/unpack.py")
+        patch.setattr(hostinfo, "unpacker", lambda job: (*here, job))
         patch.setattr(hostinfo, "PLACES", (programs,))
+        self._program(f"{programs}/common.seccomp", "")
+        patch.setattr(hostinfo, "SECCOMP", (f"{programs}/common.seccomp",))
         # No namespace of PIDs: the monitor's child is believed to be the first of one.
         real = container.status_of
         patch.setattr(container, "status_of", lambda pid: real(pid) | {"NSpid": f"{pid} 1"})

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import msgspec
@@ -71,12 +72,26 @@ class Dnsmasq(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Lxc(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The LXC driver. `directory` is where `virtctl container create` puts root file systems."""
+    """The LXC driver. `directory` is where `virtctl container create` puts root file systems.
+
+    `memory` and `pids` limit containers whose definitions don't: a size, or a share of the host's memory; processes
+    and threads, 0 for as many as suit the host.
+    """
 
     directory: str = "/var/lib/virtd/containers"
+    memory: str | int = "75%"
+    pids: Annotated[int, msgspec.Meta(ge=0, le=4194304)] = 0
     start_timeout: Seconds = 30
     shutdown_timeout: Seconds = 60
     host_shutdown_timeout: Seconds = 60
+
+    def memory_bytes(self, total: int) -> int:
+        """`memory`, on a host that has `total` bytes. Raises ValueError."""
+        if isinstance(self.memory, str) and (share := re.fullmatch("([0-9]{1,3})%", self.memory.strip())):
+            if not 1 <= int(share[1]) <= 100:
+                raise ValueError(self.memory)
+            return total * int(share[1]) // 100
+        return size.parse(self.memory)
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -116,4 +131,12 @@ def parse(text: str, source: str) -> Settings:
             raise errors.InvalidDefinition(source, key, "expected an absolute path")
     if not settings.lxc.directory.startswith("/"):
         raise errors.InvalidDefinition(source, "lxc.directory", "expected an absolute path")
+    try:
+        memory = settings.lxc.memory_bytes(1 << 40)
+    except ValueError:
+        memory = 0
+    if memory < 1 << 20:
+        raise errors.InvalidDefinition(
+            source, "lxc.memory", 'expected a size of at least 1M, such as "4G", or a share of the host\'s, as "75%"'
+        )
     return settings

@@ -56,11 +56,11 @@ def text(container: model.Container, host: Host, links: list[Link]) -> str:
         *_kernel(container, host),
         f"lxc.signal.halt = {host.halt}",
         f"lxc.apparmor.profile = {'generated' if host.apparmor else 'unconfined'}",
+        # Ours besides that of the unit, which LXC would otherwise take for enough.
+        f"lxc.seccomp.profile = {host.seccomp}",
+        "lxc.seccomp.allow_nesting = 1",
         f"lxc.cap.drop = {' '.join((*DROPPED, *container.drop_capabilities))}",
     ]
-    if host.seccomp:
-        # Ours besides that of the unit, which LXC would otherwise take for enough.
-        lines += [f"lxc.seccomp.profile = {host.seccomp}", "lxc.seccomp.allow_nesting = 1"]
     if host.ids is not None:
         lines += [f"lxc.idmap = {kind} 0 {host.ids.first} {host.ids.count}" for kind in "ug"]
     if host.shifted:

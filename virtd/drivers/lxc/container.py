@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 DRIVER = "lxc"
 CGROUPS = "/sys/fs/cgroup"
+ADDRESSES = 64  # that are told of one container
+TABLE = 1 << 18  # bytes of the kernel's tables that are read for them
 SECRET = "lxc-"  # the beginning of the name of what secret_path() makes
 
 
@@ -81,6 +83,11 @@ class Container(Guest[model.Container]):
                 text = f"Others can reach the files of container {self.name}: rootfs: {exc.expected}"
                 hint = f"{exc.hint} It runs on, and won't be started so again."
                 self.problems["root"] = Problem(text, hint.strip())
+
+    @property
+    def privileged(self) -> bool:
+        """Whether it runs without a user namespace; that is on record."""
+        return self.record is not None and "ids" in self.record.data and self.record.data["ids"] is None
 
     # LXC's own directory for it
 
@@ -273,25 +280,31 @@ def status_of(pid: int) -> dict[str, str]:
 
 
 def addresses(directory: str) -> list[str]:
-    """The addresses in /proc/PID/net, which shows a process's own network namespace."""
+    """The addresses in /proc/PID/net, which shows a process's own network namespace; not more than a person reads.
+
+    Names of interfaces are bytes that the container chooses, and numbers of addresses as well.
+    """
     import ipaddress  # 2 ms, for those who ask only
 
-    found: list[str] = []
-    with contextlib.suppress(OSError):
-        before = ""
-        with open(f"{directory}/fib_trie", encoding="ascii") as file:
-            for line in file:
-                words = line.split()
-                if words[:1] == ["|--"]:
-                    before = words[1]
-                elif words == ["/32", "host", "LOCAL"] and before not in found and not before.startswith("127."):
-                    found.append(before)
-    with contextlib.suppress(OSError), open(f"{directory}/if_inet6", encoding="ascii") as file:
-        for line in file:
-            words = line.split()
-            if words[-1] != "lo":
-                found.append(str(ipaddress.IPv6Address(int(words[0], 16))))
-    return found
+    found: dict[str, None] = {}
+    before = b""
+    for words in _rows(f"{directory}/fib_trie"):
+        if words[:1] == [b"|--"]:
+            before = words[-1]
+        elif words == [b"/32", b"host", b"LOCAL"] and not before.startswith(b"127."):
+            found[before.decode("ascii", "replace")] = None
+    for words in _rows(f"{directory}/if_inet6"):
+        with contextlib.suppress(ValueError):
+            if words[5:] != [b"lo"]:
+                found[str(ipaddress.IPv6Address(int(words[0], 16)))] = None
+    return list(found)[:ADDRESSES]
+
+
+def _rows(path: str) -> list[list[bytes]]:
+    """The words of each line."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return [line.split() for line in file.read(TABLE).splitlines() if line.strip()]
+    return []
 
 
 def interface_names(uuid: str, count: int) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import re
@@ -22,12 +23,13 @@ from ...model.domain import NAME, shown
 from ...paths import names
 from ...units import UnitSpec
 from ..registry import CREATING as MARK
-from . import config, execs
+from . import execs, sandbox, unpack
 from . import host as hostinfo
 from .container import DRIVER
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from io import BufferedReader
 
     from ...model import container as model
     from ...units import Units
@@ -35,8 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Of the other attributes, trusted.* and security.* tell something to a kernel outside; a container's root has none.
-ATTRIBUTES = ("--acls", "--xattrs", "--xattrs-include=user.*", "--xattrs-include=security.capability")
+END_LIMIT = 30.0  # seconds that an unpacking which was killed may take to end
 # What tar(1) is told of an archive on its standard input, by the first bytes.
 PACKED = ((b"\xfd7zXZ\0", "-J"), (b"\x1f\x8b", "-z"), (b"BZh", "-j"), (b"\x28\xb5\x2f\xfd", "--zstd"))
 
@@ -125,73 +126,82 @@ async def clear(run: str, directory: str, units: Units, defined: Callable[[str],
         except OSError as exc:
             log.warning("%s can't be read: %s", mark, exc.strerror)
             continue
-        with contextlib.suppress(errors.VirtdError):
-            await units.kill(unit_of(name), 9, whole=True)
-        with contextlib.suppress(errors.VirtdError):  # one that has ended by itself is still to be forgotten
-            await execs.result(units, unit_of(name))
+        try:
+            await _end(units, unit_of(name))
+        except TimeoutError:  # a file system that hangs; no other container waits for it
+            log.warning("%s can't be ended: what it made in %s stays for now", unit_of(name), place)
+            continue
         if not defined(name) and place.startswith("/"):
             log.warning("The making of container %s was cut off: %s/%s is removed", name, place, name)
             await asyncio.to_thread(files.remove_tree, f"{place}/{name}")
-        await _sweep(place)
+        if place.startswith("/"):
+            await asyncio.to_thread(files.remove_tree, f"{place}/.{name}.new")
         files.remove(mark)
-    await _sweep(directory)  # of a making that the host's own end has cut off
+    await _sweep(directory, run)  # of a making that the host's own end has cut off
 
 
-async def _sweep(directory: str) -> None:
-    for path in files.leftovers(directory):
+async def _end(units: Units, unit: str) -> None:
+    """Raises TimeoutError when it can't be ended."""
+    async with asyncio.timeout(END_LIMIT):
+        with contextlib.suppress(errors.VirtdError):
+            await units.kill(unit, 9, whole=True)
+        with contextlib.suppress(errors.VirtdError):  # one that has ended by itself is still to be forgotten
+            await execs.result(units, unit)
+
+
+async def _sweep(directory: str, run: str) -> None:
+    """What a making that isn't under way any more has left."""
+    alive = {f"{directory}/.{name}.new" for name in names(run, MARK)}
+    for path in set(files.leftovers(directory)) - alive:
         await asyncio.to_thread(files.remove_tree, path)
 
 
 async def _unpack(job: Job, units: Units) -> None:
-    directory = os.path.isdir(job.image)
-    with (
-        open(os.devnull if directory else job.image, "rb", buffering=0) as source,
-        tempfile.TemporaryFile() as words,
-        tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=job.run, prefix=f".{job.name}.", suffix=".new"
-        ) as script,
-    ):
-        script.write(_script(job, "" if directory else _option(source.read(6))))
-        script.flush()
-        source.seek(0)
+    source = await asyncio.to_thread(_open, job)
+    with source, tempfile.TemporaryFile() as words:
+        directory = os.path.isdir(job.image)
+        owner = os.stat(job.image).st_uid
+        task = unpack.Job(
+            target=job.building,
+            hostname=job.name.replace("_", "-").replace(".", "-")[:63].strip("-"),
+            ids=[job.ids.first, job.ids.count],
+            option="" if directory else option(os.pread(source.fileno(), 6, 0)),
+            source=job.image if directory else "",
+            shifted=[owner, job.ids.count] if directory and owner >= job.ids.count else None,
+        )
         spec = UnitSpec(
             name=job.unit,
             description=f"Making container {job.name}",
             slice=f"virtd-{DRIVER}.slice",
-            argv=("/bin/sh", script.name),
+            argv=hostinfo.unpacker(json.dumps(task._asdict())),
             environment=(("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), ("LANG", "C.UTF-8")),
+            properties=tuple(
+                sandbox.making(job.building, job.image if directory else "", toplevel=hostinfo.toplevel())
+            ),
         )
         await units.start(spec, (source.fileno(), words.fileno(), words.fileno()))
-        result = await execs.result(units, job.unit)
+        try:
+            result = await execs.result(units, job.unit)
+        except BaseException:
+            with contextlib.suppress(TimeoutError):
+                await _end(units, job.unit)
+            raise
         words.seek(0)
         said = words.read(4096).decode(errors="replace").strip().splitlines()
     if result.code != 0:
-        raise errors.StartFailed(f"Cannot create {job.name}: {'; '.join(said[:2]) or 'unpacking failed'}")
+        how = "it took too long, or was killed" if result.code is None else "unpacking failed"
+        raise errors.StartFailed(f"Cannot create {job.name}: {'; '.join(said[:2]) or how}")
 
 
-def _option(first: bytes) -> str:
+def _open(job: Job) -> BufferedReader:
+    """The archive, or /dev/null in place of a directory. Raises a VirtdError."""
+    if os.path.isdir(job.image):
+        return open(os.devnull, "rb")
+    try:
+        return open(untrusted.open_regular(job.image, follow=True), "rb")
+    except untrusted.Unfit as exc:
+        raise errors.InvalidState(f"Cannot create {job.name} of {job.image}: {exc.strerror}") from exc
+
+
+def option(first: bytes) -> str:
     return next((option for magic, option in PACKED if first.startswith(magic)), "")
-
-
-def _script(job: Job, option: str) -> str:
-    """In the user namespace: unpack, and give it a name and no identity of the image's."""
-    namespace = [hostinfo.program("lxc-usernsexec")]
-    for kind in "ug":
-        namespace += ["-m", f"{kind}:0:{job.ids.first}:{job.ids.count}"]
-    # Device nodes can't be made there, and a container gets its own.
-    tar = ["tar", "-x", "--numeric-owner", "--exclude=./dev/*", "--exclude=dev/*", "-C", job.building, "-f", "-"]
-    tar += [*ATTRIBUTES, option] if option else ATTRIBUTES
-    inside = (
-        f"set -e; umask 022; {config.quoted(tuple(tar))}; cd {config.quoted((job.building,))}; "
-        f"if test -d etc; then echo {job.name.replace('_', '-')} >etc/hostname; "
-        "if test -e etc/machine-id; then : >etc/machine-id; fi; fi"
-    )
-    unpack = config.quoted((*namespace, "--", "sh", "-c", inside))
-    if not os.path.isdir(job.image):
-        return f"exec {unpack}\n"
-    pack = config.quoted(
-        ("tar", "-C", job.image, *ATTRIBUTES, "--numeric-owner", "--one-file-system", "-cf", "-", ".")
-    )
-    failed = config.quoted((f"{job.mark}.failed",))
-    pipe = f"{{ {pack} || : >{failed}; }} | {unpack} && test ! -e {failed}"
-    return f"rm -f {failed}\n{pipe}\nstatus=$?; rm -f {failed}; exit $status\n"

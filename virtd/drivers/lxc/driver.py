@@ -51,7 +51,9 @@ class Driver(Guests[Container, model.Container]):
         self._settings = settings
         self._peers = peers
         self._tasks: set[asyncio.Task[None]] = set()
-        self._creating = asyncio.Lock()
+        self._making: set[str] = set()  # whose making is under way
+        self._cleared = asyncio.Event()  # what the last daemon was making is gone
+        self._cleared.set()
         table = f"{services.paths.lib}/lxc-ids.json"
         self.maps = Maps(self.objects, settings.directory, table)
 
@@ -113,16 +115,21 @@ class Driver(Guests[Container, model.Container]):
 
     async def create(self, name: str, image: str) -> Container:
         """Make a root file system of `image`, and define the container. Raises a VirtdError, with nothing left."""
-        if name in self.machines:
+        if name in self.machines or name in self._making:
             raise errors.Exists(f"Cannot create {name}: there is a container of that name")
         directory = self._settings.directory
-        await self.certain()
-        async with self._creating:  # so that no two of them get the same IDs
+        self._making.add(name)
+        try:
+            await self.certain()
+            await self._cleared.wait()
             creating.check(name, image, directory)
             ids = self.maps.reserve_new(name)
             job = creating.Job(name, image, directory, ids, self._run)
             units = await self._services.units()
             return await creating.run(job, units, lambda text: self.define(text, name)[0])
+        finally:
+            self._making.discard(name)
+            self.maps.release(name)
 
     def images(self) -> list[tuple[str, str, tuple[int, int], bool]]:
         """Which running container has which volume as its root, as the domains' driver tells of images."""
@@ -139,7 +146,8 @@ class Driver(Guests[Container, model.Container]):
 
     async def reconcile(self) -> None:
         units = await self._services.units()
-        self._begin(self._clear(units), "clear-creating")  # which has the lock before anybody can create one
+        self._cleared.clear()
+        self._begin(self._clear(units), "clear-creating")
         await super().reconcile()
         alive = {machine.name for machine in self.machines.values() if machine.alive or not machine.over.is_set()}
         await volume.sweep(self._run, units, alive)
@@ -153,11 +161,12 @@ class Driver(Guests[Container, model.Container]):
         def defined(name: str) -> bool:
             return (machine := self.machines.get(name)) is not None and machine.definition is not None
 
-        async with self._creating:
-            try:
-                await creating.clear(self._run, self._settings.directory, units, defined)
-            except (errors.VirtdError, OSError) as exc:
-                log.warning("What a cut-off making of a container has left isn't removed: %s", exc)
+        try:
+            await creating.clear(self._run, self._settings.directory, units, defined)
+        except (errors.VirtdError, OSError) as exc:
+            log.warning("What a cut-off making of a container has left isn't removed: %s", exc)
+        finally:
+            self._cleared.set()
 
     async def close(self) -> None:
         for task in list(self._tasks):
@@ -189,13 +198,7 @@ class Driver(Guests[Container, model.Container]):
             "hostname": (container.hostname or container.name) if container is not None else None,
             "privileged": container.privileged if container is not None else None,
             "ids": data.get("ids"),
-            "limits": {
-                "memory": container.limits.memory_bytes,
-                "cpus": container.limits.cpus,
-                "pids": container.limits.pids,
-            }
-            if container is not None
-            else {},
+            "limits": _limits(hostinfo.limits(container, self._settings)) if container is not None else {},
             "used": machine.used() if machine.alive else {},
             "addresses": addresses,
             "interfaces": data.get("interfaces", []),
@@ -211,6 +214,10 @@ class Driver(Guests[Container, model.Container]):
         except errors.InvalidDefinition as exc:
             found.append(f"{exc.key}: {exc.expected}")
         return found
+
+
+def _limits(limits: model.Limits) -> dict[str, Any]:
+    return {"memory": limits.memory_bytes, "cpus": limits.cpus, "pids": limits.pids}
 
 
 def _root(container: model.Container) -> str | None:

@@ -13,10 +13,12 @@ from ..guest import End, Request
 
 # lxc-start web1 20261124035119.773 NOTICE   start - ../src/lxc/start.c:post_start:2217 - Started "/sbin/init" with
 # pid "243"
-LINE = r"\S+ \S+ \d{14}\.\d+ ([A-Z]+) +\S+ - \S+ - (.*)"
-STARTED = r"""(?:Started ".*" with pid "(\d+)"|'.*' started with pid '(\d+)')"""  # lxc-start, lxc-execute
+LINE = r"\S+ \S+ [0-9]{14}\.[0-9]+ ([A-Z]+) +\S+ - \S+ - (.*)"
+STARTED = (
+    r"""(?:Started ".*" with pid "([0-9]{1,9})"|'.*' started with pid '([0-9]{1,9})')"""  # lxc-start, lxc-execute
+)
 # The same in LXC 4, 5 and 6, but for the signal's name, which the older ones don't give.
-ENDED = r"Child <(\d+)> ended on (error|signal) [^(]*\((\d+)\)"
+ENDED = r"Child <([0-9]{1,9})> ended on (error|signal) [^(]{0,40}\(([0-9]{1,3})\)"
 LEVELS = {"WARN": "warning", "ERROR": "error", "FATAL": "error", "CRIT": "error", "ALERT": "error"}
 HUP, INT = (
     1,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ... import errors, process
 from ...child import ended
 from ...units import CLD_EXITED, UnitSpec, signal_name
-from . import config
+from . import config, sandbox
 from . import host as hostinfo
 from .container import DRIVER, Container, status_of
 
@@ -68,6 +68,9 @@ async def begin(
         slice=f"virtd-{DRIVER}.slice",
         argv=("/bin/sh", script),
         environment=(("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), ("LANG", "C.UTF-8")),
+        properties=tuple(
+            sandbox.entering(container.runtime, privileged=container.privileged, toplevel=hostinfo.toplevel())
+        ),
     )
     try:
         await units.start(spec, (theirs[0], theirs[1], theirs[2]))

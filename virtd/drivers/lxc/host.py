@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from typing import TYPE_CHECKING
 
 from ... import errors
@@ -16,8 +17,10 @@ from ...model import size
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ...model.settings import Lxc
+
 PLACES = ("/usr/bin", "/usr/local/bin")
-SECCOMP = "/usr/share/lxc/config/common.seccomp"
+SECCOMP = ("/usr/share/lxc/config/common.seccomp", "/usr/local/share/lxc/config/common.seccomp")
 APPARMOR = "/sys/module/apparmor/parameters/enabled"
 PARSERS = ("/usr/sbin/apparmor_parser", "/sbin/apparmor_parser")  # without one LXC can't load a profile
 # Where a command is looked for; the container's own PATH isn't known before its program runs.
@@ -31,6 +34,28 @@ def program(name: str) -> str:
         if os.access(path := f"{place}/{name}", os.X_OK):
             return path
     raise errors.HostError(f"LXC is missing: no {PLACES[0]}/{name}", hint="Install lxc.")
+
+
+def seccomp() -> str:
+    """LXC's filter of system calls, without which a container would be held by the unit's alone. Raises HostError."""
+    for path in SECCOMP:
+        if os.path.isfile(path):
+            return path
+    raise errors.HostError(
+        f"LXC's seccomp profile is missing: no {SECCOMP[0]}",
+        hint="Install the package that has it: liblxc-common on Debian, lxc-libs on Fedora.",
+    )
+
+
+def unpacker(job: str) -> tuple[str, ...]:
+    """The command line of unpack.py."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    return (os.path.realpath(sys.executable), "-IS", f"{here}/unpack.py", job)
+
+
+def toplevel() -> list[str]:
+    """The names in `/` that a sandbox may have to hide."""
+    return sorted(entry.name for entry in os.scandir("/") if entry.is_dir(follow_symlinks=False))
 
 
 def apparmor() -> bool:
@@ -134,13 +159,37 @@ def check_host(container: model.Container, source: str) -> None:
         mode = os.stat(device.path).st_mode
         if not (stat.S_ISCHR(mode) or stat.S_ISBLK(mode)):
             raise errors.InvalidDefinition(source, f"device[{index}].path", f"expected a device: {device.path}")
-    memory, total = container.limits.memory_bytes, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory, total = container.limits.memory_bytes, total_memory()
     if memory is not None and memory > total:
         raise errors.InvalidDefinition(
             source,
             "limits.memory",
             f"expected at most what the host has, {size.show(total >> 20 << 20)}, got {container.limits.memory}",
         )
+
+
+def total_memory() -> int:
+    """The host's, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def limits(container: model.Container, settings: Lxc) -> model.Limits:
+    """Those of the definition, and the usual ones where it has none."""
+    memory = container.limits.memory_bytes
+    pids = container.limits.pids or settings.pids
+    if memory is None:
+        memory = min(settings.memory_bytes(total_memory()), total_memory())
+    return model.Limits(memory=memory, cpus=container.limits.cpus, pids=pids or usual_pids())
+
+
+def usual_pids() -> int:
+    """An eighth of what the host's kernel has PIDs for, proc_sys_kernel(5); from 1,024 to 16,384."""
+    try:
+        with open("/proc/sys/kernel/pid_max", encoding="ascii") as file:
+            most = int(file.read())
+    except (OSError, ValueError):
+        most = 32768
+    return max(1024, min(16384, most // 8))
 
 
 def missing(container: model.Container) -> list[tuple[str, str]]:

@@ -8,34 +8,136 @@ lets nobody mount a /proc of its own who sees only a part of the host's).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..hardening import HARDENED, Property
 from . import config
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ...model import container as model
 
-Property = tuple[str, str, Any]
 
 # What liblxc itself needs of the host; the rest of the file system is hidden behind empty directories.
 KEPT = frozenset({"bin", "sbin", "lib", "lib32", "lib64", "libx32", "usr", "proc", "sys", "dev", "nix"})
 LIBRARIES = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/apparmor.d")
 
-# capabilities(7), by number, for those that LXC needs to make an unprivileged container. It has none of them inside:
-# there the kernel gives it all of a user namespace's own.
+# capabilities(7), by number.
 CAPABILITIES = {
-    "CHOWN": 0, "DAC_OVERRIDE": 1, "DAC_READ_SEARCH": 2, "FOWNER": 3, "FSETID": 4, "KILL": 5, "SETGID": 6,
-    "SETUID": 7, "SETPCAP": 8, "NET_ADMIN": 12, "SYS_CHROOT": 18, "SYS_PTRACE": 19, "SYS_ADMIN": 21,
-    "SYS_RESOURCE": 24, "MKNOD": 27, "SETFCAP": 31, "MAC_ADMIN": 33,
+    "DAC_OVERRIDE": 1, "DAC_READ_SEARCH": 2, "KILL": 5, "SETGID": 6, "SETUID": 7, "SETPCAP": 8, "NET_ADMIN": 12,
+    "SYS_CHROOT": 18, "SYS_PTRACE": 19, "SYS_ADMIN": 21, "SETFCAP": 31, "MAC_ADMIN": 33,
 }  # fmt: skip
 
 
+# What it takes to have a container's IDs in a user namespace: to write its maps, user_namespaces(7). Whoever is in it
+# has all capabilities of that, and none of the host's.
+MAPPING = ("SETGID", "SETUID")
+CLONE_NEWUSER = 0x10000000
+MAKING_LIMIT = 3600  # seconds that unpacking may take
+
+
+def making(target: str, source: str, *, toplevel: list[str]) -> list[Property]:
+    """For what unpacks an archive, or packs directory `source` and unpacks that, into `target`: it sees no others."""
+    search = ("DAC_READ_SEARCH",) if source else ()
+    # Setuid programs are what it has to make.
+    hardened = [entry for entry in HARDENED if entry[0] not in ("RestrictSUIDSGID", "RestrictNamespaces")]
+    shown = [(path, path, True, 0) for path in LIBRARIES] + ([(source, source, False, 0)] if source else [])
+    return [
+        *hardened,
+        ("RestrictNamespaces", "t", CLONE_NEWUSER),
+        ("CapabilityBoundingSet", "t", _bits((*MAPPING, *search))),
+        ("TemporaryFileSystem", "a(ss)", [(f"/{name}", "ro,mode=0755") for name in toplevel if name not in KEPT]),
+        ("ProtectSystem", "s", "strict"),
+        ("BindReadOnlyPaths", "a(ssbt)", shown),
+        ("BindPaths", "a(ssbt)", [(target, target, False, 0)]),
+        ("ProtectProc", "s", "invisible"),
+        ("ProcSubset", "s", "pid"),
+        ("ProtectKernelModules", "b", True),
+        ("ProtectHostname", "b", True),
+        ("PrivateDevices", "b", True),
+        ("PrivateNetwork", "b", True),
+        ("PrivateIPC", "b", True),
+        ("PrivateTmp", "b", True),
+        ("RestrictAddressFamilies", "(bas)", (True, ["AF_UNIX"])),
+        ("MemoryDenyWriteExecute", "b", True),
+        # With the capability to search, open_by_handle_at(2) would reach any file of the file system.
+        ("SystemCallFilter", "(bas)", (False, [
+            "open_by_handle_at", "@clock", "@cpu-emulation", "@debug", "@keyring", "@module", "@mount", "@obsolete",
+            "@raw-io", "@reboot", "@swap",
+        ])),
+        ("SystemCallErrorNumber", "i", 1),
+        ("UMask", "u", 0o022),
+        ("LimitNOFILE", "t", 1024),
+        ("TasksMax", "t", 64),
+        ("MemoryMax", "t", 1 << 30),
+        # Guests come first.
+        ("CPUWeight", "t", 50),
+        ("IOWeight", "t", 50),
+        ("RuntimeMaxUSec", "t", MAKING_LIMIT * 1_000_000),
+        ("TimeoutStopUSec", "t", 10_000_000),
+    ]  # fmt: skip
+
+
+# What lxc-attach needs: to enter the namespaces (setns(2)) of processes that aren't root's, to become another user,
+# and to move itself into their control group, which it does in a user namespace that has the host's root in it.
+ENTERING = ("DAC_OVERRIDE", "SETFCAP", "SETGID", "SETUID", "SETPCAP", "SYS_CHROOT", "SYS_PTRACE", "SYS_ADMIN")
+# What neither a container nor a command that is run in one may do; both have LXC's own filter besides.
+REFUSED = ["@module", "@raw-io", "@swap", "kexec_load", "kexec_file_load"]
+
+
+def entering(runtime: str, *, privileged: bool, toplevel: list[str]) -> list[Property]:
+    """For lxc-attach, until it is in the container: from there on the container's own limits hold.
+
+    What the command inherits can be no more than what the container's first program has: filters above all.
+    """
+    hidden = [(f"/{name}", f"{'rw' if name == 'run' else 'ro'},mode=0755") for name in toplevel if name not in KEPT]
+    found: list[Property] = [
+        ("TemporaryFileSystem", "a(ss)", hidden),
+        ("ProtectSystem", "s", "strict"),
+        ("BindReadOnlyPaths", "a(ssbt)", [(path, path, True, 0) for path in LIBRARIES]),
+        ("BindPaths", "a(ssbt)", [(runtime, runtime, False, 0)]),
+        ("ReadWritePaths", "as", ["/run", "-/sys/fs/cgroup"]),
+        ("PrivateDevices", "b", True),
+        ("PrivateMounts", "b", True),
+        ("ProtectKernelLogs", "b", True),
+        ("ProtectKernelModules", "b", True),
+        ("SystemCallFilter", "(bas)", (False, REFUSED)),
+        ("SystemCallErrorNumber", "i", 1),
+        ("UMask", "u", 0o022),
+        ("LimitCORE", "t", 0),
+    ]
+    if not privileged:
+        found.append(("CapabilityBoundingSet", "t", _bits(ENTERING)))
+    return found
+
+
+def needed(container: model.Container, host: config.Host) -> tuple[str, ...]:
+    """What LXC needs to make an unprivileged container. Inside it has none of them: there the kernel gives it all of
+    a user namespace's own, and with these it makes most of the container.
+
+    Tried one by one with LXC 6.0.4: SETFCAP is for the host's root in a map, as in ENTERING; DAC_OVERRIDE to remove
+    control groups that the container's root has made, before it is started again; SYS_ADMIN for setns(2), with which
+    LXC looks for network interfaces at the end, for an idmapped mount, and for a volume's remount.
+    """
+    found = [*MAPPING, "DAC_OVERRIDE", "KILL", "SETFCAP", "SYS_ADMIN"]
+    if any(nic.network is not None for nic in container.nic):
+        found.append("NET_ADMIN")
+    if host.apparmor:
+        found.append("MAC_ADMIN")
+    return tuple(found)
+
+
+def _bits(names: Iterable[str]) -> int:
+    return sum(1 << CAPABILITIES[name] for name in names)
+
+
 def properties(
-    container: model.Container, host: config.Host, *, toplevel: list[str], stop_after: float
+    container: model.Container, host: config.Host, limits: model.Limits, *, toplevel: list[str], stop_after: float
 ) -> list[Property]:
     """Properties for StartTransientUnit.
 
-    `toplevel`: the names in `/`; `stop_after`: seconds that host shutdown gives it.
+    `limits`: see host.limits; `toplevel`: the names in `/`; `stop_after`: seconds that host shutdown gives it.
     """
     # /run has to be written to: LXC keeps its locks there.
     hidden = [(f"/{name}", f"{'rw' if name == 'run' else 'ro'},mode=0755") for name in toplevel if name not in KEPT]
@@ -48,23 +150,26 @@ def properties(
         ("BindPaths", "a(ssbt)", [(path, path, False, 16384) for path in (host.runtime, host.root, *sources)]),
         ("DevicePolicy", "s", "strict"),
         ("DeviceAllow", "a(ss)", config.devices(container)),
+        ("PrivateMounts", "b", True),
         ("ProtectKernelLogs", "b", True),
-        ("SystemCallFilter", "(bas)", (False, ["@module", "@raw-io", "@swap", "kexec_load", "kexec_file_load"])),
+        ("ProtectKernelModules", "b", True),
+        ("SystemCallFilter", "(bas)", (False, REFUSED)),
         ("SystemCallErrorNumber", "i", 1),  # EPERM; without it the caller is killed
         ("UMask", "u", 0o022),
         ("LimitNOFILE", "t", 524288),
+        # Programs that go through all that they may have open, or that use select(2), expect it.
+        ("LimitNOFILESoft", "t", 1024),
         ("OOMPolicy", "s", "continue"),
         ("SendSIGHUP", "b", False),
         ("TimeoutStopUSec", "t", int((stop_after + 15) * 1_000_000)),
         ("ExecStop", "a(sasb)", [stop]),
     ]
     if not container.privileged:
-        found.append(("CapabilityBoundingSet", "t", sum(1 << number for number in CAPABILITIES.values())))
-    limits = container.limits
+        found.append(("CapabilityBoundingSet", "t", _bits(needed(container, host))))
     if limits.memory_bytes is not None:
         found.append(("MemoryMax", "t", limits.memory_bytes))
     if limits.cpus is not None:
         found.append(("CPUQuotaPerSecUSec", "t", int(limits.cpus * 1_000_000)))
-    # systemd's own default, 15 % of what the host can have, is none of a container's business.
-    found.append(("TasksMax", "t", limits.pids if limits.pids is not None else (1 << 64) - 1))
+    if limits.pids is not None:
+        found.append(("TasksMax", "t", limits.pids))
     return found

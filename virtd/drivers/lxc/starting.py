@@ -74,7 +74,7 @@ class _Start(Start[Container, model.Container]):
             shifted=shifted,
             tty="",
             halt=hostinfo.halt_signal(definition, root),
-            seccomp=hostinfo.SECCOMP if os.path.exists(hostinfo.SECCOMP) else "",
+            seccomp=hostinfo.seccomp(),
             apparmor=hostinfo.apparmor(),
             start=hostinfo.program("lxc-execute" if definition.command else "lxc-start"),
         )
@@ -170,7 +170,8 @@ class _Start(Start[Container, model.Container]):
                 sandbox.properties(
                     self.definition,
                     self.host,
-                    toplevel=sorted(entry.name for entry in os.scandir("/") if entry.is_dir(follow_symlinks=False)),
+                    hostinfo.limits(self.definition, self.settings),
+                    toplevel=hostinfo.toplevel(),
                     stop_after=self.settings.host_shutdown_timeout,
                 )
             ),

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the unit of a container that is being made runs: unpack an archive, which anybody may have made.
+
+    python3 -IS unpack.py JOB    with Job's fields as JSON; the archive on standard input
+
+A program of its own, with nothing of virtd in it. What reads or writes a file of the archive's is in a user namespace
+that has the container's IDs and no others, so that it can do no more than the container could; and what is written
+there afterwards goes through no link, FIFO or device of the archive's. It ends before the disk is full.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CLONE_NEWUSER = 0x10000000  # unshare(2)
+ROOM = 1 << 30  # bytes of a disk, or a twentieth of it if that is less, that are left to others
+LOOK = 0.2  # seconds between two looks at how much there is
+WORDS = 4096  # bytes of tar's words that are passed on
+# Of the other attributes, trusted.* and security.* tell something to a kernel outside; a container's root has none.
+ATTRIBUTES = ("--acls", "--xattrs", "--xattrs-include=user.*", "--xattrs-include=security.capability")
+
+
+class Job(NamedTuple):
+    """`ids`: first and number; `option`: tar's for how the archive is compressed. In place of an archive `source` is
+    a directory, and `shifted` the IDs of the container whose root file system it is, if it is one.
+    """
+
+    target: str
+    hostname: str
+    ids: list[int]
+    option: str = ""
+    source: str = ""
+    shifted: list[int] | None = None
+
+
+class Full(Exception):
+    """The disk; in words for a person."""
+
+
+def run(job: Job, archive: int = 0) -> int:
+    """The exit status."""
+    said, say = os.pipe()
+    processes = []
+    if job.source:
+        archive, into = os.pipe()
+        processes.append(fork(lambda: pack(job.source, into, say), job.shifted))
+        os.close(into)
+    processes.append(fork(lambda: unpack(job, archive, say), job.ids))
+    os.close(say)
+    if job.source:
+        os.close(archive)
+    try:
+        watch(job.target, said)
+    except Full as exc:
+        for pid in processes:
+            os.kill(pid, signal.SIGKILL)
+        os.write(2, f"{exc}\n".encode())
+    finally:
+        os.close(said)
+    ends = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in processes]
+    return int(any(ends))
+
+
+def watch(target: str, said: int) -> None:
+    """Pass on what the others say, though no more than some of it, until they have ended. Raises Full."""
+    left, look = WORDS, 0.0
+    while True:
+        if time.monotonic() >= look:
+            require_room(target)
+            look = time.monotonic() + LOOK
+        if select.select([said], [], [], LOOK)[0]:
+            if not (data := os.read(said, 65536)):
+                return
+            os.write(2, data[:left])
+            left = max(0, left - len(data))
+
+
+def require_room(target: str) -> None:
+    status = os.statvfs(target)
+    if status.f_bavail * status.f_frsize < min(ROOM, status.f_blocks * status.f_frsize // 20):
+        raise Full("it would fill the disk")
+    if status.f_files and status.f_favail < status.f_files // 100:
+        raise Full("it has more files than the disk can take")
+
+
+def fork(work: Callable[[], None], ids: list[int] | None) -> int:
+    """A process that does `work` as root of a user namespace with `ids`, or as it is when there are none: its PID."""
+    ours, theirs = os.pipe(), os.pipe()
+    pid = os.fork()
+    if not pid:
+        _child(work, ids, theirs[0], ours[1])
+    for fd in (ours[1], theirs[0]):
+        os.close(fd)
+    try:
+        if os.read(ours[0], 1) and ids:
+            for kind in ("uid", "gid"):
+                with open(f"/proc/{pid}/{kind}_map", "w", encoding="ascii") as file:
+                    file.write(f"0 {ids[0]} {ids[1]}")
+            os.write(theirs[1], b"1")
+    finally:
+        os.close(ours[0])
+        os.close(theirs[1])
+    return pid
+
+
+def _child(work: Callable[[], None], ids: list[int] | None, done: int, ready: int) -> NoReturn:
+    status = 1
+    try:
+        if ids:
+            enter(done, ready)
+        os.close(ready)
+        work()
+        status = 0
+    except BaseException as exc:
+        os.write(2, f"{exc}\n".encode(errors="replace"))
+    finally:
+        os._exit(status)
+
+
+def enter(done: int, ready: int) -> None:
+    """Become root of a user namespace, with the IDs that are written for it from outside. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWUSER):
+        raise OSError(ctypes.get_errno(), f"no user namespace: {os.strerror(ctypes.get_errno())}")
+    os.write(ready, b"1")
+    if not os.read(done, 1):
+        raise OSError("the container's IDs can't be had")
+    os.setgroups([])
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)
+
+
+def pack(source: str, into: int, say: int) -> None:
+    words = ("tar", "-C", source, *ATTRIBUTES, "--numeric-owner", "--one-file-system", "--sparse", "-cf", "-", ".")
+    become(words, os.open(os.devnull, os.O_RDONLY), into, say)
+
+
+def become(words: tuple[str, ...], *stdio: int) -> NoReturn:
+    for place, fd in enumerate(stdio):
+        os.dup2(fd, place)
+    os.execvp(words[0], words)
+
+
+def unpack(job: Job, archive: int, say: int) -> None:
+    """Unpack it, and give it a name and no identity of the image's."""
+    os.umask(0o022)
+    # Device nodes can't be made there, and a container gets its own.
+    exclude = ("--exclude=./dev/*", "--exclude=dev/*")
+    packed = (job.option,) if job.option else ()
+    words = ("tar", "-x", "--numeric-owner", *exclude, *ATTRIBUTES, *packed, "-C", job.target, "-f", "-")
+    if os.waitstatus_to_exitcode(os.waitpid(fork(lambda: become(words, archive, say, say), None), 0)[1]):
+        os._exit(1)
+    root = os.open(job.target, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        name(root, job.hostname)
+    finally:
+        os.close(root)
+
+
+def name(root: int, hostname: str) -> None:
+    """Write etc/hostname, and empty etc/machine-id, in a root file system whose names may be anything."""
+    try:
+        etc = os.open("etc", os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
+    except OSError:  # none, or a link to somewhere
+        return
+    try:
+        replace(etc, "hostname", f"{hostname}\n")
+        if "machine-id" in os.listdir(f"/proc/self/fd/{etc}"):
+            replace(etc, "machine-id", "")
+    finally:
+        os.close(etc)
+
+
+def replace(directory: int, name: str, text: str) -> None:
+    """A new file in the place of whatever is there, which isn't opened; a directory stays."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=directory)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(name, flags, 0o644, dir_fd=directory)
+    except OSError:
+        return
+    with open(fd, "w", encoding="ascii") as file:
+        file.write(text)
+
+
+if __name__ == "__main__":
+    sys.exit(run(Job(**json.loads(sys.argv[1]))))
