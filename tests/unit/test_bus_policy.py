@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -14,9 +15,12 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from virtd.api.introspection import DOMAIN, INTERFACES, MANAGER
+from virtd.bus import Bus
+from virtd.daemon import CLIENT_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Any
 
 POLICY = Path(__file__).resolve().parents[2] / "units" / "org.virtd1.conf"
 
@@ -32,6 +36,7 @@ CONFIG = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configurat
     <allow user="*"/>
     <deny own="*"/>
     <deny send_type="method_call"/>
+    <allow send_type="signal"/>
     <allow send_requested_reply="true" send_type="method_return"/>
     <allow send_requested_reply="true" send_type="error"/>
     <allow receive_type="method_call"/>
@@ -114,3 +119,29 @@ def test_who_may_call_what(bus: str) -> None:
         assert called.returncode != 0, said
         assert "connected" not in called.stdout, said
         assert ("denied" not in called.stdout) is allowed, said
+
+
+@needs_bus
+@pytest.mark.filterwarnings("ignore::ImportWarning")
+@pytest.mark.skipif(shutil.which("dbus-send") is None, reason="dbus-send isn't here")
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can send as somebody else")
+@pytest.mark.parametrize("name", ["org.virtd1", CLIENT_NAME])
+def test_signals_are_roots(bus: str, name: str) -> None:
+    """To all, as systemd's are, and to virtd itself; nobody's of either kind."""
+
+    async def main() -> None:
+        ours = await Bus.open(bus)
+        seen: list[Any] = []
+        await ours.subscribe(None, "org.example", None, None, lambda *signal: seen.append(signal[3][0]))
+        await ours.own_name(name)
+        for user in ("nobody", "root"):
+            for to in ("", f"--dest={name}", f"--dest={ours.unique_name}"):
+                command = ["dbus-send", f"--bus={bus}", "--type=signal", *filter(None, [to])]
+                command += ["/x", "org.example.Happened", f"string:{user}{to}"]
+                sent = await asyncio.to_thread(subprocess.run, command, user=user, stderr=subprocess.PIPE, timeout=60)
+                assert sent.returncode == 0, sent
+        await ours.flush()
+        assert seen == ["root", f"root--dest={name}", f"root--dest={ours.unique_name}"]
+        await ours.close()
+
+    asyncio.run(main())
