@@ -128,6 +128,9 @@ def test_a_full_systemd_boots_to_its_login_prompt_and_shuts_down(containers: Con
     assert (again["uuid"], again["unit"]) == (info["uuid"], info["unit"])
     assert again["pid"] != info["pid"]
     containers.said("deb", b"login:", 2)
+    lab.virtctl("container", "freeze", "deb")
+    assert containers.state("deb") == "paused"
+    lab.virtctl("container", "thaw", "deb")
     lab.sh(f"kill -s RTMIN+5 {again['pid']}")
     lab.wait("another first process", lambda: containers.info("deb")["pid"] not in (None, again["pid"]))
     containers.said("deb", b"login:", 3)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from virtd.drivers.lxc import keeper
+from virtd.drivers.lxc import container, keeper
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,3 +73,18 @@ def test_an_old_kernel_has_them_elsewhere(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "setxattr", setxattr)
     keeper.mark(str(tmp_path))
     assert names == [NAME, f"trusted.{keeper.MARK}"]
+
+
+def test_after_reboots(tmp_path: Path) -> None:
+    """LXC 6 makes a container's groups anew, one deeper, each time; what had its first ones couldn't be frozen."""
+    unit = "virtd-lxc-web1.service"
+    assert keeper.payload(str(tmp_path)) is None
+    (tmp_path / "lxc.pivot/lxc.pivot/payload").mkdir(parents=True)
+    assert keeper.payload(str(tmp_path)) == f"{tmp_path}/lxc.pivot/lxc.pivot/payload"
+    (tmp_path / "payload").mkdir()
+    assert keeper.payload(str(tmp_path)) == f"{tmp_path}/payload"
+    above = f"/virtd.slice/virtd-lxc.slice/{unit}"
+    for deeper in ("", "/lxc.pivot", "/lxc.pivot/lxc.pivot"):
+        assert container.payload_of(f"{above}{deeper}/monitor", unit) == f"{container.CGROUPS}{above}{deeper}/payload"
+    assert container.payload_of(above, unit) is None
+    assert container.payload_of("/user.slice/monitor", unit) is None

@@ -12,6 +12,7 @@ from ...model import container as model
 # What a privileged container must not do to the host's kernel: the list of LXC's own common.conf.
 DROPPED = ("mac_admin", "mac_override", "sys_module", "sys_rawio", "sys_time")
 MONITOR, PAYLOAD = "monitor", "payload"  # control groups below the unit's
+PIVOT = "lxc.pivot"  # and what LXC 6 puts them into at a reboot
 
 
 class Link(NamedTuple):

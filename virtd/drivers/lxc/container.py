@@ -213,8 +213,7 @@ class Container(Guest[model.Container]):
                 own = next((line.rstrip("\n")[3:] for line in file if line.startswith("0::")), "")
         except OSError:
             return None
-        unit = own.removesuffix(f"/{config.MONITOR}")
-        return f"{CGROUPS}{unit}/{config.PAYLOAD}" if unit.endswith(f"/{self.unit}") else None
+        return payload_of(own, self.unit)
 
     def frozen(self) -> bool:
         group = self.cgroup()
@@ -259,6 +258,15 @@ class Container(Guest[model.Container]):
 
     def trouble(self, key: str, exc: errors.VirtdError) -> None:
         self.problems[key] = Problem(exc.message, exc.hint)
+
+
+def payload_of(monitor: str, unit: str) -> str | None:
+    """The directory of a container's own control group, which is beside that of LXC's monitor, in the unit's.
+
+    LXC 6 makes both anew at each reboot, each time one deeper: in lxc.pivot, in lxc.pivot/lxc.pivot.
+    """
+    above = monitor.removesuffix(f"/{config.MONITOR}")
+    return f"{CGROUPS}{above}/{config.PAYLOAD}" if unit in above.split("/") and above != monitor else None
 
 
 def number_of(name: str) -> int:

@@ -73,8 +73,7 @@ class Keeper:
     def freeze(self, units: list[str]) -> list[str]:
         """Have all processes of containers stand still; the groups of those that didn't before."""
         frozen = []
-        for unit in units:
-            group = f"{unit}/{config.PAYLOAD}"
+        for group in (found for unit in units if (found := payload(unit)) is not None):
             with contextlib.suppress(OSError):
                 if _read(f"{group}/cgroup.freeze") == "0":
                     freeze(group, on=True)
@@ -87,6 +86,15 @@ class Keeper:
 
     def close(self) -> None:
         os.close(self.fd)
+
+
+def payload(unit: str) -> str | None:
+    """A container's own control group, below its unit's: as deep as it was rebooted often, see payload_of()."""
+    while not os.path.isdir(f"{unit}/{config.PAYLOAD}"):
+        unit = f"{unit}/{config.PIVOT}"
+        if not os.path.isdir(unit):
+            return None
+    return f"{unit}/{config.PAYLOAD}"
 
 
 def mark(group: str) -> None:
