@@ -25,7 +25,7 @@ LIMITS = {
     "virtd.service": 4.1,
     "virtd-keeper.service": CHILD,
     "virtd-network-default.service": CHILD,
-    "virtd-qemu-web1.service": 2.7,
+    "virtd-qemu-web1.service": CHILD,
     "virtd-storage-probe-job.service": CHILD,
     "virtd-storage-probe-device.service": CHILD,
     # The kernel's device mapper takes commands from CAP_SYS_ADMIN only, and lvm(8) makes nodes, so sees /dev.
