@@ -79,7 +79,7 @@ _virtctl_container() {
         wait) options='--state --timeout --json' ;;
         console) options='--force --read-only --lines --escape --timeout' ;;
         log) options='--follow --lines --qemu --stderr --raw --json' ;;
-        exec) options='--terminal --no-terminal --env' ;;
+        exec) options='--terminal --no-terminal --no-input --env' ;;
         create) options='--image' ;;
         define) options='--check' ;;
         autostart) options='--disable' ;;

@@ -401,6 +401,8 @@ def test_the_shutdown_of_its_unit_asks_it(containers: Containers) -> None:
     lab = containers.lab
     containers.define("deb")
     containers.said("deb", b"login:")
+    # Frozen, too: it was waited for a minute, and killed.
+    lab.virtctl("container", "freeze", "deb")
     lab.sh("systemctl stop virtd.socket virtd.service; systemctl stop virtd-lxc-deb.service")
     lab.sh("systemctl start virtd.socket virtd.service")
     end = containers.ended("deb")
@@ -422,6 +424,14 @@ def test_bad_input_is_refused_before_anything_starts(containers: Containers) -> 
         done = lab.virtctl("container", "define", "-", stdin=wrong, check=False)
         assert done.returncode == 1
         assert f"<stdin>: {key}: expected" in done.stderr
+    # The lab's own file system has no idmapped mounts.
+    lab.run("sh", "-c", small.MAKE.replace(small.ROOT, "/var/lib/virtd/containers/roots").replace(
+        f"chown -hR {small.FIRST}:{small.FIRST} .", ""), stdin=small.PROGRAM)  # fmt: skip
+    said = containers.refused("h", f'command = ["/brief"]\n{MINI}', root="/var/lib/virtd/containers/roots")
+    assert "no idmapped mounts" in said
+    assert "virtctl container create NEW --image /var/lib/virtd/containers/roots" in said
+    lab.virtctl("container", "undefine", "h")
+    lab.sh("rm -rf /var/lib/virtd/containers/roots")
     assert [item["name"] for item in lab.json("container", "list")] == list("abcdef")
     assert lab.sh("ls /run/virtd/lxc") == ""
     assert lab.slots() == 0
@@ -505,6 +515,10 @@ def test_a_command_in_it(containers: Containers) -> None:
     assert run("cat", stdin="hello\n") == (0, "hello\n", "")
     assert run("kill -9 $$")[0] == 128 + 9
     assert run("echo $A", "-e", "A=b c") == (0, "b c\n", "")
+    # What it has left in the background goes on talking; who reads lines in a loop keeps them.
+    assert run("(while :; do date; sleep 0.1; done) & exit 3", "-T")[0] == 3
+    loop = "printf 'a\\nb\\n' | while read -r x; do echo $x; virtctl container exec -n box -- cat; done"
+    assert lab.sh(loop).split() == ["a", "b"]
     lab.sh("(sleep 0.5; systemctl kill -s KILL virtd) >/dev/null 2>&1 &")
     assert run("sleep 2; echo survived; exit 3") == (3, "survived\n", "")
     signalled = lab.run(

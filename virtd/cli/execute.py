@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 PIECE = 65536
 LINGER = 0.3  # seconds of silence after which what a process in the background may still write isn't waited for
+AT_MOST = 1.5  # seconds that it is listened to after the command's end, however much it has to say
 PASSED = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -39,7 +40,8 @@ class Execution:
         self._args = args
         self._session = session
         self._terminal = RawTerminal(0)
-        self.with_terminal: bool = args.terminal if args.terminal is not None else os.isatty(0) and os.isatty(1)
+        by_default = os.isatty(0) and os.isatty(1) and not args.no_input
+        self.with_terminal: bool = args.terminal if args.terminal is not None else by_default
         self._link = Link(session, self._question, more=True)
         self._token: str | None = None
         self._input = -1
@@ -47,6 +49,7 @@ class Execution:
         self._unsent = b""
         self._status: int | None = None
         self._ended_at = 0.0
+        self._heard_at = 0.0
         self._signals: list[int] = []
 
     def _question(self, again: bool) -> tuple[str, Parameters]:  # noqa: FBT001 (Link calls it so)
@@ -87,9 +90,15 @@ class Execution:
             signal.signal(number, note)
 
     def _loop(self) -> int:
-        reading = True
+        reading = not self._args.no_input
+        if not reading and self._input not in self._outputs:
+            os.close(self._input)
+            self._input = -1
         while True:
-            if self._status is not None and (not self._outputs or time.monotonic() - self._ended_at > LINGER):
+            now = time.monotonic()
+            if self._status is not None and (
+                not self._outputs or now - self._heard_at > LINGER or now - self._ended_at > AT_MOST or self._signals
+            ):
                 return self._status
             while self._signals:
                 self._send(self._signals.pop(0))
@@ -147,7 +156,7 @@ class Execution:
             target = self._outputs[fd]
             while data:
                 data = data[os.write(target, data) :]
-            self._ended_at = time.monotonic()
+            self._heard_at = time.monotonic()
             return
         del self._outputs[fd]
         if fd != self._input:
@@ -187,7 +196,7 @@ class Execution:
             if code is None:
                 code = 128 + int(signal.Signals[str(name)]) if str(name).startswith("SIG") else FAILURE
             self._status = int(code)
-            self._ended_at = time.monotonic()
+            self._ended_at = self._heard_at = time.monotonic()
         reply.close()
 
 
@@ -212,6 +221,9 @@ def options(parser: Parser) -> None:
         help="give it a terminal; unless told, it has one when virtctl has",
     )
     parser.add_argument("-T", "--no-terminal", dest="terminal", action="store_false", help="give it pipes")
+    parser.add_argument(
+        "-n", "--no-input", action="store_true", help="read nothing of virtctl's own input: the command has none"
+    )
     parser.add_argument(
         "-e", "--env", metavar="NAME=VALUE", action="append", default=[], help="a variable for it; can be repeated"
     )

@@ -149,8 +149,11 @@ def stop_script(container: model.Container, host: Host, stop: str, seconds: floa
     systemd runs it after an end of the container's own as well, then without $MAINPID.
     """
     words = (stop, "-q", "-P", host.path, "-n", container.name, "-t", str(int(seconds)))
+    # One that is frozen can't do what it is asked to.
     return f"""printenv MAINPID >/dev/null || exit 0
 : >{quoted((f"{host.runtime}/host-shutdown",))}
+group=$(sed -n 's/^0:://p' /proc/$MAINPID/cgroup)
+echo 0 >"/sys/fs/cgroup${{group%/{MONITOR}}}/{PAYLOAD}/cgroup.freeze"
 exec {quoted(words)}
 """
 

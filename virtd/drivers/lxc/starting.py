@@ -208,6 +208,15 @@ class _Start(Start[Container, model.Container]):
             network = self.definition.nic[index].network
             await container.peers("network").add_port(network, user=container.key, interface=link.host)
 
+    def _explained(self, exc: errors.VirtdError) -> errors.VirtdError:
+        if self.host.shifted and "idmapped mount" in getattr(self, "words", ""):
+            return errors.StartFailed(
+                f"Cannot start {self.machine.name}: {self.host.root} belongs to root, and its file system can't show "
+                "files shifted to other IDs (it has no idmapped mounts)",
+                hint=f"virtctl container create NEW --image {self.host.root} makes a copy that has IDs of its own.",
+            )
+        return super()._explained(exc)
+
     def own_words(self, words: str) -> str:
         """LXC's first errors: what comes after them only says that it failed."""
         return "; ".join(ends.errors_in(words)[:2])
