@@ -156,8 +156,8 @@ async def test_a_process_that_nobody_knows_is_taken_back(world: World) -> None:
         del host.driver.machines["web1"]
         os.unlink(record(world))
         rows = await check(host)
-        assert {row["kind"] for row in rows} == {"unit", "slot", "directory", "definition"}
-        assert {row["object"] for row in rows} == {"qemu/web1"}
+        assert {row["kind"] for row in rows} == {"unit", "slot", "directory", "definition", "user"}
+        assert {row["object"] for row in rows} == {"qemu/web1", ""}  # a name in /run/userdb that nobody has
         assert all(row["repaired"] for row in await check(host, repair=True))
         assert await check(host) == []
         info = await host.info("web1")

@@ -23,6 +23,7 @@ from tests.unit.fake_pid1 import FakePid1
 from tests.unit.fake_units import FakeUnits
 from virtd import fifos, files, records
 from virtd.child import Services
+from virtd.drivers.qemu import userdb
 from virtd.drivers.qemu.host import Account
 from virtd.drivers.qemu.monitor import Monitor
 from virtd.fdstore import Store
@@ -79,9 +80,7 @@ class World:
         self.kernel = str(root / "kernel")
         self.pid1 = FakePid1(root, store_max)
         self.units = FakeUnits(self.pid1, old=old)
-        user, group = pwd.getpwuid(os.getuid()).pw_name, grp.getgrgid(os.getgid()).gr_name
-        # Guests run as whoever runs the tests, who needn't be root and have users to give away.
-        self.settings = Qemu(os.path.realpath("/bin/true"), user, group, start_timeout=20, shutdown_timeout=20)
+        self.settings = Qemu(binary=os.path.realpath("/bin/true"), start_timeout=20, shutdown_timeout=20)
         self.lxc = Lxc(directory=f"{root}/containers", start_timeout=20, shutdown_timeout=20)
         self.limits = Log()
         self.messages: list[dict[str, str]] = []
@@ -91,7 +90,13 @@ class World:
         self.host: Host | None = None
         self._sending = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
+        user, group = pwd.getpwuid(os.getuid()).pw_name, grp.getgrgid(os.getgid()).gr_name
         me = Account(user, group, os.getuid(), os.getgid(), ())
+        monkeypatch.setattr("virtd.drivers.qemu.users.known_as", self._known_as)
+        monkeypatch.setattr("virtd.drivers.qemu.fsck.known_as", self._known_as)
+        if os.geteuid() != 0:  # who can't give files to guests' users
+            monkeypatch.setattr(os, "chown", lambda *_args: None)
+            monkeypatch.setattr(os, "fchown", lambda *_args: None)
         monkeypatch.setattr("virtd.drivers.qemu.host.account", lambda _settings: me)
         monkeypatch.setattr("virtd.drivers.qemu.host.has_kvm", lambda: False)
         monkeypatch.setattr("virtd.journal.send", self._journal)
@@ -149,6 +154,12 @@ class World:
 
     def _journal(self, text: str, *, message_id: str = "", level: str = "info", **fields: str) -> None:
         self.messages.append({"text": text, "id": message_id, "level": level} | fields)
+
+    def _known_as(self, uid: int) -> str | None:
+        """What NSS says, which goes by the records."""
+        with contextlib.suppress(OSError):
+            return os.readlink(f"{self.paths.userdb}/{uid}.user").removesuffix(".user")
+        return None
 
     def told(self, message_id: str) -> list[dict[str, str]]:
         return [message for message in self.messages if message["id"] == message_id]
@@ -287,5 +298,6 @@ def nothing_left(world: World, name: str = "web1", driver: str = "qemu") -> None
     assert f"virtd-{driver}-{name}.service" not in world.units.units
     assert not world.runtime_left(name, driver)
     assert (driver, name) not in fifos.owners(world.paths)
+    assert driver != "qemu" or f"vm-{name}.user" not in userdb.listing(world.paths.userdb)
     record = world.record(name, driver)
     assert (record.unit, record.slots, record.main_pid, record.data) == ("", {}, 0, {})
