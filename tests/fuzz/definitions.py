@@ -15,6 +15,7 @@ from virtd import errors
 from virtd.drivers import definitions
 from virtd.drivers.lxc import config
 from virtd.drivers.network import dnsmasq, firewall
+from virtd.drivers.network.ports import Ground
 from virtd.model import container, domain, network, pool, settings
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def _network(found: network.Network) -> None:
         (dnsmasq.config(fixed, FILES), 40),
         (dnsmasq.hosts(found), len(found.host)),
         (dnsmasq.names(found), len(found.record) + 2 * len(found.host)),
-        (firewall.rules(found), 40 + 12 * len(found.forward)),
+        (firewall.rules(Ground(found, "56:44:00:00:00:01", ())), 200 + 12 * len(found.forward)),
     ):
         assert text.isascii(), text
         assert text.isprintable() or all(one.isprintable() or one in "\n\t" for one in text), text

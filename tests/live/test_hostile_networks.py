@@ -6,11 +6,15 @@ from __future__ import annotations
 import pytest
 
 from tests.harness import Lab
+from tests.live import frames
+from tests.live.frames import BROADCAST
 from tests.live.networks import OUTSIDE, define, info, neighbour, network, outside, rules
 from tests.live.tools import Journal, spawn
+from tests.survival import containers as small
 
 pytestmark = pytest.mark.live
 
+MINI = '[[mount]]\nsource = "/usr"\ntarget = "/usr"\nreadonly = true\n'  # what small.ROOT needs besides
 RESTORED = "MESSAGE_ID=21e43107966e47b2ab867a8dae253086"
 
 # Says "open" when an UDP service at (address, port) has got what was sent to it from the namespace.
@@ -33,6 +37,7 @@ one.bind((sys.argv[1], int(sys.argv[2])))
 print("listening", flush=True)
 while True:
     _, peer = one.recvfrom(10)
+    print(peer[0], flush=True)
     one.sendto(b"open", peer)
 """
 
@@ -125,3 +130,230 @@ def test_an_isolated_guest_asks_its_own_bridge_only(lab: Lab) -> None:
         finally:
             server.terminate()
             server.communicate(timeout=20)
+
+
+EVIL, GOOD = "52:54:00:66:00:01", "52:54:00:66:00:02"
+SIX, SIX_GOOD = "fd77:1::5054:ff:fe66:1", "fd77:1::5054:ff:fe66:2"
+ALL6, ALL6_MAC = "ff02::1", "33:33:00:00:00:01"
+
+
+class Cell:
+    """A container that is there for its network only: frames are sent and heard from its namespace."""
+
+    def __init__(self, lab: Lab, name: str, mac: str, more: str = "", address: str = "") -> None:
+        self.lab, self.name = lab, name
+        text = f'name = "{name}"\nrootfs = "{small.ROOT}"\ncommand = ["/brief"]\n{MINI}'
+        text += f'[[nic]]\nnetwork = "lab"\nmac = "{mac}"\n{more}'
+        lab.virtctl("container", "define", "-", stdin=text)
+        lab.virtctl("container", "start", name)
+        found = lab.json("container", "info", name)
+        self.enter = ("nsenter", "-t", str(found["init"] if "init" in found else found["pid"]), "-n")
+        given = [
+            line.split(",")[1] for line in lab.sh("cat /run/virtd/network/lab/hosts").splitlines() if mac in line
+        ]
+        self.address = given[0] if given else address
+        self.run("ip", "address", "add", f"{self.address}/24", "dev", "eth0")
+        self.run("sysctl", "-qw", "net.ipv6.conf.eth0.accept_ra=0")
+
+    def run(self, *command: str, stdin: str = "", check: bool = True) -> str:
+        return self.lab.run(*self.enter, *command, stdin=stdin, check=check).stdout
+
+    def send(self, *frames_: bytes) -> None:
+        self.run("python3", "-c", frames.SEND, stdin="".join(f"{frame.hex()}\n" for frame in frames_))
+
+    def end(self) -> None:
+        self.lab.virtctl("container", "stop", self.name, check=False)
+        self.lab.virtctl("container", "undefine", self.name, check=False)
+
+
+def heard(lab: Lab, where: Cell, sender: Cell, end: bytes, sent: dict[str, bytes]) -> set[str]:
+    """The names of those frames that arrived, of all that were sent; `end` is one that always does."""
+    listener = spawn(lab, *where.enter, "python3", "-c", frames.HEAR, "eth0")
+    assert listener.stdout is not None
+    assert listener.stdout.readline() == "listening\n"
+    sender.send(*sent.values(), end)
+    said, complaint = listener.communicate(timeout=40)
+    assert "end" in said.split(), complaint
+    return set(said.split()) - {"end"}
+
+
+def test_a_guest_sends_as_itself_only(lab: Lab) -> None:
+    """Whatever a container puts on the wire; its neighbour hears what is its own and nothing else."""
+    lab.sh(small.MAKE, timeout=300)
+    define(lab, network("lab", 1, more='[ipv6]\naddress = "fd77:1::1/64"\n'))
+    bridge = lab.sh("cat /sys/class/net/vd-lab/address").strip()
+    cells: list[Cell] = []
+    try:
+        cells += [Cell(lab, "evil", EVIL), Cell(lab, "good", GOOD)]
+        evil, good = cells
+        e = frames.ethernet
+        mine, theirs = evil.address, good.address
+
+        def packet(name: str, source: str, to: str = "255.255.255.255") -> bytes:
+            return frames.ipv4(source, to, 17, frames.udp(9, 9, frames.mark(name)))
+
+        def packet6(name: str, source: str) -> bytes:
+            return frames.ipv6(source, ALL6, 17, frames.udp(9, 9, frames.mark(name)))
+
+        def advertise(name: str, source: str) -> bytes:
+            return frames.icmp6(name, source, ALL6, 134, bytes.fromhex("4000070800000000") + bytes(4))
+
+        end = e(EVIL, 0x0806, frames.arp("end", EVIL, mine))
+        right = {
+            "arp-own": e(EVIL, 0x0806, frames.arp("arp-own", EVIL, mine)),
+            "arp-probe": e(EVIL, 0x0806, frames.arp("arp-probe", EVIL, "0.0.0.0", operation=1, to=mine)),
+            "ip-own": e(EVIL, 0x0800, packet("ip-own", mine)),
+            "dhcp": e(EVIL, 0x0800, frames.ipv4("0.0.0.0", "255.255.255.255", 17,
+                                                frames.udp(68, 67, frames.dhcp("dhcp", 1, EVIL)))),
+            "ip6-own": e(EVIL, 0x86DD, packet6("ip6-own", SIX), ALL6_MAC),
+            "na-own": e(EVIL, 0x86DD, frames.neighbour("na-own", SIX, ALL6, SIX), ALL6_MAC),
+            "dad": e(EVIL, 0x86DD, frames.neighbour("dad", "::", "ff02::1:ff00:aa", "fd77:1::aa", 135), ALL6_MAC),
+            "privacy": e(EVIL, 0x86DD, packet6("privacy", "fd77:1::aa"), ALL6_MAC),
+            "link-local": e(EVIL, 0x86DD, packet6("link-local", "fe80::1234"), ALL6_MAC),
+        }  # fmt: skip
+        wrong = {
+            "mac-neighbour": e(GOOD, 0x0800, packet("mac-neighbour", mine)),
+            "mac-bridge": e(bridge, 0x0800, packet("mac-bridge", mine)),
+            "mac-other": e("02:00:00:00:00:07", 0x0800, packet("mac-other", mine)),
+            "mac-broadcast": e(BROADCAST, 0x0800, packet("mac-broadcast", mine)),
+            "arp-router": e(EVIL, 0x0806, frames.arp("arp-router", EVIL, "10.77.1.1")),
+            "arp-neighbour": e(EVIL, 0x0806, frames.arp("arp-neighbour", EVIL, theirs)),
+            "arp-ask-as-neighbour": e(EVIL, 0x0806, frames.arp("arp-ask-as-neighbour", EVIL, theirs, operation=1)),
+            "arp-mac": e(EVIL, 0x0806, frames.arp("arp-mac", GOOD, mine)),
+            "arp-free": e(EVIL, 0x0806, frames.arp("arp-free", EVIL, "10.77.1.7")),
+            "arp-nobody": e(EVIL, 0x0806, frames.arp("arp-nobody", EVIL, "0.0.0.0")),
+            "rarp": e(EVIL, 0x8035, frames.arp("rarp", EVIL, mine, operation=4)),
+            "ip-neighbour": e(EVIL, 0x0800, packet("ip-neighbour", theirs)),
+            "ip-router": e(EVIL, 0x0800, packet("ip-router", "10.77.1.1")),
+            "ip-free": e(EVIL, 0x0800, packet("ip-free", "10.77.1.7")),
+            "ip-elsewhere": e(EVIL, 0x0800, packet("ip-elsewhere", "192.0.2.1")),
+            "ip-nobody": e(EVIL, 0x0800, packet("ip-nobody", "0.0.0.0")),
+            "dhcp-server": e(EVIL, 0x0800, frames.ipv4(mine, "255.255.255.255", 17,
+                                                       frames.udp(67, 68, frames.dhcp("dhcp-server", 2, GOOD)))),
+            "dhcp-for-neighbour": e(EVIL, 0x0800, frames.ipv4(
+                "0.0.0.0", "255.255.255.255", 17, frames.udp(68, 67, frames.dhcp("dhcp-for-neighbour", 1, GOOD)))),
+            "dhcp-release": e(EVIL, 0x0800, frames.ipv4(
+                mine, "10.77.1.1", 17, frames.udp(68, 67, frames.dhcp("dhcp-release", 1, GOOD)))),
+            "dhcp-fragment": e(EVIL, 0x0800, frames.ipv4(
+                mine, "255.255.255.255", 17, frames.udp(68, 67, frames.mark("dhcp-fragment")), fragment=0x2000)),
+            "igmp-query": e(EVIL, 0x0800, frames.ipv4(
+                mine, "224.0.0.1", 2, b"\x11\0\0\0" + frames.mark("igmp-query"))),
+            "ip6-neighbour": e(EVIL, 0x86DD, packet6("ip6-neighbour", SIX_GOOD), ALL6_MAC),
+            "ip6-router": e(EVIL, 0x86DD, packet6("ip6-router", "fd77:1::1"), ALL6_MAC),
+            "ip6-elsewhere": e(EVIL, 0x86DD, packet6("ip6-elsewhere", "2001:db8::7"), ALL6_MAC),
+            "na-neighbour": e(EVIL, 0x86DD, frames.neighbour("na-neighbour", SIX, ALL6, SIX_GOOD), ALL6_MAC),
+            "na-router": e(EVIL, 0x86DD, frames.neighbour("na-router", SIX, ALL6, "fd77:1::1"), ALL6_MAC),
+            "dad-neighbour": e(EVIL, 0x86DD, frames.neighbour("dad-neighbour", "::", ALL6, SIX_GOOD, 135), ALL6_MAC),
+            "ra": e(EVIL, 0x86DD, frames.ipv6(SIX, ALL6, 58, advertise("ra", SIX)), ALL6_MAC),
+            "ra-hop": e(EVIL, 0x86DD, frames.ipv6(
+                SIX, ALL6, 0, bytes([58, 0, 1, 4, 0, 0, 0, 0]) + advertise("ra-hop", SIX)), ALL6_MAC),
+            "ra-options": e(EVIL, 0x86DD, frames.ipv6(
+                SIX, ALL6, 60, bytes([58, 0, 1, 4, 0, 0, 0, 0]) + advertise("ra-options", SIX)), ALL6_MAC),
+            "ra-fragment": e(EVIL, 0x86DD, frames.ipv6(
+                SIX, ALL6, 44, bytes([58, 0, 0, 1, 0, 0, 0, 9]) + advertise("ra-fragment", SIX)), ALL6_MAC),
+            "ra-fragment-options": e(EVIL, 0x86DD, frames.ipv6(
+                SIX, ALL6, 44, bytes([60, 0, 0, 1, 0, 0, 0, 9, 58, 0, 1, 4, 0, 0, 0, 0])
+                + frames.mark("ra-fragment-options")), ALL6_MAC),
+            "redirect": e(EVIL, 0x86DD, frames.ipv6(
+                SIX, ALL6, 58, frames.icmp6("redirect", SIX, ALL6, 137)), ALL6_MAC),
+            "mld-query": e(EVIL, 0x86DD, frames.ipv6(
+                SIX, ALL6, 58, frames.icmp6("mld-query", SIX, ALL6, 130)), ALL6_MAC),
+            "dhcp6-server": e(EVIL, 0x86DD, frames.ipv6(
+                SIX, ALL6, 17, frames.udp(547, 546, frames.mark("dhcp6-server"))), ALL6_MAC),
+            "vlan": e(EVIL, 0x0806, frames.arp("vlan", EVIL, "10.77.1.1"), tags=(0x8100,)),
+            "vlan-service": e(EVIL, 0x0806, frames.arp("vlan-service", EVIL, "10.77.1.1"), tags=(0x88A8,)),
+            "vlan-double": e(EVIL, 0x0806, frames.arp("vlan-double", EVIL, "10.77.1.1"), tags=(0x88A8, 0x8100)),
+            "vlan-own": e(EVIL, 0x0800, packet("vlan-own", mine), tags=(0x8100,)),
+            "llc": e(EVIL, 60, b"\xaa\xaa\x03\0\0\0\x08\x06" + frames.arp("llc", EVIL, "10.77.1.1")),
+            "lldp": e(EVIL, 0x88CC, frames.mark("lldp")),
+            "own-protocol": e(EVIL, 0x88B5, frames.mark("own-protocol")),
+        }  # fmt: skip
+        arrived = heard(lab, good, evil, end, right | wrong)
+        assert arrived == set(right), arrived ^ set(right)
+        refused = {row["user"]: row["refused"] for row in info(lab, "lab")["ports"]}
+        # All of them but one: the kernel itself takes nothing from a group's MAC, such as broadcast's.
+        assert refused == {"lxc/evil": len(wrong) - 1, "lxc/good": 0}, refused
+        # An address that a guest has made itself is its own, also when another's start has the rules replaced.
+        cells.append(Cell(lab, "late", "52:54:00:66:00:03"))
+        good_end = e(GOOD, 0x0806, frames.arp("end", GOOD, theirs))
+        late = {
+            "na-taken": e(GOOD, 0x86DD, frames.neighbour("na-taken", SIX_GOOD, ALL6, "fd77:1::aa"), ALL6_MAC),
+            "ip6-taken": e(GOOD, 0x86DD, packet6("ip6-taken", "fe80::1234"), ALL6_MAC),
+            "dad-taken": e(GOOD, 0x86DD, frames.neighbour("dad-taken", "::", ALL6, "fd77:1::aa", 135), ALL6_MAC),
+        }  # fmt: skip
+        assert heard(lab, evil, good, good_end, late) == set()
+        cells.pop().end()
+        # Past the bridge, to the host itself: frames to a group that bridges don't forward.
+        outer = "203.0.113.1"
+        with outside(lab):
+            server = spawn(lab, "python3", "-c", _ANSWER, outer, "99")
+            assert server.stdout is not None
+            server.stdout.readline()
+            lab.sh("sysctl -qw net.ipv4.conf.all.rp_filter=0")
+            evil.send(*[
+                e(EVIL, 0x0800, frames.ipv4(mine, outer, 17, frames.udp(9, 99, b"x")), f"01:80:c2:00:00:{last:02x}")
+                for last in range(1, 16)  # what is sent to the first one, bridges without STP treat as any other
+            ])  # fmt: skip
+            assert "open" in lab.run("python3", "-c", _ASK, outer, "99").stdout  # it has served all that came before
+            server.terminate()
+            assert mine not in server.communicate(timeout=20)[0]
+        # Its MAC is its own without any rules, too.
+        lab.sh("systemctl stop virtd.socket virtd.service; nft flush ruleset")
+        try:
+            locked = {name: wrong[name] for name in ("mac-neighbour", "mac-bridge", "mac-other", "mac-broadcast")}
+            assert heard(lab, good, evil, end, locked | {"ip-own": right["ip-own"]}) == {"ip-own"}
+        finally:
+            lab.sh("systemctl start virtd.socket virtd.service")
+        lab.wait("the rules", lambda: lab.sh("nft list table bridge virtd-lab", check=False), 10)
+        assert heard(lab, good, evil, end, right | wrong) == set(right)
+        assert lab.json("status")["problems"] == []
+        cells.pop(0).end()
+        # Who is trusted sends what it likes.
+        cells.append(Cell(lab, "evil", EVIL, "trusted = true\n", address=mine))
+        assert heard(lab, good, cells[-1], end, wrong) >= {
+            "arp-router",
+            "mac-other",
+            "ra",
+            "dhcp-server",
+            "ip-elsewhere",
+        }
+    finally:
+        for cell in cells:
+            cell.end()
+
+
+def test_neighbours_that_do_not_see_each_other(lab: Lab) -> None:
+    """isolated_ports: neither through the bridge nor through the host, with and without rules; put in force live."""
+    lab.sh(small.MAKE, timeout=300)
+    define(lab, network("lab", 1))
+    cells: list[Cell] = []
+
+    def reached() -> tuple[bool, bool, bool]:
+        """The neighbour, the neighbour by way of the host, the host."""
+        one, two = cells
+        for cell, other in ((one, two), (two, one)):
+            cell.run("ip", "route", "replace", "10.77.1.1", "dev", "eth0")
+            cell.run("ip", "route", "del", f"{other.address}/32", check=False)
+        straight = ping(lab, " ".join(one.enter), two.address)[0]
+        for cell, other in ((one, two), (two, one)):
+            cell.run("ip", "route", "replace", f"{other.address}/32", "via", "10.77.1.1")
+        around = ping(lab, " ".join(one.enter), two.address)[0]
+        return straight, around, ping(lab, " ".join(one.enter), "10.77.1.1")[0]
+
+    try:
+        cells += [Cell(lab, "one", EVIL), Cell(lab, "two", GOOD)]
+        assert reached() == (True, True, True)
+        lab.virtctl("network", "define", "-", stdin=network("lab", 1, head="isolated_ports = true"))
+        assert reached() == (False, False, True)
+        lab.sh("systemctl stop virtd.socket virtd.service; nft flush ruleset")
+        try:
+            assert reached()[0] is False
+        finally:
+            lab.sh("systemctl start virtd.socket virtd.service")
+        lab.wait("the rules", lambda: rules(lab, "lab"), 10)
+        assert reached() == (False, False, True)
+        lab.virtctl("network", "define", "-", stdin=network("lab", 1))
+        assert reached() == (True, True, True)
+    finally:
+        for cell in cells:
+            cell.end()

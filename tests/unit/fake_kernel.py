@@ -32,6 +32,7 @@ class FakeKernel:
         self.sysfs = root / "sysfs"
         self.sysfs.mkdir()
         self.tables: dict[str, tuple[str, int]] = {}
+        self.bridge_tables: dict[str, tuple[str, int]] = {}
         self.addresses: dict[str, set[Address]] = {}
         self.routing: set[RoutingRule] = set()  # rules of policy routing
         self.refused = ""  # a table that can't be made
@@ -46,25 +47,29 @@ class FakeKernel:
         monkeypatch.setattr(firewalld, "adopt", _nothing)
 
     def _nft(self, command: str, *, as_json: bool = False) -> str:
-        if as_json and command == "list tables inet":
-            return json.dumps({"nftables": [{"metainfo": {}}, *({"table": {"name": name}} for name in self.tables)]})
+        families = {"inet": self.tables, "bridge": self.bridge_tables}
+        if as_json and (match := re.fullmatch(r"list tables (\S+)", command)):
+            named = ({"table": {"name": name}} for name in families[match[1]])
+            return json.dumps({"nftables": [{"metainfo": {}}, *named]})
         if as_json:
-            match = re.fullmatch(r"list table inet (\S+)", command)
+            match = re.fullmatch(r"list table (inet|bridge) (\S+)", command)
             if match is None:  # "list chains"
                 return json.dumps({"nftables": []})
-            if match[1] not in self.tables:
+            if match[2] not in families[match[1]]:
                 raise firewall.NftError("nftables refused: No such file or directory")
-            text, number = self.tables[match[1]]
+            text, number = families[match[1]][match[2]]
             return json.dumps({"nftables": [{"metainfo": {}}, {"table": {"handle": number, "text": text}}]})
-        names = re.findall(r"^delete table inet (\S+)$", command, re.MULTILINE)
+        deleted = re.findall(r"^delete table (\S+) (\S+)$", command, re.MULTILINE)
+        names = list(dict.fromkeys(name for _family, name in deleted))
         self.world.step(f"nft {' '.join(names)}")
         if self.refused in names:
             raise firewall.NftError("nftables refused: these rules")
-        for name in names:
-            self.tables.pop(name, None)
-            if made := re.search(rf"^table inet {re.escape(name)} .*?^}}$", command, re.MULTILINE | re.DOTALL):
+        for family, name in deleted:
+            families[family].pop(name, None)
+            made = re.search(rf"^table {family} {re.escape(name)} .*?^}}$", command, re.MULTILINE | re.DOTALL)
+            if made:
                 self._numbers += 1
-                self.tables[name] = made[0], self._numbers
+                families[family][name] = made[0], self._numbers
         return ""
 
 
@@ -96,6 +101,12 @@ class FakeNetlink:
                 (self.kernel.sysfs / name / file).write_text(f"{changes[key]}\n")
         if changes.get("up"):
             (self.kernel.sysfs / name / "flags").write_text("0x1003\n")
+
+    def set_port(self, name: str, *, isolated: bool, locked: bool) -> None:
+        self.kernel.world.step(f"set_port {name} {isolated:d} {locked:d}")
+
+    def add_neighbour_of_port(self, name: str, mac: str) -> None:
+        self.kernel.world.step(f"add_neighbour {name} {mac}")
 
     def delete_link(self, name: str) -> bool:
         shutil.rmtree(self.kernel.sysfs / name)  # which is a step of its own

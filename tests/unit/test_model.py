@@ -110,6 +110,7 @@ def test_a_full_definition() -> None:
         ("cpu = 'host -machine none'", "cpu", "expected a CPU model"),
         ("nic = [ { mode = 'bridge' } ]", "nic[0].mode", 'expected "user", got "bridge"'),
         ("nic = [ { mode = 'user', network = 'lab' } ]", "nic[0].mode", "expected no mode, since network is given"),
+        ("nic = [ { trusted = true } ]", "nic[0].trusted", "expected nothing here, since there is no network"),
         ("nic = [ { network = 'a/b' } ]", "nic[0].network", "expected the name of a network"),
         ("nic = [ { mac = '52:54:00:12:34' } ]", "nic[0].mac", "expected a unicast address"),
         ("nic = [ { mac = '53:54:00:12:34:56' } ]", "nic[0].mac", "expected a unicast address"),

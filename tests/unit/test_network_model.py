@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from virtd import errors
-from virtd.drivers.network import dnsmasq, firewall, leases
+from virtd.drivers.network import dnsmasq, ethernet, firewall, leases, ports
 from virtd.drivers.network.net import fixed
+from virtd.drivers.network.ports import Ground
 from virtd.model import network as model
 
 V4 = '[ipv4]\naddress = "192.168.150.1/24"\n'
@@ -204,21 +205,77 @@ def test_leases_are_read() -> None:
 # Rules; the kernel's opinion of them is asked in tests/live/test_networks.py
 
 
+def inet(text: str, **keys: str) -> str:
+    found, _, bridge = firewall.rules(Ground(parse(text, **keys), "56:44:00:00:00:01", ())).partition(
+        "add table bridge"
+    )
+    assert bridge
+    return found
+
+
 def chains(text: str, **keys: str) -> list[str]:
-    lines = firewall.rules(parse(text, **keys)).splitlines()
+    lines = inet(text, **keys).splitlines()
     assert lines[:3] == ["add table inet virtd-lab", "delete table inet virtd-lab", "table inet virtd-lab {"]
     return [line.split()[1] for line in lines if line.startswith("\tchain")]
 
 
 def test_each_mode_has_its_chains() -> None:
     forward = '[[forward]]\nport = 80\nto = "192.168.150.9"\n'
-    assert chains(V4) == ["forward", "postrouting"]
-    assert chains(V4 + forward) == ["forward", "postrouting", "prerouting", "output"]
-    assert chains(V4, mode='"routed"') == ["forward"]
-    assert chains(V4, mode='"isolated"') == ["forward", "input"]
-    isolated = firewall.rules(parse(V4, mode='"isolated"'))
+    assert chains(V4) == ["arriving", "forward", "postrouting"]
+    assert chains(V4 + forward) == ["arriving", "forward", "postrouting", "prerouting", "output"]
+    assert chains(V4, mode='"routed"') == ["arriving", "forward"]
+    assert chains(V4, mode='"isolated"') == ["arriving", "forward", "input"]
+    isolated = inet(V4, mode='"isolated"')
     assert "saddr" not in isolated
     assert 'iifname "vd-lab" reject' in isolated
+    assert "udp dport 53 accept" not in isolated
+    assert "ether daddr 56:44:00:00:00:01 reject" in inet(V4, isolated_ports="true")
+
+
+# Ports
+
+
+def test_an_address_is_set_aside() -> None:
+    """The one that it has, else always the same; nobody else's, and an error when there is none."""
+    lab = parse(V4 + '[[host]]\nmac = "52:54:00:00:00:09"\nipv4 = "192.168.150.9"\n')
+    mac = "52:54:00:00:00:01"
+    first = ports.set_aside(lab, mac, [], [])
+    assert first == ports.set_aside(lab, mac, [], [])
+    assert first is not None
+    assert ports.set_aside(lab, "52:54:00:00:00:09", [], []) is None
+    lease = leases.Lease("192.168.150.77", mac, "", 0)
+    assert ports.set_aside(lab, mac, [], [lease]) == "192.168.150.77"
+    other = ports.Port("vt-other-0", "qemu/other", "52:54:00:00:00:02", ipv4="192.168.150.77")
+    assert ports.set_aside(lab, mac, [other], [lease]) == first
+    theirs = leases.Lease(first, other.mac, "", 0)
+    assert ports.set_aside(lab, mac, [], [theirs]) not in (None, first)
+    small = parse('[ipv4]\naddress = "10.7.0.1/24"\nfirst = "10.7.0.8"\nlast = "10.7.0.9"\n')
+    full = [ports.Port(f"vt-{last}", "qemu/x", f"52:54:00:00:00:0{last}", ipv4=f"10.7.0.{last}") for last in (8, 9)]
+    assert ports.set_aside(small, mac, full[:1], []) == "10.7.0.9"
+    with pytest.raises(errors.HostError, match=r"no IPv4 address left: all of 10\.7\.0\.8 to 10\.7\.0\.9"):
+        ports.set_aside(small, mac, full, [])
+    assert ports.set_aside(parse('[ipv4]\naddress = "10.7.0.1/24"\ndhcp = false\n'), mac, [], []) is None
+    assert dnsmasq.hosts(lab, (other,)) == ("52:54:00:00:00:09,192.168.150.9\n52:54:00:00:00:02,192.168.150.77\n")
+
+
+def test_what_the_kernel_has_noted_is_kept() -> None:
+    """As libnftables 1.0.6 and 1.1.3 list it; not that of ports which are gone."""
+    value = {"concat": ["vt-a-0", "0xfe800000000000000000000000001234"]}
+    gone = {"concat": ["vt-b-0", "0xfe800000000000000000000000005678"]}
+    counted = {"elem": {"val": "vt-a-0", "counter": {"packets": 3, "bytes": 180}}}
+    items: list[dict[str, Any]] = [
+        {"set": {"name": "first6", "elem": [{"elem": {"val": value, "expires": 7199}}, {"elem": {"val": gone}}]}},
+        {"set": {"name": "dropped", "elem": [counted, {"elem": {"val": "vt-b-0"}}]}},
+        {"set": {"name": "pace", "elem": ["vt-a-0"]}},
+    ]
+    kept = ethernet.filled(items, ["vt-a-0"])
+    assert kept == {
+        "first6": ['"vt-a-0" . 0xfe800000000000000000000000001234'],
+        "dropped": ['"vt-a-0" counter packets 3 bytes 180'],
+    }
+    port = ports.Port("vt-a-0", "qemu/a", "52:54:00:00:00:01")
+    text = ethernet.rules(ports.Ground(parse(V4), "56:44:00:00:00:01", (port,)), "virtd-lab", kept)
+    assert "elements = { 0xfe800000000000000000000000001234 }" in text  # nobody else's, too
 
 
 # Other people's rules, as docker and iptables-nft have them in the kernel

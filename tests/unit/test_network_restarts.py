@@ -67,7 +67,7 @@ class Site(NamedTuple):
         assert (bridge / "address").read_text().startswith("56:44:"), where
         assert (bridge / "flags").read_text() == "0x1003\n", where
         assert [str(address.address) for address in self.kernel.addresses["vd-lab"]] == ["10.7.0.1"], where
-        assert list(self.kernel.tables) == ["virtd-lab"], where
+        assert list(self.kernel.tables) == list(self.kernel.bridge_tables) == ["virtd-lab"], where
         assert list(self.world.units.units) == [UNIT], where
         assert (info["pid"], self.world.units.units[UNIT].state().running) == (self.pid(), True), where
         assert self.world.slots() == SLOTS, where
@@ -80,7 +80,7 @@ class Site(NamedTuple):
     def nothing(self, where: str) -> None:
         """No piece of it is left."""
         assert list(self.kernel.sysfs.iterdir()) == [], where
-        assert self.kernel.tables == {}, where
+        assert self.kernel.tables == self.kernel.bridge_tables == {}, where
         assert self.kernel.routing == set(), where
         assert self.world.units.units == {}, where
         assert self.world.slots() == [], where

@@ -93,12 +93,19 @@ def _details(item: dict[str, Any]) -> list[tuple[str, str]]:
         ("MTU", _text(item.get("mtu"))),
         ("Forwards", "\n".join(map(str, item.get("forwards") or []))),
         ("Used by", "\n".join(map(str, item.get("users") or []))),
+        ("Refused", "\n".join(map(_refused, (row for row in item.get("ports") or [] if row.get("refused"))))),
         ("Leases", _text(item.get("leases") or None)),
         ("dnsmasq", f"PID {item['pid']} in {item.get('unit')}" if item.get("pid") else ""),
         ("Autostart", autostarts(item)),
         ("Definition", _text(item.get("definition_path")) + pending),
         ("Log", _text(item.get("log"))),
     ]
+
+
+def _refused(port: dict[str, Any]) -> str:
+    return (
+        f"{port['refused']} frames of {port['user']} ({port['interface']}): not its own MAC or address, or no guest's"
+    )
 
 
 def _text(value: object) -> str:

@@ -62,6 +62,7 @@ class Nic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     mode: str = "network"
     mac: str | None = None
     name: str | None = None
+    trusted: bool = False
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -220,6 +221,8 @@ def _check_nics(container: Container, refuse: _Refuse) -> None:
         if nic.mode not in MODES:
             raise refuse(f"{key}.mode", f'expected "network" or "host", got {shown(nic.mode)}')
         if nic.mode == "host":
+            if nic.trusted:
+                raise refuse(f"{key}.trusted", 'expected nothing here, since mode is "host"')
             if len(container.nic) > 1 or nic.network is not None or nic.mac is not None or nic.name is not None:
                 raise refuse(f"{key}.mode", 'expected nothing besides mode = "host": the host\'s network is shared')
             continue

@@ -96,6 +96,7 @@ class Nic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     mode: str | None = None
     network: str | None = None
     mac: str | None = None
+    trusted: bool = False
 
 
 class Vnc(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -193,6 +194,8 @@ def check(domain: Domain, source: str) -> None:
             raise refuse(f"nic[{index}].mode", "expected no mode, since network is given")
         if nic.network is not None and not re.fullmatch(NAME, nic.network):
             raise refuse(f"nic[{index}].network", f"expected the name of a network, got {shown(nic.network)}")
+        if nic.trusted and nic.network is None:
+            raise refuse(f"nic[{index}].trusted", "expected nothing here, since there is no network")
         if nic.mac is None:
             continue
         mac = nic.mac.lower()

@@ -119,6 +119,7 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     autostart: bool = False
     domain: str | None = None
     dns: bool = True
+    isolated_ports: bool = False
     dnsmasq: tuple[str, ...] = ()
     ipv4: Ipv4 | None = None
     ipv6: Ipv6 | None = None

@@ -88,8 +88,10 @@ class _Start(Start[Container, model.Container]):
         for index, nic in enumerate(nics):
             assert nic.network is not None
             network = self.machine.peers("network")
-            bridge = await network.bridge_of(nic.network, user=self.machine.key)
             mac = (nic.mac or mac_of(self.machine.uuid, index)).lower()
+            bridge = await network.reserve(
+                nic.network, user=self.machine.key, interface=names[index], mac=mac, trusted=nic.trusted
+            )
             self.links.append(config.Link(names[index], bridge.bridge, nic.name or f"eth{index}", mac))
 
     async def _mount(self, root: model.Root) -> None:
@@ -106,6 +108,9 @@ class _Start(Start[Container, model.Container]):
         try:
             await super().run()
         except BaseException:
+            for link in self.links:
+                with contextlib.suppress(errors.VirtdError):
+                    await asyncio.shield(self.machine.peers("network").detach(link.host))
             if not isinstance(self.definition.rootfs, str):
                 await asyncio.shield(self._unmount())
             raise

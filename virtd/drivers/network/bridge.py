@@ -14,6 +14,7 @@ from .netlink import Netlink
 
 if TYPE_CHECKING:
     from ...model.network import Network
+    from .ports import Port
 
 
 class Raised(NamedTuple):
@@ -34,7 +35,7 @@ def is_ours(name: str, mac: str) -> bool:
     return links.is_bridge(name) and links.mac(name) == mac
 
 
-def raise_it(network: Network, mac: str) -> Raised:
+def raise_it(network: Network, mac: str, known: tuple[Port, ...] = ()) -> Raised:
     """Make the bridge, or see that the one that is there is as it should be. Raises HostError."""
     name = network.bridge_name
     new = not links.exists(name)
@@ -59,9 +60,10 @@ def raise_it(network: Network, mac: str) -> Raised:
             netlink.set_link(name, up=True)
             settings = host.allow_forwarding(network)
             taken = []
+            by_name = {port.interface: port for port in known}
             for port in links.ports():
                 if port.network == network.name and links.master(port.interface) != name:
-                    _join(netlink, port.interface, name)
+                    _join(netlink, port.interface, name, by_name.get(port.interface), isolated=network.isolated_ports)
                     taken.append(port.interface)
     except OSError as exc:
         raise errors.HostError(f"Cannot make the bridge {name}: {exc.strerror}") from exc
@@ -79,11 +81,12 @@ def lower_it(name: str, mac: str) -> bool:
         raise errors.HostError(f"Cannot delete the bridge {name}: {exc.strerror}") from exc
 
 
-def add_tap(interface: str, bridge: str, *, alias: str, mac: str, uid: int) -> None:
+def add_tap(port: Port, bridge: str, *, alias: str, uid: int, isolated: bool = False) -> None:
     """Make a tap for processes of `uid` and put it into the bridge. Raises HostError, with none left.
 
     Its own address is the guest's with another first byte: a bridge sends nothing there, and people see whose it is.
     """
+    interface = port.interface
     owner = links.read(interface, "ifalias")
     if links.exists(interface) and owner != alias:
         raise errors.HostError(f"{interface} is there already: {owner or 'nobody knows whose it is'}")
@@ -91,8 +94,8 @@ def add_tap(interface: str, bridge: str, *, alias: str, mac: str, uid: int) -> N
         links.make_tap(interface, uid)
         with Netlink() as netlink:
             try:
-                netlink.set_link(interface, alias=alias, mac=f"fe{mac[2:]}")
-                _join(netlink, interface, bridge)
+                netlink.set_link(interface, alias=alias, mac=f"fe{port.mac[2:]}")
+                _join(netlink, interface, bridge, port, isolated=isolated)
             except BaseException:
                 netlink.delete_link(interface)
                 raise
@@ -100,14 +103,14 @@ def add_tap(interface: str, bridge: str, *, alias: str, mac: str, uid: int) -> N
         raise errors.HostError(f"Cannot make the tap {interface}: {exc.strerror}") from exc
 
 
-def add_port(interface: str, bridge: str, *, alias: str) -> None:
+def add_port(port: Port, bridge: str, *, alias: str, isolated: bool = False) -> None:
     """Put an interface that somebody else made, such as a container's veth, into the bridge. Raises HostError."""
     try:
         with Netlink() as netlink:
-            netlink.set_link(interface, alias=alias)
-            _join(netlink, interface, bridge)
+            netlink.set_link(port.interface, alias=alias)
+            _join(netlink, port.interface, bridge, port, isolated=isolated)
     except OSError as exc:
-        raise errors.HostError(f"Cannot put {interface} into {bridge}: {exc.strerror}") from exc
+        raise errors.HostError(f"Cannot put {port.interface} into {bridge}: {exc.strerror}") from exc
 
 
 def remove(interface: str) -> bool:
@@ -121,9 +124,36 @@ def remove(interface: str) -> bool:
         raise errors.HostError(f"Cannot delete {interface}: {exc.strerror}") from exc
 
 
-def _join(netlink: Netlink, interface: str, bridge: str) -> None:
+def _join(netlink: Netlink, interface: str, bridge: str, port: Port | None, *, isolated: bool) -> None:
+    """Put an interface into a bridge. What is said here of a port holds without firewall rules as well.
+
+    `port` None: what it may send isn't known.
+    """
     host.set_sysctl(f"net/ipv6/conf/{interface}/disable_ipv6", "1")
+    # Frames to 01:80:C2:00:00:0E and such get past the bridge, as if they were for the port itself. It has no
+    # address; a strict reverse path then takes nothing, and nobody answers to ARP there.
+    host.set_sysctl(f"net/ipv4/conf/{interface}/rp_filter", "1")
+    host.set_sysctl(f"net/ipv4/conf/{interface}/arp_ignore", "8")
     # First the MTU: a bridge whose own wasn't set takes the smallest of its ports'.
     netlink.set_link(interface, mtu=links.mtu(bridge))
     netlink.set_link(interface, master=bridge)
+    _guard(netlink, interface, port, isolated=isolated)
     netlink.set_link(interface, up=True)
+
+
+def _guard(netlink: Netlink, interface: str, port: Port | None, *, isolated: bool) -> None:
+    locked = port is not None and not port.trusted
+    if port is not None and locked:
+        netlink.add_neighbour_of_port(interface, port.mac)
+    netlink.set_port(interface, isolated=isolated, locked=locked)
+
+
+def settle_ports(ports: tuple[Port, ...], bridge: str, *, isolated: bool) -> None:
+    """See that those which are in the bridge are as `_join` has them. Raises HostError."""
+    try:
+        with Netlink() as netlink:
+            for port in ports:
+                if links.master(port.interface) == bridge:
+                    _guard(netlink, port.interface, port, isolated=isolated)
+    except OSError as exc:
+        raise errors.HostError(f"Cannot guard the ports of {bridge}: {exc.strerror}") from exc

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import links
+from . import ethernet, firewall, links
 from .server import DRIVER
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def long(net: Net, slots: list[str], log: str) -> dict[str, Any]:
         "mtu": links.mtu(net.bridge_name) if net.active and net.bridge_name else None,
         "ranges": [f"{found[0]} - {found[1]}" for found in given if found is not None],
         "users": net.users(),
+        "ports": _ports(net),
         "leases": len(net.leases()),
         "forwards": [
             f"{forward.protocol} {forward.port} to {forward.to} port {forward.to_port or forward.port}"
@@ -56,3 +57,22 @@ def long(net: Net, slots: list[str], log: str) -> dict[str, Any]:
         "log": log if network is not None and network.serves else None,
         "problems": [{"text": problem.text, "hint": problem.hint} for problem in net.problems.values()],
     }
+
+
+def _ports(net: Net) -> list[dict[str, Any]]:
+    """Interfaces of guests, what they were given, and how many frames of theirs were refused."""
+    network = net.running
+    if network is None:
+        return []
+    refused = firewall.refused(net.name) if net.ports else {}
+    return [
+        {
+            "interface": port.interface,
+            "user": port.user,
+            "mac": port.mac,
+            "trusted": port.trusted,
+            "ipv4": ethernet.addresses4(network, port),
+            "refused": refused.get(port.interface, 0),
+        }
+        for port in sorted(net.ports, key=lambda port: port.interface)
+    ]

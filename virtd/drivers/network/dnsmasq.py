@@ -15,6 +15,7 @@ from ..hardening import HARDENED, Property
 if TYPE_CHECKING:
     from ...model.network import Network
     from .host import Account
+    from .ports import Port
 
 ENVIRONMENT = (("PATH", "/usr/sbin:/usr/bin"), ("LANG", "C.UTF-8"), ("HOME", "/"))
 READY = b"started, version"  # what it writes when its sockets are open
@@ -95,12 +96,16 @@ def _dhcp6(network: Network, *, isolated: bool) -> list[str]:
     return lines
 
 
-def hosts(network: Network) -> str:
-    """The static leases, for dhcp-hostsfile."""
+def hosts(network: Network, ports: tuple[Port, ...] = ()) -> str:
+    """The static leases, for dhcp-hostsfile, and what was set aside for ports."""
     lines = []
+    aside = {port.mac: port.ipv4 for port in ports if port.ipv4}
     for host in network.host:
-        parts = [host.mac.lower(), host.ipv4, f"[{host.ipv6}]" if host.ipv6 else None, host.name]
+        ipv4 = host.ipv4 or aside.get(host.mac.lower())
+        parts = [host.mac.lower(), ipv4, f"[{host.ipv6}]" if host.ipv6 else None, host.name]
         lines.append(",".join(part for part in parts if part))
+    known = {host.mac.lower() for host in network.host}
+    lines += [f"{mac},{address}" for mac, address in sorted(aside.items()) if mac not in known]
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -206,38 +206,59 @@ class Driver(Collection[Net, model.Network]):
 
     # For other drivers
 
-    async def attach(self, network: str, *, user: str, interface: str, mac: str, uid: int) -> Connection:
+    async def attach(
+        self, network: str, *, user: str, interface: str, mac: str, uid: int, trusted: bool = False
+    ) -> Connection:
         """Make a tap in `network` for processes of `uid`; the network is started if it isn't active.
 
         `user` is whose it is, as "qemu/web1": seen in `virtctl network info`, and the reason why the network isn't
         stopped. `interface` is the tap's name, at most 15 characters and the caller's to choose and to put on record
-        before this is called; `detach` removes it, whatever became of it. Raises a VirtdError, with no tap left.
+        before this is called; `detach` removes it, whatever became of it. The guest may send as `mac` only, unless it
+        is `trusted`. Raises a VirtdError, with no tap left.
         """
-        net = await self._used(network, user)
-        name = net.bridge_name
+        made = await self.reserve(network, user=user, interface=interface, mac=mac, trusted=trusted)
+        net = self.find(network)
+        port = net.connections.port(interface)
         alias = links.alias_of(net.name, user)
-        await asyncio.to_thread(bridge.add_tap, interface, name, alias=alias, mac=mac, uid=uid)
-        return Connection(net.name, interface, name, links.mtu(name))
+        try:
+            await asyncio.to_thread(bridge.add_tap, port, made.bridge, alias=alias, uid=uid, **net.connections.flags)
+        except BaseException:
+            await asyncio.shield(self._disconnect(interface))
+            raise
+        return made
 
-    async def add_port(self, network: str, *, user: str, interface: str) -> Connection:
-        """The same for an interface that is there: the host's end of a container's veth, say."""
-        net = await self._used(network, user)
-        name = net.bridge_name
-        alias = links.alias_of(net.name, user)
-        await asyncio.to_thread(bridge.add_port, interface, name, alias=alias)
-        return Connection(net.name, interface, name, links.mtu(name))
-
-    async def bridge_of(self, network: str, *, user: str) -> Connection:
-        """The network's bridge, for whoever makes the interface in one go with its place in it (lxc.net.0.link).
+    async def reserve(
+        self, network: str, *, user: str, interface: str, mac: str, trusted: bool = False
+    ) -> Connection:
+        """For whoever makes the interface in one go with its place in the bridge (lxc.net.0.link): rules are there
+        before it is.
 
         It should be told of by `add_port` afterwards: an interface without our alias counts as a stranger's.
         """
         net = await self._used(network, user)
-        return Connection(net.name, "", net.bridge_name, links.mtu(net.bridge_name))
+        await net.connections.connect(interface, user=user, mac=mac, trusted=trusted)
+        return Connection(net.name, interface, net.bridge_name, links.mtu(net.bridge_name))
+
+    async def add_port(self, network: str, *, user: str, interface: str) -> Connection:
+        """Put an interface that is there, and was reserved, into the network: the host's end of a veth, say."""
+        net = await self._used(network, user)
+        name = net.bridge_name
+        alias = links.alias_of(net.name, user)
+        await asyncio.to_thread(
+            bridge.add_port, net.connections.port(interface), name, alias=alias, **net.connections.flags
+        )
+        return Connection(net.name, interface, name, links.mtu(name))
 
     async def detach(self, interface: str) -> bool:
-        """Delete an interface that `attach` made; False when it isn't there (any more)."""
-        return await asyncio.to_thread(bridge.remove, interface)
+        """Delete an interface that `attach` made, and forget one that was reserved; False when it isn't there."""
+        gone = await asyncio.to_thread(bridge.remove, interface)
+        await self._disconnect(interface)
+        return gone
+
+    async def _disconnect(self, interface: str) -> None:
+        for net in list(self.nets.values()):
+            if any(port.interface == interface for port in net.ports):
+                await net.connections.disconnect(interface)
 
     async def sweep(self, driver: str, alive: set[str]) -> list[str]:
         """Delete the interfaces of a driver's objects that aren't `alive`, which a crash may have left."""
@@ -248,6 +269,10 @@ class Driver(Collection[Net, model.Network]):
                 log.warning("Interface %s was left by %s", port.interface, port.user)
                 if await self.detach(port.interface):
                     gone.append(port.interface)
+        for known in [port for net in self.nets.values() for port in net.ports]:
+            owner, _, name = known.user.partition("/")
+            if owner == driver and name not in alive and not links.exists(known.interface):
+                await self._disconnect(known.interface)
         return gone
 
     def addresses_of(self, network: str, mac: str) -> list[str]:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The rules of each network: one table of nftables' that is ours alone, replaced in one transaction.
+"""The rules of each network: two tables of nftables' that are ours alone, replaced in one transaction.
 
-Nothing outside of it is written, and read only to see what drops guests' packets. A table's text is made here and
-handed to libnftables, in this process: `nft` would be a child for every change, with the same library in it.
+`inet virtd-NAME` is for what the host forwards and takes in, `bridge virtd-NAME` for what its bridge does, see
+ethernet.py. Nothing outside of them is written, and read only to see what drops guests' packets. A table's text is
+made here and handed to libnftables, in this process: `nft` would be a child for every change, with the same library
+in it.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import errors
 from ...model.network import Mode
+from . import ethernet
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from ...model.network import Network
+    from .ports import Ground
 
 FAMILY = "inet"
 PREFIX = "virtd-"
@@ -45,10 +49,22 @@ def is_ours(table: str) -> bool:
     return table.startswith(PREFIX)
 
 
-def rules(network: Network) -> str:
-    """The commands that put the network's table in place of what there was, all at once."""
+def rules(ground: Ground, kept: dict[str, list[str]] | None = None) -> str:
+    """The commands that put the network's tables in place of what there was, all at once. `kept`: see ethernet.py."""
+    own = _inet(ground) if ground.network.own else ""
+    return own + ethernet.rules(ground, table(ground.network.name), kept or {})
+
+
+def _inet(ground: Ground) -> str:
+    network = ground.network
     name = f"{FAMILY} {table(network.name)}"
-    chains = [_chain("forward", _FORWARD, _forward(network))]
+    members = ", ".join(f'"{port.interface}"' for port in ground.ports)
+    chains = [
+        f"\tset members {{ type ifname; {f'elements = {{ {members} }}' if members else ''} }}",
+        # The kernel hands to the host itself, and past the bridge, what is sent to 01:80:C2:00:00:0E and its like.
+        _chain("arriving", "type filter hook prerouting priority raw; policy accept;", ["iifname @members drop"]),
+        _chain("forward", _FORWARD, _forward(network, ground.mac)),
+    ]
     if network.mode is Mode.ISOLATED:
         chains.append(_chain("input", _INPUT, _input(network)))
     if network.mode is Mode.NAT:
@@ -64,8 +80,18 @@ def rules(network: Network) -> str:
     return f"add table {name}\ndelete table {name}\ntable {name} {{\n{body}\n}}\n"
 
 
+def made_of(ground: Ground) -> str:
+    """A checksum of the rules as they are written, to know those of another version or of other ports."""
+    import zlib
+
+    return f"{zlib.crc32(rules(ground).encode()):08x}"
+
+
 def removal(name: str) -> str:
-    return f"add table {FAMILY} {table(name)}\ndelete table {FAMILY} {table(name)}\n"
+    return "".join(
+        f"add table {family} {table(name)}\ndelete table {family} {table(name)}\n"
+        for family in (FAMILY, ethernet.FAMILY)
+    )
 
 
 def _chain(name: str, place: str, lines: list[str]) -> str:
@@ -77,10 +103,15 @@ def _subnets(network: Network) -> list[tuple[str, Any]]:
     return [("ip" if subnet.version == 4 else "ip6", subnet) for _key, subnet in network.subnets()]
 
 
-def _forward(network: Network) -> list[str]:
+def _forward(network: Network, mac: str) -> list[str]:
     bridge = f'"{network.bridge_name}"'
+    lines = []
+    if network.isolated_ports:
+        # Neighbours don't reach each other by way of the host either, but for what a [[forward]] leads to.
+        lines.append(f"iifname {bridge} oifname {bridge} ct status dnat accept")
+        lines.append(f"iifname {bridge} oifname {bridge} ether daddr {mac} {_REJECT}")
     # With br_netfilter in the kernel, what goes from one guest to the other comes by here as well.
-    lines = [f"iifname {bridge} oifname {bridge} accept"]
+    lines.append(f"iifname {bridge} oifname {bridge} accept")
     if network.mode is not Mode.ISOLATED:
         for word, subnet in _subnets(network):
             lines.append(f"iifname {bridge} {word} saddr {subnet} accept")
@@ -142,50 +173,85 @@ def _dnat(network: Network, hook: str) -> list[str]:
 # Carried out: each of these blocks, for a millisecond or so
 
 
-def replace(*networks: Network) -> list[str]:
+def replace(*grounds: Ground) -> list[Marks]:
     """Put the networks' rules in place of what there is, all of them or none; their marks. Raises NftError.
 
     The kernel waits at the end of each transaction: for many networks one takes a tenth of the time.
     """
-    _run("".join(map(rules, networks)))
-    return [mark(network.name) for network in networks]
+    text = []
+    for ground in grounds:
+        items = _items(ethernet.FAMILY, ground.network.name)
+        text.append(rules(ground, ethernet.filled(items, (port.interface for port in ground.ports))))
+    _run("".join(text))
+    return [mark(ground.network.name) for ground in grounds]
 
 
 def remove(name: str) -> None:
-    """Remove the table of a network, if it is there. Raises NftError."""
+    """Remove the tables of a network, if they are there. Raises NftError."""
     _run(removal(name))
 
 
-def mark(name: str) -> str:
-    """What tells a network's rules from all others: a checksum of them as the kernel lists them, handles included.
+class Marks(NamedTuple):
+    """What tells a network's tables from all others: checksums of them as the kernel lists them, handles included.
 
-    Two that are equal are the same rules, not only alike. "" when there is no table.
+    Two that are equal are the same rules, not only alike. "" where there is no table.
     """
+
+    inet: str
+    bridge: str
+
+
+def mark(name: str) -> Marks:
     import zlib
 
-    found = listing(name)
-    return f"{zlib.crc32(found.encode()):08x}" if found else ""
+    def of(family: str) -> str:
+        found = listing(name, family)
+        return f"{zlib.crc32(found.encode()):08x}" if found else ""
+
+    return Marks(of(FAMILY), of(ethernet.FAMILY))
 
 
-def marks(names: Iterable[str]) -> dict[str, str]:
+def marks(names: Iterable[str]) -> dict[str, Marks]:
     """The marks of many. After a flush none of them is there, which one question tells."""
     there = tables()
-    return {name: mark(name) if name in there else "" for name in names}
+    return {name: mark(name) if name in there else Marks("", "") for name in names}
 
 
-def listing(name: str) -> str:
-    """The network's table as the kernel has it, as JSON; "" when there is none."""
+def listing(name: str, family: str = FAMILY) -> str:
+    """The network's table as the kernel has it, as JSON, but for what the kernel itself fills; "" for none."""
+    items = _items(family, name)
+    for item in items:
+        if (found := item.get("set")) is not None and found["name"] in ethernet.FILLED:
+            found.pop("elem", None)
+    return json.dumps(items, sort_keys=True) if items else ""
+
+
+def refused(name: str) -> dict[str, int]:
+    """How many frames of each interface were refused by the rules on the bridge."""
+    found = {}
+    for element in ethernet.filled(_items(ethernet.FAMILY, name), [], all_of_them=True).get("dropped", []):
+        interface, _, counter = element.partition(" counter packets ")
+        found[interface.strip('"')] = int(counter.split()[0]) if counter else 0
+    return found
+
+
+def _items(family: str, name: str) -> list[dict[str, Any]]:
     try:
-        found = _listed(f"table {FAMILY} {table(name)}")
+        found = _listed(f"table {family} {table(name)}")
     except NftError:
-        return ""
-    return json.dumps([item for item in found if "metainfo" not in item], sort_keys=True)
+        return []
+    return [item for item in found if "metainfo" not in item]
 
 
 def tables() -> list[str]:
-    """The networks that have a table. Raises NftError."""
-    named = [item["table"]["name"] for item in _listed(f"tables {FAMILY}") if "table" in item]
-    return [name.removeprefix(PREFIX) for name in named if is_ours(name)]
+    """The networks that have a table of either kind. Raises NftError."""
+    named = [
+        item["table"]["name"]
+        for family in (FAMILY, ethernet.FAMILY)
+        for item in _listed(f"tables {family}")
+        if "table" in item
+    ]
+    return [name.removeprefix(PREFIX) for name in dict.fromkeys(named) if is_ours(name)]
 
 
 class Dropper(NamedTuple):

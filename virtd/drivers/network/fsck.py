@@ -112,10 +112,8 @@ async def _pieces(net: Net, seen: Seen) -> list[Difference]:
     found = []
     if lost := net.lost_bridge():
         found.append(Difference("bridge", name, f"{name} is active, and {lost}", "make it again"))
-    if not network.own:
-        return found
     if await net.rules_lost(network):
-        text = f"the rules in table {firewall.FAMILY} {firewall.table(name)} aren't those that virtd made"
+        text = f"the rules in tables {firewall.table(name)} (inet, bridge) aren't those that virtd made"
         found.append(Difference("rules", name, text, "apply them again"))
     if not network.serves:
         return found
@@ -129,7 +127,7 @@ async def _pieces(net: Net, seen: Seen) -> list[Difference]:
     mine = net.server.files
     for file, text in (
         (mine.config, dnsmasq.config(network, mine)),
-        (mine.hosts, dnsmasq.hosts(network)),
+        (mine.hosts, dnsmasq.hosts(network, net.ports)),
         (mine.names, dnsmasq.names(network)),
     ):
         if content(file) != text:
@@ -148,7 +146,7 @@ def _leftovers(driver: Driver, name: str, there: There) -> list[Difference]:
     if os.path.lexists(runtime):
         found.append(Difference("directory", name, f"{runtime} is there, and {name} isn't active", "remove it"))
     if name in there.tables:
-        text = f"table {firewall.FAMILY} {firewall.table(name)} is there, and {name} isn't active"
+        text = f"a table {firewall.table(name)} is there, and {name} isn't active"
         found.append(Difference("rules", name, text, "remove it"))
     if interface := there.bridges.get(name):
         users = links.members(interface)
@@ -186,6 +184,15 @@ async def _interfaces(driver: Driver, *, repair: bool) -> list[Difference]:
             await driver.detach(port.interface)
         difference = Difference("interface", port.network, text, "remove it")
         found.append(told(difference, repaired=repair and not links.exists(port.interface)))
+    for net in driver.nets.values():
+        for known in net.ports:
+            if links.exists(known.interface) or _has_something(driver, known.user):
+                continue
+            text = f"interface {known.interface} is expected for {known.user}, which doesn't run"
+            if repair:
+                await driver.detach(known.interface)
+            difference = Difference("interface", net.name, text, "forget it")
+            found.append(told(difference, repaired=repair and known not in net.ports))
     return found
 
 

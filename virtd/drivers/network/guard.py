@@ -156,15 +156,19 @@ class Guard:
             for net in nets:
                 await turns.enter_async_context(net.exclusive("look after the rules of"))
             running = {net.name: net.running for net in nets if net.state is State.ACTIVE}
-            networks = [network for network in running.values() if network is not None and network.own]
+            networks = {name: network for name, network in running.items() if network is not None}
             if not networks:
                 return []
-            marks = await asyncio.to_thread(firewall.marks, [network.name for network in networks])
-            lost = [network for network in networks if marks[network.name] != self._nets[network.name].rules_mark]
+            marks = await asyncio.to_thread(firewall.marks, list(networks))
+            stale = {name for name, network in networks.items() if self._nets[name].rules_stale(network)}
+            lost = [name for name in networks if name in stale or marks[name] != self._nets[name].rules_mark]
             if lost:
-                for network, mark in zip(lost, await asyncio.to_thread(firewall.replace, *lost), strict=True):
-                    self._nets[network.name].rules_applied(mark)
-            return [network.name for network in lost]
+                grounds = [self._nets[name].ground(networks[name]) for name in lost]
+                for ground, mark in zip(grounds, await asyncio.to_thread(firewall.replace, *grounds), strict=True):
+                    self._nets[ground.network.name].rules_applied(ground, mark)
+            if stale:
+                log.info("The rules of %s are those of this version now", _named(sorted(stale)))
+            return [name for name in lost if name not in stale]
 
     # Isolation
 
@@ -197,7 +201,9 @@ class Guard:
             return
         for name in needed:
             self._nets[name].problems.pop("isolation", None)
-        if restored := sorted(name for name, rules in needed.items() if rules & missing):
+        # An older virtd had none of these.
+        older = {name for name in needed if not self._nets[name].record_has("rules_of")}
+        if restored := sorted(name for name, rules in needed.items() if rules & missing and name not in older):
             self._tell_restored(restored, f"The rules of policy routing (ip rule) of {_named(restored)}", why)
 
     # Bridges

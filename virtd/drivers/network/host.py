@@ -198,6 +198,8 @@ def allow_forwarding(network: Network) -> list[str]:
 def calm_ipv6(bridge: str, *, wanted: bool) -> None:
     """The host's side of the bridge: its addresses are those of the definition, and no guest tells it any others."""
     here = f"net/ipv6/conf/{bridge}"
+    # Its link-local address is made of its MAC, and so known to the rules that keep others from using it.
+    set_sysctl(f"{here}/addr_gen_mode", "0")
     set_sysctl(f"{here}/disable_ipv6", "0" if wanted else "1")
     set_sysctl(f"{here}/accept_ra", "0")
     set_sysctl(f"{here}/autoconf", "0")

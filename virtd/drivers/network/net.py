@@ -30,6 +30,8 @@ from ..protocol import Problem
 from ..recorded import Recorded
 from ..turns import Turns
 from . import bridge, firewall, firewalld, host, leases, links
+from . import ports as ports_
+from .connections import Connections
 from .server import DRIVER, Server
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from ...child import Services
     from ...model.settings import Dnsmasq
     from .isolation import Isolation
+    from .ports import Ground, Port
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +71,7 @@ class Net(Recorded):
         self.settled = asyncio.Event()  # cleared while nobody knows yet whether it is whole
         self.settled.set()
         self.server = Server(self)
+        self.connections = Connections(self)
         self._turns = Turns(name)
 
     # What it is
@@ -128,12 +132,21 @@ class Net(Recorded):
         network = self.running or self.definition
         return network.bridge_name if network is not None else ""
 
+    @property
+    def ports(self) -> tuple[Port, ...]:
+        """Who is connected, or was when the network was stopped."""
+        return ports_.recorded(self.record.data) if self.record is not None else ()
+
+    def ground(self, network: model.Network) -> Ground:
+        return ports_.Ground(network, self.mac if network.own else "", self.ports)
+
     def users(self) -> list[str]:
         """Who is connected: "qemu/web1" for what virtd connected, the interface's name for everything else."""
         network = self.running
         if network is None:
             return []
         ours = {port.interface: port.user for port in links.ports() if port.network == self.name}
+        ours |= {port.interface: port.user for port in self.ports if links.exists(port.interface)}
         if not network.own:
             return sorted(set(ours.values()))
         return sorted(
@@ -201,7 +214,9 @@ class Net(Recorded):
                 reason=f"being started by {by}",
                 since=now(),
                 boot_id=self.shared.boot_id,
-                data=self.in_force(network, self.definition_text) | {"mac": bridge.mac_of(self.uuid)},
+                data=self.in_force(network, self.definition_text)
+                | {"mac": bridge.mac_of(self.uuid)}
+                | self._still_connected(),
             )
             self.put(record)
             self.shared.publish("changed", self)
@@ -223,11 +238,12 @@ class Net(Recorded):
         """Every piece; those that are there already stay as they are."""
         if not network.own:
             await asyncio.to_thread(host.check_bridge, network, self.source, self.mac)
+            await self.apply_rules(network)
             return
         # What would be open without its rules isn't there before they are.
         await self.shared.isolation.settle()
         await self.apply_rules(network)
-        raised = await asyncio.to_thread(bridge.raise_it, network, self.mac)
+        raised = await asyncio.to_thread(bridge.raise_it, network, self.mac, self.ports)
         for setting in raised.settings:
             log.warning("Network %s: the host forwards from now on: %s", self.name, setting)
         await self._tell_firewalld(network)
@@ -260,8 +276,11 @@ class Net(Recorded):
         except Exception as exc:
             log.exception("%s: undoing its start failed", self.name)
             self.problems["start"] = Problem(f"Undoing a failed start failed: {exc}")
+        left = self._still_connected()
         reason = why.message if isinstance(why, errors.VirtdError) else str(why) or type(why).__name__
-        self.note(State.INACTIVE, f"failed to start: {reason}", slots={}, unit="", main_pid=0, main_start=0, data={})
+        self.note(
+            State.INACTIVE, f"failed to start: {reason}", slots={}, unit="", main_pid=0, main_start=0, data=left
+        )
         await self._no_longer_isolated()
 
     async def stop(self, by: str, *, force: bool) -> bool:
@@ -288,11 +307,12 @@ class Net(Recorded):
                 self.spawn(self._finish_later(why), "stop")
             self.problems["stop"] = Problem(f"It isn't stopped yet: {exc.message}", "It is tried again every second.")
             raise
-        self.note(State.INACTIVE, why, slots={}, unit="", main_pid=0, main_start=0, data={})
-        await self._no_longer_isolated()
+        left = self._still_connected()
+        self.note(State.INACTIVE, why, slots={}, unit="", main_pid=0, main_start=0, data=left)
         for key in self.problems.keys() - {"record"}:
             del self.problems[key]
         journal.send(f"Stopped network {self.name}", **self.fields())
+        await self._no_longer_isolated()
 
     async def _finish_later(self, why: str) -> None:
         while self.state is State.STOPPING:
@@ -309,7 +329,7 @@ class Net(Recorded):
         kept = self.record.data.get("bridge") if self.record is not None else None
         if kept:
             await asyncio.to_thread(bridge.lower_it, str(kept), self.mac)
-            await asyncio.to_thread(firewall.remove, self.name)
+        await asyncio.to_thread(firewall.remove, self.name)
         fifos.clear(self.shared.services.paths.fifos(DRIVER, self.name))
         await asyncio.to_thread(files.remove_tree, self.runtime)
         if os.path.lexists(self.runtime):
@@ -325,24 +345,39 @@ class Net(Recorded):
     # Rules
 
     async def apply_rules(self, network: model.Network) -> None:
-        """Put the network's table in place of what there is, and note how the kernel has it. Raises NftError."""
-        (mark,) = await asyncio.to_thread(firewall.replace, network)
-        self.rules_applied(mark)
+        """Put the network's tables in place of what there is, and note how the kernel has them. Raises NftError."""
+        ground = self.ground(network)
+        (mark,) = await asyncio.to_thread(firewall.replace, ground)
+        self.rules_applied(ground, mark)
 
-    def rules_applied(self, mark: str) -> None:
-        self.remember(rules=mark)
+    def rules_applied(self, ground: Ground, mark: firewall.Marks) -> None:
+        # An older virtd knows the first only, and asks for no more.
+        self.remember(rules=mark.inet, bridge_rules=mark.bridge, rules_of=firewall.made_of(ground))
         self.problems.pop("rules", None)
 
     @property
-    def rules_mark(self) -> str | None:
+    def rules_mark(self) -> firewall.Marks | None:
         """Of the rules that were applied last."""
-        return self.record.data.get("rules") if self.record is not None else None
+        data = self.record.data if self.record is not None else {}
+        return firewall.Marks(data.get("rules", ""), data.get("bridge_rules", ""))
+
+    def record_has(self, key: str) -> bool:
+        return self.record is not None and key in self.record.data
+
+    def rules_stale(self, network: model.Network) -> bool:
+        """Whether those that were applied last are other ones than this virtd makes: an older one's."""
+        data = self.record.data if self.record is not None else {}
+        return bool(data.get("rules_of") != firewall.made_of(self.ground(network)))
 
     async def rules_lost(self, network: model.Network) -> bool:
-        """Whether the kernel has other rules than those that were applied last."""
-        if not network.own or self.record is None:
+        """Whether the kernel has other rules than those that were applied last, or these are another version's."""
+        if self.record is None:
             return False
-        return await asyncio.to_thread(firewall.mark, self.name) != self.rules_mark
+        return self.rules_stale(network) or await asyncio.to_thread(firewall.mark, self.name) != self.rules_mark
+
+    def _still_connected(self) -> dict[str, Any]:
+        """For the record of one that isn't active: its guests are connected again by its next start."""
+        return {"ports": kept} if self.record is not None and (kept := self.record.data.get("ports")) else {}
 
     @property
     def forwards(self) -> bool:
@@ -414,12 +449,14 @@ class Net(Recorded):
 
     async def _switch(self, old: model.Network, new: model.Network) -> None:
         if new.own:
-            if firewall.rules(old) != firewall.rules(new):
+            if self.rules_stale(new):
                 for setting in await asyncio.to_thread(host.allow_forwarding, new):
                     log.warning("Network %s: the host forwards from now on: %s", self.name, setting)
                 await self.apply_rules(new)
             await self.server.adapt(new, old)
         self.remember(**self.in_force(new, self.definition_text), unsure=False)
+        if new.isolated_ports is not old.isolated_ports:
+            await self.connections.settle()
         if model.Mode.ISOLATED in (old.mode, new.mode):
             await self.shared.isolation.settle()
         log.info("Network %s: the new definition is in force", self.name)
@@ -454,7 +491,8 @@ class Net(Recorded):
             case State.INACTIVE:
                 if record.slots or record.unit:
                     await self.unmake()
-                    self.note(State.INACTIVE, record.reason, slots={}, unit="", main_pid=0, main_start=0, data={})
+                    left = self._still_connected()
+                    self.note(State.INACTIVE, record.reason, slots={}, unit="", main_pid=0, main_start=0, data=left)
                 return ""
             case State.STOPPING:
                 await self._finish("its stop was interrupted, and finished")
@@ -475,6 +513,7 @@ class Net(Recorded):
                 return "rolled back"
             self.note(State.ACTIVE, "its start was interrupted, and finished")
             return "adopted"
+        await self.connections.take_over()
         if network is None:
             self.problems["definition"] = Problem("The definition that it was started with can't be read")
             return "adopted"

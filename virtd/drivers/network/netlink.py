@@ -31,6 +31,7 @@ _INT = struct.Struct("=I")
 
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 16, 17, 20, 21, 22
+RTM_SETLINK, RTM_NEWNEIGH = 19, 28
 RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
 _REQUEST, _ACK, _DUMP, _REPLACE, _EXCL, _CREATE = 0x1, 0x4, 0x300, 0x100, 0x200, 0x400
 _CAPPED, _WITH_TEXT = 0x100, 0x200  # NLM_F_CAPPED and NLM_F_ACK_TLVS, in answers
@@ -39,6 +40,12 @@ SOL_NETLINK, NETLINK_CAP_ACK, NETLINK_EXT_ACK = 270, 10, 11
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_IFALIAS = 1, 3, 4, 10, 18, 20
 _INFO_KIND, _INFO_DATA = 1, 2
 _BR_FORWARD_DELAY, _BR_STP_STATE = 1, 5
+_IFLA_PROTINFO, _NESTED = 12, 0x8000
+_BRPORT_LEARNING, _BRPORT_MULTICAST_ROUTER, _BRPORT_ISOLATED, _BRPORT_LOCKED = 8, 25, 33, 39
+_NEIGHBOUR = struct.Struct("=BxxxiHBB")  # ndmsg: family, index, state, flags, type
+_NDA_LLADDR = 2
+_NUD_STATIC = 0x42  # NUD_NOARP | NUD_REACHABLE: an entry that doesn't age, iproute2's "static"
+_NTF_MASTER, _NTF_STICKY = 0x04, 0x40
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_BROADCAST, _IFA_FLAGS = 1, 2, 4, 8
 _IFA_F_NODAD = 0x02
 _FRA_DST, _FRA_IIFNAME, _FRA_PRIORITY, _FRA_TABLE, _FRA_PROTOCOL = 1, 3, 6, 15, 21  # fib_rules.h
@@ -123,6 +130,24 @@ class Netlink:
         if mac is not None:
             body += _attribute(_IFLA_ADDRESS, _mac(mac))
         self._ask(RTM_NEWLINK, 0, body)
+
+    def set_port(self, name: str, *, isolated: bool, locked: bool) -> None:
+        """What a bridge does with a port of its own.
+
+        `isolated`: nothing goes to or comes from other such ports. `locked`: it takes frames from those MACs only
+        that `add_neighbour_of_port` named, and learns none; kernels before 5.18 know only the latter.
+        """
+        data = _attribute(_BRPORT_ISOLATED, bytes([isolated])) + _attribute(_BRPORT_LOCKED, bytes([locked]))
+        # Nor does it become a multicast router's, who gets everybody's, by saying that it is one.
+        data += _attribute(_BRPORT_LEARNING, bytes([not locked]))
+        data += _attribute(_BRPORT_MULTICAST_ROUTER, bytes([0 if locked else 1]))
+        body = _LINK.pack(socket.AF_BRIDGE, 0, _index(name), 0, 0) + _attribute(_IFLA_PROTINFO | _NESTED, data)
+        self._ask(RTM_SETLINK, 0, body)
+
+    def add_neighbour_of_port(self, name: str, mac: str) -> None:
+        """Tell a bridge by which port a MAC is reached, for good, whatever comes in elsewhere."""
+        head = _NEIGHBOUR.pack(socket.AF_BRIDGE, _index(name), _NUD_STATIC, _NTF_MASTER | _NTF_STICKY, 0)
+        self._ask(RTM_NEWNEIGH, _CREATE | _REPLACE, head + _attribute(_NDA_LLADDR, _mac(mac)))
 
     def delete_link(self, name: str) -> bool:
         """Delete an interface; False when there is none of that name."""

@@ -95,6 +95,11 @@ class Server(Tasks):
                 hint="Mend the definition, then: systemctl reload virtd.",
             ) from exc
 
+    async def read_hosts(self, network: Network) -> None:
+        """Have it know for whom addresses are set aside. Raises HostError."""
+        if await asyncio.to_thread(self._write, network) and self.alive:
+            await self._hangup()
+
     async def _replace(self, network: Network) -> None:
         await self.end()
         await self._spawn(network)
@@ -139,7 +144,7 @@ class Server(Tasks):
             raise errors.HostError(f"Cannot make the directories of network {self.net.name}: {exc}") from exc
         for path, text in (
             (mine.config, dnsmasq.config(network, mine)),
-            (mine.hosts, dnsmasq.hosts(network)),
+            (mine.hosts, dnsmasq.hosts(network, self.net.ports)),
             (mine.names, dnsmasq.names(network)),
         ):
             if content(path) != text:

@@ -34,6 +34,7 @@ class Planned(msgspec.Struct, frozen=True):
     network: str
     interface: str
     mac: str
+    trusted: bool = False
 
 
 def interface_name(domain: str, index: int) -> str:
@@ -45,7 +46,7 @@ def interface_name(domain: str, index: int) -> str:
 def plan(machine: Machine, domain: Domain) -> list[Planned]:
     """What is needed for the domain's cards."""
     return [
-        Planned(index, nic.network, interface_name(domain.name, index), _mac(machine, domain, index))
+        Planned(index, nic.network, interface_name(domain.name, index), _mac(machine, domain, index), nic.trusted)
         for index, nic in enumerate(domain.nic)
         if nic.network is not None
     ]
@@ -75,7 +76,12 @@ async def connect(machine: Machine, planned: list[Planned], uid: int) -> None:
     """Make the taps; networks that aren't active are started. Raises a VirtdError."""
     for nic in planned:
         await machine.peers(NETWORK).attach(
-            nic.network, user=f"{DRIVER}/{machine.name}", interface=nic.interface, mac=nic.mac, uid=uid
+            nic.network,
+            user=f"{DRIVER}/{machine.name}",
+            interface=nic.interface,
+            mac=nic.mac,
+            uid=uid,
+            trusted=nic.trusted,
         )
 
 

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Who is connected to a network: on record, in its rules and in dnsmasq's lists, before an interface is there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ... import errors
+from ...model.network import State
+from . import bridge, links, ports
+
+if TYPE_CHECKING:
+    from ...model import network as model
+    from .net import Net
+    from .ports import Port
+
+log = logging.getLogger(__name__)
+
+
+class Connections:
+    """Of one network; `net` keeps the record that tells of them."""
+
+    def __init__(self, net: Net) -> None:
+        self.net = net
+
+    async def connect(self, interface: str, *, user: str, mac: str, trusted: bool) -> Port:
+        """Have rules, and an address set aside, for an interface before it comes to be; `disconnect` takes it back.
+
+        May be repeated. Raises a VirtdError.
+        """
+        async with self.net.exclusive("connect a guest to"):
+            network = self.net.running
+            if network is None:
+                raise errors.InvalidState(f"Network {self.net.name} isn't active any more")
+            others = tuple(port for port in self.net.ports if port.interface != interface)
+            aside = None
+            if not trusted:
+                aside = ports.set_aside(network, mac, others, await asyncio.to_thread(self.net.leases))
+            port = ports.Port(interface, user, mac.lower(), trusted, aside)
+            if port not in self.net.ports:
+                await self._have(network, (*others, port))
+            return port
+
+    async def disconnect(self, interface: str) -> None:
+        """Forget a port whose interface has gone. Raises a VirtdError."""
+        async with self.net.exclusive("disconnect a guest from"):
+            others = tuple(port for port in self.net.ports if port.interface != interface)
+            if len(others) == len(self.net.ports):
+                return
+            network = self.net.running
+            if network is None or self.net.state is not State.ACTIVE:
+                self._remember(others)
+            else:
+                await self._have(network, others)
+
+    async def _have(self, network: model.Network, wanted: tuple[Port, ...]) -> None:
+        self._remember(wanted)
+        await self.net.apply_rules(network)
+        if network.serves:
+            await self.net.server.read_hosts(network)
+
+    def _remember(self, wanted: tuple[Port, ...]) -> None:
+        self.net.remember(ports=msgspec.to_builtins(wanted))
+
+    async def settle(self) -> None:
+        """See that the bridge treats its ports as it should, also those that a container's reboot made anew."""
+        network = self.net.running
+        if network is not None and self.net.ports:
+            await asyncio.to_thread(bridge.settle_ports, self.net.ports, network.bridge_name, **self.flags)
+
+    async def take_over(self) -> None:
+        """Guests that an older virtd has connected are in no record of ours."""
+        known = {port.interface for port in self.net.ports}
+        missing = [one for one in links.ports() if one.network == self.net.name and one.interface not in known]
+        if self.net.record is None or not missing:
+            return
+        leases_, paths = self.net.leases(), self.net.shared.services.paths
+        found = [ports.taken_over(paths, one.interface, one.user, leases_) for one in missing]
+        self._remember(self.net.ports + tuple(port for port in found if port is not None))
+        try:
+            await self.settle()
+        except errors.HostError as exc:
+            log.warning("Network %s: %s", self.net.name, exc)
+
+    def port(self, interface: str) -> Port:
+        """The one that goes by this interface. Raises NotFound."""
+        for port in self.net.ports:
+            if port.interface == interface:
+                return port
+        raise errors.NotFound(f"{interface} isn't connected to network {self.net.name}")
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        """How its ports are put into the bridge."""
+        network = self.net.running
+        return {"isolated": network is not None and network.isolated_ports}

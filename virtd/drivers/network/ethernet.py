@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The rules on a network's bridge, nftables' table `bridge virtd-NAME`: a port sends what is its own.
+
+A frame from one of our ports has the port's own MAC, outside and in ARP; its IP addresses are those that the port was
+given, or, where none are given (IPv6, networks without DHCP), such as nobody else has used: first come, first served,
+as RFC 6620 has it. The kernel keeps that by itself, in sets that it fills. No DHCP server's or router's messages, no
+VLAN tags, no other protocols, nothing that would hide what it is in extension headers or fragments.
+
+Ports are known by the names of their interfaces, so all of it is there before an interface is, and also for one that
+a container's reboot makes anew. Other interfaces in the bridge are their owners' business.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import ports as ports_
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ...model.network import Network
+    from .ports import Ground, Port
+
+FAMILY = "bridge"
+LINK_LOCAL = 0xFE80 << 48
+KEPT = "2h"  # an address that a port has used is its own for so long after it was used last
+PACE = "limit rate 1/minute burst 64 packets"  # of addresses that are new from one port
+SIZE = 65536
+# What the kernel fills while the rules stand; no part of what we compare.
+FILLED = frozenset({"first4", "first6", "claimed4", "claimed6", "pace", "dropped"})
+
+SOURCE6, TARGET6 = "@nh,64,128", "@nh,384,128"  # where an address is, from the beginning of IPv6's header
+
+
+def rules(ground: Ground, name: str, kept: dict[str, list[str]]) -> str:
+    """The commands that put the table in place of what there was. `kept`: what the kernel filled its sets with."""
+    body = "\n".join([*_sets(ground, kept), *_chains(ground)])
+    return f"add table {FAMILY} {name}\ndelete table {FAMILY} {name}\ntable {FAMILY} {name} {{\n{body}\n}}\n"
+
+
+def _sets(ground: Ground, kept: dict[str, list[str]]) -> list[str]:
+    network = ground.network
+    guarded = [port for port in ground.ports if not port.trusted]
+    own6, taken6 = _addresses6(ground)
+    filled = f"size {SIZE}; flags dynamic,timeout; timeout {KEPT};"
+    return [
+        _set("members", "type ifname;", [_name(port) for port in ground.ports]),
+        _set("ports", "type ifname;", [_name(port) for port in guarded]),
+        _set("macs", "type ifname . ether_addr;", [f"{_name(port)} . {port.mac}" for port in guarded]),
+        _set(
+            "chaddr", "typeof iifname . @th,288,48;",
+            [f"{_name(port)} . 0x{port.mac.replace(':', '')}" for port in guarded],
+        ),
+        _set(
+            "own4", "type ifname . ipv4_addr;",
+            [f"{_name(port)} . {address}" for port in guarded for address in addresses4(network, port)],
+        ),
+        _set("taken4", "type ipv4_addr;", sorted(_taken4(ground))),
+        _set("loose4", "type ifname;", [_name(port) for port in guarded if is_loose(network, port)]),
+        _set("own6", f"typeof iifname . {SOURCE6};", own6),
+        _set("taken6", f"typeof {SOURCE6};", taken6),
+        _set("first4", f"type ifname . ipv4_addr; {filled}", kept.get("first4", [])),
+        _set("claimed4", f"type ipv4_addr; {filled}", _second(kept.get("first4", []))),
+        _set("first6", f"typeof iifname . {SOURCE6}; {filled}", kept.get("first6", [])),
+        _set("claimed6", f"typeof {SOURCE6}; {filled}", _second(kept.get("first6", []))),
+        _set("pace", f"type ifname; size {SIZE}; flags dynamic;", []),
+        _set("dropped", f"type ifname; size {SIZE}; flags dynamic; counter;", kept.get("dropped", [])),
+    ]  # fmt: skip
+
+
+def _chains(ground: Ground) -> list[str]:
+    chains = [
+        _chain("refuse", "add @dropped { iifname }", "drop"),
+        _chain(
+            "guarded",
+            "iifname . ether saddr != @macs goto refuse",
+            "ether type arp goto of_arp",
+            "ether type ip goto of_ip",
+            "ether type ip6 goto of_ip6",
+            # VLAN tags, whose kind is another one, included.
+            "goto refuse",
+        ),
+        _chain(
+            "of_arp",
+            "@nh,0,48 != 0x000108000604 goto refuse",  # Ethernet, IPv4 and the lengths of both
+            "iifname . arp saddr ether != @macs goto refuse",
+            "arp operation != { request, reply } goto refuse",
+            "arp saddr ip 0.0.0.0 arp operation request accept",  # asks whether another has it: RFC 5227
+            *_first_come4(ground, "arp saddr ip"),
+        ),
+        _chain(
+            "of_ip",
+            "udp dport 68 goto refuse",
+            "udp dport 67 jump of_dhcp",
+            "ip protocol 103 goto refuse",  # PIM, and IGMP's query: who sends them gets everybody's multicast
+            "ip protocol 2 @th,0,8 0x11 goto refuse",
+            *_first_come4(ground, "ip saddr"),
+        ),
+        # A client speaks for itself. What is too short to tell, as a fragment may be, doesn't get through.
+        _chain(
+            "of_dhcp",
+            "iifname . @th,288,48 @chaddr ip saddr 0.0.0.0 ip daddr 255.255.255.255 accept",
+            "iifname . @th,288,48 @chaddr return",
+            "goto refuse",
+        ),
+        # By number, and by its place in the header: nothing is looked for behind other headers.
+        _chain(
+            "of_ip6",
+            "ip6 nexthdr 0 goto of_mld",
+            "ip6 nexthdr 44 jump of_fragment",
+            "ip6 nexthdr 58 goto of_icmp6",
+            "ip6 nexthdr 17 udp dport 546 goto refuse",
+            "ip6 nexthdr != { 4, 6, 17, 33, 41, 44, 47, 50, 59, 115, 132, 136 } goto refuse",
+            "goto from_ip6",
+        ),
+        _chain(
+            "of_mld",
+            "@nh,320,16 != 0x3a00 goto refuse",  # ICMPv6 follows at once
+            "@nh,384,8 != { 131, 132, 143 } goto refuse",
+            f"{SOURCE6} 0 accept",
+            "goto from_ip6",
+        ),
+        _chain(
+            "of_fragment",
+            "@nh,320,8 != { 4, 6, 17, 33, 41, 47, 50, 58, 115, 132, 136 } goto refuse",
+            "@nh,320,8 58 @nh,336,13 0 @nh,384,8 >= 130 goto refuse",
+            "@nh,320,8 17 @nh,336,13 0 @nh,400,16 546 goto refuse",
+        ),
+        _chain(
+            "of_icmp6",
+            # A query, an advertisement or a redirect of a router's, and what else only routers say.
+            "@nh,320,8 { 130, 134, 137, 138, 151, 153 } goto refuse",
+            "@nh,320,8 136 jump target6",
+            f"@nh,320,8 135 {SOURCE6} 0 jump target6",
+            f"@nh,320,8 {{ 131, 132, 133, 135, 143 }} {SOURCE6} 0 accept",
+            "goto from_ip6",
+        ),
+        _chain("target6", *_first_come6(ground, TARGET6, "return")),
+        _chain("from_ip6", *_first_come6(ground, SOURCE6, "accept")),
+        _hook("prerouting", "prerouting", "iifname @ports goto guarded"),
+    ]
+    if ground.network.isolated_ports:
+        chains.append(_hook("forward", "forward", "iifname @members oifname @members drop"))
+    return chains
+
+
+def _first_come4(ground: Ground, source: str) -> list[str]:
+    subnet = ground.network.interface4
+    outside = f"!= {subnet.network}" if subnet is not None else "{ 0.0.0.0/8, 127.0.0.0/8, 224.0.0.0/3 }"
+    both = f"@first4 {{ iifname . {source} }}", f"@claimed4 {{ {source} }}"
+    return [
+        f"iifname . {source} @own4 accept",
+        f"{source} @taken4 goto refuse",
+        "iifname != @loose4 goto refuse",
+        f"iifname . {source} @first4 update {both[0]} update {both[1]} accept",
+        f"{source} @claimed4 goto refuse",
+        f"{source} {outside} goto refuse",
+        f"update @pace {{ iifname {PACE} }} add {both[0]} add {both[1]} accept",
+        "goto refuse",
+    ]
+
+
+def _first_come6(ground: Ground, source: str, then: str) -> list[str]:
+    both = f"@first6 {{ iifname . {source} }}", f"@claimed6 {{ {source} }}"
+    begins = source.removesuffix(",128")
+    new = f"update @pace {{ iifname {PACE} }} add {both[0]} add {both[1]} {then}"
+    if ground.network.ipv6 is None:
+        # Nobody's prefix: any address that can be a guest's own.
+        lines = [f"{source} {{ 0, 1 }} goto refuse", f"{begins},8 0xff goto refuse", new]
+    else:
+        lines = [f"{begins},{bits} 0x{value:0{bits // 4}x} {new}" for bits, value in _prefixes6(ground.network)]
+    return [
+        f"iifname . {source} @own6 {then}",
+        f"{source} @taken6 goto refuse",
+        f"iifname . {source} @first6 update {both[0]} update {both[1]} {then}",
+        f"{source} @claimed6 goto refuse",
+        *lines,
+        "goto refuse",
+    ]
+
+
+def addresses4(network: Network, port: Port) -> list[str]:
+    """What the port was given."""
+    given = {host.ipv4 for host in network.host if host.mac.lower() == port.mac} | {port.ipv4}
+    return sorted(address for address in given if address)
+
+
+def is_loose(network: Network, port: Port) -> bool:
+    """Whether its guest chooses an IPv4 address by itself."""
+    return port.loose or network.range4 is None
+
+
+def _taken4(ground: Ground) -> set[str]:
+    network = ground.network
+    taken = {host.ipv4 for host in network.host} | {port.ipv4 for port in ground.ports}
+    if network.interface4 is not None:
+        taken |= {str(network.interface4.ip), str(network.interface4.network.broadcast_address)}
+    return {address for address in taken if address}
+
+
+def _prefixes6(network: Network) -> list[tuple[int, int]]:
+    """In which a guest may choose an address: how many bits, and which. Whole bytes, 64 bits at most."""
+    found = [(64, LINK_LOCAL)]
+    if network.interface6 is not None:
+        bits = min(64, network.interface6.network.prefixlen // 8 * 8)
+        found.append((bits, int(network.interface6.network.network_address) >> 128 - bits))
+    return found
+
+
+def _made6(network: Network, mac: str) -> set[int]:
+    """The addresses that are made of a MAC."""
+    return {int(ports_.eui64(value, mac)) for bits, value in _prefixes6(network) if bits == 64}
+
+
+def _addresses6(ground: Ground) -> tuple[list[str], list[str]]:
+    """What each port has, and all that somebody has: by a [[host]], or made of a MAC."""
+    import ipaddress
+
+    network = ground.network
+    own, taken = [], set()
+    for port in ground.ports:
+        mine = _made6(network, port.mac)
+        mine |= {
+            int(ipaddress.IPv6Address(host.ipv6))
+            for host in network.host
+            if host.ipv6 and host.mac.lower() == port.mac
+        }
+        taken |= mine
+        own += [f"{_name(port)} . {_hex(address)}" for address in sorted(mine) if not port.trusted]
+    taken |= {int(ipaddress.IPv6Address(host.ipv6)) for host in network.host if host.ipv6}
+    taken |= _made6(network, ground.mac) if ground.mac else set()
+    if network.interface6 is not None:
+        taken.add(int(network.interface6.ip))
+    return own, [_hex(address) for address in sorted(taken)]
+
+
+def _hex(address: int) -> str:
+    return f"0x{address:032x}"
+
+
+def _name(port: Port) -> str:
+    return f'"{port.interface}"'
+
+
+def _set(name: str, kind: str, elements: list[str]) -> str:
+    listed = f" elements = {{ {', '.join(elements)} }}" if elements else ""
+    return f"\tset {name} {{ {kind}{listed} }}"
+
+
+def _second(elements: list[str]) -> list[str]:
+    return sorted({element.partition(" . ")[2] for element in elements})
+
+
+def _chain(name: str, *lines: str) -> str:
+    return "\n".join([f"\tchain {name} {{", *(f"\t\t{line}" for line in lines), "\t}"])
+
+
+def _hook(name: str, hook: str, *lines: str) -> str:
+    return _chain(name, f"type filter hook {hook} priority -300; policy accept;", *lines)
+
+
+def filled(
+    items: list[dict[str, Any]], interfaces: Iterable[str], *, all_of_them: bool = False
+) -> dict[str, list[str]]:
+    """What the kernel has filled sets of the table with, in the form of elements; of these interfaces, or of all."""
+    found: dict[str, list[str]] = {}
+    known = set(interfaces)
+    for item in items:
+        entry = item.get("set", {})
+        if entry.get("name") not in ("first4", "first6", "dropped"):
+            continue
+        for element in entry.get("elem", []):
+            inner = element.get("elem", {}) if isinstance(element, dict) and "elem" in element else {"val": element}
+            value = inner.get("val")
+            parts = value["concat"] if isinstance(value, dict) and "concat" in value else [value]
+            if not (all_of_them or parts[0] in known) or not all(isinstance(part, str | int) for part in parts):
+                continue
+            text = " . ".join([f'"{parts[0]}"', *(str(part) for part in parts[1:])])
+            if counter := inner.get("counter"):
+                text += f" counter packets {counter['packets']} bytes {counter['bytes']}"
+            found.setdefault(entry["name"], []).append(text)
+    return found
