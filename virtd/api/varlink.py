@@ -162,7 +162,7 @@ class Connection:
                 if not isinstance(method, str) or not isinstance(parameters, dict):
                     return False
                 oneway, more = bool(call.get("oneway")), bool(call.get("more"))
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            except (msgspec.MsgspecError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 return False
             try:
                 found = self._find(method, parameters)

@@ -18,5 +18,5 @@ def encode(reply: dict[str, Any]) -> bytes:
     """As JSON, without the NUL that ends a message."""
     try:
         return msgspec.json.encode(reply)
-    except (ValueError, TypeError, OverflowError):
+    except (msgspec.MsgspecError, ValueError, TypeError, OverflowError):
         return msgspec.json.encode(plainly(reply), enc_hook=str)

@@ -131,7 +131,7 @@ class Maps:
                 return msgspec.json.decode(file.read(), type=Table)
         except FileNotFoundError:
             return Table()
-        except (OSError, ValueError) as exc:
+        except (OSError, msgspec.MsgspecError, ValueError) as exc:
             log.warning("%s can't be read, and IDs are chosen anew: %s", self._path, exc)
             return Table()
 
