@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import warnings
 from typing import Any
 
@@ -77,10 +78,12 @@ BRIEF = 400
 
 def target(data: bytes) -> None:
     try:
-        message = Gio.DBusMessage.new_from_blob(data, Gio.DBusCapabilityFlags.NONE)
+        with contextlib.redirect_stderr(io.StringIO()):  # PyGObject tells of what it can't tell
+            message = Gio.DBusMessage.new_from_blob(data, Gio.DBusCapabilityFlags.NONE)
     except (GLib.Error, TypeError, RuntimeError):
         return  # GDBus ends such a connection (and PyGObject can't read all of its errors)
-    asyncio.run(_came(message))
+    if message.get_serial():  # a bus lets no other through
+        asyncio.run(_came(message))
 
 
 async def _came(message: Any) -> None:

@@ -25,6 +25,8 @@ SEEDS = (
     b'{"method":"org.virtd1.Volume.Info","parameters":{"pool":"p","name":"\\ud800"}}\0',
     b'{"method":"org.virtd1.Info","parameters":' + b'{"a":' * 300,
     b"[" * 3000 + b"\0",
+    # A name that is false: it once let the rest through unseen.
+    b'{"method":"org.virtd1.Info","parameters":{"":"web1"}}\0',
 )
 WORDS = (
     b"\0", b'"method":', b'"parameters":', b'"more":true', b'"oneway":true', b'"org.virtd1.', b"org.varlink.service.",

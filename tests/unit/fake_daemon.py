@@ -245,7 +245,7 @@ class FakeDaemon:
             self.dies_on.remove(method)
             raise Gone
         error: dict[str, Any] | None = None
-        if wrong := idl.problem(interface, method.rpartition(".")[2], parameters):
+        if (wrong := idl.problem(interface, method.rpartition(".")[2], parameters)) is not None:
             error = {"error": "org.varlink.service.InvalidParameter", "parameters": {"parameter": wrong}}
         elif method not in self.answers:
             error = {"error": "org.varlink.service.MethodNotFound", "parameters": {"method": message["method"]}}

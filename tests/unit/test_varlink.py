@@ -296,6 +296,7 @@ async def test_garbage_ends_the_connection_and_nothing_else(
         ("org.virtd1.Start", {}, "InvalidParameter", {"parameter": "name"}),
         ("org.virtd1.Start", {"name": "a", "x": 1}, "InvalidParameter", {"parameter": "x"}),
         ("org.virtd1.OpenConsole", {"name": []}, "InvalidParameter", {"parameter": "name"}),
+        ("org.virtd1.Start", {"": 1, "name": 7}, "InvalidParameter", {"parameter": ""}),
         ("org.virtd1.Fly", {}, "MethodNotFound", {"method": "org.virtd1.Fly"}),
         ("org.virtd1._allow", {}, "MethodNotFound", {"method": "org.virtd1._allow"}),
         ("org.virtd2.Start", {}, "InterfaceNotFound", {"interface": "org.virtd2"}),

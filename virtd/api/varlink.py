@@ -215,7 +215,7 @@ class Connection:
                 f"{self.caller.name} may not call {name}",
                 hint="Only root may change anything or read consoles.",
             )
-        if wrong := idl.problem(interface, name, parameters):
+        if (wrong := idl.problem(interface, name, parameters)) is not None:
             raise Refused(f"{SERVICE}.InvalidParameter", {"parameter": wrong})
         return table[name]
 
