@@ -15,7 +15,9 @@ import msgspec
 from ... import errors
 from ...model import container as model
 from ...model.settings import Lxc
+from .. import ids
 from ..guests import Guests
+from ..ids import Range
 from ..protocol import Problem
 from . import create as creating
 from . import execs, exposure, operations, starting, volume
@@ -36,7 +38,8 @@ log = logging.getLogger(__name__)
 
 
 def make(services: Services, settings: Settings, publish: Publish, peers: Peers) -> Driver:
-    return Driver(services, settings.lxc, publish, peers)
+    guests = Range(ids.GUESTS.owner, settings.qemu.first_uid, settings.qemu.uid_count)
+    return Driver(services, settings.lxc, publish, peers, guests)
 
 
 class Driver(Guests[Container, model.Container]):
@@ -46,7 +49,9 @@ class Driver(Guests[Container, model.Container]):
     noun = "container"
     virtctl = "virtctl container"
 
-    def __init__(self, services: Services, settings: Lxc, publish: Publish, peers: Peers) -> None:
+    def __init__(
+        self, services: Services, settings: Lxc, publish: Publish, peers: Peers, guests: Range = ids.GUESTS
+    ) -> None:
         super().__init__(services, publish)
         self._settings = settings
         self._peers = peers
@@ -55,7 +60,7 @@ class Driver(Guests[Container, model.Container]):
         self._cleared = asyncio.Event()  # what the last daemon was making is gone
         self._cleared.set()
         table = f"{services.paths.lib}/lxc-ids.json"
-        self.maps = Maps(self.objects, settings.directory, table)
+        self.maps = Maps(self.objects, settings.directory, table, guests)
 
     def make(self, name: str) -> Container:
         return Container(self._shared, name, self._settings, self._peers)

@@ -49,12 +49,23 @@ class Table(msgspec.Struct, frozen=True):
 
 
 class Maps:
-    """All of them. `containers` is the driver's own table, `directory` where root file systems are made."""
+    """All of them. `containers` is the driver's own table, `directory` where root file systems are made, `guests` the
+    IDs of domains.
+    """
 
-    def __init__(self, containers: Mapping[str, Container], directory: str, table: str, *, etc: str = "/etc") -> None:
+    def __init__(
+        self,
+        containers: Mapping[str, Container],
+        directory: str,
+        table: str,
+        guests: Range = ids.GUESTS,
+        *,
+        etc: str = "/etc",
+    ) -> None:
         self._containers = containers
         self._directory = directory
         self._path = table
+        self._guests = guests
         self._etc = etc
         self._reserved: dict[str, Claim] = {}
 
@@ -73,7 +84,7 @@ class Maps:
             return None, False
         owner = os.stat(root).st_uid
         found = definition.idmap or (model.IdMap(owner) if owner else self._own(container))
-        check(found, source, etc=self._etc)
+        check(found, source, self._guests, etc=self._etc)
         if owner and not found.first <= owner < found.first + found.count:
             raise errors.InvalidDefinition(
                 source,
@@ -113,7 +124,7 @@ class Maps:
 
     def _free(self, claims: Iterable[Claim]) -> model.IdMap:
         """The first map of the usual size that nobody has. Raises HostError."""
-        taken = [claim.ids for claim in claims] + others(self._etc)
+        taken = [claim.ids for claim in claims] + others(self._etc, self._guests)
         taken += [Range("", *kept) for kept in self._load().ids.values()]
         for users in own(self._etc, "subuid"):
             for groups in own(self._etc, "subgid"):
@@ -158,7 +169,7 @@ class Maps:
     def check(self, definition: model.Container, source: str) -> None:
         """Refuse a new definition whose IDs others have, people or containers. Raises InvalidDefinition."""
         if definition.idmap is not None:
-            check(definition.idmap, source, etc=self._etc)
+            check(definition.idmap, source, self._guests, etc=self._etc)
         if (wanted := defined_ids(definition)) is None:
             return
         claim = _claim(definition.name, wanted, root_of(definition), active=False)
@@ -239,9 +250,9 @@ def own(etc: str, file: str) -> list[Range]:
     return [entry for entry in ids.grants(f"{etc}/{file}") if entry.owner in ("root", "0")] or [ids.CONTAINERS]
 
 
-def others(etc: str) -> list[Range]:
+def others(etc: str, guests: Range) -> list[Range]:
     """What is granted to others than root, is a user's or a group's already, or is for guests."""
-    found = [ids.GUESTS]
+    found = [guests]
     for file in ("subuid", "subgid"):
         found += [
             entry._replace(owner=f"{entry.owner} ({etc}/{file})")
@@ -262,7 +273,7 @@ def others(etc: str) -> list[Range]:
     return found
 
 
-def check(wanted: model.IdMap, source: str, *, etc: str = "/etc") -> None:
+def check(wanted: model.IdMap, source: str, guests: Range = ids.GUESTS, *, etc: str = "/etc") -> None:
     """Refuse a map that the host's files don't allow. Raises InvalidDefinition."""
     first, last = wanted.first, wanted.first + wanted.count - 1
     for file in ("subuid", "subgid"):
@@ -275,7 +286,7 @@ def check(wanted: model.IdMap, source: str, *, etc: str = "/etc") -> None:
                 f"expected IDs that {etc}/{file} allows root to give away ({allowed}), got {first} to {last}",
                 hint=f"Choose others, or add a line to /etc/subuid and /etc/subgid: root:{first}:{wanted.count}.",
             )
-    for entry in others(etc):
+    for entry in others(etc, guests):
         if entry.meets(first, wanted.count):
             has = f"got {first} to {last}, of which {entry.owner} has some"
             raise errors.InvalidDefinition(source, "idmap", f"expected IDs that nobody else has, {has}")
