@@ -190,7 +190,7 @@ async def _unpack(job: Job, units: Units) -> None:
         said = words.read(4096).decode(errors="replace").strip().splitlines()
     if result.code != 0:
         how = "it took too long, or was killed" if result.code is None else "unpacking failed"
-        raise errors.StartFailed(f"Cannot create {job.name}: {'; '.join(said[:2]) or how}")
+        raise errors.StartFailed(f"Cannot create {job.name}: {'; '.join(line[:200] for line in said[:2]) or how}")
 
 
 def _open(job: Job) -> BufferedReader:
@@ -200,7 +200,7 @@ def _open(job: Job) -> BufferedReader:
     try:
         return open(untrusted.open_regular(job.image, follow=True), "rb")
     except untrusted.Unfit as exc:
-        raise errors.InvalidState(f"Cannot create {job.name} of {job.image}: {exc.strerror}") from exc
+        raise errors.InvalidState(f"Cannot create {job.name}: {job.image}: {exc.strerror}") from exc
 
 
 def option(first: bytes) -> str:
