@@ -62,9 +62,9 @@ class MethodCall:
         self._bus = bus
         self._message = message
         self.sender: str = message.get_sender() or ""
-        self.path: str = message.get_path()
+        self.path: str = message.get_path() or ""  # missing where its header is of another type
         self.interface: str = message.get_interface() or ""
-        self.member: str = message.get_member()
+        self.member: str = message.get_member() or ""
         self.signature: str = message.get_signature()
 
     @functools.cached_property
