@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from virtd.bus import Bus
 from virtd.drivers import hardening
+from virtd.drivers.lxc import sandbox as lxc
 from virtd.drivers.storage import sandbox
 from virtd.units import Units, UnitSpec
 
@@ -37,6 +38,8 @@ def kinds() -> dict[str, tuple[str, list[Property]]]:
         ),
         "virtd-storage-probe-lvm.service": ("", sandbox.privileged()),
         "virtd-register-probe.service": ("", [*hardening.TOOL]),
+        "virtd-create-lxc-probe.service": ("", lxc.making("/srv", "", toplevel=toplevel)),
+        "virtd-exec-probe.service": ("", lxc.entering("/srv", privileged=False, toplevel=toplevel)),
     }
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.harness import definition
+from tests.survival import containers
 
 if TYPE_CHECKING:
     from tests.harness import Lab
@@ -31,7 +32,20 @@ LIMITS = {
     # The kernel's device mapper takes commands from CAP_SYS_ADMIN only, and lvm(8) makes nodes, so sees /dev.
     "virtd-storage-probe-lvm.service": CHILD,
     "virtd-register-probe.service": CHILD,
+    "virtd-create-lxc-probe.service": CHILD,
+    # A container's filters and namespaces are its unit's, so these refuse only what no system may do; LXC makes
+    # namespaces and mounts, as root with SYS_ADMIN, and a command has to come in by the same way.
+    "virtd-lxc-box.service": 6.7,
+    "virtd-exec-probe.service": 6.6,
 }
+BOX = f"""name = "box"
+rootfs = "{containers.ROOT}"
+command = ["/brief"]
+[[mount]]
+source = "/usr"
+target = "/usr"
+readonly = true
+"""
 
 
 def test_exposure(lab: Lab) -> None:
@@ -39,12 +53,17 @@ def test_exposure(lab: Lab) -> None:
     lab.virtctl("network", "start", "default")
     lab.virtctl("define", "-", stdin=definition("web1"))
     lab.virtctl("start", "web1")
+    lab.run("sh", "-c", containers.MAKE, stdin=containers.PROGRAM)
+    lab.virtctl("container", "define", "-", stdin=BOX)
+    lab.virtctl("container", "start", "box")
     # Loaded, so that it is in the list.
     lab.sh("systemctl start --no-block virtd-qemu.slice && systemctl cat virtd-keeper.service >/dev/null")
     try:
         found = json.loads(lab.run("python3", "-", stdin=PROBE.read_text()).stdout)
     finally:
         lab.virtctl("kill", "web1", check=False)
+        lab.virtctl("container", "kill", "box", check=False)
+        lab.virtctl("container", "undefine", "box", check=False)
         lab.virtctl("network", "stop", "--force", "default", check=False)
         lab.virtctl("network", "undefine", "default", check=False)
     print(json.dumps(found, indent=1))
