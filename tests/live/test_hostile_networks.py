@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from tests.harness import Lab
-from tests.live import frames
+from tests.live import frames, networks
 from tests.live.frames import BROADCAST
 from tests.live.networks import OUTSIDE, define, info, neighbour, network, outside, rules
 from tests.live.tools import Journal, spawn
@@ -357,3 +357,31 @@ def test_neighbours_that_do_not_see_each_other(lab: Lab) -> None:
     finally:
         for cell in cells:
             cell.end()
+
+
+def test_systemd_networkd_leaves_interfaces_alone(lab: Lab) -> None:
+    """Its own 80-vm-vt.network takes taps, and a catch-all of the administrator's takes everything; but not these."""
+    lab.sh(small.MAKE, timeout=300)
+    define(lab, network("lab", 1))
+    catch_all = "/etc/systemd/network/50-all.network"
+    cell = Cell(lab, "one", EVIL)
+    try:
+        networks.guest(lab, "web1", "lab", GOOD)
+        (port,) = (row["interface"] for row in info(lab, "lab")["ports"] if row["user"] == "lxc/one")
+        mine = ("vd-lab", "vt-web1-0", port)
+        state = "for one in {}; do ip -o addr show dev $one; ip -o link show dev $one; done"
+        before = lab.sh(state.format(" ".join(mine)))
+        assert before.count("master vd-lab") == 2
+        lab.write(catch_all, "[Match]\nName=vd-* vt-* vl*\n[Network]\nAddress=198.51.100.1/24\n")
+        # What isn't ours is taken, so it does its work; the names only look alike.
+        lab.sh("ip link add vlan7 type veth peer name vlan8")
+        lab.sh("systemctl restart systemd-networkd.service")
+        lab.wait("its work", lambda: "198.51.100.1" in lab.sh("ip addr show dev vlan7"), 30)
+        listed = {line.split()[1]: line.split()[-1] for line in lab.sh("networkctl --no-legend list").splitlines()}
+        assert {listed[name] for name in mine} == {"unmanaged"}, listed
+        assert lab.sh(state.format(" ".join(mine))) == before
+    finally:
+        lab.sh(
+            f"systemctl stop systemd-networkd.service systemd-networkd.socket; ip link del vlan7; rm -f {catch_all}"
+        )
+        cell.end()
