@@ -17,6 +17,7 @@ from virtd import errors
 from virtd.drivers.network import firewall, guard, host, isolation, server
 from virtd.drivers.network.firewall import Dropper
 from virtd.drivers.network.host import Account
+from virtd.drivers.network.ports import Ground
 from virtd.fdstore import NotifyFailed, Store
 from virtd.messages import Message
 
@@ -290,6 +291,30 @@ async def test_the_rules_of_many_networks_come_back_at_once(site: Site) -> None:
         assert await restoring == ["nft virtd-lab virtd-one", "nft virtd-two"]
         assert sorted(kernel.tables) == everything
         assert not any(net.problems for net in nets.values())
+
+
+@on_loop
+async def test_rules_that_are_flushed_again_at_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it was seen how the kernel has them: that there are none isn't how they ought to be."""
+    kernel, replace = site.kernel, firewall.replace
+    async with site.world.daemon() as host:
+        await site.define()
+        await host.networks.start("lab", by=ROOT)
+        nets = host.networks.driver.nets
+
+        def flushed(*grounds: Ground) -> list[firewall.Marks]:
+            replace(*grounds)
+            kernel.tables.clear()
+            kernel.bridge_tables.clear()
+            return [firewall.mark(ground.network.name) for ground in grounds]
+
+        kernel.tables.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(firewall, "replace", flushed)
+            await host.networks.driver._guard.restore_rules(set(nets), why="by a test")
+        assert kernel.tables == {}
+        await host.networks.driver._guard.restore_rules(set(nets), why="by a test")
+        site.whole(await site.info(), "after the second flush")
 
 
 @on_loop

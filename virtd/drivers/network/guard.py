@@ -161,7 +161,11 @@ class Guard:
                 return []
             marks = await asyncio.to_thread(firewall.marks, list(networks))
             stale = {name for name, network in networks.items() if self._nets[name].rules_stale(network)}
-            lost = [name for name in networks if name in stale or marks[name] != self._nets[name].rules_mark]
+            lost = [
+                name
+                for name, network in networks.items()
+                if name in stale or not self._nets[name].rules_are(network, marks[name])
+            ]
             if lost:
                 grounds = [self._nets[name].ground(networks[name]) for name in lost]
                 for ground, mark in zip(grounds, await asyncio.to_thread(firewall.replace, *grounds), strict=True):

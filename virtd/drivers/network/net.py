@@ -364,6 +364,12 @@ class Net(Recorded):
     def record_has(self, key: str) -> bool:
         return self.record is not None and key in self.record.data
 
+    def rules_are(self, network: model.Network, mark: firewall.Marks) -> bool:
+        """Whether these are the rules that were applied last. No rules never are: they may have been flushed again
+        before anybody could look at them.
+        """
+        return bool(mark.bridge and (mark.inet or not network.own) and mark == self.rules_mark)
+
     def rules_stale(self, network: model.Network) -> bool:
         """Whether those that were applied last are other ones than this virtd makes: an older one's."""
         data = self.record.data if self.record is not None else {}
@@ -373,7 +379,9 @@ class Net(Recorded):
         """Whether the kernel has other rules than those that were applied last, or these are another version's."""
         if self.record is None:
             return False
-        return self.rules_stale(network) or await asyncio.to_thread(firewall.mark, self.name) != self.rules_mark
+        return self.rules_stale(network) or not self.rules_are(
+            network, await asyncio.to_thread(firewall.mark, self.name)
+        )
 
     def _still_connected(self) -> dict[str, Any]:
         """For the record of one that isn't active: its guests are connected again by its next start."""
