@@ -276,6 +276,17 @@ class Child(msgspec.Struct):
         """Wait until the process has ended."""
         await ended(self.pid, self.start)
 
+    async def verdict(self) -> UnitState | None:
+        """How the process ended, from its unit or else from the journal; None when nobody knows.
+
+        A state that runs: somebody has started the unit again. Raises HostError or TimedOut.
+        """
+        from . import witness  # no start of the daemon needs it before there is a bus
+        from .units import unit_name
+
+        units = await self.services.units()
+        return await witness.ended(units, unit_name(self.driver, self.name), self.invocation_id)
+
     def stdin(self) -> int:
         """The write end of its standard input; stays the store's. Raises MissingSlot."""
         return self.services.store.get(self.slot(STDIN))

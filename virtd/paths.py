@@ -55,6 +55,11 @@ class Paths:
         return f"{self.lib}/qemu-ids.json"
 
     @property
+    def transient(self) -> str:
+        """Where systemd has the files of the transient units that it has loaded, systemd.unit(5)."""
+        return f"{self.root}/run/systemd/transient"
+
+    @property
     def quarantine(self) -> str:
         return f"{self.run}/quarantine"
 

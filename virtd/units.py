@@ -12,12 +12,14 @@ import contextlib
 import os
 import re
 import signal
+import uuid
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import msgspec
 
 from . import errors
 from .bus import BusError, Var
+from .unitjobs import Jobs, Patience
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Container, Iterator
@@ -89,6 +91,7 @@ class UnitSpec(msgspec.Struct, frozen=True):
     for example, that stay until the child has ended when the host goes down; they need not exist. `ground`: other
     children stand on this one, and it stays until the last of them has ended. None of them names it: systemd keeps a
     unit loaded that a loaded unit names, so it couldn't be collected, nor started again, while one of them runs.
+    `once`: nobody else can start it again, or restart it.
     """
 
     name: str
@@ -102,6 +105,7 @@ class UnitSpec(msgspec.Struct, frozen=True):
     properties: tuple[tuple[str, str, Any], ...] = ()
     after: tuple[str, ...] = ()
     ground: bool = False
+    once: bool = False
 
 
 class UnitState(msgspec.Struct, frozen=True):
@@ -124,11 +128,17 @@ class UnitState(msgspec.Struct, frozen=True):
     started_at: float | None
     exited_at: float | None
     description: str
+    job: int = 0  # of one that is queued for it
 
     @property
     def running(self) -> bool:
         """Whether the main process is there; a unit that is being stopped counts while it is."""
         return self.main_pid > 0
+
+    @property
+    def unknown(self) -> bool:
+        """Whether it has failed, and nothing is known of how its main process ended."""
+        return self.exec_code == 0 and self.result not in ("", "success")
 
 
 class Listed(NamedTuple):
@@ -238,14 +248,15 @@ class Units:
         try:
             with self._watch(spec.name) as jobs:
                 await self._subscribed()
+                properties = transient_properties(spec, stdio, await self.version())
                 (job,) = await self._call(
                     "StartTransientUnit",
                     "ssa(sv)a(sa(sv))",
-                    (spec.name, "fail", transient_properties(spec, stdio, await self.version()), []),
+                    _for_once(spec.name, properties) if spec.once else (spec.name, "fail", properties, []),
                     fds=tuple(one for one in stdio if isinstance(one, int)),
                     timeout=timeout,
                 )
-                result = await jobs.wait(job, timeout)
+                result = await jobs.wait(None if spec.once else job, timeout)
         except BusError as exc:
             if exc.name == f"{SYSTEMD}.UnitExists":
                 raise errors.Exists(
@@ -292,13 +303,16 @@ class Units:
         (units,) = await self._call("ListUnitsByPatterns", "asas", ([], [pattern]))
         return [Listed(*unit[:5]) for unit in units]
 
-    async def ended(self, name: str, *, timeout: float = 10.0) -> UnitState | None:
+    async def ended(self, name: str, invocation_id: str = "", *, timeout: float = 10.0) -> UnitState | None:
         """The state after the main process has ended. None: the unit is gone, and with it whatever it could tell.
 
-        For when the end is known already, from a pidfd or an EOF: PID 1 learns of it at the same time as we do.
+        For when the end is known already, from a pidfd or an EOF: PID 1 learns of it at the same time as we do. With
+        `invocation_id` that of this run is meant; what comes back runs if somebody has started the unit again.
         """
         patience = Patience(timeout, f"systemd did not notice the end of {name}")
         while (state := await self.state(name)) is not None and state.running:
+            if invocation_id and state.invocation_id != invocation_id:
+                break
             await patience.pause()
         return state
 
@@ -450,32 +464,9 @@ class Units:
                 self._watchers.pop(unit, None)
 
 
-class Jobs:
-    """How the jobs of one unit ended, by path."""
-
-    def __init__(self, unit: str) -> None:
-        self._unit = unit
-        self._results: dict[str, str] = {}
-        self._changed = asyncio.Event()
-
-    def removed(self, job: str, result: str) -> None:
-        self._results[job] = result
-        self._changed.set()
-
-    async def wait(self, job: str, timeout: float) -> str:
-        try:
-            async with asyncio.timeout(timeout):
-                while job not in self._results:
-                    self._changed.clear()
-                    await self._changed.wait()
-        except TimeoutError as exc:
-            raise errors.TimedOut(f"systemd's job for {self._unit} did not end within {timeout:g} s") from exc
-        return self._results[job]
-
-
 # Properties
 
-UNIT_PROPERTIES: Final = ("LoadState", "ActiveState", "SubState", "InvocationID", "Description")
+UNIT_PROPERTIES: Final = ("LoadState", "ActiveState", "SubState", "InvocationID", "Description", "Job")
 SERVICE_PROPERTIES: Final = (
     "MainPID",
     "Result",
@@ -525,6 +516,21 @@ def transient_properties(spec: UnitSpec, stdio: tuple[Stdio, Stdio, Stdio], vers
     return [(name, Var(signature, value)) for name, signature, value in found]
 
 
+def _for_once(name: str, properties: list[tuple[str, Var]]) -> tuple[Any, ...]:
+    """The arguments that start a service which nobody can start by hand, nor restart: StartTransientUnit neither.
+
+    So it is a dependency of a slice, the cheapest kind of unit, which goes away in the same instant.
+    """
+    starter = [
+        ("Requires", Var("as", [name])),
+        ("DefaultDependencies", Var("b", False)),
+        ("StopWhenUnneeded", Var("b", True)),
+        ("CollectMode", Var("s", "inactive-or-failed")),
+    ]
+    service = [*properties, ("RefuseManualStart", Var("b", True))]
+    return (f"virtd_start_{uuid.uuid4().hex}.slice", "fail", starter, [(name, service)])
+
+
 def parse_state(name: str, properties: dict[str, Any]) -> UnitState:
     """A UnitState from the properties of both interfaces."""
     return UnitState(
@@ -540,6 +546,7 @@ def parse_state(name: str, properties: dict[str, Any]) -> UnitState:
         started_at=_seconds(properties["ExecMainStartTimestamp"]),
         exited_at=_seconds(properties["ExecMainExitTimestamp"]),
         description=properties["Description"],
+        job=properties["Job"][0],
     )
 
 
@@ -567,19 +574,3 @@ def signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-class Patience:
-    """Pauses between one question and the next, ever longer ones; TimedOut in the end."""
-
-    def __init__(self, timeout: float, complaint: str) -> None:
-        self._timeout = timeout
-        self._complaint = complaint
-        self._deadline = asyncio.get_running_loop().time() + timeout
-        self._pause = 0.002
-
-    async def pause(self) -> None:
-        if asyncio.get_running_loop().time() > self._deadline:
-            raise errors.TimedOut(f"{self._complaint} within {self._timeout:g} s")
-        await asyncio.sleep(self._pause)
-        self._pause = min(self._pause * 2, 0.25)

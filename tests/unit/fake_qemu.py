@@ -122,7 +122,8 @@ class Machine:
         self.journal(GREETING)
         self.journal({"return": {}})
         self.monitors = [Monitor(self, path) for path in paths]
-        self.selector.register(0, selectors.EVENT_READ, self.read_console)
+        if not os.path.samestat(os.fstat(0), os.stat(os.devnull)):  # epoll(7) takes no /dev/null
+            self.selector.register(0, selectors.EVENT_READ, self.read_console)
 
     def run(self) -> None:
         self.console("".join(f"line {number}\n" for number in range(int(self.words.get("print") or 0))))

@@ -39,6 +39,7 @@ class Unit:
         self.started_at = time.time()
         self.exited_at: float | None = None
         self.oom = False
+        self.restarting = False  # by somebody, who will put another in its place
 
     def state(self) -> UnitState:
         status = self.process.poll()
@@ -49,7 +50,7 @@ class Unit:
         return UnitState(
             name=self.spec.name,
             load="loaded",
-            active="failed" if failed else "active",
+            active="deactivating" if self.restarting else "failed" if failed else "active",
             sub="running" if status is None else "failed" if failed else "exited",
             result="oom-kill" if self.oom else "success" if not failed else "exit-code" if code == 1 else "signal",
             main_pid=self.process.pid if status is None else 0,
@@ -113,8 +114,10 @@ class FakeUnits:
         found = [unit.state() for name, unit in sorted(self.units.items()) if fnmatch.fnmatchcase(name, pattern)]
         return [Listed(state.name, state.description, state.load, state.active, state.sub) for state in found]
 
-    async def ended(self, name: str, *, timeout: float = 10.0) -> UnitState | None:
+    async def ended(self, name: str, invocation_id: str = "", *, timeout: float = 10.0) -> UnitState | None:
         self.step(f"ended {name}")
+        if invocation_id and name in self.units and self.units[name].invocation_id != invocation_id:
+            return self.units[name].state()
         await self._over(name)
         return self.units[name].state() if name in self.units else None
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from virtd import errors, units
 from virtd.bus import Var
-from virtd.units import CLD_DUMPED, CLD_EXITED, CLD_KILLED, Jobs, UnitSpec, UnitState
+from virtd.unitjobs import Jobs
+from virtd.units import CLD_DUMPED, CLD_EXITED, CLD_KILLED, UnitSpec, UnitState
 
 NO_STDIO = (os.devnull, os.devnull, os.devnull)
 
@@ -24,6 +25,7 @@ PROPERTIES: dict[str, Any] = {
     "SubState": "failed",
     "InvocationID": list(range(16)),
     "Description": "a guest",
+    "Job": (0, "/"),
     "MainPID": 0,
     "Result": "exit-code",
     "ExecMainCode": 1,

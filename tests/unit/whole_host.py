@@ -84,6 +84,7 @@ class World:
         self.lxc = Lxc(directory=f"{root}/containers", start_timeout=20, shutdown_timeout=20)
         self.limits = Log()
         self.messages: list[dict[str, str]] = []
+        self.journal: dict[str, list[Any]] = {}  # by unit: what PID 1 has said of it, as witness.entries() has it
         self.dead = False
         self.crash_at = 0
         self.steps: list[str] = []
@@ -100,6 +101,8 @@ class World:
         monkeypatch.setattr("virtd.drivers.qemu.host.account", lambda _settings: me)
         monkeypatch.setattr("virtd.drivers.qemu.host.has_kvm", lambda: False)
         monkeypatch.setattr("virtd.journal.send", self._journal)
+        monkeypatch.setattr("virtd.witness.entries", lambda unit, _invocation: self.journal.get(unit, []))
+        monkeypatch.setattr("virtd.witness.LOOKS", (0.0,))
         defaults = StderrLog.__init__.__kwdefaults__
         assert defaults is not None
         monkeypatch.setitem(defaults, "send", self._journal)

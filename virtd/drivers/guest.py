@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+AGAIN = "started again"  # in a record's data: by somebody else
 FINISH_AGAIN = 1.0  # seconds until an end that systemd couldn't be asked about is looked into again
 
 
@@ -275,8 +276,12 @@ class Guest(Recorded, Generic[D]):
             if unit is None or not unit.running:
                 await self.finish()
                 return "ended"
+            if record.invocation_id not in ("", unit.invocation_id):
+                await self._started_again(unit)
             self.child.identify(unit)
             self.save(main_pid=self.child.pid, main_start=self.child.start, invocation_id=unit.invocation_id)
+        elif record.data.get(AGAIN):
+            self._say_again()
         if not unit_exists:
             self.problems["unit"] = Problem(f"{self.unit} is gone, but its process runs (PID {self.child.pid})")
         if record.state == State.STARTING:
@@ -286,6 +291,31 @@ class Guest(Recorded, Generic[D]):
         journal.send(text, message_id=Message.ADOPTED, VIRTD_PID=str(self.child.pid), **self.fields())
         self.adopted()
         return "adopted"
+
+    async def _started_again(self, unit: UnitState) -> None:
+        """Somebody has restarted the unit, which systemd lets them do with units of an older virtd alone.
+
+        What runs now is ours to look after, but nobody is at the other ends of its pipes.
+        """
+        assert self.child is not None
+        assert self.record is not None
+        await self.let_go()
+        self.child.identify(unit)
+        reason = f"restarted by somebody with systemctl: {self.unit}"
+        place = {"main_pid": self.child.pid, "main_start": self.child.start, "invocation_id": unit.invocation_id}
+        self.note(State.RUNNING, reason, data=self.record.data | {AGAIN: True}, **place)
+        self._say_again()
+        journal.send(
+            f"{self.noun.capitalize()} {self.name} was restarted by somebody with systemctl, and has no console",
+            message_id=Message.ADOPTED, level="warning", VIRTD_PID=str(self.child.pid), **self.fields(),
+        )  # fmt: skip
+        self.adopted()
+
+    def _say_again(self) -> None:
+        self.problems["restarted"] = Problem(
+            f"{self.unit} was restarted by somebody: {self.name} runs afresh, without a console",
+            f"{self.virtctl} stop {self.name}, then {self.virtctl} start {self.name}.",
+        )
 
     async def _roll_back(self, why: str) -> None:
         journal.send(
@@ -322,8 +352,11 @@ class Guest(Recorded, Generic[D]):
             return
         if self.state is not State.STOPPING:
             self.note(State.STOPPING, "ending")
-        units = await self.shared.services.units()
-        unit = await units.ended(self.unit)
+        unit = await child.verdict()
+        if unit is not None and unit.running:
+            await self._started_again(unit)
+            self.watch()
+            return
         await child.drain()
         self.forward_stderr(final=True)
         self.stderr = None

@@ -17,6 +17,7 @@ from ..records import Record, Records, now
 from . import definitions, reconcile
 from .collection import Collection, D
 from .guest import Guest, Shared
+from .protocol import Problem
 
 if TYPE_CHECKING:
     from ..child import Services
@@ -75,10 +76,11 @@ class Guests(Collection[G, D]):
         self._reconciled.clear()
         self.restore_records()
         self.load_definitions()
+        reconcile.doubt(self)
 
     async def reconcile(self) -> None:
         """Second step: compare with systemd, finish or roll back what a crash cut off."""
-        known = set(self.machines)
+        known = {name for name, one in self.machines.items() if one.definition is not None or one.record is not None}
         came, others = await reconcile.recorded(self)
         for name, result in came.items():
             if result == "adopted":
@@ -87,7 +89,12 @@ class Guests(Collection[G, D]):
             if machine.definition is None and not machine.alive and machine.settled.is_set() and not machine.problems:
                 self.forget(machine.name)  # its definition was removed, or it ended as a transient one, meanwhile
         for name, unit in others.items():
-            await self._rebuild(name, unit=unit, new=name not in known)
+            try:
+                await self._rebuild(name, unit=unit, new=name not in known)
+            except Exception as exc:  # it costs no other its reconciliation
+                log.exception("%s can't be rebuilt", name)
+                self.left_alone(name, Problem(f"{name} can't be rebuilt: {exc}", "See: virtctl fsck."))
+        reconcile.settle(self)
         self._reconciled.set()
 
     async def compare(self, *, repair: bool) -> list[Difference]:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..child import Child
@@ -20,6 +22,29 @@ log = logging.getLogger(__name__)
 
 class WithUnit(Object, Protocol):
     async def reconcile(self, *, unit_exists: bool) -> str: ...
+
+
+def doubt(driver: Collection[Any, Any]) -> None:
+    """First step of a start: what has slots or a unit, and no record, isn't settled until it has been looked at.
+
+    Without a bus: the files of units that systemd has loaded tell as well.
+    """
+    found = {slot.split("/")[1] for slot in driver.services.store.names() if slot.startswith(f"{driver.name}/")}
+    with contextlib.suppress(OSError):
+        units = os.listdir(driver.services.paths.transient)
+        found |= {name for unit in units if (name := object_name(driver.name, unit))}
+    for name in found:
+        one = driver.object(name)
+        if one.record is None:
+            one.settled.clear()
+
+
+def settle(driver: Collection[Any, Any]) -> None:
+    """Second step, at its end: nobody is in doubt any more, and what came to nothing is forgotten."""
+    for one in list(driver.objects.values()):
+        one.settled.set()
+        if one.definition is None and one.record is None and not one.problems:
+            driver.forget(one.name)
 
 
 async def recorded(driver: Collection[Any, Any]) -> tuple[dict[str, str], dict[str, bool]]:

@@ -69,6 +69,7 @@ class Recorded(Tasks):
 
     shared: Shared
     definition: Any
+    settled: asyncio.Event
 
     def __init__(self, name: str) -> None:
         super().__init__(name, {})
@@ -101,7 +102,9 @@ class Recorded(Tasks):
         """Why it is in the state that it is in, for a person to read."""
         if self.waits is not None and not self.active:
             return f"waits to be autostarted: {self.waits.text}"
-        return self.record.reason if self.record is not None else "not started since boot"
+        if self.record is not None:
+            return self.record.reason
+        return "not started since boot" if self.settled.is_set() else "not known yet: virtd is looking"
 
     @property
     def uuid(self) -> str:

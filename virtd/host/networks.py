@@ -7,6 +7,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import errors
+from .objects import settled
 
 if TYPE_CHECKING:
     from ..drivers.network.driver import Driver
@@ -33,10 +34,8 @@ class Networks:
     async def listing(self) -> list[dict[str, Any]]:
         if DRIVER not in self._host.drivers:  # nothing has made it yet, so there is none
             return []
-        nets = [self.driver.nets[name] for name in sorted(self.driver.nets)]
-        for net in nets:
-            await self._settled(net)
-        return [self.driver.describe(net) for net in nets]
+        await settled(self.driver.nets.values())
+        return [self.driver.describe(self.driver.nets[name]) for name in sorted(self.driver.nets)]
 
     async def info(self, name: str) -> dict[str, Any]:
         return self.driver.describe_fully(await self._find(name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from .. import errors
 from ..drivers.guest import Guest
@@ -13,7 +13,7 @@ from ..model.state import State, require
 from .viewing import Viewers
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterable
 
     from ..child import Services
     from ..console import Followers
@@ -23,6 +23,19 @@ if TYPE_CHECKING:
 G = TypeVar("G", bound=Guest[Any])
 
 DOUBT = 5.0  # seconds that a listing waits for an object of which nobody knows yet whether it runs
+
+
+class Settling(Protocol):
+    settled: asyncio.Event
+
+
+async def settled(objects: Iterable[Settling]) -> None:
+    """Wait until it is known of each what became of it, or for as long as a listing may wait."""
+    doubtful = [asyncio.ensure_future(one.settled.wait()) for one in objects if not one.settled.is_set()]
+    if doubtful:
+        _, pending = await asyncio.wait(doubtful, timeout=DOUBT)
+        for task in pending:
+            task.cancel()
 
 
 class Objects(Generic[G]):
@@ -43,13 +56,7 @@ class Objects(Generic[G]):
     # Reading
 
     async def listing(self) -> list[dict[str, Any]]:
-        doubtful = [
-            machine.settled.wait() for machine in self._guests.machines.values() if not machine.settled.is_set()
-        ]
-        if doubtful:
-            _, pending = await asyncio.wait([asyncio.ensure_future(wait) for wait in doubtful], timeout=DOUBT)
-            for task in pending:
-                task.cancel()
+        await settled(self._guests.machines.values())
         return [self._guests.describe(self._guests.machines[name]) for name in sorted(self._guests.machines)]
 
     async def info(self, name: str) -> dict[str, Any]:

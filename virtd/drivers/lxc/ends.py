@@ -119,6 +119,6 @@ def judge(
         return end(State.STOPPED, "rebooted itself", Cause.GUEST_SHUTDOWN)
     if code:
         return end(State.CRASHED, f"exited with status {code}", Cause.FAILED)
-    if unit is None:
+    if unit is None or unit.unknown:
         return end(State.CRASHED, "ended, and nobody saw how", Cause.UNKNOWN)
     return end(State.STOPPED, "its command ended" if command else "its init ended", Cause.EXITED)

@@ -168,6 +168,7 @@ class _Start(Start[Container, model.Container]):
             name=container.unit,
             description=f"Container {container.name}",
             slice=f"virtd-{DRIVER}.slice",
+            once=True,
             argv=("/bin/sh", f"{container.runtime}/start"),
             environment=ENVIRONMENT,
             after=(self.mounted.after,) if self.mounted is not None and self.mounted.after else (),

@@ -126,6 +126,7 @@ def spec(network: Network, unit: str, binary: str, files: Files, account: Accoun
         name=unit,
         description=f"DHCP and DNS of network {network.name}",
         slice="virtd-network.slice",
+        once=True,
         argv=(binary, "--keep-in-foreground", "--log-facility=-", "--pid-file=", f"--conf-file={files.config}"),
         environment=ENVIRONMENT,
         user=account.user,

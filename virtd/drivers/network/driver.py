@@ -91,6 +91,10 @@ class Driver(Collection[Net, model.Network]):
         self.restore_records()
         self.load_definitions()
         self._sweep_leases()
+        reconcile.doubt(self)
+        for net in self.nets.values():
+            if net.record is None and net.definition is not None and self._has_bridge(net):
+                net.settled.clear()
         self._guard.begin(beside_firewalld=False)
 
     def _sweep_leases(self) -> None:
@@ -110,7 +114,12 @@ class Driver(Collection[Net, model.Network]):
             if net.record is None and net.definition is not None and self._has_bridge(net):
                 others.setdefault(net.name, False)
         for name, unit in sorted(others.items()):
-            await self._rebuild(name, unit=unit)
+            try:
+                await self._rebuild(name, unit=unit)
+            except Exception as exc:  # it costs no other its reconciliation
+                log.exception("Network %s can't be rebuilt", name)
+                self.left_alone(name, Problem(f"{name} can't be rebuilt: {exc}", "See: virtctl fsck."))
+        reconcile.settle(self)
         for net in list(self.nets.values()):
             if net.definition is None and not net.active and not net.problems:
                 self.forget(net.name)

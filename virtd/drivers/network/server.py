@@ -224,11 +224,8 @@ class Server(Tasks):
             if time.monotonic() > deadline:
                 raise errors.StartFailed(f"dnsmasq of network {self.net.name} isn't ready after {READY_LIMIT:g} s")
             await asyncio.sleep(LOOK)
-        units = await self.net.shared.services.units()
         await child.drain()
-        raise errors.StartFailed(
-            f"dnsmasq of network {self.net.name} {how(await units.ended(self.net.unit))} at its start"
-        )
+        raise errors.StartFailed(f"dnsmasq of network {self.net.name} {how(await child.verdict())} at its start")
 
     async def _hangup(self) -> None:
         """Have it read its lists again."""
@@ -249,8 +246,11 @@ class Server(Tasks):
         async with net.exclusive("restart dnsmasq of"):
             if self._wanted() is None:
                 return
-            units = await net.shared.services.units()
-            text = f"dnsmasq {how(await units.ended(net.unit))}"
+            unit = await self.child.verdict() if self.child is not None else None
+            text = f"dnsmasq {how(unit)}"
+            if unit is not None and unit.running:
+                text = "dnsmasq was restarted by somebody"
+                await (await net.shared.services.units()).stop(net.unit, timeout=STOP_LIMIT)
             self._failures = 0 if time.monotonic() - self._begun > STEADY else self._failures + 1
             self._say(f"Its {text}: no leases and no names until it is back")
             journal.send(

@@ -60,7 +60,7 @@ def judge(
         events, names = events[last + 1 :], names[last + 1 :]
     shutdown = next((event for event in reversed(events) if event["event"] == "SHUTDOWN"), None)
     why = str((shutdown or {}).get("data", {}).get("reason", ""))
-    at = stamp(unit.exited_at) if unit is not None and unit.exited_at else seen
+    at = stamp(unit.exited_at) if unit is not None and unit.exited_at else _last(events, seen)
     code = unit.exec_status if unit is not None and unit.exec_code == CLD_EXITED else None
     killer, sender = _signal(unit), ""
     if killer is None and why == "host-signal":
@@ -101,7 +101,7 @@ def judge(
         return end(State.STOPPED, reason, Cause.GUEST_SHUTDOWN)
     if why.startswith("guest-"):
         return end(State.STOPPED, "powered off by itself", Cause.GUEST_SHUTDOWN)
-    if unit is None:
+    if unit is None or unit.unknown:
         return end(State.CRASHED, "ended, and nobody saw how", Cause.UNKNOWN)
     return end(State.STOPPED, "ended", Cause.UNKNOWN)
 
@@ -111,6 +111,17 @@ def how(unit: UnitState | None) -> str:
     if (killer := _signal(unit)) is not None:
         return f"was killed by {killer}"
     return "ended at once" if unit is None else f"exited with status {unit.exec_status}"
+
+
+def _last(events: list[dict[str, Any]], seen: str) -> str:
+    """When QEMU last told of something, which is the nearest to its end that anybody knows; else when it was seen."""
+    for event in reversed(events):
+        match event.get("timestamp"):
+            case {"seconds": int(seconds), "microseconds": int(micro)} if 0 < seconds < 1 << 35 and 0 <= micro < 1e6:
+                return min(stamp(seconds + micro / 1e6), seen)
+            case _:
+                pass
+    return seen
 
 
 def _signal(unit: UnitState | None) -> str | None:

@@ -136,6 +136,7 @@ class _Start(Start[Machine, model.Domain]):
             name=machine.unit,
             description=f"Domain {machine.name}",
             slice=f"virtd-{DRIVER}.slice",
+            once=True,
             argv=tuple(command.argv(self.definition, machine.uuid, self.host, self.disks)),
             environment=ENVIRONMENT,
             # By number where it is its own: no name that somebody else has too can come to mean another user.

@@ -318,8 +318,9 @@ class Job:
         """The program has ended: take up its result."""
         if not self.alive or self.child is None:
             return
-        units = await self.shared.services.units()
-        unit = await units.ended(self.unit)
+        unit = await self.child.verdict()
+        if unit is not None and unit.running:
+            raise errors.Busy(f"{self.unit} was started again by somebody", hint=f"systemctl stop {self.unit}")
         await self.child.drain()
         good = (0, LEAKED) if self.task.verb in CHECKING else (0,)
         ok = unit is not None and unit.exec_code == CLD_EXITED and unit.exec_status in good
@@ -333,7 +334,7 @@ class Job:
             return "the image is corrupt"
         if words := self.words():
             return words
-        if unit is None:
+        if unit is None or not unit.exec_code:
             return "its unit has gone, and with it how it ended"
         if unit.result == "oom-kill":
             return "it was killed, because memory ran out"
