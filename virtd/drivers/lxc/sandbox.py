@@ -34,6 +34,7 @@ CAPABILITIES = {
 # has all capabilities of that, and none of the host's.
 MAPPING = ("SETGID", "SETUID")
 CLONE_NEWUSER = 0x10000000
+NAMES = ("/etc/passwd", "/etc/group", "/etc/nsswitch.conf")  # an archive may name users in an access control list
 MAKING_LIMIT = 3600  # seconds that unpacking may take
 
 
@@ -42,7 +43,9 @@ def making(target: str, source: str, *, toplevel: list[str]) -> list[Property]:
     search = ("DAC_READ_SEARCH",) if source else ()
     # Setuid programs are what it has to make.
     hardened = [entry for entry in HARDENED if entry[0] not in ("RestrictSUIDSGID", "RestrictNamespaces")]
-    shown = [(path, path, True, 0) for path in LIBRARIES] + ([(source, source, False, 0)] if source else [])
+    shown = [(path, path, True, 0) for path in (*LIBRARIES, *NAMES)] + (
+        [(source, source, False, 0)] if source else []
+    )
     return [
         *hardened,
         ("RestrictNamespaces", "t", CLONE_NEWUSER),
