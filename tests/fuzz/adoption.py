@@ -52,6 +52,9 @@ SEEDS = (
             "console": {"token": "a", "by": "root"}, "volumes": [["p", "v"]],
         },
     ),
+    # Once nobody could ask about any such object.
+    *(_seed(driver, state=state, data={"definition": {"a": 1}}) for driver, state in
+      (("qemu", "running"), ("lxc", "running"), ("network", "active"), ("storage", "active"))),
     _seed("qemu", state="crashed", main_pid=0, exit={"cause": "oom", "at": "2026", "signal": "SIGKILL"}),
     _seed("lxc", data={"definition": _CONTAINER, "root": "/srv/web1", "ids": [100000, 65536], "macs": [["a", "b"]]}),
     _seed("network", state="active", data={"definition": _NETWORK, "rules": "a", "bridge": "b", "ports": []}),

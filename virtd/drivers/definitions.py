@@ -138,6 +138,12 @@ def in_force(definition: Any, text: str) -> dict[str, Any]:
     return {"definition": text, "parsed": msgspec.to_builtins(definition), "parsed_by": __version__}
 
 
+def text_in_force(data: dict[str, Any]) -> str:
+    """The text of that definition, out of a record's `data`; "" when there is none that is a text."""
+    text = data.get("definition")
+    return text if isinstance(text, str) else ""
+
+
 def parsed(data: dict[str, Any], text: str, kind: type[D]) -> D | None:
     """The definition that `text` holds, if a record's `data` has it, put there by this version of virtd.
 

@@ -150,7 +150,7 @@ class Guest(Recorded, Generic[D]):
     @property
     def running_definition(self) -> D | None:
         """The definition that the guest was started with, or the present one when it isn't running."""
-        if self.pending and self.record is not None and (text := self.record.data.get("definition")):
+        if self.pending and self.record is not None and (text := definitions.text_in_force(self.record.data)):
             with contextlib.suppress(errors.InvalidDefinition):
                 return self.parsed(text) or self.parse(text, self.source)
         return self.definition

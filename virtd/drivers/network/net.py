@@ -110,7 +110,7 @@ class Net(Recorded):
     @property
     def running(self) -> model.Network | None:
         """The definition that is in force, or None while the network is inactive."""
-        if self.record is None or not self.active or not (text := self.record.data.get("definition")):
+        if self.record is None or not self.active or not (text := definitions.text_in_force(self.record.data)):
             return None
         if text == self.definition_text and self.definition is not None:
             return self.definition

@@ -15,6 +15,7 @@ from ... import errors, journal
 from ...messages import Message
 from ...model import pool as model
 from ...records import Record, now
+from ..definitions import text_in_force
 from ..recorded import Recorded
 from ..turns import Turns
 from .job import DRIVER
@@ -98,11 +99,7 @@ class StoragePool(Recorded):
     @property
     def present(self) -> model.Pool:
         """What the pool is: the definition that it was started with while it is active. Raises NotFound."""
-        if (
-            self.state is not State.INACTIVE
-            and self.record is not None
-            and (text := self.record.data.get("definition"))
-        ):
+        if self.state is not State.INACTIVE and self.record is not None and (text := text_in_force(self.record.data)):
             if text == self.definition_text and self.definition is not None:
                 return self.definition
             with contextlib.suppress(errors.InvalidDefinition):
