@@ -74,7 +74,7 @@ async def look(store: fdstore.Store, units: Units, unit: str) -> Problems:
             f"The file of {unit} {what}, and virtd could not be started again",
             f"See: systemctl status {unit}. Put it right, then systemctl daemon-reload, {BEFORE}.",
         )
-    if await keeps(units, unit) is False:
+    if load == "loaded" and await keeps(units, unit) is False:
         found["preserve"] = (
             f"FileDescriptorStorePreserve= of {unit} isn't yes: when virtd is stopped, guests' consoles are lost",
             "See: systemctl cat virtd.service. Remove what changes it, then systemctl daemon-reload.",

@@ -96,13 +96,14 @@ async def test_nothing_is_wrong(pid1: FakePid1, five: Store) -> None:
 @on_loop
 async def test_masked(pid1: FakePid1, five: Store) -> None:
     unit = Unit(pid1)
-    unit.becomes(LoadState="masked", FileDescriptorStoreMax=0)
+    unit.becomes(LoadState="masked", FileDescriptorStoreMax=0, FileDescriptorStorePreserve="no")
     assert pid1.names() == []
     found = await look(five, unit)
+    assert list(found) == ["store"]
     text, hint = found["store"]
     assert "masked" in text
     assert hint.startswith("systemctl unmask virtd.service before virtd is stopped")
-    unit.becomes(LoadState="loaded", FileDescriptorStoreMax=4096)
+    unit.becomes(LoadState="loaded", FileDescriptorStoreMax=4096, FileDescriptorStorePreserve="yes")
     assert await look(five, unit) == {}
     assert len(pid1.names()) == 5, "systemd has all of it again"
 
