@@ -114,6 +114,11 @@ class FakeUnits:
         found = [unit.state() for name, unit in sorted(self.units.items()) if fnmatch.fnmatchcase(name, pattern)]
         return [Listed(state.name, state.description, state.load, state.active, state.sub) for state in found]
 
+    async def unit_property(self, _name: str, prop: str) -> str:
+        """Of mount units, of which it has none."""
+        assert prop == "LoadState"
+        return "not-found"
+
     async def ended(self, name: str, invocation_id: str = "", *, timeout: float = 10.0) -> UnitState | None:
         self.step(f"ended {name}")
         if invocation_id and name in self.units and self.units[name].invocation_id != invocation_id:
