@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FIRST = ids.GUESTS.first
+OF_PROCESSES = users._of_processes
 MIB = 1 << 20
 
 
@@ -39,6 +40,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Users
     (tmp_path / "var/lib/virtd").mkdir(parents=True)
     monkeypatch.setattr(users, "SUBORDINATE", (str(tmp_path / "subuid"), str(tmp_path / "subgid")))
     monkeypatch.setattr(users, "known_as", lambda _uid: None)
+    monkeypatch.setattr(users, "_of_processes", lambda: {os.getuid()})  # a lab's guests may run on this machine
     return lambda **changes: Users(Paths(str(tmp_path)), settings.Qemu(**changes))
 
 
@@ -144,8 +146,13 @@ def test_one_for_all_when_asked_for(make: Callable[..., Users], monkeypatch: pyt
     assert asyncio.run(make(user="ann").account("a", "a", living("a"))) is one
 
 
-def test_processes_have_ids_too() -> None:
-    assert os.geteuid() in users._of_processes()
+def test_what_runs_has_an_id(make: Callable[..., Users], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert os.geteuid() in OF_PROCESSES()
+    monkeypatch.setattr(users, "_of_processes", lambda: {FIRST, FIRST + 1})
+    assert asyncio.run(taken(make(), "a", living("a"))) == FIRST + 2
+
+
+def test_the_host_knows_root() -> None:
     assert users.known_as(0) == "root"
 
 

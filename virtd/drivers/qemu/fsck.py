@@ -31,18 +31,14 @@ async def users(driver: Driver, *, repair: bool) -> list[Difference]:
 
 def _names(driver: Driver) -> list[Difference]:
     directory = driver.services.paths.userdb
-    running = {machine.name: user for machine in driver.machines.values() if (user := machine.user) is not None}
+    needed = {user: machine for machine in driver.machines.values() if (user := machine.user) is not None}
+    wrong = f"in {directory} aren't as they should be"
     found = [
-        Difference(
-            "user",
-            name,
-            f"the records of user {user.name} in {directory} aren't as they should be",
-            "write them anew",
-        )
-        for name, user in running.items()
-        if not userdb.is_whole(directory, user, name)
+        Difference("user", machine.name, f"the records of user {user.name} {wrong}", "write them anew")
+        for user, machine in needed.items()
+        # They go before all that one has left is put away.
+        if machine.alive and not userdb.is_whole(directory, user, machine.name)
     ]
-    needed = set(running.values())
     return found + [
         Difference("user", "", f"{directory} has user {user.name} ({user.uid}), whom no guest runs as", "remove it")
         for user in userdb.left_over(directory, userdb.listing(directory), set(needed))
@@ -57,19 +53,18 @@ async def _ids(driver: Driver) -> list[Difference]:
         text = f"{exc.message}; each domain gets another user ID at its next start"
         found.append(Difference("user", "", text))
     others: dict[int, str] = {}
-    for machine in driver.machines.values():
+    for machine in list(driver.machines.values()):
         if (user := machine.user) is None:
             continue
-        if (other := others.setdefault(user.uid, machine.name)) != machine.name:
-            found.append(Difference("user", machine.name, f"{machine.name} and {other} run as one user, {user.uid}"))
+        name = machine.name
+        if (other := others.setdefault(user.uid, name)) != name:
+            found.append(Difference("user", name, f"{name} and {other} run as one user, {user.uid}"))
         known = await asyncio.to_thread(known_as, user.uid)
+        if known == user.name or not machine.alive:  # it may have ended meanwhile
+            continue
         if known is None:
-            text = (
-                f"the host doesn't know user {user.name} ({user.uid}) and can't shut {machine.name} down as it ends"
-            )
-            found.append(Difference("user", machine.name, text))
-        elif known != user.name:
-            found.append(
-                Difference("user", machine.name, f"{machine.name} runs as {user.uid}, who is {known} as well")
-            )
+            text = f"the host doesn't know user {user.name} ({user.uid}) and can't shut {name} down as it ends"
+        else:
+            text = f"{name} runs as user {user.uid}, who is {known} as well"
+        found.append(Difference("user", name, text))
     return found
