@@ -73,6 +73,29 @@ def look(path: str) -> os.stat_result:
         return found.status
 
 
+def trouble(path: str) -> str:
+    """Why `look` fails, for a person; "" when it doesn't."""
+    try:
+        look(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return f"no such file: {path}"
+    except OSError as exc:
+        return f"cannot open {path}: {exc.strerror}"
+    except errors.HostError as exc:
+        return exc.message
+    return ""
+
+
+def defined(path: str, source: str, key: str) -> os.stat_result:
+    """`look` at what a definition names in `key`. Raises InvalidDefinition."""
+    try:
+        return look(path)
+    except OSError:
+        raise errors.InvalidDefinition(source, key, trouble(path)) from None
+    except errors.HostError as exc:
+        raise errors.InvalidDefinition(source, key, exc.message, hint=exc.hint) from exc
+
+
 def opened(path: str, flags: int) -> int:
     """open(2) of what `reached` leads to, with its errors; the caller's to close."""
     with reached(path) as found:

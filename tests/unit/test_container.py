@@ -364,3 +364,18 @@ def test_names_of_interfaces_are_short_and_its_own() -> None:
     assert len(set(names)) == 12
     assert all(len(name) <= 15 for name in names)
     assert container.mac_of("7429a786", 0) != container.mac_of("7429a786", 1)
+
+
+def test_a_mount_that_others_could_exchange_is_refused(tmp_path: Path) -> None:
+    """They would have something else of the host given to the container."""
+    (tmp_path / "open/data").mkdir(parents=True)
+    definition = parse(f'[[mount]]\nsource = "{tmp_path}/open/data"\ntarget = "/mnt"\n')
+    host.check_host(definition, "x")
+    assert host.missing(definition) == []
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(errors.InvalidDefinition, match="could exchange data") as caught:
+        host.check_host(definition, "x")
+    assert caught.value.key == "mount[0].source"
+    assert "chmod o-w" in caught.value.hint
+    ((key, _text),) = host.missing(definition)
+    assert key == "mount[0].source"

@@ -10,7 +10,7 @@ import stat
 import sys
 from typing import TYPE_CHECKING
 
-from ... import errors
+from ... import errors, reach
 from ...model import container as model
 from ...model import size
 
@@ -153,8 +153,8 @@ def halt_signal(container: model.Container, root: str) -> str:
 
 def check_host(container: model.Container, source: str) -> None:
     """What is named besides the root is there, and the host can hold what the limits allow. InvalidDefinition."""
-    for key, text in missing(container):
-        raise errors.InvalidDefinition(source, key, text)
+    for key, path in model.paths(container):
+        reach.defined(path, source, key)
     for index, device in enumerate(container.device):
         mode = os.stat(device.path).st_mode
         if not (stat.S_ISCHR(mode) or stat.S_ISBLK(mode)):
@@ -193,6 +193,6 @@ def usual_pids() -> int:
 
 
 def missing(container: model.Container) -> list[tuple[str, str]]:
-    """What the definition names and the host doesn't have, as (key, text)."""
-    found = [(key, f"no such file or directory: {path}") for key, path in model.paths(container)]
-    return [entry for entry, (_, path) in zip(found, model.paths(container), strict=True) if not os.path.exists(path)]
+    """What the definition names and the host doesn't have, or others could exchange, as (key, text)."""
+    found = [(key, reach.trouble(path)) for key, path in model.paths(container)]
+    return [(key, text) for key, text in found if text]

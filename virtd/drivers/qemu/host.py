@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ... import errors
+from ... import errors, reach
 from ...model import domain as model
 from ...model import size
-from ...reach import look, reached
 from .. import qcow2
 
 if TYPE_CHECKING:
@@ -135,20 +134,8 @@ def devices(*, kvm: bool, tap: bool, vhost: bool) -> list[str]:
 
 def missing_files(domain: model.Domain) -> list[tuple[str, str]]:
     """What the definition names and the host doesn't have, or can't be given to a guest, as (key, text)."""
-    found = [(key, _trouble(path)) for key, path in model.paths(domain)]
+    found = [(key, reach.trouble(path)) for key, path in model.paths(domain)]
     return [(key, text) for key, text in found if text]
-
-
-def _trouble(path: str) -> str:
-    try:
-        look(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return f"no such file: {path}"
-    except OSError as exc:
-        return f"cannot open {path}: {exc.strerror}"
-    except errors.HostError as exc:
-        return exc.message
-    return ""
 
 
 def check_files(domain: model.Domain, source: str, who: Account) -> None:
@@ -156,7 +143,7 @@ def check_files(domain: model.Domain, source: str, who: Account) -> None:
     read_only = {f"disk[{index}].path" for index, disk in enumerate(domain.disk) if disk.readonly}
     images = {f"disk[{index}].path" for index, disk in enumerate(domain.disk) if disk.format is model.Format.QCOW2}
     for key, path in model.paths(domain):
-        status = _look(key, path, source)
+        status = reach.defined(path, source, key)
         if not stat.S_ISREG(status.st_mode) and not (
             key.startswith("disk") and path.startswith("/dev/") and stat.S_ISBLK(status.st_mode)
         ):
@@ -181,18 +168,9 @@ def check_files(domain: model.Domain, source: str, who: Account) -> None:
         )
 
 
-def _look(key: str, path: str, source: str) -> os.stat_result:
-    try:
-        return look(path)
-    except OSError:
-        raise errors.InvalidDefinition(source, key, _trouble(path)) from None
-    except errors.HostError as exc:
-        raise errors.InvalidDefinition(source, key, exc.message, hint=exc.hint) from exc
-
-
 def _check_qcow2(key: str, path: str, source: str) -> None:
     """Raise InvalidDefinition for an image that is more than this one file: QEMU isn't to go by what it names."""
-    with reached(path) as file:
+    with reach.reached(path) as file:
         fd = os.open(file.itself, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         header = qcow2.read(fd, path)
