@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -20,6 +21,7 @@ from virtd import errors
 from virtd.cli.output import rounded
 from virtd.drivers import nodes, qcow2
 from virtd.drivers.qemu import command, images
+from virtd.drivers.qemu import host as qemu_host
 from virtd.drivers.storage import host as storage_host
 from virtd.drivers.storage import images as storage_images
 from virtd.drivers.storage import mounts, programs, worker
@@ -32,7 +34,6 @@ from virtd.model.domain import Format
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
-    from pathlib import Path
 
 
 @pytest.mark.parametrize(
@@ -221,6 +222,7 @@ def test_a_header(tmp_path: Path) -> None:
         (header(backing=b"x" * 1024), "outside the header"),
         (header(backing=b"abc")[:114], "cut off"),
         (header(backing=b"a\0b"), "cut off"),
+        (header(backing=b"\xff\xed\xa0\x80"), "no text"),  # which could be told to no client
         (header(snapshots=((b"1", b"a"),))[: 1 << 16], "outside the file"),
     ],
 )
@@ -228,6 +230,47 @@ def test_headers_that_lie(tmp_path: Path, data: bytes, why: str) -> None:
     with pytest.raises(errors.InvalidState) as caught:
         read(tmp_path, data)
     assert why in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (header(backing=b"/etc/shadow", kind=b"raw"), 'stands on "/etc/shadow", which only a volume can'),
+        (header(features=4), "its data is in another file"),
+        (header()[:32] + struct.pack(">I", 2) + header()[36:], "it is encrypted"),
+        (header(features=2), "marked as corrupt"),
+    ],
+)
+def test_an_image_that_is_more_than_its_file_is_no_disk(tmp_path: Path, data: bytes, why: str) -> None:
+    """QEMU would open what the header names; and without it the guest would see holes in the place of its data."""
+    path = tmp_path / "disk.qcow2"
+    text = f'name = "d"\nmemory = "64M"\n[[disk]]\npath = "{path}"\nformat = "%s"\n'
+    who = qemu_host.Account("me", "me", os.getuid(), os.getgid(), ())
+    path.write_bytes(header())
+    qemu_host.check_files(domain_model.parse(text % "qcow2", "d.toml"), "d.toml", who)
+    path.write_bytes(data)
+    with pytest.raises(errors.InvalidDefinition) as caught:
+        qemu_host.check_files(domain_model.parse(text % "qcow2", "d.toml"), "d.toml", who)
+    assert caught.value.key == "disk[0].path"
+    assert why in caught.value.expected
+    qemu_host.check_files(domain_model.parse(text % "raw", "d.toml"), "d.toml", who)  # nobody reads a header in it
+
+
+def test_what_was_changed_after_the_look_is_no_volume(tmp_path: Path) -> None:
+    """The owner of an image that is imported can write to it all the time."""
+    pool = directory(tmp_path)
+
+    async def work() -> None:
+        await pool.start()
+        for data in (header(features=4), header(backing=b"/etc/shadow")):
+            Path(await pool.begin("job-1", "a", None)).write_bytes(data)
+            with pytest.raises(errors.InvalidState):
+                await pool.commit("job-1", "a", Meta(Format.QCOW2, job="job-1"))
+            await pool.discard("job-1", "a")
+        assert await pool.volumes() == {}
+        assert os.listdir(f"{pool.pool.path}/.virtd") == ["new"]
+
+    run(work())
 
 
 def test_random_headers_raise_nothing_else(tmp_path: Path) -> None:
