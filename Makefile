@@ -27,7 +27,7 @@ CATALOGDIR := $(SYSTEMDDIR)/catalog
 SYSUSERSDIR := $(PREFIX)/lib/sysusers.d
 TMPFILESDIR := $(PREFIX)/lib/tmpfiles.d
 
-.PHONY: help setup lint test unit live lvm survival sweep kills neighbours model fuzz demo bench rpm install clean
+.PHONY: help setup lint test unit live hard-days lvm survival sweep kills neighbours model fuzz demo bench rpm install clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,7 +51,10 @@ unit: $(STAMP) ## tests that need no root, JOBS of them at once [JOBS=2]
 	$(PYTHON) -m pytest tests/unit -n $(JOBS)
 
 live: $(STAMP) ## tests in booted systems (root), JOBS of them at once [JOBS=2]
-	$(PYTHON) -m pytest tests/live -m live -o faulthandler_timeout=900 -n $(JOBS) --dist loadfile
+	$(PYTHON) -m pytest tests/live -m "live and not hard" -o faulthandler_timeout=900 -n $(JOBS) --dist loadfile
+
+hard-days: $(STAMP) ## what people's hosts do to a daemon, all of it (root, a quarter of an hour)
+	$(PYTHON) -m pytest tests/live/test_hard_days*.py tests/live/test_bad_days.py -m live -o faulthandler_timeout=900
 
 lvm: $(STAMP) ## pools on LVM and NFS, in a machine that has the kernel for it (root, a quarter of an hour)
 	$(PYTHON) -m tests.lvm

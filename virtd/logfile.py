@@ -166,6 +166,9 @@ class LogFile:
         the pipe).
         """
         now = self._now
+        # Somebody may have cut it (logrotate's copytruncate): written on at the old place it would begin with a hole.
+        if os.fstat(self.fd).st_size != now.size:
+            now.size = os.lseek(self.fd, 0, os.SEEK_END)
         if self._turn_at - now.size >= most:
             moved = os.splice(pipe_fd, self.fd, most, flags=_SPLICE)
             now.size += moved

@@ -439,6 +439,18 @@ def test_the_whole_directory_removed(path: Path, feed: Feed) -> None:
     log.close()
 
 
+@pytest.mark.parametrize("limit", [1 << 20, 64])
+def test_a_file_cut_between_two_moves_gets_no_hole(path: Path, feed: Feed, limit: int) -> None:
+    """logrotate's copytruncate, at a moment that nobody is told of: `check` is only called now and then."""
+    log = LogFile(path, limit=limit, backups=1)
+    for number in range(20):
+        feed.move(log, b"line %06d\n" % number)
+        if number % 3 == 2:
+            os.truncate(path, 0)
+    assert b"\0" not in contents(log)
+    log.close()
+
+
 def test_a_file_cut_by_hand_gets_no_hole(path: Path, feed: Feed) -> None:
     log = LogFile(path)
     feed.move(log, numbered(0, 100))

@@ -91,7 +91,7 @@ class Objects(Generic[G]):
                     await changed.wait()
         except TimeoutError:
             raise errors.TimedOut(
-                f"{machine.name} is {machine.state} after {timeout:g} s, not {' or '.join(states)}"
+                f"{machine.name} is {machine.state} after {timeout:.3g} s, not {' or '.join(states)}"
             ) from None
         finally:
             unsubscribe()

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What people's hosts do to a daemon: odd files, cleaned directories, units that others touch. `make hard-days`.
+
+Those marked `hard` take a while and are left out of `make test`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.harness import Lab, check, definition
+from tests.live.tools import KILL, Journal, drop_in
+from virtd.messages import Message
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.live
+
+UNITS = "virtd.socket virtd-root.socket virtd.service"
+STOP, START = f"systemctl stop {UNITS}", f"systemctl start {UNITS}"
+UNIT = "virtd-qemu-web1.service"
+DIRECTORIES = "qemu network lxc storage"
+
+
+@pytest.fixture
+def web1(lab: Lab) -> Iterator[Lab]:
+    """A guest that runs, and afterwards a host on which nothing is wrong."""
+    lab.define("web1", cmdline="virtd.rate=100", start=True)
+    lab.wait("its lines", lambda: check(lab.console("web1")).lines > 10, 60)
+    yield lab
+    lab.virtctl("stop", "web1", check=False)
+    lab.sh("rm -rf /var/log/virtd/qemu/web1.* /run/virtd/quarantine/*")
+
+
+def status(lab: Lab) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(lab.virtctl("status", "--json", check=False).stdout)
+    return value
+
+
+def nothing_wrong(lab: Lab) -> None:
+    lab.wait("a tidy status", lambda: lab.virtctl("status", check=False).returncode == 0, 20)
+    assert lab.json("fsck")["differences"] == []
+
+
+def state_of(lab: Lab, name: str = "web1") -> tuple[str, int | None]:
+    info = lab.info(name)
+    return info["state"], info["pid"]
+
+
+# Files
+
+NOT_UTF8 = r"$'\xff\xfe'"
+FILES = f"""
+for d in {DIRECTORIES}; do for base in /etc/virtd:toml /run/virtd:json; do
+    dir=${{base%:*}}/$d ext=${{base#*:}}; mkdir -p $dir
+    : >$dir/{NOT_UTF8}.$ext
+    mkfifo $dir/fifo.$ext; ln -s /dev/zero $dir/zero.$ext; ln -s /dev/ptmx $dir/ptmx.$ext; mkdir $dir/dir.$ext
+    truncate -s 10G $dir/holes.$ext 2>/dev/null
+    python3 -c 'print(".".join("a" * 50000) + " = 1")' >$dir/dotted.$ext
+    python3 -c 'print("a = " + "[" * 100000)' >$dir/deep.$ext
+    python3 -c 'print("a = " + "1" * 500000)' >$dir/digits.$ext
+    head -c 2M /dev/zero >$dir/large.$ext
+done; done
+for f in autostarted launched; do rm -f /run/virtd/$f; mkfifo /run/virtd/$f; done
+"""
+NO_FILES = f"""
+for d in {DIRECTORIES}; do for n in fifo zero ptmx dir holes dotted deep digits large {NOT_UTF8}; do
+    rm -rf /etc/virtd/$d/$n.toml /run/virtd/$d/$n.json
+done; done
+rm -rf /run/virtd/quarantine/* /run/virtd/autostarted /run/virtd/launched /etc/virtd/virtd.toml
+"""
+
+
+def test_odd_files_everywhere(web1: Lab) -> None:
+    pid = state_of(web1)[1]
+    try:
+        web1.run("bash", "-c", FILES)
+        for again in ("systemctl restart virtd.service", f"{KILL}; sleep 1"):
+            web1.sh(again)
+            web1.wait("its answer", lambda: web1.virtctl("list", check=False).returncode == 0, 30)
+            assert state_of(web1) == ("running", pid)
+            problems = status(web1)["problems"]
+            assert len([one for one in problems if "/etc/virtd/" in one["text"]]) >= 4 * 10
+            assert all(one["hint"] for one in problems)
+        assert web1.run("systemctl", "reload", "virtd.service", check=False).returncode == 1
+        web1.sh("rm -f /etc/virtd/virtd.toml; mkfifo /etc/virtd/virtd.toml; systemctl restart virtd.service")
+        assert any("virtd.toml" in one["text"] for one in status(web1)["problems"])
+        assert web1.sh("systemctl show -P NRestarts virtd.service").strip() in "01", "killed once, by us"
+    finally:
+        web1.run("bash", "-c", NO_FILES)
+        web1.sh("systemctl restart virtd.service")
+    nothing_wrong(web1)
+    assert state_of(web1) == ("running", pid)
+
+
+@pytest.mark.hard
+def test_two_thousand_definitions_at_once(web1: Lab) -> None:
+    text = definition("NAME")
+    web1.write("/root/template.toml", text)
+    journal = Journal.now(web1)
+    try:
+        web1.sh(
+            "for i in $(seq 2000); do sed s/NAME/new$i/ /root/template.toml >/etc/virtd/qemu/new$i.toml; done; "
+            "systemctl reload virtd.service; systemctl is-active virtd.service",
+            timeout=300,
+        )
+        assert len(web1.json("list")) == 2001
+        assert not journal.entries("UNIT_RESULT=watchdog")
+    finally:
+        web1.sh("rm -f /etc/virtd/qemu/new*.toml; systemctl reload virtd.service", timeout=300)
+    nothing_wrong(web1)
+
+
+def test_definitions_that_are_not_roots_alone(web1: Lab) -> None:
+    try:
+        web1.sh(
+            "cd /etc/virtd/qemu; for n in a b; do sed s/web1/$n/ web1.toml | grep -v uuid >$n.toml; done; "
+            "chown nobody a.toml; chmod 666 b.toml; systemctl reload virtd.service",
+            check=False,
+        )
+        texts = {one["object"]: one["text"] for one in status(web1)["problems"]}
+        assert "belongs to the user" in texts["qemu/a"]
+        assert "everybody may write it" in texts["qemu/b"]
+        assert {one["name"] for one in web1.json("list")} == {"web1"}
+    finally:
+        web1.sh("rm -f /etc/virtd/qemu/[ab].toml; systemctl reload virtd.service")
+    nothing_wrong(web1)
+
+
+def test_a_linked_definition_stays_one(lab: Lab) -> None:
+    lab.sh("mkdir -p /srv/git")
+    lab.write("/srv/git/g.toml", definition("g"))
+    try:
+        lab.sh(
+            "chmod 600 /srv/git/g.toml; ln -s /srv/git/g.toml /etc/virtd/qemu/g.toml; systemctl reload virtd.service"
+        )
+        assert lab.sh("readlink /etc/virtd/qemu/g.toml; stat -c %a /srv/git/g.toml").split() == [
+            "/srv/git/g.toml",
+            "600",
+        ]
+        lab.sh("sed -i s/96M/80M/ /srv/git/g.toml; systemctl reload virtd.service")
+        assert lab.info("g")["memory"] == 80 << 20
+    finally:
+        lab.virtctl("undefine", "g", check=False)
+        lab.sh("rm -rf /srv/git")
+
+
+# Cleaning
+
+
+def test_systemctl_clean_takes_nothing(web1: Lab) -> None:
+    pid = state_of(web1)[1]
+    web1.define("off")
+    web1.virtctl("autostart", "off")
+    what = "find /etc/virtd /var/lib/virtd /var/log/virtd /run/virtd ! -name '*.sock' -printf '%p %m %u\\n' | sort"
+    web1.sh(STOP)
+    before = web1.sh(what)
+    for kind in ("state", "runtime", "logs", "cache", "configuration"):
+        web1.sh(f"systemctl clean --what={kind} virtd.service", check=False)
+    assert web1.sh(what) == before
+    web1.sh(START)
+    assert state_of(web1) == ("running", pid)
+    nothing_wrong(web1)
+
+
+def test_a_runtime_directory_that_is_gone(web1: Lab) -> None:
+    """All comes back with its modes, and nothing is started that was stopped on purpose."""
+    pid = state_of(web1)[1]
+    web1.define("off")
+    web1.virtctl("autostart", "off")
+    modes = "stat -c '%n %a' /run/virtd /run/virtd/{qemu,network,lxc,storage,fifos,quarantine}"
+    before = web1.run("bash", "-c", modes).stdout
+    web1.sh(f"{STOP}; rm -rf /run/virtd; {START}")
+    web1.wait("the guest", lambda: state_of(web1) == ("running", pid), 20)
+    assert web1.run("bash", "-c", modes).stdout == before
+    web1.sh("sleep 1")
+    assert state_of(web1, "off") == ("stopped", None)
+
+
+# Units that others touch
+
+
+def test_nobody_restarts_a_guests_unit(web1: Lab) -> None:
+    pid = state_of(web1)[1]
+    for verb in ("restart", "try-restart", "reload-or-restart", "start"):
+        done = web1.run("systemctl", verb, UNIT, check=False)
+        assert done.returncode != 0 or verb == "start"
+    for unit in ("virtd.slice", "virtd-qemu.slice"):
+        assert web1.run("systemctl", "restart", unit, check=False).returncode != 0
+    assert state_of(web1) == ("running", pid)
+    assert web1.sh("systemctl list-units --all --plain --no-legend 'virtd_start*'") == ""
+    nothing_wrong(web1)
+
+
+def test_a_stop_while_virtd_is_away_has_its_time(web1: Lab) -> None:
+    web1.sh(f"{STOP}; systemctl stop {UNIT}")
+    stopped = float(web1.sh("date +%s.%N"))
+    web1.sh(f"sleep 5; {START}")
+    info = web1.wait("its end", lambda: (i := web1.info("web1"))["exit"] and i, 20)
+    assert (info["state"], info["exit"]["cause"]) == ("stopped", "host-shutdown")
+    assert float(web1.sh(f"date -d {info['exit']['at']} +%s.%N")) < stopped + 1
+
+
+@pytest.mark.parametrize("away", [True, False], ids=["away", "there"])
+def test_an_exit_status_that_systemd_has_forgotten(web1: Lab, *, away: bool) -> None:
+    pid = state_of(web1)[1]
+    kill = f"kill -9 {pid}; until systemctl is-failed -q {UNIT}; do :; done; systemctl reset-failed {UNIT}"
+    web1.sh(f"{STOP}; {kill}; {START}" if away else f"{kill} || :")
+    info = web1.wait("its end", lambda: (i := web1.info("web1"))["exit"] and i, 20)
+    assert (info["state"], info["exit"]["signal"]) == ("crashed", "SIGKILL")
+    nothing_wrong(web1)
+
+
+def test_nothing_is_told_too_early(web1: Lab) -> None:
+    pid = state_of(web1)[1]
+    for _ in range(3):
+        done = web1.sh(
+            f"{STOP}; rm /run/virtd/qemu/web1.json; {START}; virtctl list --json; "
+            "virtctl wait --timeout 1 web1 >/dev/null 2>&1; waited=$?; echo; echo $waited"
+        )
+        listing, waited = done.rstrip().rpartition("\n")[::2]
+        (item,) = json.loads(listing)
+        assert (item["state"], item["pid"], waited) == ("running", pid, "1")
+    nothing_wrong(web1)
+
+
+# virtd's own unit
+
+
+def test_masked(web1: Lab) -> None:
+    pid = state_of(web1)[1]
+    journal = Journal.now(web1)
+    try:
+        web1.sh("systemctl mask virtd.service")
+        (entry,) = journal.await_entries(f"MESSAGE_ID={Message.STORE_AT_RISK}")
+        assert "masked" in entry["MESSAGE"]
+        (problem,) = web1.wait("the problem", lambda: status(web1)["problems"], 20)
+        assert "systemctl unmask virtd.service" in problem["hint"]
+    finally:
+        web1.sh("systemctl unmask virtd.service")
+    web1.wait("the slots", lambda: web1.slots() == 5, 20)
+    nothing_wrong(web1)
+    web1.sh(f"{STOP}; {START}")
+    assert state_of(web1) == ("running", pid)
+    before = check(web1.console("web1")).lines
+    web1.wait("more lines", lambda: check(web1.console("web1")).lines > before, 20)
+    assert check(web1.console("web1")).whole
+
+
+def test_fewer_open_files_than_are_kept(web1: Lab) -> None:
+    web1.define("web2")
+    file = "/run/systemd/system/virtd.service.d/few.conf"
+    try:
+        web1.sh(f"mkdir -p $(dirname {file}); printf '[Service]\\nLimitNOFILE=7\\n' >{file}; systemctl daemon-reload")
+        (problem,) = web1.wait("the problem", lambda: status(web1)["problems"], 20)
+        assert "LimitNOFILE= of virtd.service is 7" in problem["text"]
+        done = web1.virtctl("start", "web2", check=False)
+        assert done.returncode == 1
+        assert "LimitNOFILE" in done.stderr
+    finally:
+        web1.sh(f"rm -r $(dirname {file}); systemctl daemon-reload")
+    nothing_wrong(web1)
+
+
+@pytest.mark.hard
+def test_a_virtd_that_cannot_be_executed(web1: Lab) -> None:
+    pid = state_of(web1)[1]
+    restarts = "systemctl show -P NRestarts virtd.service"
+    try:
+        web1.sh(f"cd /usr/libexec; mv virtd virtd.away; echo x >virtd; chmod 755 virtd; {KILL}")
+        time.sleep(5)
+        before = int(web1.sh(restarts))
+        time.sleep(10)
+        assert int(web1.sh(restarts)) - before <= 30, "more than three a second"
+    finally:
+        web1.sh("mv /usr/libexec/virtd.away /usr/libexec/virtd")
+    web1.wait("virtd", lambda: web1.virtctl("list", check=False).returncode == 0, 30)
+    assert state_of(web1) == ("running", pid)
+
+
+@pytest.mark.hard
+def test_no_alarm_on_a_tidy_host(web1: Lab) -> None:
+    journal = Journal.now(web1)
+    for _ in range(3):
+        web1.sh("systemctl restart virtd.service; systemctl daemon-reload; systemctl reload virtd.service")
+        web1.virtctl("suspend", "web1")
+        web1.virtctl("resume", "web1")
+        web1.virtctl("stop", "web1")
+        web1.virtctl("start", "web1")
+    nothing_wrong(web1)
+    loud = [entry for entry in journal.entries("SYSLOG_IDENTIFIER=virtd") if int(entry["PRIORITY"]) <= 4]
+    assert loud == []
+
+
+def test_a_small_store_is_told_as_before(web1: Lab) -> None:
+    with drop_in(web1, "[Service]\nFileDescriptorStoreMax=12\n"):
+        assert status(web1)["problems"] == []
