@@ -67,6 +67,7 @@ LISTENERS = ("varlink", "varlink-root")  # FileDescriptorName= in virtd.socket a
 GRACE = 0.05  # seconds after READY=1 in which those who waited for it are answered before D-Bus is brought up
 LAST_LOOK = 0.2  # seconds that the end waits for what guests have just said to be in their logs
 TIDY_EVERY = 2.0
+LOOK_EVERY = 10.0  # seconds between two looks at what guests stand on
 WELL = 5.0  # seconds after which a crash is the first of its kind, see RestartSteps= in virtd.service
 UNITS_LIMIT = 20.0  # seconds that an operation waits for D-Bus to come (back)
 ITSELF = Caller(uid=0, pid=os.getpid(), name="virtd")
@@ -118,6 +119,7 @@ class Daemon:
         self._task(self._watchdog)
         self._task(self._keep_tidy)
         self._task(self._bring_up)
+        self._task(self._look)
         await self._stopping.wait()
         self._notify("STOPPING=1")
         # Our successor would find it in the pipes, but when the host goes down nobody comes after us.
@@ -323,6 +325,11 @@ class Daemon:
             if self._store.untidy():
                 with contextlib.suppress(fdstore.NotifyFailed):
                     await asyncio.to_thread(self._store.tidy)
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY)
+            await self.host.look()
 
     async def _watchdog(self) -> None:
         """Tell systemd that the loop turns, twice as often as it asks for."""

@@ -19,6 +19,7 @@ class Message(StrEnum):
     ENDED = "6115ded11c3f465fb89eb3933d48bda9"
     BUDGET_REFUSED = "c7c45227bb224aa4a5d58467d9b4cd31"
     STORE_AT_RISK = "6f4eb7b9b9ad490fb97096ff712a0f76"
+    DISK_LOST = "3f871d768f7144c2bbe9dc21a6db38d7"
     SLOT_LOST = "434df9878eb44e91ab45cac302399b1b"
     DEFINITION_PROBLEM = "50cf1f321eca47cdba17dd6a9dac91b5"
     RECORD_QUARANTINED = "3142af82e88f47c38822db8f3387b37d"
@@ -41,6 +42,7 @@ FIELDS: dict[Message, tuple[str, ...]] = {
     Message.ENDED: (*OBJECT, "VIRTD_UNIT", "VIRTD_CAUSE"),
     Message.BUDGET_REFUSED: (*OBJECT, "VIRTD_USED", "VIRTD_MAX"),
     Message.STORE_AT_RISK: (),
+    Message.DISK_LOST: (*OBJECT, "VIRTD_UNIT"),
     Message.SLOT_LOST: (*OBJECT, "VIRTD_SLOT"),
     Message.DEFINITION_PROBLEM: ("VIRTD_FILE",),
     Message.RECORD_QUARANTINED: ("VIRTD_DRIVER", "VIRTD_NAME", "VIRTD_FILE"),

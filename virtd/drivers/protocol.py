@@ -128,6 +128,14 @@ class Comparing(Protocol):
         """
 
 
+@runtime_checkable
+class Looking(Protocol):
+    """A driver whose objects may lose something that nobody tells of."""
+
+    async def look(self) -> None:
+        """See what is there. It may take as long as a file system takes to answer; problems tell what is wrong."""
+
+
 Publish = Callable[[str, str], None]  # (event, name): "added", "removed", "changed", "ended"
 Peers = Callable[[str], Any]  # the driver of that name, made at its first use
 

@@ -18,6 +18,7 @@ import msgspec
 
 from .. import __version__, console
 from ..child import sweep
+from ..drivers.protocol import Looking
 from ..drivers.qemu.machine import DRIVER
 from ..drivers.registry import Drivers
 from ..records import now
@@ -167,6 +168,12 @@ class Host(Domains):
             await driver.reconcile()
         except Exception as exc:
             self._trouble(driver, "reconciled", exc)
+
+    async def look(self) -> None:
+        """See whether everything is still there that nobody tells of when it goes; asked now and then."""
+        for driver in self.drivers:
+            if isinstance(driver, Looking):
+                await driver.look()
 
     async def autostart(self) -> None:
         """Start what is to be started at boot, and go on trying where that can't be done yet."""

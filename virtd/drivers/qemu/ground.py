@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Whether the files that running guests have open are still where everybody looks for them.
+
+Who deletes the disk of a guest that runs notices nothing, nor does the guest, until it is off and its data is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING
+
+from ... import journal
+from ...messages import Message
+from ..protocol import Difference, Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from .machine import Machine
+
+LOOK = 10.0  # seconds that a file system may take; one that hangs mustn't hold up more than this
+HINT = "Copy what is in it, from inside the guest or with QEMU's drive-backup, before the guest is stopped."
+KEY = "disks"
+
+
+def missing(images: Iterable[tuple[tuple[int, int], str]]) -> list[str]:
+    """What is wrong with each of these that isn't there any more; what can't be looked at is left out."""
+    found = []
+    for identity, path in images:
+        try:
+            status = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            found.append(f"{path} was deleted, and the guest has it open")
+        except OSError:
+            continue
+        else:
+            if (status.st_dev, status.st_ino) != identity:
+                found.append(f"{path} is another file by now, and the guest has the old one open")
+    return found
+
+
+def opened(machine: Machine) -> list[tuple[tuple[int, int], str]]:
+    """By its record; an older virtd's has no list, and what its definition names by now proves nothing."""
+    if machine.record is None or not isinstance(machine.record.data.get("images"), list):
+        return []
+    return [(identity, path) for identity, (path, _writes) in machine.images().items()]
+
+
+async def look(machines: Iterable[Machine]) -> None:
+    """Have each guest's lost files among its problems, and in the journal when they are new."""
+    wanted = {machine.name: (machine, opened(machine)) for machine in machines if machine.alive}
+    found = await asyncio.to_thread(lambda: {name: missing(images) for name, (_, images) in wanted.items()})
+    for name, (machine, _) in wanted.items():
+        if not machine.alive:
+            continue
+        if not found[name]:
+            machine.problems.pop(KEY, None)
+            continue
+        text = "; ".join(found[name])
+        before = machine.problems.get(KEY)
+        machine.problems[KEY] = Problem(text, HINT)
+        if before is None or before.text != text:
+            journal.send(f"{name}: {text}", message_id=Message.DISK_LOST, level="error", **machine.fields())
+
+
+async def differences(machines: Iterable[Machine]) -> list[Difference]:
+    """The same for fsck."""
+    running = [machine for machine in machines if machine.alive]
+    try:
+        async with asyncio.timeout(LOOK):
+            await look(running)
+    except TimeoutError:
+        return [
+            Difference("file", "", "the files of running guests can't be looked at: a file system doesn't answer")
+        ]
+    return [
+        Difference("file", machine.name, machine.problems[KEY].text) for machine in running if KEY in machine.problems
+    ]
