@@ -506,3 +506,15 @@ async def test_a_record_that_could_not_be_written_is_tried_again(
         await until(lambda: world.record("web1").state == "paused")
         await until(lambda: machine.problems == {})
         await host.stop("web1", by=ROOT)
+
+
+@on_loop
+async def test_slots_are_told_while_one_is_put_away(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with world.daemon() as host:
+        await world.run("web1")
+        store = host.services.store
+        get = store.get
+        monkeypatch.setattr(store, "get", lambda name: -1 if name == "qemu/web1/log" else get(name))
+        told = {row["name"]: row["what"] for row in await host.slots()}
+        assert told["qemu/web1/log"] == ""
+        assert told["qemu/web1/console.log"].endswith("web1.console.log")

@@ -254,8 +254,7 @@ class Host(Domains):
         """See Slots in org.virtd1.varlink."""
         store = self._services.store
         return [
-            {"name": name, "kept_as": store.kept_as(name), "what": os.readlink(f"/proc/self/fd/{store.get(name)}")}
-            for name in store.names()
+            {"name": name, "kept_as": store.kept_as(name), "what": _what(store.get(name))} for name in store.names()
         ]
 
     async def check_all(self, *, repair: bool, by: Caller | None) -> dict[str, Any]:
@@ -298,6 +297,14 @@ async def _bit_by_bit(work: Iterable[T]) -> AsyncIterator[T]:
         if time.monotonic() - turn > TURN:
             await asyncio.sleep(0)
             turn = time.monotonic()
+
+
+def _what(fd: int) -> str:
+    """What is open, as /proc says it; nothing of one that was closed just now, before its slot is dropped."""
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return ""
 
 
 def _repaired(row: dict[str, Any]) -> bool:
