@@ -127,6 +127,34 @@ def test_a_tap_is_its_guests_also_when_that_has_ended(two: Lab) -> None:
     assert lab.sh("ls /sys/class/net | grep vt-b", check=False) == ""
 
 
+def test_a_tap_with_anothers_address_is_put_out(two: Lab) -> None:
+    """Whoever has a tap open can give it any address, without any capability: SIOCSIFHWADDR, drivers/net/tun.c."""
+    lab, mac = two, two.info("b")["nics"][0]["mac"]
+
+    def b_is_reached() -> str:
+        return lab.sh(f"bridge fdb show dev vt-b-0 | grep '{mac}.*static'", check=False)
+
+    def at_home() -> bool:
+        return not lab.sh("readlink /sys/class/net/vt-a-0/master", check=False) and bool(b_is_reached())
+
+    assert b_is_reached()
+    lab.sh(f"ip link set vt-a-0 address {mac}")
+    lab.wait("a out of the bridge, and b's address its own", at_home, 20)
+    [problem] = lab.json("status")["problems"]
+    assert "qemu/a gave its interface vt-a-0 another MAC address" in problem["text"]
+    # Also if nobody is there at that moment; and it is no matter of a's alone any more.
+    lab.virtctl("stop", "a")
+    assert lab.json("status")["problems"] == []
+    lab.virtctl("start", "a")
+    assert "vt-a-0" in lab.sh("ls /sys/class/net/vl/brif")
+    lab.sh(f"systemctl stop virtd.socket virtd.service; ip link set vt-a-0 address {mac}")
+    try:
+        assert not b_is_reached()
+    finally:
+        lab.sh("systemctl start virtd.socket virtd.service")
+    lab.wait("the same, later", at_home, 20)
+
+
 def test_a_user_for_each(two: Lab) -> None:
     lab = two
     pids = {name: lab.info(name)["pid"] for name in ("a", "b")}

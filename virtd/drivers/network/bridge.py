@@ -13,6 +13,8 @@ from . import host, links
 from .netlink import Netlink
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ...model.network import Network
     from .ports import Port
 
@@ -81,10 +83,41 @@ def lower_it(name: str, mac: str) -> bool:
         raise errors.HostError(f"Cannot delete the bridge {name}: {exc.strerror}") from exc
 
 
+def address_of(port: Port) -> str:
+    """A tap's own address: the guest's with another first byte, so that people see whose it is."""
+    return f"fe{port.mac[2:]}"
+
+
+def strayed(ports: Iterable[Port], bridge: str) -> list[Port]:
+    """Those in the bridge whose taps have another address than `add_tap` gave them.
+
+    Whoever has a tap open can change it (SIOCSIFHWADDR, for which the kernel asks no privilege there), and what is
+    sent to that address a bridge keeps for the host, whoever had it until then: a neighbour is cut off.
+    """
+    return [
+        port
+        for port in ports
+        if links.is_tap(port.interface)
+        and links.master(port.interface) == bridge
+        and links.mac(port.interface) != address_of(port)
+    ]
+
+
+def put_out(strays: Iterable[Port]) -> None:
+    """Take taps out of their bridge, and give them their own addresses again. Raises HostError."""
+    try:
+        with Netlink() as netlink:
+            for port in strays:
+                netlink.set_link(port.interface, master="")
+                netlink.set_link(port.interface, mac=address_of(port))
+    except OSError as exc:
+        raise errors.HostError(f"Cannot take a tap out of its bridge: {exc.strerror}") from exc
+
+
 def add_tap(port: Port, bridge: str, *, alias: str, uid: int, isolated: bool = False) -> None:
     """Make a tap for processes of `uid` and put it into the bridge. Raises HostError, with none left.
 
-    Its own address is the guest's with another first byte: a bridge sends nothing there, and people see whose it is.
+    Its own address, see `address_of`, is none that anybody sends to.
     """
     interface = port.interface
     owner = links.read(interface, "ifalias")
@@ -94,7 +127,7 @@ def add_tap(port: Port, bridge: str, *, alias: str, uid: int, isolated: bool = F
         links.make_tap(interface, uid)
         with Netlink() as netlink:
             try:
-                netlink.set_link(interface, alias=alias, mac=f"fe{port.mac[2:]}")
+                netlink.set_link(interface, alias=alias)
                 _join(netlink, interface, bridge, port, isolated=isolated)
             except BaseException:
                 netlink.delete_link(interface)
@@ -136,6 +169,8 @@ def _join(netlink: Netlink, interface: str, bridge: str, port: Port | None, *, i
     host.set_sysctl(f"net/ipv4/conf/{interface}/arp_ignore", "8")
     # First the MTU: a bridge whose own wasn't set takes the smallest of its ports'.
     netlink.set_link(interface, mtu=links.mtu(bridge))
+    if port is not None and links.is_tap(interface):
+        netlink.set_link(interface, mac=address_of(port))
     netlink.set_link(interface, master=bridge)
     _guard(netlink, interface, port, isolated=isolated)
     netlink.set_link(interface, up=True)

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ... import errors
+from ... import errors, journal
+from ...messages import Message
 from ...model.network import State
+from ..protocol import Problem
 from . import bridge, links, ports
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class Connections:
     async def disconnect(self, interface: str) -> None:
         """Forget a port whose interface has gone. Raises a VirtdError."""
         async with self.net.exclusive("disconnect a guest from"):
+            self.net.problems.pop(f"port {interface}", None)
             others = tuple(port for port in self.net.ports if port.interface != interface)
             if len(others) == len(self.net.ports):
                 return
@@ -71,6 +74,30 @@ class Connections:
         network = self.net.running
         if network is not None and self.net.ports:
             await asyncio.to_thread(bridge.settle_ports, self.net.ports, network.bridge_name, **self.flags)
+
+    async def put_out_strays(self) -> None:
+        """Take taps out of the bridge whose QEMU has given them another's address, which then is its owner's again.
+
+        They stay out: who does such a thing once does it again.
+        """
+        net = self.net
+        strays = await asyncio.to_thread(bridge.strayed, net.ports, net.bridge_name)
+        if not strays:
+            return
+        try:
+            await asyncio.to_thread(bridge.put_out, strays)
+            await self.settle()
+        except errors.HostError as exc:
+            log.error("Network %s: %s", net.name, exc)
+        for port in strays:
+            text = f"{port.user} gave its interface {port.interface} another MAC address, and was disconnected"
+            hint = "Its QEMU may be in its guest's hands: stop it. It is connected again at its next start."
+            net.problems[f"port {port.interface}"] = Problem(text, hint)
+            journal.send(
+                f"Network {net.name}: {text}", message_id=Message.NETWORK_PORT_REFUSED, level="error",
+                VIRTD_USER=port.user, **net.fields(),
+            )  # fmt: skip
+        net.shared.publish("changed", net)
 
     async def take_over(self) -> None:
         """Guests that an older virtd has connected are in no record of ours."""

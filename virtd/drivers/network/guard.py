@@ -16,7 +16,7 @@ from ... import errors, journal
 from ...messages import Message
 from ...model.network import State
 from ..protocol import Problem
-from . import firewall, firewalld, isolation
+from . import firewall, firewalld, isolation, links
 from .server import DRIVER
 from .watch import ALL, Watch
 
@@ -56,7 +56,9 @@ class Guard:
         self._doubtful: set[str] = set()  # tables that somebody has touched
         self._next_look = 0.0  # at the tables of others
         self._bridges: set[str] = set()  # networks to whose bridges something has happened
+        self._taps = False  # whether something has happened to one
         self._soon: asyncio.TimerHandle | None = None
+        self._putting_out: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None
         self._settling: asyncio.Task[None] | None = None
         self._beside: asyncio.Task[None] | None = None
@@ -69,6 +71,7 @@ class Guard:
             try:
                 self._watch = Watch(self._touched, self._link_changed, self._routing_changed)
                 self._problems.pop("watch", None)
+                self._link_changed(ALL)  # or has happened before
             except OSError as exc:
                 self._problems["watch"] = Problem(
                     f"Rules that vanish won't be noticed: {exc.strerror}", "virtd.service needs CAP_NET_ADMIN."
@@ -83,7 +86,9 @@ class Guard:
         if self._soon is not None:
             self._soon.cancel()
             self._soon = None
-        tasks = [task for task in (self._looking, self._settling, self._beside) if task is not None]
+        tasks = [
+            task for task in (self._looking, self._settling, self._putting_out, self._beside) if task is not None
+        ]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -215,7 +220,8 @@ class Guard:
     def _link_changed(self, name: str) -> None:
         """Something happened to an interface. The last word of one that goes away comes before it has gone."""
         self._bridges |= {net.name for net in self._nets.values() if net.active and name in (ALL, net.bridge_name)}
-        if self._bridges and self._soon is None:
+        self._taps = self._taps or name == ALL or links.is_tap(name)
+        if (self._bridges or self._taps) and self._soon is None:
             self._soon = asyncio.get_running_loop().call_later(SETTLE, self._look_at_bridges)
 
     def _look_at_bridges(self) -> None:
@@ -223,6 +229,19 @@ class Guard:
         for name in names:
             if (net := self._nets.get(name)) is not None and net.active and not net.busy:
                 net.look()
+        if self._taps and self._putting_out is None:
+            self._taps = False
+            self._putting_out = asyncio.create_task(self._put_out(), name="look-at-taps")
+
+    async def _put_out(self) -> None:
+        try:
+            for net in list(self._nets.values()):
+                if net.state is State.ACTIVE:
+                    await net.connections.put_out_strays()
+        finally:
+            self._putting_out = None
+            if self._taps:
+                self._link_changed(ALL)
 
     # firewalld
 

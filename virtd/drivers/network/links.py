@@ -49,6 +49,10 @@ def mac(name: str) -> str:
     return read(name, "address")
 
 
+def is_tap(name: str) -> bool:
+    return os.path.exists(f"{CLASS}/{name}/tun_flags")
+
+
 def mtu(name: str) -> int:
     return int(read(name, "mtu") or 0)
 
