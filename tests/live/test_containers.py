@@ -15,6 +15,7 @@ import pytest
 from tests.harness import LAB, Lab, check
 from tests.live.conftest import SUITE
 from tests.live.test_dbus import WATCHER
+from tests.live.tools import spawn
 from tests.survival import containers as small
 
 if TYPE_CHECKING:
@@ -100,6 +101,35 @@ class Containers:
         assert done.returncode == 1
         assert self.state(name) == "stopped"
         return done.stderr
+
+
+# As nobody, to the abstract socket on which LXC takes commands; it keeps 3,000 connections until it is told to end.
+_CROWD = """
+import os, socket, sys
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+name = next(line.split()[-1] for line in open("/proc/net/unix") if "/lxc/crowded/" in line)
+crowd = []
+while len(crowd) < 3000:
+    one = socket.socket(socket.AF_UNIX)
+    one.connect("\\0" + name[1:])
+    crowd.append(one)
+print("crowded", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_lxc_takes_as_many_connections_as_anybody_makes(containers: Containers) -> None:
+    """It ends, with its container, when it has no descriptor left; the container's own limit is the usual one."""
+    lab = containers.lab
+    containers.define("crowded", 'command = ["/bin/sh", "-c", "echo limit $(ulimit -Sn).; exec sleep 1000"]\n')
+    containers.said("crowded", b"limit 1024.")
+    crowd = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (4000, 4000))" + _CROWD
+    with spawn(lab, "python3", "-c", crowd) as client:
+        assert client.stdout is not None
+        assert client.stdout.readline() == "crowded\n"
+        lab.virtctl("container", "exec", "crowded", "true")
+        client.communicate("", timeout=60)
+    assert containers.state("crowded") == "running"
 
 
 def test_a_full_systemd_boots_to_its_login_prompt_and_shuts_down(containers: Containers) -> None:

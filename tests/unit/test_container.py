@@ -244,6 +244,7 @@ def test_the_configuration_of_others() -> None:
     assert "idmap" not in privileged
     assert "dev/console" not in privileged
     assert "lxc.apparmor.profile = generated" in privileged
+    assert "lxc.prlimit.nofile = 1024:524288" in privileged
     assert "rootfs.options = idmap=container" in config.text(parse(), on_host(shifted=True), [])
     assert "lxc.net.0.type = none" in config.text(parse('[[nic]]\nmode = "host"\n'), on_host(), [])
     link = config.Link("vl0.0", "virbr0", "eth0", "52:54:00:00:00:01")

@@ -12,6 +12,8 @@ from ...model import container as model
 # What a privileged container must not do to the host's kernel: the list of LXC's own common.conf.
 DROPPED = ("mac_admin", "mac_override", "sys_module", "sys_rawio", "sys_time")
 MONITOR, PAYLOAD = "monitor", "payload"  # control groups below the unit's
+# The usual limits of a service: programs that go through all that they may open, or use select(2), expect the first.
+DESCRIPTORS_SOFT, DESCRIPTORS = 1024, 524288
 PIVOT = "lxc.pivot"  # and what LXC 6 puts them into at a reboot
 
 
@@ -37,6 +39,7 @@ class Host(NamedTuple):
     seccomp: str
     apparmor: bool
     start: str  # lxc-start, or lxc-execute for a command
+    descriptors: int = DESCRIPTORS  # that a process of the container may have open at most
 
 
 def text(container: model.Container, host: Host, links: list[Link]) -> str:
@@ -56,6 +59,7 @@ def text(container: model.Container, host: Host, links: list[Link]) -> str:
         f"lxc.cgroup.dir.container = {PAYLOAD}",
         *_kernel(container, host),
         f"lxc.signal.halt = {host.halt}",
+        f"lxc.prlimit.nofile = {DESCRIPTORS_SOFT}:{host.descriptors}",
         f"lxc.apparmor.profile = {'generated' if host.apparmor else 'unconfined'}",
         # Ours besides that of the unit, which LXC would otherwise take for enough.
         f"lxc.seccomp.profile = {host.seccomp}",

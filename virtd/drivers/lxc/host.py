@@ -6,6 +6,7 @@ system holds.
 from __future__ import annotations
 
 import os
+import resource
 import stat
 import sys
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from ... import errors, reach
 from ...model import container as model
 from ...model import size
+from . import config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -180,6 +182,15 @@ def limits(container: model.Container, settings: Lxc) -> model.Limits:
     if memory is None:
         memory = min(settings.memory_bytes(total_memory()), total_memory())
     return model.Limits(memory=memory, cpus=container.limits.cpus, pids=pids or usual_pids())
+
+
+def descriptors() -> int:
+    """The hard limit of open files for a container's processes: the usual one, or the host's where that is less.
+
+    Ours is that of the host, as we have asked for as many (virtd.service); LXC can't raise it.
+    """
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return config.DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, config.DESCRIPTORS)
 
 
 def usual_pids() -> int:

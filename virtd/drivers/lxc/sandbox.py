@@ -35,6 +35,7 @@ CAPABILITIES = {
 MAPPING = ("SETGID", "SETUID")
 CLONE_NEWUSER = 0x10000000
 NAMES = ("/etc/passwd", "/etc/group", "/etc/nsswitch.conf")  # an archive may name users in an access control list
+EVERY_DESCRIPTOR = 1 << 30  # systemd takes what fs.nr_open allows
 MAKING_LIMIT = 3600  # seconds that unpacking may take
 
 
@@ -159,9 +160,10 @@ def properties(
         ("SystemCallFilter", "(bas)", (False, REFUSED)),
         ("SystemCallErrorNumber", "i", 1),  # EPERM; without it the caller is killed
         ("UMask", "u", 0o022),
-        ("LimitNOFILE", "t", 524288),
-        # Programs that go through all that they may have open, or that use select(2), expect it.
-        ("LimitNOFILESoft", "t", 1024),
+        # LXC listens on an abstract socket, which everybody on the host sees and may connect to, and ends, with its
+        # container, when it has no descriptor left to accept with. So it may have as many as the kernel has;
+        # the container itself gets the usual ones, see `config.text`.
+        ("LimitNOFILE", "t", EVERY_DESCRIPTOR),
         ("OOMPolicy", "s", "continue"),
         ("SendSIGHUP", "b", False),
         ("TimeoutStopUSec", "t", int((stop_after + 15) * 1_000_000)),

@@ -77,6 +77,7 @@ class _Start(Start[Container, model.Container]):
             seccomp=hostinfo.seccomp(),
             apparmor=hostinfo.apparmor(),
             start=hostinfo.program("lxc-execute" if definition.command else "lxc-start"),
+            descriptors=hostinfo.descriptors(),
         )
 
     async def reach(self) -> None:
