@@ -74,7 +74,15 @@ def probe(lab: Lab, target: dict[str, Any], **changes: str | int | None) -> set[
     )
     # What a shell would take for its own is quoted by systemd's rules, of which these words need none.
     arguments = json.dumps(target | {"key": key}).replace('"', "\\x22").replace(" ", "")
-    ours = ("ExecStart", "ExecStop", "StandardInput", "StandardOutput", "StandardError", *changes)
+    ours = (
+        "ExecStart",
+        "ExecStop",
+        "StandardInput",
+        "StandardOutput",
+        "StandardError",
+        "RefuseManualStart",
+        *changes,
+    )
     lines = [line for line in unit.splitlines() if line.partition("=")[0] not in ours]
     # systemd writes "none may be made" down as nothing, which says "all may" to whoever reads it (257).
     lines = [line if line != "RestrictNamespaces=" else f"{line}yes" for line in lines]
