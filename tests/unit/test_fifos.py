@@ -14,6 +14,7 @@ from tests.unit.whole_host import ROOT, on_loop
 from virtd import fifos
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.unit.whole_host import World
@@ -65,13 +66,13 @@ def test_what_cannot_be_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 async def test_no_stop_waits_in_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """systemd opens all three for ExecStop=; with /run full, no link could take their places after the start."""
     with monkeypatch.context() as full:
-        full.setattr(os, "symlink", broken)
+        full.setattr(os, "symlink", failing(os.symlink))
         async with world.daemon():
             await world.run("web1")
             directory = world.paths.fifos("qemu", "web1")
             assert os.listdir(directory) == []
     with monkeypatch.context() as stuck:
-        stuck.setattr(os, "unlink", broken)
+        stuck.setattr(os, "unlink", failing(os.unlink))
         async with world.daemon():
             await world.run("web2")
     collected: list[tuple[str, list[bool]]] = []
@@ -88,8 +89,15 @@ async def test_no_stop_waits_in_one(world: World, monkeypatch: pytest.MonkeyPatc
     assert collected == [("web1", [True] * 3), ("web2", [True] * 3)]
 
 
-def broken(*_: object) -> None:
-    raise OSError(28, "No space left on device")
+def failing(real: Callable[..., None]) -> Callable[..., None]:
+    """`real`, but for a child's pipes."""
+
+    def call(*paths: str) -> None:
+        if "/fifos/" in str(paths[-1]):
+            raise OSError(28, "No space left on device")
+        real(*paths)
+
+    return call
 
 
 @on_loop

@@ -209,7 +209,7 @@ def test_memory_of_a_wrong_type(memory: str) -> None:
         ("memroy = 1", "memroy", "Did you mean memory?"),
         ("zzz = 1", "zzz", "Keys here: name, memory, uuid"),
         ("disk = [ { path = '/a', fromat = 'raw' } ]", "disk[0].fromat", "Did you mean format?"),
-        ("nic = [ { address = 1 } ]", "nic[0].address", "Keys here: mode, network, mac."),
+        ("nic = [ { address = 1 } ]", "nic[0].address", "Keys here: mode, network, mac"),
         ("vnc = { enable = true }", "vnc.enable", "Did you mean enabled?"),
     ],
 )
