@@ -12,6 +12,7 @@ from virtd import errors
 from virtd.drivers.guest import Request
 from virtd.drivers.lxc import config, container, ends, host, sandbox
 from virtd.model import container as model
+from virtd.model import domain as domains
 from virtd.model.state import Cause, State
 from virtd.units import CLD_EXITED, CLD_KILLED, UnitState
 
@@ -380,3 +381,11 @@ def test_a_mount_that_others_could_exchange_is_refused(tmp_path: Path) -> None:
     assert "chmod o-w" in caught.value.hint
     ((key, _text),) = host.missing(definition)
     assert key == "mount[0].source"
+
+
+@pytest.mark.parametrize("ending", [".console", ".json", ".creating"])
+def test_no_name_is_another_ones_file(ending: str) -> None:
+    with pytest.raises(errors.InvalidDefinition, match="name: expected a name that doesn't end in"):
+        model.parse(f'name = "web1{ending}"\nrootfs = "/srv/web1"\n', "web1.toml")
+    with pytest.raises(errors.InvalidDefinition, match="name: expected a name that doesn't end in"):
+        domains.parse(f'name = "web1{ending}"\nmemory = "1G"\n[boot]\nkernel = "/vmlinuz"\n', "web1.toml")

@@ -79,6 +79,7 @@ def test_the_range_is_what_the_prefix_has(address: str, given: tuple[str, str]) 
     [
         ("", {"name": '"-x"'}, "name: expected 1 to 64"),
         ("", {"name": '"x.console"'}, "name: expected a name that"),
+        ("", {"name": '"x.json"'}, "name: expected a name that"),
         ("", {"uuid": '"x"'}, "uuid: expected a UUID"),
         ("", {"mode": '"vpn"'}, 'mode: expected one of "nat", "routed", "isolated", "bridge"'),
         ("", {"bridge": '"a-name-of-sixteen"'}, "bridge: expected at most 15 characters, the limit of Linux, got 17"),

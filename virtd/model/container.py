@@ -11,7 +11,7 @@ import msgspec
 
 from .. import errors
 from . import document, size
-from .domain import MAC, NAME, VOLUME, canonical_uuid, shown
+from .domain import ENDINGS, MAC, NAME, VOLUME, canonical_uuid, shown
 
 HOSTNAME = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,62}[A-Za-z0-9])?"
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
@@ -135,8 +135,10 @@ def check(container: Container, source: str) -> None:
             "expected 1 to 64 letters, digits, '.', '_' or '-', the first one no '.' or '-', "
             f"got {shown(container.name)}",
         )
-    if container.name.endswith(".console"):
-        raise refuse("name", f'expected a name that doesn\'t end in ".console", got {shown(container.name)}')
+    if container.name.endswith(ENDINGS):
+        raise refuse(
+            "name", f"expected a name that doesn't end in {' or '.join(ENDINGS)}, got {shown(container.name)}"
+        )
     if container.uuid is not None and canonical_uuid(container.uuid) is None:
         raise refuse("uuid", f"expected a UUID, got {shown(container.uuid)}")
     if isinstance(container.rootfs, Root):

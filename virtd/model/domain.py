@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 # Not compiled here: a daemon that takes running guests over has no definition to check.
 NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,63})"
+# What no name may end in: its NAME.log would be the console log of the one without that ending, and its directory in
+# /run/virtd be where the record of that one is, or the mark of its making.
+ENDINGS = (".console", ".json", ".creating")
 # A volume is a file of this name in a pool's directory, or a logical volume. lvm(8) allows a few characters less.
 VOLUME = r"[A-Za-z0-9_][A-Za-z0-9._+@-]{0,126}"
 UUID = r"[0-9A-Fa-f]{8}(-?)(?:[0-9A-Fa-f]{4}\1){3}[0-9A-Fa-f]{12}"
@@ -154,9 +157,8 @@ def check(domain: Domain, source: str) -> None:
             "expected 1 to 64 letters, digits, '.', '_' or '-', the first one no '.' or '-', "
             f"got {shown(domain.name)}",
         )
-    if domain.name.endswith(".console"):
-        # Its NAME.log would be the console log of the domain without that ending.
-        raise refuse("name", f'expected a name that doesn\'t end in ".console", got {shown(domain.name)}')
+    if domain.name.endswith(ENDINGS):
+        raise refuse("name", f"expected a name that doesn't end in {' or '.join(ENDINGS)}, got {shown(domain.name)}")
     if domain.uuid is not None and canonical_uuid(domain.uuid) is None:
         raise refuse("uuid", f"expected a UUID such as {uuidlib.UUID(int=0)}, got {shown(domain.uuid)}")
     try:

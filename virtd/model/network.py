@@ -15,7 +15,7 @@ import msgspec
 
 from .. import errors
 from . import document
-from .domain import MAC, NAME, canonical_uuid, shown
+from .domain import ENDINGS, MAC, NAME, canonical_uuid, shown
 
 if TYPE_CHECKING:
     from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
@@ -223,8 +223,10 @@ class _Check:
                 "expected 1 to 64 letters, digits, '.', '_' or '-', the first one no '.' or '-', "
                 f"got {shown(network.name)}",
             )
-        if network.name.endswith(".console"):
-            raise self.refuse("name", f'expected a name that doesn\'t end in ".console", got {shown(network.name)}')
+        if network.name.endswith(ENDINGS):
+            raise self.refuse(
+                "name", f"expected a name that doesn't end in {' or '.join(ENDINGS)}, got {shown(network.name)}"
+            )
         if network.uuid is not None and canonical_uuid(network.uuid) is None:
             raise self.refuse("uuid", f"expected a UUID such as {uuidlib.UUID(int=0)}, got {shown(network.uuid)}")
         self.bridge()

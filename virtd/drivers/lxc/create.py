@@ -19,7 +19,7 @@ import tempfile
 from typing import TYPE_CHECKING, NamedTuple
 
 from ... import errors, files, untrusted
-from ...model.domain import NAME, shown
+from ...model.domain import ENDINGS, NAME, shown
 from ...paths import names
 from ...units import UnitSpec
 from ..registry import CREATING as MARK
@@ -81,7 +81,7 @@ def unit_of(name: str) -> str:
 
 def check(name: str, image: str, directory: str) -> None:
     """Raises a VirtdError when it can't be made."""
-    if not re.fullmatch(NAME, name) or name.endswith(".console"):
+    if not re.fullmatch(NAME, name) or name.endswith(ENDINGS):
         raise errors.InvalidState(f"Cannot create {shown(name)}: that can't be a container's name")
     if not image.startswith("/") or not os.path.exists(image):
         raise errors.NotFound(f"Cannot create {name}: no such archive or directory: {image}")
