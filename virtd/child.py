@@ -291,6 +291,11 @@ class Child(msgspec.Struct):
         """The write end of its standard input; stays the store's. Raises MissingSlot."""
         return self.services.store.get(self.slot(STDIN))
 
+    async def move_words(self) -> None:
+        """Have in the log what it has said on stderr until now."""
+        if self.slot(STDERR) in self.services.store:
+            await asyncio.wrap_future(self.services.pump.drain(self.slot(STDERR)))
+
     # The end
 
     async def drain(self) -> None:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A small process that behaves towards virtd as QEMU does: monitors, event journal, serial console, exit statuses.
+"""A small process that behaves towards virtd as QEMU does: monitors, words on stderr, serial console, exit statuses.
 
 It takes virtd's own command line. The kernel's command line (-append) steers it, word by word:
 
     print=N            N numbered lines on the console at once
     fail=STATUS        complain on stderr and exit before the monitor is there
     silent             take connections to the monitor and never say a word
+    untold             say nothing on stderr of what ends it
     deaf               ignore the power button
     slow-exit=SECONDS  be that long about an end by `quit` or the power button
 
@@ -31,6 +32,11 @@ Message = dict[str, Any]
 GREETING: Message = {
     "QMP": {"version": {"qemu": {"micro": 0, "minor": 0, "major": 10}, "package": ""}, "capabilities": []}
 }
+# ShutdownCause of QEMU's qapi/run-state.json
+REASONS = (
+    "none", "host-error", "host-qmp-quit", "host-qmp-system-reset", "host-signal", "host-ui",
+    "guest-shutdown", "guest-reset", "guest-panic", "subsystem-reset", "snapshot-load",
+)  # fmt: skip
 
 
 class Monitor:
@@ -101,6 +107,7 @@ class Machine:
         self.monitors: list[Monitor] = []
         self.ending: int | None = None
         self.stdin = b""
+        self.traced: list[str] = []
         paths = []
         for option, value in itertools.pairwise(arguments):
             fields = dict(field.partition("=")[::2] for field in value.replace(",,", "\0").split(","))
@@ -111,16 +118,11 @@ class Machine:
                 self.words = dict(word.partition("=")[::2] for word in value.split())
             elif option == "-chardev" and value.startswith("socket,"):
                 paths.append(fields["path"])
-            elif option == "-chardev" and value.startswith("pipe,"):
-                stem = fields["path"]
-        with open(f"{stem}.in", "rb") as file:
-            assert json.loads(file.read()) == {"execute": "qmp_capabilities"}
-        self.events = open(f"{stem}.out", "wb", buffering=0)  # noqa: SIM115
+            elif option == "-trace":
+                self.traced.append(value.rstrip("*"))
         if "fail" in self.words:
             self.complain("cannot set up guest memory 'pc.ram': Cannot allocate memory")
             sys.exit(int(self.words["fail"]))
-        self.journal(GREETING)
-        self.journal({"return": {}})
         self.monitors = [Monitor(self, path) for path in paths]
         if not os.path.samestat(os.fstat(0), os.stat(os.devnull)):  # epoll(7) takes no /dev/null
             self.selector.register(0, selectors.EVENT_READ, self.read_console)
@@ -139,12 +141,17 @@ class Machine:
         while data:
             data = data[os.write(1, data) :]
 
-    def journal(self, message: Message) -> None:
-        self.events.write(json.dumps(message).encode() + b"\r\n")
+    def trace(self, request: str, rest: str = "") -> None:
+        """As the trace backend "log" does; `untold` on the command line: as one without it."""
+        if (name := f"qemu_system_{request}_request") in self.traced and "untold" not in self.words:
+            os.write(2, f"{name} {rest}\n".encode())
 
     def event(self, name: str, **data: Any) -> None:
         message = {"event": name, "data": data, "timestamp": {"seconds": int(time.time()), "microseconds": 0}}
-        self.journal(message)
+        if name == "POWERDOWN":
+            self.trace("powerdown")
+        elif name == "SHUTDOWN":
+            self.trace("shutdown", f"reason={REASONS.index(data['reason'])}")
         for monitor in self.monitors:
             if monitor.ready:
                 monitor.send(message)

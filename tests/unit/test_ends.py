@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.test_untrusted import odd_files
 from virtd.drivers.guest import Request
-from virtd.drivers.qemu.ends import TAIL, judge, read_events
+from virtd.drivers.qemu.ends import TAIL, judge, read_events, traced
 from virtd.records import stamp
 from virtd.units import UnitState
 
@@ -52,6 +55,7 @@ def events(*names: str) -> list[dict[str, Any]]:
 EXIT_0, EXIT_1 = unit(1, 0), unit(1, 1)
 KILL, SEGV, TERM = unit(2, 9, "signal"), unit(3, 11, "core-dump"), unit(2, 15, "signal")
 OOM = unit(2, 9, "oom-kill")
+GONE_0 = msgspec.structs.replace(EXIT_0, active="inactive", sub="dead")  # systemd itself has stopped it
 SAID = "qemu-system-x86_64: terminating on signal 15 from pid 4711 (systemctl)"
 OFF = "SHUTDOWN:guest-shutdown"
 
@@ -110,11 +114,17 @@ OFF = "SHUTDOWN:guest-shutdown"
         # The host's shutdown, when the guest didn't react to the button
         (EXIT_0, ["POWERDOWN", "SHUTDOWN:host-qmp-quit"], "", "", "stopped", "host-shutdown", "ended through", None),
         # Failures
-        (EXIT_1, [], "", "", "crashed", "failed", "QEMU exited with status 1", None),
+        (EXIT_1, [], "", "qemu: no memory", "crashed", "failed", "QEMU exited with status 1", None),
         (unit(1, 203), [], "", "", "crashed", "failed", "QEMU exited with status 203", None),
         # Nobody knows
         (None, [], "", "", "crashed", "unknown", "ended, and nobody saw how", None),
-        (EXIT_0, [], "", "", "stopped", "unknown", "ended", None),
+        # A QEMU that doesn't tell, and nobody listened
+        (EXIT_0, [], "", "", "stopped", "guest-shutdown", "powered off or rebooted by itself", None),
+        (EXIT_0, [], "shutdown", "", "stopped", "shutdown", "shut down by ann", "ann"),
+        (EXIT_0, [], "stop", "", "stopped", "stop", "stopped by ann", "ann"),
+        (EXIT_1, [], "", "", "crashed", "panic", "the guest's kernel panicked", None),
+        (EXIT_1, [], "stop", "", "stopped", "stop", "stopped by ann", "ann"),
+        (GONE_0, [], "", "", "stopped", "host-shutdown", "shut down with the host", None),
     ],
 )  # fmt: skip
 def test_the_verdict(
@@ -204,3 +214,39 @@ def test_a_guest_that_broke_out_writes_what_it_likes(tmp_path: Path, junk: bytes
     found = read_events(str(tmp_path / "events"))
     assert [event["event"] for event in found] == ["STOP"]
     assert judge(EXIT_0, found, None, "", SEEN).state == "stopped"
+
+
+TRACED = "qemu_system_shutdown_request reason="
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (f"{TRACED}6\n", [OFF]),
+        (f"qemu_system_powerdown_request \n{TRACED}6", ["POWERDOWN", OFF]),
+        (f"{SAID}\n", ["SHUTDOWN:host-signal"]),
+        (f"{TRACED}6\n{SAID}\n", [OFF, "SHUTDOWN:host-signal"]),
+        (f"{TRACED}8\n", ["GUEST_PANICKED", "SHUTDOWN:guest-panic"]),
+        (f"{TRACED}7\nqemu: something\n", ["SHUTDOWN:guest-reset"]),
+        (f"{TRACED}2\n", ["SHUTDOWN:host-qmp-quit"]),
+        # As QEMU up to 7.2 says it
+        (f"4711@1795878782.554291:qemu_system_powerdown_request\n4711@1.5:{TRACED}6\n", ["POWERDOWN", OFF]),
+        # What was kept and reset was another life.
+        (f"qemu_system_powerdown_request\n{TRACED}6\n{TRACED}6\n", [OFF]),
+        (f"{TRACED}99\n", ["SHUTDOWN"]),
+        (f"x{TRACED}6\n{TRACED}x\n", []),
+        ("", []),
+    ],
+)
+def test_what_qemu_says_of_its_end_on_stderr(words: str, found: list[str]) -> None:
+    expected = events(*found)
+    if found == ["SHUTDOWN"]:
+        expected[0]["data"] = {"reason": ""}
+    assert traced(words) == expected
+
+
+def test_whatever_lies_where_the_diary_was_is_no_event(tmp_path: Path) -> None:
+    """A FIFO there hung the daemon, and each one that came after it."""
+    for kind, path in odd_files(tmp_path).items():
+        os.rename(path, path.with_suffix(".out"))
+        assert read_events(str(path)) == [], kind

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.unit.whole_host import ROOT, SLOTS, World, nothing_left, on_loop, until
-from virtd import errors
-from virtd.drivers.qemu import ends, operations
+from virtd import errors, process
+from virtd.drivers.qemu import operations
 from virtd.drivers.qemu.monitor import Link
 from virtd.messages import Message
 from virtd.model.state import State
@@ -496,11 +496,41 @@ async def test_a_guest_that_dies_while_it_reboots(world: World) -> None:
     async with world.daemon() as host:
         await world.run("web1", "deaf")
         rebooting = asyncio.ensure_future(host.reboot("web1", force=False, timeout=600, by=ROOT))
-        events = f"{world.paths.runtime('qemu', 'web1')}/events"
-        await until(lambda: "POWERDOWN" in [event["event"] for event in ends.read_events(events)])
+        news = host.driver.machines["web1"].news
+        await until(lambda: "POWERDOWN" in [event["event"] for event in news.last])
         world.type("web1", "die SIGKILL")
         with pytest.raises(errors.InvalidState, match="ended instead of rebooting: killed by SIGKILL"):
             await rebooting
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize(
+    ("verb", "reason", "cause"),
+    [
+        ("poweroff", "powered off", "guest-shutdown"),
+        ("panic", "the guest's kernel panicked", "panic"),
+        ("die SIGSEGV", "killed by SIGSEGV", "killed"),
+        ("die SIGTERM", "killed by SIGTERM", "killed"),
+    ],
+)
+@on_loop
+async def test_what_ended_while_nobody_was_there(
+    world: World, verb: str, reason: str, cause: str, *, told: bool
+) -> None:
+    """After a flood of events as well, which nobody keeps; and with a QEMU that doesn't say what ends it."""
+    async with world.daemon() as host:
+        pid = await world.run("web1", "" if told else "untold")
+        start = process.start_time(pid)
+        child = host.driver.machines["web1"].child
+        assert child is not None
+        stdin = os.dup(child.stdin())
+    os.write(stdin, f"flood 20000\n{verb}\n".encode())
+    os.close(stdin)
+    await until(lambda: not process.alive(pid, start), "its end")
+    async with world.daemon() as host:
+        item = await host.info("web1")
+        assert item["exit"]["cause"] == cause
+        assert item["reason"].startswith(reason)
 
 
 @on_loop

@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.unit.test_untrusted import odd_files
 from virtd import errors
 from virtd.drivers.network import dnsmasq, ethernet, firewall, leases, ports
 from virtd.drivers.network.net import fixed
 from virtd.drivers.network.ports import Ground
 from virtd.model import network as model
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 V4 = '[ipv4]\naddress = "192.168.150.1/24"\n'
 V6 = '[ipv6]\naddress = "fd00:1::1/64"\n'
@@ -325,3 +329,11 @@ def test_what_drops_the_guests_packets(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     (hint,) = droppers(monkeypatch, [("inet", "mine", "forward")], [])
     assert hint.startswith("nft insert rule inet mine forward iifname vd-lab accept; nft insert rule inet mine ")
+
+
+def test_whatever_lies_where_the_leases_are_is_no_lease(tmp_path: Path) -> None:
+    """A FIFO there hung the daemon at the next `network leases` of anybody, a link to /dev/zero had it killed."""
+    for kind, path in odd_files(tmp_path).items():
+        assert leases.read(str(path)) == [], kind
+    (tmp_path / "large").write_bytes(b"0 52:54:00:12:34:56 10.0.0.1 a *\n" * (leases.LIMIT // 30))
+    assert leases.read(str(tmp_path / "large")) == []

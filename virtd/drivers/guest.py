@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import msgspec
 
-from .. import errors, fdstore, fifos, files, journal
+from .. import errors, fdstore, fifos, files, journal, untrusted
 from ..child import Child, Services
 from ..logfile import Cursor
 from ..messages import Message
@@ -97,6 +97,9 @@ class Guest(Recorded, Generic[D]):
     def judge(self, unit: UnitState | None) -> End:
         """Why it ended; everything it wrote is in the logs by now."""
         raise NotImplementedError
+
+    async def hear_out(self) -> None:
+        """It has ended: take in what it said last, besides what is in the logs."""
 
     def adopted(self) -> None:
         """It runs, and this process has only now come to look after it."""
@@ -360,6 +363,7 @@ class Guest(Recorded, Generic[D]):
         await child.drain()
         self.forward_stderr(final=True)
         self.stderr = None
+        await self.hear_out()
         end = self.judge(unit)
         self.note(end.state, end.reason, exit=end.exit, since=end.exit.at, main_pid=0, main_start=0)
         level = "warning" if end.state is State.CRASHED else "notice"
@@ -466,15 +470,11 @@ class Guest(Recorded, Generic[D]):
         if os.path.lexists(self.runtime):
             raise errors.HostError(f"{self.runtime} can't be removed")
 
-    def last_words(self, since: int | None = None) -> str:
-        """The end of what it wrote to stderr: the last 4 KiB, or what came after offset `since`."""
+    def last_words(self, since: int | None = None, most: int = 4096) -> str:
+        """The end of what it wrote to stderr: the last `most` bytes, or what came after offset `since`."""
         path = self.shared.services.paths.stderr_log(self.driver, self.name)
         try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                start = max(0, size - 4096) if since is None else min(since, size)
-                file.seek(max(start, size - 4096))
-                return file.read(4096).decode(errors="replace").strip()
+            return untrusted.tail(path, most, since=since or 0).decode(errors="replace").strip()
         except OSError:
             return ""
 

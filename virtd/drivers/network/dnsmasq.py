@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ...model.network import Mode
 from ...units import UnitSpec
 from ..hardening import HARDENED, Property
+from . import leases
 
 if TYPE_CHECKING:
     from ...model.network import Network
@@ -25,7 +26,7 @@ CAPABILITIES = (1 << 10) | (1 << 12) | (1 << 13)
 
 
 class Files(NamedTuple):
-    """Where its files are. `leases` is on disk, and its directory dnsmasq's own."""
+    """Where its files are. `leases` is on disk, and the only one that dnsmasq may write."""
 
     config: str
     hosts: str
@@ -121,7 +122,6 @@ def names(network: Network) -> str:
 
 
 def spec(network: Network, unit: str, binary: str, files: Files, account: Account) -> UnitSpec:
-    state = files.leases.rpartition("/")[0]
     return UnitSpec(
         name=unit,
         description=f"DHCP and DNS of network {network.name}",
@@ -130,18 +130,18 @@ def spec(network: Network, unit: str, binary: str, files: Files, account: Accoun
         argv=(binary, "--keep-in-foreground", "--log-facility=-", "--pid-file=", f"--conf-file={files.config}"),
         environment=ENVIRONMENT,
         user=account.user,
-        properties=tuple(_sandbox(state)),
+        properties=tuple(_sandbox(files)),
         ground=True,
     )
 
 
-def _sandbox(state: str) -> list[Property]:
+def _sandbox(files: Files) -> list[Property]:
     return [
         *HARDENED,
         ("CapabilityBoundingSet", "t", CAPABILITIES),
         ("AmbientCapabilities", "t", CAPABILITIES),
         ("ProtectSystem", "s", "strict"),
-        ("ReadWritePaths", "as", [state]),
+        ("ReadWritePaths", "as", [files.leases]),
         ("InaccessiblePaths", "as", ["-/boot", "-/root", "-/srv", "-/tmp", "-/var/log", "-/var/tmp"]),
         ("ProtectHome", "s", "yes"),
         ("PrivateDevices", "b", True),
@@ -152,6 +152,8 @@ def _sandbox(state: str) -> list[Property]:
         ("SystemCallFilter", "(bas)", (True, ["@system-service"])),
         ("MemoryDenyWriteExecute", "b", True),
         ("UMask", "u", 0o027),
+        # The lease file is all that it writes, in a directory where it can't make another.
+        ("LimitFSIZE", "t", leases.LIMIT),
         ("TimeoutStopUSec", "t", 5_000_000),
         # 65,536 leases take some 20 MiB, and it forks for names that are asked for over TCP, 20 times at the most.
         ("MemoryMax", "t", 256 << 20),

@@ -9,7 +9,11 @@ from typing import Any
 
 import msgspec
 
+from ... import untrusted
 from ...records import stamp
+
+LIMIT = 16 << 20
+"""Bytes that the file may have: more than 65,536 leases of each family, which is dnsmasq's own limit here."""
 
 # As far as a date has four digits for the year. (str.isdigit() knows digits that int() doesn't.)
 _SECONDS = r"[0-9]{1,11}"
@@ -39,13 +43,15 @@ class Lease(msgspec.Struct, frozen=True):
 
 
 def read(path: str) -> list[Lease]:
-    """The leases in the file that haven't run out, by address; none when there is no such file."""
+    """The leases in the file that haven't run out, by address; none when there is no such file.
+
+    It is dnsmasq's, which reads what anybody sends: whatever is in its place is no lease.
+    """
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            lines = file.read().splitlines()
+        data = untrusted.read(path, LIMIT)
     except OSError:
         return []
-    return parse(lines, time.time())
+    return parse(data.decode(errors="replace").splitlines(), time.time())
 
 
 def parse(lines: list[str], now: float) -> list[Lease]:

@@ -11,7 +11,7 @@ import signal
 import time
 from typing import TYPE_CHECKING, Any
 
-from ... import errors, fdstore, files, journal, layout
+from ... import errors, fdstore, files, journal, layout, untrusted
 from ...child import Child, Ends, end_unit, identities
 from ...logfile import Cursor
 from ...messages import Message
@@ -138,8 +138,8 @@ class Server(Tasks):
         try:
             layout.ensure(self.net.shared.services.paths)
             files.make_directory(self.net.runtime, 0o755)
-            files.make_directory(self.net.state_directory, 0o750)
-            os.chown(self.net.state_directory, account.uid, account.gid)
+            files.make_directory(self.net.state_directory, 0o710)
+            self._lease_file(account)
         except OSError as exc:
             raise errors.HostError(f"Cannot make the directories of network {self.net.name}: {exc}") from exc
         for path, text in (
@@ -151,6 +151,26 @@ class Server(Tasks):
                 files.write(path, text.encode(), mode=0o644)
                 changed.add(path)
         return changed
+
+    def _lease_file(self, account: host.Account) -> None:
+        """The one file that dnsmasq may write, which it changes in place, in a directory that isn't its own: one that
+        was taken over can fill neither. (Before, the directory was dnsmasq's.) Raises OSError.
+        """
+        directory, path = self.net.state_directory, self.files.leases
+        os.chown(directory, os.geteuid(), account.gid)
+        os.chmod(directory, 0o710)
+        for entry in os.scandir(directory):
+            if entry.path != path or not entry.is_file(follow_symlinks=False):
+                files.remove_tree(entry.path)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(entry.path)
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640))
+        fd = untrusted.open_regular(path)
+        try:
+            os.fchown(fd, account.uid, account.gid)
+        finally:
+            os.close(fd)
 
     async def _spawn(self, network: Network) -> None:
         net = self.net

@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Why a guest ended, put together from its unit, QEMU's event journal and what was asked of it."""
+"""Why a guest ended, put together from its unit, QEMU's own words and events, and what was asked of it.
+
+Whatever the guest has done before, and whether or not virtd was there, a QEMU with the trace backend "log" (Debian's,
+and what upstream builds by default) says on stderr what ends it: `qemu_system_shutdown_request reason=6`. One without
+it (Fedora's and RHEL's have "dtrace" only) tells by its exit status, and by its events while somebody listens. There
+is no diary of all events, for which there was a file once: a guest can make 5 MB of them a second.
+"""
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Any
 
+from ... import untrusted
 from ...model.state import Cause, State
 from ...records import Exit, stamp
 from ...units import UnitState, signal_name
@@ -16,19 +22,59 @@ CLD_EXITED = 1  # siginfo(2); KILLED is 2, DUMPED 3
 TERMINATING = r"terminating on signal (\d+) from pid (\d+) \((.*)\)"  # QEMU's own words on stderr
 TAIL = 1 << 16  # the last events tell; a guest can make any number of them
 
+# trace-events of QEMU's system/; before each line up to 7.2, and with -msg timestamp=on, PID and time.
+TRACE = r"(?:\d+@\d+\.\d+:)?qemu_system_(?:(powerdown)_request|shutdown_request reason=(\d+)).*"
+# ShutdownCause of QEMU's qapi/run-state.json, to the end of which new ones are added.
+REASONS = (
+    "none", "host-error", "host-qmp-quit", "host-qmp-system-reset", "host-signal", "host-ui",
+    "guest-shutdown", "guest-reset", "guest-panic", "subsystem-reset", "snapshot-load",
+)  # fmt: skip
+
+
+def is_trace(line: str) -> bool:
+    """Whether a line of QEMU's stderr is one of those that tell what ends it."""
+    return re.fullmatch(TRACE, line) is not None
+
+
+def traced(words: str) -> list[dict[str, Any]]:
+    """The events that QEMU's stderr tells of, in the form of QMP's. Those of the guest's last life only."""
+    found: list[dict[str, Any]] = []
+    for line in words.splitlines():
+        if re.search(TERMINATING, line) is not None:  # which has no line of its own in the trace
+            found.append({"event": "SHUTDOWN", "data": {"reason": "host-signal"}})
+            continue
+        if (said := re.fullmatch(TRACE, line)) is None:
+            continue
+        if said[1]:
+            found.append({"event": "POWERDOWN", "data": {}})
+            continue
+        if found and found[-1]["event"] == "SHUTDOWN":  # that was kept, and reset: another life
+            found.clear()
+        reason = REASONS[int(said[2])] if int(said[2]) < len(REASONS) else ""
+        if reason == "guest-panic":
+            found.append({"event": "GUEST_PANICKED", "data": {}})
+        found.append({"event": "SHUTDOWN", "data": {"reason": reason}})
+    return found
+
+
+def latest(traced: list[dict[str, Any]], told: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of what QEMU said on stderr and on its monitor the one that goes on to the end.
+
+    On stderr it doesn't say that a reset ended it (on_reboot = "stop"), on the monitor only what we were there for.
+    """
+    reset = bool(told) and told[-1]["event"] == "SHUTDOWN" and told[-1]["data"].get("reason") == "guest-reset"
+    return told if reset or not traced else traced
+
 
 def read_events(stem: str) -> list[dict[str, Any]]:
-    """The last events that QEMU wrote; a line cut short by its death is left out.
+    """The last events that a QEMU that an older virtd started wrote; a line cut short by its death is left out.
 
-    The file is QEMU's, which its guest may have taken over: anything can be in it.
+    The file is QEMU's, which its guest may have taken over: anything can be in it, or in its place.
     """
     import json  # 1 ms, which no start of the daemon needs to spend
 
     try:
-        with open(f"{stem}.out", "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(max(0, size - TAIL))
-            lines = file.read(TAIL).split(b"\n")
+        lines = untrusted.tail(f"{stem}.out", TAIL).split(b"\n")
     except OSError:
         return []
     found = []
@@ -51,8 +97,8 @@ def judge(
 ) -> End:
     """The end of a guest.
 
-    `unit` None: systemd knows nothing of it any more; `words`: the last that QEMU wrote to stderr; `seen`: when we
-    noticed.
+    `unit` None: systemd knows nothing of it any more; `words`: the last that QEMU wrote to stderr in this run,
+    without the lines that `traced` reads; `seen`: when we noticed.
     """
     names = [event["event"] for event in events]
     if "RESET" in names:  # what was before the last reset is another life of the guest
@@ -63,10 +109,10 @@ def judge(
     at = stamp(unit.exited_at) if unit is not None and unit.exited_at else _last(events, seen)
     code = unit.exec_status if unit is not None and unit.exec_code == CLD_EXITED else None
     killer, sender = _signal(unit), ""
-    if killer is None and why == "host-signal":
+    if killer is None and (why == "host-signal" or not why):
         # QEMU catches SIGTERM, SIGINT and SIGHUP and exits with status 0: only its own words tell which it was.
         said = re.search(TERMINATING, words)
-        killer = signal_name(int(said[1])) if said else "SIGTERM"
+        killer = signal_name(int(said[1])) if said else "SIGTERM" if why else None
         sender = f" from {said[3]} (PID {said[2]})" if said else ""
     asked = request.verb if request is not None else ""
     by = request.by if request is not None else None
@@ -82,6 +128,9 @@ def judge(
         return end(State.CRASHED, f"killed by {by}", Cause.KILLED, by)
     if killer is not None:
         return end(State.CRASHED, f"killed by {killer}{sender}", Cause.KILLED)
+    if not events and code == 1 and not words:
+        # As -action panic=exit-failure has it; whatever else makes it exit so, it has words for.
+        return end(State.CRASHED, "the guest's kernel panicked", Cause.PANIC)
     if "GUEST_PANICKED" in names and (why == "guest-panic" or code not in (0, None)):
         return end(State.CRASHED, "the guest's kernel panicked", Cause.PANIC)
     if why == "host-qmp-quit" and asked != "shutdown":
@@ -103,7 +152,14 @@ def judge(
         return end(State.STOPPED, "powered off by itself", Cause.GUEST_SHUTDOWN)
     if unit is None or unit.unknown:
         return end(State.CRASHED, "ended, and nobody saw how", Cause.UNKNOWN)
-    return end(State.STOPPED, "ended", Cause.UNKNOWN)
+    if code != 0:
+        return end(State.STOPPED, "ended", Cause.UNKNOWN)
+    # In good order, and no more than that is known of it.
+    if asked == "shutdown":
+        return end(State.STOPPED, f"shut down by {by}", Cause.SHUTDOWN, by)
+    if unit.active != "active":  # by itself it would have stayed there, and told that it has exited
+        return end(State.STOPPED, "shut down with the host", Cause.HOST_SHUTDOWN)
+    return end(State.STOPPED, "powered off or rebooted by itself", Cause.GUEST_SHUTDOWN)
 
 
 def how(unit: UnitState | None) -> str:

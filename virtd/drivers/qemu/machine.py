@@ -16,7 +16,7 @@ from ...model import domain as model
 from ...records import now
 from ..guest import End, Guest, Shared
 from ..protocol import Problem
-from . import command, ends, images, ownership, userdb
+from . import command, directory, ends, images, ownership, userdb
 from . import host as hostinfo
 from .monitor import Link, Monitor
 from .news import News
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DRIVER = "qemu"
+LAST_WORDS = 1.0  # seconds for its monitor to hang up, once QEMU has ended
 GREETING_LIMIT = 5.0  # seconds for the monitor of a guest that runs already
 LINK_AGAIN = 1.0  # seconds until a link that was refused, or broke, is tried again ...
 LINK_AGAIN_AT_MOST = 64.0  # ... and, doubled each time, the most that this becomes
@@ -69,9 +70,37 @@ class Machine(Guest[model.Domain]):
             return {}
         return images.taken(self.record.data, self.running_definition)
 
+    async def hear_out(self) -> None:
+        if self.monitor is not None:
+            await self.monitor.hear_out(LAST_WORDS)
+
     def judge(self, unit: UnitState | None) -> End:
-        events = ends.read_events(command.events(self.runtime))
-        return ends.judge(unit, events, self.request, self.last_words(), now())
+        if not (events := ends.read_events(command.events(self.runtime))):
+            words = self.last_words(self._words_from(), ends.TAIL)
+            events = ends.latest(ends.traced(words), list(self.news.last))
+        else:
+            words = self.last_words()
+        words = "\n".join(line for line in words.splitlines() if not ends.is_trace(line))
+        return ends.judge(unit, events, self.request, words, now())
+
+    def _words_from(self) -> int:
+        """Where in its log the words of this run begin; after a rotation all of them are."""
+        begun = self.record.data.get("words_from") if self.record is not None else None
+        log_file = self.child.stderr if self.child is not None else None
+        return int(begun["offset"]) if begun and log_file is not None and log_file.file == begun["file"] else 0
+
+    async def another_life(self) -> dict[str, Any]:
+        """The guest was reset: the record's data, with what QEMU has said until now as of the life before."""
+        assert self.record is not None
+        if self.child is None or self.child.stderr is None:
+            return self.record.data
+        await self.child.move_words()
+        self.news.last.clear()
+        log_file = self.child.stderr
+        return self.record.data | {"words_from": {"file": log_file.file, "offset": log_file.size}}
+
+    def sort_line(self, text: str) -> str | None:
+        return None if ends.is_trace(text) else "warning"
 
     def adopted(self) -> None:
         self._attach_later()
@@ -175,6 +204,7 @@ class Machine(Guest[model.Domain]):
         try:
             await monitor.connect(limit)
             self._linked_at = time.monotonic()
+            await self._close_runtime()
             self.news.take_status(await monitor.status())
             self.problems.pop("monitor", None)
         except errors.MonitorError as exc:
@@ -183,6 +213,13 @@ class Machine(Guest[model.Domain]):
                 if self.problems.get("monitor") != problem:
                     log.warning("%s: %s", self.name, exc)
                 self.problems["monitor"] = problem
+
+    async def _close_runtime(self) -> None:
+        if directory.is_open(self.runtime):
+            try:
+                await asyncio.to_thread(directory.close, self.runtime)
+            except OSError as exc:
+                log.warning("%s: its directory can't be taken back: %s", self.name, exc)
 
     def _lost(self, monitor: Monitor) -> None:
         """The link broke by itself."""

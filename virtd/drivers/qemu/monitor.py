@@ -163,6 +163,14 @@ class Monitor:
         answer = await self.execute("query-status")
         return str(answer.get("status"))[:WORDS] if isinstance(answer, dict) else ""
 
+    async def hear_out(self, limit: float) -> None:
+        """For a QEMU that has ended: until all that it sent is told, `limit` seconds at most."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit):
+                await asyncio.gather(*self._tasks[:1], return_exceptions=True)  # it hangs up
+        while not self._events.empty():
+            self._on_event(self._events.get_nowait())
+
     async def close(self) -> None:
         """Also of one that is being connected. Idempotent."""
         self.link = Link.CLOSED

@@ -129,7 +129,7 @@ async def reboot(machine: Machine, *, force: bool, timeout: float, by: str) -> b
         require("reboot", machine.name, machine.state)
         if force:
             await machine.command("system_reset")
-            machine.note(State.RUNNING, f"reset by {by}")
+            machine.note(State.RUNNING, f"reset by {by}", data=await machine.another_life())
             return True
         machine.note(State.RUNNING, f"asked to reboot by {by}", data=machine.ask("reboot", by))
         machine.guest_off.clear()
@@ -204,7 +204,8 @@ async def _reset(machine: Machine, by: str) -> None:
             await asyncio.sleep(0.02)
     machine.guest_off.clear()
     if machine.alive:
-        machine.note(State.RUNNING, f"rebooted by {by}", data=machine.ask("", ""))
+        data = await machine.another_life()
+        machine.note(State.RUNNING, f"rebooted by {by}", data=data | {"request": None})
 
 
 def _poweroff(machine: Machine) -> str:

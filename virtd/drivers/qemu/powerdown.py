@@ -7,7 +7,9 @@ imports next to nothing: many of these start at once, on a host that has other t
 
 from __future__ import annotations
 
+import os
 import socket
+import struct
 import sys
 import time
 
@@ -36,6 +38,16 @@ def ended(monitor: socket.socket, seconds: float) -> bool:
     return False
 
 
+def is_qemu(monitor: socket.socket) -> bool:
+    """Whether who listens there is the unit's main process, so that no other guest is asked to go.
+
+    0 is one that can't be seen from here: then we are in another PID namespace than it, which is the guest's own.
+    """
+    main = os.environ.get("MAINPID", "")
+    pid = struct.unpack("3i", monitor.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))[0]
+    return not main or pid in (0, int(main))
+
+
 def main(argv: list[str] | None = None) -> int:
     """`virtd-guest-stop SOCKET SECONDS`; 0 when the guest has ended, 1 when it is left to systemd's SIGTERM."""
     arguments = sys.argv[1:] if argv is None else argv
@@ -47,6 +59,9 @@ def main(argv: list[str] | None = None) -> int:
         monitor.settimeout(5)
         try:
             monitor.connect(path)
+            if not is_qemu(monitor):
+                print(f"virtd-guest-stop: {path}: another process than the guest's listens there", file=sys.stderr)
+                return 1
             deadline = time.monotonic() + seconds
             monitor.sendall(COMMANDS["capabilities"] + COMMANDS["resume"])
             while (left := deadline - time.monotonic()) > 0:

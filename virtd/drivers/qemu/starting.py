@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 # All that QEMU gets of an environment: nothing of ours.
 ENVIRONMENT = (("PATH", "/usr/sbin:/usr/bin"), ("LANG", "C.UTF-8"), ("HOME", "/"))
-CAPABILITIES = b'{"execute": "qmp_capabilities"}\n'
 
 
 async def start(machine: Machine, others: list[Machine], users: Users, by: str) -> bool:
@@ -94,7 +93,10 @@ class _Start(Start[Machine, model.Domain]):
         files = [*images.opened(self.definition, self.disks), *((path, False) for path in self.definition.boot.files)]
         running = {other.user.uid for other in self.others if other.user is not None}
         self.given = ownership.needed(files, self.account, self.users.leftovers(running))
+        assert self.child.stderr is not None
         return {
+            # Where its own words begin, among them what ends it.
+            "words_from": {"file": self.child.stderr.file, "offset": self.stderr_from},
             "images": images.recorded(images.identified(self.definition, self.disks)),
             "given": ownership.to_record(self.given),
             "nics": [msgspec.to_builtins(nic) for nic in self.nics],
@@ -114,18 +116,12 @@ class _Start(Start[Machine, model.Domain]):
         await nics.connect(self.machine, self.nics, self.account.uid)
 
     def _runtime(self) -> None:
-        """The guest's own directory, with the two files of the event journal."""
+        """The guest's own directory, for its sockets; see directory.py."""
         runtime = self.machine.runtime
-        stem = command.events(runtime)
         try:
             layout.ensure(self.services.paths)
             files.remove_tree(runtime)
             os.mkdir(runtime, mode=0o700)
-            for path, content in ((f"{stem}.in", CAPABILITIES), (f"{stem}.out", b"")):
-                with open(path, "xb") as file:
-                    os.fchmod(file.fileno(), 0o600)
-                    os.fchown(file.fileno(), self.account.uid, self.account.gid)
-                    file.write(content)
             os.chown(runtime, self.account.uid, self.account.gid)
         except OSError as exc:
             raise errors.HostError(f"Cannot make {runtime}: {exc.strerror}") from exc
@@ -206,6 +202,7 @@ class _Start(Start[Machine, model.Domain]):
         lines = [
             line.partition(": ")[2] if line.split(":")[0].rpartition("/")[2].startswith("qemu") else line
             for line in words.splitlines()
+            if not ends.is_trace(line)
         ]
         return "; ".join(line for line in lines[-3:] if line)
 
