@@ -57,6 +57,7 @@ KILL, SEGV, TERM = unit(2, 9, "signal"), unit(3, 11, "core-dump"), unit(2, 15, "
 OOM = unit(2, 9, "oom-kill")
 GONE_0 = msgspec.structs.replace(EXIT_0, active="inactive", sub="dead")  # systemd itself has stopped it
 SAID = "qemu-system-x86_64: terminating on signal 15 from pid 4711 (systemctl)"
+UNSEEN = "qemu-system-x86_64: terminating on signal 2"
 OFF = "SHUTDOWN:guest-shutdown"
 
 
@@ -98,6 +99,8 @@ OFF = "SHUTDOWN:guest-shutdown"
             "crashed", "killed", "killed by SIGTERM from systemctl (PID 4711)", None,
         ),
         (EXIT_0, ["SHUTDOWN:host-signal"], "", "", "crashed", "killed", "killed by SIGTERM", None),
+        # In a PID namespace of its own it doesn't see who did it.
+        (EXIT_0, ["SHUTDOWN:host-signal"], "", UNSEEN, "crashed", "killed", "killed by SIGINT", None),
         (unit(2, 64, "signal"), [], "", "", "crashed", "killed", "killed by SIGRTMAX", None),
         # A signal that was asked for, and did nothing; the end came later.
         (EXIT_0, [OFF], "kill", "", "stopped", "guest-shutdown", "powered off by itself", None),
@@ -225,6 +228,7 @@ TRACED = "qemu_system_shutdown_request reason="
         (f"{TRACED}6\n", [OFF]),
         (f"qemu_system_powerdown_request \n{TRACED}6", ["POWERDOWN", OFF]),
         (f"{SAID}\n", ["SHUTDOWN:host-signal"]),
+        (f"{UNSEEN}\n", ["SHUTDOWN:host-signal"]),
         (f"{TRACED}6\n{SAID}\n", [OFF, "SHUTDOWN:host-signal"]),
         (f"{TRACED}8\n", ["GUEST_PANICKED", "SHUTDOWN:guest-panic"]),
         (f"{TRACED}7\nqemu: something\n", ["SHUTDOWN:guest-reset"]),

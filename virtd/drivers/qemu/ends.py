@@ -19,7 +19,8 @@ from ...units import UnitState, signal_name
 from ..guest import End, Request
 
 CLD_EXITED = 1  # siginfo(2); KILLED is 2, DUMPED 3
-TERMINATING = r"terminating on signal (\d+) from pid (\d+) \((.*)\)"  # QEMU's own words on stderr
+# QEMU's own words on stderr. Who it was it can't see from a PID namespace of its own.
+TERMINATING = r"terminating on signal (\d+)(?: from pid (\d+) \((.*)\))?"
 TAIL = 1 << 16  # the last events tell; a guest can make any number of them
 
 # trace-events of QEMU's system/; before each line up to 7.2, and with -msg timestamp=on, PID and time.
@@ -113,7 +114,7 @@ def judge(
         # QEMU catches SIGTERM, SIGINT and SIGHUP and exits with status 0: only its own words tell which it was.
         said = re.search(TERMINATING, words)
         killer = signal_name(int(said[1])) if said else "SIGTERM" if why else None
-        sender = f" from {said[3]} (PID {said[2]})" if said else ""
+        sender = f" from {said[3]} (PID {said[2]})" if said and said[2] else ""
     asked = request.verb if request is not None else ""
     by = request.by if request is not None else None
 
