@@ -265,4 +265,6 @@ class Machine(Guest[model.Domain]):
             monitor = self.monitor
         if monitor is None:  # it ended meanwhile
             raise errors.MonitorError(f"{self.name} has ended")
+        if monitor.link is not Link.CONNECTED and (why := self.problems.get("monitor")) is not None:
+            raise errors.MonitorError(why.text, hint=why.hint)
         return monitor
