@@ -45,6 +45,8 @@ class Monitor:
     def __init__(self, machine: Machine, path: str) -> None:
         self.machine = machine
         self.listener = socket.socket(socket.AF_UNIX)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
         self.listener.bind(path)
         self.listener.listen(1)
         self.client: socket.socket | None = None

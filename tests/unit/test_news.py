@@ -135,6 +135,8 @@ def test_any_event_is_taken(events: list[tuple[str, dict[str, Any]]]) -> None:
             news.on_event({"event": name, "data": data})
     assert news.taken == len(events)
     assert len(news.last) <= 16
+    for one in news.last:
+        assert set(one["data"]) <= {"reason"}
 
 
 def test_an_allowance() -> None:

@@ -14,7 +14,7 @@ from ...allowance import Allowance
 from ...messages import Message
 from ...model import domain as model
 from ...records import now
-from ..guest import End, Guest, Shared
+from ..guest import AGAIN, End, Guest, Shared
 from ..protocol import Problem
 from . import command, directory, ends, images, ownership, userdb
 from . import host as hostinfo
@@ -81,6 +81,8 @@ class Machine(Guest[model.Domain]):
         else:
             words = self.last_words()
         words = "\n".join(line for line in words.splitlines() if not ends.is_trace(line))
+        if not words and self.record is not None and self.record.data.get(AGAIN):
+            words = "(nobody heard)"  # one that somebody else has started writes into /dev/null
         return ends.judge(unit, events, self.request, words, now())
 
     def _words_from(self) -> int:

@@ -54,7 +54,7 @@ class News:
         self.taken += 1
         name, data = event["event"], event["data"]
         if name in OF_THE_END:
-            self.last.append(event)
+            self.last.append(_small(event))
         if not machine.alive:
             return
         if name == "SHUTDOWN":
@@ -120,3 +120,14 @@ class News:
         often = f" ({self._unsaid} more times that were not told of)" if self._unsaid else ""
         self._unsaid = 0
         journal.send(f"Domain {machine.name} rebooted itself{often}", **machine.fields())
+
+
+def _small(event: Event) -> Event:
+    """As much of it as the verdict goes by: an event may have 128 KiB."""
+    reason, told = event["data"].get("reason"), event.get("timestamp")
+    at = {key: told.get(key) for key in ("seconds", "microseconds")} if isinstance(told, dict) else {}
+    return {
+        "event": event["event"],
+        "data": {"reason": reason[:64]} if isinstance(reason, str) else {},
+        "timestamp": at if all(type(value) is int for value in at.values()) else {},
+    }

@@ -40,7 +40,7 @@ class Flood(QMPError):
 
 
 class Client(QMPClient):
-    """`on_event(event)` gets each as {"event": name, "data": {...}}, and says whether it took it.
+    """`on_event(event)` gets each, {"event": name, "data": {...}, "timestamp": anything}, and says if it took it.
 
     When one isn't taken, the connection ends with `flooded` set as soon as no command is under way.
     """
@@ -101,7 +101,8 @@ class Client(QMPClient):
         if "event" in msg:
             name, data = msg["event"], msg.get("data", {})
             if isinstance(name, str) and isinstance(data, dict):
-                self.flooded = not self._on_event({"event": name, "data": data}) or self.flooded
+                event = {"event": name, "data": data, "timestamp": msg.get("timestamp")}
+                self.flooded = not self._on_event(event) or self.flooded
         elif (waiting := self._pending.get(cast("str | None", msg.get("id")))) is not None and waiting.empty():
             waiting.put_nowait(msg)
         # An answer that nobody waits for any more is dropped, as QMP's specification has it.
