@@ -337,3 +337,15 @@ def test_whatever_lies_where_the_leases_are_is_no_lease(tmp_path: Path) -> None:
         assert leases.read(str(path)) == [], kind
     (tmp_path / "large").write_bytes(b"0 52:54:00:12:34:56 10.0.0.1 a *\n" * (leases.LIMIT // 30))
     assert leases.read(str(tmp_path / "large")) == []
+
+
+def test_one_guest_takes_one_lease_and_no_name_of_the_surroundings() -> None:
+    """By client identifiers and DUIDs, which are its own to make up, it would take its neighbours' addresses."""
+    text = V4 + '[ipv6]\naddress = "fd00:1::1/64"\nfirst = "fd00:1::100"\nlast = "fd00:1::200"\n'
+    network, lines = parse(text), config(text)
+    assert "dhcp-ignore-clid" in lines
+    assert {"dhcp-name-match=set:surroundings,wpad", "dhcp-ignore-names=tag:surroundings"} <= set(lines)
+    most = next(int(line.partition("=")[2]) for line in lines if line.startswith("dhcp-lease-max="))
+    given = network.range4
+    assert given is not None
+    assert most >= int(given[1]) - int(given[0]) + 1 + 0x101

@@ -24,6 +24,8 @@ READY = b"started, version"  # what it writes when its sockets are open
 # capabilities(7), by number: the ports below 1024; addresses and ARP entries of clients that have none yet; pings.
 CAPABILITIES = (1 << 10) | (1 << 12) | (1 << 13)
 
+LEASES6 = 32768  # of DHCPv6
+
 
 class Files(NamedTuple):
     """Where its files are. `leases` is on disk, and the only one that dnsmasq may write."""
@@ -70,7 +72,14 @@ def _dhcp4(network: Network, *, isolated: bool) -> list[str]:
         return []
     mask = network.interface4.netmask
     lines = [f"dhcp-range={given[0]},{given[1]},{mask},{network.ipv4.lease}", "dhcp-authoritative"]
-    lines += ["dhcp-no-override", f"dhcp-lease-max={min(int(given[1]) - int(given[0]) + 1, 65536)}"]
+    # A guest has one MAC (ethernet.py) and as many client identifiers as it likes: it gets one address.
+    lines += ["dhcp-no-override", "dhcp-ignore-clid"]
+    # The limit is one for IPv4 and IPv6, and nobody's DUIDs are to take what others need for IPv4.
+    beside = LEASES6 if network.range6 is not None else 0
+    lines.append(f"dhcp-lease-max={min(int(given[1]) - int(given[0]) + 1 + beside, 65536)}")
+    # Names by which programs look for their surroundings are no guest's to take (CERT VU#598349).
+    lines += [*(f"dhcp-name-match=set:surroundings,{name}" for name in ("wpad", "isatap"))]
+    lines.append("dhcp-ignore-names=tag:surroundings")
     if isolated:
         lines.append("dhcp-option=option:router")  # none
     if network.mtu is not None:
