@@ -63,8 +63,10 @@ static void event(const char *name, const char *data)
             tell(monitors[i].client, message);
 }
 
-static void off(const char *data)
+/* `words` is what QEMU says of it on stderr: its trace, or what it says of a signal. */
+static void off(const char *data, const char *words)
 {
+    tell(2, words);
     event("SHUTDOWN", data);
     exit(0);
 }
@@ -96,9 +98,9 @@ static void obey(struct monitor *monitor, const char *command)
     snprintf(reply, sizeof reply, "{\"return\": %s%s%s}", value, *id ? ", \"id\": " : "", id);
     tell(monitor->client, reply);
     if (!strcmp(verb, "\"quit\""))
-        off("{\"guest\": false, \"reason\": \"host-qmp-quit\"}");
+        off("{\"guest\": false, \"reason\": \"host-qmp-quit\"}", "qemu_system_shutdown_request reason=2");
     if (!strcmp(verb, "\"system_powerdown\""))
-        off("{\"guest\": true, \"reason\": \"guest-shutdown\"}");
+        off("{\"guest\": true, \"reason\": \"guest-shutdown\"}", "qemu_system_shutdown_request reason=6");
 }
 
 /* Commands are objects one after the other; none that virtd sends has a brace in a string. */
@@ -164,7 +166,7 @@ static int hear(void)
         } else if (!strncmp(begin, "lines ", 6)) {
             rate(strtoul(begin + 6, 0, 10));
         } else if (!strcmp(begin, "poweroff")) {
-            off("{\"guest\": true, \"reason\": \"guest-shutdown\"}");
+            off("{\"guest\": true, \"reason\": \"guest-shutdown\"}", "qemu_system_shutdown_request reason=6");
         }
         begin = end + 1;
     }
@@ -206,10 +208,12 @@ int main(int argc, char **argv)
             lines = strtoul(strstr(argv[i + 1], "virtd.rate=") + 11, 0, 10);
         }
     }
-    if (found != MONITORS || journal < 0)
+    if (found != MONITORS)
         return 1;
-    tell(journal, GREETING);
-    tell(journal, "{\"return\": {}}");
+    if (journal >= 0) {
+        tell(journal, GREETING);
+        tell(journal, "{\"return\": {}}");
+    }
     sigset_t ends;
     sigemptyset(&ends);
     sigaddset(&ends, SIGTERM);
@@ -230,7 +234,7 @@ int main(int argc, char **argv)
         if (fds[0].revents)
             console = hear();
         if (fds[1].revents)
-            off("{\"guest\": false, \"reason\": \"host-signal\"}");
+            off("{\"guest\": false, \"reason\": \"host-signal\"}", "terminating on signal 15");
         unsigned long times;
         if (fds[2].revents && read(timer, &times, sizeof times) == sizeof times)
             while (times--)
