@@ -55,6 +55,9 @@ SEEDS = (
     # Once nobody could ask about any such object.
     *(_seed(driver, state=state, data={"definition": {"a": 1}}) for driver, state in
       (("qemu", "running"), ("lxc", "running"), ("network", "active"), ("storage", "active"))),
+    # A newer version's state, or a damaged one, cost the whole listing.
+    *(_seed(driver, state="unheard of") for driver in ("qemu", "lxc", "network", "storage")),
+    _seed("storage", "job-1", state="unheard of"),
     _seed("qemu", state="crashed", main_pid=0, exit={"cause": "oom", "at": "2026", "signal": "SIGKILL"}),
     _seed("lxc", data={"definition": _CONTAINER, "root": "/srv/web1", "ids": [100000, 65536], "macs": [["a", "b"]]}),
     _seed("network", state="active", data={"definition": _NETWORK, "rules": "a", "bridge": "b", "ports": []}),

@@ -55,6 +55,11 @@ class State(StrEnum):
     ACTIVE = "active"
     STOPPING = "stopping"
 
+    @classmethod
+    def of(cls, word: str) -> State:
+        """The state of that name; a word of a newer version counts as active, so that nothing is given up."""
+        return cls(word) if word in cls.__members__.values() else cls.ACTIVE
+
 
 class Protocol(StrEnum):
     """What a [[forward]] forwards."""

@@ -154,7 +154,7 @@ class Driver(Collection[Net, model.Network]):
             slots=slots,
             data=data,
         )
-        net.note(State(net.record.state), net.record.reason)
+        net.note(State.of(net.record.state), net.record.reason)
         if slots or unit:
             net.server.adopt(net.record)
         await net.reconcile(unit_exists=unit)

@@ -78,7 +78,7 @@ class Net(Recorded):
 
     @property
     def state(self) -> State:
-        return State(self.record.state) if self.record is not None else State.INACTIVE
+        return State.of(self.record.state) if self.record is not None else State.INACTIVE
 
     @property
     def active(self) -> bool:

@@ -58,6 +58,11 @@ class State(StrEnum):
     FAILED = "failed"
     CANCELLED = "cancelled"
 
+    @classmethod
+    def of(cls, word: str) -> State:
+        """The state of that name; a word of a newer version counts as running: its unit will tell."""
+        return cls(word) if word in cls.__members__.values() else cls.RUNNING
+
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
     """What a job is for, as its record has it.
@@ -122,7 +127,7 @@ class Job:
 
     @property
     def state(self) -> State:
-        return State(self.record.state) if self.record is not None else State.RUNNING
+        return State.of(self.record.state) if self.record is not None else State.RUNNING
 
     @property
     def alive(self) -> bool:

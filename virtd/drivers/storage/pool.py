@@ -41,6 +41,11 @@ class State(StrEnum):
     ACTIVE = "active"
     STOPPING = "stopping"
 
+    @classmethod
+    def of(cls, word: str) -> State:
+        """The state of that name; a word of a newer version counts as active, so that nothing is given up."""
+        return cls(word) if word in cls.__members__.values() else cls.ACTIVE
+
 
 class Shared(NamedTuple):
     """What the pools share. `publish(event, pool)` is told of changes; `make` makes the backend of a definition."""
@@ -68,11 +73,11 @@ class StoragePool(Recorded):
 
     @property
     def active(self) -> bool:
-        return self.record is not None and self.record.state in (State.ACTIVE, State.STOPPING)
+        return self.state in (State.ACTIVE, State.STOPPING)
 
     @property
     def state(self) -> State:
-        return State(self.record.state) if self.record is not None else State.INACTIVE
+        return State.of(self.record.state) if self.record is not None else State.INACTIVE
 
     @property
     def in_doubt(self) -> bool:
