@@ -60,6 +60,8 @@ SEEDS = (
     _seed("storage", "job-1", state="unheard of"),
     _seed("qemu", state="crashed", main_pid=0, exit={"cause": "oom", "at": "2026", "signal": "SIGKILL"}),
     _seed("lxc", data={"definition": _CONTAINER, "root": "/srv/web1", "ids": [100000, 65536], "macs": [["a", "b"]]}),
+    _seed("lxc", data={"definition": _CONTAINER, "macs": [["a", ",", "b"], 3, [1, 2]]}),
+    _seed("lxc", data={"definition": _CONTAINER, "macs": 5}),
     _seed("network", state="active", data={"definition": _NETWORK, "rules": "a", "bridge": "b", "ports": []}),
     _seed("storage", state="active", data={"definition": 'name = "web1"\npath = "/srv"\n'}),
     _seed(

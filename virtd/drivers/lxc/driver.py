@@ -189,8 +189,11 @@ class Driver(Guests[Container, model.Container]):
         container = machine.running_definition
         data = machine.record.data if machine.record is not None else {}
         addresses = machine.addresses() if machine.alive else []
-        for mac, network in data.get("macs", []):
-            with contextlib.suppress(errors.VirtdError, LookupError):
+        kept = data.get("macs")
+        for row in kept if isinstance(kept, list) else []:
+            # A record can be damaged: a row that is no pair tells of nothing.
+            with contextlib.suppress(errors.VirtdError, LookupError, TypeError, ValueError, AttributeError):
+                mac, network = row
                 addresses += [
                     found for found in self._peers("network").addresses_of(network, mac) if found not in addresses
                 ]
