@@ -43,6 +43,7 @@ from .api.limits import Limits  # noqa: E402
 from .child import Services  # noqa: E402
 from .drivers import definitions  # noqa: E402
 from .drivers.registry import MODULES  # noqa: E402
+from .drivers.turns import within  # noqa: E402
 from .host import Caller, Host  # noqa: E402
 from .messages import Message  # noqa: E402
 from .model import settings as settings_model  # noqa: E402
@@ -197,7 +198,7 @@ class Daemon:
                 while not lost.is_set():
                     if await self._serve_bus(lost):
                         await lost.wait()
-                    elif await _within(lost, NAME_RETRY):
+                    elif await within(lost, NAME_RETRY):
                         break
             except errors.VirtdError as exc:
                 self.host.problems["bus"] = (exc.message, exc.hint)
@@ -422,16 +423,6 @@ def announce(paths: Paths) -> None:
 def _give_way() -> None:
     """Let the next daemon go on, which costs nobody anything, where this one would be there and of no use."""
     os._exit(1)
-
-
-async def _within(event: asyncio.Event, seconds: float) -> bool:
-    """Whether `event` comes within `seconds`."""
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        return False
-    return True
 
 
 def load_settings(paths: Paths) -> tuple[settings_model.Settings, errors.VirtdError | None]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One operation at a time on each object."""
+"""One operation at a time on each object, and waiting with a limit."""
 
 from __future__ import annotations
 
@@ -42,3 +42,11 @@ class Turns:
     @property
     def taken(self) -> bool:
         return self._lock.locked()
+
+
+async def within(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for `event`, but not longer than `seconds`; whether it has come."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    return event.is_set()

@@ -18,6 +18,7 @@ import msgspec
 
 from .. import errors, files, journal, untrusted
 from ..drivers.protocol import Problem
+from ..drivers.turns import within
 from ..messages import Message
 from ..process import boot_id
 
@@ -181,7 +182,7 @@ class Boot:
         pauses = iter(AGAIN)
         pause = next(pauses)
         while True:
-            if await _comes(self._nudge, pause):
+            if await within(self._nudge, pause):
                 pauses = iter(AGAIN)
                 await asyncio.sleep(max(0.0, last + RATHER_NOT - time.monotonic()))
             pause = next(pauses, AGAIN[-1])
@@ -287,13 +288,3 @@ class Boot:
                 self._wait(driver, one, failed)
         self._record()
         self.nudge()
-
-
-async def _comes(event: asyncio.Event, seconds: float) -> bool:
-    """Whether `event` comes within `seconds`."""
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        return False
-    return True

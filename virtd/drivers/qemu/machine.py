@@ -16,6 +16,7 @@ from ...model import domain as model
 from ...records import now
 from ..guest import AGAIN, End, Guest, Shared
 from ..protocol import Problem
+from ..turns import within
 from . import command, directory, ends, images, ownership, userdb
 from . import host as hostinfo
 from .monitor import Link, Monitor
@@ -188,10 +189,7 @@ class Machine(Guest[model.Domain]):
 
     async def ended_within(self, seconds: float) -> bool:
         """A pause that its end cuts short; whether it did."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self.over.wait()
-        return self.over.is_set()
+        return await within(self.over, seconds)
 
     async def _connect(self, limit: float) -> None:
         child = self.child
