@@ -10,24 +10,43 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+class Bucket:
+    """Tokens: `rate` new ones a second, `burst` at the most. What is taken and isn't there is owed."""
+
+    __slots__ = ("_at", "_burst", "_rate", "level")
+
+    def __init__(self, rate: float, burst: float, now: float) -> None:
+        self._rate = rate
+        self._burst = burst
+        self._at = now
+        self.level = burst
+
+    def due(self, now: float) -> float:
+        """Seconds until a whole token is there; 0 when there is one."""
+        self.level = min(self._burst, self.level + (now - self._at) * self._rate)
+        self._at = now
+        return 0.0 if self.level >= 1 else (1 - self.level) / self._rate
+
+    def take(self, cost: float = 1.0) -> None:
+        self.level -= cost
+
+    def full(self, now: float) -> bool:
+        self.due(now)
+        return self.level >= self._burst
+
+
 class Allowance:
     """`burst` times at once; what was used comes back at `rate` a second."""
 
-    __slots__ = ("_at", "_burst", "_clock", "_left", "_rate")
+    __slots__ = ("_bucket", "_clock")
 
     def __init__(self, burst: float, rate: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._burst = burst
-        self._rate = rate
+        self._bucket = Bucket(rate, burst, clock())
         self._clock = clock
-        self._left = burst
-        self._at = clock()
 
     def take(self) -> bool:
         """Use one, if there is one left."""
-        now = self._clock()
-        self._left = min(self._burst, self._left + (now - self._at) * self._rate)
-        self._at = now
-        if self._left < 1:
+        if self._bucket.due(self._clock()) > 0:
             return False
-        self._left -= 1
+        self._bucket.take()
         return True

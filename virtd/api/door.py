@@ -15,8 +15,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+from ..allowance import Bucket
 from .introspection import PEER
-from .limits import Bucket
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,6 +13,8 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+from ..allowance import Bucket
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -24,31 +26,6 @@ BIG = 16 << 10  # bytes of a reply that cost as much as a call
 RUNNING, ALL_RUNNING = 8, 16  # calls at a time; those that wait for something to happen don't count
 UNSENT, ALL_UNSENT = 2 << 20, 16 << 20  # bytes of replies that aren't read
 USERS = 1024  # that are remembered; one that was forgotten begins anew
-
-
-class Bucket:
-    """Tokens: `rate` new ones a second, `burst` at the most. What is taken and isn't there is owed."""
-
-    __slots__ = ("_at", "_burst", "_rate", "level")
-
-    def __init__(self, rate: float, burst: float, now: float) -> None:
-        self._rate = rate
-        self._burst = burst
-        self._at = now
-        self.level = burst
-
-    def due(self, now: float) -> float:
-        """Seconds until a whole token is there; 0 when there is one."""
-        self.level = min(self._burst, self.level + (now - self._at) * self._rate)
-        self._at = now
-        return 0.0 if self.level >= 1 else (1 - self.level) / self._rate
-
-    def take(self, cost: float = 1.0) -> None:
-        self.level -= cost
-
-    def full(self, now: float) -> bool:
-        self.due(now)
-        return self.level >= self._burst
 
 
 class User:
