@@ -47,15 +47,16 @@ def resident(lab: Lab) -> int:
 def test_a_flood_of_events_costs_a_bounded_amount(lab: Lab) -> None:
     boot_sector(lab, "flood", FLOOD)
     lab.virtctl("start", "flood")
-    lab.wait("the flood to be noticed", lambda: lab.info("flood")["events"]["hung_up"])
+    lab.wait("the flood to be noticed", lambda: lab.info("flood")["events"]["hung_up"], 90)
     before = resident(lab)
     for _ in range(20):
         lab.virtctl("suspend", "flood")
-        assert lab.info("flood")["state"] == "paused"
+        lab.wait("it to be paused", lambda: lab.info("flood")["state"] == "paused")
         lab.virtctl("resume", "flood")
     assert resident(lab) - before < MEMORY
     assert int(lab.sh("du -sk /run/virtd | cut -f1")) < 4096
-    assert "more events than virtd takes" in lab.virtctl("status", check=False).stdout
+    said = "more events than virtd takes"
+    lab.wait("the problem", lambda: said in lab.virtctl("status", check=False).stdout, 90)
     lab.virtctl("stop", "flood")
     lab.sh("rm -r /srv/boot")
 
