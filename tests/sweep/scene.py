@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import contextlib
 import glob
+import itertools
 import json
 import os
 import signal
@@ -33,6 +34,7 @@ DROP_IN = "/run/systemd/system/virtd.service.d/sweep.conf"
 SLOTS = {"stdin", "stdout", "stderr", "console.log", "log"}
 ALIVE = ("running", "paused")
 PATIENCE = 30.0
+BACKUPS = 20  # of a log, at most; there may be gaps among them
 
 # Stops before it becomes the daemon, when asked to, so that somebody can attach to it before its first step.
 BEGIN = f"""#!/bin/sh
@@ -177,13 +179,17 @@ class Guest:
 
     def lines(self) -> int:
         """Check what has come since the last look; how many lines there were in all. Raises Broken."""
-        base = f"{LOGS}/{self.name}.console.log"
-        files = sorted(glob.glob(f"{base}.[0-9]*"), key=lambda path: -int(path.rpartition(".")[2]))
+        # Newest first, for a rotation moves files to older names: one that has just moved is met again, never missed.
         opened = []
-        for path in [*files, base]:
-            # A rotation may be under way: a file that has just been moved is met under its other name.
-            with contextlib.suppress(FileNotFoundError):
-                opened.append(open(path, "rb"))  # noqa: SIM115 (closed below, all together)
+        with contextlib.suppress(FileNotFoundError):
+            opened.append(open(f"{LOGS}/{self.name}.console.log", "rb"))  # noqa: SIM115 (closed below, all together)
+        for number in itertools.count(1):
+            try:
+                opened.append(open(f"{LOGS}/{self.name}.console.log.{number}", "rb"))  # noqa: SIM115
+            except FileNotFoundError:
+                if number > BACKUPS:
+                    break
+        opened.reverse()
         try:
             inodes = [os.fstat(file.fileno()).st_ino for file in opened]
             first = inodes.index(self._at[0]) if self._at[0] in inodes else 0
