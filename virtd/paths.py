@@ -75,7 +75,7 @@ class Paths:
         """What couldn't be autostarted in this boot yet; where the mark is that nobody clears by chance."""
         return f"{self.lib}/waiting.json"
 
-    def ground(self, pool: str) -> str:
+    def mountpoint(self, pool: str) -> str:
         """Which file system a directory pool was on when it was last active."""
         return f"{self.lib}/storage/{pool}.json"
 

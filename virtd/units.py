@@ -189,14 +189,13 @@ def escape_label(text: str) -> str:
 def mount_units(path: str) -> list[str]:
     """The mount units that `path` may be on, if they exist: one for each directory above it, systemd.mount(5)."""
     parts = path.strip("/").split("/")[:-1]
-    return [f"{_escaped_path(parts[:count])}.mount" for count in range(1, len(parts) + 1)]
+    return [mount_unit("/".join(parts[:count])) for count in range(1, len(parts) + 1)]
 
 
-def _escaped_path(parts: list[str]) -> str:
-    """A path as it is in a unit's name, systemd.unit(5): "/" becomes "-", and what would be ambiguous \\xNN."""
-    path = os.fsencode("/".join(parts))
-    escaped = re.sub(rb"[^A-Za-z0-9:_./]|^\.", lambda match: b"\\x%02x" % match[0][0], path)
-    return escaped.replace(b"/", b"-").decode()
+def mount_unit(path: str) -> str:
+    """The unit of a mount point, systemd.unit(5): "/" becomes "-", and what would be ambiguous \\xNN."""
+    escaped = re.sub(rb"[^A-Za-z0-9:_./]|^\.", lambda match: b"\\x%02x" % match[0][0], os.fsencode(path.strip("/")))
+    return f"{escaped.replace(b'/', b'-').decode() or '-'}.mount"
 
 
 def unescape_label(label: str) -> str:

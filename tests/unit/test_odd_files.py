@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.unit.whole_host import ROOT, World, on_loop
-from virtd import errors, layout, ownership, records
+from virtd import errors, layout, records, strictmodes
 from virtd.drivers import collection, definitions
 from virtd.drivers.registry import MODULES
 from virtd.messages import Message
@@ -322,8 +322,8 @@ async def test_a_byte_order_mark_in_a_file(world: World) -> None:
 
 def test_who_else_can_write(tmp_path: Path) -> None:
     (tmp_path / "file").touch(0o644)
-    assert ownership.fault(os.stat(tmp_path / "file")) == ""
-    assert list(ownership.faults_above(os.fspath(tmp_path / "file"))) == []
+    assert strictmodes.fault(os.stat(tmp_path / "file")) == ""
+    assert list(strictmodes.faults_above(os.fspath(tmp_path / "file"))) == []
 
 
 # Directories

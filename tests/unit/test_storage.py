@@ -121,11 +121,16 @@ def test_sizes_as_people_read_them(number: int, text: str) -> None:
     assert rounded(number) == text
 
 
-def test_mount_units() -> None:
-    # systemd-escape --path --suffix=mount of these.
-    assert mounts.unit_of("/srv/pool") == "srv-pool.mount"
-    assert mounts.unit_of("/srv/my-pool/.x") == "srv-my\\x2dpool-.x.mount"
-    assert mounts.unit_of("/.a b") == "\\x2ea\\x20b.mount"
+def test_what_is_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mountinfo").write_text(
+        "22 1 8:1 / / rw - ext4 /dev/sda1 rw\n"
+        "30 22 8:2 / /srv/my\\040pool rw,nodev shared:3 - xfs /dev/sdb1 rw\n"
+        "31 30 0:40 / /srv/my\\040pool rw - nfs server:/a\\040b rw\n"
+    )
+    monkeypatch.setattr(mounts, "MOUNT_INFO", str(tmp_path / "mountinfo"))
+    assert mounts.table() == {"/": "/dev/sda1", "/srv/my pool": "server:/a b"}
+    assert mounts.mounted("/srv/my pool") == "server:/a b"
+    assert mounts.mounted("/srv") is None
 
 
 @on_loop

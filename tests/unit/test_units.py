@@ -186,6 +186,19 @@ def test_mounts_that_a_path_may_be_on() -> None:
     assert units.mount_units("/disk.raw") == []
 
 
+@pytest.mark.parametrize(
+    ("path", "unit"),
+    [
+        ("/srv/pool", "srv-pool.mount"),
+        ("/srv/my-pool/.x", "srv-my\\x2dpool-.x.mount"),
+        ("/.a b", "\\x2ea\\x20b.mount"),
+        ("/", "-.mount"),
+    ],
+)
+def test_mount_units(path: str, unit: str) -> None:
+    assert units.mount_unit(path) == unit  # as systemd-escape --path --suffix=mount has it
+
+
 def test_a_job_can_end_before_it_is_known() -> None:
     async def main() -> None:
         jobs = Jobs("u.service")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from .. import __version__, errors, files, journal, ownership, untrusted
+from .. import __version__, errors, files, journal, strictmodes, untrusted
 from ..messages import Message
 from ..model.document import BOM, LIMIT
 from ..text import plain
@@ -40,9 +40,9 @@ def read(path: str) -> str:
         link = stat.S_ISLNK(os.lstat(path).st_mode)
         fd = untrusted.open_regular(path, follow=link)
         try:
-            ownership.require(path, os.fstat(fd))
+            strictmodes.require(path, os.fstat(fd))
             if link:
-                ownership.require_directories(path)
+                strictmodes.require_directories(path)
             raw = untrusted.read_open(fd, path, LIMIT)
         finally:
             os.close(fd)
@@ -62,7 +62,7 @@ def troubles(directory: str, found: Listing) -> Iterator[tuple[str, Problem]]:
         yield "", Problem(text, hint)
         return
     with contextlib.suppress(OSError):
-        for where, wrong in ownership.faults_above(f"{os.path.realpath(directory)}/any"):
+        for where, wrong in strictmodes.faults_above(f"{os.path.realpath(directory)}/any"):
             text = f"Definitions in {where} can be replaced by others than root: {wrong}"
             journal.send(text, message_id=Message.DEFINITION_PROBLEM, level="warning", VIRTD_FILE=where)
             yield "", Problem(text, f"chown root: {where}; chmod go-w {where}; systemctl reload virtd.")
@@ -81,11 +81,11 @@ def write(path: str, text: str, *, sync: bool = True) -> None:
         files.make_directory(os.path.dirname(path), 0o755)
         target = os.path.realpath(path)
         if target != path:
-            ownership.require_directories(path)
+            strictmodes.require_directories(path)
         mode, group = 0o644, -1
         with contextlib.suppress(FileNotFoundError):
             status = os.stat(target, follow_symlinks=False)
-            if stat.S_ISREG(status.st_mode) and not ownership.fault(status):
+            if stat.S_ISREG(status.st_mode) and not strictmodes.fault(status):
                 mode, group = stat.S_IMODE(status.st_mode), status.st_gid
     except OSError as exc:
         raise errors.HostError(f"Cannot write {path}: {exc.strerror}", hint=files.hint(exc)) from exc

@@ -58,16 +58,16 @@ class Driver(Guests[Machine, model.Domain]):
         return {"account": user._asdict()} if user is not None else {}
 
     async def compare(self, *, repair: bool) -> list[Difference]:
-        from . import fsck, ground
+        from . import fsck, openfiles
 
         found = await super().compare(repair=repair) + await fsck.users(self, repair=repair)
-        return found + await ground.differences(self.machines.values())
+        return found + await openfiles.differences(self.machines.values())
 
     async def look(self) -> None:
         """See whether what the guests stand on is still there; asked now and then."""
-        from . import ground  # no start of the daemon needs it
+        from . import openfiles  # no start of the daemon needs it
 
-        await ground.look(self.machines.values())
+        await openfiles.look(self.machines.values())
 
     async def reconcile(self) -> None:
         await super().reconcile()

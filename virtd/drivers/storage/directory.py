@@ -32,7 +32,7 @@ from .backend import Capacity, Meta, Volume
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
-    from .ground import Ground
+    from .mountpoint import MountPoint
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +44,12 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class Directory:
-    """See Backend. `uid` and `gid`: the guests' user and group; `ground`: the file system that it must be on."""
+    """See Backend. `uid` and `gid`: the guests' user and group; `mountpoint`: of the file system that it
+    must be on."""
 
-    def __init__(self, pool: model.Pool, uid: int, gid: int, ground: Ground | None = None) -> None:
+    def __init__(self, pool: model.Pool, uid: int, gid: int, mountpoint: MountPoint | None = None) -> None:
         self.pool = pool
-        self._ground = ground
+        self._mountpoint = mountpoint
         self._uid = uid
         self._gid = gid
         self._aside = Aside(f"Pool {pool.name} ({pool.path})")
@@ -56,17 +57,17 @@ class Directory:
     # The pool
 
     async def start(self) -> None:
-        if self._ground is not None:
-            await self._ground.require()
+        if self._mountpoint is not None:
+            await self._mountpoint.require()
         await self._aside(self._start)
-        if self._ground is not None:
-            self._ground.remember()
+        if self._mountpoint is not None:
+            self._mountpoint.remember()
 
     async def stop(self) -> None:
         """Nothing to do: the directory stays."""
 
     async def lost(self) -> str:
-        if self._ground is not None and (gone := self._ground.gone()):
+        if self._mountpoint is not None and (gone := self._mountpoint.gone()):
             return gone
         try:
             await self._aside(self._look)
@@ -76,8 +77,8 @@ class Directory:
 
     async def build(self) -> bool:
         """Make the directory; False when it is there."""
-        if self._ground is not None:
-            await self._ground.require()
+        if self._mountpoint is not None:
+            await self._mountpoint.require()
         return await self._aside(self._build)
 
     async def capacity(self) -> Capacity:

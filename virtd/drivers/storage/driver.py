@@ -218,7 +218,7 @@ class Driver(Collection[StoragePool, model.Pool]):
                 )
             files.remove(pool.source)
             with contextlib.suppress(errors.HostError):  # one without a pool means nothing
-                files.remove(self._services.paths.ground(pool.name))
+                files.remove(self._services.paths.mountpoint(pool.name))
             self.forget(pool.name)
 
     def check_beside(self, definition: model.Pool, other: StoragePool, source: str) -> None:

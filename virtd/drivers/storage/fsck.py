@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ... import errors
 from ...model import pool as model
 from ...paths import names as names_in
+from ...units import mount_unit
 from ..fsck import (
     Seen,
     clear_away,
@@ -153,7 +154,7 @@ async def _findings(driver: Driver, name: str, pool: StoragePool | None) -> list
             where = pool.definition.path
             units = await driver.services.units()
             if mounts.mounted(where) is not None and await mounts.is_ours(units, where):
-                text = f"{mounts.unit_of(where)} is mounted by virtd, and {name} isn't active"
+                text = f"{mount_unit(where)} is mounted by virtd, and {name} isn't active"
                 found.append(Difference("mount", name, text, "unmount it"))
     except errors.VirtdError as exc:
         found.append(Difference("pool", name, f"{name} can't be looked at: {exc.message}"))

@@ -55,10 +55,10 @@ def backend(pool: model.Pool, services: Services, settings: Settings, run_tool: 
     match pool.type:
         case Type.DIRECTORY:
             from .directory import Directory
-            from .ground import Ground
+            from .mountpoint import MountPoint
 
-            ground = Ground(pool, services.paths.ground(pool.name), services.units)
-            return Directory(pool, *account(settings), ground)
+            mountpoint = MountPoint(pool, services.paths.mountpoint(pool.name), services.units)
+            return Directory(pool, *account(settings), mountpoint)
         case Type.FILESYSTEM:
             from .filesystem import Filesystem
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ... import errors
 from ...bus import BusError
-from ...units import FINAL_TARGETS, GROUND
+from ...units import FINAL_TARGETS, GROUND, mount_unit
 
 if TYPE_CHECKING:
     from ...units import Units
@@ -21,24 +21,19 @@ MOUNT_INFO = "/proc/self/mountinfo"
 LIMIT = 90.0  # seconds; mount.nfs gives a server that doesn't answer about as long
 
 
-def unit_of(path: str) -> str:
-    """The unit of a mount point, escaped as systemd-escape(1) --path does it."""
-    text = path.strip("/")
-    if not text:
-        return "-.mount"
-    escaped = re.sub(rb"[^A-Za-z0-9:_./]|^\.", lambda match: b"\\x%02x" % match[0][0], text.encode())
-    return escaped.decode().replace("/", "-") + ".mount"
-
-
-def mounted(path: str) -> str | None:
-    """What is mounted at `path`, as mount(8) would name it; None when nothing is. Doesn't touch the file system."""
-    found = None
+def table() -> dict[str, str]:
+    """What is mounted, as mount(8) would name it, by mount point. Doesn't touch the file systems."""
+    found = {}
     with open(MOUNT_INFO, encoding="utf-8", errors="surrogateescape") as file:
         for line in file:
             fields = line.split()
-            if _plain(fields[4]) == path:
-                found = _plain(fields[fields.index("-") + 2])
+            found[_plain(fields[4])] = _plain(fields[fields.index("-") + 2])  # the last one hides the others
     return found
+
+
+def mounted(path: str) -> str | None:
+    """What is mounted at `path`; None when nothing is."""
+    return table().get(path)
 
 
 def _plain(field: str) -> str:
@@ -54,7 +49,7 @@ def same_source(one: str, other: str) -> bool:
 
 async def mount(units: Units, what: str, where: str, kind: str, options: str) -> None:
     """Have systemd mount it, where nothing is mounted. Raises HostError with mount(8)'s own words."""
-    name = unit_of(where)
+    name = mount_unit(where)
     with contextlib.suppress(OSError):
         # A soft reboot makes it a file like any other: systemd leaves it behind, and takes no other unit of its name.
         os.unlink(f"{TRANSIENT}/{name}")
@@ -112,7 +107,7 @@ def _read_words(unit: str) -> str:
 async def unmount(units: Units, where: str) -> None:
     """Raises HostError when something is still open there."""
     try:
-        await units.stop(unit_of(where), timeout=LIMIT)
+        await units.stop(mount_unit(where), timeout=LIMIT)
     except errors.HostError as exc:
         raise errors.HostError(
             f"Cannot unmount {where}: something still uses it", hint=f"fuser -vm {where} shows what."
@@ -126,4 +121,4 @@ async def unmount(units: Units, where: str) -> None:
 async def is_ours(units: Units, where: str) -> bool:
     """Whether virtd had it mounted, and not fstab(5) or a person."""
     # Not by Transient=: a soft reboot forgets that.
-    return str(await units.unit_property(unit_of(where), "FragmentPath")).startswith(f"{TRANSIENT}/")
+    return str(await units.unit_property(mount_unit(where), "FragmentPath")).startswith(f"{TRANSIENT}/")

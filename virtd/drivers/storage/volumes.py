@@ -15,7 +15,8 @@ import msgspec
 from ... import errors
 from ...model import pool as model
 from ...model.domain import Format
-from . import images, mounts
+from ...units import mount_unit
+from . import images
 from .changing import Changing
 from .directory import Directory
 from .making import Making
@@ -119,7 +120,7 @@ class Volumes(Making, Changing):
                 )
         for link in links[1:]:
             self.require_no_job("use", link.key, writes=False)
-        after = mounts.unit_of(pool.present.path) if pool.present.type is model.Type.FILESYSTEM else ""
+        after = mount_unit(pool.present.path) if pool.present.type is model.Type.FILESYSTEM else ""
         return volume.path, links[0].format, tuple(link.pair for link in links[1:]), after
 
     # Jobs

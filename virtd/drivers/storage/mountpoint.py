@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ... import errors, files, untrusted
+from ...units import mount_unit
 from . import mounts
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Stood(msgspec.Struct, frozen=True):
     mountpoint: str
 
 
-class Ground:
+class MountPoint:
     """One pool's; `memory` is the file's path."""
 
     def __init__(self, pool: model.Pool, memory: str, units: Callable[[], Awaitable[Units]]) -> None:
@@ -46,10 +47,10 @@ class Ground:
         """Raise HostError while what the pool is on isn't mounted."""
         if gone := self.gone():
             raise errors.HostError(gone, hint=self._hint())
-        units = await self._units()
+        units, there = await self._units(), mounts.table()
         for where in above(os.path.realpath(self._pool.path)):
-            unit = mounts.unit_of(where)
-            if mounts.mounted(where) is None and await units.unit_property(unit, "LoadState") == "loaded":
+            unit = mount_unit(where)
+            if where not in there and await units.unit_property(unit, "LoadState") == "loaded":
                 raise errors.HostError(
                     f"{where} isn't mounted, and pool {self._pool.name} ({self._pool.path}) is on it",
                     hint=f"systemctl start '{unit}' mounts it.",
@@ -66,8 +67,8 @@ class Ground:
 
     def remember(self) -> None:
         """The pool is active, and here."""
-        real = os.path.realpath(self._pool.path)
-        mountpoint = next((where for where in above(real) if mounts.mounted(where) is not None), "")
+        there = mounts.table()
+        mountpoint = next((where for where in above(os.path.realpath(self._pool.path)) if where in there), "")
         stood = Stood(self._pool.path, mountpoint)
         if stood == self._stood():
             return
