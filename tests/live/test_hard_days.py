@@ -182,6 +182,40 @@ def test_a_runtime_directory_that_is_gone(web1: Lab) -> None:
     assert state_of(web1, "off") == ("stopped", None)
 
 
+def test_a_runtime_directory_that_goes_while_virtd_runs(web1: Lab) -> None:
+    """It is said, with what helps, and the guest runs on; what its QEMU can't be asked any more is said, too."""
+    pid = state_of(web1)[1]
+    web1.sh("rm -rf /run/virtd")
+    refused = web1.virtctl("status", check=False)
+    assert refused.returncode != 0
+    assert "somebody has removed /run/virtd" in refused.stderr
+    web1.sh(refused.stderr.rpartition(": ")[2])
+    web1.wait("the guest", lambda: state_of(web1) == ("running", pid), 20)
+    (problem,) = web1.wait("the problem", lambda: status(web1)["problems"], 20)
+    assert "its directory /run/virtd/qemu/web1 was removed" in problem["text"]
+    assert "virtctl stop web1" in problem["hint"]
+    refused = web1.virtctl("suspend", "web1", check=False)
+    assert "/run/virtd/qemu/web1 was removed" in refused.stderr
+    assert check(web1.console("web1")).whole
+    web1.virtctl("stop", "web1")
+    web1.virtctl("start", "web1")
+    nothing_wrong(web1)
+
+
+def test_a_qemu_that_answers_late(web1: Lab) -> None:
+    """Whatever becomes of what it was asked for, the state is the real one."""
+    pid = state_of(web1)[1]
+    for restart in ("", "systemctl restart virtd.service; sleep 6;"):
+        asked = web1.sh(f"kill -STOP {pid}; virtctl suspend web1 2>&1; {restart} kill -CONT {pid}", check=False)
+        assert "didn't answer" in asked
+        web1.wait("its monitor", lambda: web1.info("web1")["monitor"] == "connected", 60)
+        nothing_wrong(web1)
+        if state_of(web1)[0] != "running":
+            web1.virtctl("resume", "web1")
+        before = check(web1.console("web1")).lines
+        web1.wait("more lines", lambda before=before: check(web1.console("web1")).lines > before, 20)
+
+
 # Units that others touch
 
 

@@ -212,12 +212,12 @@ async def test_a_monitor_that_is_refused_once_is_connected_all_the_same(
     real = Monitor.connect
     refused: list[Monitor] = []
 
-    async def connect(monitor: Monitor, limit: float) -> None:
+    async def connect(monitor: Monitor, limit: float, *, made: bool = False) -> None:
         if not refused:
             refused.append(monitor)
             monitor.link = Link.CLOSED
             raise errors.MonitorError("Cannot connect to the QEMU monitor of web1: No buffer space available")
-        await real(monitor, limit)
+        await real(monitor, limit, made=made)
 
     async with world.daemon():
         await world.run("web1")

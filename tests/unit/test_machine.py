@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from virtd.messages import Message
 from virtd.model.state import State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 # Start
@@ -464,6 +465,94 @@ async def test_suspend_and_resume(world: World) -> None:
         assert await host.resume("web1", by=ROOT) == {"name": "web1", "changed": False}
         info = await host.info("web1")
         assert (info["state"], info["pid"]) == ("running", pid)
+
+
+@contextlib.contextmanager
+def asleep(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@on_loop
+async def test_what_was_asked_of_a_qemu_that_slept(world: World, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does it when it wakes up, or doesn't; the state is what came of it, and the monitor is there again."""
+    impatient(monkeypatch)
+    async with world.daemon() as host:
+        pid = await world.run("web1")
+        machine = host.driver.machines["web1"]
+        with asleep(pid):
+            for _ in range(times):
+                with pytest.raises(errors.MonitorError, match="didn't answer"):
+                    await machine.command("stop", limit=0.1)
+            assert (await host.info("web1"))["state"] == "running"
+        await agreed(host)
+
+
+@on_loop
+async def test_a_qemu_that_slept_through_a_restart(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    impatient(monkeypatch)
+    async with world.daemon():
+        pid = await world.run("web1")
+    with asleep(pid):
+        async with world.daemon() as host:
+            await until(lambda: "monitor" in host.driver.machines["web1"].problems, "the problem")
+            os.kill(pid, signal.SIGCONT)
+            await agreed(host)
+
+
+async def agreed(host: Any) -> None:
+    """The state is the real one, and whoever asks for another gets it."""
+    machine = host.driver.machines["web1"]
+    await until(lambda: machine.monitor is not None and machine.monitor.link is Link.CONNECTED, "the monitor")
+    state = {"paused": State.PAUSED, "running": State.RUNNING}[await machine.monitor.status()]
+    assert machine.state is state
+    assert "monitor" not in machine.problems
+    await host.suspend("web1", by=ROOT)
+    assert await machine.monitor.status() == "paused"
+    await host.resume("web1", by=ROOT)
+    assert await machine.monitor.status() == "running"
+
+
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("virtd.drivers.qemu.machine.LINK_AGAIN", 0.02)
+    monkeypatch.setattr("virtd.drivers.qemu.machine.GREETING_LIMIT", 0.5)
+
+
+@on_loop
+async def test_a_shutdown_that_is_heard_late(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    impatient(monkeypatch)
+    async with world.daemon() as host:
+        pid = await world.run("web1")
+        machine = host.driver.machines["web1"]
+        with asleep(pid), pytest.raises(errors.MonitorError):
+            await operations.shutdown(machine, 20, "root")
+        with contextlib.suppress(errors.VirtdError):  # it may have heard it
+            await machine.command("system_powerdown")
+        await asyncio.wait_for(machine.over.wait(), 20)
+        assert "after the shutdown that root asked for had timed out" in (await host.info("web1"))["reason"]
+
+
+@on_loop
+async def test_a_reboot_that_could_not_be_asked_for_is_none_later(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impatient(monkeypatch)
+    async with world.daemon() as host:
+        pid = await world.run("web1")
+        with asleep(pid), pytest.raises(errors.MonitorError):
+            await host.reboot("web1", force=False, timeout=20, by=ROOT)
+        assert world.record("web1").data["request"]["verb"] == operations.REBOOT_GIVEN_UP
+    async with world.daemon() as host:
+        machine = host.driver.machines["web1"]
+        await until(lambda: machine.monitor is not None and machine.monitor.link is Link.CONNECTED, "the monitor")
+        # Powering off is what it was, and ends it.
+        world.type("web1", "poweroff")
+        await asyncio.wait_for(machine.over.wait(), 20)
+        assert (await host.info("web1"))["state"] == "stopped"
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -243,3 +243,28 @@ async def test_a_link_that_breaks_is_told_of(tmp_path: Path) -> None:
         await qemu.monitor.connect(5)
         await until(lambda: qemu.lost == 1, "the owner to be told")
         assert qemu.monitor.link is Link.CLOSED
+
+
+@on_loop
+async def test_a_socket_that_was_removed_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "run/web1").mkdir(parents=True)
+    path = str(tmp_path / "run/web1/qmp.sock")
+
+    async def refused(*, made: bool) -> tuple[str, Link]:
+        monitor = Monitor("web1", path, lambda: ME, lambda event: None, lambda: None)
+        with pytest.raises(errors.MonitorError) as caught:
+            await monitor.connect(0.05, made=made)
+        await asyncio.sleep(0)
+        link = monitor.link
+        await monitor.close()
+        return caught.value.message, link
+
+    said, link = await refused(made=True)
+    assert f"its socket {path} was removed" in said
+    assert link is Link.GONE
+    said, link = await refused(made=False)
+    assert "didn't answer within 0.05 s" in said
+    assert link is Link.SILENT
+    for directory in ("run/web1", "run"):
+        (tmp_path / directory).rmdir()
+        assert f"its directory {tmp_path / directory} was removed" in (await refused(made=True))[0]

@@ -179,9 +179,25 @@ def unreachable(address: str, exc: OSError) -> VirtdError:
     """What a failed connect means to a person."""
     if isinstance(exc, PermissionError):
         return AccessDenied(f"No access to {address}")
+    if isinstance(exc, FileNotFoundError) and address == ADDRESS and _has_process(CGROUPS):
+        lost = address if os.path.isdir(os.path.dirname(address)) else os.path.dirname(address)
+        return Disconnected(
+            f"virtd runs, but can't be reached: somebody has removed {lost}",
+            hint="No guest notices this: "
+            "systemctl stop virtd.socket virtd-root.socket; systemctl restart virtd.service",
+        )
     if isinstance(exc, (FileNotFoundError, ConnectionRefusedError)):
         return Disconnected("virtd isn't running", hint=HINT)
     return Disconnected(f"Can't connect to {address}: {exc.strerror or exc}", hint=HINT)
+
+
+def _has_process(cgroups: str) -> bool:
+    """Whether virtd's control group has a process in it."""
+    try:
+        with open(os.path.join(cgroups, "virtd.service", "cgroup.procs"), "rb") as file:
+            return bool(file.read())
+    except OSError:
+        return False
 
 
 class Session:
@@ -215,11 +231,7 @@ class Session:
         """
         if self.wakes or not os.path.isdir(self._cgroups):
             return False
-        try:
-            with open(os.path.join(self._cgroups, "virtd.service", "cgroup.procs"), "rb") as file:
-                return not file.read()
-        except OSError:
-            return True
+        return not _has_process(self._cgroups)
 
     def notice(self) -> None:
         """Say, once for each absence, why nothing happens."""

@@ -13,11 +13,12 @@ from ... import errors, journal
 from ...allowance import Allowance
 from ...messages import Message
 from ...model import domain as model
+from ...model.state import State
 from ...records import now
 from ..guest import AGAIN, End, Guest, Shared
 from ..protocol import Problem
 from ..turns import within
-from . import command, directory, ends, images, ownership, userdb
+from . import command, directory, ends, images, operations, ownership, userdb
 from . import host as hostinfo
 from .monitor import Link, Monitor
 from .news import News
@@ -172,7 +173,7 @@ class Machine(Guest[model.Domain]):
             self.spawn(self._stay_attached(), "attach")
 
     async def _stay_attached(self) -> None:
-        """Until there is a link. One that doesn't answer is left to the next command, which has a person waiting."""
+        """Until there is a link. Without one nobody tells what becomes of a command that was answered too late."""
         try:
             while self.alive:
                 if await self.ended_within(self._pause):
@@ -181,7 +182,7 @@ class Machine(Guest[model.Domain]):
                 await self.attach(GREETING_LIMIT)
                 if "events" in self.problems:
                     await self.ended_within(CALM)
-                if self.monitor is None or self.monitor.link not in (Link.CLOSED, Link.FLOODED):
+                if self.monitor is None or self.monitor.link in (Link.CONNECTED, Link.GONE):
                     self.problems.pop("events", None)
                     return
         finally:
@@ -202,10 +203,11 @@ class Machine(Guest[model.Domain]):
         )
         self.monitor = monitor
         try:
-            await monitor.connect(limit)
+            await monitor.connect(limit, made=self.state is not State.STARTING)
             self._linked_at = time.monotonic()
             await self._close_runtime()
             self.news.take_status(await monitor.status())
+            await self._resettle(monitor)
             self.problems.pop("monitor", None)
         except errors.MonitorError as exc:
             if self.alive and child is not None and child.alive():
@@ -213,6 +215,11 @@ class Machine(Guest[model.Domain]):
                 if self.problems.get("monitor") != problem:
                     log.warning("%s: %s", self.name, exc)
                 self.problems["monitor"] = problem
+
+    async def _resettle(self, monitor: Monitor) -> None:
+        """What a reboot has set and couldn't take back, for QEMU didn't answer."""
+        if self.request is not None and self.request.verb == operations.REBOOT_GIVEN_UP:
+            await monitor.execute("set-action", {"shutdown": operations.at_poweroff(self)})
 
     async def _close_runtime(self) -> None:
         if directory.is_open(self.runtime):
@@ -246,8 +253,14 @@ class Machine(Guest[model.Domain]):
         try:
             return await monitor.execute(name, arguments, limit=limit)
         finally:
-            if monitor.link is Link.CLOSED and self.monitor is monitor:
+            if monitor.link in (Link.CLOSED, Link.SILENT) and self.monitor is monitor:
+                self._pause = max(LINK_AGAIN, self._pause)
                 self._attach_later()
+
+    @property
+    def answers(self) -> bool:
+        """Whether what is known of its state is of now: its monitor is there and has answered all that was asked."""
+        return self.monitor is not None and self.monitor.link is Link.CONNECTED
 
     async def ask_state(self) -> str:
         """What the guest's CPUs do, as QMP's query-status has it; taken note of. Raises MonitorError."""

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import time
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,7 @@ class Link(StrEnum):
     CONNECTING = "connecting"
     CONNECTED = "connected"
     SILENT = "not answering"
+    GONE = "its socket is gone"
     FLOODED = "hung up on, for its many events"
     CLOSED = "closed"
 
@@ -76,8 +78,11 @@ class Monitor:
         self._allowance = Allowance(BURST, RATE)
         self.link = Link.CONNECTING
 
-    async def connect(self, limit: float) -> None:
-        """Connect within `limit` seconds, waiting for the socket to appear. Raises MonitorError."""
+    async def connect(self, limit: float, *, made: bool = False) -> None:
+        """Connect within `limit` seconds, waiting for the socket to appear. Raises MonitorError.
+
+        `made`: QEMU has been up before, so that a socket that isn't there was removed.
+        """
         from qemu.qmp import QMPError
 
         from . import qmp
@@ -89,6 +94,9 @@ class Monitor:
             async with asyncio.timeout(limit):
                 client = await self._reach()
         except TimeoutError:
+            if made and not os.path.lexists(self._path):
+                self.link = Link.GONE
+                raise self._gone() from None
             self.link = Link.SILENT
             raise errors.MonitorError(
                 f"The QEMU monitor of {self._name} didn't answer within {limit:g} s",
@@ -105,6 +113,18 @@ class Monitor:
             asyncio.create_task(self._watch(client), name=f"qmp-{self._name}"),
             asyncio.create_task(self._listen(), name=f"qmp-events-{self._name}"),
         ]
+
+    def _gone(self) -> errors.MonitorError:
+        """QEMU makes its socket at its start and never again."""
+        lost = directory = os.path.dirname(self._path)
+        while not os.path.lexists(os.path.dirname(lost)):
+            lost = os.path.dirname(lost)
+        text = f"its directory {lost}" if not os.path.lexists(directory) else f"its socket {self._path}"
+        return errors.MonitorError(
+            f"The QEMU monitor of {self._name} can't be reached any more: {text} was removed",
+            hint="The guest runs on without it. Shut it down from inside, or end it by virtctl stop "
+            f"{self._name}, and start it again when convenient.",
+        )
 
     async def _reach(self) -> Client:
         """Raises EOFError when it was closed meanwhile: who answers then is the next QEMU, which has one monitor."""

@@ -27,6 +27,9 @@ TERM_LIMIT = 5.0
 PRESS_AGAIN = 5.0
 KILL_LIMIT = 10.0
 
+SHUTDOWN_GIVEN_UP = "shutdown given up"
+REBOOT_GIVEN_UP = "reboot given up"
+
 
 async def shutdown(machine: Machine, timeout: float, by: str) -> bool:
     """Press the power button and wait for the end. Raises TimedOut; the guest then runs on."""
@@ -39,7 +42,8 @@ async def shutdown(machine: Machine, timeout: float, by: str) -> bool:
             await machine.command("system_powerdown")
         except errors.MonitorError:
             if machine.alive:
-                machine.note(was, "could not be asked to shut down", data=machine.ask("", ""))
+                # It may still hear of it.
+                machine.note(was, "could not be asked to shut down", data=machine.ask(SHUTDOWN_GIVEN_UP, by))
                 raise
     while (left := deadline - time.monotonic()) > 0:
         if await _over(machine, min(left, PRESS_AGAIN)):
@@ -52,7 +56,7 @@ async def shutdown(machine: Machine, timeout: float, by: str) -> bool:
         if machine.state is State.STOPPING and machine.child is not None and machine.child.alive():
             # Not forgotten, for it may be about to end all the same; but no longer the reason of whatever ends it.
             machine.note(
-                State.RUNNING, f"did not shut down within {timeout:.0f} s", data=machine.ask("shutdown given up", by)
+                State.RUNNING, f"did not shut down within {timeout:.0f} s", data=machine.ask(SHUTDOWN_GIVEN_UP, by)
             )
     raise errors.TimedOut(
         f"{machine.name} did not shut down within {timeout:.0f} s",
@@ -103,6 +107,7 @@ async def suspend(machine: Machine, by: str) -> bool:
     """Stop its CPUs. False if they were."""
     async with machine.exclusive("suspend"):
         require("suspend", machine.name, machine.state)
+        await _know(machine)
         if machine.state is State.PAUSED:
             return False
         await machine.command("stop")
@@ -115,12 +120,19 @@ async def resume(machine: Machine, by: str) -> bool:
     """Let its CPUs go on. False if they did."""
     async with machine.exclusive("resume"):
         require("resume", machine.name, machine.state)
+        await _know(machine)
         if machine.state is not State.PAUSED:
             return False
         await machine.command("cont")
         if machine.alive:
             machine.note(State.RUNNING, f"resumed by {by}")
         return True
+
+
+async def _know(machine: Machine) -> None:
+    """Whoever asks for a state shall not be told that it is there because it was when QEMU last answered."""
+    if not machine.answers:
+        await machine.ask_state()
 
 
 async def reboot(machine: Machine, *, force: bool, timeout: float, by: str) -> bool:
@@ -133,7 +145,12 @@ async def reboot(machine: Machine, *, force: bool, timeout: float, by: str) -> b
             return True
         machine.note(State.RUNNING, f"asked to reboot by {by}", data=machine.ask("reboot", by))
         machine.guest_off.clear()
-        await _press_and_reset(machine, timeout, by)
+        try:
+            await _press_and_reset(machine, timeout, by)
+        except errors.MonitorError:
+            if machine.alive:  # and nobody is to reboot it some day, when virtd is restarted
+                machine.note(State.RUNNING, "could not be asked to reboot", data=machine.ask(REBOOT_GIVEN_UP, by))
+            raise
         return True
 
 
@@ -167,12 +184,12 @@ async def _press_and_reset(machine: Machine, timeout: float, by: str) -> None:
                 await machine.command("system_powerdown")
                 await _off_or_over(machine, PRESS_AGAIN)
     except TimeoutError:
-        await machine.command("set-action", {"shutdown": _poweroff(machine)})
+        await machine.command("set-action", {"shutdown": at_poweroff(machine)})
         # A request still, so that the button in the event journal isn't taken for the host's own shutdown.
         machine.note(
             State.RUNNING,
             f"did not shut down to be rebooted within {timeout:.0f} s",
-            data=machine.ask("reboot given up", by),
+            data=machine.ask(REBOOT_GIVEN_UP, by),
         )
         raise errors.TimedOut(
             f"{machine.name} did not shut down within {timeout:.0f} s to be rebooted",
@@ -195,7 +212,7 @@ async def _off_or_over(machine: Machine, limit: float) -> None:
 
 async def _reset(machine: Machine, by: str) -> None:
     await machine.command("system_reset")
-    await machine.command("set-action", {"shutdown": _poweroff(machine)})
+    await machine.command("set-action", {"shutdown": at_poweroff(machine)})
     for _ in range(100):
         try:
             await machine.command("cont")
@@ -208,7 +225,8 @@ async def _reset(machine: Machine, by: str) -> None:
         machine.note(State.RUNNING, f"rebooted by {by}", data=data | {"request": None})
 
 
-def _poweroff(machine: Machine) -> str:
+def at_poweroff(machine: Machine) -> str:
+    """What QEMU is to do when its guest powers off, as its set-action has it."""
     domain = machine.running_definition
     return "pause" if domain is not None and domain.on_poweroff is OnPoweroff.KEEP else "poweroff"
 
