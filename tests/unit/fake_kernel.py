@@ -12,7 +12,7 @@ import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from virtd.drivers.network import bridge, firewall, firewalld, guard, host, isolation, links
+from virtd.drivers.network import bridge, firewall, firewalld, guard, host, isolation, links, listening
 from virtd.drivers.network.netlink import Address, RoutingRule
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class FakeKernel:
         monkeypatch.setattr(host, "PROC", str(root / "proc"))
         monkeypatch.setattr(bridge, "Netlink", lambda: FakeNetlink(self))
         monkeypatch.setattr(isolation, "Netlink", lambda: FakeNetlink(self))
+        monkeypatch.setattr(listening, "listening", list)  # the host that the tests run on serves what it likes
         monkeypatch.setattr(firewall, "_run", self._nft)
         monkeypatch.setattr(guard, "Watch", lambda *_calls: FakeWatch())
         monkeypatch.setattr(guard.Guard, "_follow_firewalld", _nothing)

@@ -16,6 +16,7 @@ import msgspec
 if TYPE_CHECKING:
     from ..child import Services
     from ..model.settings import Settings
+    from .conflicts import Holding
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -136,8 +137,25 @@ class Looking(Protocol):
         """See what is there. It may take as long as a file system takes to answer; problems tell what is wrong."""
 
 
+@runtime_checkable
+class Holder(Protocol):
+    """A driver whose objects have something that nobody else can have at the same time; see conflicts."""
+
+    def holdings(self, *, running: bool) -> Iterator[tuple[str, Holding]]:
+        """What those have that run, or all that are defined or run, each with whose it is: "domain web1"."""
+
+
 Publish = Callable[[str, str], None]  # (event, name): "added", "removed", "changed", "ended"
-Peers = Callable[[str], Any]  # the driver of that name, made at its first use
+
+
+class Peers(Protocol):
+    """The drivers."""
+
+    def __call__(self, name: str) -> Any:
+        """The driver of that name, made at its first use."""
+
+    def __iter__(self) -> Iterator[Driver]:
+        """Those that are in use."""
 
 
 class Factory(Protocol):

@@ -47,11 +47,15 @@ class Drivers:
     def __contains__(self, name: str) -> bool:
         return name in self._made
 
+    def __call__(self, name: str) -> Driver:
+        """`get`, for the drivers themselves: see Peers."""
+        return self.get(name)
+
     def get(self, name: str) -> Driver:
         """The driver `name`, made if need be. One that is made late is restored and reconciled by whoever asked."""
         if name not in self._made:
             module = importlib.import_module(MODULES[name])
-            self._made[name] = module.make(self._services, self._settings, self._publisher(name), self.get)
+            self._made[name] = module.make(self._services, self._settings, self._publisher(name), self)
         return self._made[name]
 
     def wanted(self) -> list[str]:

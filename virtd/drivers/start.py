@@ -20,7 +20,11 @@ from .guest import Guest
 from .protocol import Problem
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ..units import UnitSpec
+    from .conflicts import Holding
+    from .protocol import Peers
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +34,9 @@ G = TypeVar("G", bound=Guest[Any])
 class Start(Generic[G, D]):
     """One try. Each step says what it adds; `_undo` takes it all back."""
 
-    def __init__(self, machine: G, definition: D, by: str) -> None:
+    def __init__(self, machine: G, definition: D, peers: Peers, by: str) -> None:
         self.machine = machine
+        self.peers = peers
         self.definition = definition
         self.by = by
         self.services = machine.shared.services
@@ -44,6 +49,10 @@ class Start(Generic[G, D]):
 
     def check(self) -> None:
         """Look at the host before anything is done. Raises a VirtdError."""
+
+    def holdings(self) -> Iterable[Holding]:
+        """What it is to have that nobody else may have meanwhile."""
+        return ()
 
     def data(self) -> dict[str, Any]:
         """More for the record: what `Guest.give_back` needs to know. Nothing is changed yet."""
@@ -79,6 +88,7 @@ class Start(Generic[G, D]):
         """Raises a VirtdError, with nothing left behind."""
         machine = self.machine
         self.check()
+        self._check_conflicts()
         self._check_budget()
         units = await self.services.units()
         await units.collect(machine.unit)  # before there is anything to undo: what runs there isn't ours to end
@@ -117,9 +127,16 @@ class Start(Generic[G, D]):
             )  # fmt: skip
             raise errors.BudgetExceeded(f"Cannot start {self.machine.name}: {exc}", hint=exc.hint) from exc
 
+    def _check_conflicts(self) -> None:
+        from . import conflicts  # no start of the daemon needs it
+
+        conflicts.require(self.peers, f"{self.machine.noun} {self.machine.name}", self.holdings())
+
     def _record(self, descriptors: dict[str, int]) -> None:
         """The record, before anything else exists: a crash from here on finds it and rolls back."""
         machine = self.machine
+        # Once more, for others may have had their turn since. From the record on they see what is ours.
+        self._check_conflicts()
         record = Record(
             driver=machine.driver,
             name=machine.name,

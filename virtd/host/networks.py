@@ -64,7 +64,7 @@ class Networks:
                 "uuid": network.uuid or (existing.uuid if existing else ""),
                 "created": existing is None,
                 "path": self._path(network.name),
-                "warnings": [],
+                "warnings": await driver.warnings(network),
             }
         network = driver.check(text, source)
         before = driver.nets.get(network.name)
@@ -81,7 +81,7 @@ class Networks:
             "uuid": net.uuid,
             "created": created,
             "path": net.source,
-            "warnings": warnings,
+            "warnings": warnings + await driver.warnings(network),
         }
 
     async def define_default(self, *, by: Caller) -> dict[str, Any]:

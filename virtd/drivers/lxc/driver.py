@@ -26,11 +26,12 @@ from .container import DRIVER, Container
 from .idmaps import HINT, Maps
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Iterator
 
     from ...child import Services
     from ...model.settings import Settings
     from ...units import Units
+    from ..conflicts import Holding
     from ..protocol import Peers, Publish
 
 
@@ -213,7 +214,14 @@ class Driver(Guests[Container, model.Container]):
         }
 
     def warnings(self, definition: model.Container) -> list[str]:
+        from .. import conflicts
+        from . import holdings  # no start of the daemon needs it
+
         found = [f"{key}: {text}" for key, text in hostinfo.missing(definition)]
+        known = self.machines.get(definition.name)
+        uuid = definition.uuid or (known.uuid if known is not None else "")
+        mine = holdings.defined(definition, uuid, conflicts.bridges(self._peers))
+        found += conflicts.warnings(self._peers, f"container {definition.name}", mine)
         if isinstance(definition.rootfs, model.Root):
             return found
         try:
@@ -222,6 +230,18 @@ class Driver(Guests[Container, model.Container]):
         except errors.InvalidDefinition as exc:
             found.append(f"{exc.key}: {exc.expected}")
         return found
+
+    def holdings(self, *, running: bool) -> Iterator[tuple[str, Holding]]:
+        from .. import conflicts
+        from . import holdings
+
+        bridge_of = conflicts.bridges(self._peers)
+        for machine in self.machines.values():
+            owner = f"container {machine.name}"
+            if machine.alive:
+                yield from ((owner, one) for one in holdings.running(machine, bridge_of))
+            if not running and machine.definition is not None:
+                yield from ((owner, one) for one in holdings.defined(machine.definition, machine.uuid, bridge_of))
 
 
 def _limits(limits: model.Limits) -> dict[str, Any]:

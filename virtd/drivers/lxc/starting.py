@@ -17,7 +17,10 @@ from . import host as hostinfo
 from .container import DRIVER, Container, interface_names, mac_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ...child import Ends
+    from ..conflicts import Holding
     from .idmaps import Maps
 
 # All that LXC gets of an environment; it doesn't pass it on to the container.
@@ -46,7 +49,7 @@ async def start(container: Container, maps: Maps, by: str) -> bool:
 
 class _Start(Start[Container, model.Container]):
     def __init__(self, container: Container, definition: model.Container, maps: Maps, by: str) -> None:
-        super().__init__(container, definition, by)
+        super().__init__(container, definition, container.peers, by)
         self.settings = container.settings
         self.maps = maps
         self.links: list[config.Link] = []
@@ -79,6 +82,17 @@ class _Start(Start[Container, model.Container]):
             start=hostinfo.program("lxc-execute" if definition.command else "lxc-start"),
             descriptors=hostinfo.descriptors(),
         )
+
+    def holdings(self) -> Iterator[Holding]:
+        from .. import conflicts
+        from . import holdings  # no start of the daemon needs it
+
+        return holdings.to_start(self.definition, self.machine.uuid, self._directory(), conflicts.bridges(self.peers))
+
+    def _directory(self) -> str:
+        """Its root, where that is no volume."""
+        root = self.definition.rootfs
+        return root.rstrip("/") if isinstance(root, str) else ""
 
     async def reach(self) -> None:
         """Have the networks that it is to be in, and its root, before anything of it is there."""
@@ -125,6 +139,8 @@ class _Start(Start[Container, model.Container]):
         volume.forget(run, self.machine.name)
 
     def data(self) -> dict[str, Any]:
+        from . import holdings
+
         ids = self.host.ids
         if self.mounted is not None:
             self.mounted.require_free()
@@ -135,6 +151,7 @@ class _Start(Start[Container, model.Container]):
             "ids": [ids.first, ids.count] if ids is not None else None,
             "root": self.host.root,
             "images": self.images,
+            "held": [identity for _path, identity in holdings.here(self.definition, self._directory())],
         }
 
     def prepare(self, ends_: Ends) -> None:

@@ -31,8 +31,11 @@ from .net import Net, Shared
 from .server import DRIVER
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ...child import Services
     from ...model.settings import Dnsmasq, Settings
+    from ..conflicts import Holding
     from ..protocol import Difference, Peers, Publish
 
 log = logging.getLogger(__name__)
@@ -49,8 +52,8 @@ class Connection(msgspec.Struct, frozen=True):
     mtu: int
 
 
-def make(services: Services, settings: Settings, publish: Publish, _peers: Peers) -> Driver:
-    return Driver(services, settings.dnsmasq, publish)
+def make(services: Services, settings: Settings, publish: Publish, peers: Peers) -> Driver:
+    return Driver(services, settings.dnsmasq, publish, peers)
 
 
 class Driver(Collection[Net, model.Network]):
@@ -62,10 +65,11 @@ class Driver(Collection[Net, model.Network]):
     taken_back = "It is put together again from what there is."
     states = State
 
-    def __init__(self, services: Services, settings: Dnsmasq, publish: Publish) -> None:
+    def __init__(self, services: Services, settings: Dnsmasq, publish: Publish, peers: Peers) -> None:
         super().__init__(services, Records(services.paths, DRIVER), publish)
         self._isolation = Isolation(self.nets)
-        self._shared = Shared(services, self.records, settings, self.published, boot_id(), self._isolation)
+        self._peers = peers
+        self._shared = Shared(services, self.records, settings, self.published, boot_id(), self._isolation, peers)
         self._guard = Guard(services, self.nets, self.problems, publish, self._isolation)
 
     async def compare(self, *, repair: bool) -> list[Difference]:
@@ -338,6 +342,17 @@ class Driver(Collection[Net, model.Network]):
                     raise errors.InvalidDefinition(
                         source, key, f"{subnet} overlaps with {taken} of network {other.name}"
                     )
+
+    async def warnings(self, network: model.Network) -> list[str]:
+        """What a definition wants and others have, which is no error before the start."""
+        from . import holdings  # no start of the daemon needs it
+
+        return await holdings.warnings(self.nets.get(network.name), network, self._peers)
+
+    def holdings(self, *, running: bool) -> Iterator[tuple[str, Holding]]:
+        from . import holdings
+
+        return holdings.all_of(self.nets, running=running)
 
     def put_in_force(self, one: Net, definition: model.Network, text: str) -> None:
         one.remember(**one.in_force(definition, text))

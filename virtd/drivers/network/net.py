@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from ...child import Services
     from ...model.settings import Dnsmasq
+    from ..protocol import Peers
     from .isolation import Isolation
     from .ports import Ground, Port
 
@@ -58,6 +59,7 @@ class Shared(NamedTuple):
     publish: Callable[[str, Net], None]
     boot_id: str
     isolation: Isolation
+    peers: Peers
 
 
 class Net(Recorded):
@@ -195,6 +197,8 @@ class Net(Recorded):
 
     async def start(self, by: str) -> bool:
         """Make all of its pieces, or those that are missing; False if it was whole. Raises a VirtdError."""
+        from . import holdings  # no start of the daemon needs it
+
         async with self.exclusive("start"):
             if self.state is State.ACTIVE:
                 return await self._repair()
@@ -204,6 +208,7 @@ class Net(Recorded):
                     f"Network {self.name} has no definition",
                     hint=f'virtctl network define FILE, with name = "{self.name}".',
                 )
+            await holdings.require(self, network, self.shared.peers)
             await asyncio.to_thread(host.check_routes, network, self.source)
             await asyncio.to_thread(host.check_bridge, network, self.source, bridge.mac_of(self.uuid))
             record = Record(
@@ -218,6 +223,7 @@ class Net(Recorded):
                 | {"mac": bridge.mac_of(self.uuid)}
                 | self._still_connected(),
             )
+            holdings.require_free(self, network, self.shared.peers)  # others may have had their turn since
             self.put(record)
             self.shared.publish("changed", self)
             try:
@@ -456,7 +462,10 @@ class Net(Recorded):
             return []
 
     async def _switch(self, old: model.Network, new: model.Network) -> None:
+        from . import holdings
+
         if new.own:
+            await holdings.require(self, new, self.shared.peers)
             if self.rules_stale(new):
                 for setting in await asyncio.to_thread(host.allow_forwarding, new):
                     log.warning("Network %s: the host forwards from now on: %s", self.name, setting)

@@ -82,8 +82,8 @@ class RoutingRule(NamedTuple):
 class Netlink:
     """A socket to the kernel's routing. Close it, or use it in a with statement."""
 
-    def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+    def __init__(self, protocol: int = socket.NETLINK_ROUTE) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
         try:
             self._socket.bind((0, 0))
             for option in (NETLINK_CAP_ACK, NETLINK_EXT_ACK):
@@ -218,6 +218,10 @@ class Netlink:
 
     def delete_routing_rule(self, rule: RoutingRule, protocol: int) -> None:
         self._ask(RTM_DELRULE, 0, _rule(rule, protocol))
+
+    @staticmethod
+    def _attributes_of(data: bytes) -> dict[int, bytes]:
+        return dict(_attributes(data))
 
     def _ask(self, kind: int, flags: int, body: bytes) -> None:
         self._send(kind, flags | _ACK, body)

@@ -16,9 +16,12 @@ from . import host as hostinfo
 from .machine import DRIVER, Machine
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ...child import Services
     from ...model.settings import Qemu, Settings
     from ...units import UnitState
+    from ..conflicts import Holding
     from ..protocol import Difference, Peers, Publish
     from .images import Use
 
@@ -131,7 +134,26 @@ class Driver(Guests[Machine, model.Domain]):
         }
 
     def warnings(self, definition: model.Domain) -> list[str]:
-        return [f"{key}: {text}" for key, text in hostinfo.missing_files(definition)]
+        from .. import conflicts
+        from . import holdings  # no start of the daemon needs it
+
+        found = [f"{key}: {text}" for key, text in hostinfo.missing_files(definition)]
+        known = self.machines.get(definition.name)
+        uuid = definition.uuid or (known.uuid if known is not None else "")
+        mine = [*holdings.defined(definition, uuid, conflicts.bridges(self._peers)), *holdings.here(definition)]
+        return found + conflicts.warnings(self._peers, f"domain {definition.name}", mine)
+
+    def holdings(self, *, running: bool) -> Iterator[tuple[str, Holding]]:
+        from .. import conflicts
+        from . import holdings
+
+        bridge_of = conflicts.bridges(self._peers)
+        for machine in self.machines.values():
+            owner = f"domain {machine.name}"
+            if machine.alive:
+                yield from ((owner, one) for one in holdings.running(machine, bridge_of))
+            if not running and machine.definition is not None:
+                yield from ((owner, one) for one in holdings.defined(machine.definition, machine.uuid, bridge_of))
 
     def images(self) -> list[Use]:
         """Which running domain has which image open, for those who would change or delete one."""

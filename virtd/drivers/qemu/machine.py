@@ -18,7 +18,7 @@ from ...records import now
 from ..guest import AGAIN, End, Guest, Shared
 from ..protocol import Problem
 from ..turns import within
-from . import command, directory, ends, images, operations, ownership, userdb
+from . import command, directory, ends, images, nics, operations, ownership, userdb
 from . import host as hostinfo
 from .monitor import Link, Monitor
 from .news import News
@@ -71,6 +71,11 @@ class Machine(Guest[model.Domain]):
         if not self.alive or self.record is None:
             return {}
         return images.taken(self.record.data, self.running_definition)
+
+    @property
+    def cards(self) -> list[nics.Planned]:
+        """Its network cards that are in networks, while it runs."""
+        return nics.recorded(self.record.data) if self.alive and self.record is not None else []
 
     async def hear_out(self) -> None:
         if self.monitor is not None:

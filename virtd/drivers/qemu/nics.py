@@ -52,6 +52,14 @@ def plan(machine: Machine, domain: Domain) -> list[Planned]:
     ]
 
 
+def recorded(data: dict[str, Any]) -> list[Planned]:
+    """What a record says; nothing of what isn't as this version writes it."""
+    try:
+        return msgspec.convert(data.get("nics", []), list[Planned])
+    except msgspec.ValidationError:
+        return []
+
+
 def _mac(machine: Machine, domain: Domain, index: int) -> str:
     return (domain.nic[index].mac or command.mac_of(machine.uuid, index)).lower()
 

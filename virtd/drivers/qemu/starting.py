@@ -19,7 +19,10 @@ from .machine import DRIVER, Machine
 from .users import Living
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ...child import Ends
+    from ..conflicts import Holding
     from .users import Users
 
 # All that QEMU gets of an environment: nothing of ours.
@@ -62,7 +65,7 @@ class _Start(Start[Machine, model.Domain]):
         account: hostinfo.Account,
         by: str,
     ) -> None:
-        super().__init__(machine, domain, by)
+        super().__init__(machine, domain, machine.peers, by)
         self.disks = disks
         self.others = others
         self.settings = machine.settings
@@ -83,12 +86,16 @@ class _Start(Start[Machine, model.Domain]):
 
     def check(self) -> None:
         hostinfo.check_files(self.definition, self.machine.source, self.account)
-        check_disks(self.machine, self.definition, self.disks, self.others)
         nics.check(self.definition, self.machine.source, self.machine.peers)
 
+    def holdings(self) -> Iterator[Holding]:
+        from .. import conflicts
+        from . import holdings  # no start of the daemon needs it
+
+        yield from holdings.of_images(images.identified(self.definition, self.disks))
+        yield from holdings.of_cards(self.nics, conflicts.bridges(self.peers))
+
     def data(self) -> dict[str, Any]:
-        # Once more, for others may have had their turn since. From the record on they see that the images are ours.
-        check_disks(self.machine, self.definition, self.disks, self.others)
         images.require_free(self.disks, self.machine.peers)
         files = [*images.opened(self.definition, self.disks), *((path, False) for path in self.definition.boot.files)]
         running = {other.user.uid for other in self.others if other.user is not None}
@@ -205,18 +212,3 @@ class _Start(Start[Machine, model.Domain]):
             if not ends.is_trace(line)
         ]
         return "; ".join(line for line in lines[-3:] if line)
-
-
-def check_disks(machine: Machine, domain: model.Domain, disks: list[images.Image], others: list[Machine]) -> None:
-    """No image is given to two guests when one of them writes. Raises Busy."""
-    mine = images.identified(domain, disks)
-    for other in others:
-        for identity, (_path, writes) in other.images().items():
-            if identity in mine and (writes or mine[identity][1]):
-                raise errors.Busy(
-                    f"Cannot start {machine.name}: {mine[identity][0]} is in use by domain {other.name}",
-                    hint=(
-                        f"Two guests that write to one disk destroy it. Stop {other.name}, "
-                        "or mark the disk readonly in both."
-                    ),
-                )

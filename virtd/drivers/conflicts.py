@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What only one object can have at a time, whichever driver's it is: an address in a network, a disk, a port.
+
+Each driver tells what its objects hold, those that run or all that are defined (protocol.Holder), and what is to be
+defined or started is compared with that, here. Two definitions may well want the same, as long as they take turns:
+that is a warning. Two that run may not.
+"""
+
+from __future__ import annotations
+
+import functools
+from enum import StrEnum
+from typing import TYPE_CHECKING, NamedTuple
+
+from .. import errors
+from .protocol import Holder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from .protocol import Peers
+
+
+class Kind(StrEnum):
+    """What is held. What makes two of a kind the same, `Holding.what`, follows."""
+
+    MAC = "mac"  # bridge, address in lower case
+    INTERFACE = "interface"  # name
+    FILE = "file"  # path, as a definition has it
+    IMAGE = "image"  # device, inode
+    VOLUME = "volume"  # pool, volume
+    PORT = "port"  # protocol, 4 or 6, number
+    BRIDGE = "bridge"  # name
+
+
+class Holding(NamedTuple):
+    """One such thing. `key` is where the definition says so, `name` what a person calls it; both only of those that
+    are compared with others. Those that are `shared` don't mind each other.
+    """
+
+    kind: Kind
+    what: tuple[str | int, ...]
+    key: str = ""
+    name: str = ""
+    shared: bool = False
+
+
+class Conflict(NamedTuple):
+    """`other` holds it too: "domain web1"; "" for the object itself."""
+
+    mine: Holding
+    other: str
+
+
+def mac(bridge: str, address: str, key: str = "", network: str = "") -> Holding:
+    name = f"MAC address {address} in network {network}" if network else ""
+    return Holding(Kind.MAC, (bridge, address.lower()), key, name)
+
+
+def bridges(peers: Peers) -> Callable[[str], str]:
+    """A function that gives a network's bridge, by which neighbours are told: several networks may be on one."""
+
+    @functools.cache
+    def bridge_of(network: str) -> str:
+        try:
+            return str(peers("network").find(network).bridge_name) or network
+        except errors.NotFound:
+            return network
+
+    return bridge_of
+
+
+def require(peers: Peers, me: str, mine: Iterable[Holding]) -> None:
+    """Raise Busy when another that runs holds what `me` ("domain web1") is to have; doesn't wait for anything."""
+    for found in _between(peers, me, list(mine), running=True):
+        own = found.mine
+        where = f" ({own.key})" if own.key else ""
+        who = f"in use by {found.other}" if found.other else "in this definition twice"
+        raise errors.Busy(f"Cannot start {me}: {own.name}{where} is {who}", hint=_hint(found))
+
+
+def warnings(peers: Peers, me: str, mine: Iterable[Holding]) -> list[str]:
+    """What another that is defined, or runs, holds too."""
+    told = {}
+    for found in _between(peers, me, list(mine), running=False):
+        own = found.mine
+        text = f"{own.name} is in this definition twice: it can't be started"
+        if found.other:
+            text = f"{own.name} is {found.other}'s as well: both can't run at the same time"
+        told[own.key, found.other] = f"{own.key}: {text}" if own.key else text
+    return list(told.values())
+
+
+def _between(peers: Peers, me: str, mine: list[Holding], *, running: bool) -> Iterator[Conflict]:
+    if not mine:
+        return
+    wanted: dict[tuple[Kind, tuple[str | int, ...]], Holding] = {}
+    for one in mine:
+        if (same := wanted.setdefault((one.kind, one.what), one)) is not one and not (same.shared and one.shared):
+            yield Conflict(one, "")
+    for driver in peers:
+        if not isinstance(driver, Holder):
+            continue
+        for other, theirs in driver.holdings(running=running):
+            found = wanted.get((theirs.kind, theirs.what))
+            if found is not None and other != me and not (found.shared and theirs.shared):
+                yield Conflict(found, other)
+
+
+def _hint(found: Conflict) -> str:
+    other = found.other
+    match found.mine.kind:
+        case Kind.MAC if not other:
+            return "Give each [[nic]] a mac of its own, or none: then it gets one."
+        case Kind.MAC:
+            return f"Stop {other} first, or give one of the two another mac in its [[nic]]."
+        case Kind.IMAGE if found.mine.key == "rootfs":
+            return (
+                f"Stop {other} first, or make a copy with IDs of its own: "
+                f"virtctl container create NEW --image {found.mine.name}."
+            )
+        case Kind.FILE | Kind.IMAGE | Kind.VOLUME:
+            return f"Two guests that write to one disk destroy it. Stop {other}, or mark the disk readonly in both."
+        case Kind.PORT:
+            return f"Stop {other} first, or have one of the two forward another port."
+        case Kind.INTERFACE:
+            return f"Names of interfaces are made of names and uuids. Stop {other} first, or give one another uuid."
+        case Kind.BRIDGE:
+            return f"Stop {other} first, or give one of the two another bridge."

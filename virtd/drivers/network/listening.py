@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Which ports the host itself serves: who would lose his callers to a [[forward]] of one of them.
+
+The kernel tells of sockets by sock_diag(7), as it does to ss(8). Whose one is has to be looked for in /proc, which is
+done for those in question only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING, NamedTuple
+
+from .netlink import Netlink
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ...model.network import Forward
+
+PROC = "/proc"
+OURS = "virtd-network-"  # how the units of dnsmasq begin
+INIT = 1
+
+# linux/sock_diag.h, linux/inet_diag.h
+_SOCK_DIAG = 4
+_SOCK_DIAG_BY_FAMILY = 20
+_REQUEST = struct.Struct("=BBBxI48x")  # inet_diag_req_v2: family, protocol, more that is wanted, states, socket
+_ANSWER = struct.Struct("=BBBB HH 16s16sI8x IIIII")  # inet_diag_msg; the ports are in network byte order
+_SKV6ONLY = 11
+# Who has bound a UDP socket and isn't connected to anybody counts as a server; TCP's have called listen(2).
+_STATES = {socket.IPPROTO_TCP: 1 << 10, socket.IPPROTO_UDP: 1 << 7}  # TCP_LISTEN, TCP_CLOSE: net/tcp_states.h
+
+
+class Listener(NamedTuple):
+    """A socket: "tcp" or "udp", and by which IP versions it takes what comes from elsewhere."""
+
+    protocol: str
+    versions: frozenset[int]
+    address: str
+    port: int
+    inode: int
+
+
+class Process(NamedTuple):
+    """Whose it is; `unit` is "" where it is none of systemd's."""
+
+    pid: int
+    name: str
+    unit: str
+
+
+class Served(NamedTuple):
+    """A forward of a port on which somebody listens: which of them, who, as a sentence, and what can be done."""
+
+    number: int
+    text: str
+    hint: str
+
+
+def served(forwards: Iterable[Forward]) -> list[Served]:
+    """Those of `forwards` whose port the host serves. Raises OSError when the kernel doesn't tell."""
+    numbered = list(enumerate(forwards))
+    if not numbered:
+        return []
+    listeners = [one for one in listening() if one.versions]
+    found = [
+        (index, one)
+        for index, forward in numbered
+        for one in listeners
+        if (one.protocol, one.port) == (forward.protocol.value, forward.port)
+        and (6 if ":" in forward.to else 4) in one.versions
+    ]
+    owners = _owners({one.inode for _, one in found}) if found else {}
+    told: dict[int, Served] = {}
+    for index, one in found:
+        who = owners.get(one.inode)
+        if who is None or not who.unit.startswith(OURS):  # of dnsmasq's addresses a forward takes what it is told to
+            told.setdefault(index, _sentence(index, one, who))
+    return list(told.values())
+
+
+def _sentence(index: int, one: Listener, who: Process | None) -> Served:
+    place = f"[{one.address}]" if ":" in one.address else one.address
+    if who is None:
+        name, hint = "the host itself", "ss -lnp shows who"
+    else:
+        name = f"{who.name} (PID {who.pid}{f', {who.unit}' if who.unit else ''})"
+        hint = f"systemctl stop {who.unit}" if who.unit.endswith((".service", ".socket")) else f"kill {who.pid}"
+        if who.pid == INIT:
+            name, hint = "a socket unit of systemd's", "systemctl list-sockets shows which"
+    text = f"{one.protocol} port {one.port} of the host is served by {name} at {place}:{one.port}"
+    return Served(index, text, f"Forward another port, or end what listens there ({hint}).")
+
+
+def listening() -> list[Listener]:
+    """All sockets of the host that wait for what others send. Raises OSError."""
+    found = []
+    with Diag() as diag:
+        for protocol in _STATES:
+            for family in (socket.AF_INET, socket.AF_INET6):
+                with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6, say
+                    found += diag.listeners(family, protocol)
+    return found
+
+
+class Diag(Netlink):
+    """A socket for questions about sockets."""
+
+    def __init__(self) -> None:
+        super().__init__(_SOCK_DIAG)
+
+    def listeners(self, family: int, protocol: int) -> list[Listener]:
+        request = _REQUEST.pack(family, protocol, 0, _STATES[protocol])
+        found = [self._listener(protocol, body) for body in self._dump(_SOCK_DIAG_BY_FAMILY, request)]
+        return [one for one in found if one is not None]
+
+    def _listener(self, protocol: int, body: bytes) -> Listener | None:
+        try:
+            family, _, _, _, port, _, packed, *_, inode = _ANSWER.unpack_from(body)
+            address = socket.inet_ntop(family, packed[: 4 if family == socket.AF_INET else 16])
+        except (struct.error, ValueError, OSError):
+            return None
+        only6 = self._attributes_of(body[_ANSWER.size :]).get(_SKV6ONLY) == b"\1"
+        name = "tcp" if protocol == socket.IPPROTO_TCP else "udp"
+        return Listener(name, _versions(address, only6=only6), address, socket.ntohs(port), inode)
+
+
+def _versions(address: str, *, only6: bool) -> frozenset[int]:
+    """Packets for the host's own loopback are never forwarded."""
+    if address.startswith(("127.", "::ffff:127.")) or address == "::1":
+        return frozenset()
+    if ":" not in address or address.startswith("::ffff:"):
+        return frozenset({4})
+    return frozenset({6}) if only6 or address != "::" else frozenset({4, 6})
+
+
+def _owners(inodes: set[int]) -> dict[int, Process]:
+    """Who has these sockets open: of several the one that isn't systemd, which listens for others."""
+    wanted = {f"socket:[{inode}]": inode for inode in inodes}
+    found: dict[int, int] = {}
+    for pid in sorted((int(name) for name in os.listdir(PROC) if name.isdigit()), reverse=True):
+        with contextlib.suppress(OSError):  # it has ended
+            for fd in os.listdir(f"{PROC}/{pid}/fd"):
+                with contextlib.suppress(OSError):
+                    if (inode := wanted.get(os.readlink(f"{PROC}/{pid}/fd/{fd}"))) is not None:
+                        found.setdefault(inode, pid)
+    return {inode: Process(pid, _read(pid, "comm"), _unit(_read(pid, "cgroup"))) for inode, pid in found.items()}
+
+
+def _read(pid: int, what: str) -> str:
+    try:
+        with open(f"{PROC}/{pid}/{what}", encoding="utf-8", errors="replace") as file:
+            text = file.read(4096).strip()
+    except OSError:
+        return ""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+
+
+def _unit(cgroups: str) -> str:
+    for line in cgroups.splitlines():
+        if line.startswith("0::"):
+            names = line[3:].split("/")
+            return next((name for name in reversed(names) if name.endswith((".service", ".scope", ".socket"))), "")
+    return ""

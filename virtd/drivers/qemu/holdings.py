@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What domains have that nobody else may have at the same time: see drivers.conflicts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .. import conflicts
+from ..conflicts import Holding, Kind
+from . import command
+from . import host as hostinfo
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from ...model.domain import Domain
+    from .machine import Machine
+    from .nics import Planned
+
+
+def of_images(images: dict[tuple[int, int], tuple[str, bool]]) -> Iterator[Holding]:
+    """What is opened, as images.identified() has it."""
+    for identity, (path, writes) in images.items():
+        yield Holding(Kind.IMAGE, identity, "", path, shared=not writes)
+
+
+def of_cards(nics: Iterable[Planned], bridge_of: Callable[[str], str]) -> Iterator[Holding]:
+    """Cards in networks."""
+    for nic in nics:
+        key = f"nic[{nic.index}]"
+        yield conflicts.mac(bridge_of(nic.network), nic.mac, key, nic.network)
+        yield Holding(Kind.INTERFACE, (nic.interface,), key, f"interface {nic.interface}")
+
+
+def defined(domain: Domain, uuid: str, bridge_of: Callable[[str], str]) -> Iterator[Holding]:
+    """What a definition wants; without a `uuid` yet, those addresses only that it names."""
+    for index, disk in enumerate(domain.disk):
+        key = f"disk[{index}]"
+        if disk.path is not None:
+            yield Holding(Kind.FILE, (disk.path,), key, disk.path, disk.readonly)
+        elif disk.pool is not None and disk.volume is not None:
+            name = f"volume {disk.volume} of pool {disk.pool}"
+            yield Holding(Kind.VOLUME, (disk.pool, disk.volume), key, name, disk.readonly)
+    for index, cdrom in enumerate(domain.cdrom):
+        yield Holding(Kind.FILE, (cdrom.path,), f"cdrom[{index}]", cdrom.path, shared=True)
+    for index, nic in enumerate(domain.nic):
+        if nic.network is not None and (nic.mac or uuid):
+            address = (nic.mac or command.mac_of(uuid, index)).lower()
+            yield conflicts.mac(bridge_of(nic.network), address, f"nic[{index}]", nic.network)
+
+
+def here(domain: Domain) -> Iterator[Holding]:
+    """Those of its files that are there already, by what they are: another may have them under other names."""
+    for index, disk in enumerate(domain.disk):
+        if disk.path is not None and (identity := hostinfo.identity(disk.path)) is not None:
+            yield Holding(Kind.IMAGE, identity, f"disk[{index}]", disk.path, disk.readonly)
+
+
+def running(machine: Machine, bridge_of: Callable[[str], str]) -> Iterator[Holding]:
+    """What one that runs has, by its record."""
+    yield from of_images(machine.images())
+    yield from of_cards(machine.cards, bridge_of)
