@@ -85,8 +85,10 @@ class LogFile:
     """A log open for writing at its end. `limit` is in bytes and soft (a line is finished first); 0 means no limit.
 
     `on_rotate(fd)` is called, in the thread that writes, with the descriptor of each new current file that takes
-    the place of another, once it is at the path; it belongs to this object and is valid during the call. Raises
-    HostError.
+    the place of another, once it is at the path; it belongs to this object and is valid during the call.
+
+    `fd`: one that an earlier daemon kept, and that passes to the log. If the path leads elsewhere, the log goes on
+    there, and `on_rotate` has been called by then. Raises HostError.
     """
 
     def __init__(
@@ -122,22 +124,6 @@ class LogFile:
             logger.warning(
                 "log %s cannot be opened, going on with the descriptor kept: %s", self.path, error.strerror
             )
-
-    @classmethod
-    def adopt(
-        cls,
-        fd: int,
-        path: str | os.PathLike[str],
-        *,
-        limit: int = DEFAULT_LIMIT,
-        backups: int = DEFAULT_BACKUPS,
-        on_rotate: Callable[[int], object] | None = None,
-    ) -> LogFile:
-        """Go on with a descriptor that an earlier daemon kept, which passes to the log.
-
-        If the path leads elsewhere the log goes on there, and `on_rotate` has been called when this returns.
-        """
-        return cls(path, limit=limit, backups=backups, on_rotate=on_rotate, fd=fd)
 
     @property
     def file(self) -> str:

@@ -81,13 +81,12 @@ class Loss(NamedTuple):
 
 
 class _Channel:
-    """One pipe and its log; touched by the pump's thread only, but for the counters that anybody may read."""
+    """One pipe and its log; touched by the pump's thread only."""
 
     __slots__ = (
         "armed",
         "capacity",
         "check_at",
-        "dropped",
         "due",
         "empty",
         "episode",
@@ -115,7 +114,6 @@ class _Channel:
         self.on_eof = on_eof
         self.capacity = PIPE_SIZE
         self.moved = 0  # bytes, in this process's life
-        self.dropped = 0
         self.watchers = 0
         self.armed = False  # epoll will say when there is something
         self.due = 0  # the tick that the channel naps until; 0 when it doesn't
@@ -258,11 +256,6 @@ class Pump:
         channel = self._channels.get(key)
         if channel is not None:
             self._post(self._watched, channel, -1)
-
-    def counters(self, key: str) -> tuple[int, int] | None:
-        """Bytes moved and bytes dropped since `add`; None for a key that isn't pumped."""
-        channel = self._channels.get(key)
-        return None if channel is None else (channel.moved, channel.dropped)
 
     def _post(self, function: Callable[..., None], *arguments: object) -> None:
         self._commands.append((function, arguments))
@@ -538,7 +531,6 @@ class Pump:
                 logger.exception("%s cannot be read any more", channel.key)
                 self._finish(channel)
                 return
-            channel.dropped += dropped
             channel.episode += dropped
         if not fill:
             channel.retry_at = 0.0

@@ -48,7 +48,7 @@ def pump(fd: int, kept: int, path: Path, limit: int, ready: int) -> None:
     """The process that is killed: adopt what was kept, move, end at the end of file."""
     over = threading.Event()
     pump = Pump(lambda function, *arguments: function(*arguments))
-    pump.add("guest", fd, LogFile.adopt(os.dup(kept), path, limit=limit, backups=BACKUPS), lambda key: over.set())
+    pump.add("guest", fd, LogFile(path, fd=os.dup(kept), limit=limit, backups=BACKUPS), lambda key: over.set())
     pump.start()
     os.write(ready, b".")
     over.wait()

@@ -128,12 +128,6 @@ def test_wrong_usage_is_2(virtctl: Any, words: tuple[str, ...]) -> None:
     assert "Traceback" not in ran.err
 
 
-def test_a_noun_of_a_later_version_is_named(virtctl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("virtd.cli.main.LATER", ("teapot",))
-    assert virtctl("teapot", "list").err == "virtctl: 'teapot' isn't in this version\n"
-    assert virtctl("teapot", "list").status == exits.USAGE_ERROR
-
-
 class Noun:
     """A module of commands, as those of `virtctl NOUN` are."""
 

@@ -55,7 +55,7 @@ class Site:
             )
         here = (sys.executable, "-I", f"{programs}/unpack.py")
         patch.setattr(hostinfo, "unpacker", lambda job: (*here, job))
-        patch.setattr(hostinfo, "PLACES", (programs,))
+        patch.setattr("virtd.drivers.programs.PLACES", (programs,))
         self._program(f"{programs}/common.seccomp", "")
         patch.setattr(hostinfo, "SECCOMP", (f"{programs}/common.seccomp",))
         # No namespace of PIDs: the monitor's child is believed to be the first of one.

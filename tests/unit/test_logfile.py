@@ -309,7 +309,7 @@ def kill_a_rotation(
 
     told: list[int] = []
     if stored:
-        again = LogFile.adopt(kept, path, backups=backups, on_rotate=told.append)
+        again = LogFile(path, fd=kept, backups=backups, on_rotate=told.append)
         moved_on = again.file != follower.cursor.file
         assert told == ([again.fd] if moved_on else [])
     else:
@@ -343,7 +343,7 @@ def test_a_descriptor_of_an_older_file_leads_to_the_current_one(path: Path, feed
     feed.move(log, b"three\n")
     log.close()
     told: list[int] = []
-    log = LogFile.adopt(kept, path, on_rotate=told.append)
+    log = LogFile(path, fd=kept, on_rotate=told.append)
     assert told == [log.fd]
     feed.move(log, b"four\n")
     assert path.read_bytes() == b"three\nfour\n"
@@ -362,7 +362,7 @@ def test_a_useless_descriptor_is_replaced(path: Path, feed: Feed, kind: str) -> 
     if kind == "closed":
         os.close(fd)
     told: list[int] = []
-    log = LogFile.adopt(fd, path, on_rotate=told.append)
+    log = LogFile(path, fd=fd, on_rotate=told.append)
     assert told == [log.fd]
     feed.move(log, b"x\n")
     assert path.read_bytes() == b"x\n"
@@ -372,7 +372,7 @@ def test_a_useless_descriptor_is_replaced(path: Path, feed: Feed, kind: str) -> 
 def test_an_appending_descriptor_is_made_fit_for_splice(path: Path, feed: Feed) -> None:
     path.parent.mkdir()
     path.write_bytes(b"before\n")
-    log = LogFile.adopt(os.open(path, os.O_RDWR | os.O_APPEND), path)
+    log = LogFile(path, fd=os.open(path, os.O_RDWR | os.O_APPEND))
     feed.move(log, b"after\n")
     assert path.read_bytes() == b"before\nafter\n"
     log.close()
@@ -384,7 +384,7 @@ def test_with_a_descriptor_an_unusable_path_is_no_end(path: Path, feed: Feed) ->
     log.close()
     path.rename(path.with_name("aside"))
     path.mkdir()
-    log = LogFile.adopt(kept, path)
+    log = LogFile(path, fd=kept)
     feed.move(log, b"still here\n")
     assert path.with_name("aside").read_bytes() == b"still here\n"
     assert not log.check()

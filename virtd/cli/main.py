@@ -55,7 +55,6 @@ NOUNS: dict[str, tuple[str, str]] = {
     "pool": ("pool", "Control storage pools"),
     "volume": ("volume", "Control the volumes of storage pools"),
 }
-LATER: tuple[str, ...] = ()
 HELP_OPTIONS = """\
 Options:
   -h --help                  Show this help, or with a command its own
@@ -152,9 +151,6 @@ def _main(words: list[str]) -> int:
                 print(help_text(noun))
                 return OK
             command = "list"
-    if command in LATER and not noun:
-        print(f"virtctl: '{command}' isn't in this version", file=sys.stderr)
-        return USAGE_ERROR
     if command not in commands_of(noun):
         whole = " ".join(filter(None, (noun, command)))
         tool = " ".join(filter(None, ("virtctl", noun)))

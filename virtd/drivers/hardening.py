@@ -25,6 +25,10 @@ HARDENED: tuple[Property, ...] = (
     ("LimitCORE", "t", 0),
 )
 
+# What programs need of the host's file system; the rest of it is hidden behind empty directories.
+KEPT = frozenset({"bin", "sbin", "lib", "lib32", "lib64", "libx32", "usr", "proc", "sys", "dev", "nix"})
+LIBRARIES = ("/etc/ld.so.cache", "/etc/alternatives")
+
 # What no program that we start asks of the kernel, for SystemCallFilter=.
 FILTERED = (
     "@clock", "@cpu-emulation", "@debug", "@keyring", "@module", "@mount", "@obsolete", "@raw-io", "@reboot",

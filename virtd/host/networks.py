@@ -7,7 +7,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import errors
-from .objects import settled
+from .objects import known, settled
 
 if TYPE_CHECKING:
     from ..drivers.network.driver import Driver
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from .base import Caller
 
 DRIVER = "network"
-DOUBT = 5.0  # seconds that a listing waits for a network of which nobody knows yet whether it is whole
 
 
 class Networks:
@@ -113,19 +112,8 @@ class Networks:
 
     async def _find(self, name: str) -> Net:
         net = self.driver.find(name)
-        await self._settled(net)
+        await known(net, f"network {net.name}")
         return net
-
-    async def _settled(self, net: Net) -> None:
-        if not net.settled.is_set():
-            try:
-                async with asyncio.timeout(DOUBT):
-                    await net.settled.wait()
-            except TimeoutError:
-                raise errors.Busy(
-                    f"virtd doesn't know yet what became of network {net.name}",
-                    hint="Is D-Bus up? systemctl status dbus.service",
-                ) from None
 
     def _path(self, name: str) -> str:
         return self._host.services.paths.definition(DRIVER, name)

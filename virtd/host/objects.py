@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from .. import errors
 from ..drivers.guest import Guest
+from ..drivers.turns import within
 from ..model.state import State, require
 from .viewing import Viewers
 
@@ -36,6 +37,14 @@ async def settled(objects: Iterable[Settling]) -> None:
         _, pending = await asyncio.wait(doubtful, timeout=DOUBT)
         for task in pending:
             task.cancel()
+
+
+async def known(one: Settling, name: str, limit: float = DOUBT) -> None:
+    """Wait until it is known what became of it; `name`: what a person calls it. Raises Busy."""
+    if not one.settled.is_set() and not await within(one.settled, limit):
+        raise errors.Busy(
+            f"virtd doesn't know yet what became of {name}", hint="Is D-Bus up? systemctl status dbus.service"
+        )
 
 
 class Objects(Generic[G]):
@@ -159,13 +168,5 @@ class Objects(Generic[G]):
     async def find(self, name: str, limit: float = DOUBT) -> G:
         """The machine, once it is known what became of it."""
         machine = self._guests.find(name)
-        if not machine.settled.is_set():
-            try:
-                async with asyncio.timeout(limit):
-                    await machine.settled.wait()
-            except TimeoutError:
-                raise errors.Busy(
-                    f"virtd doesn't know yet what became of {machine.name}",
-                    hint="Is D-Bus up? systemctl status dbus.service",
-                ) from None
+        await known(machine, machine.name, limit)
         return machine

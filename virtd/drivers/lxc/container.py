@@ -256,9 +256,6 @@ class Container(Guest[model.Container]):
             return []
         return addresses(f"/proc/{pid}/net")
 
-    def trouble(self, key: str, exc: errors.VirtdError) -> None:
-        self.problems[key] = Problem(exc.message, exc.hint)
-
 
 def payload_of(monitor: str, unit: str) -> str | None:
     """The directory of a container's own control group, which is beside that of LXC's monitor, in the unit's.

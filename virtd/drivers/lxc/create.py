@@ -22,6 +22,7 @@ from ... import errors, files, untrusted
 from ...model.domain import ENDINGS, NAME, shown
 from ...paths import names
 from ...units import UnitSpec
+from ..programs import HOMELESS
 from ..registry import CREATING as MARK
 from . import execs, sandbox, unpack
 from . import host as hostinfo
@@ -174,7 +175,7 @@ async def _unpack(job: Job, units: Units) -> None:
             description=f"Making container {job.name}",
             slice=f"virtd-{DRIVER}.slice",
             argv=hostinfo.unpacker(json.dumps(task._asdict())),
-            environment=(("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), ("LANG", "C.UTF-8")),
+            environment=HOMELESS,
             properties=tuple(
                 sandbox.making(job.building, job.image if directory else "", toplevel=hostinfo.toplevel())
             ),

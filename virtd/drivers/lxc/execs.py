@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ... import errors, process
 from ...child import ended
 from ...units import CLD_EXITED, UnitSpec, signal_name
+from ..programs import HOMELESS
 from . import config, sandbox
 from . import host as hostinfo
 from .container import DRIVER, Container, status_of
@@ -67,7 +68,7 @@ async def begin(
         description=f"A command in container {container.name}",
         slice=f"virtd-{DRIVER}.slice",
         argv=("/bin/sh", script),
-        environment=(("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), ("LANG", "C.UTF-8")),
+        environment=HOMELESS,
         properties=tuple(
             sandbox.entering(container.runtime, privileged=container.privileged, toplevel=hostinfo.toplevel())
         ),

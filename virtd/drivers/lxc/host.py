@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ... import errors, reach
 from ...model import container as model
 from ...model import size
+from .. import programs
 from . import config
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from ...model.settings import Lxc
 
-PLACES = ("/usr/bin", "/usr/local/bin")
 SECCOMP = ("/usr/share/lxc/config/common.seccomp", "/usr/local/share/lxc/config/common.seccomp")
 APPARMOR = "/sys/module/apparmor/parameters/enabled"
 PARSERS = ("/usr/sbin/apparmor_parser", "/sbin/apparmor_parser")  # without one LXC can't load a profile
@@ -32,10 +32,9 @@ LINKS = 40  # as many symbolic links in a row as the kernel follows
 
 def program(name: str) -> str:
     """Where one of LXC's programs is. Raises HostError."""
-    for place in PLACES:
-        if os.access(path := f"{place}/{name}", os.X_OK):
-            return path
-    raise errors.HostError(f"LXC is missing: no {PLACES[0]}/{name}", hint="Install lxc.")
+    if (path := programs.find(name)) is not None:
+        return path
+    raise errors.HostError(f"LXC is missing: no {programs.PLACES[0]}/{name}", hint="Install lxc.")
 
 
 def seccomp() -> str:

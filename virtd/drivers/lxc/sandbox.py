@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..hardening import HARDENED, Property
+from ..hardening import HARDENED, KEPT, LIBRARIES, Property
 from . import config
 
 if TYPE_CHECKING:
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from ...model import container as model
 
 
-# What liblxc itself needs of the host; the rest of the file system is hidden behind empty directories.
-KEPT = frozenset({"bin", "sbin", "lib", "lib32", "lib64", "libx32", "usr", "proc", "sys", "dev", "nix"})
-LIBRARIES = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/apparmor.d")
+NEEDED = (*LIBRARIES, "/etc/apparmor.d")  # by liblxc itself
 
 # capabilities(7), by number.
 CAPABILITIES = {
@@ -44,9 +42,7 @@ def making(target: str, source: str, *, toplevel: list[str]) -> list[Property]:
     search = ("DAC_READ_SEARCH",) if source else ()
     # Setuid programs are what it has to make.
     hardened = [entry for entry in HARDENED if entry[0] not in ("RestrictSUIDSGID", "RestrictNamespaces")]
-    shown = [(path, path, True, 0) for path in (*LIBRARIES, *NAMES)] + (
-        [(source, source, False, 0)] if source else []
-    )
+    shown = [(path, path, True, 0) for path in (*NEEDED, *NAMES)] + ([(source, source, False, 0)] if source else [])
     return [
         *hardened,
         ("RestrictNamespaces", "t", CLONE_NEWUSER),
@@ -99,7 +95,7 @@ def entering(runtime: str, *, privileged: bool, toplevel: list[str]) -> list[Pro
     found: list[Property] = [
         ("TemporaryFileSystem", "a(ss)", hidden),
         ("ProtectSystem", "s", "strict"),
-        ("BindReadOnlyPaths", "a(ssbt)", [(path, path, True, 0) for path in LIBRARIES]),
+        ("BindReadOnlyPaths", "a(ssbt)", [(path, path, True, 0) for path in NEEDED]),
         ("BindPaths", "a(ssbt)", [(runtime, runtime, False, 0)]),
         ("ReadWritePaths", "as", ["/run", "-/sys/fs/cgroup"]),
         ("PrivateDevices", "b", True),
@@ -150,7 +146,7 @@ def properties(
     found: list[Property] = [
         ("Delegate", "b", True),
         ("TemporaryFileSystem", "a(ss)", hidden),
-        ("BindReadOnlyPaths", "a(ssbt)", [(path, path, True, 0) for path in LIBRARIES]),
+        ("BindReadOnlyPaths", "a(ssbt)", [(path, path, True, 0) for path in NEEDED]),
         ("BindPaths", "a(ssbt)", [(path, path, False, 16384) for path in (host.runtime, host.root, *sources)]),
         ("DevicePolicy", "s", "strict"),
         ("DeviceAllow", "a(ss)", config.devices(container)),

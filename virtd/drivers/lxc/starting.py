@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ... import errors, files, layout
 from ...model import container as model
 from ...units import UnitSpec
+from ..programs import ENVIRONMENT
 from ..start import Start
 from . import config, ends, exposure, sandbox, volume
 from . import host as hostinfo
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from ..conflicts import Holding
     from .idmaps import Maps
 
-# All that LXC gets of an environment; it doesn't pass it on to the container.
-ENVIRONMENT = (("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), ("LANG", "C.UTF-8"), ("HOME", "/root"))
 TTY_GROUP = 5  # "tty" of every distribution, to which a terminal belongs
 
 

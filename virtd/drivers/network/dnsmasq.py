@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ...model.network import Mode
 from ...units import UnitSpec
 from ..hardening import HARDENED, Property
+from ..programs import ENVIRONMENT
 from . import leases
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from .host import Account
     from .ports import Port
 
-ENVIRONMENT = (("PATH", "/usr/sbin:/usr/bin"), ("LANG", "C.UTF-8"), ("HOME", "/"))
 READY = b"started, version"  # what it writes when its sockets are open
 
 # capabilities(7), by number: the ports below 1024; addresses and ARP entries of clients that have none yet; pings.

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pwd
 import socket
 import struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import errors
 from ...model.network import Mode
+from .. import programs
 from . import links
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from ...model.settings import Dnsmasq
 
 PROC = "/proc"
-PLACES = ("/usr/sbin", "/usr/bin", "/usr/local/sbin", "/usr/local/bin")
 FORWARD4 = "net/ipv4/ip_forward"
 FORWARD6 = "net/ipv6/conf/all/forwarding"
 
@@ -43,25 +42,21 @@ class Account(NamedTuple):
 
 def account(settings: Dnsmasq) -> Account:
     """Raises HostError when the user isn't there, or is root."""
-    try:
-        entry = pwd.getpwnam(settings.user)
-    except KeyError:
-        raise errors.HostError(
-            f"There is no user {settings.user} to run dnsmasq as",
-            hint="systemd-sysusers virtd.conf makes it; or set dnsmasq.user in virtd.toml.",
-        ) from None
-    if entry.pw_uid == 0:
+    hint = "systemd-sysusers virtd.conf makes it; or set dnsmasq.user in virtd.toml."
+    uid, gid = programs.ids(settings.user, None, "dnsmasq", hint)
+    if uid == 0:
         raise errors.HostError("dnsmasq doesn't run as root", hint="Set dnsmasq.user in virtd.toml to another user.")
-    return Account(settings.user, entry.pw_uid, entry.pw_gid)
+    return Account(settings.user, uid, gid)
 
 
 def dnsmasq(settings: Dnsmasq) -> str:
     """The program. Raises HostError when it is missing or not executable."""
-    for candidate in [settings.binary] if settings.binary else [f"{place}/dnsmasq" for place in PLACES]:
-        if os.access(candidate, os.X_OK):
-            return candidate
+    if settings.binary and os.access(settings.binary, os.X_OK):
+        return settings.binary
+    if not settings.binary and (path := programs.find("dnsmasq")) is not None:
+        return path
     raise errors.HostError(
-        f"dnsmasq is missing: no {settings.binary or 'dnsmasq in ' + ', '.join(PLACES)}",
+        f"dnsmasq is missing: no {settings.binary or 'dnsmasq in ' + ', '.join(programs.PLACES)}",
         hint="Install dnsmasq (Debian: dnsmasq-base), or set dnsmasq.binary in virtd.toml.",
     )
 

@@ -15,10 +15,9 @@ from typing import Any
 from ... import untrusted
 from ...model.state import Cause, State
 from ...records import Exit, stamp
-from ...units import UnitState, signal_name
+from ...units import CLD_EXITED, UnitState, signal_name
 from ..guest import End, Request
 
-CLD_EXITED = 1  # siginfo(2); KILLED is 2, DUMPED 3
 # QEMU's own words on stderr. Who it was it can't see from a PID namespace of its own.
 TERMINATING = r"terminating on signal (\d+)(?: from pid (\d+) \((.*)\))?"
 TAIL = 1 << 16  # the last events tell; a guest can make any number of them

@@ -7,7 +7,6 @@ import contextlib
 import errno
 import grp
 import os
-import pwd
 import stat
 from typing import TYPE_CHECKING
 
@@ -16,12 +15,12 @@ import msgspec
 from ... import errors, reach
 from ...model import domain as model
 from ...model import size
+from .. import programs
 
 if TYPE_CHECKING:
     from ...model.settings import Qemu
 
 KVM, VHOST = "/dev/kvm", "/dev/vhost-net"
-PLACES = ("/usr/bin", "/usr/libexec", "/usr/local/bin")
 # uname's names and QEMU's differ for some (docs/system/targets).
 ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64", "i686": "i386"}
 
@@ -48,19 +47,12 @@ def account(settings: Qemu) -> Account:
     Raises HostError when there is no such user or group.
     """
     hint = "Run systemd-sysusers, or set qemu.user and qemu.group in virtd.toml."
-    try:
-        entry = pwd.getpwnam(settings.shared_user)
-    except KeyError:
-        raise errors.HostError(f"There is no user {settings.shared_user} to run guests as", hint=hint) from None
-    if entry.pw_uid == 0:
+    uid, gid = programs.ids(settings.shared_user, settings.shared_group, "guests", hint)
+    if uid == 0:
         raise errors.HostError(
             "QEMU doesn't run as root", hint="Set qemu.user in virtd.toml to an unprivileged user."
         )
-    try:
-        gid = grp.getgrnam(settings.shared_group).gr_gid
-    except KeyError:
-        raise errors.HostError(f"There is no group {settings.shared_group} to run guests as", hint=hint) from None
-    return Account(settings.shared_user, settings.shared_group, entry.pw_uid, gid, _device_groups(gid))
+    return Account(settings.shared_user, settings.shared_group, uid, gid, _device_groups(gid))
 
 
 def group_of(settings: Qemu) -> int:
@@ -89,7 +81,7 @@ def binary(settings: Qemu) -> str:
     else:
         machine = os.uname().machine
         name = f"qemu-system-{ARCHITECTURES.get(machine, machine)}"
-        candidates = [f"{place}/{name}" for place in PLACES] + ["/usr/libexec/qemu-kvm"]
+        candidates = [f"{place}/{name}" for place in programs.PLACES] + ["/usr/libexec/qemu-kvm"]
     for candidate in candidates:
         if os.path.isfile(candidate):
             if os.access(candidate, os.X_OK):

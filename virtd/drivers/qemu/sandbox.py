@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from ..hardening import HARDENED, Property
+from ..hardening import HARDENED, KEPT, LIBRARIES, Property
 from . import command
 from .images import plain
 from .limits import memory_max, tasks_max
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from ...model.domain import Domain
     from .images import Image
 
-# What QEMU itself needs of the host; the rest of the file system is hidden behind empty directories.
-KEPT = frozenset({"bin", "sbin", "lib", "lib32", "lib64", "libx32", "usr", "proc", "sys", "dev", "nix"})
-LIBRARIES = ("/etc/ld.so.cache", "/etc/alternatives")
 RESOLVER = ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf")
 PRIVATE_PIDS_SINCE = 257  # systemd
 

@@ -12,6 +12,7 @@ import msgspec
 from ... import errors, files, layout
 from ...model import domain as model
 from ...units import EXIT_GROUP, EXIT_USER, StartFailed, UnitSpec, mount_units
+from ..programs import ENVIRONMENT
 from ..start import Start
 from . import command, ends, images, nics, ownership, sandbox, userdb
 from . import host as hostinfo
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from ...child import Ends
     from ..conflicts import Holding
     from .users import Users
-
-# All that QEMU gets of an environment: nothing of ours.
-ENVIRONMENT = (("PATH", "/usr/sbin:/usr/bin"), ("LANG", "C.UTF-8"), ("HOME", "/"))
 
 
 async def start(machine: Machine, others: list[Machine], users: Users, by: str) -> bool:

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import grp
 import os
-import pwd
 import sys
 from typing import TYPE_CHECKING
 
 from ... import errors
 from ...model.pool import Type
+from .. import programs
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -23,24 +22,17 @@ if TYPE_CHECKING:
 
     RunTool = Callable[[str, Program], Awaitable[str]]
 
-PLACES = ("/usr/bin", "/usr/sbin", "/bin", "/sbin", "/usr/local/bin")
-
 
 def account(settings: Settings) -> tuple[int, int]:
     """The guests' user and group. Raises HostError."""
-    try:
-        return pwd.getpwnam(settings.qemu.shared_user).pw_uid, grp.getgrnam(settings.qemu.shared_group).gr_gid
-    except KeyError as exc:
-        raise errors.HostError(
-            f"There is no user or group {exc.args[0]}", hint="Run systemd-sysusers, or see qemu.user in virtd.toml."
-        ) from None
+    hint = "Run systemd-sysusers, or see qemu.user in virtd.toml."
+    return programs.ids(settings.qemu.shared_user, settings.qemu.shared_group, "jobs", hint)
 
 
 def program(name: str, package: str) -> str:
     """Where a program is. Raises HostError."""
-    for place in PLACES:
-        if os.access(f"{place}/{name}", os.X_OK):
-            return f"{place}/{name}"
+    if (path := programs.find(name)) is not None:
+        return path
     raise errors.HostError(f"{name} is missing", hint=f"Install {package}.")
 
 

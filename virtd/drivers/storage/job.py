@@ -26,6 +26,7 @@ from ...child import Child, Services, end_unit, identities
 from ...paths import names
 from ...records import Record, Records, now
 from ...units import CLD_EXITED, UnitSpec, signal_name, unit_name
+from ..programs import ENVIRONMENT
 from .backend import Meta
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ log = logging.getLogger(__name__)
 
 DRIVER = "storage"
 SLICE = "virtd-storage.slice"
-ENVIRONMENT = (("PATH", "/usr/sbin:/usr/bin"), ("LANG", "C.UTF-8"), ("HOME", "/"))
 PATIENCE = 5.0  # seconds between SIGTERM and SIGKILL
 AGAIN = 1.0
 KEPT = 32  # verdicts that are kept for whoever asks later

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..hardening import FILTERED, HARDENED, Property
+from ..hardening import FILTERED, HARDENED, KEPT, LIBRARIES, Property
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-KEPT = frozenset({"bin", "sbin", "lib", "lib32", "lib64", "libx32", "usr", "proc", "dev", "nix"})
-LIBRARIES = ("/etc/ld.so.cache", "/etc/alternatives")
 MEMORY = 1 << 30
 CAP_DAC_READ_SEARCH = 1 << 2
 # lvm(8) makes device nodes and talks to the kernel's device mapper.
@@ -53,7 +51,7 @@ def properties(
     file that isn't the guests' user's.
     """
     nodes = sorted(devices)
-    kept = KEPT | {"sys"} if nodes else KEPT  # where qemu-img reads what a device can take at once
+    kept = KEPT if nodes else KEPT - {"sys"}  # where qemu-img reads what a device can take at once
     found: list[Property] = [
         *_LIMITS,
         ("CapabilityBoundingSet", "t", CAP_DAC_READ_SEARCH),
