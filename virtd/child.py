@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from . import errors, fdstore, fifos, process
+from . import aliases, errors, fdstore, fifos, process
 from .logfile import LogFile
 
 if TYPE_CHECKING:
@@ -103,6 +103,10 @@ class Child(msgspec.Struct):
     @property
     def pipes(self) -> str:
         return self.services.paths.fifos(self.driver, self.name)
+
+    @property
+    def aliases(self) -> str:
+        return self.services.paths.aliases(self.driver, self.name)
 
     def slot(self, name: str) -> str:
         return f"{self.key}/{name}"
@@ -222,7 +226,7 @@ class Child(msgspec.Struct):
         units = await self.services.units()
         try:
             self._pump()
-            state = await units.start(spec, ends.stdio)
+            state = await units.start(msgspec.structs.replace(spec, aliases=self.aliases), ends.stdio)
         finally:
             ends.close()
         self.identify(state)
@@ -314,6 +318,7 @@ class Child(msgspec.Struct):
         await self.close()
         await asyncio.to_thread(self._drop_slots)
         fifos.remove(self.pipes)
+        aliases.remove(self.aliases)
 
     async def close(self) -> None:
         """Let go of the logs and pipes; the slots stay with PID 1."""
@@ -414,11 +419,15 @@ async def end_unit(services: Services, unit: str) -> None:
 
 
 def sweep(services: Services) -> None:
-    """Remove the FIFOs of starts that were cut off before they had a slot. Before this daemon starts anything."""
-    for driver, name in fifos.owners(services.paths):
+    """Remove the FIFOs of starts that were cut off before they had a slot, and aliases of what has no FIFOs. Before
+    this daemon starts anything."""
+    for driver, name in fifos.owners(services.paths.fifos()):
         child = Child(services, driver, name)
         if fifos.fresh(child.pipes) and not any(slot in services.store for slot in child.slot_names()):
             fifos.remove(child.pipes)
+    for driver, name in fifos.owners(services.paths.aliases()):
+        if not os.path.lexists(services.paths.fifos(driver, name)):
+            aliases.remove(services.paths.aliases(driver, name))
 
 
 def identities(descriptors: Mapping[str, int]) -> dict[str, str]:

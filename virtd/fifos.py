@@ -13,12 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING
 
 from . import errors, files
-
-if TYPE_CHECKING:
-    from .paths import Paths
 
 NAMES = ("stdin", "stdout", "stderr")
 
@@ -75,10 +71,10 @@ def clear(directory: str) -> None:
         raise errors.HostError(f"{directory} can't be removed")
 
 
-def owners(paths: Paths) -> list[tuple[str, str]]:
-    """Driver and name of each child that has a directory."""
+def owners(directory: str) -> list[tuple[str, str]]:
+    """Driver and name of each child that has a directory in `directory`."""
     try:
-        entries = os.listdir(paths.fifos())
+        entries = os.listdir(directory)
     except OSError:
         return []
     return [(driver, name) for driver, _, name in (entry.partition(".") for entry in sorted(entries))]

@@ -27,6 +27,7 @@ OURS = {  # in /run, where all is made by virtd
     "lxc": 0o700,
     "storage": 0o700,
     "fifos": 0o700,
+    "paths": 0o700,
     "quarantine": 0o700,
 }
 ETC = {"": 0o755, "qemu": 0o755, "network": 0o755, "storage": 0o755, "lxc": 0o755}

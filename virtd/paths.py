@@ -34,6 +34,10 @@ class Paths:
         """A child's pipes, see fifos.py; without a child, where all of them are."""
         return f"{self.run}/fifos" + (f"/{driver}.{name}" if driver else "")
 
+    def aliases(self, driver: str = "", name: str = "") -> str:
+        """Harmless names of what a unit is shown, see aliases.py; without a unit, where all of them are."""
+        return f"{self.run}/paths" + (f"/{driver}.{name}" if driver else "")
+
     def console_log(self, driver: str, name: str) -> str:
         return f"{self.log}/{driver}/{name}.console.log"
 

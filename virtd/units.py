@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import msgspec
 
-from . import errors
+from . import aliases, errors
 from .bus import BusError, Var
 from .unitjobs import Jobs, Patience
 
@@ -91,7 +91,8 @@ class UnitSpec(msgspec.Struct, frozen=True):
     for example, that stay until the child has ended when the host goes down; they need not exist. `ground`: other
     children stand on this one, and it stays until the last of them has ended. None of them names it: systemd keeps a
     unit loaded that a loaded unit names, so it couldn't be collected, nor started again, while one of them runs.
-    `once`: nobody else can start it again, or restart it.
+    `once`: nobody else can start it again, or restart it. `aliases`: the directory for those of odd paths in
+    `properties`, of this unit alone; it is to be there until the unit has ended.
     """
 
     name: str
@@ -106,6 +107,7 @@ class UnitSpec(msgspec.Struct, frozen=True):
     after: tuple[str, ...] = ()
     ground: bool = False
     once: bool = False
+    aliases: str = ""
 
 
 class UnitState(msgspec.Struct, frozen=True):
@@ -244,10 +246,13 @@ class Units:
         Raises Exists (a unit of that name is there, perhaps only its remains), StartFailed, TimedOut, or HostError
         when systemd refuses a property.
         """
+        wanted, odd = aliases.harmless(transient_properties(spec, stdio, await self.version()), spec.aliases)
+        if odd:
+            aliases.make(spec.aliases, odd)
+        properties = [(key, Var(signature, value)) for key, signature, value in wanted]
         try:
             with self._watch(spec.name) as jobs:
                 await self._subscribed()
-                properties = transient_properties(spec, stdio, await self.version())
                 (job,) = await self._call(
                     "StartTransientUnit",
                     "ssa(sv)a(sa(sv))",
@@ -476,9 +481,9 @@ SERVICE_PROPERTIES: Final = (
 )
 
 
-def transient_properties(spec: UnitSpec, stdio: tuple[Stdio, Stdio, Stdio], version: int) -> list[tuple[str, Var]]:
-    """The a(sv) of StartTransientUnit of that systemd; the message has the descriptors of `stdio`, in that order."""
-    found: list[tuple[str, str, Any]] = [
+def transient_properties(spec: UnitSpec, stdio: tuple[Stdio, Stdio, Stdio], version: int) -> list[aliases.Property]:
+    """The properties for StartTransientUnit of that systemd; its message has the descriptors of `stdio`, in order."""
+    found: list[aliases.Property] = [
         ("Description", "s", spec.description),
         ("Slice", "s", spec.slice),
         # "exec": the job is done when the program runs, and fails when it can't.
@@ -512,7 +517,7 @@ def transient_properties(spec: UnitSpec, stdio: tuple[Stdio, Stdio, Stdio], vers
         else:
             found.append((f"Standard{which}FileDescriptor", "h", number))
             number += 1
-    return [(name, Var(signature, value)) for name, signature, value in found]
+    return found
 
 
 def _for_once(name: str, properties: list[tuple[str, Var]]) -> tuple[Any, ...]:

@@ -84,8 +84,6 @@ def probe(lab: Lab, target: dict[str, Any], **changes: str | int | None) -> set[
         *changes,
     )
     lines = [line for line in unit.splitlines() if line.partition("=")[0] not in ours]
-    # systemd writes "none may be made" down as nothing, which says "all may" to whoever reads it (257).
-    lines = [line if line != "RestrictNamespaces=" else f"{line}yes" for line in lines]
     section = lines.index("[Service]") + 1
     more = [f"{name}={value}" for name, value in changes.items() if value is not None]
     lines[section:section] = [

@@ -6,6 +6,7 @@ Status 77 means that the check can't be made there.
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
 import os
@@ -193,6 +194,82 @@ async def check_names_with_odd_characters(systemd: Units) -> None:
         assert units.object_name("qemu", state.name) == name
         assert state.running
         await systemd.stop(state.name)
+
+
+ODD_NAMES = (
+    "a b", "it's", 'a "b"', "back\\slash\\", "tab\t", "100%", "%n", "$HOME ${HOME}", "a:b", "a;b ;", "new\nline",
+    "\x01", "ü→", "#", "*[x]", " around ",
+)  # fmt: skip
+# What a unit sees: 1 for each file of the directory that it can read, and 2 more for each that it can write.
+SEES = """
+import os, sys
+def access(path):
+    try:
+        return (open(path).read() == os.path.basename(path)) + 2 * os.access(path, os.W_OK)
+    except OSError:
+        return 0
+top = sys.argv[2]
+seen = {name: access(f"{top}/{name}") for name in os.listdir(top)}
+hidden = os.listdir("/virtd odd: top")
+open(sys.argv[1], "w").write(repr((seen, hidden)))
+"""
+
+
+async def check_odd_paths_mean_the_same_after_a_reload(systemd: Units) -> None:
+    directory = tempfile.mkdtemp()
+    top, result, program = "/srv/it's %n", f"{directory}/result", f"{directory}/program"
+    os.makedirs(top, exist_ok=True)
+    os.makedirs("/virtd odd: top/secret", exist_ok=True)
+    for name in (*ODD_NAMES, "not shown"):
+        with open(f"{top}/{name}", "w") as file:
+            file.write(name)
+    with open(program, "w") as file:
+        file.write(SEES)
+    with open(f"{directory}/run.sh", "w") as file:
+        file.write(f'exec python3 {program} {result}.$1 "{top}"')
+    binds = [(f"{top}/{name}", f"{top}/{name}", False, 0) for name in ODD_NAMES]
+    properties = (
+        ("TemporaryFileSystem", "a(ss)", [(path, "ro,mode=0755") for path in ("/run", "/srv", "/virtd odd: top")]),
+        ("BindPaths", "a(ssbt)", [(directory, directory, False, 0), *binds[::2]]),
+        ("BindReadOnlyPaths", "a(ssbt)", binds[1::2]),
+        ("ProtectSystem", "s", "strict"),
+        ("PrivateDevices", "b", True),
+        ("ExecStop", "a(sasb)", [("/bin/sh", ["/bin/sh", f"{directory}/run.sh", "stop"], False)]),
+    )
+    probe = spec(
+        "odd", "/bin/sh", "-c", f"sh {directory}/run.sh start; exec sleep 1000; $1 'a' \"b\" %n \\", "\\",
+        properties=properties,
+        environment=(("PATH", os.environ["PATH"]),),
+        after=units.mount_units(f"{top}/a:b/c"),
+        aliases="/run/virtd-probe/qemu.odd",
+    )  # fmt: skip
+    state = await systemd.start(probe, NO_STDIO)
+    while not os.path.exists(f"{result}.start"):  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
+
+    async def settings() -> dict[str, object]:
+        # What has a time in it is the run of a command, and no setting.
+        found = {}
+        for interface, names in ((units.SERVICE, SETTINGS), (units.UNIT, ("After", "Description", "LoadState"))):
+            for name in names:
+                (value,) = await systemd.bus.call(
+                    units.SYSTEMD, units.object_path(state.name), units.PROPERTIES, "Get", "ss", (interface, name)
+                )
+                found[name] = sorted(value) if isinstance(value, list) else value
+        return found
+
+    before = await settings()
+    await systemd.bus.call(units.SYSTEMD, units.MANAGER_PATH, units.MANAGER, "Reload", "", ())
+    assert await settings() == before
+    await systemd.stop(state.name)
+    await systemd.collect(state.name)
+    expected = {name: 1 if number % 2 else 3 for number, name in enumerate(ODD_NAMES)}
+    for when in ("start", "stop"):
+        with open(f"{result}.{when}") as file:
+            assert ast.literal_eval(file.read()) == (expected, []), when
+
+
+SETTINGS = ("BindPaths", "BindReadOnlyPaths", "TemporaryFileSystem", "Environment", "ProtectSystem", "PrivateDevices")
 
 
 async def check_store(systemd: Units) -> None:

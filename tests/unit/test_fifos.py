@@ -111,7 +111,7 @@ async def test_a_start_that_left_nothing_else_is_swept_up(world: World) -> None:
         for fd in fifos.make(world.paths.fifos("qemu", "web3"), fifos.NAMES):
             os.close(fd)
     async with world.daemon() as host:
-        assert fifos.owners(world.paths) == [("qemu", "web1"), ("qemu", "web2")]
+        assert fifos.owners(world.paths.fifos()) == [("qemu", "web1"), ("qemu", "web2")]
         assert (await host.info("web1"))["pid"] == pid
         # Whatever else is left over is told by fsck, but not what may be of a start that is under way.
         assert await check(host) == []
@@ -121,4 +121,4 @@ async def test_a_start_that_left_nothing_else_is_swept_up(world: World) -> None:
         assert found["repaired"]
         assert "qemu.web2 is of a child that is gone" in found["text"]
         await host.stop("web1", by=ROOT)
-        assert fifos.owners(world.paths) == []
+        assert fifos.owners(world.paths.fifos()) == []

@@ -134,6 +134,12 @@ def test_a_failure_without_remains() -> None:
     assert units.failure("/bin/x", "dependency", None) == "systemd could not start the unit: dependency"
 
 
+def properties_of(
+    spec: UnitSpec, stdio: tuple[units.Stdio, units.Stdio, units.Stdio], version: int
+) -> dict[str, Var]:
+    return {key: Var(signature, value) for key, signature, value in units.transient_properties(spec, stdio, version)}
+
+
 def test_what_a_unit_is_made_of() -> None:
     spec = UnitSpec(
         name="u.service",
@@ -145,7 +151,7 @@ def test_what_a_unit_is_made_of() -> None:
         supplementary_groups=("kvm",),
         properties=(("NoNewPrivileges", "b", True),),
     )
-    properties = dict(units.transient_properties(spec, ("/run/in", 7, 8), 257))
+    properties = properties_of(spec, ("/run/in", 7, 8), 257)
     assert properties["ExecStart"] == Var("a(sasb)", [("/bin/x", ["/bin/x", "-y"], False)])
     assert properties["Environment"] == Var("as", ["A=b=c d"])
     assert properties["RemainAfterExit"] == Var("b", True)
@@ -161,7 +167,7 @@ def test_what_a_unit_is_made_of() -> None:
 
 def test_a_unit_lives_through_a_soft_reboot_where_there_are_any() -> None:
     spec = UnitSpec("u.service", "a guest", "virtd-qemu.slice", ("/bin/x",), after=("srv-vm.mount",))
-    old, new = (dict(units.transient_properties(spec, NO_STDIO, version)) for version in (252, 255))
+    old, new = (properties_of(spec, NO_STDIO, version) for version in (252, 255))
     assert new["SurviveFinalKillSignal"] == Var("b", True)
     assert "SurviveFinalKillSignal" not in old  # systemd refuses what it doesn't know
     for properties in (old, new):
@@ -169,9 +175,7 @@ def test_a_unit_lives_through_a_soft_reboot_where_there_are_any() -> None:
         assert "poweroff.target" in properties["Conflicts"].value
         assert properties["After"] == Var("as", ["virtd-guests-pre.target", "srv-vm.mount"])
         assert "virtd-guests-pre.target" not in properties["Before"].value
-    ground = dict(
-        units.transient_properties(UnitSpec("n.service", "a network", "s.slice", ("/x",), ground=True), NO_STDIO, 255)
-    )
+    ground = properties_of(UnitSpec("n.service", "a network", "s.slice", ("/x",), ground=True), NO_STDIO, 255)
     assert "virtd-guests-pre.target" in ground["Before"].value
     assert ground["After"] == Var("as", [])
 

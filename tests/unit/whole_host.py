@@ -301,7 +301,8 @@ def nothing_left(world: World, name: str = "web1", driver: str = "qemu") -> None
     assert [slot for slot in world.slots() if slot.startswith(f"{driver}/{name}/")] == []
     assert f"virtd-{driver}-{name}.service" not in world.units.units
     assert not world.runtime_left(name, driver)
-    assert (driver, name) not in fifos.owners(world.paths)
+    for directory in (world.paths.fifos(), world.paths.aliases()):
+        assert (driver, name) not in fifos.owners(directory)
     assert driver != "qemu" or f"vm-{name}.user" not in userdb.listing(world.paths.userdb)
     record = world.record(name, driver)
     assert (record.unit, record.slots, record.main_pid, record.data) == ("", {}, 0, {})

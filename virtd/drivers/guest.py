@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import msgspec
 
-from .. import errors, fdstore, fifos, files, journal, untrusted
+from .. import aliases, errors, fdstore, fifos, files, journal, untrusted
 from ..child import Child, Services
 from ..logfile import Cursor
 from ..messages import Message
@@ -466,6 +466,7 @@ class Guest(Recorded, Generic[D]):
 
     async def _forget_runtime(self) -> None:
         fifos.clear(self.shared.services.paths.fifos(self.driver, self.name))
+        aliases.remove(self.shared.services.paths.aliases(self.driver, self.name))
         await asyncio.to_thread(files.remove_tree, self.runtime)
         if os.path.lexists(self.runtime):
             raise errors.HostError(f"{self.runtime} can't be removed")

@@ -10,6 +10,8 @@ from typing import Any
 
 Property = tuple[str, str, Any]
 
+CLONE_NEWCGROUP = 0x02000000  # clone(2)
+
 HARDENED: tuple[Property, ...] = (
     ("NoNewPrivileges", "b", True),
     ("ProtectKernelTunables", "b", True),
@@ -18,7 +20,9 @@ HARDENED: tuple[Property, ...] = (
     ("ProtectClock", "b", True),
     ("RestrictSUIDSGID", "b", True),
     ("RestrictRealtime", "b", True),
-    ("RestrictNamespaces", "t", 0),
+    # "None" would be written as nothing, which a daemon-reload takes for "no restriction". Control groups are those
+    # that tell least, and who lacks CAP_SYS_ADMIN can't make that one either.
+    ("RestrictNamespaces", "t", CLONE_NEWCGROUP),
     ("LockPersonality", "b", True),
     ("SystemCallArchitectures", "as", ["native"]),
     # A core dump of a guest's memory, or of whatever was read from an image, is nobody's business.

@@ -8,7 +8,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from .. import errors, fifos, files
+from .. import aliases, errors, fifos, files
 from ..drivers.protocol import Comparing, Difference
 from ..drivers.registry import MODULES
 from ..text import plain
@@ -78,16 +78,18 @@ def _quarantine(services: Services, *, repair: bool) -> list[Difference]:
 
 
 def _pipes(services: Services, present: set[str], *, repair: bool) -> list[Difference]:
-    """FIFOs of children that aren't there. Younger ones may be of a start that is under way."""
+    """FIFOs and aliases of children that aren't there. Younger ones may be of a start that is under way."""
     found = []
-    for driver, name in fifos.owners(services.paths):
-        directory = services.paths.fifos(driver, name)
+    paths = services.paths
+    owned = [(paths.fifos(*owner), fifos.remove, *owner) for owner in fifos.owners(paths.fifos())]
+    owned += [(paths.aliases(*owner), aliases.remove, *owner) for owner in fifos.owners(paths.aliases())]
+    for directory, remove, driver, name in owned:
         if f"virtd-{driver}-{name}.service" in present or f"{driver}/{name}/stderr" in services.store:
             continue
         with contextlib.suppress(OSError):
             if time.time() - os.stat(directory).st_mtime > STARTING:
                 if repair:
-                    fifos.remove(directory)
+                    remove(directory)
                 repaired = repair and not os.path.lexists(directory)
                 found.append(Difference("file", "", f"{directory} is of a child that is gone", "remove it", repaired))
     return found

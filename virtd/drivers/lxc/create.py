@@ -18,7 +18,7 @@ import re
 import tempfile
 from typing import TYPE_CHECKING, NamedTuple
 
-from ... import errors, files, untrusted
+from ... import aliases, errors, files, untrusted
 from ...model.domain import ENDINGS, NAME, shown
 from ...paths import names
 from ...units import UnitSpec
@@ -69,6 +69,10 @@ class Job(NamedTuple):
         return unit_of(self.name)
 
     @property
+    def aliases(self) -> str:
+        return aliases_of(self.run, self.name)
+
+    @property
     def definition(self) -> str:
         return (
             f'name = "{self.name}"\nrootfs = "{self.target}"\n\n'
@@ -78,6 +82,11 @@ class Job(NamedTuple):
 
 def unit_of(name: str) -> str:
     return f"virtd-create-lxc-{name}.service"
+
+
+def aliases_of(run: str, name: str) -> str:
+    """Where odd paths have other names, for the unit; hidden, for it is no container's."""
+    return f"{run}/.{name}.paths"
 
 
 def check(name: str, image: str, directory: str) -> None:
@@ -105,6 +114,7 @@ async def run(job: Job, units: Units, define: Callable[[str], Container]) -> Con
         raise
     finally:
         await asyncio.to_thread(files.remove_tree, job.building)
+        aliases.remove(job.aliases)
         files.remove(job.mark)
 
 
@@ -137,6 +147,7 @@ async def clear(run: str, directory: str, units: Units, defined: Callable[[str],
             await asyncio.to_thread(files.remove_tree, f"{place}/{name}")
         if place.startswith("/"):
             await asyncio.to_thread(files.remove_tree, f"{place}/.{name}.new")
+        aliases.remove(aliases_of(run, name))
         files.remove(mark)
     await _sweep(directory, run)  # of a making that the host's own end has cut off
 
@@ -179,6 +190,7 @@ async def _unpack(job: Job, units: Units) -> None:
             properties=tuple(
                 sandbox.making(job.building, job.image if directory else "", toplevel=hostinfo.toplevel())
             ),
+            aliases=job.aliases,
         )
         await units.start(spec, (source.fileno(), words.fileno(), words.fileno()))
         try:
