@@ -29,12 +29,18 @@ POLL = 25.0  # seconds after which a follower that waits in vain is told so, and
 
 
 class Place(NamedTuple):
-    """Where a follower goes on. `fd` (the receiver closes it) only when that is another file than it asked for."""
+    """Where a follower goes on. `fd` (the receiver closes it) only when that is another file than it asked for.
+
+    `missed` is how many bytes were rotated away before it came to read them, or logfile.UNKNOWN; `refused` why the
+    log can't be written at present.
+    """
 
     cursor: Cursor
     more: bool
     ended: bool
     fd: int | None
+    missed: int = 0
+    refused: str = ""
 
 
 class Followers:
@@ -43,6 +49,15 @@ class Followers:
     def __init__(self, pump: Pump) -> None:
         self._pump = pump
         self._waiting: dict[str, set[asyncio.Event]] = {}
+        self._refused: dict[str, str] = {}
+
+    def refused(self, key: str, reason: str) -> None:
+        """The pump's word that a log can't be written; without a reason: that it can again."""
+        if reason:
+            self._refused[key] = reason
+        else:
+            self._refused.pop(key, None)
+        self.grown(key)
 
     def grown(self, key: str) -> None:
         """The pump's callback: bytes have landed."""
@@ -53,9 +68,19 @@ class Followers:
         self, log: LogFile, key: str, asked: Cursor | None, lines: int, over: asyncio.Event, *, wait: bool
     ) -> Place:
         """See Follow in org.virtd1.varlink. `key` is the pump's; `over` is set when the log won't grow any more."""
+        while True:
+            try:
+                return await self._place(log, key, asked, lines, over, wait=wait)
+            except FileNotFoundError:
+                continue  # the file was rotated away between two looks
+
+    async def _place(
+        self, log: LogFile, key: str, asked: Cursor | None, lines: int, over: asyncio.Event, *, wait: bool
+    ) -> Place:
         # What the guest said a moment ago may still be in the pipe.
         await asyncio.wrap_future(self._pump.drain(key))
         start = asked if asked is not None else log.tail(lines)
+        refused = self._refused.get(key, "")
         with self._watched(key) if wait else contextlib.nullcontext(asyncio.Event()) as grown:
             deadline = time.monotonic() + POLL
             while True:
@@ -63,11 +88,21 @@ class Followers:
                 ended = over.is_set()  # looked at first: what was written before the end is then found below
                 cursor, size = log.locate(start)
                 more = size > 0
-                if more or ended or not wait or cursor.file != start.file or time.monotonic() >= deadline:
+                before, refused = refused, self._refused.get(key, "")
+                if (
+                    more
+                    or ended
+                    or not wait
+                    or cursor.file != start.file
+                    or refused != before
+                    or time.monotonic() >= deadline
+                ):
                     break
                 await _first(grown, over, deadline - time.monotonic())
+        missed = log.missed(asked, cursor) if asked is not None else 0
         changed = asked is None or cursor.file != asked.file
-        return Place(cursor, more, ended and not more, log.open(cursor.file) if changed else None)
+        fd = log.open(cursor.file) if changed else None
+        return Place(cursor, more, ended and not more, fd, missed, refused)
 
     @contextlib.contextmanager
     def _watched(self, key: str) -> Iterator[asyncio.Event]:

@@ -347,14 +347,10 @@ class Daemon:
 
     def _lost(self, loss: Loss) -> None:
         """The pump couldn't write to a log, or can again."""
+        self.host.refused(loss)
         if loss.over:
-            self.host.problems.pop(f"log {loss.key}", None)
             log.warning("%s can be written again; %d bytes were dropped", loss.path, loss.dropped)
         else:
-            self.host.problems[f"log {loss.key}"] = (
-                f"{loss.path} can't be written: {loss.reason}; output is being dropped",
-                "Free some space. The guest runs on.",
-            )
             log.warning("%s can't be written: %s; its guest's output is dropped from now on", loss.path, loss.reason)
 
     def _settings_problem(self, problem: errors.VirtdError) -> None:

@@ -45,6 +45,7 @@ LINE_SEARCH = 512
 ROTATE_AGAIN = 1 << 20
 # Files that left the chain and are still remembered for followers that hold them open.
 RETIRED = 64
+UNKNOWN = -1  # bytes that were missed, and perhaps none
 
 _BLOCK = 1 << 16
 _OPEN = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NOCTTY
@@ -64,6 +65,14 @@ class Cursor(NamedTuple):
 
     file: str
     offset: int
+
+
+class Retired(NamedTuple):
+    """A file that was removed: its size, the file after it, and the bytes that were in others between the two."""
+
+    size: int
+    successor: str
+    between: int
 
 
 def file_id(status: os.stat_result) -> str:
@@ -105,7 +114,7 @@ class LogFile:
         self.backups = backups
         self.on_rotate = on_rotate
         self._turn_at = limit or 1 << 62
-        self._retired: OrderedDict[str, tuple[int, str]] = OrderedDict()
+        self._retired: OrderedDict[str, Retired] = OrderedDict()
         self.fd = -1
         self._now = _Current("", 0)
         if fd is not None and _usable(fd):
@@ -234,6 +243,7 @@ class LogFile:
         older = tuple(
             Segment(segment.file, self._backup(len(kept) - index), segment.size) for index, segment in enumerate(kept)
         )
+        self._reuse(now.file)
         self._replace(fd, now, older)
         self._announce()
         return self.fd
@@ -290,6 +300,7 @@ class LogFile:
         now = _measure(fd)
         if before.file and all(segment.file != before.file for segment in older):
             self._retire(before.file, before.size, now.file)
+        self._reuse(now.file)
         self._replace(fd, now, older)
         if announce:
             self._announce()
@@ -332,8 +343,17 @@ class LogFile:
                 older.append(Segment(file_id(status), self._backup(number), status.st_size))
         return tuple(older)
 
+    def _reuse(self, file: str) -> None:
+        """A new file has the number of one that was removed, which ext4 gives away at once: that one is forgotten."""
+        if (old := self._retired.get(file)) is None:
+            return
+        for other, gone in list(self._retired.items()):
+            if gone.successor == file:
+                self._retired[other] = Retired(gone.size, old.successor, gone.between + old.size + old.between)
+        del self._retired[file]
+
     def _retire(self, file: str, size: int, successor: str) -> None:
-        self._retired[file] = (size, successor)
+        self._retired[file] = Retired(size, successor, 0)
         while len(self._retired) > RETIRED:
             self._retired.popitem(last=False)
 
@@ -358,7 +378,7 @@ class LogFile:
                 return chain[index] if index < len(chain) else None
             if file not in self._retired:
                 return chain[0]
-            file = self._retired[file][1]
+            file = self._retired[file].successor
             if file in chain:
                 return file
         return chain[0]
@@ -371,7 +391,8 @@ class LogFile:
         """
         for _ in range(self.backups + RETIRED + 2):
             sizes = {segment.file: segment.size for segment in self._snapshot()}
-            size = sizes[cursor.file] if cursor.file in sizes else self._retired.get(cursor.file, (0, ""))[0]
+            gone = self._retired.get(cursor.file)
+            size = sizes.get(cursor.file, gone.size if gone is not None else 0)
             if cursor.offset < size:
                 return cursor, size - cursor.offset
             after = self.newer(cursor.file)
@@ -381,6 +402,21 @@ class LogFile:
                 return cursor, 0
             cursor = Cursor(after, 0)
         return cursor, 0
+
+    def missed(self, place: Cursor, found: Cursor) -> int:
+        """How many bytes came after the file of `place` and before that of `found`, and can't be read any more.
+
+        Whoever is at `place` holds that file and reads it to its end. UNKNOWN for a file that nobody remembers.
+        """
+        lost, file = 0, place.file
+        chain = {segment.file for segment in self._snapshot()}
+        while file != found.file and file not in chain:
+            gone = self._retired.get(file)
+            if gone is None:
+                return UNKNOWN
+            lost += gone.between + (gone.size if file != place.file else 0)
+            file = gone.successor
+        return lost
 
     def _was_cut(self, cursor: Cursor) -> bool:
         """Whether the current file ends before the cursor. Only the file knows: a reader may be ahead of `size` by

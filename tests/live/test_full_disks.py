@@ -86,6 +86,13 @@ def test_var_log_is_full(lab: Lab) -> None:
     assert "/var/log/virtd/qemu/web1.console.log" in shown[0]["text"]
     assert "No space left on device" in shown[0]["text"]
     assert "Free some space" in shown[0]["hint"]
+    assert lab.info("web1")["problems"] == [{"text": shown[0]["text"], "hint": shown[0]["hint"]}]
+    # Whoever looks at its output isn't left to guess why there is none.
+    for command, status in (("console", 1), ("log", 0)):
+        options = ["--read-only", "--timeout", "1"] if command == "console" else []
+        looked = lab.virtctl(command, *options, "web1", check=False)
+        assert looked.returncode == status
+        assert "can't be written at present (No space left on device)" in looked.stderr
     # The guest isn't held up, and neither is the daemon or its next start.
     lab.sh(KILL)
     info = lab.wait("the monitor", lambda: (i := lab.info("web1"))["monitor"] == "connected" and i, 20)

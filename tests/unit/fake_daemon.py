@@ -59,6 +59,8 @@ class Guest:
     def __init__(self, directory: Path, name: str = "web1") -> None:
         self.name = name
         self.state = "running"
+        self.missed = 0  # of each file that follows another
+        self.refused = ""
         self.files = [directory / f"{name}.console.log"]
         self.files[0].touch()
         self._rotating = threading.Lock()
@@ -126,6 +128,8 @@ class Guest:
             "more": path.stat().st_size > offset,
             "ended": self.state == "stopped" and read,
             "state": self.state,
+            "missed": self.missed if asked["file"] not in (None, self.identity(path)) else 0,
+            "refused": self.refused,
         }
         if parameters["file"] == asked["file"]:
             call.reply(parameters)

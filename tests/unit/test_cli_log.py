@@ -120,6 +120,34 @@ def test_as_json(daemon: FakeDaemon, guest: Guest) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("missed", "said", "skipped"), [(2048, "2K of the log are missing", 2048), (-1, "may be", None)]
+)
+def test_what_was_rotated_away_is_told_of(
+    daemon: FakeDaemon, guest: Guest, missed: int, said: str, skipped: int | None
+) -> None:
+    guest.write(b"one\ncut ")
+    guest.rotate()
+    guest.write(b"off\nlast\n")
+    guest.missed = missed
+    ran = virtctl(daemon, "log", "web1")
+    assert ran.stdout == b"one\ncut off\nlast\n"
+    assert said in ran.stderr.decode()
+    ran = virtctl(daemon, "log", "--json", "web1")
+    lines = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert [line["line"] for line in lines] == ["one", "cut ", "off", "last"]
+    assert ["skipped" in line for line in lines] == [False, False, True, False]
+    assert lines[2]["skipped"] == skipped
+    assert said in ran.stderr.decode()
+
+
+def test_a_log_that_cannot_be_written_is_told_of(daemon: FakeDaemon, guest: Guest) -> None:
+    guest.refused = "No space left on device"
+    ran = virtctl(daemon, "log", "web1")
+    assert (ran.returncode, ran.stdout) == (0, b"")
+    assert ran.stderr.decode().count("can't be written at present (No space left on device)") == 1
+
+
 def test_no_such_domain(daemon: FakeDaemon, guest: Guest) -> None:
     ran = virtctl(daemon, "log", "nosuch")
     assert ran.returncode == 4

@@ -168,7 +168,7 @@ def test_a_viewer_doesnt_wake_a_daemon_that_was_stopped(daemon: FakeDaemon, tmp_
     processes.write_text("4711\n")
     session = client.Session(daemon.path, None, wakes=False, cgroups=str(cgroups))
     seen: list[bytes] = []
-    cursor = Cursor("web1", "console", -1)
+    cursor = Cursor("web1", "console", -1, print)
     viewer = threading.Thread(target=lambda: seen.extend(chunks(session, cursor, follow=True)), daemon=True)
     link = Link(session, lambda _again: ("Status", {}), more=False)
     viewer.start()

@@ -113,6 +113,40 @@ async def test_bytes_that_were_there_before_the_question(log: Log) -> None:
 
 
 @on_loop
+async def test_a_log_that_refuses_is_told_of_at_once_and_once(log: Log) -> None:
+    end = (await log.place()).cursor
+    for reason in ("No space left on device", ""):
+        waiting = asyncio.ensure_future(log.place(end, wait=True))
+        await until(lambda: log.pump.watched)
+        log.followers.refused("other", reason)
+        await asyncio.sleep(0.02)
+        assert not waiting.done()
+        log.followers.refused("key", reason)
+        place = await waiting
+        assert (place.refused, place.more) == (reason, False)
+        assert (await log.place(end)).refused == reason
+
+
+@on_loop
+async def test_a_file_that_is_rotated_away_between_two_looks(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    log.write(b"one\n")
+    first = log.file.file
+    held = log.file.open(first)  # so that no other gets its number
+    real = log.file.open
+
+    def rotated(file: str) -> int:
+        monkeypatch.setattr(log.file, "open", real)
+        for _ in range(4):
+            log.write(b"x" * 2000 + b"\n")
+        return real(file)
+
+    monkeypatch.setattr(log.file, "open", rotated)
+    place = await log.place(lines=-1)
+    assert place.cursor.file != first
+    os.close(held)
+
+
+@on_loop
 async def test_bytes_of_another_guest_wake_nobody(log: Log) -> None:
     end = (await log.place()).cursor
     waiting = asyncio.ensure_future(log.place(end, wait=True))

@@ -518,6 +518,37 @@ def test_a_slow_follower_reads_a_removed_file_to_its_end(path: Path, feed: Feed)
     log.close()
 
 
+@pytest.mark.parametrize("numbers_are_reused", [False, True])
+def test_what_a_slow_follower_has_missed_is_counted(path: Path, feed: Feed, numbers_are_reused: bool) -> None:
+    log = LogFile(path, limit=0, backups=2)
+    sizes, files, held = [100, 200, 300, 400, 500, 600], [], []
+    for index, size in enumerate(sizes):
+        feed.move(log, b"x" * (size - 1) + b"\n")
+        files.append(log.file)
+        if index == 0 or not numbers_are_reused:
+            held.append(log.open(log.file))  # whoever still reads a file holds it
+        log.rotate()
+    feed.move(log, b"the present\n")
+    # It reads its own file to the end, and then goes on in the oldest that there is.
+    for index in range(4 - 3 * numbers_are_reused):
+        assert log.locate(Cursor(files[index], 10)) == (Cursor(files[index], 10), sizes[index] - 10)
+        place = Cursor(files[index], sizes[index])
+        found, more = log.locate(place)
+        assert (found, more) == (Cursor(files[4], 0), 500)
+        assert log.missed(place, found) == sum(sizes[index + 1 : 4])
+    for place in (Cursor(files[4], 500), Cursor(files[5], 600), Cursor(log.file, 5)):
+        assert log.missed(place, log.locate(place)[0]) == 0
+    # A later daemon knows nothing of what was removed before.
+    again = LogFile(path, limit=0, backups=2)
+    place = Cursor(files[0], 100)
+    assert again.locate(place) == (Cursor(files[4], 0), 500)
+    assert again.missed(place, Cursor(files[4], 0)) == logfile.UNKNOWN
+    for kept in (log, again):
+        kept.close()
+    for fd in held:
+        os.close(fd)
+
+
 def test_an_unknown_file_is_followed_by_the_oldest(path: Path, feed: Feed) -> None:
     log = LogFile(path)
     feed.move(log, b"one\n")

@@ -52,7 +52,7 @@ class Console:
         self._terminal = RawTerminal(0)
         self._escape: bytes | None = args.escape if self._terminal.is_terminal else None
         lines = args.lines if args.lines is not None else 1 if os.isatty(1) else 0
-        self._cursor = Cursor(args.name, "console", lines)
+        self._cursor = Cursor(args.name, "console", lines, self._say)
         self._unread = False  # the file may hold more than was printed
         self._news = False  # the last answer of Follow led to something new
         self._follow = Link(session, self._where, more=False)
@@ -103,7 +103,8 @@ class Console:
             self._drop_pipe()
         if self._farewell:
             self._say(self._farewell)
-        return OK if self._status is None else self._status
+        # What was to be shown could not be.
+        return FAILURE if not self._status and self._cursor.refused else self._status or OK
 
     def _say(self, text: str, *, alone: bool = False) -> None:
         """A line of virtctl's own, on stderr, so that a script that reads the output isn't bothered.

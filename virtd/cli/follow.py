@@ -11,19 +11,32 @@ from __future__ import annotations
 import os
 import select
 
+from virtd.cli.output import rounded
 from virtd.errors import VirtdError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from virtd.cli.client import Parameters, Reply
 
 CHUNK = 65536
 
 
-class Cursor:
-    """Where in which file; owns its descriptor. It begins with the last `lines` lines: -1 for all, 0 for none."""
+UNKNOWN = -1  # bytes that were skipped, and perhaps none
 
-    def __init__(self, name: str, log: str, lines: int) -> None:
+
+class Cursor:
+    """Where in which file; owns its descriptor. It begins with the last `lines` lines: -1 for all, 0 for none.
+
+    `say` is called with a sentence about what can't be shown. `skipped`: the bytes that aren't, before those that
+    come next, for the reader to put back to 0. `refused`: why the log can't be written at present.
+    """
+
+    def __init__(self, name: str, log: str, lines: int, say: Callable[[str], None]) -> None:
+        self.skipped = 0
+        self.refused = ""
+        self._say = say
         self.file: str | None = None
         self.offset = 0
         self.ended = False
@@ -50,6 +63,7 @@ class Cursor:
         parameters = reply.parameters
         self.ended = bool(parameters.get("ended"))
         self.state = str(parameters.get("state", ""))
+        self._gaps(int(parameters.get("missed") or 0), str(parameters.get("refused") or ""))
         file = parameters.get("file")
         moved = file is not None and file != self.file
         if moved:
@@ -61,6 +75,23 @@ class Cursor:
             self.offset = int(parameters.get("offset") or 0)
         reply.close()
         return moved
+
+    def _gaps(self, skipped: int, refused: str) -> None:
+        if skipped:
+            self.skipped = UNKNOWN if UNKNOWN in (skipped, self.skipped) else self.skipped + skipped
+            if skipped == UNKNOWN:
+                why = "some of the log may be missing here: it was rotated while virtd was restarted"
+            else:
+                why = f"{rounded(skipped)} of the log are missing here: they were rotated away before they were read"
+            self._say(f"virtctl: {why}")
+        if refused and refused != self.refused:
+            self._say(
+                f"virtctl: the log can't be written at present ({refused}), so that what comes now can't be shown; "
+                "see virtctl status"
+            )
+        elif self.refused and not refused:
+            self._say("virtctl: the log can be written again; what came in between may be lost")
+        self.refused = refused
 
     def read(self) -> bytes:
         """The next bytes of the present file, empty at its end."""

@@ -8,7 +8,7 @@ from functools import partial
 
 from virtd.cli.client import Call
 from virtd.cli.exits import OK
-from virtd.cli.follow import Cursor, write_all
+from virtd.cli.follow import UNKNOWN, Cursor, write_all
 from virtd.cli.options import line_count
 from virtd.cli.output import write_json
 
@@ -50,7 +50,7 @@ def logging(method: str = "Follow") -> Callable[[argparse.Namespace, Session], i
 
     def run(args: argparse.Namespace, session: Session) -> int:
         lines = args.lines if args.lines is not None else TAIL if args.follow else -1
-        cursor = Cursor(args.name, "log" if args.qemu else "console", lines)
+        cursor = Cursor(args.name, "log" if args.qemu else "console", lines, _say)
         try:
             source = chunks(session, cursor, follow=args.follow, method=method)
             if args.json:
@@ -67,6 +67,10 @@ def logging(method: str = "Follow") -> Callable[[argparse.Namespace, Session], i
     return run
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def _shown(source: Iterator[bytes]) -> None:
     """For eyes: with nothing that would work on the terminal."""
     from virtd.cli.filtered import Filter
@@ -80,26 +84,38 @@ def _shown(source: Iterator[bytes]) -> None:
 
 
 def _as_json(source: Iterator[bytes], cursor: Cursor, style: str) -> None:
-    """One object for each line: its text without the line end, the file, and the offset at which it begins there."""
+    """One object for each line: its text without the line end, the file, and the offset at which it begins there.
+
+    The first line after some that could not be read has `skipped` besides: their bytes, or null if that isn't known.
+    """
     rest = b""
     begun: tuple[str | None, int] | None = None
+    skipped = 0
     for data in source:
         position = cursor.offset - len(data)
         at = 0
+        if cursor.skipped:
+            if begun:  # its end is among what is missing
+                _line(rest, begun, style, skipped)
+                rest, begun = b"", None
+            skipped, cursor.skipped = cursor.skipped, 0
         while (end := data.find(b"\n", at)) >= 0:
-            _line(rest + data[at:end], begun or (cursor.file, position + at), style)
-            rest, begun, at = b"", None, end + 1
+            _line(rest + data[at:end], begun or (cursor.file, position + at), style, skipped)
+            rest, begun, at, skipped = b"", None, end + 1, 0
         if at < len(data):
             # Rotation may cut a line in two; it is counted to the file in which it began.
             begun = begun or (cursor.file, position + at)
             rest += data[at:]
     if begun:
-        _line(rest, begun, style)
+        _line(rest, begun, style, skipped)
 
 
-def _line(line: bytes, place: tuple[str | None, int], style: str) -> None:
+def _line(line: bytes, place: tuple[str | None, int], style: str, skipped: int) -> None:
     file, offset = place
-    write_json({"file": file, "offset": offset, "line": line.removesuffix(b"\r").decode(errors="replace")}, style)
+    shown = {"file": file, "offset": offset, "line": line.removesuffix(b"\r").decode(errors="replace")}
+    if skipped:
+        shown["skipped"] = skipped if skipped != UNKNOWN else None
+    write_json(shown, style)
     sys.stdout.flush()
 
 

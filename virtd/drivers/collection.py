@@ -434,6 +434,16 @@ class Collection(Generic[T, D]):
             found += [(one.name, problem) for problem in one.problems.values()]
         return found
 
+    def refused(self, key: str, problem: Problem | None) -> None:
+        """The pump's word that the log of a slot can't be written, or, without a problem, that it can again."""
+        _driver, name, slot = key.split("/")
+        one = self.objects.get(name)
+        problems, key = (self.problems, f"log {name}") if one is None else (one.problems, f"log {slot}")
+        if problem is None:
+            problems.pop(key, None)
+        else:
+            problems[key] = problem
+
     def bad_definitions(self) -> list[tuple[str, Problem]]:
         return [
             (key.partition(" ")[2], problem) for key, problem in self.problems.items() if key.startswith("definition")

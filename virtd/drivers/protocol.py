@@ -97,6 +97,9 @@ class Driver(Protocol):
     def grown(self, key: str) -> None:
         """The pump's word that bytes landed in a log that is watched: `key` is a slot's name of this driver."""
 
+    def refused(self, key: str, problem: Problem | None) -> None:
+        """The pump's word that the log of a slot can't be written, or, without a problem, that it can again."""
+
     def live(self) -> int:
         """How many objects have something running."""
 

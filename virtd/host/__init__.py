@@ -18,7 +18,7 @@ import msgspec
 
 from .. import __version__, console
 from ..child import sweep
-from ..drivers.protocol import Looking
+from ..drivers.protocol import Looking, Problem
 from ..drivers.qemu.machine import DRIVER
 from ..drivers.registry import Drivers
 from ..records import now
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
     from ..child import Services
     from ..drivers import qemu, storage
-    from ..drivers.protocol import Driver, Problem
+    from ..drivers.protocol import Driver
     from ..model.settings import Settings
+    from ..pump import Loss
     from .boot import Boot
     from .containers import Containers
     from .networks import Networks
@@ -192,6 +193,18 @@ class Host(Domains):
         name = key.partition("/")[0]
         if name in self.drivers:
             self.drivers.get(name).grown(key)
+
+    def refused(self, loss: Loss) -> None:
+        """The pump's word that a log can't be written, or can again."""
+        reason = "" if loss.over else loss.reason
+        problem = None
+        if reason:
+            text = f"{loss.path} can't be written: {reason}; output is being dropped"
+            problem = Problem(text, "Free some space. The guest runs on.")
+        self.followers.refused(loss.key, reason)
+        name = loss.key.partition("/")[0]
+        if name in self.drivers:
+            self.drivers.get(name).refused(loss.key, problem)
 
     def live(self) -> int:
         return sum(driver.live() for driver in self.drivers)

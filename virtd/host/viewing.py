@@ -73,6 +73,8 @@ class Viewers:
             "more": place.more,
             "ended": place.ended,
             "state": viewed.state.value,
+            "missed": place.missed,
+            "refused": place.refused,
         }
         return WithDescriptors(value, [place.fd] if place.fd is not None else [])
 
