@@ -1008,7 +1008,7 @@ def test_a_volume_as_its_root(containers: Containers) -> None:
             assert "container vol" in done.stderr, done.stderr
         assert lab.json("volume", "list", "roots")[0]["used_by"] == ["lxc/vol"]
         lab.define("disk", more='[[disk]]\npool = "roots"\nvolume = "one"\n')
-        assert "the root of container vol" in lab.virtctl("start", "disk", check=False).stderr
+        assert "container vol has it mounted" in lab.virtctl("start", "disk", check=False).stderr
         lab.sh("systemctl kill -s KILL virtd.service")
         lab.wait("the daemon", lambda: lab.virtctl("status", check=False).returncode != 3)
         assert (containers.info("vol")["pid"], containers.state("vol")) == (info["pid"], "running")

@@ -15,23 +15,19 @@ LEFT = (
     ("virtd.drivers.fsck", "virtd.drivers.guests"),
     (
         "virtd.drivers.network.connections",
+        "virtd.drivers.network.holdings",
         "virtd.drivers.network.isolation",
         "virtd.drivers.network.net",
         "virtd.drivers.network.server",
     ),
     ("virtd.drivers.network.driver", "virtd.drivers.network.fsck"),
     ("virtd.drivers.qemu.driver", "virtd.drivers.qemu.fsck"),
-    ("virtd.drivers.qemu.machine", "virtd.drivers.qemu.news"),
     (
-        "virtd.drivers.storage.changing",
-        "virtd.drivers.storage.driver",
-        "virtd.drivers.storage.fsck",
-        "virtd.drivers.storage.images",
-        "virtd.drivers.storage.making",
-        "virtd.drivers.storage.usage",
-        "virtd.drivers.storage.volumes",
+        "virtd.drivers.qemu.machine",
+        "virtd.drivers.qemu.news",
+        "virtd.drivers.qemu.nics",
+        "virtd.drivers.qemu.operations",
     ),
-    ("virtd.drivers.storage.host", "virtd.drivers.storage.logical"),
     ("virtd.host", "virtd.host.containers", "virtd.host.fsck", "virtd.host.networks"),
 )
 

@@ -615,7 +615,7 @@ def test_nothing_is_left_to_what_an_image_says(path: str, lower: tuple[tuple[str
 def test_no_program_of_a_job_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
     """qemu-img is told each image's format, and opens none that it needn't."""
     monkeypatch.setattr(storage_host, "program", lambda _name, _package: "qemu-img")
-    me = programs.Account("u", "g")
+    me = storage_host.Account("u", "g")
     lower = ("/p/base", Format.QCOW2)
     made = [
         programs.create(me, "/p/n", 512, model.Preallocation.OFF, Format.QCOW2, lower),

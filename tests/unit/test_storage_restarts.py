@@ -66,13 +66,13 @@ def hosted(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 async def settled(host: Host) -> None:
     """Until nothing is under way any more; what waits for a client may."""
     await host.volumes.driver.certain()
-    await until(lambda: all(j.over.is_set() or j.state == "waiting" for j in host.volumes.driver.jobs.values()))
+    await until(lambda: all(j.over.is_set() or j.state == "waiting" for j in host.volumes.driver.jobs))
 
 
 async def done(host: Host, answer: dict[str, Any]) -> None:
     """Until the job of an answer is over; the error that it ended with is raised."""
     if answer["job"]:
-        job = host.volumes.driver.find_job(answer["job"])
+        job = host.volumes.driver.jobs.find(answer["job"])
         await job.over.wait()
         if job.error:
             raise errors.HostError(job.error)

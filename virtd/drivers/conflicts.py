@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What only one object can have at a time, whichever driver's it is: an address in a network, a disk, a port.
 
-Each driver tells what its objects hold, those that run or all that are defined (protocol.Holder), and what is to be
+Each driver tells what its objects hold, those that run or all that are defined (Holder), and what is to be
 defined or started is compared with that, here. Two definitions may well want the same, as long as they take turns:
 that is a warning. Two that run may not.
 """
@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import functools
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from .. import errors
-from .protocol import Holder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -43,6 +42,14 @@ class Holding(NamedTuple):
     key: str = ""
     name: str = ""
     shared: bool = False
+
+
+@runtime_checkable
+class Holder(Protocol):
+    """A driver whose objects have something that nobody else can have at the same time."""
+
+    def holdings(self, *, running: bool) -> Iterator[tuple[str, Holding]]:
+        """What those have that run, or all that are defined or run, each with whose it is: "domain web1"."""
 
 
 class Conflict(NamedTuple):

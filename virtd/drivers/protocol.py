@@ -9,14 +9,13 @@ never a front end. Drivers that need each other ask the host for a peer by its n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
 if TYPE_CHECKING:
     from ..child import Services
     from ..model.settings import Settings
-    from .conflicts import Holding
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -140,12 +139,23 @@ class Looking(Protocol):
         """See what is there. It may take as long as a file system takes to answer; problems tell what is wrong."""
 
 
-@runtime_checkable
-class Holder(Protocol):
-    """A driver whose objects have something that nobody else can have at the same time; see conflicts."""
+class Use(NamedTuple):
+    """A file that an object which runs has open, or mounted: then nobody else may have it, not even to read."""
 
-    def holdings(self, *, running: bool) -> Iterator[tuple[str, Holding]]:
-        """What those have that run, or all that are defined or run, each with whose it is: "domain web1"."""
+    user: str  # as replies name the object
+    called: str  # as a person does
+    path: str
+    identity: tuple[int, int]  # device and inode
+    writes: bool
+    mounted: bool = False
+
+
+@runtime_checkable
+class Using(Protocol):
+    """A driver whose objects have files open that others may want to change or to delete."""
+
+    def images(self) -> list[Use]:
+        """Which object has which file."""
 
 
 Publish = Callable[[str, str], None]  # (event, name): "added", "removed", "changed", "ended"

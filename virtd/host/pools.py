@@ -69,7 +69,7 @@ class Pools:
         return {"name": pool.name, "changed": await self.driver.build(pool.name)}
 
     async def refresh(self, name: str, *, by: Caller) -> dict[str, Any]:
-        return await self.driver.volumes.refresh(name)
+        return await self.driver.viewing.refresh(name)
 
     async def set_autostart(self, name: str, enable: bool, *, by: Caller) -> dict[str, Any]:  # noqa: FBT001
         pool = self.driver.find(name)

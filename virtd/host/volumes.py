@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable
 
     from ..drivers.storage.driver import Driver
-    from ..drivers.storage.usage import Answer
+    from ..drivers.storage.volumes import Answer
     from .base import Caller
 
 LOOK = 0.25  # seconds between two looks at how far a job is
@@ -23,16 +23,15 @@ class Volumes:
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
-        self._volumes = driver.volumes
 
     async def listing(self, pool: str) -> list[dict[str, Any]]:
-        return await self._volumes.listing(pool)
+        return await self.driver.viewing.listing(pool)
 
     async def info(self, pool: str, name: str) -> dict[str, Any]:
-        return await self._volumes.info(pool, name)
+        return await self.driver.viewing.info(pool, name)
 
     async def snapshots(self, pool: str, name: str) -> list[dict[str, Any]]:
-        return await self._volumes.snapshots(pool, name)
+        return await self.driver.viewing.snapshots(pool, name)
 
     async def create(
         self,
@@ -48,7 +47,7 @@ class Volumes:
         by: Caller,
     ) -> dict[str, Any]:
         return await _answer(
-            self._volumes.create(
+            self.driver.making.create(
                 pool,
                 name,
                 size,
@@ -63,7 +62,9 @@ class Volumes:
     async def clone(
         self, pool: str, source: str, name: str, *, to_pool: str | None = None, token: str | None = None, by: Caller
     ) -> dict[str, Any]:
-        return await _answer(self._volumes.clone(pool, source, name, to_pool=to_pool, token=token or "", by=by.name))
+        return await _answer(
+            self.driver.making.clone(pool, source, name, to_pool=to_pool, token=token or "", by=by.name)
+        )
 
     async def import_(
         self,
@@ -80,12 +81,12 @@ class Volumes:
         """Without a file: of what others have put into the pool under that name."""
         if file is None:
             return await _answer(
-                self._volumes.adopt(
+                self.driver.making.adopt(
                     pool, name, source_format=source_format, probe=probe, token=token or "", by=by.name
                 )
             )
         return await _answer(
-            self._volumes.import_file(
+            self.driver.making.import_file(
                 pool,
                 name,
                 file,
@@ -100,13 +101,15 @@ class Volumes:
     async def resize(
         self, pool: str, name: str, size: str, *, shrink: bool = False, token: str | None = None, by: Caller
     ) -> dict[str, Any]:
-        return await _answer(self._volumes.resize(pool, name, size, shrink=shrink, token=token or "", by=by.name))
+        return await _answer(
+            self.driver.changing.resize(pool, name, size, shrink=shrink, token=token or "", by=by.name)
+        )
 
     async def wipe(self, pool: str, name: str, *, token: str | None = None, by: Caller) -> dict[str, Any]:
-        return await _answer(self._volumes.wipe(pool, name, token=token or "", by=by.name))
+        return await _answer(self.driver.changing.wipe(pool, name, token=token or "", by=by.name))
 
     async def delete(self, pool: str, name: str, *, by: Caller) -> dict[str, Any]:
-        return await _answer(self._volumes.delete(pool, name, by=by.name))
+        return await _answer(self.driver.changing.delete(pool, name, by=by.name))
 
     async def upload(
         self,
@@ -119,16 +122,16 @@ class Volumes:
         token: str | None = None,
         by: Caller,
     ) -> WithDescriptors:
-        answer, fd, there = await self._volumes.upload(
+        answer, fd, there = await self.driver.streams.upload(
             pool, name, format=format, size=size, resume=resume, token=token or "", by=by.name
         )
         return WithDescriptors({**answer._asdict(), "offset": there}, [fd])
 
     async def uploaded(self, job: str, *, by: Caller) -> dict[str, Any]:
-        return await _answer(self._volumes.uploaded(job))
+        return await _answer(self.driver.streams.uploaded(job))
 
     async def download(self, pool: str, name: str, *, by: Caller) -> WithDescriptors:
-        volume, fd = await self._volumes.download(pool, name)
+        volume, fd = await self.driver.streams.download(pool, name)
         meta = volume.meta
         value = {
             "pool": pool,
@@ -140,11 +143,11 @@ class Volumes:
     # Jobs
 
     async def jobs(self) -> list[dict[str, Any]]:
-        return self.driver.job_listing()
+        return self.driver.jobs.describe()
 
     async def wait(self, job: str, timeout: float | None) -> dict[str, Any]:
         """The job when it is over, further on than it was, or when the time is up."""
-        found = self.driver.find_job(job)
+        found = self.driver.jobs.find(job)
         await self.driver.certain()
         before = found.progress()
         loop = asyncio.get_running_loop()
@@ -159,7 +162,7 @@ class Volumes:
         return found.describe()
 
     async def cancel(self, job: str, *, by: Caller) -> dict[str, Any]:
-        return {"job": job, "changed": await self._volumes.cancel(job, by=by.name)}
+        return {"job": job, "changed": await self.driver.jobs.find(job).cancel(by.name)}
 
 
 async def _answer(answer: Awaitable[Answer]) -> dict[str, Any]:

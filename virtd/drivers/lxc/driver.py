@@ -18,7 +18,7 @@ from ...model.settings import Lxc
 from .. import ids
 from ..guests import Guests
 from ..ids import Range
-from ..protocol import Problem
+from ..protocol import Problem, Use
 from . import create as creating
 from . import execs, exposure, operations, starting, volume
 from . import host as hostinfo
@@ -137,10 +137,17 @@ class Driver(Guests[Container, model.Container]):
             self._making.discard(name)
             self.maps.release(name)
 
-    def images(self) -> list[tuple[str, str, tuple[int, int], bool]]:
-        """Which running container has which volume as its root, as the domains' driver tells of images."""
+    def images(self) -> list[Use]:
+        """See protocol.Using: volumes that are containers' roots."""
         return [
-            (machine.name, str(path), (int(dev), int(ino)), bool(writes))
+            Use(
+                machine.key,
+                f"{self.noun} {machine.name}",
+                str(path),
+                (int(dev), int(ino)),
+                bool(writes),
+                mounted=True,
+            )
             for machine in self.machines.values()
             if machine.alive and machine.record is not None
             for path, dev, ino, writes in machine.record.data.get("images", [])

@@ -35,7 +35,7 @@ def of(network: Network, mac: str) -> Iterator[Holding]:
 
 
 def all_of(nets: dict[str, Net], *, running: bool) -> Iterator[tuple[str, Holding]]:
-    """As protocol.Holder has it."""
+    """As conflicts.Holder has it."""
     for net in nets.values():
         in_force = net.running
         wanted = None if running or net.definition is in_force else net.definition

@@ -10,7 +10,7 @@ from ... import errors
 from ...model import domain as model
 from ...model.state import Cause
 from ..guests import Guests
-from ..protocol import Problem
+from ..protocol import Problem, Use
 from . import command, nics, operations, starting, userdb, users
 from . import host as hostinfo
 from .machine import DRIVER, Machine
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from ...units import UnitState
     from ..conflicts import Holding
     from ..protocol import Difference, Peers, Publish
-    from .images import Use
 
 log = logging.getLogger(__name__)
 
@@ -156,9 +155,9 @@ class Driver(Guests[Machine, model.Domain]):
                 yield from ((owner, one) for one in holdings.defined(machine.definition, machine.uuid, bridge_of))
 
     def images(self) -> list[Use]:
-        """Which running domain has which image open, for those who would change or delete one."""
+        """See protocol.Using."""
         return [
-            (machine.name, path, identity, writes)
+            Use(machine.name, f"{self.noun} {machine.name}", path, identity, writes)
             for machine in self.machines.values()
             for identity, (path, writes) in machine.images().items()
         ]

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from ...model import domain as model
     from ..protocol import Peers
 
-# (domain, path, (device, inode), whether it writes)
-Use = tuple[str, str, tuple[int, int], bool]
-
 
 class Image(msgspec.Struct, frozen=True):
     """One disk's file. `backing`: what a qcow2 volume stands on, the nearest first, each with its format."""

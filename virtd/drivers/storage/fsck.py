@@ -33,43 +33,76 @@ from . import mounts
 from .job import DRIVER, State
 
 if TYPE_CHECKING:
-    from .driver import Driver
+    from ...child import Services
+    from ...records import Records
     from .job import Job
+    from .jobs import Jobs
     from .pool import StoragePool
+    from .pools import Pools
 
 
-async def compare(driver: Driver, *, repair: bool) -> list[Difference]:
+async def compare(pools: Pools, *, repair: bool) -> list[Difference]:
     """See protocol.Comparing."""
-    await driver.certain()
-    found = await loose_files(driver, repair=repair)
-    run = f"{driver.services.paths.run}/{DRIVER}"
-    recorded = set(names_in(run, ".json"))
-    seen = await look(driver.services, DRIVER)
-    jobs = {*driver.jobs, *traces(driver.services, seen, DRIVER)}
-    jobs |= {name for name in recorded if name.startswith(model.JOB)}
-    pools = {*driver.pools, *(name for name in recorded if not name.startswith(model.JOB))}
-    for name in sorted(jobs):
-        if _job(driver, name, seen):
-            found += await _settle_job(driver, name, repair=repair)
-    for name in sorted(pools):
-        found += await _examine(driver, name, repair=repair)
+    await pools.certain()
+    found = await loose_files(pools, repair=repair)
+    recorded = set(names_in(f"{pools.services.paths.run}/{DRIVER}", ".json"))
+    seen = await look(pools.services, DRIVER)
+    of_jobs = {name for name in recorded if name.startswith(model.JOB)}
+    mine = _Jobs(pools.jobs, pools.services, pools.records)
+    for name in sorted({*(job.name for job in pools.jobs), *traces(pools.services, seen, DRIVER), *of_jobs}):
+        if mine.findings(name, seen):
+            found += await mine.settle(name, repair=repair)
+    for name in sorted({*pools.pools, *(recorded - of_jobs)}):
+        found += await _examine(pools, name, repair=repair)
     return found
 
 
 # Jobs
 
 
-def _job(driver: Driver, name: str, seen: Seen) -> list[Difference]:
-    job = driver.jobs.get(name)
-    path = driver.services.paths.record(DRIVER, name)
-    found = record_differences(path, name, job.record if job is not None else None)
-    if job is not None and not job.over.is_set():
-        return found + _running(job, seen)
-    if unit := seen.units.get(name):
-        found.append(Difference("unit", name, f"{unit.name} is there, and no job {name} is under way", "stop it"))
-    for slot in strays(driver.services, seen, f"{DRIVER}/{name}"):
-        found.append(Difference("slot", name, f"slot {slot} is kept, and no job {name} is under way", "drop it"))
-    return found
+class _Jobs:
+    def __init__(self, jobs: Jobs, services: Services, records: Records) -> None:
+        self._jobs = jobs
+        self._services = services
+        self._records = records
+
+    def findings(self, name: str, seen: Seen) -> list[Difference]:
+        job = self._jobs.get(name)
+        path = self._services.paths.record(DRIVER, name)
+        found = record_differences(path, name, job.record if job is not None else None)
+        if job is not None and not job.over.is_set():
+            return found + _running(job, seen)
+        if unit := seen.units.get(name):
+            text = f"{unit.name} is there, and no job {name} is under way"
+            found.append(Difference("unit", name, text, "stop it"))
+        for slot in strays(self._services, seen, f"{DRIVER}/{name}"):
+            text = f"slot {slot} is kept, and no job {name} is under way"
+            found.append(Difference("slot", name, text, "drop it"))
+        return found
+
+    async def settle(self, name: str, *, repair: bool) -> list[Difference]:
+        # Jobs have no lock: what was just under way is so no more a moment later.
+        await asyncio.sleep(0.2)
+
+        async def findings(seen: Seen) -> list[Difference]:
+            return self.findings(name, seen)
+
+        return await settle(
+            self._services, name,
+            look=lambda: look(self._services, DRIVER),
+            findings=findings,
+            mend=lambda seen: self._mend(name, seen),
+            repair=repair,
+        )  # fmt: skip
+
+    async def _mend(self, name: str, seen: Seen) -> None:
+        job = self._jobs.get(name)
+        if job is not None and not job.over.is_set():
+            if job.child is not None:
+                await mend_slots(self._services, job.child, seen)
+        else:
+            await clear_away(self._services, seen, DRIVER, name)
+        save_or_remove(self._records, name, job.record if job is not None else None)
 
 
 def _running(job: Job, seen: Seen) -> list[Difference]:
@@ -83,42 +116,16 @@ def _running(job: Job, seen: Seen) -> list[Difference]:
     return found
 
 
-async def _settle_job(driver: Driver, name: str, *, repair: bool) -> list[Difference]:
-    # Jobs have no lock: what was just under way is so no more a moment later.
-    await asyncio.sleep(0.2)
-
-    async def findings(seen: Seen) -> list[Difference]:
-        return _job(driver, name, seen)
-
-    return await settle(
-        driver.services, name,
-        look=lambda: look(driver.services, DRIVER),
-        findings=findings,
-        mend=lambda seen: _mend_job(driver, name, seen),
-        repair=repair,
-    )  # fmt: skip
-
-
-async def _mend_job(driver: Driver, name: str, seen: Seen) -> None:
-    job = driver.jobs.get(name)
-    if job is not None and not job.over.is_set():
-        if job.child is not None:
-            await mend_slots(driver.services, job.child, seen)
-    else:
-        await clear_away(driver.services, seen, DRIVER, name)
-    save_or_remove(driver.records, name, job.record if job is not None else None)
-
-
 # Pools
 
 
-async def _examine(driver: Driver, name: str, *, repair: bool) -> list[Difference]:
-    pool = driver.pools.get(name)
+async def _examine(pools: Pools, name: str, *, repair: bool) -> list[Difference]:
+    pool = pools.pools.get(name)
     if pool is None:
-        return await _settle(driver, name, None, repair=repair)
+        return await _settle(pools, name, None, repair=repair)
     try:
         async with pool.exclusive("check"):
-            found = await _settle(driver, name, pool, repair=repair)
+            found = await _settle(pools, name, pool, repair=repair)
     except errors.Busy as exc:
         return [Difference("busy", name, exc.message)]
     # A start takes the lock by itself.
@@ -135,8 +142,8 @@ async def _examine(driver: Driver, name: str, *, repair: bool) -> list[Differenc
     return found
 
 
-async def _findings(driver: Driver, name: str, pool: StoragePool | None) -> list[Difference]:
-    path = driver.services.paths.record(DRIVER, name)
+async def _findings(pools: Pools, name: str, pool: StoragePool | None) -> list[Difference]:
+    path = pools.services.paths.record(DRIVER, name)
     found = record_differences(path, name, pool.record if pool is not None else None)
     if pool is None:
         return found
@@ -147,12 +154,12 @@ async def _findings(driver: Driver, name: str, pool: StoragePool | None) -> list
                 unmounted = pool.present.type is model.Type.FILESYSTEM and mounts.mounted(pool.present.path) is None
                 text = f"{name} is active, and {lost}"
                 return [*found, Difference("pool", name, text, "mount it again" if unmounted else "")]
-            for stale in await pool.backend.stale(driver.unfinished()):
+            for stale in await pool.backend.stale(pools.jobs.unfinished()):
                 text = f"{pool.present.path}/{stale} was begun, and no job fills it"
                 found.append(Difference("volume", name, text, "remove it"))
         elif pool.definition is not None and pool.definition.type is model.Type.FILESYSTEM:
             where = pool.definition.path
-            units = await driver.services.units()
+            units = await pools.services.units()
             if mounts.mounted(where) is not None and await mounts.is_ours(units, where):
                 text = f"{mount_unit(where)} is mounted by virtd, and {name} isn't active"
                 found.append(Difference("mount", name, text, "unmount it"))
@@ -161,21 +168,21 @@ async def _findings(driver: Driver, name: str, pool: StoragePool | None) -> list
     return found
 
 
-async def _settle(driver: Driver, name: str, pool: StoragePool | None, *, repair: bool) -> list[Difference]:
-    found = await _findings(driver, name, pool)
+async def _settle(pools: Pools, name: str, pool: StoragePool | None, *, repair: bool) -> list[Difference]:
+    found = await _findings(pools, name, pool)
     kinds = {difference.kind for difference in found if difference.repair}
     if not repair or not kinds - {"pool"}:
         return found
     try:
         if "volume" in kinds and pool is not None:
-            await pool.backend.sweep(driver.unfinished())
+            await pool.backend.sweep(pools.jobs.unfinished())
         if "mount" in kinds and pool is not None:
             await pool.backend.stop()
         if "record" in kinds:
-            save_or_remove(driver.records, name, pool.record if pool is not None else None)
+            save_or_remove(pools.records, name, pool.record if pool is not None else None)
     except errors.VirtdError as exc:
         found.append(Difference("record", name, f"{name} could not be repaired: {exc}"))
-    left = {difference.text for difference in await _findings(driver, name, pool)}
+    left = {difference.text for difference in await _findings(pools, name, pool)}
     return [
         difference if difference.kind == "pool" else told(difference, repaired=difference.text not in left)
         for difference in found

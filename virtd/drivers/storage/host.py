@@ -1,26 +1,24 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the storage driver must know of the host: the guests' user, the programs, and which backend makes a pool."""
+"""What the storage driver must know of the host: the guests' user, and where programs are."""
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ... import errors
-from ...model.pool import Type
 from .. import programs
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
-    from ...child import Services
-    from ...model import pool as model
     from ...model.settings import Settings
-    from .backend import Backend
-    from .job import Program
 
-    RunTool = Callable[[str, Program], Awaitable[str]]
+
+class Account(NamedTuple):
+    """Whom jobs run as."""
+
+    user: str
+    group: str
 
 
 def account(settings: Settings) -> tuple[int, int]:
@@ -40,22 +38,3 @@ def worker(*arguments: str) -> tuple[str, ...]:
     """The command line of the copying program."""
     here = os.path.dirname(os.path.realpath(__file__))
     return (os.path.realpath(sys.executable), "-IS", f"{here}/worker.py", *arguments)
-
-
-def backend(pool: model.Pool, services: Services, settings: Settings, run_tool: RunTool) -> Backend:
-    """The backend of a definition's type."""
-    match pool.type:
-        case Type.DIRECTORY:
-            from .directory import Directory
-            from .mountpoint import MountPoint
-
-            mountpoint = MountPoint(pool, services.paths.mountpoint(pool.name), services.units)
-            return Directory(pool, *account(settings), mountpoint)
-        case Type.FILESYSTEM:
-            from .filesystem import Filesystem
-
-            return Filesystem(pool, *account(settings), services.units)
-        case Type.LOGICAL:
-            from .logical import Logical
-
-            return Logical(pool, account(settings)[0], run_tool)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Images beyond their names: what they stand on, what stands on them, what a foreign one is."""
+"""Images that virtd knows nothing of yet: foreign ones, and what clients write."""
 
 from __future__ import annotations
 
@@ -15,90 +15,16 @@ from ...model.domain import Format
 from ...reach import Trust, opened, reached
 from .. import qcow2
 from .aside import Aside
-from .backend import Backing, Meta, Volume
+from .chains import Link, require_format
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator
 
-    from .backend import Backend
-    from .driver import Driver
+    from .backend import Backend, Backing, Meta, Volume
     from .job import Task
-    from .pool import StoragePool
+    from .pools import Pools
 
-DEPTH = 64  # volumes in one chain
 FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vhdx", "vpc")
-
-
-class Link(NamedTuple):
-    """One volume of a chain."""
-
-    pool: StoragePool
-    volume: Volume
-
-    @property
-    def key(self) -> str:
-        return f"{self.pool.name}/{self.volume.name}"
-
-    @property
-    def format(self) -> Format:
-        assert self.volume.meta.format is not None
-        return self.volume.meta.format
-
-    @property
-    def pair(self) -> tuple[str, Format]:
-        return self.volume.path, self.format
-
-    @property
-    def backing(self) -> Backing:
-        return Backing(self.pool.name, self.volume.name, self.format)
-
-
-async def chain(driver: Driver, pool: StoragePool, volume: Volume) -> list[Link]:
-    """The volume and all that it stands on, from virtd's own records: what images say of themselves isn't asked."""
-    found = [Link(pool, volume)]
-    while (backing := found[-1].volume.meta.backing) is not None:
-        if len(found) > DEPTH:
-            raise errors.InvalidState(f"{volume.name} stands on more than {DEPTH} volumes, or on itself")
-        try:
-            below = driver.find(backing.pool)
-            lower = await below.usable.volume(backing.volume)
-        except (errors.NotFound, errors.InvalidState) as exc:
-            raise errors.InvalidState(
-                f"{found[-1].volume.name} stands on volume {backing.volume} of pool {backing.pool}: {exc.message}",
-                hint=exc.hint,
-            ) from exc
-        found.append(Link(below, lower))
-    return found
-
-
-def require_format(links: Sequence[Link]) -> None:
-    """Raise InvalidState for a volume that nobody has told the format of, or that is damaged."""
-    for pool, volume in links:
-        if volume.meta.format is None:
-            raise errors.InvalidState(
-                f"The format of volume {volume.name} isn't known: it was put into pool {pool.name} by others",
-                hint=f"Say what it is: virtctl volume import {pool.name} {volume.name} --from raw (or qcow2), "
-                "or have virtd look: --probe.",
-            )
-        if volume.trouble:
-            raise errors.InvalidState(f"Volume {volume.name} of pool {pool.name} can't be used: {volume.trouble}")
-
-
-async def dependents(driver: Driver, pool: str, volume: str) -> list[tuple[str, str]]:
-    """The volumes, in all active pools, that stand directly on this one."""
-    found = []
-    for other in sorted(driver.pools.values(), key=lambda other: other.name):
-        if not other.active:
-            continue
-        for candidate in (await other.backend.volumes()).values():
-            backing = candidate.meta.backing
-            if backing is not None and (backing.pool, backing.volume) == (pool, volume):
-                found.append((other.name, candidate.name))
-    for job in driver.jobs.values():  # and those that are being made
-        made = job.task.meta.backing if job.alive and job.task.undo and job.task.meta is not None else None
-        if made is not None and (made.pool, made.volume) == (pool, volume):
-            found.append((job.task.pool, job.task.volume))
-    return found
 
 
 class Foreign(NamedTuple):
@@ -168,11 +94,11 @@ def native(found: str) -> Format:
     return Format.RAW if found == "raw" else Format.QCOW2
 
 
-async def known_backing(driver: Driver, file: str, foreign: Foreign) -> Backing:
+async def known_backing(pools: Pools, file: str, foreign: Foreign) -> Backing:
     """The volume that a foreign image stands on. Raises InvalidState when it is none of ours."""
     path = os.path.normpath(os.path.join(os.path.dirname(foreign.path), foreign.backing))
-    for pool in driver.pools.values():
-        if not pool.active or os.path.dirname(path) != pool.present.path:
+    for pool in pools.active:
+        if os.path.dirname(path) != pool.present.path:
             continue
         volume = await pool.backend.volume(os.path.basename(path))
         require_format([Link(pool, volume)])
@@ -215,7 +141,7 @@ async def open_whole(backend: Backend, volume: Volume) -> int:
         raise errors.HostError(f"Cannot open {path}: {exc.strerror}") from exc
 
 
-async def received(driver: Driver, backend: Backend, job: str, task: Task) -> tuple[Meta, str]:
+async def received(pools: Pools, backend: Backend, job: str, task: Task) -> tuple[Meta, str]:
     """What was uploaded, if it can be what it is said to be, and where it is."""
     assert task.meta is not None
     path = backend.begun(job, task.volume)
@@ -232,5 +158,5 @@ async def received(driver: Driver, backend: Backend, job: str, task: Task) -> tu
     if foreign.backing:
         # Where it will be, which is what a relative name means.
         final = foreign._replace(path=f"{os.path.dirname(os.path.dirname(os.path.dirname(path)))}/{task.volume}")
-        backing = await known_backing(driver, task.volume, final)
+        backing = await known_backing(pools, task.volume, final)
     return msgspec.structs.replace(task.meta, backing=backing), path

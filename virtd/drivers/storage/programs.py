@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ...model.domain import Format
 from .. import nodes
@@ -15,16 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ...model.pool import Preallocation
+    from .host import Account
 
 
 STDIN = "/proc/self/fd/0"
-
-
-class Account(NamedTuple):
-    """Whom jobs run as."""
-
-    user: str
-    group: str
 
 
 def _qemu_img() -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What can be asked about volumes and done to them.
+"""What all that is done to volumes has in common.
 
 Quick things are done at once; what takes its time is a job, whose name the caller gets. A call that is repeated with
 the same `token` finds what the first one has begun. Nothing is done to a volume that somebody uses.
@@ -8,149 +8,151 @@ the same `token` finds what the first one has begun. Nothing is done to a volume
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from ... import errors
 from ...model import pool as model
+from ...model import size as sizes
 from ...model.domain import Format
-from ...units import mount_unit
-from . import images
-from .changing import Changing
-from .directory import Directory
-from .making import Making
-from .usage import CONTAINER, called, key
+from . import chains
+from .usage import key
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from .backend import Volume
-    from .job import Job
+    from .host import Account
+    from .job import Program, Task
+    from .jobs import Jobs
     from .pool import StoragePool
-    from .usage import Users
+    from .pools import Pools
+    from .usage import Usage
 
 
-class Volumes(Making, Changing):
-    """The operations on volumes, for the driver that they belong to."""
+class Answer(NamedTuple):
+    """What became of a call: a job that goes on, or "" when all is done."""
 
-    async def listing(self, pool_name: str) -> list[dict[str, Any]]:
-        pool = self._driver.find(pool_name)
-        await self._driver.certain()
-        found = await pool.usable.volumes()
-        await pool.measure()
-        users = self.users()
-        return [self._describe(pool, volume, users) for volume in found.values()]
+    pool: str
+    volume: str
+    job: str = ""
 
-    async def refresh(self, pool_name: str) -> dict[str, Any]:
-        """Look at a pool again: how full it is, and what was left unfinished in it."""
-        pool = self._driver.find(pool_name)
-        await self._driver.certain()
-        removed = await pool.usable.sweep(self._driver.unfinished())
-        await pool.measure()
-        return {"name": pool.name, "volumes": len(await pool.usable.volumes()), "removed": removed}
 
-    async def info(self, pool_name: str, name: str) -> dict[str, Any]:
-        pool, volume = await self.find(pool_name, name)
-        described = self._describe(pool, volume, self.users())
-        chain: list[dict[str, Any]] = []
-        trouble = ""
+class Volumes:
+    """`account`: whom jobs run as."""
+
+    def __init__(self, pools: Pools, jobs: Jobs, usage: Usage, account: Account) -> None:
+        self.pools = pools
+        self.jobs = jobs
+        self.usage = usage
+        self.account = account
+
+    async def pool(self, name: str) -> StoragePool:
+        """Raises NotFound."""
+        pool = self.pools.find(name)
+        await self.pools.certain()
+        return pool
+
+    async def find(self, pool_name: str, name: str) -> tuple[StoragePool, Volume]:
+        """Raises NotFound."""
+        pool = await self.pool(pool_name)
+        return pool, await pool.usable.volume(name)
+
+    async def require_no_dependents(self, doing: str, pool: str, volume: str) -> None:
+        """Raise Busy when other volumes stand on it."""
+        if found := await chains.dependents(self.pools, self.jobs, pool, volume):
+            names = ", ".join(key(*one) for one in found)
+            raise errors.Busy(
+                f"Cannot {doing} {volume}: it is the backing store of {names}",
+                hint="They would be destroyed with it. Delete them first.",
+            )
+
+    async def begin(self, pool_name: str, name: str, token: str) -> tuple[StoragePool, Answer | None]:
+        """The pool that a new volume is to be in, and the answer if this very call was made before."""
+        pool = await self.pool(pool_name)
+        model.check_volume(name, pool.present.type)
+        if token:
+            if (known := self.repeated(pool, name, token)) is not None:
+                return pool, known
+            with contextlib.suppress(errors.NotFound, errors.InvalidState):
+                if (await pool.usable.volume(name)).meta.token == token:
+                    return pool, Answer(pool.name, name)
+        return pool, None
+
+    def repeated(self, pool: StoragePool, name: str, token: str) -> Answer | None:
+        """The answer if this very call was made before and has begun a job."""
+        job = self.jobs.of_call(token)
+        return Answer(pool.name, name, job.name) if job is not None else None
+
+    async def make(
+        self,
+        pool: StoragePool,
+        task: Task,
+        size: int | None,
+        program: Callable[[str], Program] | None,
+        *,
+        shortcut: Callable[[str], Awaitable[bool]] | None = None,
+    ) -> Answer:
+        """Begin a volume, have it filled, and give it its name; without a program, or by a shortcut, all at once."""
+        backend = pool.usable
+        with self.usage.taken(pool.name, task.volume, task.verb):
+            await backend.free(task.volume)
+            with self.jobs.reserve() as name:
+                path = await backend.begin(name, task.volume, size)
+                try:
+                    if program is None or (shortcut is not None and await shortcut(name)):
+                        assert task.meta is not None
+                        await backend.commit(name, task.volume, msgspec.structs.replace(task.meta, job=name))
+                        await pool.measure()
+                        self.pools.changed(pool)
+                        return Answer(pool.name, task.volume)
+                    # From here on the job's record holds the place.
+                    task = msgspec.structs.replace(task, writes=(*task.writes, key(pool.name, task.volume)))
+                    await self.jobs.run(self.jobs.new(task, name), program(path))
+                except BaseException:
+                    with contextlib.suppress(errors.VirtdError):
+                        await backend.discard(name, task.volume)
+                    raise
+        return Answer(pool.name, task.volume, name)
+
+    async def run(self, pool: StoragePool, task: Task, program: Program) -> Answer:
+        """Run a job on a volume that there is."""
+        with self.usage.taken(pool.name, task.volume, task.verb):
+            job = self.jobs.new(task)
+            await self.jobs.run(job, program)
+        return Answer(pool.name, task.volume, job.name)
+
+    async def lend_and_run(self, pool: StoragePool, volume: Volume, task: Task, program: Program) -> Answer:
+        """The same, for a job that writes to the volume."""
+        backend = pool.usable
+        await backend.lend(volume)
         try:
-            chain = [
-                {
-                    "pool": link.pool.name,
-                    "volume": link.volume.name,
-                    "format": str(link.volume.meta.format),
-                    "path": link.volume.path,
-                }
-                for link in await images.chain(self._driver, pool, volume)
-            ][1:]
-        except errors.VirtdError as exc:
-            trouble = exc.message
-        return described | {
-            "chain": chain,
-            "trouble": described["trouble"] or trouble,
-            "snapshots": len(await self._snapshots(pool, volume)),
-            "backing_of": [f"{p}/{v}" for p, v in await images.dependents(self._driver, pool.name, volume.name)],
-        }
+            return await self.run(pool, task, program)
+        except BaseException:
+            with contextlib.suppress(errors.VirtdError):
+                await backend.take(volume.name)
+            raise
 
-    async def snapshots(self, pool_name: str, name: str) -> list[dict[str, Any]]:
-        pool, volume = await self.find(pool_name, name)
-        return await self._snapshots(pool, volume)
 
-    async def _snapshots(self, pool: StoragePool, volume: Volume) -> list[dict[str, Any]]:
-        backend = pool.usable
-        if volume.meta.format is not Format.QCOW2 or not isinstance(backend, Directory):
-            return []
-        with contextlib.suppress(errors.InvalidState):
-            header = await backend.header(volume)
-            return [msgspec.to_builtins(snapshot) for snapshot in header.snapshots]
-        return []
+def check_format(pool: StoragePool, wanted: Format) -> None:
+    """Raise InvalidDefinition for a format that the pool's volumes can't have."""
+    if pool.present.type is model.Type.LOGICAL and wanted is not Format.RAW:
+        raise errors.InvalidDefinition(
+            "volume", "format", f'expected "raw" in pool {pool.name}, whose volumes are logical volumes'
+        )
 
-    def _describe(self, pool: StoragePool, volume: Volume, users: Users) -> dict[str, Any]:
-        user = users.get(volume.identity)
-        backing = volume.meta.backing
-        return {
-            "pool": pool.name,
-            "name": volume.name,
-            "path": volume.path,
-            "format": volume.meta.format.value if volume.meta.format is not None else None,
-            "capacity": volume.capacity,
-            "allocation": volume.allocation,
-            "backing": {"pool": backing.pool, "volume": backing.volume} if backing is not None else None,
-            "used_by": sorted({domain for domain, _writes in user}) if user else [],
-            "job": next((job.name for job in self._jobs_on(key(pool.name, volume.name))), None),
-            "trouble": volume.trouble,
-        }
 
-    # Guests
-
-    async def for_guest(
-        self, pool_name: str, name: str, *, writes: bool
-    ) -> tuple[str, Format, tuple[tuple[str, Format], ...], str]:
-        """See Driver.for_guest."""
-        pool, volume = await self.find(pool_name, name)
-        links = await images.chain(self._driver, pool, volume)
-        images.require_format(links)
-        if writes:
-            await self._require_no_dependents("write to", pool.name, name)
-        self.require_no_job("use", key(pool.name, name), writes=writes)
-        for user, _ in self.users().get(volume.identity, ()):
-            if user.startswith(CONTAINER):  # which has it mounted; domains look at each other by themselves
-                raise errors.Busy(
-                    f"Cannot use {name}: it is the root of {called(user)}", hint=f"Stop {called(user)} first."
-                )
-        for link in links[1:]:
-            self.require_no_job("use", link.key, writes=False)
-        after = mount_unit(pool.present.path) if pool.present.type is model.Type.FILESYSTEM else ""
-        return volume.path, links[0].format, tuple(link.pair for link in links[1:]), after
-
-    # Jobs
-
-    async def cancel(self, job_name: str, *, by: str) -> bool:
-        return await self._driver.find_job(job_name).cancel(by)
-
-    async def committed(self, job: Job) -> bool:
-        """Whether what the job makes is there already: a daemon may have been killed before it said so on record."""
-        with contextlib.suppress(errors.VirtdError):
-            backend = self._driver.find(job.task.pool).usable
-            return (await backend.volume(job.task.volume)).meta.job == job.name
-        return False
-
-    async def concluded(self, job: Job, *, ok: bool) -> None:
-        """What the end of a job means. Safe to repeat; raises VirtdError."""
-        task = job.task
-        if task.verb == "tool":
-            return
-        pool = self._driver.find(task.pool)
-        backend = pool.usable
-        if task.undo:
-            if ok:
-                assert task.meta is not None
-                await backend.commit(job.name, task.volume, msgspec.structs.replace(task.meta, job=job.name))
-            else:
-                await backend.discard(job.name, task.volume)
-        else:
-            if ok and task.meta is not None:
-                await backend.describe(task.volume, task.meta)
-            if ok or task.verb != "adopt":
-                await backend.take(task.volume)
-        await pool.measure()
+async def check_room(pool: StoragePool, size: int, *, everything: bool) -> None:
+    """Raise InvalidDefinition for a size that the pool could never hold, HostError for one that it can't now."""
+    capacity = await pool.usable.capacity()
+    if size > capacity.capacity:
+        most = sizes.show(capacity.capacity >> 20 << 20)
+        raise errors.InvalidDefinition(
+            "volume", "size", f"expected at most what pool {pool.name} has, {most}, got {sizes.show(size)}"
+        )
+    if everything and size > capacity.available:
+        raise errors.HostError(
+            f"Pool {pool.name} has {sizes.show(capacity.available)} available, not {sizes.show(size)}",
+            hint="Free some space, or leave the preallocation out.",
+        )

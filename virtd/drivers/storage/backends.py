@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Which backend a pool of each type has. Each is imported when there is such a pool."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...model.pool import Type
+from . import host
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from ...child import Services
+    from ...model import pool as model
+    from ...model.settings import Settings
+    from .backend import Backend
+    from .job import Program
+
+    RunTool = Callable[[str, Program], Awaitable[str]]
+
+
+def make(pool: model.Pool, services: Services, settings: Settings, run_tool: RunTool) -> Backend:
+    """The backend of a definition's type. Raises HostError."""
+    match pool.type:
+        case Type.DIRECTORY:
+            from .directory import Directory
+            from .mountpoint import MountPoint
+
+            mountpoint = MountPoint(pool, services.paths.mountpoint(pool.name), services.units)
+            return Directory(pool, *host.account(settings), mountpoint)
+        case Type.FILESYSTEM:
+            from .filesystem import Filesystem
+
+            return Filesystem(pool, *host.account(settings), services.units)
+        case Type.LOGICAL:
+            from .logical import Logical
+
+            return Logical(pool, host.account(settings)[0], run_tool)

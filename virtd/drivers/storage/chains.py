@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What volumes stand on, and what stands on them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from ... import errors
+from .backend import Backing, Volume
+from .usage import key
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ...model.domain import Format
+    from .jobs import Jobs
+    from .pool import StoragePool
+    from .pools import Pools
+
+DEPTH = 64  # volumes in one chain
+
+
+class Link(NamedTuple):
+    """One volume of a chain."""
+
+    pool: StoragePool
+    volume: Volume
+
+    @property
+    def key(self) -> str:
+        return key(self.pool.name, self.volume.name)
+
+    @property
+    def format(self) -> Format:
+        assert self.volume.meta.format is not None
+        return self.volume.meta.format
+
+    @property
+    def pair(self) -> tuple[str, Format]:
+        return self.volume.path, self.format
+
+    @property
+    def backing(self) -> Backing:
+        return Backing(self.pool.name, self.volume.name, self.format)
+
+
+async def chain(pools: Pools, pool: StoragePool, volume: Volume) -> list[Link]:
+    """The volume and all that it stands on, from virtd's own records: what images say of themselves isn't asked."""
+    found = [Link(pool, volume)]
+    while (backing := found[-1].volume.meta.backing) is not None:
+        if len(found) > DEPTH:
+            raise errors.InvalidState(f"{volume.name} stands on more than {DEPTH} volumes, or on itself")
+        try:
+            below = pools.find(backing.pool)
+            lower = await below.usable.volume(backing.volume)
+        except (errors.NotFound, errors.InvalidState) as exc:
+            raise errors.InvalidState(
+                f"{found[-1].volume.name} stands on volume {backing.volume} of pool {backing.pool}: {exc.message}",
+                hint=exc.hint,
+            ) from exc
+        found.append(Link(below, lower))
+    return found
+
+
+def require_format(links: Sequence[Link]) -> None:
+    """Raise InvalidState for a volume that nobody has told the format of, or that is damaged."""
+    for pool, volume in links:
+        if volume.meta.format is None:
+            raise errors.InvalidState(
+                f"The format of volume {volume.name} isn't known: it was put into pool {pool.name} by others",
+                hint=f"Say what it is: virtctl volume import {pool.name} {volume.name} --from raw (or qcow2), "
+                "or have virtd look: --probe.",
+            )
+        if volume.trouble:
+            raise errors.InvalidState(f"Volume {volume.name} of pool {pool.name} can't be used: {volume.trouble}")
+
+
+async def dependents(pools: Pools, jobs: Jobs, pool: str, volume: str) -> list[tuple[str, str]]:
+    """The volumes, in all active pools, that stand directly on this one."""
+    found = []
+    for other in sorted(pools.active, key=lambda other: other.name):
+        for candidate in (await other.backend.volumes()).values():
+            backing = candidate.meta.backing
+            if backing is not None and (backing.pool, backing.volume) == (pool, volume):
+                found.append((other.name, candidate.name))
+    for job in jobs:  # and those that are being made
+        made = job.task.meta.backing if job.alive and job.task.undo and job.task.meta is not None else None
+        if made is not None and (made.pool, made.volume) == (pool, volume):
+            found.append((job.task.pool, job.task.volume))
+    return found

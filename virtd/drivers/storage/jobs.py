@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""All jobs: those that are under way, and the verdicts that are kept."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from typing import TYPE_CHECKING, Any
+
+from ... import errors
+from ...child import Child
+from ...model.pool import JOB
+from ...units import object_name
+from . import outcome
+from .job import DRIVER, KEPT, Job, Program, Shared, State, Task, logged, remove_logs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from ...child import Services
+    from ...records import Record, Records
+    from .pool import StoragePool
+
+log = logging.getLogger(__name__)
+
+TOOL = "tool"  # the verb of a short program that no person has asked for
+
+
+class Jobs:
+    """`find_pool(name)` raises NotFound; `changed(name)` is told when the jobs of a pool have changed."""
+
+    def __init__(
+        self,
+        services: Services,
+        records: Records,
+        boot_id: str,
+        find_pool: Callable[[str], StoragePool],
+        changed: Callable[[str], None],
+    ) -> None:
+        self._services = services
+        self._records = records
+        self._find_pool = find_pool
+        self._changed = changed
+        self._shared = Shared(services, records, boot_id, self._concluded, self._published)
+        self._jobs: dict[str, Job] = {}
+        self._reserved: set[str] = set()
+
+    def __iter__(self) -> Iterator[Job]:
+        return iter(list(self._jobs.values()))
+
+    def get(self, name: str) -> Job | None:
+        return self._jobs.get(name)
+
+    def find(self, name: str) -> Job:
+        """Raises NotFound."""
+        if (job := self._jobs.get(name)) is not None:
+            return job
+        raise errors.NotFound(f"There is no job {name}", hint="virtctl volume jobs shows all.")
+
+    def on(self, volume: str, *, writing: bool = False) -> Iterator[Job]:
+        """Those under way that work on a volume, "POOL/NAME"; with `writing` those that write it."""
+        for job in self:
+            if not job.over.is_set() and (volume in job.task.writes or (not writing and volume in job.task.reads)):
+                yield job
+
+    def of_call(self, token: str) -> Job | None:
+        """The job of the same call, made before. One that came to nothing is tried again."""
+        same = (job for job in self if token and job.task.token == token)
+        return next((job for job in same if job.alive or job.state is State.DONE), None)
+
+    def unfinished(self) -> set[str]:
+        """Names of those whose begun volumes must stay."""
+        return {job.name for job in self if not job.over.is_set()} | self._reserved
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Those under way, then the verdicts that are kept, each oldest first."""
+        shown = [job for job in self if job.task.verb != TOOL]
+        shown.sort(key=lambda job: (not job.alive, _since(job)))
+        return [job.describe() for job in shown]
+
+    # Making and running them
+
+    @contextlib.contextmanager
+    def reserve(self) -> Iterator[str]:
+        """A name for what isn't a job (yet): what is begun under it isn't swept away."""
+        name = _new_name()
+        self._reserved.add(name)
+        try:
+            yield name
+        finally:
+            self._reserved.discard(name)
+
+    def new(self, task: Task, name: str = "") -> Job:
+        job = Job(self._shared, name or _new_name(), task)
+        self._jobs[job.name] = job
+        return job
+
+    async def run(self, job: Job, program: Program) -> None:
+        """Start it; one that can't be is forgotten again. Raises VirtdError."""
+        try:
+            await job.run(program)
+        except BaseException:
+            self._jobs.pop(job.name, None)
+            raise
+
+    async def run_tool(self, pool: str, program: Program) -> str:
+        """Run a short program to its end: what it wrote to stdout. Raises HostError with its words."""
+        job = self.new(Task(verb=TOOL, pool=pool, volume=program.argv[0], by="virtd"))
+        await self.run(job, program)
+        await job.over.wait()
+        self.forget(job)
+        if job.error:
+            raise errors.HostError(f"{program.argv[0].rpartition('/')[2]}: {job.error}")
+        return job.result
+
+    def forget(self, job: Job) -> None:
+        """A verdict that is kept no longer, or one that came to nothing before it began."""
+        self._jobs.pop(job.name, None)
+        with contextlib.suppress(errors.HostError):
+            self._records.remove(job.name)
+        job.record = None  # nor is it to be written once more
+
+    async def _concluded(self, job: Job, ok: bool) -> None:  # noqa: FBT001
+        if job.task.verb != TOOL:
+            await outcome.carry_out(self._find_pool(job.task.pool), job, ok=ok)
+
+    def _published(self, job: Job) -> None:
+        if job.over.is_set():
+            for old in sorted((job for job in self if job.over.is_set()), key=_since)[:-KEPT]:
+                self.forget(old)
+        if job.task.verb != TOOL:
+            self._changed(job.task.pool)
+
+    # Taking them back
+
+    def take_back(self, record: Record) -> None:
+        """An earlier daemon's. Raises ValueError."""
+        self._jobs[record.name] = Job.of(self._shared, record)
+
+    async def reconcile(self, job: Job) -> str:
+        """What became of it: "adopted", "ended", or "" for what was over, or can't be told yet."""
+        try:
+            result = await job.reconcile()
+            if job.state is State.WAITING and await self._is_committed(job):
+                await job.conclude(ok=True)  # its client had come to the end, and was only not told so
+                result = "ended"
+        except Exception as exc:
+            log.exception("%s can't be reconciled", job.name)
+            job.problem = f"{job.name} can't be reconciled: {exc}"
+            job.spawn(_again(job))
+            return ""
+        return result
+
+    async def _is_committed(self, job: Job) -> bool:
+        with contextlib.suppress(errors.NotFound):
+            return await outcome.is_committed(self._find_pool(job.task.pool), job)
+        return False
+
+    async def clear_strangers(self) -> list[str]:
+        """End, and put away, the jobs that no record tells of: their names.
+
+        They were cut off before they had one, or it was lost: a job's result is worth less than a leftover's harm.
+        """
+        known = {job.name for job in self if not job.over.is_set()}
+        units = await self._services.units()
+        present = {
+            name
+            for unit in await units.list(f"virtd-{DRIVER}-job-*.service")
+            if (name := object_name(DRIVER, unit.name))
+        }
+        slots = {slot.split("/")[1] for slot in self._services.store.names() if slot.startswith(f"{DRIVER}/")}
+        strangers = sorted((present | slots) - known)
+        for name in strangers:
+            with contextlib.suppress(errors.VirtdError):
+                await units.stop(f"virtd-{DRIVER}-{name}.service")
+                await units.collect(f"virtd-{DRIVER}-{name}.service")
+            await Child(self._services, DRIVER, name).release()
+        for name in logged(self._services.paths) - known:
+            remove_logs(self._services.paths, name)
+        return strangers
+
+    async def close(self) -> None:
+        await asyncio.gather(*(job.close() for job in self))
+
+
+async def _again(job: Job) -> None:
+    """A file system or a bus that didn't answer at the daemon's start may do so later."""
+    while not job.over.is_set():
+        await asyncio.sleep(5)
+        with contextlib.suppress(errors.VirtdError):
+            await job.reconcile()
+            if job.alive:
+                return
+    job.problem = ""
+
+
+def _new_name() -> str:
+    return f"{JOB}{secrets.token_hex(4)}"
+
+
+def _since(job: Job) -> str:
+    return job.record.since if job.record is not None else ""

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the end of a job means for its pool: a volume gets its name, or what was begun goes away."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ... import errors
+
+if TYPE_CHECKING:
+    from .job import Job
+    from .pool import StoragePool
+
+
+async def is_committed(pool: StoragePool, job: Job) -> bool:
+    """Whether what the job makes is there already: a daemon may have been killed before it said so on record."""
+    with contextlib.suppress(errors.VirtdError):
+        return (await pool.usable.volume(job.task.volume)).meta.job == job.name
+    return False
+
+
+async def carry_out(pool: StoragePool, job: Job, *, ok: bool) -> None:
+    """Safe to repeat. Raises VirtdError."""
+    task = job.task
+    backend = pool.usable
+    if task.undo:
+        if ok:
+            assert task.meta is not None
+            await backend.commit(job.name, task.volume, msgspec.structs.replace(task.meta, job=job.name))
+        else:
+            await backend.discard(job.name, task.volume)
+    else:
+        if ok and task.meta is not None:
+            await backend.describe(task.volume, task.meta)
+        if ok or task.verb != "adopt":
+            await backend.take(task.volume)
+    await pool.measure()

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""All pools: from their definitions and records, started and stopped, looked at and swept."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+from ... import errors, files
+from ...model import pool as model
+from ...process import boot_id
+from ...records import Records
+from ..collection import Collection
+from ..protocol import Problem
+from . import backends
+from .directory import Directory
+from .job import DRIVER
+from .jobs import Jobs
+from .pool import Shared, State, StoragePool
+from .usage import Usage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ...child import Services
+    from ...model.settings import Settings
+    from ..protocol import Peers, Publish
+    from .backend import Backend
+
+log = logging.getLogger(__name__)
+
+
+class Pools(Collection[StoragePool, model.Pool]):
+    """With the jobs that work in them, and who uses their volumes."""
+
+    name = DRIVER
+    noun = "pool"
+    virtctl = "virtctl pool"
+    taken_back = "A pool is taken back by starting it."
+    states = State
+
+    def __init__(self, services: Services, settings: Settings, publish: Publish, peers: Peers) -> None:
+        super().__init__(services, Records(services.paths, DRIVER), publish)
+        self._settings = settings
+        boot = boot_id()
+        self.jobs = Jobs(services, self.records, boot, self.find, self._jobs_changed)
+        self.usage = Usage(self.jobs, peers)
+        self._shared = Shared(services.paths, self.records, self.published, boot, self._backend)
+
+    @property
+    def pools(self) -> dict[str, StoragePool]:
+        return self.objects
+
+    @property
+    def active(self) -> list[StoragePool]:
+        return [pool for pool in self.pools.values() if pool.active]
+
+    def make(self, name: str) -> StoragePool:
+        return StoragePool(self._shared, name)
+
+    def _backend(self, pool: model.Pool) -> Backend:
+        return backends.make(pool, self._services, self._settings, self.jobs.run_tool)
+
+    def parse(self, text: str, source: str) -> model.Pool:
+        return model.parse(text, source)
+
+    def left_alone(self, name: str, problem: Problem) -> None:
+        self.problems[f"record {name}"] = problem
+
+    def describe(self, one: StoragePool) -> dict[str, Any]:
+        return one.describe()
+
+    def changed(self, pool: StoragePool) -> None:
+        """Its volumes have changed."""
+        self.published("changed", pool)
+
+    def _jobs_changed(self, name: str) -> None:
+        if name in self.pools:
+            self._publish("changed", name)
+
+    # Definitions
+
+    async def undefine(self, name: str) -> None:
+        pool = self.find(name)
+        async with pool.exclusive("undefine"):
+            if pool.active:
+                raise errors.InvalidState(
+                    f"Cannot undefine pool {pool.name}: it is active",
+                    hint=f"Stop it first: virtctl pool stop {pool.name}. Its volumes stay where they are.",
+                )
+            files.remove(pool.source)
+            with contextlib.suppress(errors.HostError):  # one without a pool means nothing
+                files.remove(self._services.paths.mountpoint(pool.name))
+            self.forget(pool.name)
+
+    def check_beside(self, definition: model.Pool, other: StoragePool, source: str) -> None:
+        if other.definition is not None and other.definition.path == definition.path:
+            raise errors.Exists(f"{source}: path: {definition.path} is pool {other.name} already")
+
+    def put_in_force(self, one: StoragePool, definition: model.Pool, text: str) -> None:
+        del definition
+        one.save(data={"definition": text})
+        self.published("changed", one)
+
+    # Looking at them
+
+    async def settle(self) -> None:
+        """Finish, or take back, the starts and stops that a crash cut off."""
+        for pool in [pool for pool in self.pools.values() if pool.in_doubt]:
+            try:
+                getattr(self.found, await pool.settle()).append(pool.name)
+            except errors.VirtdError as exc:
+                pool.problems["start"] = Problem(f"Pool {pool.name} is in doubt: {exc.message}", exc.hint)
+
+    async def look(self, pools: Iterable[StoragePool]) -> None:
+        """See whether these can still be used, and how much there is."""
+        await asyncio.gather(*(self._look(pool) for pool in pools))
+
+    async def _look(self, pool: StoragePool) -> None:
+        pool.problems.pop("lost", None)
+        try:
+            lost = await pool.backend.lost()
+        except errors.VirtdError as exc:
+            lost = exc.message
+        if lost:
+            pool.problems["lost"] = Problem(
+                f"Pool {pool.name} was active and can't be used: {lost}",
+                f"Once that is mended: virtctl pool start {pool.name}.",
+            )
+            return
+        await pool.measure()
+
+    async def reload(self) -> None:
+        """What others may have undone (a mount) is a problem, and starting the pool mends it."""
+        await self.look(self.active)
+
+    async def sweep(self, pool: StoragePool) -> None:
+        """Remove what no job fills any more."""
+        if "lost" in pool.problems:
+            return
+        try:
+            removed = await pool.backend.sweep(self.jobs.unfinished())
+        except errors.VirtdError as exc:
+            log.warning("Pool %s can't be swept: %s", pool.name, exc)
+            return
+        if removed:
+            log.info("Pool %s: removed what was unfinished: %s", pool.name, ", ".join(removed))
+
+    # Starting and stopping
+
+    def to_autostart(self) -> list[StoragePool]:
+        """Also what was active and has lost its mount."""
+
+        def wanted(pool: StoragePool) -> bool:
+            return bool(pool.definition and pool.definition.autostart) and (
+                not pool.active or "lost" in pool.problems
+            )
+
+        return [pool for pool in self.pools.values() if wanted(pool)]
+
+    async def start(self, name: str, by: str) -> bool:
+        pool = self.find(name)
+        await self.certain()
+        changed = await pool.start(by)
+        if changed:
+            await self.sweep(pool)
+        return changed
+
+    async def stop(self, name: str, by: str) -> bool:
+        pool = self.find(name)
+        await self.certain()
+        if pool.active:
+            self.usage.require_idle(pool)
+        changed = await pool.stop(by)
+        if changed and pool.definition is None:
+            self.forget(pool.name)
+        return changed
+
+    async def build(self, name: str) -> bool:
+        """Make the directory of a directory pool; False if it is there."""
+        pool = self.find(name)
+        backend = pool.backend
+        if not isinstance(backend, Directory) or pool.present.type is not model.Type.DIRECTORY:
+            raise errors.InvalidState(
+                f"Pool {pool.name} is a {pool.present.type} pool: there is no directory to make",
+                hint="A file system is made with mkfs, a volume group with vgcreate.",
+            )
+        async with pool.exclusive("build"):
+            return await backend.build()

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What can be asked about volumes."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ... import errors
+from ...model.domain import Format
+from . import chains
+from .directory import Directory
+from .usage import key
+
+if TYPE_CHECKING:
+    from .backend import Volume
+    from .pool import StoragePool
+    from .usage import Users
+    from .volumes import Volumes
+
+
+class Viewing:
+    """All of it may take as long as the pool's backend does."""
+
+    def __init__(self, volumes: Volumes) -> None:
+        self._volumes = volumes
+        self._pools = volumes.pools
+        self._jobs = volumes.jobs
+
+    async def listing(self, pool_name: str) -> list[dict[str, Any]]:
+        pool = await self._volumes.pool(pool_name)
+        found = await pool.usable.volumes()
+        await pool.measure()
+        users = self._volumes.usage.users()
+        return [self._describe(pool, volume, users) for volume in found.values()]
+
+    async def refresh(self, pool_name: str) -> dict[str, Any]:
+        """Look at a pool again: how full it is, and what was left unfinished in it."""
+        pool = await self._volumes.pool(pool_name)
+        removed = await pool.usable.sweep(self._jobs.unfinished())
+        await pool.measure()
+        return {"name": pool.name, "volumes": len(await pool.usable.volumes()), "removed": removed}
+
+    async def info(self, pool_name: str, name: str) -> dict[str, Any]:
+        pool, volume = await self._volumes.find(pool_name, name)
+        described = self._describe(pool, volume, self._volumes.usage.users())
+        chain: list[dict[str, Any]] = []
+        trouble = ""
+        try:
+            chain = [
+                {
+                    "pool": link.pool.name,
+                    "volume": link.volume.name,
+                    "format": str(link.volume.meta.format),
+                    "path": link.volume.path,
+                }
+                for link in await chains.chain(self._pools, pool, volume)
+            ][1:]
+        except errors.VirtdError as exc:
+            trouble = exc.message
+        upper = await chains.dependents(self._pools, self._jobs, pool.name, volume.name)
+        return described | {
+            "chain": chain,
+            "trouble": described["trouble"] or trouble,
+            "snapshots": len(await _snapshots(pool, volume)),
+            "backing_of": [key(*one) for one in upper],
+        }
+
+    async def snapshots(self, pool_name: str, name: str) -> list[dict[str, Any]]:
+        return await _snapshots(*await self._volumes.find(pool_name, name))
+
+    def _describe(self, pool: StoragePool, volume: Volume, users: Users) -> dict[str, Any]:
+        backing = volume.meta.backing
+        return {
+            "pool": pool.name,
+            "name": volume.name,
+            "path": volume.path,
+            "format": volume.meta.format.value if volume.meta.format is not None else None,
+            "capacity": volume.capacity,
+            "allocation": volume.allocation,
+            "backing": {"pool": backing.pool, "volume": backing.volume} if backing is not None else None,
+            "used_by": sorted({use.user for use in users.get(volume.identity, ())}),
+            "job": next((job.name for job in self._jobs.on(key(pool.name, volume.name))), None),
+            "trouble": volume.trouble,
+        }
+
+
+async def _snapshots(pool: StoragePool, volume: Volume) -> list[dict[str, Any]]:
+    backend = pool.usable
+    if volume.meta.format is not Format.QCOW2 or not isinstance(backend, Directory):
+        return []
+    with contextlib.suppress(errors.InvalidState):
+        header = await backend.header(volume)
+        return [msgspec.to_builtins(snapshot) for snapshot in header.snapshots]
+    return []
