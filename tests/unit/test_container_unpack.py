@@ -229,3 +229,29 @@ def test_addresses_without_number(tmp_path: Path) -> None:
     )
     (tmp_path / "fib_trie").write_bytes(rows)
     assert len(container.addresses(str(tmp_path))) == container.ADDRESSES
+
+
+def test_what_tar_says_of_ids_that_there_are_not(tmp_path: Path) -> None:
+    said, say = os.pipe()
+    words = "tar: {}: Cannot change ownership to uid {}, gid {}: Invalid argument\n"
+    with open(say, "w") as file:
+        for number in range(300):  # past what is passed on
+            file.write(words.format("./" + "x" * 60, 65536 + number, 5))
+        file.write(words.format("./last", 3, 70000) + "tar: Exiting with failure status\n")
+    try:
+        assert unpack.watch(str(tmp_path), said) == 70000
+    finally:
+        os.close(said)
+
+
+def test_files_beyond_the_ids_of_a_container(tmp_path: Path) -> None:
+    first = os.geteuid()
+    assert unpack.beyond(str(tmp_path), [first, 1]) == 0
+    if first:
+        pytest.skip("only root can give files away")
+    (tmp_path / "a").touch()
+    os.lchown(tmp_path / "a", 100000 + 70000, 100000)
+    os.symlink("nowhere", tmp_path / "b")
+    os.lchown(tmp_path / "b", 100000, 100000 + 65536)
+    assert unpack.beyond(str(tmp_path), [100000, 65536]) == 70000
+    assert unpack.beyond(str(tmp_path), [100000, 70001]) == 0

@@ -30,7 +30,7 @@ METHODS: dict[str, Method] = {
     "Define": _changing(
         lambda host, by, p: host.containers.define(p["text"], p["source"], check=bool(p.get("check")), by=by)
     ),
-    "Create": _changing(lambda host, by, p: host.containers.create(p["name"], p["image"], by=by)),
+    "Create": _changing(lambda host, by, p: host.containers.create(p["name"], p["image"], p.get("ids"), by=by)),
     "Undefine": _changing(lambda host, by, p: host.containers.undefine(p["name"], by=by)),
     "Start": _changing(lambda host, by, p: host.containers.start(p["name"], by=by)),
     "Shutdown": _changing(lambda host, by, p: host.containers.shutdown(p["name"], p.get("timeout"), by=by)),

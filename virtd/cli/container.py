@@ -110,6 +110,8 @@ def _reboot_options(parser: Parser) -> None:
 def create(args: argparse.Namespace, session: Session) -> int:
     # Not repeated: what the first attempt has made would be in the way.
     parameters: dict[str, Any] = {"name": args.name, "image": os.path.abspath(args.image)}
+    if args.ids is not None:
+        parameters["ids"] = args.ids
     with Call(session, "Container.Create", constant(parameters), limit=None, repeat=False) as call:
         reply = call.result().parameters
     print(f"Created {clean(str(reply.get('name')))} ({clean(str(reply.get('path')))}).")
@@ -120,6 +122,9 @@ def _create_options(parser: Parser) -> None:
     parser.add_argument("name", metavar="NAME", help="what the container is to be called")
     parser.add_argument(
         "--image", metavar="ROOTFS.tar.xz|DIR", required=True, help="an archive of a root file system, or a directory"
+    )
+    parser.add_argument(
+        "--ids", metavar="COUNT", type=int, help="how many user and group IDs it has; 65536 unless given"
     )
 
 

@@ -61,8 +61,8 @@ class Containers(Objects[Container]):
         container = await self.find(name)
         return {"name": container.name, "changed": await operations.thaw(container, by.name)}
 
-    async def create(self, name: str, image: str, *, by: Caller) -> dict[str, Any]:
-        container = await self.driver.create(name, image)
+    async def create(self, name: str, image: str, ids: int | None = None, *, by: Caller) -> dict[str, Any]:
+        container = await self.driver.create(name, image, ids)
         return {"name": container.name, "uuid": container.uuid, "path": container.source}
 
     # Commands in it

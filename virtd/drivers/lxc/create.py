@@ -19,12 +19,13 @@ import tempfile
 from typing import TYPE_CHECKING, NamedTuple
 
 from ... import aliases, errors, files, untrusted
+from ...model import container as model
 from ...model.domain import ENDINGS, NAME, shown
 from ...paths import names
 from ...units import UnitSpec
 from ..programs import HOMELESS
 from ..registry import CREATING as MARK
-from . import execs, sandbox, unpack
+from . import config, execs, sandbox, unpack
 from . import host as hostinfo
 from .container import DRIVER
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from io import BufferedReader
 
-    from ...model import container as model
     from ...units import Units
     from .container import Container
 
@@ -179,7 +179,7 @@ async def _unpack(job: Job, units: Units) -> None:
             ids=[job.ids.first, job.ids.count],
             option="" if directory else option(os.pread(source.fileno(), 6, 0)),
             source=job.image if directory else "",
-            shifted=[owner, job.ids.count] if directory and owner >= job.ids.count else None,
+            shifted=[owner, job.ids.count] if directory and owner >= model.IDS else None,
         )
         spec = UnitSpec(
             name=job.unit,
@@ -200,8 +200,16 @@ async def _unpack(job: Job, units: Units) -> None:
                 await _end(units, job.unit)
             raise
         words.seek(0)
-        said = words.read(4096).decode(errors="replace").strip().splitlines()
+        said = words.read(2 * unpack.WORDS).decode(errors="replace").strip().splitlines()
     if result.code != 0:
+        if said and (needed := re.fullmatch(unpack.NEEDED.format("([0-9]+)"), said[-1])):
+            count = int(needed[1]) + 1
+            image = job.image if re.fullmatch(aliases.PLAIN, job.image) else config.quoted((job.image,))
+            raise errors.StartFailed(
+                f"Cannot create {job.name}: {needed[0]} for the files of {job.image}, and it is to have 0 to "
+                f"{job.ids.count - 1}",
+                hint=f"virtctl container create {job.name} --ids {count} --image {image}",
+            )
         how = "it took too long, or was killed" if result.code is None else "unpacking failed"
         raise errors.StartFailed(f"Cannot create {job.name}: {'; '.join(line[:200] for line in said[:2]) or how}")
 

@@ -119,8 +119,10 @@ class Driver(Guests[Container, model.Container]):
         await self.certain()
         return await starting.start(container, self.maps, by)
 
-    async def create(self, name: str, image: str) -> Container:
-        """Make a root file system of `image`, and define the container. Raises a VirtdError, with nothing left."""
+    async def create(self, name: str, image: str, ids: int | None = None) -> Container:
+        """Make a root file system of `image`, and define the container, with so many IDs. Raises a VirtdError, with
+        nothing left.
+        """
         if name in self.machines or name in self._making:
             raise errors.Exists(f"Cannot create {name}: there is a container of that name")
         directory = self._settings.directory
@@ -129,8 +131,8 @@ class Driver(Guests[Container, model.Container]):
             await self.certain()
             await self._cleared.wait()
             creating.check(name, image, directory)
-            ids = self.maps.reserve_new(name)
-            job = creating.Job(name, image, directory, ids, self._run)
+            given = self.maps.reserve_new(name, model.IDS if ids is None else ids)
+            job = creating.Job(name, image, directory, given, self._run)
             units = await self._services.units()
             return await creating.run(job, units, lambda text: self.define(text, name)[0])
         finally:

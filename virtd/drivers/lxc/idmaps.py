@@ -99,9 +99,11 @@ class Maps:
         self._reserved[container.name] = claim
         return found, not owner
 
-    def reserve_new(self, name: str) -> model.IdMap:
-        """IDs for a container that is being made. Raises HostError."""
-        found = self._free(self.claims(name))
+    def reserve_new(self, name: str, count: int = model.IDS) -> model.IdMap:
+        """IDs for a container that is being made. Raises HostError, or InvalidState for a number that can't be."""
+        if not 1 <= count <= model.ID_MAX:
+            raise errors.InvalidState(f"Cannot create {name} with {count} IDs: expected 1 to {model.ID_MAX}")
+        found = self._free(self.claims(name), count)
         self._reserved[name] = _claim(name, found, "", active=True)
         return found
 
@@ -122,18 +124,19 @@ class Maps:
         files.write(self._path, msgspec.json.encode(Table(others | {container.uuid: (found.first, found.count)})))
         return found
 
-    def _free(self, claims: Iterable[Claim]) -> model.IdMap:
-        """The first map of the usual size that nobody has. Raises HostError."""
+    def _free(self, claims: Iterable[Claim], count: int = model.IDS) -> model.IdMap:
+        """The first map of that size that nobody has. Raises HostError."""
         taken = [claim.ids for claim in claims] + others(self._etc, self._guests)
         taken += [Range("", *kept) for kept in self._load().ids.values()]
         for users in own(self._etc, "subuid"):
             for groups in own(self._etc, "subgid"):
                 first = max(users.first, groups.first)
                 both = Range("", first, min(users.last, groups.last) - first + 1)
-                if (found := ids.free(both, model.IDS, taken, step=model.IDS)) is not None:
-                    return model.IdMap(found)
+                if (found := ids.free(both, count, taken, step=model.IDS)) is not None:
+                    return model.IdMap(found, count)
         raise errors.HostError(
-            "There are no IDs left for another container", hint="Grant root more in /etc/subuid and /etc/subgid."
+            f"There are no {count} IDs in a row left for another container",
+            hint="Grant root more in /etc/subuid and /etc/subgid.",
         )
 
     def _load(self) -> Table:

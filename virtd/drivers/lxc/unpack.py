@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import select
 import signal
 import sys
@@ -27,6 +28,9 @@ CLONE_NEWUSER = 0x10000000  # unshare(2)
 ROOM = 1 << 30  # bytes of a disk, or a twentieth of it if that is less, that are left to others
 LOOK = 0.2  # seconds between two looks at how much there is
 WORDS = 4096  # bytes of tar's words that are passed on
+NEEDED = "IDs up to {} are needed"  # the last of our own, for create.py
+# What tar says of each file whose owner isn't among the container's IDs.
+REFUSED = rb"Cannot change ownership to uid (\d{1,10}), gid (\d{1,10}): Invalid argument\n"
 # Of the other attributes, trusted.* and security.* tell something to a kernel outside; a container's root has none.
 ATTRIBUTES = ("--acls", "--xattrs", "--xattrs-include=user.*", "--xattrs-include=security.capability")
 
@@ -50,6 +54,9 @@ class Full(Exception):
 
 def run(job: Job, archive: int = 0) -> int:
     """The exit status."""
+    if job.shifted and (highest := beyond(job.source, job.shifted)):
+        os.write(2, f"{NEEDED.format(highest)}\n".encode())
+        return 1
     said, say = os.pipe()
     processes = []
     if job.source:
@@ -60,8 +67,9 @@ def run(job: Job, archive: int = 0) -> int:
     os.close(say)
     if job.source:
         os.close(archive)
+    highest = 0
     try:
-        watch(job.target, said)
+        highest = watch(job.target, said)
     except Full as exc:
         for pid in processes:
             os.kill(pid, signal.SIGKILL)
@@ -69,21 +77,44 @@ def run(job: Job, archive: int = 0) -> int:
     finally:
         os.close(said)
     ends = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in processes]
+    if highest:
+        os.write(2, f"{NEEDED.format(highest)}\n".encode())
     return int(any(ends))
 
 
-def watch(target: str, said: int) -> None:
-    """Pass on what the others say, though no more than some of it, until they have ended. Raises Full."""
-    left, look = WORDS, 0.0
+def beyond(source: str, shifted: list[int]) -> int:
+    """The highest ID, as in that container, of a file that belongs to one past the container's own: 0 for none. In
+    its user namespace such files would be nobody's.
+    """
+    last = str(shifted[0] + shifted[1] - 1)
+    words = ("find", source, "-xdev", "(", "-uid", f"+{last}", "-o", "-gid", f"+{last}", ")", "-printf", "%U %G\n")
+    out, into = os.pipe()
+    pid = fork(lambda: become(words, os.open(os.devnull, os.O_RDONLY), into, 2), None)
+    os.close(into)
+    with open(out, "rb") as lines:
+        highest = max((int(word) for line in lines for word in line.split()), default=shifted[0])
+    os.waitpid(pid, 0)
+    return highest - shifted[0]
+
+
+def watch(target: str, said: int) -> int:
+    """Pass on what the others say, though no more than some of it, until they have ended. The highest ID that they
+    say there isn't. Raises Full.
+    """
+    left, look, highest, line = WORDS, 0.0, 0, b""
     while True:
         if time.monotonic() >= look:
             require_room(target)
             look = time.monotonic() + LOOK
         if select.select([said], [], [], LOOK)[0]:
             if not (data := os.read(said, 65536)):
-                return
+                return highest
             os.write(2, data[:left])
             left = max(0, left - len(data))
+            whole, _, line = (line + data).rpartition(b"\n")
+            line = line[-WORDS:]
+            for found in re.finditer(REFUSED, whole + b"\n"):
+                highest = max(highest, *map(int, found.groups()))
 
 
 def require_room(target: str) -> None:
