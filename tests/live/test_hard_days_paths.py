@@ -169,3 +169,75 @@ def test_a_reload_changes_no_unit(odd: Lab) -> None:
     finally:
         odd.run("rmdir", "/odd: top %n")
     nothing_left(odd)
+
+
+# A directory that create takes for a root file system, with a file of somebody whom a directory service knows.
+LARGE = """
+mkdir -p {0}/etc {0}/usr; touch {0}/theirs; chown 70000:66000 {0}/theirs; tar -C {0} -cf {0}.tar .
+"""
+
+
+def test_large_ids_need_more_of_them(odd: Lab) -> None:
+    image = "/srv/plain/image"
+    odd.sh(LARGE.format(image))
+    for source in (f"{image}.tar", image):
+        done = odd.virtctl("container", "create", "large", "--image", source, check=False)
+        assert done.returncode == 1
+        assert f"IDs up to 70000 are needed for the files of {source}" in done.stderr
+        hint = next(line for line in done.stderr.splitlines() if line.startswith("Hint: "))
+        assert odd.json("container", "list") == []
+        odd.sh(hint.removeprefix("Hint: "))
+        root = odd.json("container", "info", "large")["rootfs"]
+        first = int(odd.sh(f"stat -c %u {root}"))
+        assert odd.sh(f"stat -c %u:%g {root}/theirs").strip() == f"{first + 70000}:{first + 66000}"
+        # A copy of a container's root has to have as many, or such files would be nobody's.
+        done = odd.virtctl("container", "create", "copy", "--image", root, check=False)
+        assert "IDs up to 70000 are needed" in done.stderr
+        odd.virtctl("container", "create", "copy", "--ids", "131072", "--image", root)
+        copied = odd.json("container", "info", "copy")["rootfs"]
+        first = int(odd.sh(f"stat -c %u {copied}"))
+        assert odd.sh(f"stat -c %u:%g {copied}/theirs").strip() == f"{first + 70000}:{first + 66000}"
+        for name in ("large", "copy"):
+            odd.virtctl("container", "undefine", name)
+        odd.sh(f"rm -rf {root} {copied}")
+    nothing_left(odd)
+
+
+HUNGRY = """
+import ctypes, os, sys, time
+os.setgid(54321); os.setuid(54321)
+count = 0
+while ctypes.CDLL(None).inotify_init1(0) >= 0:
+    count += 1
+print(count, flush=True)
+time.sleep(1000)
+"""
+
+
+def test_no_inotify_instances_left_for_dnsmasq(odd: Lab) -> None:
+    """Those of a user of the test's own, for the count is one for all labs."""
+    odd.sh("groupadd -fg 54321 hungry; id hungry >/dev/null 2>&1 || useradd -Mu 54321 -g hungry hungry", check=False)
+    odd.write("/etc/virtd/virtd.toml", '[dnsmasq]\nuser = "hungry"\n')
+    odd.write("/root/hungry.py", HUNGRY)
+    try:
+        odd.sh("systemctl restart virtd.service; systemd-run -q --unit=hungry python3 /root/hungry.py")
+        limit = int(odd.sh("cat /proc/sys/fs/inotify/max_user_instances"))
+        odd.wait("all taken", lambda: str(limit) in odd.sh("journalctl -o cat -u hungry.service"), 30)
+        for name, more in (("one", ""), ("two", 'mode = "isolated"\n')):
+            text = f'name = "{name}"\n{more}[ipv4]\naddress = "192.168.{150 + len(more)}.1/24"\n'
+            odd.virtctl("network", "define", "-", stdin=text)
+        done = odd.virtctl("network", "start", "one", check=False)
+        assert f"processes of hungry have {limit} inotify instances" in done.stderr
+        assert f"fs.inotify.max_user_instances is {limit}" in done.stderr
+        assert "sysctl -w fs.inotify.max_user_instances=" in done.stderr
+        # As the hint says.
+        odd.virtctl("network", "start", "two")
+        odd.sh("systemctl stop hungry.service")
+        odd.virtctl("network", "start", "one")
+    finally:
+        odd.sh("systemctl stop hungry.service", check=False)
+        for name in ("one", "two"):
+            odd.virtctl("network", "stop", name, check=False)
+            odd.virtctl("network", "undefine", name, check=False)
+        odd.sh("rm -f /etc/virtd/virtd.toml; systemctl restart virtd.service")
+    nothing_left(odd)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from ... import errors, files, layout
 from ...model import container as model
 from ...units import UnitSpec
 from ..programs import ENVIRONMENT
+from ..protocol import Problem
 from ..start import Start
 from . import config, ends, exposure, sandbox, volume
 from . import host as hostinfo
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from ...child import Ends
     from ..conflicts import Holding
     from .idmaps import Maps
+
+log = logging.getLogger(__name__)
 
 TTY_GROUP = 5  # "tty" of every distribution, to which a terminal belongs
 
@@ -227,9 +231,25 @@ class _Start(Start[Container, model.Container]):
                 task.cancel()
             await asyncio.gather(started, ended, return_exceptions=True)
         container.know_init()
+        self._look_at_inotify()
         for index, link in enumerate(self.links):
             network = self.definition.nic[index].network
             await container.peers("network").add_port(network, user=container.key, interface=link.host)
+
+    def _look_at_inotify(self) -> None:
+        """A system without any says "Failed to allocate manager object" on its console, and ends."""
+        self.machine.problems.pop("inotify", None)
+        if self.definition.command:
+            return
+        from .. import inotify  # no start of the daemon needs it
+
+        if (left := inotify.left(inotify.SYSTEM)) < inotify.SYSTEM:
+            text = (
+                f"Container {self.machine.name} may lack inotify instances: root, whose containers' are its own, can "
+                f"have {left or 'no'} more (fs.inotify.max_user_instances is {inotify.limit()})"
+            )
+            self.machine.problems["inotify"] = Problem(text, inotify.hint())
+            log.warning("%s", text)
 
     def _explained(self, exc: errors.VirtdError) -> errors.VirtdError:
         if self.host.shifted and "idmapped mount" in getattr(self, "words", ""):

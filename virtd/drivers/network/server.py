@@ -202,8 +202,9 @@ class Server(Tasks):
             await asyncio.shield(self._undo(ends, child, descriptors))
             words = _words(net, begun_at)
             if isinstance(exc, errors.StartFailed) and words:
+                more, hint = _explained(words, account) or ("", f"See {self.files.config}.")
                 raise errors.StartFailed(
-                    f"dnsmasq of network {net.name} didn't start: {words}", hint=f"See {self.files.config}."
+                    f"dnsmasq of network {net.name} didn't start: {words}{more}", hint=hint
                 ) from exc
             raise
         self._begun = time.monotonic()
@@ -417,6 +418,19 @@ def _read(net: Net, since: int) -> bytes:
             return file.read(1 << 16)
     except OSError:
         return b""
+
+
+def _explained(words: str, account: host.Account) -> tuple[str, str] | None:
+    """Of what it says that isn't about its configuration: more about it, and a hint."""
+    if "create inotify: Too many open files" not in words:
+        return None
+    from .. import inotify  # no start of the daemon needs it
+
+    more = (
+        f" (processes of {account.user} have {inotify.taken(account.uid)} inotify instances, and "
+        f"fs.inotify.max_user_instances is {inotify.limit()})"
+    )
+    return more, f"{inotify.hint()} A network that is isolated, or has no DNS (dns = false), needs none."
 
 
 def _words(net: Net, since: int) -> str:

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""inotify(7) instances, of which a user can have fs.inotify.max_user_instances: 128 unless somebody raises that.
+
+dnsmasq takes one to watch /etc/resolv.conf, and can't be told not to: so many networks with DNS, but isolated ones,
+can a host have. What the processes of a container take counts as root's as well, for it is root who made the
+container's user namespace, and a system in a container takes some five to ten.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+LIMIT = "/proc/sys/fs/inotify/max_user_instances"
+LINK = "anon_inode:inotify"
+SYSTEM = 8  # that a system in a container takes, more or less
+HINT = "sysctl -w fs.inotify.max_user_instances={} allows more; a file in /etc/sysctl.d does from the next boot on."
+
+
+def limit() -> int:
+    """0 where the kernel doesn't say."""
+    try:
+        with open(LIMIT, encoding="ascii") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 0
+
+
+def hint() -> str:
+    """What allows more of them."""
+    return HINT.format(max(1024, 8 * limit()))
+
+
+def taken(uid: int) -> int:
+    """How many the processes of a user have open."""
+    found = 0
+    for entry in os.listdir("/proc"):
+        try:
+            if entry.isdecimal() and os.stat(f"/proc/{entry}").st_uid == uid:
+                directory = f"/proc/{entry}/fd"
+                found += sum(os.readlink(f"{directory}/{fd}") == LINK for fd in os.listdir(directory))
+        except OSError:  # it has ended, or is none of ours
+            continue
+    return found
+
+
+def left(most: int) -> int:
+    """How many root can still have, up to `most`. It is tried."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    opened: list[int] = []
+    try:
+        while len(opened) < most and (fd := libc.inotify_init1(os.O_CLOEXEC)) >= 0:
+            opened.append(fd)
+    finally:
+        for fd in opened:
+            os.close(fd)
+    return len(opened)
