@@ -7,7 +7,7 @@ import contextlib
 import socket
 import struct
 
-from virtd.drivers.network import netlink, watch
+from virtd.drivers.network import netlink, trace, watch
 
 _ATTRIBUTE = struct.pack("=HH4s", 8, 3, b"eth0")
 _LINK = struct.pack("=BxHiII", 0, 1, 2, 1, 0) + _ATTRIBUTE
@@ -22,6 +22,13 @@ _DONE = _message(3, struct.pack("=i", 0))
 SEEDS = (
     b"\0" + _message(16, _LINK) + _message(17, _LINK),
     b"\0" + _message(0x0A00, b"\2\0\0\0" + struct.pack("=HH8s", 12, 1, b"virtd-a\0")) + _message(0x0A0F, b""),
+    b"\0"
+    + _message(
+        0x0A11,
+        b"\1\0\0\0"
+        + struct.pack("=HH4sHH4s", 8, 1, b"a\0\0\0", 8, 2, b"b\0\0\0")
+        + struct.pack("=HHHH4sHH4s", 20, 5, 8, 1, b"\xff\xff\xff\xfd", 8, 2, b"c\0\0\0"),
+    ),
     b"\1" + _message(20, _ADDRESS) + _DONE,
     b"\2" + _message(2, struct.pack("=i", 0)),
     b"\2" + _message(2, struct.pack("=i", -(1 << 31))),  # once an OverflowError
@@ -55,6 +62,8 @@ def target(data: bytes) -> None:
         case 0:
             for found in (*watch.tables(data[1:]), *watch.links(data[1:])):
                 assert found.isprintable() or found
+            for step in trace.parse(data[1:]):
+                assert 0 <= step.number < 1 << 16
         case kind:
             kernel = Answering(data[1:])
             try:

@@ -12,7 +12,7 @@ import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from virtd.drivers.network import bridge, firewall, firewalld, guard, host, isolation, links, listening
+from virtd.drivers.network import bridge, firewall, firewalld, guard, host, isolation, links, listening, prober
 from virtd.drivers.network.netlink import Address, RoutingRule
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class FakeKernel:
         monkeypatch.setattr(guard, "Watch", lambda *_calls: FakeWatch())
         monkeypatch.setattr(guard.Guard, "_follow_firewalld", _nothing)
         monkeypatch.setattr(firewalld, "adopt", _nothing)
+        monkeypatch.setattr(prober, "_find", lambda _ground: [])
 
     def _nft(self, command: str, *, as_json: bool = False) -> str:
         families = {"inet": self.tables, "bridge": self.bridge_tables}

@@ -142,7 +142,8 @@ def test_firewalld_is_told_again_when_the_bus_is_back(monkeypatch: pytest.Monkey
 
     async def main() -> None:
         nets = {"lab": FakeNet()}
-        beside = guard.Guard(FakeServices(), nets, {}, lambda *_: None, None)  # type: ignore[arg-type]
+        prober = SimpleNamespace(doubt=lambda _names: None)
+        beside = guard.Guard(FakeServices(), nets, {}, lambda *_: None, None, prober)  # type: ignore[arg-type]
         following = asyncio.create_task(beside._follow_firewalld())
         try:
             await until(lambda: buses and hasattr(buses[0], "close"))

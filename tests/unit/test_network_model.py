@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -281,54 +280,6 @@ def test_what_the_kernel_has_noted_is_kept() -> None:
     port = ports.Port("vt-a-0", "qemu/a", "52:54:00:00:00:01")
     text = ethernet.rules(ports.Ground(parse(V4), "56:44:00:00:00:01", (port,)), "virtd-lab", kept)
     assert "elements = { 0xfe800000000000000000000000001234 }" in text  # nobody else's, too
-
-
-# Other people's rules, as docker and iptables-nft have them in the kernel
-
-
-def rule(chain: str, key: str, interface: str, *more: dict[str, Any]) -> dict[str, Any]:
-    match = {"op": "==", "left": {"meta": {"key": key}}, "right": interface}
-    return {"rule": {"family": "ip", "table": "filter", "chain": chain, "expr": [{"match": match}, *more]}}
-
-
-def droppers(monkeypatch: pytest.MonkeyPatch, chains: list[tuple[str, str, str]], rules: list[Any]) -> list[str]:
-    """The hints for vd-lab, where all forward chains drop and `rules` are in each table."""
-    listed: list[dict[str, dict[str, Any]]] = [
-        {"chain": dict(zip(("family", "table", "name"), chain, strict=True))} for chain in chains
-    ]
-    for item in listed:
-        if item["chain"]["name"].lower() == "forward":
-            item["chain"] |= {"hook": "forward", "policy": "drop"}
-
-    def run(command: str, *, as_json: bool) -> str:
-        assert as_json
-        return json.dumps({"nftables": [{"metainfo": {}}, *(listed if command == "list chains" else rules)]})
-
-    monkeypatch.setattr(firewall, "_run", run)
-    return [one.hint("vd-lab") for one in firewall.droppers(["vd-lab"])["vd-lab"]]
-
-
-DOCKER = [("ip", "filter", "FORWARD"), ("ip", "filter", "DOCKER-USER")]
-
-
-def test_what_drops_the_guests_packets(monkeypatch: pytest.MonkeyPatch) -> None:
-    accept, counter = {"accept": None}, {"counter": {"packets": 0, "bytes": 0}}
-    hint = "iptables -I DOCKER-USER -i vd-lab -j ACCEPT; "
-    hint += "iptables -I DOCKER-USER -o vd-lab -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"
-    theirs = [rule("FORWARD", "iifname", "docker0", counter, accept), rule("FORWARD", "oifname", "docker0", accept)]
-    assert droppers(monkeypatch, DOCKER, theirs) == [hint]
-    one_way = rule("DOCKER-USER", "iifname", "vd-lab", counter, accept)
-    assert droppers(monkeypatch, DOCKER, [*theirs, one_way]) == [hint]
-    assert droppers(monkeypatch, DOCKER, [one_way, rule("DOCKER-USER", "oifname", "vd-lab", {"drop": None})]) == [
-        hint
-    ]
-    assert droppers(monkeypatch, DOCKER, [one_way, rule("DOCKER-USER", "oifname", "vd-lab", accept)]) == []
-    assert droppers(monkeypatch, [("ip", "filter", "INPUT")], []) == []
-    assert droppers(monkeypatch, [("ip6", "filter", "FORWARD"), ("ip6", "filter", "DOCKER-USER")], [])[0].startswith(
-        "ip6tables -I DOCKER-USER -i vd-lab"
-    )
-    (hint,) = droppers(monkeypatch, [("inet", "mine", "forward")], [])
-    assert hint.startswith("nft insert rule inet mine forward iifname vd-lab accept; nft insert rule inet mine ")
 
 
 def test_whatever_lies_where_the_leases_are_is_no_lease(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ import pytest
 from tests.unit.fake_kernel import FakeKernel
 from tests.unit.whole_host import ROOT, World, on_loop, until
 from virtd import errors
-from virtd.drivers.network import firewall, guard, host, isolation, server
-from virtd.drivers.network.firewall import Dropper
+from virtd.drivers.network import firewall, guard, host, isolation, prober, server
 from virtd.drivers.network.host import Account
+from virtd.drivers.network.obstacles import Obstacle
 from virtd.drivers.network.ports import Ground
+from virtd.drivers.protocol import Problem
 from virtd.fdstore import NotifyFailed, Store
 from virtd.messages import Message
 
@@ -320,30 +321,63 @@ async def test_rules_that_are_flushed_again_at_once(site: Site, monkeypatch: pyt
 @on_loop
 async def test_other_peoples_rules_are_looked_at_now_and_then(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a change, but not after each of many; and the last one is never passed over."""
-    monkeypatch.setattr(guard, "SETTLE", 0.001)
-    monkeypatch.setattr(guard, "OTHERS_PAUSE", 1000.0)
-    looks: list[list[str]] = []
+    for module in (prober, guard):
+        monkeypatch.setattr(module, "SETTLE", 0.001)
+    monkeypatch.setattr(prober, "PAUSE", 0.0)
+    monkeypatch.setattr(prober, "AGAIN", (0.001,))
+    looks: list[str] = []
+    found: list[Obstacle] = []
+
+    def find(ground: Ground) -> list[Obstacle]:
+        looks.append(ground.network.name)
+        return list(found)
+
+    monkeypatch.setattr(prober, "_find", find)
     async with site.world.daemon() as host:
         await site.define()
         await host.networks.start("lab", by=ROOT)
-        net = host.networks.driver.nets["lab"]
-        dropper = Dropper("ip", "filter", "FORWARD", docker=True)
+        driver = host.networks.driver
+        net, looking, touched = driver.nets["lab"], driver._prober, driver._guard._touched
 
-        def droppers(bridges: list[str]) -> dict[str, list[Dropper]]:
-            looks.append(bridges)
-            return {"vd-lab": [dropper] if len(looks) == 1 else []}
+        async def looked(times: int) -> None:
+            await until(lambda: len(looks) == times and looking._running is None)
+            looking._next = 0.0  # the pause is over
 
-        monkeypatch.setattr(firewall, "droppers", droppers)
-        host.networks.driver._guard._touched("filter")
-        await until(lambda: "dropped" in net.problems)
-        assert "iptables -I DOCKER-USER -i vd-lab" in net.problems["dropped"].hint
+        await until(lambda: looks and looking._running is None)
+        looks[1:] = []
+        monkeypatch.setattr(prober, "PAUSE", 1000.0)
+        found.append(Obstacle(Problem("dropped", "nft ..."), unheard=False))
+        touched("filter")
+        await looked(2)
+        assert [one["hint"] for one in (await site.info())["problems"]] == ["nft ..."]
+        found.clear()
+        touched("filter")
+        await looked(3)
+        assert net.problems == {}
+        looking._next = float("inf")
         for _ in range(20):
-            host.networks.driver._guard._touched("filter")
+            touched("filter")
             await asyncio.sleep(0.001)
-        assert looks == [["vd-lab"]]
-        host.networks.driver._guard._next_look = 0.0
-        await until(lambda: "dropped" not in net.problems)
-        assert looks == [["vd-lab"]] * 2
+        assert len(looks) == 3
+        assert looking._doubtful == {"lab"}
+        assert looking._running is not None
+        looking._running.cancel()
+        await until(lambda: looking._running is None)
+        looking._next = 0.0
+        looking.doubt([])
+        await looked(4)
+        # Neither our own tables nor a probe's are a reason to look.
+        for table in ("virtd_probe", "virtd-lab"):
+            touched(table)
+        await asyncio.sleep(0.05)
+        assert len(looks) == 4
+        # What goes away without a word is looked for again all the same.
+        monkeypatch.setattr(prober, "PAUSE", 0.0)
+        found.append(Obstacle(Problem("dropped by legacy iptables"), unheard=True))
+        looking.doubt(["lab"])
+        await until(lambda: net.problems)
+        found.clear()
+        await until(lambda: not net.problems)
 
 
 # A dnsmasq that dies

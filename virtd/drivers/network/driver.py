@@ -28,6 +28,7 @@ from . import bridge, describing, host, links
 from .guard import Guard
 from .isolation import Isolation
 from .net import Net, Shared
+from .prober import Prober
 from .server import DRIVER
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ class Driver(Collection[Net, model.Network]):
         self._isolation = Isolation(self.nets)
         self._peers = peers
         self._shared = Shared(services, self.records, settings, self.published, boot_id(), self._isolation, peers)
-        self._guard = Guard(services, self.nets, self.problems, publish, self._isolation)
+        self._prober = Prober(self.nets)
+        self._guard = Guard(services, self.nets, self.problems, publish, self._isolation, self._prober)
 
     async def compare(self, *, repair: bool) -> list[Difference]:
         from . import fsck  # no start of the daemon needs it
@@ -130,7 +132,7 @@ class Driver(Collection[Net, model.Network]):
         await self._guard.restore_isolation(why="while virtd was away")
         self._reconciled.set()
         await self._guard.restore_rules(set(self.nets), why="while virtd was away")
-        await self._guard.look_for_droppers()
+        self._prober.doubt(self.nets)
         self._guard.begin()
 
     def _has_bridge(self, net: Net) -> bool:
@@ -185,6 +187,7 @@ class Driver(Collection[Net, model.Network]):
 
     async def close(self) -> None:
         await self._guard.close()
+        await self._prober.close()
         await asyncio.gather(*(net.close() for net in self.nets.values()))
 
     # Operations
@@ -194,6 +197,7 @@ class Driver(Collection[Net, model.Network]):
         await self.certain()
         changed = await net.start(by)
         self._guard.begin()
+        self._prober.doubt([net.name])
         return changed
 
     async def stop(self, name: str, by: str, *, force: bool) -> bool:
@@ -316,7 +320,7 @@ class Driver(Collection[Net, model.Network]):
             await net.join_firewalld()
         await self._guard.restore_isolation(why="by the time of the reload")
         await self._guard.restore_rules(set(self.nets), why="by the time of the reload")
-        await self._guard.look_for_droppers()
+        self._prober.doubt(self.nets)
 
     def check(self, text: str, source: str) -> model.Network:
         network = super().check(text, source)

@@ -2,29 +2,29 @@
 """The rules of each network: two tables of nftables' that are ours alone, replaced in one transaction.
 
 `inet virtd-NAME` is for what the host forwards and takes in, `bridge virtd-NAME` for what its bridge does, see
-ethernet.py. Nothing outside of them is written, and read only to see what drops guests' packets. A table's text is
-made here and handed to libnftables, in this process: `nft` would be a child for every change, with the same library
-in it.
+ethernet.py. Nothing outside of them is written. A table's text is made here and handed to libnftables, in this
+process: `nft` would be a child for every change, with the same library in it.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from ... import errors
 from ...model.network import Mode
 from . import ethernet
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from ...model.network import Network
     from .ports import Ground
 
 FAMILY = "inet"
 PREFIX = "virtd-"
+PROBE = "virtd_probe"  # probe.py's, and no network's
 
 # At the usual places ("dstnat" is -100, which nft 1.0 doesn't take by that name for output). Among base chains at
 # one hook a packet has to pass all of them: what another table drops stays dropped.
@@ -254,51 +254,20 @@ def tables() -> list[str]:
     return [name.removeprefix(PREFIX) for name in dict.fromkeys(named) if is_ours(name)]
 
 
-class Dropper(NamedTuple):
-    """A chain of other people's that drops by policy what is forwarded.
-
-    Nothing in a table of ours overrules that: a packet is through when all tables have let it through.
-    """
-
-    family: str
-    table: str
-    chain: str
-    docker: bool
-
-    def hint(self, bridge: str) -> str:
-        """The commands that have it let through what guests send, and the answers."""
-        if self.docker:
-            tool = "ip6tables" if self.family == "ip6" else "iptables"
-            answers = "-m conntrack --ctstate RELATED,ESTABLISHED"
-            rules = f"-i {bridge} -j ACCEPT", f"-o {bridge} {answers} -j ACCEPT"
-            return "; ".join(f"{tool} -I DOCKER-USER {rule}" for rule in rules)
-        rules = f"iifname {bridge} accept", f"oifname {bridge} ct state related,established accept"
-        return "; ".join(f"nft insert rule {self.family} {self.table} {self.chain} {rule}" for rule in rules)
+def chains() -> list[dict[str, Any]]:
+    """All chains of everybody's, as nft(8) describes them in JSON. Raises NftError."""
+    return [item["chain"] for item in _listed("chains") if "chain" in item]
 
 
-def droppers(bridges: Iterable[str]) -> dict[str, list[Dropper]]:
-    """By bridge: those that no rule beside theirs has let it through. Raises NftError."""
-    found: dict[str, list[Dropper]] = {bridge: [] for bridge in bridges}
-    chains = [item["chain"] for item in _listed("chains") if "chain" in item]
-    for chain in chains:
-        if chain.get("hook") != "forward" or chain.get("policy") != "drop":
-            continue
-        family, name = chain["family"], chain["table"]
-        docker = any((one["family"], one["table"], one["name"]) == (family, name, "DOCKER-USER") for one in chains)
-        accepted = {pair for item in _listed(f"table {family} {name}") for pair in _accepted(item)}
-        for bridge, mine in found.items():
-            if not {("iifname", bridge), ("oifname", bridge)} <= accepted:
-                mine.append(Dropper(family, name, chain["name"], docker))
-    return found
-
-
-def _accepted(item: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """("iifname", bridge) for a rule that accepts what comes from there, in whatever circumstances; or "oifname"."""
-    expressions = item.get("rule", {}).get("expr", [])
-    if any("accept" in expression for expression in expressions):
-        for match in (expression["match"] for expression in expressions if "match" in expression):
-            if isinstance(match["left"], dict) and isinstance(match["right"], str):
-                yield match["left"].get("meta", {}).get("key", ""), match["right"]
+def rule(family: str, table: str, chain: str, handle: int) -> str:
+    """A rule in nft's own words; "" when it isn't there any more, or nft doesn't say it."""
+    try:
+        lines = _run(f"list chain {family} {table} {chain}", counters=False).splitlines()
+    except NftError:
+        return ""
+    return next(
+        (line.partition(" # handle ")[0].strip() for line in lines if line.endswith(f" # handle {handle}")), ""
+    )
 
 
 def _listed(what: str) -> list[dict[str, Any]]:
@@ -306,20 +275,47 @@ def _listed(what: str) -> list[dict[str, Any]]:
     return found
 
 
-def _run(command: str, *, as_json: bool = False) -> str:
+class Owning:
+    """For tables with the flag "owner": they are gone when this is closed, or this process dies."""
+
+    def __init__(self) -> None:
+        """Raises NftError."""
+        self._library = _open()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        with _lock:
+            self._library = None  # which closes its socket
+
+    def run(self, command: str) -> None:
+        """Raises NftError."""
+        _run(command, library=self._library)
+
+
+def _open() -> Any:
+    try:
+        import nftables
+    except ImportError as exc:
+        raise NftError(
+            f"nftables for Python is missing: {exc}", hint="Install python3-nftables (and nftables)."
+        ) from exc
+    library = nftables.Nftables()
+    library.set_handle_output(True)
+    return library
+
+
+def _run(command: str, *, as_json: bool = False, counters: bool = True, library: Any = None) -> str:
     global _library
     with _lock:
-        if _library is None:
-            try:
-                import nftables
-            except ImportError as exc:
-                raise NftError(
-                    f"nftables for Python is missing: {exc}", hint="Install python3-nftables (and nftables)."
-                ) from exc
-            _library = nftables.Nftables()
-            _library.set_handle_output(True)
-        _library.set_json_output(as_json)
-        status, answer, complaint = _library.cmd(command)
+        if library is None:
+            if _library is None:
+                _library = _open()
+            library = _library
+        library.set_json_output(as_json)
+        library.set_stateless_output(not counters)
+        status, answer, complaint = library.cmd(command)
     if status:
         lines = [line for line in complaint.splitlines() if line.startswith("Error") or ": Error: " in line]
         raise NftError(f"nftables refused: {'; '.join(lines) or complaint.strip()}")

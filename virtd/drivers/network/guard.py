@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from typing import TYPE_CHECKING
 
 from ... import errors, journal
@@ -27,12 +26,11 @@ if TYPE_CHECKING:
     from ..protocol import Publish
     from .isolation import Isolation
     from .net import Net
+    from .prober import Prober
 
 log = logging.getLogger(__name__)
 
 SETTLE = 0.2  # seconds in which changes by others count as one
-OTHERS = "-"  # stands for any table that isn't ours
-OTHERS_PAUSE = 2.0  # seconds between two looks at these: on some hosts they change all the time, and are long
 BUS_RETRY = 2.0
 
 
@@ -46,15 +44,16 @@ class Guard:
         problems: dict[str, Problem],
         publish: Publish,
         isolated: Isolation,
+        prober: Prober,
     ) -> None:
         self._services = services
         self._nets = nets
         self._problems = problems
         self._publish = publish
         self._isolation = isolated
+        self._prober = prober
         self._watch: Watch | None = None
         self._doubtful: set[str] = set()  # tables that somebody has touched
-        self._next_look = 0.0  # at the tables of others
         self._bridges: set[str] = set()  # networks to whose bridges something has happened
         self._taps = False  # whether something has happened to one
         self._soon: asyncio.TimerHandle | None = None
@@ -97,6 +96,8 @@ class Guard:
 
     def _touched(self, table: str) -> None:
         """Somebody, perhaps we ourselves, changed a table of nftables'."""
+        if table == firewall.PROBE:
+            return
         self._doubtful.add(table)
         if self._looking is None:
             self._looking = asyncio.create_task(self._look(), name="look-at-rules")
@@ -108,13 +109,8 @@ class Guard:
                 doubtful, self._doubtful = self._doubtful, set()
                 ours = {table.removeprefix(firewall.PREFIX) for table in doubtful if firewall.is_ours(table)}
                 await self.restore_rules(set(self._nets) if ALL in doubtful else ours, why="by somebody else")
-                if all(map(firewall.is_ours, doubtful)):
-                    continue
-                if time.monotonic() < self._next_look:
-                    self._doubtful.add(OTHERS)
-                    continue
-                await self.look_for_droppers()
-                self._next_look = time.monotonic() + OTHERS_PAUSE
+                if not all(map(firewall.is_ours, doubtful)):
+                    self._prober.doubt(self._nets)
         finally:
             self._looking = None
 
@@ -144,16 +140,6 @@ class Guard:
         )  # fmt: skip
         for name in names:
             self._publish("changed", name)
-
-    async def look_for_droppers(self) -> None:
-        """See whether other people's rules let through what guests send."""
-        forwarding = {
-            net.bridge_name: net for net in self._nets.values() if net.state is State.ACTIVE and net.forwards
-        }
-        if forwarding:
-            with contextlib.suppress(errors.HostError):
-                for bridge, found in (await asyncio.to_thread(firewall.droppers, list(forwarding))).items():
-                    forwarding[bridge].dropped(found)
 
     async def _restore(self, *nets: Net) -> list[str]:
         """Those whose rules were gone or not as we had left them: all of them or none. Raises a VirtdError."""

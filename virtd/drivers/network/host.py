@@ -200,6 +200,11 @@ def calm_ipv6(bridge: str, *, wanted: bool) -> None:
     set_sysctl(f"{here}/autoconf", "0")
 
 
+def legacy_tables(file: str) -> list[str]:
+    """The tables of an iptables that isn't nftables: "ip_tables_names" or "ip6_tables_names"."""
+    return _lines(f"{PROC}/net/{file}")
+
+
 def canonical(address: str) -> str:
     """An address in the form in which the kernel shows it."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET

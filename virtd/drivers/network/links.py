@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 CLASS = "/sys/class/net"
 TUN = "/dev/net/tun"
+PROBE = "vt--probe-"  # how taps of probe.py's are called, and no guest's: a domain's name doesn't begin with a hyphen
 
 # linux/if_tun.h
 _TUNSETIFF, _TUNSETPERSIST, _TUNSETOWNER = 0x400454CA, 0x400454CB, 0x400454CC

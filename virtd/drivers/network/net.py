@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from ...model.settings import Dnsmasq
     from ..protocol import Peers
     from .isolation import Isolation
+    from .obstacles import Obstacle
     from .ports import Ground, Port
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class Net(Recorded):
         self.settled.set()
         self.server = Server(self)
         self.connections = Connections(self)
+        self.obstacles: list[Obstacle] = []  # what was found last, see prober.py
         self._turns = Turns(name)
 
     # What it is
@@ -151,9 +153,8 @@ class Net(Recorded):
         ours |= {port.interface: port.user for port in self.ports if links.exists(port.interface)}
         if not network.own:
             return sorted(set(ours.values()))
-        return sorted(
-            {ours.get(member, member) for member in links.members(network.bridge_name)} | set(ours.values())
-        )
+        members = [member for member in links.members(network.bridge_name) if not member.startswith(links.PROBE)]
+        return sorted({ours.get(member, member) for member in members} | set(ours.values()))
 
     def leases(self) -> list[leases.Lease]:
         return leases.read(f"{self.state_directory}/leases")
@@ -253,7 +254,6 @@ class Net(Recorded):
         for setting in raised.settings:
             log.warning("Network %s: the host forwards from now on: %s", self.name, setting)
         await self._tell_firewalld(network)
-        await self._look_for_droppers()
         if network.serves:
             await self.server.run(network, afresh=raised.new)
         self.problems.pop("bridge", None)
@@ -393,32 +393,23 @@ class Net(Recorded):
         """For the record of one that isn't active: its guests are connected again by its next start."""
         return {"ports": kept} if self.record is not None and (kept := self.record.data.get("ports")) else {}
 
-    @property
-    def forwards(self) -> bool:
-        """Whether the host forwards for its guests."""
-        network = self.running
-        return network is not None and network.mode in (model.Mode.NAT, model.Mode.ROUTED)
-
-    async def _look_for_droppers(self) -> None:
-        if self.forwards:
-            with contextlib.suppress(errors.HostError):
-                self.dropped((await asyncio.to_thread(firewall.droppers, [self.bridge_name]))[self.bridge_name])
-
-    def dropped(self, by: list[firewall.Dropper]) -> None:
-        """Another's chain that drops what is forwarded can't be overruled, and isn't ours to change: it is said."""
-        if (network := self.running) is None:
+    def obstructed(self, by: list[Obstacle]) -> None:
+        """What was found to keep its guests from doing what they do; what isn't in it any more is over."""
+        found = {f"obstacle {number}": one.problem for number, one in enumerate(by)}
+        before = {key: problem for key, problem in self.problems.items() if key.startswith("obstacle ")}
+        self.obstacles = by
+        if found == before:
             return
-        served = {"ip": network.ipv4, "ip6": network.ipv6}
-        by = [one for one in by if served.get(one.family, True)]
-        if not by:
-            self.problems.pop("dropped", None)
-            return
-        chains = " and ".join(f"{one.family} {one.table} {one.chain}" for one in by)
-        text = f"The chain {chains} drops what the host forwards, its guests' packets as well"
-        problem = Problem(text, f"{'; '.join(one.hint(self.bridge_name) for one in by)}.")
-        if self.problems.get("dropped") != problem:
-            self.problems["dropped"] = problem
-            log.warning("Network %s: %s. %s", self.name, text, problem.hint)
+        for key in before:
+            del self.problems[key]
+        self.problems |= found
+        for problem in found.values():
+            if problem not in before.values():
+                journal.send(
+                    f"Network {self.name}: {problem.text}. What helps: {problem.hint}",
+                    message_id=Message.NETWORK_OBSTRUCTED, level="warning", **self.fields(),
+                )  # fmt: skip
+        self.shared.publish("changed", self)
 
     async def _tell_firewalld(self, network: model.Network) -> None:
         try:

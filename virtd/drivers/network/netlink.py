@@ -32,6 +32,7 @@ _INT = struct.Struct("=I")
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 16, 17, 20, 21, 22
 RTM_SETLINK, RTM_NEWNEIGH = 19, 28
+RTM_GETROUTE = 26
 RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
 _REQUEST, _ACK, _DUMP, _REPLACE, _EXCL, _CREATE = 0x1, 0x4, 0x300, 0x100, 0x200, 0x400
 _CAPPED, _WITH_TEXT = 0x100, 0x200  # NLM_F_CAPPED and NLM_F_ACK_TLVS, in answers
@@ -49,6 +50,8 @@ _NTF_MASTER, _NTF_STICKY = 0x04, 0x40
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_BROADCAST, _IFA_FLAGS = 1, 2, 4, 8
 _IFA_F_NODAD = 0x02
 _FRA_DST, _FRA_IIFNAME, _FRA_PRIORITY, _FRA_TABLE, _FRA_PROTOCOL = 1, 3, 6, 15, 21  # fib_rules.h
+_ROUTE = struct.Struct("=8BI")  # rtmsg: family, lengths of both prefixes, TOS, table, protocol, scope, type, flags
+_RTA_DST, _RTA_SRC, _RTA_IIF, _RTA_OIF, _RTN_UNICAST = 1, 2, 3, 4, 1
 _IFF_UP = 0x1
 
 TO_TABLE, PROHIBIT = 1, 8  # FR_ACT_TO_TBL, FR_ACT_PROHIBIT: what a rule of policy routing does
@@ -131,15 +134,15 @@ class Netlink:
             body += _attribute(_IFLA_ADDRESS, _mac(mac))
         self._ask(RTM_NEWLINK, 0, body)
 
-    def set_port(self, name: str, *, isolated: bool, locked: bool) -> None:
-        """What a bridge does with a port of its own.
+    def set_port(self, name: str, *, isolated: bool, locked: bool, learning: bool | None = None) -> None:
+        """What a bridge does with a port of its own. `learning`: of who is behind it; not where it is locked.
 
         `isolated`: nothing goes to or comes from other such ports. `locked`: it takes frames from those MACs only
         that `add_neighbour_of_port` named, and learns none; kernels before 5.18 know only the latter.
         """
         data = _attribute(_BRPORT_ISOLATED, bytes([isolated])) + _attribute(_BRPORT_LOCKED, bytes([locked]))
         # Nor does it become a multicast router's, who gets everybody's, by saying that it is one.
-        data += _attribute(_BRPORT_LEARNING, bytes([not locked]))
+        data += _attribute(_BRPORT_LEARNING, bytes([not locked if learning is None else learning]))
         data += _attribute(_BRPORT_MULTICAST_ROUTER, bytes([0 if locked else 1]))
         body = _LINK.pack(socket.AF_BRIDGE, 0, _index(name), 0, 0) + _attribute(_IFLA_PROTINFO | _NESTED, data)
         self._ask(RTM_SETLINK, 0, body)
@@ -189,6 +192,26 @@ class Netlink:
             except (struct.error, LookupError, ValueError):
                 raise _unknown() from None
         return found
+
+    def route(self, to: str, source: str, iif: str) -> str:
+        """By which interface leaves what comes from `source` in by `iif`; "" for what stays. Raises NetlinkError."""
+        family, packed = _packed(to)
+        bits = len(packed) * 8
+        body = _ROUTE.pack(family, bits, bits, 0, 0, 0, 0, 0, 0)
+        body += _attribute(_RTA_DST, packed) + _attribute(_RTA_SRC, _packed(source)[1])
+        body += _attribute(_RTA_IIF, _INT.pack(_index(iif)))
+        self._send(RTM_GETROUTE, 0, body)
+        for kind, flags, answer in self._answers():
+            if kind == NLMSG_ERROR:
+                _check(flags, answer)
+                break
+            try:
+                *_head, of, _flags = _ROUTE.unpack_from(answer)
+                oif = dict(_attributes(answer[_ROUTE.size :])).get(_RTA_OIF)
+                return socket.if_indextoname(_INT.unpack(oif)[0]) if oif and of == _RTN_UNICAST else ""
+            except struct.error:
+                break
+        raise _unknown()
 
     def routing_rules(self, protocol: int) -> set[RoutingRule]:
         """Those that carry this protocol number: whoever made them put it there."""

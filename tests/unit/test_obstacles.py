@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What is made of packets that didn't arrive. tests/live/test_other_firewalls.py has real ones."""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Any
+
+from virtd.drivers.network import firewall, host, obstacles, packets, trace
+from virtd.drivers.network.packets import SYN, Way
+from virtd.drivers.network.probe import BRIDGED, FORWARD, INPUT, Lost, Trial
+from virtd.drivers.network.trace import Step
+
+if TYPE_CHECKING:
+    import pytest
+
+FOUR = Way("52:54:00:00:00:01", "10.7.0.9", "56:44:00:00:00:01", "10.7.0.1")
+SIX = Way("52:54:00:00:00:01", "fd00::9", "56:44:00:00:00:01", "fd00::1")
+
+
+def attribute(kind: int, value: bytes) -> bytes:
+    return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
+
+
+def message(packet: int, chain: bytes, *more: bytes, family: int = 1, kind: int = 0x0A11) -> bytes:
+    body = bytes([family, 0, 0, 0]) + attribute(1, b"filter\0") + attribute(2, chain + b"\0")
+    body += attribute(6, packet.to_bytes(4, "big")) + b"".join(more)
+    return struct.pack("=IHHII", 16 + len(body), kind, 0, 0, 0) + body
+
+
+def verdict(code: int, chain: bytes = b"") -> bytes:
+    inner = attribute(1, (code & 0xFFFFFFFF).to_bytes(4, "big")) + (attribute(2, chain) if chain else b"")
+    return attribute(5 | 0x8000, inner)
+
+
+def test_what_the_kernel_tells_of_a_packet() -> None:
+    frame = packets.udp(FOUR, 4711, 68, 67)
+    jump = message(9, b"in", attribute(3, bytes(7) + b"\6"), verdict(-3, b"deep\0"), attribute(8, frame[14:54]))
+    drop = message(9, b"deep", attribute(3, bytes(7) + b"\7"), verdict(0))
+    policy = message(9, b"in", attribute(16, bytes(4)), family=10)
+    steps = list(trace.parse(jump + drop + policy + message(9, b"other", kind=0x0A0F)))
+    assert steps == [
+        Step(9, 4711, "inet", "filter", "in", 6, "jump", "deep"),
+        Step(9, 0, "inet", "filter", "deep", 7, "drop", ""),
+        Step(9, 0, "ip6", "filter", "in", 0, "drop", ""),
+    ]
+
+
+def test_packets_are_whole_and_known_by_their_numbers() -> None:
+    for way in (FOUR, SIX):
+        made = [
+            packets.tcp(way, 77, 40443, 443, SYN),
+            packets.udp(way, 77, 1, 2, b"odd"),
+            packets.dns_query(way, 77),
+            packets.ping(way, 77),
+        ]
+        for frame in made:
+            assert packets.number_in(frame) == 77
+            ip = frame[14:]
+            if way is FOUR:
+                assert (packets._sum(ip[:20]), int.from_bytes(ip[2:4], "big")) == (0, len(ip))
+                pseudo, body = ip[12:20] + struct.pack("!II", len(ip) - 20, ip[9]), ip[20:]
+                pseudo = b"" if ip[9] == packets.ICMP else pseudo
+            else:
+                assert int.from_bytes(ip[4:6], "big") == len(ip) - 40
+                pseudo, body = ip[8:40] + struct.pack("!II", len(ip) - 40, ip[6]), ip[40:]
+            assert packets._sum(pseudo + body) == 0
+    assert packets.number_in(bytes(60)) == packets.number_in(b"") == packets.number_of(b"\x45") == 0
+    assert packets.link_local("52:54:00:12:34:56") == "fe80::5054:ff:fe12:3456"
+
+
+def found(
+    monkeypatch: pytest.MonkeyPatch, lost: list[Lost], chains: list[tuple[str, str, str, str]], *programs: str
+) -> list[tuple[str, str]]:
+    """The problems of a bridge vd-lab."""
+    monkeypatch.setattr("virtd.drivers.programs.find", lambda name: name if name in programs else None)
+    monkeypatch.setattr(firewall, "rule", lambda _family, _table, _chain, handle: f"rule {handle}")
+    there: list[dict[str, Any]] = [
+        {"family": family, "table": table, "name": name} | ({"hook": hook} if hook else {})
+        for family, table, name, hook in chains
+    ]
+    return [(one.problem.text, one.problem.hint) for one in obstacles.judged(lost, there, "vd-lab")]
+
+
+def step(where: str, handle: int, verdict: str = "continue", target: str = "") -> Step:
+    family, table, chain = where.split()
+    return Step(1, 1, family, table, chain, handle, verdict, target)
+
+
+def trial(what: str, end: str, version: int = 4) -> Trial:
+    return Trial(what, version, end, ())
+
+
+OUT = "What its guests send outside"
+
+
+def test_whose_chain_it_is_and_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = [("inet", "filter", "in", "input"), ("inet", "filter", "deep", "")]
+    steps = (step("inet filter in", 3, "jump", "deep"), step("inet filter deep", 4, "drop"))
+    dhcp = Lost(trial("DHCP", INPUT), steps, "input", through=False)
+    dns = Lost(trial("DNS", INPUT), (step("inet filter in", 0, "drop"),), "input", through=False)
+    insert = "nft insert rule inet filter in"
+    ((text, hint),) = found(monkeypatch, [dhcp, dns], own)
+    assert text == (
+        "What its guests ask of the host (DHCP and DNS) is dropped by the chain inet filter in (“rule 4” in deep)"
+    )
+    assert hint.split("; ") == [
+        f"{insert} 'iifname \"vd-lab\" udp dport {{ 53, 67 }} accept'",
+        f"{insert} 'iifname \"vd-lab\" tcp dport 53 accept'",
+    ]
+    docker = [("ip", "filter", name, hook) for name, hook in (("FORWARD", "forward"), ("DOCKER-USER", ""))]
+    out = Lost(trial(OUT, FORWARD), (step("ip filter FORWARD", 0, "drop"),), "forward", through=False)
+    ((text, hint),) = found(monkeypatch, [out], docker, "iptables")
+    assert text == f"{OUT} (IPv4) is dropped by the chain ip filter FORWARD, by its policy"
+    assert hint == (
+        "iptables -I DOCKER-USER -i vd-lab -j ACCEPT; "
+        "iptables -I DOCKER-USER -o vd-lab -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"
+    )
+    ((_, hint),) = found(monkeypatch, [out], docker)
+    assert hint.startswith("nft insert rule ip filter FORWARD 'iifname \"vd-lab\" accept'; ")
+    tables = [("ip", "filter", name.upper(), name) for name in ("input", "forward", "output")]
+    ((_, hint),) = found(monkeypatch, [dns._replace(steps=(step("ip filter INPUT", 0, "drop"),))], tables, "iptables")
+    assert hint == "; ".join(f"iptables -I INPUT -i vd-lab -p {one} --dport 53 -j ACCEPT" for one in ("udp", "tcp"))
+    ufw = [*tables, ("ip", "filter", "ufw-user-input", "")]
+    ((_, hint),) = found(monkeypatch, [out], ufw, "iptables")
+    assert hint == "ufw route allow in on vd-lab"
+    ((_, hint),) = found(monkeypatch, [out._replace(steps=(step("inet firewalld filter_FORWARD", 0, "drop"),))], [])
+    assert hint == "firewall-cmd --zone=virtd --change-interface=vd-lab"
+    over = Lost(trial("What its guests send to each other", BRIDGED), out.steps, "forward", through=False)
+    ((text, hint),) = found(monkeypatch, [over], tables, "iptables")
+    assert text.endswith("FORWARD, by its policy, to which br_netfilter shows what goes over a bridge")
+    assert hint == "iptables -I FORWARD -i vd-lab -o vd-lab -j ACCEPT"
+
+
+def test_what_isnt_nftables_and_what_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = Lost(trial(OUT, FORWARD), (step("ip filter FORWARD", 5, "accept"),), "forward", through=False)
+    monkeypatch.setattr(host, "legacy_tables", lambda file: ["filter"] if file == "ip_tables_names" else [])
+    ((text, hint),) = found(monkeypatch, [lost], [])
+    assert text == f"{OUT} (IPv4) is dropped by legacy iptables, in its chain FORWARD"
+    assert hint.startswith("iptables-legacy -I FORWARD -i vd-lab -j ACCEPT; iptables-legacy -I FORWARD -o vd-lab ")
+    assert hint.endswith("; virtctl reload")
+    ((text, _),) = found(monkeypatch, [lost._replace(trial=trial(OUT, FORWARD, 6))], [])
+    assert "neither nftables nor iptables, at the hook forward" in text
+    # It got through the last hook that it came to, came to none, or is dropped by what is ours: nobody's firewall.
+    ours = (step("inet virtd-lab forward", 3, "drop"),)
+    for one in (lost._replace(through=True), lost._replace(hook=""), lost._replace(steps=ours)):
+        assert found(monkeypatch, [one], []) == []

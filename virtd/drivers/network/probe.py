@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Sends packets as guests do, and sees how far they get: what a firewall does is learned by trying, not by its rules.
+
+A probe is a tap or two in a bridge, whose other ends this process holds: what is written there comes in as from a
+guest. It is seen, and taken out, by chains of a table of ours that are the last at their hooks: nobody who would drop
+it comes after them, and nothing of it leaves the host or reaches a program. What doesn't get there is sent once more
+and traced, which tells whose chain and rule dropped it. (Nothing is traced that arrives: where there are rules of
+legacy iptables, each step of a packet that is traced goes to the kernel's log.)
+
+Nothing of it is left by a daemon that dies: taps go with their descriptors, and tables with the netlink socket that
+owns them. All of this blocks, for some tens of milliseconds where nothing is dropped: use a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import random
+import select
+import struct
+import time
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+from ... import errors
+from . import firewall, host, links, packets
+from .netlink import Netlink
+from .trace import Step, Tracer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+NUMBERS = 128  # packets of one probe
+FIRST, LAST = -2147483647, 2147483646  # priorities have 32 bits, with their sign
+LIMIT = 0.25  # seconds for packets to get to their end; it takes microseconds, but not on a busy machine
+FORWARDING = "3"  # a bridge's port, BR_STATE_FORWARDING of linux/if_bridge.h
+_IFF_TAP, _IFF_NO_PI, _TUNSETIFF = 0x0002, 0x1000, 0x400454CA  # linux/if_tun.h
+
+MACS = tuple(f"52:76:64:70:72:{index:02x}" for index in range(2))  # who is behind each tap
+
+INPUT, FORWARD, BRIDGED = "input", "forward", "bridged"
+
+
+class Trial(NamedTuple):
+    """Something that guests do, in ways of which one has to work. `end`: where it is going to.
+
+    `ways` make a frame of its number. `to` is the address that they go to, where `end` is FORWARD.
+    """
+
+    what: str
+    version: int
+    end: str
+    ways: tuple[Callable[[int], bytes], ...]
+    to: str = ""
+
+
+class Lost(NamedTuple):
+    """A trial of which nothing arrived, and all that nftables did with the first way's packet.
+
+    `hook`: the last one that it came to, "" for none; `through`: whether it got through that.
+    """
+
+    trial: Trial
+    steps: tuple[Step, ...]
+    hook: str
+    through: bool
+
+
+class Tap:
+    """A tap in a bridge for as long as it is open."""
+
+    def __init__(self, bridge: str, index: int) -> None:
+        self.name = f"{links.PROBE}{index}"
+        self._fd = os.open(links.TUN, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            fcntl.ioctl(self._fd, _TUNSETIFF, struct.pack("=16sH22x", self.name.encode(), _IFF_TAP | _IFF_NO_PI))
+            self._join(bridge, index)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _join(self, bridge: str, index: int) -> None:
+        host.set_sysctl(f"net/ipv6/conf/{self.name}/disable_ipv6", "1")
+        with Netlink() as netlink:
+            # A bridge whose own aren't set has the smallest MTU and MAC of its ports.
+            netlink.set_link(self.name, mtu=links.mtu(bridge), mac=f"fe{MACS[index][2:]}")
+            netlink.set_link(self.name, master=bridge)
+            netlink.set_port(self.name, isolated=False, locked=False, learning=False)
+            netlink.add_neighbour_of_port(self.name, MACS[index])
+            netlink.set_link(self.name, up=True)
+        if links.read(self.name, "brport/state") != FORWARDING:
+            raise errors.HostError(f"{bridge} doesn't forward at once what comes from a new port (STP)")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        os.close(self._fd)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def send(self, frame: bytes) -> None:
+        os.write(self._fd, frame)
+
+    def numbers(self) -> set[int]:
+        """Of the packets that have come out here."""
+        found = set()
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                found.add(packets.number_in(os.read(self._fd, 1 << 16)))
+        return found
+
+
+class Probe:
+    """Use it in a with statement. Raises HostError, or OSError, where there is no way to try."""
+
+    def __init__(self, bridge: str, trials: Sequence[Trial]) -> None:
+        self._bridge = bridge
+        self._trials = trials
+        self._first = self._next = random.randrange(1, 0xFFFF - NUMBERS)
+        self._stack = contextlib.ExitStack()
+        self._count = 1 + any(trial.end == BRIDGED for trial in trials)
+        self._tracing = False
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            self._taps = [stack.enter_context(Tap(self._bridge, index)) for index in range(self._count)]
+            self._nft = stack.enter_context(firewall.Owning())
+            self._tracer = stack.enter_context(Tracer())
+            self._nft.run(self._last())
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._stack.close()
+
+    def lost(self) -> list[Lost]:
+        """The trials that nothing came of: by the first way, and where that is lost by all of them."""
+        left = self._not_arrived(self._trials, first=True)
+        if left:
+            left = self._not_arrived(left, first=False)
+        return [lost for trial in left if (lost := self._traced(trial)) is not None]
+
+    def _not_arrived(self, trials: Sequence[Trial], *, first: bool) -> list[Trial]:
+        sent: dict[int, Trial] = {}
+        for trial in trials:
+            for way in trial.ways[:1] if first else trial.ways:
+                if (number := self._send(way)) is not None:
+                    sent[number] = trial
+        waiting, until = list(trials), time.monotonic() + LIMIT
+        while waiting and self._readable(until):
+            taken_out = {step.number for step in self._tracer.steps() if _took_out(step)}
+            come_over = self._taps[-1].numbers()
+            for number, trial in sent.items():
+                if number in (come_over if trial.end == BRIDGED else taken_out) and trial in waiting:
+                    waiting.remove(trial)
+        return waiting
+
+    def _traced(self, trial: Trial) -> Lost | None:
+        """None if it arrived this time, or nothing can be said."""
+        if not self._tracing:
+            self._nft.run(_marks())
+            self._tracing = True
+        number = self._send(trial.ways[0])
+        steps: list[Step] = []
+        until = time.monotonic() + LIMIT
+        while self._readable(until):
+            steps += [step for step in self._tracer.steps() if step.number == number]
+            come_over = self._taps[-1].numbers()
+            if number in come_over if trial.end == BRIDGED else any(map(_took_out, steps)):
+                return None
+            if any(step.verdict == "drop" and step.table != firewall.PROBE for step in steps):
+                break
+        marks = [step.chain.partition("_") for step in steps if step.table == firewall.PROBE and "_" in step.chain]
+        marks = [mark for mark in marks if mark[0] != "last"]
+        hook, through = (marks[-1][2], marks[-1][0] == "behind") if marks else ("", False)
+        theirs = tuple(step for step in steps if step.table != firewall.PROBE)
+        return Lost(trial, theirs, hook, through) if number is not None else None
+
+    def _send(self, way: Callable[[int], bytes]) -> int | None:
+        """Its number; None when all of them are used."""
+        number = self._next
+        if number >= self._first + NUMBERS:
+            return None
+        self._next += 1
+        self._taps[0].send(way(number))
+        return number
+
+    def _readable(self, until: float) -> bool:
+        """Wait for something to be read; False when the time is over."""
+        rest = max(0.0, until - time.monotonic())
+        return bool(select.select([self._tracer.fileno(), self._taps[-1].fileno()], [], [], rest)[0])
+
+    def _last(self) -> str:
+        """The tables: what takes our packets out at their end, and keeps them out of other ports."""
+        numbers = f"{self._first}-{self._first + NUMBERS - 1}"
+        seen = "meta nftrace set 1"
+        last: dict[str, list[str]] = {"last_input": [], "last_postrouting": []}
+        for family, number in (("ipv4", f"@nh,32,16 {numbers}"), ("ipv6", f"@nh,16,16 {numbers}")):
+            word, version = ("ip", 4) if family == "ipv4" else ("ip6", 6)
+            ours = f'iifname "{self._bridge}" meta nfproto {family} {number}'
+            last["last_input"] += [f"{ours} {what}" for what in (seen, "drop")]
+            if to := ", ".join({one.to for one in self._trials if one.to and one.version == version}):
+                ours = f"{word} daddr {{ {to} }} {number}"
+                last["last_postrouting"] += [f"{ours} {what}" for what in (seen, "drop")]
+        chains = [_chain(name, name.partition("_")[2], LAST, body) for name, body in last.items()]
+        # Nobody else gets them, nor is a broadcast to the host taken for one that was sent over the bridge.
+        ours = f'iifname "{links.PROBE}*"'
+        lines = [f'{ours} oifname != "{links.PROBE}*" drop', f"{ours} ether daddr != {MACS[1]} drop"]
+        lines.append(f'oifname "{links.PROBE}*" iifname != "{links.PROBE}*" drop')
+        bridged = _chain("apart", "forward", FIRST, lines)
+        return _table("inet", chains) + _table("bridge", [bridged])
+
+
+def _took_out(step: Step) -> bool:
+    return step.table == firewall.PROBE and step.chain.startswith("last_") and step.handle != 0
+
+
+def _marks() -> str:
+    """What has packets of ours traced, and tells between which hooks one was lost."""
+    chains = [
+        _chain(f"{where}_{hook}", hook, priority, [])
+        for hook in ("prerouting", "input", "forward", "postrouting")
+        # Before the last chain that takes it out, which is as good as behind.
+        for where, priority in (("before", FIRST), ("behind", LAST - 1))
+    ]
+    traced = _chain("traced", "prerouting", FIRST, [f'iifname "{links.PROBE}*" meta nftrace set 1'])
+    return _table("inet", chains) + _table("bridge", [traced])
+
+
+def _table(family: str, chains: list[str]) -> str:
+    return f"table {family} {firewall.PROBE} {{\n\tflags owner;\n" + "\n".join(chains) + "\n}\n"
+
+
+def _chain(name: str, hook: str, priority: int, lines: list[str]) -> str:
+    head = f"type filter hook {hook} priority {priority}; policy accept;"
+    return "\n".join([f"\tchain {name} {{", f"\t\t{head}", *(f"\t\t{line}" for line in lines), "\t}"])

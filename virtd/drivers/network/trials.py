@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What guests of a network do, to be tried by a probe: ask for a lease and for names, send things out and about.
+
+Each is tried as by a guest that nobody knows, and where that fails as by those that are connected, and in other ways:
+whoever lets one of them through has his reasons for what he doesn't.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from ...model.network import Mode
+from . import host, links, packets, ports
+from .netlink import Netlink
+from .packets import SYN, Way
+from .probe import BRIDGED, FORWARD, INPUT, MACS, Trial
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from ipaddress import IPv4Interface
+
+    from .ports import Ground
+
+GUESTS = 4  # of those that are connected, how many are tried as well
+# Servers far out in the net; nothing is ever sent to them.
+FAR = {4: "9.9.9.9", 6: "2620:fe::fe"}
+# What a bridge of the host's without an address of its own may carry.
+ANYWHERE = (("10.118.0.8", "10.118.0.9"), ("192.168.118.8", "192.168.118.9"), ("172.30.118.8", "172.30.118.9"))
+
+
+class Guest(NamedTuple):
+    """Whose packets they are; "" for an address that it doesn't have."""
+
+    mac: str
+    ipv4: str = ""
+    ipv6: str = ""
+
+
+def of(ground: Ground) -> list[Trial]:
+    """All that can be tried in a network that is active. Raises OSError."""
+    network = ground.network
+    guests = _guests(ground)
+    found = list(_asked(ground, guests)) if network.own else []
+    if network.mode in (Mode.NAT, Mode.ROUTED):
+        found += _sent_out(ground, guests)
+    if not network.isolated_ports and is_filtered(network.bridge_name):
+        found += _sent_over(ground, guests)
+    return found
+
+
+def is_filtered(bridge: str) -> bool:
+    """Whether the host's rules for IP see what goes over a bridge (br_netfilter)."""
+    return any(
+        "1" in (host.sysctl(f"net/bridge/bridge-nf-call-{tool}"), links.read(bridge, f"bridge/nf_call_{tool}"))
+        for tool in ("iptables", "ip6tables")
+    )
+
+
+def _guests(ground: Ground) -> list[Guest]:
+    """The first is nobody's."""
+    network = ground.network
+    four, six = network.interface4, network.interface6
+    stranger = Guest(MACS[0], _free4(ground) if four else "", str(six.network[0x7664] if six else ""))
+    known = [
+        Guest(port.mac, port.ipv4 or "", str(ports.eui64(int(six.network[0]) >> 64, port.mac)) if six else "")
+        for port in ground.ports[:GUESTS]
+    ]
+    return [stranger, *known]
+
+
+def _free4(ground: Ground) -> str:
+    """An address of the prefix that is likely to be nobody's."""
+    network = ground.network
+    assert network.interface4 is not None
+    whole, given = network.interface4.network, network.range4
+    taken = {one.ipv4 for one in network.host} | {one.ipv4 for one in ground.ports} | {str(network.interface4.ip)}
+    for back in range(2, min(whole.num_addresses, 512)):
+        address = whole[-back]
+        if str(address) not in taken and not (given and given[0] <= address <= given[1]):
+            return str(address)
+    return str(whole[-2])
+
+
+def _asked(ground: Ground, guests: list[Guest]) -> Iterator[Trial]:
+    """What they ask of the host."""
+    network = ground.network
+    four, six = network.interface4, network.interface6
+    if network.range4 is not None:
+        yield Trial("DHCP", 4, INPUT, tuple(partial(packets.dhcp_discover, one.mac) for one in guests))
+    if network.dns and four is not None:
+        ways = [Way(one.mac, one.ipv4, ground.mac, str(four.ip)) for one in guests if one.ipv4]
+        yield Trial("DNS", 4, INPUT, tuple(partial(packets.dns_query, way) for way in ways))
+    if network.dns and six is not None:
+        ways = [Way(one.mac, one.ipv6, ground.mac, str(six.ip)) for one in guests]
+        yield Trial("DNS", 6, INPUT, tuple(partial(packets.dns_query, way) for way in ways))
+    if network.ipv6 is None or six is None:
+        return
+    if network.ipv6.dhcp:
+        ways = [_to_all(one.mac, "ff02::1:2") for one in guests]
+        yield Trial("DHCPv6", 6, INPUT, tuple(partial(packets.dhcp6_solicit, way) for way in ways))
+        ways = [_to_all(one.mac, "ff02::2") for one in guests]
+        yield Trial("ICMPv6", 6, INPUT, tuple(partial(packets.router_solicitation, way) for way in ways))
+    asked = f"ff02::1:ff{int(six.ip) >> 16 & 0xFF:02x}:{int(six.ip) & 0xFFFF:x}"
+    ways = [_to_all(one.mac, asked) for one in guests]
+    yield Trial(
+        "ICMPv6", 6, INPUT, tuple(partial(packets.neighbour_solicitation, way, target=str(six.ip)) for way in ways)
+    )
+
+
+def _to_all(mac: str, group: str) -> Way:
+    """To a group of the link's, and its MAC: RFC 2464."""
+    last = packets.packed(group)[-4:]
+    return Way(mac, packets.link_local(mac), "33:33:" + ":".join(f"{byte:02x}" for byte in last), group)
+
+
+def _sent_out(ground: Ground, guests: list[Guest]) -> Iterator[Trial]:
+    """What the host forwards for them."""
+    for version in (4, 6):
+        mine = [(one.mac, one.ipv4 if version == 4 else one.ipv6) for one in guests]
+        mine = [(mac, address) for mac, address in mine if address]
+        if mine and (to := _outside(ground, version, mine[0][1])):
+            ways = [Way(mac, address, ground.mac, to) for mac, address in mine]
+            yield Trial("What its guests send outside", version, FORWARD, tuple(_usual(ways)), to)
+
+
+def _usual(ways: list[Way]) -> Iterator[Callable[[int], bytes]]:
+    """Web, names, ping."""
+    for way in ways:
+        yield partial(packets.tcp, way, source=40443, to=443, flags=SYN)
+        yield partial(packets.dns_query, way)
+        yield partial(packets.ping, way)
+        yield partial(packets.tcp, way, source=40080, to=80, flags=SYN)
+
+
+def _outside(ground: Ground, version: int, source: str) -> str:
+    """An address to which the host would route what comes from there, out of another interface; "" for none."""
+    bridge = ground.network.bridge_name
+    near = [
+        str(route.prefix[at])
+        for route in host.routes()
+        if route.prefix.version == version and not links.read(route.interface, "ifalias").startswith("virtd network ")
+        for at in (1, 2, -2)
+        if route.prefix.num_addresses > 2
+    ]
+    with Netlink() as netlink:
+        for to in [FAR[version], *near[:16]]:
+            with contextlib.suppress(OSError):
+                if netlink.route(to, source, bridge) not in ("", bridge):
+                    return to
+    return ""
+
+
+def _sent_over(ground: Ground, guests: list[Guest]) -> Iterator[Trial]:
+    """What they send to each other."""
+    network = ground.network
+    pairs: list[tuple[str, str]] = []
+    if network.interface4 is not None:
+        pairs.append(_pair(network.interface4))
+    elif not network.own:
+        with Netlink() as netlink, contextlib.suppress(OSError):
+            for address in netlink.addresses(network.bridge_name):
+                if ":" not in address.address:
+                    pairs.append(_pair(ipaddress.IPv4Interface(f"{address.address}/{address.prefix}")))
+        pairs += ANYWHERE if not pairs else ()
+    if pairs:
+        ways = [Way(MACS[0], one, MACS[1], other) for one, other in pairs]
+        yield Trial("What its guests send to each other", 4, BRIDGED, tuple(_usual(ways)))
+    if network.interface6 is not None or not network.own:
+        ways = [Way(MACS[0], packets.link_local(MACS[0]), MACS[1], packets.link_local(MACS[1]))]
+        yield Trial("What its guests send to each other", 6, BRIDGED, tuple(_usual(ways)))
+
+
+def _pair(interface: IPv4Interface) -> tuple[str, str]:
+    whole = interface.network
+    return str(whole[-2]), str(whole[-3 if whole.num_addresses > 4 else 1])
