@@ -20,7 +20,7 @@ from .guest import Guest
 from .protocol import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from ..units import UnitSpec
     from .conflicts import Holding
@@ -29,6 +29,26 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 G = TypeVar("G", bound=Guest[Any])
+
+
+async def start(machine: Guest[D], ready: Callable[[D], Awaitable[Start[Any, D]]]) -> bool:
+    """Start it; False if it was running. `ready` makes of its definition what is to be tried.
+
+    Raises a VirtdError, with nothing left behind.
+    """
+    async with machine.exclusive("start"):
+        if machine.alive:
+            return False
+        await machine.over.wait()
+        await machine.tidy("start")
+        definition = machine.definition
+        if definition is None:
+            raise errors.NotFound(
+                f"{machine.noun.capitalize()} {machine.name} has no definition",
+                hint=f'{machine.virtctl} define FILE, with name = "{machine.name}".',
+            )
+        await (await ready(definition)).run()
+        return True
 
 
 class Start(Generic[G, D]):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ... import errors, files, layout
 from ...model import container as model
 from ...units import UnitSpec
+from .. import start as starting
 from ..programs import ENVIRONMENT
 from ..protocol import Problem
 from ..start import Start
@@ -32,22 +33,12 @@ TTY_GROUP = 5  # "tty" of every distribution, to which a terminal belongs
 
 
 async def start(container: Container, maps: Maps, by: str) -> bool:
-    """Start it; False if it was running. `maps`: who has which IDs.
+    """See drivers/start.py. `maps`: who has which IDs."""
 
-    Raises a VirtdError, with nothing left behind.
-    """
-    async with container.exclusive("start"):
-        if container.alive:
-            return False
-        await container.over.wait()
-        definition = container.definition
-        if definition is None:
-            raise errors.NotFound(
-                f"Container {container.name} has no definition",
-                hint=f'virtctl container define FILE, with name = "{container.name}".',
-            )
-        await _Start(container, definition, maps, by).run()
-        return True
+    async def ready(definition: model.Container) -> _Start:
+        return _Start(container, definition, maps, by)
+
+    return await starting.start(container, ready)
 
 
 class _Start(Start[Container, model.Container]):

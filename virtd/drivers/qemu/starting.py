@@ -12,6 +12,7 @@ import msgspec
 from ... import errors, files, layout
 from ...model import domain as model
 from ...units import EXIT_GROUP, EXIT_USER, StartFailed, UnitSpec, mount_units
+from .. import start as starting
 from ..programs import ENVIRONMENT
 from ..start import Start
 from . import command, ends, images, nics, ownership, sandbox, userdb
@@ -28,24 +29,14 @@ if TYPE_CHECKING:
 
 
 async def start(machine: Machine, others: list[Machine], users: Users, by: str) -> bool:
-    """Start it; False if it was running. `others`: the driver's other machines; `users`: whom each runs as.
+    """See drivers/start.py. `others`: the driver's other machines; `users`: whom each runs as."""
 
-    Raises a VirtdError, with nothing left behind.
-    """
-    async with machine.exclusive("start"):
-        if machine.alive:
-            return False
-        await machine.over.wait()
-        await machine.tidy("start")
-        domain = machine.definition
-        if domain is None:
-            raise errors.NotFound(
-                f"Domain {machine.name} has no definition", hint=f'virtctl define FILE, with name = "{machine.name}".'
-            )
+    async def ready(domain: model.Domain) -> _Start:
         disks = await images.resolve(domain, machine.source, machine.peers, by)
         account = await users.account(machine.name, machine.uuid, [_living(one) for one in (machine, *others)])
-        await _Start(machine, domain, disks, others, users, account, by).run()
-        return True
+        return _Start(machine, domain, disks, others, users, account, by)
+
+    return await starting.start(machine, ready)
 
 
 def _living(machine: Machine) -> Living:
