@@ -69,7 +69,7 @@ async def test_qemu_gets_a_short_environment(world: World) -> None:
     async with world.daemon():
         await world.run("web1")
         environment = dict(world.units.units["virtd-qemu-web1.service"].spec.environment)
-    assert environment == {"PATH": "/usr/sbin:/usr/bin", "LANG": "C.UTF-8", "HOME": "/"}
+    assert environment == {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", "HOME": "/"}
 
 
 @on_loop
