@@ -15,6 +15,7 @@ from virtd.drivers.qemu import ends
 from virtd.drivers.qemu.monitor import BURST, Monitor
 from virtd.drivers.qemu.monitor import WORDS as MOST
 from virtd.drivers.qemu.news import News
+from virtd.drivers.qemu.standstill import Standstill
 from virtd.model.state import State
 
 GREETING = (
@@ -47,10 +48,12 @@ BRIEF = 150
 class Machine:
     """As much of one as the news need."""
 
-    name, alive, state = "web1", True, State.RUNNING
+    name, alive, state, busy, record = "web1", True, State.RUNNING, False, None
 
     def __init__(self) -> None:
         self.guest_off = asyncio.Event()
+        self.problems: dict[str, Any] = {}
+        self.standstill = Standstill(self)  # type: ignore[arg-type]
 
     def note(self, state: State, reason: str) -> None:
         assert reason.isprintable()

@@ -106,6 +106,7 @@ class Machine:
         self.actions: dict[str, str] = {}
         self.words: dict[str, str] = {}
         self.status = "running"
+        self.still_full = False
         self.monitors: list[Monitor] = []
         self.ending: int | None = None
         self.stdin = b""
@@ -183,6 +184,11 @@ class Machine:
                     self.event("RESET", guest=True, reason="guest-reset")
                 case "panic":
                     self.panic()
+                case "full":
+                    self.full(rest)
+                case "stuck":
+                    self.status = "internal-error"
+                    self.event("STOP")
                 case "flood":
                     for _ in range(int(rest)):
                         self.event("GUEST_CRASHLOADED", action="run")
@@ -198,6 +204,14 @@ class Machine:
             self.event("STOP")
         else:
             self.ending = 0
+
+    def full(self, when: str) -> None:
+        """Its disk is; `when` "again": it stays so, "silent": nobody hears of it."""
+        self.status, self.still_full = "io-error", when == "again"
+        if when != "silent":
+            about = {"device": "", "node-name": "disk0", "operation": "write", "action": "stop", "nospace": True}
+            self.event("BLOCK_IO_ERROR", reason="No space left on device", **about)
+            self.event("STOP")
 
     def panic(self) -> None:
         action = self.actions["panic"]
@@ -217,10 +231,17 @@ class Machine:
                 self.status = "paused"
                 self.event("STOP")
             case "cont":
-                if self.status in ("shutdown", "guest-panicked"):
+                if self.status in ("shutdown", "guest-panicked", "internal-error"):
                     return _error("Resetting the Virtual Machine is required")
+                again = self.status == "io-error" and self.still_full
                 self.status = "running"
                 self.event("RESUME")
+                if again:
+                    self.full("again")
+            case "query-block":
+                disks = [f"/machine/peripheral/virtio-disk{index}/virtio-backend" for index in (1, 0)]
+                blocks = zip(disks, ("ok", "nospace"), strict=True)
+                return {"return": [{"qdev": qdev, "io-status": status} for qdev, status in blocks]}
             case "system_powerdown":
                 self.event("POWERDOWN")
                 if "deaf" not in self.words:

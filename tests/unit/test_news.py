@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.whole_host import ROOT, World, on_loop, until
@@ -16,6 +16,7 @@ from virtd.allowance import Allowance
 from virtd.drivers.qemu import machine as machines
 from virtd.drivers.qemu import news as module
 from virtd.drivers.qemu.monitor import Link
+from virtd.drivers.qemu.standstill import Standstill
 from virtd.messages import Message
 from virtd.model.state import State
 
@@ -111,11 +112,12 @@ KEYS = st.sampled_from(["action", "reason", "guest", "device", "node-name", "qom
 class Stub:
     """As much of a machine as the news need."""
 
-    name, alive, state = "web1", True, State.RUNNING
+    name, alive, state, busy, record = "web1", True, State.RUNNING, False, None
 
     def __init__(self) -> None:
         self.guest_off = asyncio.Event()
         self.problems: dict[str, Any] = {}
+        self.standstill = Standstill(self)  # type: ignore[arg-type]
 
     def note(self, state: State, _reason: str) -> None:
         self.state = state
@@ -127,6 +129,7 @@ class Stub:
         work.close()
 
 
+@settings(deadline=None)  # a busy machine
 @given(st.lists(st.tuples(NAMES | st.text(max_size=8), st.dictionaries(KEYS | st.text(max_size=4), JSON))))
 def test_any_event_is_taken(events: list[tuple[str, dict[str, Any]]]) -> None:
     news = module.News(Stub())  # type: ignore[arg-type]

@@ -192,6 +192,11 @@ class Guest(Recorded, Generic[D]):
         async with self._turns.take(what):
             yield
 
+    @property
+    def busy(self) -> bool:
+        """Whether an operation is under way."""
+        return self._turns.taken
+
     async def close(self) -> None:
         """Let go of everything in this process; the guest, its slots and its record stay."""
         await self.end_tasks()

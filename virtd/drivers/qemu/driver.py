@@ -14,6 +14,7 @@ from ..protocol import Problem, Use
 from . import command, nics, operations, starting, userdb, users
 from . import host as hostinfo
 from .machine import DRIVER, Machine
+from .news import STANDSTILL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,6 +71,9 @@ class Driver(Guests[Machine, model.Domain]):
         from . import openfiles  # no start of the daemon needs it
 
         await openfiles.look(self.machines.values())
+        for machine in list(self.machines.values()):
+            if machine.alive and STANDSTILL in machine.problems:
+                await machine.standstill.look()
 
     async def reconcile(self) -> None:
         await super().reconcile()
@@ -126,6 +130,7 @@ class Driver(Guests[Machine, model.Domain]):
             else [],
             "nics": nics.describe(machine, domain),
             "monitor": machine.monitor.link.value if machine.monitor is not None else None,
+            "standstill": machine.standstill.described() if STANDSTILL in machine.problems else None,
             "events": {"taken": machine.news.taken, "hung_up": machine.floods},
             "vnc": command.vnc_socket(machine.runtime)
             if machine.alive and domain is not None and domain.vnc is not None and domain.vnc.enabled

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from typing import TYPE_CHECKING, Any
@@ -21,14 +22,17 @@ from ..turns import within
 from . import command, directory, ends, images, nics, operations, ownership, userdb
 from . import host as hostinfo
 from .monitor import Link, Monitor
-from .news import News
+from .news import STANDSTILL, News
 from .users import running_as
 
 if TYPE_CHECKING:
+    from enum import StrEnum
+
     from ...model.settings import Qemu
     from ...records import Record
     from ...units import UnitState
     from ..protocol import Peers
+    from .standstill import Standstill
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +76,18 @@ class Machine(Guest[model.Domain]):
             return {}
         return images.taken(self.record.data, self.running_definition)
 
+    @functools.cached_property
+    def standstill(self) -> Standstill:
+        from .standstill import Standstill  # few ever come to one
+
+        return Standstill(self)
+
+    def note(self, state: StrEnum, reason: str, **changes: Any) -> None:
+        """See Recorded. One that isn't paused any more has no standstill either."""
+        if state is not State.PAUSED and self.record is not None and STANDSTILL in self.record.data:
+            changes["data"] = self.standstill.resumed(changes.get("data", self.record.data))
+        super().note(state, reason, **changes)
+
     @property
     def cards(self) -> list[nics.Planned]:
         """Its network cards that are in networks, while it runs."""
@@ -112,6 +128,9 @@ class Machine(Guest[model.Domain]):
         return None if ends.is_trace(text) else "warning"
 
     def adopted(self) -> None:
+        if self.record is not None and STANDSTILL in self.record.data:
+            self.standstill.recall()
+            self.spawn(self.standstill.look(), STANDSTILL)
         self._attach_later()
 
     async def let_go(self) -> None:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 CHANGES, CHANGES_RATE = 20, 1.0  # changes of state at once, and a second
 REBOOTS, REBOOTS_RATE = 5, 1 / 60  # lines in the journal about reboots
 SETTLE = 1.0  # seconds from a change that was one too many until the state is asked for
+STANDSTILL = "standstill"  # in a record's data, and among problems; see standstill.py
+DISK, PANIC, INTERNAL, WATCHDOG = "io-error", "guest-panicked", "internal-error", "watchdog"
+STANDSTILLS = frozenset({DISK, PANIC, INTERNAL, WATCHDOG})  # as query-status has them
 OF_THE_END = frozenset({"SHUTDOWN", "RESET", "POWERDOWN", "GUEST_PANICKED"})
 
 
@@ -61,13 +64,27 @@ class News:
             machine.guest_off.set()
         elif name == "RESET" and data.get("guest"):
             self._rebooted()
+        if (name, data.get("action")) in (("BLOCK_IO_ERROR", "stop"), ("GUEST_PANICKED", "pause")):
+            if STANDSTILL in machine.problems:
+                return
+            if self._changes.take():
+                machine.standstill.told(name, data)
+            else:
+                self._ask_later()
+            return
         if (change := self._meaning(name, data)) is None or change.state is machine.state:
             return
-        if self._changes.take():
-            machine.note(*change)
-        elif not self._asking:
+        if not self._changes.take():
+            self._ask_later()
+            return
+        machine.note(*change)
+        if name == "STOP" and not machine.busy and not machine.guest_off.is_set():
+            self._ask_later()  # nobody has asked for that: QEMU may have come to a standstill
+
+    def _ask_later(self) -> None:
+        if not self._asking:
             self._asking = True
-            machine.spawn(self._ask(), "ask-state")
+            self._machine.spawn(self._ask(), "ask-state")
 
     def take_status(self, status: str) -> None:
         """What query-status says."""
@@ -79,10 +96,8 @@ class News:
             case "shutdown":
                 machine.guest_off.set()
                 machine.note(State.PAUSED, "powered off, and kept")
-            case "guest-panicked":
-                machine.note(State.PAUSED, "the guest's kernel panicked")
-            case "io-error":
-                machine.note(State.PAUSED, "a disk reported an error")
+            case _ if status in STANDSTILLS:
+                machine.standstill.seen(status)
             case "paused" if machine.state is not State.PAUSED:
                 machine.note(State.PAUSED, "paused")
             case _:
@@ -96,10 +111,6 @@ class News:
                 return Change(State.PAUSED, "powered off, and kept" if machine.guest_off.is_set() else "paused")
             case "RESUME" if machine.state is State.PAUSED:
                 return Change(State.RUNNING, "resumed")
-            case "GUEST_PANICKED" if data.get("action") == "pause":
-                return Change(State.PAUSED, "the guest's kernel panicked")
-            case "BLOCK_IO_ERROR" if data.get("action") == "stop":
-                return Change(State.PAUSED, "a disk reported an error")
             case _:
                 return None
 

@@ -123,9 +123,18 @@ async def resume(machine: Machine, by: str) -> bool:
         await _know(machine)
         if machine.state is not State.PAUSED:
             return False
-        await machine.command("cont")
-        if machine.alive:
+        stood_still = await machine.standstill.require_over()
+        try:
+            await machine.command("cont")
+        except errors.MonitorError as exc:
+            if machine.guest_off.is_set():
+                hint = f"It has powered off: virtctl stop {machine.name}, and start it."
+                raise errors.InvalidState(exc.message, hint=hint) from exc
+            raise
+        if machine.alive and not machine.standstill.again:
             machine.note(State.RUNNING, f"resumed by {by}")
+        if stood_still:
+            await machine.standstill.require_none()
         return True
 
 

@@ -93,6 +93,7 @@ class _Start(Start[Machine, model.Domain]):
         return {
             # Where its own words begin, among them what ends it.
             "words_from": {"file": self.child.stderr.file, "offset": self.stderr_from},
+            "disks": [disk.path for disk in self.disks],
             "images": images.recorded(images.identified(self.definition, self.disks)),
             "given": ownership.to_record(self.given),
             "nics": [msgspec.to_builtins(nic) for nic in self.nics],

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A guest that stands still by itself: its disk is full or broken, its kernel has panicked, QEMU can't go on.
+
+Nobody has asked for that, and its users only see that it doesn't answer. So it is a problem, on record and in the
+journal, with the disk and the reason, and resuming it is refused as long as it would stand still again at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ... import errors, journal
+from ...allowance import Allowance
+from ...messages import Message
+from ...model.state import State
+from ...records import now
+from ..protocol import Problem
+from ..turns import within
+from .news import DISK, INTERNAL, PANIC, STANDSTILL, WATCHDOG
+
+if TYPE_CHECKING:
+    from .machine import Machine
+
+TOLD, TOLD_RATE = 10, 1 / 60  # lines in the journal of one guest at once, and a second
+LOOK = 10.0  # seconds that a file system may take to say how full it is
+ENOUGH = 64 << 10  # bytes; with less free a guest that writes would stand still again at once
+RELAPSE = 1.0  # seconds after which it counts as running on: QEMU tries what failed again in a few milliseconds
+WORDS = 120  # characters of QEMU's own reason that are repeated
+NODE = r"disk([0-9]{1,4})"  # command.py names nodes and devices by the disk's index; CD-ROMs never stop a guest
+DEVICE = r".*/virtio-disk([0-9]{1,4})(?:/.*)?"
+OTHERS = {
+    PANIC: "the guest's kernel panicked",
+    WATCHDOG: "the guest's watchdog ran out",
+    INTERNAL: "QEMU can't go on, for an internal error",
+}
+
+
+class Fault(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Why it stands still, as the record has it. `kind`: one of STANDSTILLS. The rest is about the disk: its number,
+    or None where that isn't known, "read" or "write", whether it is full, and QEMU's own words.
+    """
+
+    kind: str
+    since: str
+    disk: int | None = None
+    operation: str = ""
+    full: bool = False
+    reason: str = ""
+
+
+class Space(msgspec.Struct, frozen=True):
+    """A file system: where it is mounted, and how many bytes are free for others than root."""
+
+    place: str
+    free: int
+
+
+class Standstill:
+    """That of one machine, if it has come to one."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._told = Allowance(TOLD, TOLD_RATE)
+        self._begun = asyncio.Event()
+
+    @property
+    def fault(self) -> Fault | None:
+        kept = self._machine.record.data.get(STANDSTILL) if self._machine.record is not None else None
+        with contextlib.suppress(msgspec.ValidationError):
+            return msgspec.convert(kept, Fault) if kept is not None else None
+        return None
+
+    def told(self, event: str, data: dict[str, Any]) -> None:
+        """By an event of QEMU's: BLOCK_IO_ERROR or GUEST_PANICKED."""
+        self._begin(_told(event, data))
+
+    def seen(self, status: str) -> None:
+        """By query-status: one of STANDSTILLS."""
+        self._begin(Fault(status, now()))
+
+    def _begin(self, fault: Fault) -> None:
+        """It has come to one; what is known of the one that it is in already is kept."""
+        machine = self._machine
+        if machine.record is None or self.fault is not None:
+            return
+        self._begun.set()
+        machine.note(
+            State.PAUSED, self._reason(fault), data=machine.record.data | {STANDSTILL: msgspec.to_builtins(fault)}
+        )
+        self.recall()
+        machine.spawn(self._look_into(), STANDSTILL)
+
+    def recall(self) -> None:
+        """Have it among the problems, as far as that is known without a look at the host."""
+        if (fault := self.fault) is not None:
+            self._machine.problems[STANDSTILL] = self._problem(fault, None)
+
+    def resumed(self, data: dict[str, Any]) -> dict[str, Any]:
+        """It isn't in one any more: its record's data without it."""
+        self._machine.problems.pop(STANDSTILL, None)
+        return {key: value for key, value in data.items() if key != STANDSTILL}
+
+    async def _look_into(self) -> None:
+        """Find out what the event didn't tell, and tell people."""
+        machine = self._machine
+        fault = self.fault
+        if fault is not None and fault.kind == DISK and fault.disk is None:
+            with contextlib.suppress(errors.MonitorError):
+                found = _failed(await machine.command("query-block"))
+                if found is not None and self.fault == fault:
+                    self._replace(fault, found)
+        await self.look()
+        if (problem := machine.problems.get(STANDSTILL)) is not None and self._told.take():
+            journal.send(problem.text, message_id=Message.GUEST_STOOD_STILL, level="error", **machine.fields())
+        machine.shared.publish("changed", machine)
+
+    def _replace(self, fault: Fault, found: dict[str, Any]) -> None:
+        assert self._machine.record is not None
+        fault = msgspec.structs.replace(fault, **found)
+        data = self._machine.record.data | {STANDSTILL: msgspec.to_builtins(fault)}
+        self._machine.note(self._machine.state, self._reason(fault), data=data)
+
+    async def look(self) -> None:
+        """Have the problem say how it is by now."""
+        if (fault := self.fault) is not None:
+            space = await self._space(fault)
+            if self.fault == fault:
+                self._machine.problems[STANDSTILL] = self._problem(fault, space)
+
+    async def _space(self, fault: Fault) -> Space | None:
+        path = self._path(fault)
+        if not fault.full or not path or path.startswith("/dev/"):
+            return None
+        with contextlib.suppress(TimeoutError, OSError):
+            async with asyncio.timeout(LOOK):
+                return await asyncio.to_thread(_space_of, path)
+        return None
+
+    async def require_over(self) -> bool:
+        """Whether it is in one. Raises InvalidState while resuming it would be in vain."""
+        machine, fault = self._machine, self.fault
+        self._begun.clear()
+        if fault is None:
+            return False
+        space = await self._space(fault)
+        problem = machine.problems[STANDSTILL] = self._problem(fault, space)
+        if fault.kind == INTERNAL or (space is not None and space.free < ENOUGH):
+            raise errors.InvalidState(f"Cannot resume {machine.name}: {problem.text}", hint=problem.hint)
+        return True
+
+    @property
+    def again(self) -> bool:
+        """Whether it has come to one since `require_over`."""
+        return self._begun.is_set()
+
+    async def require_none(self) -> None:
+        """Raise InvalidState if it comes to one once more within a moment."""
+        if await within(self._begun, RELAPSE):
+            await self.look()
+            if (problem := self._machine.problems.get(STANDSTILL)) is not None:
+                raise errors.InvalidState(
+                    f"{self._machine.name} was resumed, and stands still again: {problem.text}", hint=problem.hint
+                )
+
+    # In words
+
+    def _path(self, fault: Fault) -> str:
+        """By its record and its definition: what QEMU says about that isn't gone by."""
+        machine = self._machine
+        if fault.disk is None or machine.record is None:
+            return ""
+        kept = machine.record.data.get("disks")
+        if isinstance(kept, list) and fault.disk < len(kept):
+            return str(kept[fault.disk])
+        domain = machine.running_definition
+        disks = domain.disk if domain is not None else ()
+        return (disks[fault.disk].path or "") if fault.disk < len(disks) else ""
+
+    def _disk(self, fault: Fault) -> str:
+        if fault.disk is None:
+            return "one of its disks"
+        path = self._path(fault)
+        return f"disk[{fault.disk}]{f', {path}' if path else ''}"
+
+    def _reason(self, fault: Fault) -> str:
+        if fault.kind != DISK:
+            return OTHERS.get(fault.kind, OTHERS[INTERNAL])
+        what = f"a {fault.operation or 'request'} to {self._disk(fault)} failed"
+        why = "no space left" if fault.full else fault.reason
+        return f"{what}: {why}" if why else what
+
+    def _problem(self, fault: Fault, space: Space | None) -> Problem:
+        name = self._machine.name
+        text = f"{name} stands still since {fault.since[:19]}Z: {self._reason(fault)}"
+        resume, afresh = f"virtctl resume {name}", f"virtctl stop {name}, and start it"
+        if fault.kind == PANIC:
+            return Problem(text, f"virtctl log {name} shows its last words. Then: {afresh}.")
+        if fault.kind == WATCHDOG:
+            return Problem(text, f"{resume} lets it go on; or: {afresh}.")
+        if fault.kind != DISK:
+            return Problem(text, f"virtctl log --stderr {name} shows what QEMU says. Then: {afresh}.")
+        if space is not None:
+            free = f"{space.free >> 20} MiB" if space.free >> 20 else f"{space.free} bytes"
+            text += f" on the file system of {space.place}, {free} free"
+            return Problem(text, f"Free some space there, then: {resume}.")
+        if fault.full:
+            return Problem(text, f"Extend what it is on, such as an LVM thin pool (lvs shows these), then: {resume}.")
+        return Problem(text, f"journalctl -k shows what the host says about it. When that is mended: {resume}.")
+
+    def described(self) -> dict[str, Any] | None:
+        """As `virtctl info --json` has it."""
+        if (fault := self.fault) is None:
+            return None
+        return {
+            "kind": fault.kind,
+            "since": fault.since,
+            "disk": f"disk[{fault.disk}]" if fault.disk is not None else None,
+            "path": self._path(fault) or None,
+            "operation": fault.operation or None,
+            "full": fault.full,
+            "reason": fault.reason or None,
+        }
+
+
+def _told(event: str, data: dict[str, Any]) -> Fault:
+    if event != "BLOCK_IO_ERROR":
+        return Fault(PANIC, now())
+    disk = _number(NODE, data.get("node-name"))
+    if disk is None:
+        disk = _number(DEVICE, data.get("qom-path"))
+    operation = str(data.get("operation"))
+    return Fault(
+        DISK,
+        now(),
+        disk,
+        operation if operation in ("read", "write") else "",
+        data.get("nospace") is True,
+        _words(data.get("reason")),
+    )
+
+
+def _failed(blocks: object) -> dict[str, Any] | None:
+    """What query-block tells of the first disk that has failed."""
+    for block in blocks if isinstance(blocks, list) else []:
+        if isinstance(block, dict) and block.get("io-status") in ("failed", "nospace"):
+            number = _number(DEVICE, block.get("qdev"))
+            if number is not None:
+                return {"disk": number, "full": block["io-status"] == "nospace"}
+    return None
+
+
+def _number(pattern: str, text: object) -> int | None:
+    match = re.fullmatch(pattern, text) if isinstance(text, str) else None
+    return int(match[1]) if match else None
+
+
+def _words(text: object) -> str:
+    shown = text[:WORDS] if isinstance(text, str) else ""
+    return "".join(letter if letter.isprintable() else " " for letter in shown)
+
+
+def _space_of(path: str) -> Space:
+    """What is free where a file is. Raises OSError."""
+    place = os.path.realpath(path)
+    status = os.statvfs(place)
+    while not os.path.ismount(place):
+        place = os.path.dirname(place)
+    return Space(place, status.f_bavail * status.f_frsize)
