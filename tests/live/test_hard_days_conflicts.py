@@ -98,16 +98,6 @@ def test_one_mac_in_a_domain_and_a_container(containers: Lab) -> None:
     lab.virtctl("stop", "h")
 
 
-def test_two_containers_on_one_root(containers: Lab) -> None:
-    lab = containers
-    container(lab, "c")
-    assert "is container c's as well" in container(lab, "d")
-    lab.virtctl("container", "start", "c")
-    assert "(rootfs) is in use by container c" in refused(lab, "container", "start", "d")
-    lab.virtctl("container", "stop", "c")
-    lab.virtctl("container", "start", "d")
-
-
 def test_two_networks_that_forward_one_port(lab: Lab) -> None:
     forward = '[[forward]]\nport = 8080\nto = "10.77.{}.9"\nto_port = 80\n'
     define(lab, network("one", 50, more=forward.format(50)))

@@ -121,11 +121,6 @@ def _hint(found: Conflict) -> str:
             return "Give each [[nic]] a mac of its own, or none: then it gets one."
         case Kind.MAC:
             return f"Stop {other} first, or give one of the two another mac in its [[nic]]."
-        case Kind.IMAGE if found.mine.key == "rootfs":
-            return (
-                f"Stop {other} first, or make a copy with IDs of its own: "
-                f"virtctl container create NEW --image {found.mine.name}."
-            )
         case Kind.FILE | Kind.IMAGE | Kind.VOLUME:
             return f"Two guests that write to one disk destroy it. Stop {other}, or mark the disk readonly in both."
         case Kind.PORT:

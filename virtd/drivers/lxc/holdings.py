@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from .container import Container
 
 
-def to_start(container: model.Container, uuid: str, root: str, bridge_of: Callable[[str], str]) -> Iterator[Holding]:
-    """What it is going to have; `root` is "" for a volume, which is the storage driver's to look after."""
-    for path, (dev, ino) in here(container, root):
-        yield Holding(Kind.IMAGE, (dev, ino), "rootfs" if path == root else "device", path)
+def to_start(container: model.Container, uuid: str, bridge_of: Callable[[str], str]) -> Iterator[Holding]:
+    """What it is going to have. A volume is the storage driver's to look after."""
+    for path, (dev, ino) in disks(container):
+        yield Holding(Kind.IMAGE, (dev, ino), "device", path)
     yield from _cards(container, uuid, bridge_of)
     nics = [index for index, nic in enumerate(container.nic) if nic.network is not None]
     for index, name in zip(nics, interface_names(uuid, len(nics)), strict=True):
@@ -37,13 +37,13 @@ def _cards(container: model.Container, uuid: str, bridge_of: Callable[[str], str
             yield conflicts.mac(bridge_of(nic.network), address, f"nic[{index}]", nic.network)
 
 
-def here(container: model.Container, root: str) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Its root and the disks among its devices, each with device and inode."""
-    for path in (root, *(device.path for device in container.device)):
+def disks(container: model.Container) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The disks among its devices, each with device and inode. (A directory several may have as their root.)"""
+    for device in container.device:
         with contextlib.suppress(OSError):
-            status = os.stat(path)
-            if path == root or stat.S_ISBLK(status.st_mode):
-                yield path, (status.st_dev, status.st_ino)
+            status = os.stat(device.path)
+            if stat.S_ISBLK(status.st_mode):
+                yield device.path, (status.st_dev, status.st_ino)
 
 
 def defined(container: model.Container, uuid: str, bridge_of: Callable[[str], str]) -> Iterator[Holding]:
@@ -52,8 +52,6 @@ def defined(container: model.Container, uuid: str, bridge_of: Callable[[str], st
     if isinstance(root, model.Root):
         name = f"volume {root.volume} of pool {root.pool}"
         yield Holding(Kind.VOLUME, (root.pool, root.volume), "rootfs", name)
-    else:
-        yield Holding(Kind.FILE, (root.rstrip("/"),), "rootfs", root)
     yield from _cards(container, uuid, bridge_of)
 
 

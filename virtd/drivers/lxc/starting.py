@@ -81,12 +81,7 @@ class _Start(Start[Container, model.Container]):
         from .. import conflicts
         from . import holdings  # no start of the daemon needs it
 
-        return holdings.to_start(self.definition, self.machine.uuid, self._directory(), conflicts.bridges(self.peers))
-
-    def _directory(self) -> str:
-        """Its root, where that is no volume."""
-        root = self.definition.rootfs
-        return root.rstrip("/") if isinstance(root, str) else ""
+        return holdings.to_start(self.definition, self.machine.uuid, conflicts.bridges(self.peers))
 
     async def reach(self) -> None:
         """Have the networks that it is to be in, and its root, before anything of it is there."""
@@ -145,7 +140,7 @@ class _Start(Start[Container, model.Container]):
             "ids": [ids.first, ids.count] if ids is not None else None,
             "root": self.host.root,
             "images": self.images,
-            "held": [identity for _path, identity in holdings.here(self.definition, self._directory())],
+            "held": [identity for _path, identity in holdings.disks(self.definition)],
         }
 
     def prepare(self, ends_: Ends) -> None:
