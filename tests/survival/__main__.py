@@ -49,7 +49,7 @@ def main() -> int:
     names = options.suite or list(runner.SUITES)
     with ThreadPoolExecutor(len(names) if options.parallel else 1) as pool:
         list(pool.map(suite, names))
-    made = table.markdown(results, [event.title for event in EVENTS], runner.headings())
+    made = table.markdown(results, [event.title for event in EVENTS], runner.plurals())
     print(made)
     if options.write:
         table.save(results)

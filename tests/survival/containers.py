@@ -69,7 +69,7 @@ class Containers(Supervised):
     """See Supervised; and they keep their addresses."""
 
     name = noun = "container"
-    heading = "The same, for containers"
+    plural = "containers"
     driver = "lxc"
     steady, victim, brief = STEADY, VICTIM, BRIEF
     pausing = ("freeze", "thaw")

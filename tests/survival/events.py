@@ -265,7 +265,7 @@ EVENTS = (
     Event("`systemctl restart virtd`", restart, quick=True),
     Event("SIGKILL", killed("KILL"), quick=True),
     Event("SIGSEGV", killed("SEGV")),
-    Event("watchdog timeout (the daemon stands still)", watchdog, quick=True),
+    Event("watchdog timeout (the daemon hangs)", watchdog, quick=True),
     Event("`daemon-reload`", systemd("systemctl daemon-reload"), quick=True),
     Event("`daemon-reexec`", systemd("systemctl daemon-reexec")),
     Event("restart of systemd-journald", systemd("systemctl restart systemd-journald.service")),

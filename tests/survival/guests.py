@@ -15,7 +15,7 @@ class Guests(Supervised):
     """See Supervised."""
 
     name = "guest"
-    heading = "Event"
+    plural = "guests"
     driver = "qemu"
     steady, victim, brief = "steady", "victim", "brief"
     pausing = ("suspend", "resume")

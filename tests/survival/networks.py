@@ -72,7 +72,7 @@ class Networks:
     from the other network is there again."""
 
     name = driver = "network"
-    heading = "The same, for networks"
+    plural = "networks"
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
@@ -202,7 +202,7 @@ class Networks:
         self.deaf = True
         if not any("Slot" in problem["text"] for problem in state["problems"]):
             return [Finding(Verdict.LOST, f"{len(state['slots'])} slots of 5, and virtctl doesn't say so")]
-        return [Finding(Verdict.DEGRADED, "what dnsmasq says isn't logged until the network is started afresh")]
+        return [Finding(Verdict.DEGRADED, "no dnsmasq log until restarted")]
 
     def _frail(self) -> list[Finding]:
         """What was taken from the other network."""

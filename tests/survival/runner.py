@@ -144,6 +144,6 @@ def _clear(scene: Scene) -> None:
         subject.clear()
 
 
-def headings() -> dict[str, str]:
-    """What stands above each subject's column of events."""
-    return {subject.name: subject.heading for subject in SUBJECTS}  # type: ignore[attr-defined]
+def plurals() -> dict[str, str]:
+    """What each subject is called in the table."""
+    return {subject.name: subject.plural for subject in SUBJECTS}  # type: ignore[attr-defined]

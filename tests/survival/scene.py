@@ -30,10 +30,10 @@ done
 
 
 class Subject(Protocol):
-    """What is to survive: guests, and later networks, pools and containers. Each has a table of its own."""
+    """What is to survive: guests, networks, pools with their jobs, containers."""
 
     name: str
-    heading: str  # over the column of the events, in the README
+    plural: str  # what they are called in the table
     driver: str  # whose problems and remains are this subject's
 
     def prepare(self) -> None:

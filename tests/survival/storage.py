@@ -27,7 +27,7 @@ class Storage:
 
     name = "pool"
     driver = "storage"
-    heading = "The same, for storage pools and jobs"
+    plural = "pools and jobs"
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab

@@ -22,7 +22,7 @@ class Supervised:
     """The promises: PID, console out and in, control, an end in the gap on record, nothing left behind."""
 
     name = ""
-    heading = ""
+    plural = ""
     driver = ""
     noun = ""  # of virtctl's commands; domains have none
     steady = victim = brief = ""
@@ -191,7 +191,7 @@ class Supervised:
         silent = [slot for slot in slots if f"{self.driver}/{self.steady}/{slot}" not in shown.stdout]
         if silent or shown.returncode != 1:
             return [Finding(Verdict.LOST, f"{', '.join(silent)} gone, and virtctl status doesn't say so")]
-        return [Finding(Verdict.DEGRADED, f"no console until the {self.name} is started afresh")]
+        return [Finding(Verdict.DEGRADED, "no console until restarted")]
 
     def _end_of_victim(self) -> list[Finding]:
         lab, found = self.lab, list[Finding]()
@@ -210,7 +210,7 @@ class Supervised:
             lost = f"{self.driver}/{self.victim}/stdout .*lost"
             said = lab.run("journalctl", "-q", "-o", "cat", "-u", "virtd.service", "-g", lost, check=False)
             verdict = Verdict.DEGRADED if said.stdout else Verdict.LOST
-            found.append(Finding(verdict, "the last bytes of what ended meanwhile are gone"))
+            found.append(Finding(verdict, "the last output of any that ended meanwhile is lost"))
         if info["slots"] or info["pid"]:
             found.append(Finding(Verdict.LOST, f"what ended keeps {info['slots']}"))
         lab.sh(f"rm -f {self._log(self.victim)}*")

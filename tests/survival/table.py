@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a run has found, kept as JSON, and the tables that are made from it: for a terminal and for the README."""
+"""What a run has found, kept as JSON, and the table that is made from it: for a terminal and for the README."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
@@ -44,7 +44,7 @@ class Cell(NamedTuple):
         if not found:
             return cls(Verdict.KEPT)
         worst = Verdict.LOST if any(one.verdict is Verdict.LOST for one in found) else Verdict.DEGRADED
-        return cls(worst, "; ".join(one.what for one in found if one.verdict is worst))
+        return cls(worst, ", ".join(one.what for one in found if one.verdict is worst))
 
     @property
     def text(self) -> str:
@@ -81,25 +81,42 @@ def save(results: Results, path: Path = RESULTS) -> None:
     path.write_text(json.dumps({"systemd": results.systemd, "cells": results.cells}, indent=1) + "\n")
 
 
-def markdown(results: Results, titles: Iterable[str], subjects: Mapping[str, str]) -> str:
-    """One table for each subject, its rows in the order of `titles`; `subjects` has what stands above each.
+def together(cells: Mapping[str, Cell | None], plurals: Mapping[str, str]) -> str:
+    """One cell for all subjects: what is so of all of them, or "kept" and, by name, what differs of some."""
+    named: dict[Cell | None, list[str]] = {}
+    for subject, cell in cells.items():
+        named.setdefault(cell, []).append(plurals[subject])
+    if len(named) == 1:
+        (cell,) = named
+        return cell.text if cell else "not run"
+    parts = [str(Verdict.KEPT)] if Cell(Verdict.KEPT) in named else []
+    for cell, who in named.items():
+        if cell is None:
+            parts.append(f"{listed(who)}: not run")
+        elif cell.verdict is not Verdict.KEPT:
+            parts.append(f"{listed(who)}: {cell.what if cell.verdict is Verdict.DEGRADED else cell.text}")
+    return "; ".join(parts)
 
-    One that no run has had yet is left out.
+
+def listed(words: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def markdown(results: Results, titles: Iterable[str], plurals: Mapping[str, str]) -> str:
+    """A row for each of `titles` that was run, in that order, and a column for each suite.
+
+    `plurals` has what each subject is called in a cell; one that no run has had yet is left out.
     """
     suites = sorted(results.systemd, key=lambda suite: int(results.systemd[suite]))
-    parts = []
-    for subject, heading in subjects.items():
-        rows = results.cells.get(subject, {})
-        if not rows:
-            continue
-        lines = [f"| {heading} | " + " | ".join(f"systemd {results.systemd[suite]}" for suite in suites) + " |"]
-        lines.append("|---" * (len(suites) + 1) + "|")
-        for title in titles:
-            if title in rows:
-                cells = (rows[title].get(suite) for suite in suites)
-                lines.append(f"| {title} | " + " | ".join(cell.text if cell else "not run" for cell in cells) + " |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+    subjects = {name: rows for name in plurals if (rows := results.cells.get(name))}
+    lines = ["| Event | " + " | ".join(f"systemd {results.systemd[suite]}" for suite in suites) + " |"]
+    lines.append("|---" * (len(suites) + 1) + "|")
+    for title in titles:
+        if any(title in rows for rows in subjects.values()):
+            row = [{name: rows.get(title, {}).get(suite) for name, rows in subjects.items()} for suite in suites]
+            lines.append(f"| {title} | " + " | ".join(together(cells, plurals) for cells in row) + " |")
+    return "\n".join(lines)
 
 
 def in_readme(text: str) -> str:

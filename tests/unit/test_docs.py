@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the documentation says of the code is so: keys, defaults, commands, options, message ids, links, examples."""
+"""What the documentation says of the code is so: keys, defaults, commands, options, message ids, links, examples.
+
+The README is held to its length, too.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,10 @@ import argparse
 import importlib
 import json
 import re
+import shlex
 import subprocess
+import textwrap
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -148,12 +154,15 @@ def test_each_command_is_documented_with_its_options(noun: str, command: str) ->
     whole = f"{noun} {command}".strip()
     found = re.search(rf"^``{whole}(?: .*)?``\n((?:(?: {{4}}.*)?\n)+)", page("virtctl.1"), re.M)
     assert found, f"virtctl(1) has no entry for {whole}"
-    module = importlib.import_module(f"virtd.cli.{main.commands_of(noun)[command][0]}")
     parser = options.Parser(command, "")
-    module.OPTIONS[command](parser)
+    module_of(noun, command).OPTIONS[command](parser)
     common = section(page("virtctl.1"), "OPTIONS")
     missing = [option for option in long_options(parser) if option not in found[0] and f"**{option}**" not in common]
     assert not missing, missing
+
+
+def module_of(noun: str, command: str) -> Any:
+    return importlib.import_module(f"virtd.cli.{main.commands_of(noun)[command][0]}")
 
 
 def long_options(parser: argparse.ArgumentParser) -> list[str]:
@@ -213,8 +222,28 @@ def markdown() -> list[str]:
 def test_links_lead_somewhere(name: str) -> None:
     text = re.sub(r"```.*?```", "", (ROOT / name).read_text(), flags=re.S)
     targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
-    broken = [target for target in targets if not ((ROOT / name).parent / target.partition("#")[0]).exists()]
+    broken = [target for target in targets if not leads_somewhere(ROOT / name, target)]
     assert not broken, broken
+
+
+def leads_somewhere(page: Path, target: str) -> bool:
+    path, _, anchor = target.partition("#")
+    found = page.parent / path if path else page
+    return found.exists() and (not anchor or anchor in anchors(found.read_text()))
+
+
+def anchors(text: str) -> list[str]:
+    """What GitHub makes of headings."""
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def test_the_readme_is_read_in_five_minutes_and_leads_to_all_else() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 200, "details belong in docs/ or in a man page"
+    linked = set(re.findall(r"\]\(([^)\s#]+)", text))
+    there = {name for name in markdown() if re.fullmatch(r"docs/.*|[^/]*", name)} - {"README.md"}
+    assert not (there | {f"packaging/man/{name}.rst" for name in pages()}) - linked
 
 
 def test_pages_refer_to_pages_that_there_are() -> None:
@@ -266,3 +295,122 @@ def test_an_example_that_is_wrong_would_be_noticed() -> None:
     for text in ('name = "x"\nmemory = "1G"\nvcpu = 1\n', "[log]\nsize = 1\n", '[[disk]]\nfile = "/x"\n'):
         with pytest.raises(errors.InvalidDefinition):
             parse(text)
+
+
+# Commands in examples and in sentences
+
+
+def sources() -> list[tuple[str, str]]:
+    return [(name, (ROOT / name).read_text()) for name in markdown()] + [(name, page(name)) for name in pages()]
+
+
+def blocks(text: str) -> Iterator[str]:
+    """What is set as code, but for fenced blocks that say that they aren't a shell's."""
+    yield from re.findall(r"^```(?:sh|console|bash)\n(.*?)^```", text, re.M | re.S)
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    for block in re.findall(r"(?<=\n\n)(?: {4}.*\n|\n(?= {4}))+", text):
+        yield textwrap.dedent(block)
+
+
+def lines_typed(block: str) -> Iterator[str]:
+    """Those after a prompt, or, where there is none, all of them."""
+    block = re.sub(r"\\\n\s*", "", block)
+    block = re.sub(r"(<<'?(\S+?)'?\n).*?^\2$", r"\1", block, flags=re.M | re.S)
+    lines = block.splitlines()
+    prompted = [line[2:] for line in lines if line.startswith("# ")]
+    yield from prompted or lines
+
+
+def calls(text: str) -> list[str]:
+    """Each call of virtctl in what is typed: its arguments, as text."""
+    return [
+        re.sub(r"\s\d*(?:<<|[<>]+&?)\s*\S+", "", called[1])
+        for block in blocks(text)
+        for line in lines_typed(block)
+        for part in re.split(r"\s*(?:\|\|?|&&|;)\s+", line)
+        if (called := re.match(r"(?:.*(?: -- |\$\(|\bdo )|sudo (?:-\S+ )*)?virtctl(?: +|$)([^)]*)", part))
+    ]
+
+
+def mentions(text: str) -> list[str]:
+    """What stands in a sentence as a call of virtctl: `virtctl info` in Markdown, **virtctl info** in a man page."""
+    return [
+        " ".join(either.split()[1:])
+        for pair in re.findall(r"`(virtctl\s[^`]+)`|\*\*(virtctl\s[^*]+)\*\*", text)
+        for either in filter(None, pair)
+    ]
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
+    """virtctl's complaint about arguments, if any. None of its commands does anything meanwhile."""
+    for noun, command in all_commands():
+        module = module_of(noun, command)
+        monkeypatch.setattr(module, "RUN", dict.fromkeys(module.OPTIONS, lambda _args, _session: exits.OK))
+
+    def refused(arguments: str) -> str:
+        status = main.main(shlex.split(arguments, comments=True))
+        said = capsys.readouterr().err
+        assert (status == exits.OK) is not bool(said), said
+        return said
+
+    return refused
+
+
+@pytest.mark.parametrize(("name", "arguments"), [(name, call) for name, text in sources() for call in calls(text)])
+def test_commands_in_examples_are_ones_that_there_are(
+    name: str, arguments: str, refused: Callable[[str], str]
+) -> None:
+    assert not refused(arguments), name
+
+
+@pytest.mark.parametrize(("name", "words"), [(name, words) for name, text in sources() for words in mentions(text)])
+def test_commands_in_sentences_are_ones_that_there_are(name: str, words: str) -> None:
+    assert not unknown(words), name
+
+
+def unknown(mention: str) -> list[str]:
+    """The words of a call that virtctl doesn't know: its noun, command or options. Names may be left out."""
+    words = re.findall(r"[^\s\[\]|]+", mention.partition(" -- ")[0])
+    noun = words.pop(0) if words and words[0] in main.NOUNS else ""
+    command = words.pop(0) if words and not words[0].startswith("-") else "list"
+    if command not in main.commands_of(noun):
+        return [command]
+    parser = options.Parser(command, "")
+    module_of(noun, command).OPTIONS[command](parser)
+    parser.common()
+    known = {option for action in parser._actions for option in action.option_strings}
+    return [word for word in words if word.startswith("-") and word.partition("=")[0] not in {*known, "-"}]
+
+
+def test_there_are_commands() -> None:
+    pages_with = {name for name, text in sources() if calls(text)}
+    assert {"README.md", "docs/containers.md", "docs/networks.md", "docs/storage.md", "virtctl.1"} <= pages_with
+    assert {"README.md", "ARCHITECTURE.md", "NEWS.md", "virtd.8"} <= {n for n, text in sources() if mentions(text)}
+
+
+def test_a_command_that_is_wrong_would_be_noticed(refused: Callable[[str], str]) -> None:
+    text = """Text of `virtctl info web1`, **virtctl network
+    list --activ**:
+
+    # virtctl pool define - <<'.'
+    virtctl nonsense
+    .
+    # yes | virtctl volume delete default web1 >log; sudo virtctl container strat deb 2>/dev/null
+    virtctl said something
+
+Or:
+
+    for name in $(virtctl list --jason); do virtctl start $name; done
+"""
+    typed = ["pool define -", "volume delete default web1", "container strat deb", "list --jason", "start $name"]
+    assert calls(text) == typed
+    assert mentions(text) == ["info web1", "network list --activ"]
+    assert not refused("pool define -")
+    for wrong in ("container strat deb", "list --jason", "nonsense", "volume resize default web1", "log -n x web1"):
+        assert refused(wrong)
+    assert [unknown(words) for words in ("info web1", "network list --activ", "pool strat")] == [
+        [],
+        ["--activ"],
+        ["strat"],
+    ]
