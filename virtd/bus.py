@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from . import errors
 from .busmessage import Descriptor, MethodCall, Table, Var, sendable
+from .text import span
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -293,7 +294,9 @@ class Bus:
             async with asyncio.timeout(timeout):
                 reply = await future
         except TimeoutError as exc:
-            raise errors.TimedOut(f"{destination} did not answer {interface}.{method} within {timeout:g} s") from exc
+            raise errors.TimedOut(
+                f"{destination} did not answer {interface}.{method} within {span(timeout)}"
+            ) from exc
         finally:
             self._pending.pop(serial, None)
         if reply.get_message_type() == self._gio.DBusMessageType.ERROR:

@@ -97,6 +97,7 @@ class Daemon:
         )
         services = Services(paths, store, self.pump, settings.log, self._get_units)
         self.host = Host(services, settings)
+        self._kept = storecheck.Watch(self.host.problems, self._look_at_store)
         if problem is not None:
             self._settings_problem(problem)
 
@@ -184,7 +185,7 @@ class Daemon:
             with contextlib.suppress(errors.VirtdError):  # an older policy may be in force
                 await bus.own_name(CLIENT_NAME)
             try:
-                await self._units.on_reloaded(lambda: self._task(self._check_store))
+                await self._units.on_reloaded(self._kept.due)
                 if first:
                     await self._recover()
                     if lost.is_set():
@@ -194,6 +195,7 @@ class Daemon:
                     first = False
                     self._task(self.host.autostart)
                     self._task(self._be_well)
+                    self._task(self._kept.keep_looking)
                 machines = self._task(self._machined)
                 while not lost.is_set():
                     if await self._serve_bus(lost):
@@ -285,16 +287,8 @@ class Daemon:
         with contextlib.suppress(errors.VirtdError):  # the bus was lost
             await Registry(self.host, self._units).run()
 
-    async def _check_store(self) -> None:
-        """After a daemon-reload, and once at the start: see that the next start will find what it needs."""
-        try:
-            found = await storecheck.look(self._store, await self._get_units(), UNIT)
-        except (errors.VirtdError, fdstore.StoreError) as exc:
-            log.warning("Whether systemd still has all descriptors can't be seen: %s", exc)
-            return
-        before = {key: self.host.problems.pop(key) for key in storecheck.KEYS if key in self.host.problems}
-        self.host.problems |= found
-        storecheck.tell(before, found)
+    async def _look_at_store(self) -> storecheck.Problems:
+        return await storecheck.look(self._store, await self._get_units(), UNIT)
 
     async def _get_units(self) -> Units:
         if not self._units_there.is_set():

@@ -8,6 +8,7 @@ impossible. As long as this process runs it has them all; only the next one woul
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
@@ -21,10 +22,50 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+AGAIN, AGAIN_AT_MOST = 1.0, 64.0  # seconds until what couldn't be seen is looked at again, doubled each time
 LOOKS = 4  # at what systemd has of the store's entries, before one counts as dropped
 BEFORE = "before virtd is stopped or restarted"
 
 Problems = dict[str, tuple[str, str]]  # by key: text and hint
+
+
+class Watch:
+    """Looks when it is due, once for however many times that it was meanwhile, and again where nothing could be seen.
+
+    What `look` finds is put into `problems`, and told when it is new.
+    """
+
+    def __init__(self, problems: Problems, look: Callable[[], Awaitable[Problems]]) -> None:
+        self._problems = problems
+        self._look = look
+        self._due = asyncio.Event()
+        self._due.set()
+        self._failed = 0  # times in a row
+
+    def due(self) -> None:
+        """systemd has read its units again, or just has been found."""
+        self._due.set()
+
+    async def keep_looking(self) -> None:
+        while True:
+            pause = min(AGAIN * 2 ** (self._failed - 1), AGAIN_AT_MOST) if self._failed else None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._due.wait()
+            self._due.clear()
+            try:
+                found = await self._look()
+            except (errors.VirtdError, fdstore.StoreError) as exc:
+                self._failed += 1
+                if self._failed == 1:
+                    log.warning("Whether systemd still has all descriptors can't be seen: %s", exc)
+                continue
+            if self._failed:
+                log.info("What systemd has can be seen again, after %d looks that failed", self._failed)
+                self._failed = 0
+            before = {key: self._problems.pop(key) for key in KEYS if key in self._problems}
+            self._problems |= found
+            tell(before, found)
 
 
 def headroom(soft: int) -> int:

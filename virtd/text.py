@@ -7,7 +7,14 @@ such text to the journal, into JSON or onto a bus is an error: one that nobody e
 
 from __future__ import annotations
 
-from typing import Any
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
+def span(value: float) -> str:
+    """A span as a person writes it: "2 s" for 1.99983, "0.25 s", "3600 s"."""
+    return f"{value:.0f} s" if value >= 100 else f"{value:.3g} s"
 
 
 def plain(text: str) -> str:

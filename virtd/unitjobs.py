@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 
 from . import errors
+from .text import span
 
 
 class Jobs:
@@ -28,7 +29,7 @@ class Jobs:
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError as exc:
-            raise errors.TimedOut(f"systemd's job for {self._unit} did not end within {timeout:g} s") from exc
+            raise errors.TimedOut(f"systemd's job for {self._unit} did not end within {span(timeout)}") from exc
         return next(iter(self._results.values())) if job is None else self._results[job]
 
 
@@ -43,6 +44,6 @@ class Patience:
 
     async def pause(self) -> None:
         if asyncio.get_running_loop().time() > self._deadline:
-            raise errors.TimedOut(f"{self._complaint} within {self._timeout:g} s")
+            raise errors.TimedOut(f"{self._complaint} within {span(self._timeout)}")
         await asyncio.sleep(self._pause)
         self._pause = min(self._pause * 2, 0.25)

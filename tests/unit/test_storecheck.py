@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import resource
 from typing import TYPE_CHECKING, Any, cast
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from tests.unit.fake_pid1 import FakePid1, put_new
-from tests.unit.whole_host import on_loop
+from tests.unit.whole_host import on_loop, until
 from virtd import errors, storecheck
 from virtd.fdstore import NotifyFailed, Store, StoreFull
 from virtd.fdstore.notify import connect
@@ -157,6 +158,46 @@ def test_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     storecheck.tell(found, found)
     storecheck.tell(found, {})
     assert said == [("virtd.service is masked. systemctl unmask virtd.service.", Message.STORE_AT_RISK)]
+
+
+@on_loop
+async def test_many_reloads_are_one_look(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """And one that fails is told once, however often, and tried again."""
+    monkeypatch.setattr(storecheck, "AGAIN", 0.001)
+    monkeypatch.setattr(storecheck, "tell", lambda before, found: None)
+    caplog.set_level(logging.INFO)
+    answers: asyncio.Queue[storecheck.Problems | errors.VirtdError] = asyncio.Queue()
+    asked = 0
+
+    async def answer() -> storecheck.Problems:
+        nonlocal asked
+        asked += 1
+        if isinstance(found := await answers.get(), errors.VirtdError):
+            raise found
+        return found
+
+    problems: storecheck.Problems = {"bus": ("none of its business", "")}
+    watch = storecheck.Watch(problems, answer)
+    running = asyncio.ensure_future(watch.keep_looking())
+    await until(lambda: asked == 1, "a look at the start")
+    for _ in range(36):
+        watch.due()
+    answers.put_nowait({"store": ("masked", "unmask")})
+    await until(lambda: asked == 2, "one more for the 36")
+    assert "store" in problems
+    for _ in range(5):
+        answers.put_nowait(errors.HostError("systemd did not answer"))
+    await until(lambda: asked == 7, "more tries, though nothing is due")
+    assert "store" in problems
+    assert [record.getMessage() for record in caplog.records] == [
+        "Whether systemd still has all descriptors can't be seen: systemd did not answer"
+    ]
+    answers.put_nowait({})
+    await until(lambda: "store" not in problems, "an answer")
+    assert caplog.records[-1].getMessage() == "What systemd has can be seen again, after 5 looks that failed"
+    assert (asked, problems) == (7, {"bus": ("none of its business", "")})
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
 
 
 @pytest.fixture

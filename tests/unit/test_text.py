@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from virtd import journal
-from virtd.text import plain, plainly
+from virtd.text import plain, plainly, span
 
 ODD = "B\udcfcro \ud800 \x00 ü"
 
@@ -54,3 +54,8 @@ def test_logging_never_raises(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert plain(ODD) in capsys.readouterr().err
     monkeypatch.setattr("sys.stderr", None)
     handler.emit(logging.LogRecord("virtd", logging.ERROR, "", 1, ODD, (), None))
+
+
+def test_spans_are_rounded() -> None:
+    spans = {1.99983: "2 s", 2: "2 s", 0.25: "0.25 s", 0.123456: "0.123 s", 99.96: "100 s", 3600: "3600 s"}
+    assert {value: span(value) for value in (*spans, 1234567.8)} == spans | {1234567.8: "1234568 s"}

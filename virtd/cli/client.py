@@ -316,7 +316,9 @@ class Call:
                 self._again()
                 continue
             if reply is None:
-                raise TimedOut(f"virtd didn't answer within {self._limit:g} s", hint=HINT)
+                from virtd.text import span
+
+                raise TimedOut(f"virtd didn't answer within {span(self._limit or 0)}", hint=HINT)
             return reply
 
     def _send(self) -> None:
@@ -359,7 +361,9 @@ class Call:
         while not self._knock():
             away = time.monotonic() - lost
             if patience is not None and away > patience:
-                raise Disconnected(f"virtd went away and didn't come back within {patience:g} s", hint=HINT)
+                from virtd.text import span
+
+                raise Disconnected(f"virtd went away and didn't come back within {span(patience)}", hint=HINT)
             if away > QUIET and not noticed:
                 noticed = True
                 self._session.notice()

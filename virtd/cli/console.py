@@ -191,7 +191,11 @@ class Console:
 
     def _absence(self, seconds: float) -> None:
         if self._session.patience is not None and seconds > self._session.patience:
-            raise Disconnected(f"virtd went away and didn't come back within {self._session.patience:g} s", hint=HINT)
+            from virtd.text import span
+
+            raise Disconnected(
+                f"virtd went away and didn't come back within {span(self._session.patience)}", hint=HINT
+            )
         if seconds > QUIET and not self._noticed:
             self._noticed = True
             self._say("virtctl: virtd went away, waiting for it to come back...")

@@ -33,8 +33,7 @@ _TABLE = r"(?m)^[ \t]*\["
 def read(path: str) -> str:
     """A definition's text; its file may be a link to where it is kept.
 
-    Raises InvalidDefinition when it isn't a file that only root can write, UnicodeDecodeError, which is a ValueError,
-    or OSError.
+    Raises InvalidDefinition when it isn't a file that only root can write, or not in UTF-8; or OSError.
     """
     try:
         link = stat.S_ISLNK(os.lstat(path).st_mode)
@@ -48,7 +47,15 @@ def read(path: str) -> str:
             os.close(fd)
     except untrusted.Unfit as exc:
         raise errors.InvalidDefinition(path, "", f"can't be read: {exc.strerror}") from exc
-    return raw.decode().removeprefix(BOM)
+    return decoded(raw, path)
+
+
+def decoded(raw: bytes, source: str) -> str:
+    """A definition's text. Raises InvalidDefinition."""
+    try:
+        return raw.decode().removeprefix(BOM)
+    except UnicodeDecodeError as exc:
+        raise errors.InvalidDefinition(source, "", f"UTF-8 text expected, but byte {exc.start} isn't") from exc
 
 
 def troubles(directory: str, found: Listing) -> Iterator[tuple[str, Problem]]:

@@ -21,6 +21,7 @@ from ..drivers.protocol import Problem
 from ..drivers.turns import within
 from ..messages import Message
 from ..process import boot_id
+from ..text import span
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -193,9 +194,9 @@ class Boot:
             failed = await self._try(driver, one)
             if failed is None:
                 one.wait_for(None)
-                after = round(time.monotonic() - begun)
+                after = time.monotonic() - begun
                 journal.send(
-                    f"Autostarted {driver.noun} {one.name} after {after} s of waiting",
+                    f"Autostarted {driver.noun} {one.name} after {span(after)} of waiting",
                     message_id=Message.AUTOSTARTED_LATE, **one.fields(),
                 )  # fmt: skip
                 return

@@ -11,6 +11,7 @@ from .. import errors
 from ..drivers.guest import Guest
 from ..drivers.turns import within
 from ..model.state import State, require
+from ..text import span
 from .viewing import Viewers
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class Objects(Generic[G]):
                     await changed.wait()
         except TimeoutError:
             raise errors.TimedOut(
-                f"{machine.name} is {machine.state} after {timeout:.3g} s, not {' or '.join(states)}"
+                f"{machine.name} is {machine.state} after {span(timeout or 0)}, not {' or '.join(states)}"
             ) from None
         finally:
             unsubscribe()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ... import errors
 from ...model.state import State, require
+from ...text import span
 from .container import number_of
 
 if TYPE_CHECKING:
@@ -43,10 +44,10 @@ async def shutdown(container: Container, timeout: float, by: str) -> bool:
     async with container.exclusive("shut down"):
         if container.state is State.STOPPING and container.child is not None and container.child.alive():
             container.note(
-                State.RUNNING, f"did not shut down within {timeout:.0f} s", data=container.ask("gave up", by)
+                State.RUNNING, f"did not shut down within {span(timeout)}", data=container.ask("gave up", by)
             )
     raise errors.TimedOut(
-        f"{container.name} did not shut down within {timeout:.0f} s",
+        f"{container.name} did not shut down within {span(timeout)}",
         hint=f"It runs on. Give it more time with --timeout, or end it: virtctl container stop {container.name}.",
     )
 
@@ -140,7 +141,7 @@ async def reboot(container: Container, timeout: float, by: str) -> bool:
             raise errors.InvalidState(f"{container.name} ended instead of rebooting: {container.reason}")
         if not container.started.is_set():
             raise errors.TimedOut(
-                f"{container.name} did not reboot within {timeout:.0f} s",
+                f"{container.name} did not reboot within {span(timeout)}",
                 hint=f"It runs on. virtctl container stop {container.name} ends it at once.",
             )
         container.note(State.RUNNING, f"rebooted by {by}", data=container.ask("", ""))

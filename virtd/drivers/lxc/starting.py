@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ... import errors, files, layout
 from ...model import container as model
+from ...text import span
 from ...units import UnitSpec
 from .. import start as starting
 from ..programs import ENVIRONMENT
@@ -210,7 +211,7 @@ class _Start(Start[Container, model.Container]):
             elif not container.started.is_set():
                 raise errors.StartFailed(
                     f"Cannot start {container.name}: LXC didn't start its first program "
-                    f"within {self.settings.start_timeout:g} s"
+                    f"within {span(self.settings.start_timeout)}"
                 )
         finally:
             for task in (started, ended):

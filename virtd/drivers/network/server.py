@@ -16,6 +16,7 @@ from ...child import Child, Ends, end_unit, identities
 from ...logfile import Cursor
 from ...messages import Message
 from ...stderrlog import StderrLog
+from ...text import span
 from ...units import CLD_EXITED, UnitState, signal_name
 from ..protocol import Problem
 from ..recorded import Tasks
@@ -243,7 +244,7 @@ class Server(Tasks):
             if dnsmasq.READY in _read(self.net, since):
                 return
             if time.monotonic() > deadline:
-                raise errors.StartFailed(f"dnsmasq of network {self.net.name} isn't ready after {READY_LIMIT:g} s")
+                raise errors.StartFailed(f"dnsmasq of network {self.net.name} isn't ready after {span(READY_LIMIT)}")
             await asyncio.sleep(LOOK)
         await child.drain()
         raise errors.StartFailed(f"dnsmasq of network {self.net.name} {how(await child.verdict())} at its start")
@@ -311,7 +312,7 @@ class Server(Tasks):
     def _say(self, text: str, hint: str = "") -> None:
         """What the network has to say for itself until its dnsmasq runs."""
         hint = hint or f"See: journalctl VIRTD_DRIVER=network VIRTD_NAME={self.net.name}."
-        self.net.problems["server"] = Problem(text, f"It is started again in {self._pause:g} s. {hint}")
+        self.net.problems["server"] = Problem(text, f"It is started again in {span(self._pause)}. {hint}")
 
     # Taking it back
 

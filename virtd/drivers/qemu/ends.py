@@ -24,6 +24,8 @@ TAIL = 1 << 16  # the last events tell; a guest can make any number of them
 
 # trace-events of QEMU's system/; before each line up to 7.2, and with -msg timestamp=on, PID and time.
 TRACE = r"(?:\d+@\d+\.\d+:)?qemu_system_(?:(powerdown)_request|shutdown_request reason=(\d+)).*"
+# Of QEMU 11.1 and later, about a word of command.py that older ones have no other for.
+OUTDATED = "warning: '-mon' is deprecated"
 # ShutdownCause of QEMU's qapi/run-state.json, to the end of which new ones are added.
 REASONS = (
     "none", "host-error", "host-qmp-quit", "host-qmp-system-reset", "host-signal", "host-ui",
@@ -31,9 +33,9 @@ REASONS = (
 )  # fmt: skip
 
 
-def is_trace(line: str) -> bool:
-    """Whether a line of QEMU's stderr is one of those that tell what ends it."""
-    return re.fullmatch(TRACE, line) is not None
+def is_aside(line: str) -> bool:
+    """Whether a line of QEMU's stderr is for no person: it tells virtd what ends it, or how virtd should call it."""
+    return re.fullmatch(TRACE, line) is not None or OUTDATED in line
 
 
 def traced(words: str) -> list[dict[str, Any]]:

@@ -103,7 +103,7 @@ class Machine(Guest[model.Domain]):
             events = ends.latest(ends.traced(words), list(self.news.last))
         else:
             words = self.last_words()
-        words = "\n".join(line for line in words.splitlines() if not ends.is_trace(line))
+        words = "\n".join(line for line in words.splitlines() if not ends.is_aside(line))
         if not words and self.record is not None and self.record.data.get(AGAIN):
             words = "(nobody heard)"  # one that somebody else has started writes into /dev/null
         return ends.judge(unit, events, self.request, words, now())
@@ -125,7 +125,7 @@ class Machine(Guest[model.Domain]):
         return self.record.data | {"words_from": {"file": log_file.file, "offset": log_file.size}}
 
     def sort_line(self, text: str) -> str | None:
-        return None if ends.is_trace(text) else "warning"
+        return None if ends.is_aside(text) else "warning"
 
     def adopted(self) -> None:
         if self.record is not None and STANDSTILL in self.record.data:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ... import errors, untrusted
 from ...allowance import Allowance
+from ...text import span
 
 if TYPE_CHECKING:
     import socket
@@ -99,7 +100,7 @@ class Monitor:
                 raise self._gone() from None
             self.link = Link.SILENT
             raise errors.MonitorError(
-                f"The QEMU monitor of {self._name} didn't answer within {limit:g} s",
+                f"The QEMU monitor of {self._name} didn't answer within {span(limit)}",
                 hint=f"The guest itself may be fine. virtctl stop {self._name} ends it without the monitor.",
             ) from None
         except (QMPError, OSError, EOFError) as exc:
@@ -170,7 +171,7 @@ class Monitor:
         except TimeoutError:
             self.link = Link.SILENT
             raise errors.MonitorError(
-                f"The QEMU monitor of {self._name} didn't answer {command} within {limit:g} s"
+                f"The QEMU monitor of {self._name} didn't answer {command} within {span(limit)}"
             ) from None
         except ExecuteError as exc:
             raise errors.MonitorError(f"QEMU refused {command}: {_short(exc.error.error.desc)}") from None

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from ... import errors
 from ...model.domain import OnPoweroff
 from ...model.state import State, require
+from ...text import span
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -56,10 +57,10 @@ async def shutdown(machine: Machine, timeout: float, by: str) -> bool:
         if machine.state is State.STOPPING and machine.child is not None and machine.child.alive():
             # Not forgotten, for it may be about to end all the same; but no longer the reason of whatever ends it.
             machine.note(
-                State.RUNNING, f"did not shut down within {timeout:.0f} s", data=machine.ask(SHUTDOWN_GIVEN_UP, by)
+                State.RUNNING, f"did not shut down within {span(timeout)}", data=machine.ask(SHUTDOWN_GIVEN_UP, by)
             )
     raise errors.TimedOut(
-        f"{machine.name} did not shut down within {timeout:.0f} s",
+        f"{machine.name} did not shut down within {span(timeout)}",
         hint=f"It runs on. Give it more time with --timeout, or end it at once: virtctl stop {machine.name}.",
     )
 
@@ -197,11 +198,11 @@ async def _press_and_reset(machine: Machine, timeout: float, by: str) -> None:
         # A request still, so that the button in the event journal isn't taken for the host's own shutdown.
         machine.note(
             State.RUNNING,
-            f"did not shut down to be rebooted within {timeout:.0f} s",
+            f"did not shut down to be rebooted within {span(timeout)}",
             data=machine.ask(REBOOT_GIVEN_UP, by),
         )
         raise errors.TimedOut(
-            f"{machine.name} did not shut down within {timeout:.0f} s to be rebooted",
+            f"{machine.name} did not shut down within {span(timeout)} to be rebooted",
             hint=f"Reset it at once: virtctl reboot --force {machine.name}.",
         ) from None
     await _reset(machine, by)

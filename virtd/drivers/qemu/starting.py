@@ -199,6 +199,6 @@ class _Start(Start[Machine, model.Domain]):
         lines = [
             line.partition(": ")[2] if line.split(":")[0].rpartition("/")[2].startswith("qemu") else line
             for line in words.splitlines()
-            if not ends.is_trace(line)
+            if not ends.is_aside(line)
         ]
         return "; ".join(line for line in lines[-3:] if line)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from ... import errors, files
+from ...text import span
 from .. import ids
 from ..ids import Range
 from . import host as hostinfo
@@ -124,7 +125,7 @@ class Users:
                 found = await asyncio.to_thread(_choose, self.within, taken, table.next)
         except TimeoutError:
             raise errors.TimedOut(
-                f"The host didn't say within {PATIENCE:g} s which user IDs are free",
+                f"The host didn't say within {span(PATIENCE)} which user IDs are free",
                 hint="Is a service that passwd in /etc/nsswitch.conf names out of reach?",
             ) from None
         following = found + 1 if self.within.holds(found + 1) else self.within.first

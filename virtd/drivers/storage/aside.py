@@ -9,6 +9,7 @@ import threading
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from ... import errors
+from ...text import span
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,7 +63,8 @@ class Aside:
         except TimeoutError:
             self._stuck.add(thread)
             raise errors.TimedOut(
-                f"{self._what} doesn't answer within {limit:g} s", hint="Is its server up, its device still there?"
+                f"{self._what} doesn't answer within {span(limit or 0)}",
+                hint="Is its server up, its device still there?",
             ) from None
         if job.error is not None:
             raise job.error
