@@ -282,6 +282,26 @@ def test_what_the_kernel_has_noted_is_kept() -> None:
     assert "elements = { 0xfe800000000000000000000000001234 }" in text  # nobody else's, too
 
 
+def test_what_others_in_a_bridge_of_the_hosts_use_is_theirs() -> None:
+    items: list[dict[str, Any]] = [
+        {"set": {"name": "others4", "elem": [{"elem": {"val": "10.7.0.9", "timeout": 120, "expires": 7}}]}},
+        {"set": {"name": "others6", "elem": [{"elem": {"val": "0xfe800000000000000000000000001234"}}]}},
+    ]
+    kept = ethernet.filled(items, [])
+    assert kept == {"others4": ["10.7.0.9"], "others6": ["0xfe800000000000000000000000001234"]}
+    port = ports.Port("vt-a-0", "qemu/a", "52:54:00:00:00:01")
+    lan = model.parse('name = "lan"\nmode = "bridge"\nbridge = "br0"\n', "x")
+    ground = ports.Ground(lan, "", (port,), ("eth0",))
+    text = ethernet.rules(ground, "virtd-lan", kept)
+    assert 'set others { type ifname; elements = { "eth0" } }' in text
+    assert "elements = { 10.7.0.9 }" in text
+    # Whose it is already comes first.
+    assert text.index("arp saddr ip @first4") < text.index("arp saddr ip @others4 goto refuse")
+    # That somebody put something else into the bridge doesn't make other rules of them.
+    assert firewall.made_of(ground) == firewall.made_of(ground._replace(others=()))
+    assert "others" not in ethernet.rules(ports.Ground(parse(V4), "56:44:00:00:00:01", (port,)), "virtd-lab", {})
+
+
 def test_whatever_lies_where_the_leases_are_is_no_lease(tmp_path: Path) -> None:
     """A FIFO there hung the daemon at the next `network leases` of anybody, a link to /dev/zero had it killed."""
     for kind, path in odd_files(tmp_path).items():

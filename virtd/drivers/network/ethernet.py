@@ -7,7 +7,9 @@ as RFC 6620 has it. The kernel keeps that by itself, in sets that it fills. No D
 VLAN tags, no other protocols, nothing that would hide what it is in extension headers or fragments.
 
 Ports are known by the names of their interfaces, so all of it is there before an interface is, and also for one that
-a container's reboot makes anew. Other interfaces in the bridge are their owners' business.
+a container's reboot makes anew. Other interfaces in the bridge are their owners' business. In a bridge of the host's
+an address with which they, or the host itself, ask for a neighbour is theirs for some minutes: no guest that doesn't
+have it may begin to use it. (Not one with which they answer: a proxy answers for everybody.)
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ if TYPE_CHECKING:
 FAMILY = "bridge"
 LINK_LOCAL = 0xFE80 << 48
 KEPT = "2h"  # an address that a port has used is its own for so long after it was used last
+HELD = "2m"  # the same, for others' in a bridge of the host's: asking goes on for as long as a machine does anything
 PACE = "limit rate 1/minute burst 64 packets"  # of addresses that are new from one port
 SIZE = 65536
 # What the kernel fills while the rules stand; no part of what we compare.
-FILLED = frozenset({"first4", "first6", "claimed4", "claimed6", "pace", "dropped"})
+OTHERS = ("others4", "others6")
+FILLED = frozenset({"first4", "first6", "claimed4", "claimed6", "pace", "dropped", *OTHERS})
 
 SOURCE6, TARGET6 = "@nh,64,128", "@nh,384,128"  # where an address is, from the beginning of IPv6's header
 
@@ -64,9 +68,21 @@ def _sets(ground: Ground, kept: dict[str, list[str]]) -> list[str]:
         _set("claimed4", f"type ipv4_addr; {filled}", _second(kept.get("first4", []))),
         _set("first6", f"typeof iifname . {SOURCE6}; {filled}", kept.get("first6", [])),
         _set("claimed6", f"typeof {SOURCE6}; {filled}", _second(kept.get("first6", []))),
+        *_others(ground, kept),
         _set("pace", f"type ifname; size {SIZE}; flags dynamic;", []),
         _set("dropped", f"type ifname; size {SIZE}; flags dynamic; counter;", kept.get("dropped", [])),
     ]  # fmt: skip
+
+
+def _others(ground: Ground, kept: dict[str, list[str]]) -> list[str]:
+    if ground.network.own:
+        return []
+    filled = f"size {SIZE}; flags dynamic,timeout; timeout {HELD};"
+    return [
+        _set("others", "type ifname;", [f'"{name}"' for name in ground.others]),
+        _set("others4", f"type ipv4_addr; {filled}", kept.get("others4", [])),
+        _set("others6", f"typeof {SOURCE6}; {filled}", kept.get("others6", [])),
+    ]
 
 
 def _chains(ground: Ground) -> list[str]:
@@ -138,8 +154,21 @@ def _chains(ground: Ground) -> list[str]:
         ),
         _chain("target6", *_first_come6(ground, TARGET6, "return")),
         _chain("from_ip6", *_first_come6(ground, SOURCE6, "accept")),
-        _hook("prerouting", "prerouting", "iifname @ports goto guarded"),
     ]
+    guarded, others = "iifname @ports goto guarded", "goto of_others"
+    if ground.network.own:
+        chains.append(_hook("prerouting", "prerouting", guarded))
+    else:
+        chains += [
+            _chain(
+                "of_others",
+                "ether type arp @nh,0,48 0x000108000604 arp operation request arp saddr ip != 0.0.0.0 "
+                "update @others4 { arp saddr ip }",
+                f"ether type ip6 ip6 nexthdr 58 @nh,320,8 135 {SOURCE6} != 0 update @others6 {{ {SOURCE6} }}",
+            ),
+            _hook("prerouting", "prerouting", guarded, f"iifname @others {others}"),
+            _hook("output", "output", f"oifname @others {others}", f"oifname @members {others}"),
+        ]
     if ground.network.isolated_ports:
         chains.append(_hook("forward", "forward", "iifname @members oifname @members drop"))
     return chains
@@ -154,6 +183,7 @@ def _first_come4(ground: Ground, source: str) -> list[str]:
         f"{source} @taken4 goto refuse",
         "iifname != @loose4 goto refuse",
         f"iifname . {source} @first4 update {both[0]} update {both[1]} accept",
+        *([] if ground.network.own else [f"{source} @others4 goto refuse"]),
         f"{source} @claimed4 goto refuse",
         f"{source} {outside} goto refuse",
         f"update @pace {{ iifname {PACE} }} add {both[0]} add {both[1]} accept",
@@ -174,6 +204,7 @@ def _first_come6(ground: Ground, source: str, then: str) -> list[str]:
         f"iifname . {source} @own6 {then}",
         f"{source} @taken6 goto refuse",
         f"iifname . {source} @first6 update {both[0]} update {both[1]} {then}",
+        *([] if ground.network.own else [f"{source} @others6 goto refuse"]),
         f"{source} @claimed6 goto refuse",
         *lines,
         "goto refuse",
@@ -268,11 +299,15 @@ def filled(
     known = set(interfaces)
     for item in items:
         entry = item.get("set", {})
-        if entry.get("name") not in ("first4", "first6", "dropped"):
+        if entry.get("name") not in ("first4", "first6", "dropped", *OTHERS):
             continue
         for element in entry.get("elem", []):
             inner = element.get("elem", {}) if isinstance(element, dict) and "elem" in element else {"val": element}
             value = inner.get("val")
+            if entry["name"] in OTHERS:
+                if isinstance(value, str | int):
+                    found.setdefault(entry["name"], []).append(str(value))
+                continue
             parts = value["concat"] if isinstance(value, dict) and "concat" in value else [value]
             if not (all_of_them or parts[0] in known) or not all(isinstance(part, str | int) for part in parts):
                 continue

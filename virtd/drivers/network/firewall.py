@@ -81,10 +81,12 @@ def _inet(ground: Ground) -> str:
 
 
 def made_of(ground: Ground) -> str:
-    """A checksum of the rules as they are written, to know those of another version or of other ports."""
+    """A checksum of the rules as they are written, to know those of another version or of other ports. (What others
+    put into a bridge of the host's, and take out, is looked at when there is another reason.)
+    """
     import zlib
 
-    return f"{zlib.crc32(rules(ground).encode()):08x}"
+    return f"{zlib.crc32(rules(ground._replace(others=())).encode()):08x}"
 
 
 def removal(name: str) -> str:

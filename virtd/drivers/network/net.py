@@ -142,7 +142,11 @@ class Net(Recorded):
         return ports_.recorded(self.record.data) if self.record is not None else ()
 
     def ground(self, network: model.Network) -> Ground:
-        return ports_.Ground(network, self.mac if network.own else "", self.ports)
+        if network.own:
+            return ports_.Ground(network, self.mac, self.ports)
+        ours = {port.interface for port in self.ports} | {port.interface for port in links.ports()}
+        others = tuple(name for name in links.members(network.bridge_name) if name not in ours)
+        return ports_.Ground(network, "", self.ports, others)
 
     def users(self) -> list[str]:
         """Who is connected: "qemu/web1" for what virtd connected, the interface's name for everything else."""

@@ -39,11 +39,14 @@ class Port(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Ground(NamedTuple):
-    """All that a network's rules are made of; `mac` is its bridge's."""
+    """All that a network's rules are made of; `mac` is its bridge's. `others`: what is in a bridge of the host's that
+    isn't virtd's.
+    """
 
     network: Network
     mac: str
     ports: tuple[Port, ...]
+    others: tuple[str, ...] = ()
 
 
 def recorded(data: dict[str, Any]) -> tuple[Port, ...]:
