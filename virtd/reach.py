@@ -17,6 +17,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import errors
+from .text import word
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -198,14 +199,14 @@ def _others(here: int, directory: str, name: str, entry: os.stat_result) -> Othe
         return Others(user, errors.HostError(text, hint="Use a file elsewhere."))
     if status.st_uid not in ours:
         text = f"{directory} belongs to user {status.st_uid}, who could exchange {name} in it"
-        hint = f"Only root may write there: chown root {directory}; or use a file elsewhere."
+        hint = f"Only root may write there: chown root {word(directory)}; or use a file elsewhere."
         user = EVERYBODY if status.st_mode & (_OTHERS | _GROUP) else status.st_uid
         return Others(user, errors.HostError(text, hint=hint))
     if status.st_mode & _OTHERS:
-        who, what = "everybody", f"chmod o-w {directory}"
+        who, what = "everybody", f"chmod o-w {word(directory)}"
     elif status.st_mode & _GROUP and (status.st_gid or _has_acl(here)):
         # With an access control list these bits are what the list may grant at most, see acl(5).
-        who, what = f"group {status.st_gid} or an ACL", f"chmod g-w {directory}"
+        who, what = f"group {status.st_gid} or an ACL", f"chmod g-w {word(directory)}"
     else:
         return None
     # As in /tmp: only its owner can rename or remove it. But anybody could have made another link of a file.

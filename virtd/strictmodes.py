@@ -12,6 +12,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from . import errors, reach
+from .text import word
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,9 +38,10 @@ def fault(status: os.stat_result) -> str:
 def require(path: str, status: os.stat_result) -> None:
     """Raise InvalidDefinition when others than root can write the file `path`, which has this status."""
     if wrong := fault(status):
+        name = word(path)
         raise errors.InvalidDefinition(
             path, "", f"expected a file that only root can write: {wrong}",
-            hint=f"See what is in it, then: chown root: {path}; chmod go-w {path}; systemctl reload virtd.",
+            hint=f"See what is in it, then: chown root: {name}; chmod go-w {name}; systemctl reload virtd.",
         )  # fmt: skip
 
 

@@ -33,6 +33,15 @@ def _escaped(character: str) -> str:
     return f"\\u{code:04x}" if 0xD800 <= code <= 0xDFFF else character
 
 
+def word(text: str) -> str:
+    """As a shell has to be given it, in quotes where that makes a difference: for commands in hints."""
+    import re
+
+    if re.fullmatch(r"[A-Za-z0-9/._+,@=:-]+", text):
+        return text
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
 def plainly(value: Any) -> Any:
     """JSON's kinds of values with each text in them made `plain`: for what could not be encoded as it is."""
     match value:

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 
 import pytest
 
 from virtd import journal
-from virtd.text import plain, plainly, span
+from virtd.text import plain, plainly, span, word
 
 ODD = "B\udcfcro \ud800 \x00 ü"
 
@@ -59,3 +60,13 @@ def test_logging_never_raises(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 def test_spans_are_rounded() -> None:
     spans = {1.99983: "2 s", 2: "2 s", 0.25: "0.25 s", 0.123456: "0.123 s", 99.96: "100 s", 3600: "3600 s"}
     assert {value: span(value) for value in (*spans, 1234567.8)} == spans | {1234567.8: "1234568 s"}
+
+
+@pytest.mark.parametrize("path", ["/a", "/a b", "/it's", "/$HOME", "/a\nb", "-x", "", "/ü", '/"', "/a;b", "/~", "/*"])
+def test_a_word_is_one_to_a_shell(path: str) -> None:
+    done = subprocess.run(["sh", "-c", f"printf '<%s>' {word(path)}"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"<{path}>"
+
+
+def test_most_words_need_no_quotes() -> None:
+    assert word("/srv/vm-1/a.qcow2") == "/srv/vm-1/a.qcow2"

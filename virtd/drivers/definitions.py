@@ -15,7 +15,7 @@ import msgspec
 from .. import __version__, errors, files, journal, strictmodes, untrusted
 from ..messages import Message
 from ..model.document import BOM, LIMIT
-from ..text import plain
+from ..text import plain, word
 from .protocol import Problem
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def troubles(directory: str, found: Listing) -> Iterator[tuple[str, Problem]]:
         for where, wrong in strictmodes.faults_above(f"{os.path.realpath(directory)}/any"):
             text = f"Definitions in {where} can be replaced by others than root: {wrong}"
             journal.send(text, message_id=Message.DEFINITION_PROBLEM, level="warning", VIRTD_FILE=where)
-            yield "", Problem(text, f"chown root: {where}; chmod go-w {where}; systemctl reload virtd.")
+            yield "", Problem(text, f"chown root: {word(where)}; chmod go-w {word(where)}; systemctl reload virtd.")
     for name in found.odd:
         stem = plain(name.removesuffix(".toml"))
         expected = "expected a file that is called as its object: 1 to 64 letters, digits, '.', '_' or '-', and .toml"

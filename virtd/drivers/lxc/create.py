@@ -22,10 +22,11 @@ from ... import aliases, errors, files, untrusted
 from ...model import container as model
 from ...model.domain import ENDINGS, NAME, shown
 from ...paths import names
+from ...text import word
 from ...units import UnitSpec
 from ..programs import HOMELESS
 from ..registry import CREATING as MARK
-from . import config, execs, sandbox, unpack
+from . import execs, sandbox, unpack
 from . import host as hostinfo
 from .container import DRIVER
 
@@ -204,11 +205,10 @@ async def _unpack(job: Job, units: Units) -> None:
     if result.code != 0:
         if said and (needed := re.fullmatch(unpack.NEEDED.format("([0-9]+)"), said[-1])):
             count = int(needed[1]) + 1
-            image = job.image if re.fullmatch(aliases.PLAIN, job.image) else config.quoted((job.image,))
             raise errors.StartFailed(
                 f"Cannot create {job.name}: {needed[0]} for the files of {job.image}, and it is to have 0 to "
                 f"{job.ids.count - 1}",
-                hint=f"virtctl container create {job.name} --ids {count} --image {image}",
+                hint=f"virtctl container create {job.name} --ids {count} --image {word(job.image)}",
             )
         how = "it took too long, or was killed" if result.code is None else "unpacking failed"
         raise errors.StartFailed(f"Cannot create {job.name}: {'; '.join(line[:200] for line in said[:2]) or how}")

@@ -15,6 +15,7 @@ import stat
 from typing import NamedTuple
 
 from ... import errors, reach
+from ...text import word
 
 MOUNT_INFO = "/proc/self/mountinfo"
 SEARCH = stat.S_IXGRP | stat.S_IXOTH  # with an ACL the group's bits are its mask, acl(5): all that it grants
@@ -35,7 +36,7 @@ def check(root: str, source: str, directory: str) -> None:
         hint = f"Move it into a directory that only root can enter, such as {directory}."
         if way.directory:
             other = f", or move it to {directory}" if way.directory != directory else ""
-            hint = f"chmod 700 {way.directory}{other}."
+            hint = f"chmod 700 {word(way.directory)}{other}."
         raise errors.InvalidDefinition(
             source, "rootfs", f"expected a directory that nobody but root can reach; {way.why}", hint=hint
         )

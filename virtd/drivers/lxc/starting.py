@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ... import errors, files, layout
 from ...model import container as model
-from ...text import span
+from ...text import span, word
 from ...units import UnitSpec
 from .. import start as starting
 from ..programs import ENVIRONMENT
@@ -243,7 +243,7 @@ class _Start(Start[Container, model.Container]):
             return errors.StartFailed(
                 f"Cannot start {self.machine.name}: {self.host.root} belongs to root, and its file system can't show "
                 "files shifted to other IDs (it has no idmapped mounts)",
-                hint=f"virtctl container create NEW --image {self.host.root} makes a copy that has IDs of its own.",
+                hint=f"virtctl container create NEW --image {word(self.host.root)} makes a copy with IDs of its own.",
             )
         return super()._explained(exc)
 
@@ -252,4 +252,6 @@ class _Start(Start[Container, model.Container]):
         return "; ".join(ends.errors_in(words)[:2])
 
     def last_line(self, words: str) -> str:
+        if self.host.shifted and "idmapped mount" in words:
+            return "its file system has no idmapped mounts"
         return next(iter(ends.errors_in(words)), "")

@@ -15,6 +15,7 @@ import msgspec
 from ... import errors, reach
 from ...model import domain as model
 from ...model import size
+from ...text import word
 from .. import programs
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def check_files(domain: model.Domain, source: str, who: Account) -> None:
         # A user of its own is granted what it may not read, beside others who are.
         if key.startswith("boot") and not who.own and not may(status, who, os.R_OK):
             raise errors.InvalidDefinition(
-                source, key, f"{path} is not readable for {who.user}", hint=f"chmod o+r {path}, or use a copy."
+                source, key, f"{path} is not readable for {who.user}", hint=f"chmod o+r {word(path)}, or use a copy."
             )
     if domain.memory_bytes > (total := memory_total()):
         raise errors.InvalidDefinition(

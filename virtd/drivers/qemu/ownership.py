@@ -18,6 +18,7 @@ import msgspec
 
 from ... import errors, files
 from ...reach import Trust, reached
+from ...text import word
 from . import acl
 from .host import may
 
@@ -85,7 +86,7 @@ def _needed(file: Reached, who: Account, left: Leftovers | None, *, writes: bool
     if left is not None and uid in left.running:
         raise errors.HostError(
             f"{file.path} is given to another guest, and its file system has no access control lists",
-            hint=f"Let everybody read it: chmod o+r {file.path}.",
+            hint=f"Let everybody read it: chmod o+r {word(file.path)}.",
         )
     return Given(file.path, *file.identity, uid, gid, who.uid)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ... import errors
 from ...reach import look, make_directory, opened
+from ...text import word
 from . import mounts
 from .directory import Directory
 
@@ -41,7 +42,7 @@ class Filesystem(Directory):
             await mounts.mount(await self._units(), self._source, path, kind, options)
         elif not mounts.same_source(there, self._source):
             raise errors.InvalidState(
-                f"{path} has {there} mounted, not {self._source}", hint=f"Unmount it first: umount {path}."
+                f"{path} has {there} mounted, not {self._source}", hint=f"Unmount it first: umount {word(path)}."
             )
         try:
             await super().start()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ... import errors
 from ...model import pool as model
 from ...model.domain import Format
+from ...text import word
 from . import chains, images, programs
 from .backend import Meta
 from .directory import Directory
@@ -180,7 +181,7 @@ class Making:
             raise errors.InvalidState(
                 f"{name} is in {foreign.format} format, which guests aren't given",
                 hint="Convert it into a new volume: "
-                f"virtctl volume import {pool.name} NEW {volume.path} --from {foreign.format}",
+                f"virtctl volume import {pool.name} NEW {word(volume.path)} --from {foreign.format}",
             )
         backing = await images.known_backing(self._pools, volume.path, foreign) if foreign.backing else None
         meta = Meta(Format(foreign.format), backing)

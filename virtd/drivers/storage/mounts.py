@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ... import errors
 from ...bus import BusError
+from ...text import word
 from ...units import FINAL_TARGETS, GROUND, mount_unit
 
 if TYPE_CHECKING:
@@ -110,11 +111,11 @@ async def unmount(units: Units, where: str) -> None:
         await units.stop(mount_unit(where), timeout=LIMIT)
     except errors.HostError as exc:
         raise errors.HostError(
-            f"Cannot unmount {where}: something still uses it", hint=f"fuser -vm {where} shows what."
+            f"Cannot unmount {where}: something still uses it", hint=f"fuser -vm {word(where)} shows what."
         ) from exc
     if mounted(where) is not None:
         raise errors.HostError(
-            f"Cannot unmount {where}: something still uses it", hint=f"fuser -vm {where} shows what."
+            f"Cannot unmount {where}: something still uses it", hint=f"fuser -vm {word(where)} shows what."
         )
 
 
