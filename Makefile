@@ -54,7 +54,8 @@ live: $(STAMP) ## tests in booted systems (root), JOBS of them at once [JOBS=2]
 	$(PYTHON) -m pytest tests/live -m "live and not hard" -o faulthandler_timeout=900 -n $(JOBS) --dist loadfile
 
 hard-days: $(STAMP) ## what people's hosts do to a daemon, all of it (root, a quarter of an hour)
-	$(PYTHON) -m pytest tests/live/test_hard_days*.py tests/live/test_bad_days.py -m live -o faulthandler_timeout=900
+	$(PYTHON) -m pytest tests/live/test_hard_days*.py tests/live/test_bad_days.py \
+		tests/live/test_network_drift.py -m live -o faulthandler_timeout=900
 
 lvm: $(STAMP) ## pools on LVM and NFS, in a machine that has the kernel for it (root, a quarter of an hour)
 	$(PYTHON) -m tests.lvm

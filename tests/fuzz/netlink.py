@@ -7,7 +7,8 @@ import contextlib
 import socket
 import struct
 
-from virtd.drivers.network import netlink, trace, watch
+from virtd.drivers.network import kernel as kernel_
+from virtd.drivers.network import trace, watch
 
 _ATTRIBUTE = struct.pack("=HH4s", 8, 3, b"eth0")
 _LINK = struct.pack("=BxHiII", 0, 1, 2, 1, 0) + _ATTRIBUTE
@@ -29,7 +30,8 @@ SEEDS = (
         + struct.pack("=HH4sHH4s", 8, 1, b"a\0\0\0", 8, 2, b"b\0\0\0")
         + struct.pack("=HHHH4sHH4s", 20, 5, 8, 1, b"\xff\xff\xff\xfd", 8, 2, b"c\0\0\0"),
     ),
-    b"\1" + _message(20, _ADDRESS) + _DONE,
+    b"\3" + _message(20, _ADDRESS) + _DONE,
+    b"\1" + _message(16, _LINK) + _DONE,
     b"\2" + _message(2, struct.pack("=i", 0)),
     b"\2" + _message(2, struct.pack("=i", -(1 << 31))),  # once an OverflowError
     b"\2" + _message(2, struct.pack("=i", -17) + _message(16, b"") + struct.pack("=HH4s", 8, 1, b"no!\0"), 0x300),
@@ -37,7 +39,7 @@ SEEDS = (
 WORDS = (struct.pack("=I", 16), struct.pack("=H", 2), struct.pack("=H", 3), b"\0\0\0\0", _DONE)
 
 
-class Answering(netlink.Netlink):
+class Answering(kernel_.Kernel):
     """Whatever is asked, the kernel says `data`, and then that this was all."""
 
     def __init__(self, data: bytes) -> None:
@@ -58,7 +60,7 @@ class Answering(netlink.Netlink):
 def target(data: bytes) -> None:
     if not data or not data[1:]:
         return
-    match data[0] % 3:
+    match data[0] % 6:
         case 0:
             for found in (*watch.tables(data[1:]), *watch.links(data[1:])):
                 assert found.isprintable() or found
@@ -69,7 +71,13 @@ def target(data: bytes) -> None:
             try:
                 with contextlib.suppress(OSError):  # NetlinkError, or nothing more to read
                     if kind == 1:
-                        kernel.addresses("lo")
+                        assert kernel.links({"eth0"}).keys() <= {"eth0"}
+                    elif kind == 3:
+                        kernel.all_addresses({1: "lo"})
+                    elif kind == 4:
+                        kernel.neighbours_of_ports({1: "lo"})
+                    elif kind == 5:
+                        kernel.route_to("10.0.0.1")
                     else:
                         kernel.delete_address("lo", "127.9.9.9", 8)
             finally:

@@ -7,15 +7,29 @@ each change before it takes effect, so that a test may cut the daemon off there.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from virtd.drivers.network import bridge, firewall, firewalld, guard, host, isolation, links, listening, prober
+from virtd.drivers.network import (
+    bridge,
+    firewall,
+    firewalld,
+    guard,
+    host,
+    isolation,
+    links,
+    listening,
+    prober,
+    wanted,
+)
+from virtd.drivers.network.kernel import Link, Route
 from virtd.drivers.network.netlink import Address, RoutingRule
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
     from typing import Self
 
@@ -35,6 +49,9 @@ class FakeKernel:
         self.bridge_tables: dict[str, tuple[str, int]] = {}
         self.addresses: dict[str, set[Address]] = {}
         self.routing: set[RoutingRule] = set()  # rules of policy routing
+        self.routes: dict[str, Route] = {}  # by address, where it isn't the bridge with its prefix
+        self.values: dict[str, dict[str, int]] = {}  # by interface, see kernel.Link
+        self.neighbours: set[tuple[str, str]] = set()
         self.refused = ""  # a table that can't be made
         self._numbers = 0
         monkeypatch.setattr(links, "CLASS", str(self.sysfs))
@@ -42,6 +59,7 @@ class FakeKernel:
         monkeypatch.setattr(bridge, "Netlink", lambda: FakeNetlink(self))
         monkeypatch.setattr(isolation, "Netlink", lambda: FakeNetlink(self))
         monkeypatch.setattr(listening, "listening", list)  # the host that the tests run on serves what it likes
+        monkeypatch.setattr(wanted, "Kernel", lambda: FakeNetlink(self))
         monkeypatch.setattr(firewall, "_run", self._nft)
         monkeypatch.setattr(guard, "Watch", lambda *_calls: FakeWatch())
         monkeypatch.setattr(guard.Guard, "_follow_firewalld", _nothing)
@@ -76,7 +94,7 @@ class FakeKernel:
 
 
 class FakeNetlink:
-    """What drivers/network/bridge.py calls of Netlink."""
+    """What networks call of Netlink, and of Kernel."""
 
     def __init__(self, kernel: FakeKernel) -> None:
         self.kernel = kernel
@@ -109,13 +127,40 @@ class FakeNetlink:
 
     def add_neighbour_of_port(self, name: str, mac: str) -> None:
         self.kernel.world.step(f"add_neighbour {name} {mac}")
+        self.kernel.neighbours.add((name, mac))
+
+    def links(self, names: Collection[str]) -> dict[str, Link]:
+        found = {}
+        for number, path in enumerate(sorted(self.kernel.sysfs.iterdir()), 2):
+            name = path.name
+            up = bool(int(links.read(name, "flags") or "0", 16) & 1)
+            if name in names:
+                kind = "bridge" if links.is_bridge(name) else "tun"
+                alias, values = links.read(name, "ifalias"), self.kernel.values.get(name, {})
+                above = links.master(name)
+                found[name] = Link(number, name, kind, up, up, links.mtu(name), links.mac(name), alias, above, values)
+        return found
+
+    def all_addresses(self, numbers: dict[int, str]) -> dict[str, set[Address]]:
+        return {name: set(self.kernel.addresses.get(name, ())) for name in numbers.values()}
+
+    def neighbours_of_ports(self, _numbers: dict[int, str]) -> set[tuple[str, str]]:
+        return self.kernel.neighbours
+
+    def route_to(self, address: str) -> Route | None:
+        if address in self.kernel.routes:
+            return self.kernel.routes[address]
+        one = ipaddress.ip_address(address)
+        for name, addresses in self.kernel.addresses.items():
+            for there in addresses:
+                prefix = ipaddress.ip_network(f"{there.address}/{there.prefix}", strict=False)
+                if one in prefix:
+                    return Route(str(prefix), name, 254)
+        return None
 
     def delete_link(self, name: str) -> bool:
         shutil.rmtree(self.kernel.sysfs / name)  # which is a step of its own
         return True
-
-    def addresses(self, name: str) -> list[Address]:
-        return sorted(self.kernel.addresses[name])
 
     def add_address(self, name: str, address: str, prefix: int) -> None:
         self.kernel.world.step(f"add_address {name}")

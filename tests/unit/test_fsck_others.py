@@ -61,6 +61,10 @@ def down(site: Site) -> None:
     (site.kernel.sysfs / "vd-lab" / "flags").write_text("0x1002\n")
 
 
+def no_address(site: Site) -> None:
+    site.kernel.addresses["vd-lab"].clear()
+
+
 def no_bridge(site: Site) -> None:
     shutil.rmtree(site.kernel.sysfs / "vd-lab")
     site.kernel.addresses["vd-lab"] = set[Address]()
@@ -78,7 +82,8 @@ def edit_config(site: Site) -> None:
 
 # What is done to a host with an active network, what is said of it, how often, and whether it can be mended.
 NETWORKS: dict[str, tuple[Callable[[Site], None], str, int, bool]] = {
-    "a bridge that is down": (down, "its bridge vd-lab is down", 1, True),
+    "a bridge that is down": (down, "vd-lab: down", 1, True),
+    "a bridge without its address": (no_address, "vd-lab: no address 10.7.0.1/24", 1, True),
     "no rules": (lambda s: s.kernel.tables.clear(), "aren't those that virtd made", 1, True),
     "other rules": (other_rules, "aren't those that virtd made", 1, True),
     "a slot that PID 1 lost": (lambda s: lose(s.world, "network/lab/stderr"), "stderr is missing", 1, True),

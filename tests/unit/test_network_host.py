@@ -143,7 +143,7 @@ def test_firewalld_is_told_again_when_the_bus_is_back(monkeypatch: pytest.Monkey
     async def main() -> None:
         nets = {"lab": FakeNet()}
         prober = SimpleNamespace(doubt=lambda _names: None)
-        beside = guard.Guard(FakeServices(), nets, {}, lambda *_: None, None, prober)  # type: ignore[arg-type]
+        beside = guard.Guard(FakeServices(), nets, {}, lambda *_: None, None, prober, None)  # type: ignore[arg-type]
         following = asyncio.create_task(beside._follow_firewalld())
         try:
             await until(lambda: buses and hasattr(buses[0], "close"))

@@ -37,7 +37,9 @@ class Networks:
         return [self.driver.describe(self.driver.nets[name]) for name in sorted(self.driver.nets)]
 
     async def info(self, name: str) -> dict[str, Any]:
-        return self.driver.describe_fully(await self._find(name))
+        net = await self._find(name)
+        await self.driver.look_at(net)
+        return self.driver.describe_fully(net)
 
     async def dump(self, name: str) -> str:
         net = self.driver.find(name)

@@ -6,7 +6,8 @@ These block, and are called in a thread.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import contextlib
+from typing import TYPE_CHECKING
 
 from ... import errors
 from . import host, links
@@ -19,12 +20,9 @@ if TYPE_CHECKING:
     from .ports import Port
 
 
-class Raised(NamedTuple):
-    """What `raise_it` did: whether the bridge is a new one, which ports it took back, which settings it changed."""
-
-    new: bool
-    ports: list[str]
-    settings: list[str]
+# Of a port. It has no address, and what gets past the bridge (frames to 01:80:C2:00:00:0E and such, as if they were
+# for the port itself) is for nobody: a strict reverse path takes nothing then, and nobody answers to ARP there.
+PORT_SETTINGS = {"ipv6/disable_ipv6": 1, "ipv4/rp_filter": 1, "ipv4/arp_ignore": 8}
 
 
 def mac_of(uuid: str) -> str:
@@ -37,39 +35,35 @@ def is_ours(name: str, mac: str) -> bool:
     return links.is_bridge(name) and links.mac(name) == mac
 
 
-def raise_it(network: Network, mac: str, known: tuple[Port, ...] = ()) -> Raised:
-    """Make the bridge, or see that the one that is there is as it should be. Raises HostError."""
-    name = network.bridge_name
-    new = not links.exists(name)
+def make_it(name: str, mac: str, alias: str) -> bool:
+    """Make a bridge, which is down, unless it is there; whether it was made. Raises HostError."""
+    if links.exists(name):
+        return False
     try:
         with Netlink() as netlink:
-            if new:
-                netlink.add_bridge(name, mac)
-            elif not is_ours(name, mac):
-                raise errors.HostError(f"{name} isn't the bridge of network {network.name}")
-            netlink.set_link(name, alias=f"virtd network {network.name}", mtu=network.mtu)
-            host.calm_ipv6(name, wanted=network.ipv6 is not None)
-            wanted = {
-                (host.canonical(str(interface.ip)), interface.network.prefixlen)
-                for interface in (network.interface4, network.interface6)
-                if interface is not None
-            }
-            there = {(address.address, address.prefix) for address in netlink.addresses(name)}
-            for address, prefix in there - wanted:
-                netlink.delete_address(name, address, prefix)
-            for address, prefix in wanted - there:
-                netlink.add_address(name, address, prefix)
-            netlink.set_link(name, up=True)
-            settings = host.allow_forwarding(network)
-            taken = []
-            by_name = {port.interface: port for port in known}
-            for port in links.ports():
-                if port.network == network.name and links.master(port.interface) != name:
-                    _join(netlink, port.interface, name, by_name.get(port.interface), isolated=network.isolated_ports)
-                    taken.append(port.interface)
+            netlink.add_bridge(name, mac)
+            netlink.set_link(name, alias=alias)
     except OSError as exc:
         raise errors.HostError(f"Cannot make the bridge {name}: {exc.strerror}") from exc
-    return Raised(new, taken, settings)
+    return True
+
+
+def take_in(network: Network, known: Iterable[Port]) -> None:
+    """Have in the bridge what carries our alias, and is on no record: of an older virtd. Raises HostError."""
+    name, ours = network.bridge_name, {port.interface for port in known}
+    found = [
+        port.interface
+        for port in links.ports()
+        if port.network == network.name and port.interface not in ours and links.master(port.interface) != name
+    ]
+    if not found:
+        return
+    try:
+        with Netlink() as netlink:
+            for interface in found:
+                join(netlink, interface, name, None, isolated=network.isolated_ports)
+    except OSError as exc:
+        raise errors.HostError(f"Cannot put {', '.join(found)} into {name}: {exc.strerror}") from exc
 
 
 def lower_it(name: str, mac: str) -> bool:
@@ -128,7 +122,7 @@ def add_tap(port: Port, bridge: str, *, alias: str, uid: int, isolated: bool = F
         with Netlink() as netlink:
             try:
                 netlink.set_link(interface, alias=alias)
-                _join(netlink, interface, bridge, port, isolated=isolated)
+                join(netlink, interface, bridge, port, isolated=isolated)
             except BaseException:
                 netlink.delete_link(interface)
                 raise
@@ -141,7 +135,7 @@ def add_port(port: Port, bridge: str, *, alias: str, isolated: bool = False) -> 
     try:
         with Netlink() as netlink:
             netlink.set_link(port.interface, alias=alias)
-            _join(netlink, port.interface, bridge, port, isolated=isolated)
+            join(netlink, port.interface, bridge, port, isolated=isolated)
     except OSError as exc:
         raise errors.HostError(f"Cannot put {port.interface} into {bridge}: {exc.strerror}") from exc
 
@@ -157,26 +151,27 @@ def remove(interface: str) -> bool:
         raise errors.HostError(f"Cannot delete {interface}: {exc.strerror}") from exc
 
 
-def _join(netlink: Netlink, interface: str, bridge: str, port: Port | None, *, isolated: bool) -> None:
+def join(netlink: Netlink, interface: str, bridge: str, port: Port | None, *, isolated: bool) -> None:
     """Put an interface into a bridge. What is said here of a port holds without firewall rules as well.
 
     `port` None: what it may send isn't known.
     """
-    host.set_sysctl(f"net/ipv6/conf/{interface}/disable_ipv6", "1")
-    # Frames to 01:80:C2:00:00:0E and such get past the bridge, as if they were for the port itself. It has no
-    # address; a strict reverse path then takes nothing, and nobody answers to ARP there.
-    host.set_sysctl(f"net/ipv4/conf/{interface}/rp_filter", "1")
-    host.set_sysctl(f"net/ipv4/conf/{interface}/arp_ignore", "8")
+    for key, value in PORT_SETTINGS.items():
+        family, _, what = key.partition("/")
+        # Where /proc/sys is read-only, a guest does without: see wanted.py, which tells of it.
+        with contextlib.suppress(errors.HostError):
+            host.set_sysctl(f"net/{family}/conf/{interface}/{what}", str(value))
     # First the MTU: a bridge whose own wasn't set takes the smallest of its ports'.
     netlink.set_link(interface, mtu=links.mtu(bridge))
     if port is not None and links.is_tap(interface):
         netlink.set_link(interface, mac=address_of(port))
     netlink.set_link(interface, master=bridge)
-    _guard(netlink, interface, port, isolated=isolated)
+    guard(netlink, interface, port, isolated=isolated)
     netlink.set_link(interface, up=True)
 
 
-def _guard(netlink: Netlink, interface: str, port: Port | None, *, isolated: bool) -> None:
+def guard(netlink: Netlink, interface: str, port: Port | None, *, isolated: bool) -> None:
+    """What the bridge itself sees to at a port."""
     locked = port is not None and not port.trusted
     if port is not None and locked:
         netlink.add_neighbour_of_port(interface, port.mac)
@@ -184,11 +179,11 @@ def _guard(netlink: Netlink, interface: str, port: Port | None, *, isolated: boo
 
 
 def settle_ports(ports: tuple[Port, ...], bridge: str, *, isolated: bool) -> None:
-    """See that those which are in the bridge are as `_join` has them. Raises HostError."""
+    """See that those which are in the bridge are as `join` has them. Raises HostError."""
     try:
         with Netlink() as netlink:
             for port in ports:
                 if links.master(port.interface) == bridge:
-                    _guard(netlink, port.interface, port, isolated=isolated)
+                    guard(netlink, port.interface, port, isolated=isolated)
     except OSError as exc:
         raise errors.HostError(f"Cannot guard the ports of {bridge}: {exc.strerror}") from exc

@@ -28,6 +28,14 @@ class Connections:
 
     def __init__(self, net: Net) -> None:
         self.net = net
+        self.coming: set[str] = set()  # interfaces that are on record, and about to be made
+
+    @property
+    def refused(self) -> set[str]:
+        """Interfaces that were put out of the bridge, see `put_out_strays`; on record, for the next daemon."""
+        record = self.net.record
+        kept = record.data.get("refused", []) if record is not None else []
+        return {name for name in kept if isinstance(name, str)} if isinstance(kept, list) else set()
 
     async def connect(self, interface: str, *, user: str, mac: str, trusted: bool) -> Port:
         """Have rules, and an address set aside, for an interface before it comes to be; `disconnect` takes it back.
@@ -43,6 +51,8 @@ class Connections:
             if not trusted:
                 aside = ports.set_aside(network, mac, others, await asyncio.to_thread(self.net.leases))
             port = ports.Port(interface, user, mac.lower(), trusted, aside)
+            self.coming.add(interface)
+            self._forget_refused(interface)
             if port not in self.net.ports:
                 await self._have(network, (*others, port))
             return port
@@ -50,7 +60,8 @@ class Connections:
     async def disconnect(self, interface: str) -> None:
         """Forget a port whose interface has gone. Raises a VirtdError."""
         async with self.net.exclusive("disconnect a guest from"):
-            self.net.problems.pop(f"port {interface}", None)
+            self.coming.discard(interface)
+            self._forget_refused(interface)
             others = tuple(port for port in self.net.ports if port.interface != interface)
             if len(others) == len(self.net.ports):
                 return
@@ -69,6 +80,11 @@ class Connections:
     def _remember(self, wanted: tuple[Port, ...]) -> None:
         self.net.remember(ports=msgspec.to_builtins(wanted))
 
+    def _forget_refused(self, interface: str) -> None:
+        self.net.problems.pop(f"port {interface}", None)
+        if interface in self.refused:
+            self.net.keep_data(refused=sorted(self.refused - {interface}))
+
     async def settle(self) -> None:
         """See that the bridge treats its ports as it should, also those that a container's reboot made anew."""
         network = self.net.running
@@ -84,20 +100,27 @@ class Connections:
         strays = await asyncio.to_thread(bridge.strayed, net.ports, net.bridge_name)
         if not strays:
             return
+        net.keep_data(refused=sorted(self.refused | {port.interface for port in strays}))
         try:
             await asyncio.to_thread(bridge.put_out, strays)
             await self.settle()
         except errors.HostError as exc:
             log.error("Network %s: %s", net.name, exc)
+        self.say_refused()
         for port in strays:
-            text = f"{port.user} gave its interface {port.interface} another MAC address, and was disconnected"
-            hint = "Its QEMU may be in its guest's hands: stop it. It is connected again at its next start."
-            net.problems[f"port {port.interface}"] = Problem(text, hint)
+            text = net.problems[f"port {port.interface}"].text
             journal.send(
                 f"Network {net.name}: {text}", message_id=Message.NETWORK_PORT_REFUSED, level="error",
                 VIRTD_USER=port.user, **net.fields(),
             )  # fmt: skip
         net.shared.publish("changed", net)
+
+    def say_refused(self) -> None:
+        for port in self.net.ports:
+            if port.interface in self.refused:
+                text = f"{port.user} gave its interface {port.interface} another MAC address, and was disconnected"
+                hint = "Its QEMU may be in its guest's hands: stop it. It is connected again at its next start."
+                self.net.problems[f"port {port.interface}"] = Problem(text, hint)
 
     async def take_over(self) -> None:
         """Guests that an older virtd has connected are in no record of ours."""

@@ -36,7 +36,6 @@ def short(net: Net) -> dict[str, Any]:
 def long(net: Net, slots: list[str], log: str) -> dict[str, Any]:
     """As `virtctl network info --json` has it."""
     network = net.running or net.definition
-    net.look()
     given = [network.range4, network.range6] if network is not None and network.own else []
     return short(net) | {
         "unit": net.unit if network is not None and network.serves else None,

@@ -30,6 +30,7 @@ from .isolation import Isolation
 from .net import Net, Shared
 from .prober import Prober
 from .server import DRIVER
+from .upkeep import Upkeep
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,7 +73,8 @@ class Driver(Collection[Net, model.Network]):
         self._peers = peers
         self._shared = Shared(services, self.records, settings, self.published, boot_id(), self._isolation, peers)
         self._prober = Prober(self.nets)
-        self._guard = Guard(services, self.nets, self.problems, publish, self._isolation, self._prober)
+        self._upkeep = Upkeep(self.nets, publish)
+        self._guard = Guard(services, self.nets, self.problems, publish, self._isolation, self._prober, self._upkeep)
 
     async def compare(self, *, repair: bool) -> list[Difference]:
         from . import fsck  # no start of the daemon needs it
@@ -132,6 +134,7 @@ class Driver(Collection[Net, model.Network]):
         await self._guard.restore_isolation(why="while virtd was away")
         self._reconciled.set()
         await self._guard.restore_rules(set(self.nets), why="while virtd was away")
+        await self._upkeep.begin()
         self._prober.doubt(self.nets)
         self._guard.begin()
 
@@ -188,6 +191,7 @@ class Driver(Collection[Net, model.Network]):
     async def close(self) -> None:
         await self._guard.close()
         await self._prober.close()
+        await self._upkeep.close()
         await asyncio.gather(*(net.close() for net in self.nets.values()))
 
     # Operations
@@ -195,6 +199,7 @@ class Driver(Collection[Net, model.Network]):
     async def start(self, name: str, by: str) -> bool:
         net = self.find(name)
         await self.certain()
+        self._upkeep.forgive(net.name)
         changed = await net.start(by)
         self._guard.begin()
         self._prober.doubt([net.name])
@@ -242,6 +247,7 @@ class Driver(Collection[Net, model.Network]):
         except BaseException:
             await asyncio.shield(self._disconnect(interface))
             raise
+        net.connections.coming.discard(interface)
         return made
 
     async def reserve(
@@ -264,6 +270,7 @@ class Driver(Collection[Net, model.Network]):
         await asyncio.to_thread(
             bridge.add_port, net.connections.port(interface), name, alias=alias, **net.connections.flags
         )
+        net.connections.coming.discard(interface)
         return Connection(net.name, interface, name, links.mtu(name))
 
     async def detach(self, interface: str) -> bool:
@@ -316,10 +323,10 @@ class Driver(Collection[Net, model.Network]):
             except errors.VirtdError as exc:
                 self.problems[f"definition {net.name} in force"] = Problem(exc.message, exc.hint)
                 journal.send(exc.message, message_id=Message.DEFINITION_PROBLEM, level="error", VIRTD_FILE=net.source)
-            net.look()
             await net.join_firewalld()
         await self._guard.restore_isolation(why="by the time of the reload")
         await self._guard.restore_rules(set(self.nets), why="by the time of the reload")
+        await self._upkeep.settle(set(self.nets), why="by the time of the reload")
         self._prober.doubt(self.nets)
 
     def check(self, text: str, source: str) -> model.Network:
@@ -374,6 +381,14 @@ class Driver(Collection[Net, model.Network]):
             net.on_record.set()  # nothing is to be put on record any more
 
     # Describing
+
+    async def look(self) -> None:
+        """See what is there, also of what the kernel tells nobody."""
+        await self._upkeep.settle(set(self.nets), why="by somebody else")
+
+    async def look_at(self, net: Net) -> None:
+        """The same for one network, before it is told of."""
+        await self._upkeep.settle({net.name}, why="by somebody else")
 
     def describe(self, one: Net) -> dict[str, Any]:
         return describing.short(one)

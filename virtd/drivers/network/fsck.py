@@ -110,8 +110,9 @@ async def _pieces(net: Net, seen: Seen) -> list[Difference]:
     if network is None:
         return [Difference("definition", name, f"{name} is active with a definition that can't be read")]
     found = []
-    if lost := net.lost_bridge():
-        found.append(Difference("bridge", name, f"{name} is active, and {lost}", "make it again"))
+    for one in await net.standing.differences():
+        how = "put it back" if one.mend is not None else ""
+        found.append(Difference("bridge", name, f"{name} isn't as virtd made it: {one.text}", how))
     if await net.rules_lost(network):
         text = f"the rules in tables {firewall.table(name)} (inet, bridge) aren't those that virtd made"
         found.append(Difference("rules", name, text, "apply them again"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Looks after what others can take away from networks: rules, bridges, firewalld's consent.
+"""Looks after what others can take away from networks: rules, taps' addresses, firewalld's consent.
 
 Nothing is polled: the kernel tells of tables and interfaces, firewalld of its own start and reload.
 """
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .isolation import Isolation
     from .net import Net
     from .prober import Prober
+    from .upkeep import Upkeep
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Guard:
         publish: Publish,
         isolated: Isolation,
         prober: Prober,
+        upkeep: Upkeep,
     ) -> None:
         self._services = services
         self._nets = nets
@@ -52,9 +54,9 @@ class Guard:
         self._publish = publish
         self._isolation = isolated
         self._prober = prober
+        self._upkeep = upkeep
         self._watch: Watch | None = None
         self._doubtful: set[str] = set()  # tables that somebody has touched
-        self._bridges: set[str] = set()  # networks to whose bridges something has happened
         self._taps = False  # whether something has happened to one
         self._soon: asyncio.TimerHandle | None = None
         self._putting_out: asyncio.Task[None] | None = None
@@ -68,7 +70,7 @@ class Guard:
             return
         if self._watch is None:
             try:
-                self._watch = Watch(self._touched, self._link_changed, self._routing_changed)
+                self._watch = Watch(self._touched, self._link_changed, self._routing_changed, self._upkeep.other)
                 self._problems.pop("watch", None)
                 self._link_changed(ALL)  # or has happened before
             except OSError as exc:
@@ -201,20 +203,17 @@ class Guard:
         if restored := sorted(name for name, rules in needed.items() if rules & missing and name not in older):
             self._tell_restored(restored, f"The rules of policy routing (ip rule) of {_named(restored)}", why)
 
-    # Bridges
+    # Interfaces
 
     def _link_changed(self, name: str) -> None:
         """Something happened to an interface. The last word of one that goes away comes before it has gone."""
-        self._bridges |= {net.name for net in self._nets.values() if net.active and name in (ALL, net.bridge_name)}
+        self._upkeep.link(name)
         self._taps = self._taps or name == ALL or links.is_tap(name)
-        if (self._bridges or self._taps) and self._soon is None:
-            self._soon = asyncio.get_running_loop().call_later(SETTLE, self._look_at_bridges)
+        if self._taps and self._soon is None:
+            self._soon = asyncio.get_running_loop().call_later(SETTLE, self._look_at_taps)
 
-    def _look_at_bridges(self) -> None:
-        names, self._bridges, self._soon = self._bridges, set(), None
-        for name in names:
-            if (net := self._nets.get(name)) is not None and net.active and not net.busy:
-                net.look()
+    def _look_at_taps(self) -> None:
+        self._soon = None
         if self._taps and self._putting_out is None:
             self._taps = False
             self._putting_out = asyncio.create_task(self._put_out(), name="look-at-taps")

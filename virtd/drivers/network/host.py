@@ -166,38 +166,61 @@ def set_sysctl(name: str, value: str) -> None:
         raise errors.HostError(f"Cannot set {name.replace('/', '.')} to {value}: {exc.strerror}") from exc
 
 
+def forwarding(key: str) -> str:
+    """The setting for all interfaces, of which `key` ("ipv4/forwarding") is one interface's."""
+    return FORWARD4 if key.startswith("ipv4") else FORWARD6
+
+
+def forwarding_needed(network: Network) -> list[str]:
+    """What has to be on for the network's guests."""
+    if network.mode not in (Mode.NAT, Mode.ROUTED):
+        return []
+    return [path for path, ip in ((FORWARD4, network.ipv4), (FORWARD6, network.ipv6)) if ip is not None]
+
+
 def allow_forwarding(network: Network) -> list[str]:
     """Have the host forward what the network needs forwarded; what was changed.
 
     It is never taken back: who else has come to rely on it isn't known.
     """
-    if network.mode not in (Mode.NAT, Mode.ROUTED):
-        return []
     changed = []
-    if network.ipv4 is not None and sysctl(FORWARD4) == "0":
-        set_sysctl(FORWARD4, "1")
-        changed.append("net.ipv4.ip_forward=1")
-    if network.ipv6 is not None and sysctl(FORWARD6) == "0":
-        # A kernel that forwards takes no router advertisements and drops the routes that it has of them, unless the
-        # interface says 2: the host would be off the net.
-        with contextlib.suppress(OSError):
-            for interface in os.listdir(f"{PROC}/sys/net/ipv6/conf"):
-                if interface not in ("all", "lo") and sysctl(f"net/ipv6/conf/{interface}/accept_ra") == "1":
-                    set_sysctl(f"net/ipv6/conf/{interface}/accept_ra", "2")
-                    changed.append(f"net.ipv6.conf.{interface}.accept_ra=2")
-        set_sysctl(FORWARD6, "1")
-        changed.append("net.ipv6.conf.all.forwarding=1")
+    for path in forwarding_needed(network):
+        if sysctl(path) != "0":
+            continue
+        if path == FORWARD6:
+            # A kernel that forwards takes no router advertisements and drops the routes that it has of them, unless
+            # the interface says 2: the host would be off the net.
+            with contextlib.suppress(OSError):
+                for interface in os.listdir(f"{PROC}/sys/net/ipv6/conf"):
+                    if interface not in ("all", "lo") and sysctl(f"net/ipv6/conf/{interface}/accept_ra") == "1":
+                        set_sysctl(f"net/ipv6/conf/{interface}/accept_ra", "2")
+                        changed.append(f"net.ipv6.conf.{interface}.accept_ra=2")
+        set_sysctl(path, "1")
+        changed.append(f"{path.replace('/', '.')}=1")
     return changed
 
 
-def calm_ipv6(bridge: str, *, wanted: bool) -> None:
-    """The host's side of the bridge: its addresses are those of the definition, and no guest tells it any others."""
-    here = f"net/ipv6/conf/{bridge}"
-    # Its link-local address is made of its MAC, and so known to the rules that keep others from using it.
-    set_sysctl(f"{here}/addr_gen_mode", "0")
-    set_sysctl(f"{here}/disable_ipv6", "0" if wanted else "1")
-    set_sysctl(f"{here}/accept_ra", "0")
-    set_sysctl(f"{here}/autoconf", "0")
+def calm(wanted: bool) -> dict[str, int]:  # noqa: FBT001
+    """The bridge's settings of IPv6: its addresses are those of the definition, and no guest tells it any others.
+
+    `wanted`: whether the network has IPv6.
+    """
+    return {
+        # Its link-local address is made of its MAC, and so known to the rules that keep others from using it.
+        "ipv6/addr_gen_mode": 0,
+        "ipv6/disable_ipv6": 0 if wanted else 1,
+        "ipv6/accept_ra": 0,
+        "ipv6/autoconf": 0,
+    }
+
+
+def addresses(network: Network) -> list[tuple[str, int]]:
+    """The bridge's addresses, as the kernel shows them, and the lengths of their prefixes."""
+    return [
+        (canonical(str(interface.ip)), interface.network.prefixlen)
+        for interface in (network.interface4, network.interface6)
+        if interface is not None
+    ]
 
 
 def legacy_tables(file: str) -> list[str]:

@@ -13,7 +13,7 @@ import socket
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
-from .netlink import Netlink
+from .netlink import Netlink, attributes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -114,7 +114,7 @@ class Diag(Netlink):
 
     def listeners(self, family: int, protocol: int) -> list[Listener]:
         request = _REQUEST.pack(family, protocol, 0, _STATES[protocol])
-        found = [self._listener(protocol, body) for body in self._dump(_SOCK_DIAG_BY_FAMILY, request)]
+        found = [self._listener(protocol, body) for body in self.dump(_SOCK_DIAG_BY_FAMILY, request)]
         return [one for one in found if one is not None]
 
     def _listener(self, protocol: int, body: bytes) -> Listener | None:
@@ -123,7 +123,7 @@ class Diag(Netlink):
             address = socket.inet_ntop(family, packed[: 4 if family == socket.AF_INET else 16])
         except (struct.error, ValueError, OSError):
             return None
-        only6 = self._attributes_of(body[_ANSWER.size :]).get(_SKV6ONLY) == b"\1"
+        only6 = dict(attributes(body[_ANSWER.size :])).get(_SKV6ONLY) == b"\1"
         name = "tcp" if protocol == socket.IPPROTO_TCP else "udp"
         return Listener(name, _versions(address, only6=only6), address, socket.ntohs(port), inode)
 

@@ -29,10 +29,11 @@ from .. import definitions
 from ..protocol import Problem
 from ..recorded import Recorded
 from ..turns import Turns
-from . import bridge, firewall, firewalld, host, leases, links
+from . import bridge, firewall, firewalld, host, leases, links, wanted
 from . import ports as ports_
 from .connections import Connections
 from .server import DRIVER, Server
+from .standing import Standing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,6 +77,7 @@ class Net(Recorded):
         self.server = Server(self)
         self.connections = Connections(self)
         self.obstacles: list[Obstacle] = []  # what was found last, see prober.py
+        self.standing = Standing(self)
         self._turns = Turns(name)
 
     # What it is
@@ -142,11 +144,23 @@ class Net(Recorded):
         return ports_.recorded(self.record.data) if self.record is not None else ()
 
     def ground(self, network: model.Network) -> Ground:
+        """What its rules are made of."""
         if network.own:
             return ports_.Ground(network, self.mac, self.ports)
         ours = {port.interface for port in self.ports} | {port.interface for port in links.ports()}
         others = tuple(name for name in links.members(network.bridge_name) if name not in ours)
         return ports_.Ground(network, "", self.ports, others)
+
+    @property
+    def tended(self) -> Ground:
+        network = self.running
+        assert network is not None
+        left_out = self.connections.coming | self.connections.refused
+        ports = tuple(port for port in self.ports if port.interface not in left_out)
+        return ports_.Ground(network, self.mac if network.own else "", ports)
+
+    def changed(self) -> None:
+        self.shared.publish("changed", self)
 
     def users(self) -> list[str]:
         """Who is connected: "qemu/web1" for what virtd connected, the interface's name for everything else."""
@@ -197,6 +211,11 @@ class Net(Recorded):
         """Change the driver's own part of the record."""
         assert self.record is not None
         self.save(data=self.record.data | data)
+
+    def keep_data(self, **data: Any) -> None:
+        """The same for what came about by itself: in memory for certain."""
+        if self.record is not None:
+            self.keep(data=self.record.data | data)
 
     # Starting and stopping
 
@@ -250,17 +269,20 @@ class Net(Recorded):
         if not network.own:
             await asyncio.to_thread(host.check_bridge, network, self.source, self.mac)
             await self.apply_rules(network)
+            await self.standing.settle()
             return
         # What would be open without its rules isn't there before they are.
         await self.shared.isolation.settle()
         await self.apply_rules(network)
-        raised = await asyncio.to_thread(bridge.raise_it, network, self.mac, self.ports)
-        for setting in raised.settings:
+        for setting in await asyncio.to_thread(host.allow_forwarding, network):
             log.warning("Network %s: the host forwards from now on: %s", self.name, setting)
+        alias = wanted.alias_of(network)
+        new = await asyncio.to_thread(bridge.make_it, network.bridge_name, self.mac, alias)
+        await self.standing.settle()
+        await asyncio.to_thread(bridge.take_in, network, self.ports)
         await self._tell_firewalld(network)
         if network.serves:
-            await self.server.run(network, afresh=raised.new)
-        self.problems.pop("bridge", None)
+            await self.server.run(network, afresh=new)
 
     async def _repair(self) -> bool:
         """Something of an active network may be gone: see to it. Its users are connected again."""
@@ -270,7 +292,7 @@ class Net(Recorded):
                 f"Network {self.name} is active with a definition that can't be read",
                 hint=f"virtctl network stop --force {self.name}, then start it.",
             )
-        whole = not self.lost_bridge() and not self.problems.keys() & {"rules", "server"}
+        whole = not await self.standing.differences() and not self.problems.keys() & {"rules", "server"}
         if whole and (not network.serves or self.server.alive) and not await self.rules_lost(network):
             return False
         await self.make(network)
@@ -526,27 +548,13 @@ class Net(Recorded):
             self.note(State.ACTIVE, "its start was interrupted, and finished")
             return "adopted"
         await self.connections.take_over()
+        self.connections.say_refused()
         if network is None:
             self.problems["definition"] = Problem("The definition that it was started with can't be read")
             return "adopted"
-        self.look()
         if network.own and network.serves:
             await self.server.take_back(network)
         return "adopted"
-
-    def look(self) -> None:
-        """See whether the bridge is still there, and say so once when it isn't."""
-        lost = self.lost_bridge()
-        if not lost:
-            self.problems.pop("bridge", None)
-            return
-        problem = Problem(lost[0].upper() + lost[1:], f"virtctl network start {self.name} makes it again.")
-        if self.problems.get("bridge") != problem:
-            self.problems["bridge"] = problem
-            journal.send(
-                f"Network {self.name}: {lost}", message_id=Message.NETWORK_BRIDGE_LOST, level="error", **self.fields()
-            )
-            self.shared.publish("changed", self)
 
     async def close(self) -> None:
         """Let go of everything in this process; the network stays as it is."""

@@ -42,7 +42,7 @@ _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_IFAL
 _INFO_KIND, _INFO_DATA = 1, 2
 _BR_FORWARD_DELAY, _BR_STP_STATE = 1, 5
 _IFLA_PROTINFO, _NESTED = 12, 0x8000
-_BRPORT_LEARNING, _BRPORT_MULTICAST_ROUTER, _BRPORT_ISOLATED, _BRPORT_LOCKED = 8, 25, 33, 39
+_BRPORT_STATE, _BRPORT_LEARNING, _BRPORT_MULTICAST_ROUTER, _BRPORT_ISOLATED, _BRPORT_LOCKED = 1, 8, 25, 33, 39
 _NEIGHBOUR = struct.Struct("=BxxxiHBB")  # ndmsg: family, index, state, flags, type
 _NDA_LLADDR = 2
 _NUD_STATIC = 0x42  # NUD_NOARP | NUD_REACHABLE: an entry that doesn't age, iproute2's "static"
@@ -104,12 +104,17 @@ class Netlink:
 
     def add_bridge(self, name: str, mac: str) -> None:
         """Make a bridge with this address, by which it is known again. Raises NetlinkError, EEXIST for one."""
-        data = _attribute(_BR_FORWARD_DELAY, _INT.pack(0)) + _attribute(_BR_STP_STATE, _INT.pack(0))
-        info = _attribute(_INFO_KIND, b"bridge\0") + _attribute(_INFO_DATA, data)
+        info = attribute(_INFO_KIND, b"bridge\0") + attribute(_INFO_DATA, _NO_TREE + _NO_DELAY)
         body = _LINK.pack(0, 0, 0, 0, 0)
-        body += _attribute(_IFLA_IFNAME, name.encode() + b"\0") + _attribute(_IFLA_ADDRESS, _mac(mac))
-        body += _attribute(_IFLA_LINKINFO, info)
+        body += attribute(_IFLA_IFNAME, name.encode() + b"\0") + attribute(_IFLA_ADDRESS, _mac(mac))
+        body += attribute(_IFLA_LINKINFO, info)
         self._ask(RTM_NEWLINK, _CREATE | _EXCL, body)
+
+    def set_bridge(self, name: str) -> None:
+        """Have a bridge's own settings as `add_bridge` makes them."""
+        for data in (_NO_TREE, _NO_TREE + _NO_DELAY):  # with a spanning tree there is no delay of 0
+            info = attribute(_INFO_KIND, b"bridge\0") + attribute(_INFO_DATA, data)
+            self._ask(RTM_NEWLINK, 0, _LINK.pack(0, 0, _index(name), 0, 0) + attribute(_IFLA_LINKINFO, info))
 
     def set_link(
         self,
@@ -125,13 +130,13 @@ class Netlink:
         flags = _IFF_UP if up else 0
         body = _LINK.pack(0, 0, _index(name), flags, 0 if up is None else _IFF_UP)
         if mtu is not None:
-            body += _attribute(_IFLA_MTU, _INT.pack(mtu))
+            body += attribute(_IFLA_MTU, _INT.pack(mtu))
         if master is not None:
-            body += _attribute(_IFLA_MASTER, _INT.pack(_index(master) if master else 0))
+            body += attribute(_IFLA_MASTER, _INT.pack(_index(master) if master else 0))
         if alias is not None:
-            body += _attribute(_IFLA_IFALIAS, alias.encode()[:255])
+            body += attribute(_IFLA_IFALIAS, alias.encode()[:255])
         if mac is not None:
-            body += _attribute(_IFLA_ADDRESS, _mac(mac))
+            body += attribute(_IFLA_ADDRESS, _mac(mac))
         self._ask(RTM_NEWLINK, 0, body)
 
     def set_port(self, name: str, *, isolated: bool, locked: bool, learning: bool | None = None) -> None:
@@ -140,17 +145,24 @@ class Netlink:
         `isolated`: nothing goes to or comes from other such ports. `locked`: it takes frames from those MACs only
         that `add_neighbour_of_port` named, and learns none; kernels before 5.18 know only the latter.
         """
-        data = _attribute(_BRPORT_ISOLATED, bytes([isolated])) + _attribute(_BRPORT_LOCKED, bytes([locked]))
+        data = attribute(_BRPORT_ISOLATED, bytes([isolated])) + attribute(_BRPORT_LOCKED, bytes([locked]))
         # Nor does it become a multicast router's, who gets everybody's, by saying that it is one.
-        data += _attribute(_BRPORT_LEARNING, bytes([not locked if learning is None else learning]))
-        data += _attribute(_BRPORT_MULTICAST_ROUTER, bytes([0 if locked else 1]))
-        body = _LINK.pack(socket.AF_BRIDGE, 0, _index(name), 0, 0) + _attribute(_IFLA_PROTINFO | _NESTED, data)
+        data += attribute(_BRPORT_LEARNING, bytes([not locked if learning is None else learning]))
+        data += attribute(_BRPORT_MULTICAST_ROUTER, bytes([0 if locked else 1]))
+        self._set_port(name, data)
+
+    def set_port_forwarding(self, name: str) -> None:
+        """Have a port take and send frames, where there is no spanning tree to say so."""
+        self._set_port(name, attribute(_BRPORT_STATE, bytes([3])))
+
+    def _set_port(self, name: str, data: bytes) -> None:
+        body = _LINK.pack(socket.AF_BRIDGE, 0, _index(name), 0, 0) + attribute(_IFLA_PROTINFO | _NESTED, data)
         self._ask(RTM_SETLINK, 0, body)
 
     def add_neighbour_of_port(self, name: str, mac: str) -> None:
         """Tell a bridge by which port a MAC is reached, for good, whatever comes in elsewhere."""
         head = _NEIGHBOUR.pack(socket.AF_BRIDGE, _index(name), _NUD_STATIC, _NTF_MASTER | _NTF_STICKY, 0)
-        self._ask(RTM_NEWNEIGH, _CREATE | _REPLACE, head + _attribute(_NDA_LLADDR, _mac(mac)))
+        self._ask(RTM_NEWNEIGH, _CREATE | _REPLACE, head + attribute(_NDA_LLADDR, _mac(mac)))
 
     def delete_link(self, name: str) -> bool:
         """Delete an interface; False when there is none of that name."""
@@ -164,72 +176,67 @@ class Netlink:
 
     def add_address(self, name: str, address: str, prefix: int) -> None:
         """Give an interface an address, at once: IPv6 doesn't look first whether another host has it."""
-        family, packed = _packed(address)
+        family, data = packed(address)
         body = _ADDRESS.pack(family, prefix, _IFA_F_NODAD, 0, _index(name))
-        body += _attribute(_IFA_LOCAL, packed) + _attribute(_IFA_ADDRESS, packed)
+        body += attribute(_IFA_LOCAL, data) + attribute(_IFA_ADDRESS, data)
         if family == socket.AF_INET:
-            number = int.from_bytes(packed, "big") | ((1 << (32 - prefix)) - 1)
-            body += _attribute(_IFA_BROADCAST, number.to_bytes(4, "big"))
+            number = int.from_bytes(data, "big") | ((1 << (32 - prefix)) - 1)
+            body += attribute(_IFA_BROADCAST, number.to_bytes(4, "big"))
         self._ask(RTM_NEWADDR, _CREATE | _REPLACE, body)
 
     def delete_address(self, name: str, address: str, prefix: int) -> None:
-        family, packed = _packed(address)
-        body = _ADDRESS.pack(family, prefix, 0, 0, _index(name)) + _attribute(_IFA_LOCAL, packed)
+        family, data = packed(address)
+        body = _ADDRESS.pack(family, prefix, 0, 0, _index(name)) + attribute(_IFA_LOCAL, data)
         self._ask(RTM_DELADDR, 0, body)
 
     def addresses(self, name: str) -> list[Address]:
         """All addresses of an interface but the link-local ones."""
         index = _index(name)
         found = []
-        for body in self._dump(RTM_GETADDR, _ADDRESS.pack(0, 0, 0, 0, 0)):
+        for body in self.dump(RTM_GETADDR, _ADDRESS.pack(0, 0, 0, 0, 0)):
             try:
                 family, prefix, _flags, scope, of = _ADDRESS.unpack_from(body)
                 if of != index or scope >= 253:  # RT_SCOPE_LINK
                     continue
-                attributes = dict(_attributes(body[_ADDRESS.size :]))
-                packed = attributes.get(_IFA_LOCAL) or attributes[_IFA_ADDRESS]
-                found.append(Address(socket.inet_ntop(family, packed), prefix))
+                parts = dict(attributes(body[_ADDRESS.size :]))
+                data = parts.get(_IFA_LOCAL) or parts[_IFA_ADDRESS]
+                found.append(Address(socket.inet_ntop(family, data), prefix))
             except (struct.error, LookupError, ValueError):
                 raise _unknown() from None
         return found
 
     def route(self, to: str, source: str, iif: str) -> str:
         """By which interface leaves what comes from `source` in by `iif`; "" for what stays. Raises NetlinkError."""
-        family, packed = _packed(to)
-        bits = len(packed) * 8
+        family, data = packed(to)
+        bits = len(data) * 8
         body = _ROUTE.pack(family, bits, bits, 0, 0, 0, 0, 0, 0)
-        body += _attribute(_RTA_DST, packed) + _attribute(_RTA_SRC, _packed(source)[1])
-        body += _attribute(_RTA_IIF, _INT.pack(_index(iif)))
-        self._send(RTM_GETROUTE, 0, body)
-        for kind, flags, answer in self._answers():
-            if kind == NLMSG_ERROR:
-                _check(flags, answer)
-                break
-            try:
-                *_head, of, _flags = _ROUTE.unpack_from(answer)
-                oif = dict(_attributes(answer[_ROUTE.size :])).get(_RTA_OIF)
-                return socket.if_indextoname(_INT.unpack(oif)[0]) if oif and of == _RTN_UNICAST else ""
-            except struct.error:
-                break
-        raise _unknown()
+        body += attribute(_RTA_DST, data) + attribute(_RTA_SRC, packed(source)[1])
+        body += attribute(_RTA_IIF, _INT.pack(_index(iif)))
+        answer = self.answer(RTM_GETROUTE, body)
+        try:
+            *_head, of, _flags = _ROUTE.unpack_from(answer)
+            oif = dict(attributes(answer[_ROUTE.size :])).get(_RTA_OIF)
+            return socket.if_indextoname(_INT.unpack(oif)[0]) if oif and of == _RTN_UNICAST else ""
+        except struct.error:
+            raise _unknown() from None
 
     def routing_rules(self, protocol: int) -> set[RoutingRule]:
         """Those that carry this protocol number: whoever made them put it there."""
         found = set()
         for family, version in ((socket.AF_INET, 4), (socket.AF_INET6, 6)):
-            for body in self._dump(RTM_GETRULE, _RULE.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)):
+            for body in self.dump(RTM_GETRULE, _RULE.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)):
                 # A kernel without IPv6 answers with the rules of all families.
                 of, length, *_rest, action, _flags = _RULE.unpack_from(body)
-                attributes = dict(_attributes(body[_RULE.size :]))
-                if of != family or attributes.get(_FRA_PROTOCOL, b"\0")[0] != protocol:
+                parts = dict(attributes(body[_RULE.size :]))
+                if of != family or parts.get(_FRA_PROTOCOL, b"\0")[0] != protocol:
                     continue
-                to = attributes.get(_FRA_DST)
+                to = parts.get(_FRA_DST)
                 found.add(
                     RoutingRule(
                         version,
-                        _INT.unpack(attributes.get(_FRA_PRIORITY, bytes(4)))[0],
+                        _INT.unpack(parts.get(_FRA_PRIORITY, bytes(4)))[0],
                         action,
-                        attributes.get(_FRA_IIFNAME, b"").rstrip(b"\0").decode(errors="replace"),
+                        parts.get(_FRA_IIFNAME, b"").rstrip(b"\0").decode(errors="replace"),
                         f"{socket.inet_ntop(family, to)}/{length}" if to is not None else "",
                     )
                 )
@@ -242,9 +249,18 @@ class Netlink:
     def delete_routing_rule(self, rule: RoutingRule, protocol: int) -> None:
         self._ask(RTM_DELRULE, 0, _rule(rule, protocol))
 
-    @staticmethod
-    def _attributes_of(data: bytes) -> dict[int, bytes]:
-        return dict(_attributes(data))
+    def answer(self, kind: int, body: bytes) -> bytes:
+        """The body of the one message that answers a request for one thing."""
+        self._send(kind, 0, body)
+        for message_kind, message_flags, answer in self._answers():
+            if message_kind == NLMSG_ERROR:
+                _check(message_flags, answer)
+            return answer
+        raise _unknown()
+
+    def create(self, kind: int, body: bytes) -> None:
+        """Have what the message tells of in place of what there was of it."""
+        self._ask(kind, _CREATE | _REPLACE, body)
 
     def _ask(self, kind: int, flags: int, body: bytes) -> None:
         self._send(kind, flags | _ACK, body)
@@ -253,7 +269,8 @@ class Netlink:
                 _check(message_flags, answer)
                 return
 
-    def _dump(self, kind: int, body: bytes) -> Iterator[bytes]:
+    def dump(self, kind: int, body: bytes) -> Iterator[bytes]:
+        """The bodies of all messages that the kernel answers a request for everything with."""
         self._send(kind, _DUMP, body)
         for message_kind, message_flags, answer in self._answers():
             if message_kind == NLMSG_DONE:
@@ -280,12 +297,16 @@ class Netlink:
                 data = data[length + 3 & ~3 :]
 
 
-def _attribute(kind: int, value: bytes) -> bytes:
+def attribute(kind: int, value: bytes) -> bytes:
     length = _ATTRIBUTE.size + len(value)
     return _ATTRIBUTE.pack(length, kind) + value + bytes(-length % 4)
 
 
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+# Of a bridge: no spanning tree, and no wait before a port forwards.
+_NO_TREE, _NO_DELAY = attribute(_BR_STP_STATE, _INT.pack(0)), attribute(_BR_FORWARD_DELAY, _INT.pack(0))
+
+
+def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
     while len(data) >= _ATTRIBUTE.size:
         length, kind = _ATTRIBUTE.unpack_from(data)
         if length < _ATTRIBUTE.size:
@@ -299,11 +320,11 @@ def _rule(rule: RoutingRule, protocol: int) -> bytes:
     family = socket.AF_INET if rule.version == 4 else socket.AF_INET6
     table = MAIN if rule.action == TO_TABLE else 0
     body = _RULE.pack(family, int(length or 0), 0, 0, table, 0, 0, rule.action, 0)
-    body += _attribute(_FRA_PRIORITY, _INT.pack(rule.priority)) + _attribute(_FRA_PROTOCOL, bytes([protocol]))
+    body += attribute(_FRA_PRIORITY, _INT.pack(rule.priority)) + attribute(_FRA_PROTOCOL, bytes([protocol]))
     if rule.iif:
-        body += _attribute(_FRA_IIFNAME, rule.iif.encode() + b"\0")
+        body += attribute(_FRA_IIFNAME, rule.iif.encode() + b"\0")
     if rule.to:
-        body += _attribute(_FRA_DST, _packed(address)[1])
+        body += attribute(_FRA_DST, packed(address)[1])
     return body
 
 
@@ -322,7 +343,7 @@ def _check(flags: int, answer: bytes) -> None:
         rest = answer[4 + _HEADER.size :]
         if not flags & _CAPPED and rest:
             rest = answer[4 + int.from_bytes(answer[4:8], sys.byteorder) :]
-        text = dict(_attributes(rest)).get(1, b"").rstrip(b"\0").decode(errors="replace")
+        text = dict(attributes(rest)).get(1, b"").rstrip(b"\0").decode(errors="replace")
         words = f"{words} ({text})" if text else words
     raise NetlinkError(number, words)
 
@@ -342,6 +363,6 @@ def _mac(text: str) -> bytes:
     return bytes.fromhex(text.replace(":", ""))
 
 
-def _packed(address: str) -> tuple[int, bytes]:
+def packed(address: str) -> tuple[int, bytes]:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     return family, socket.inet_pton(family, address)

@@ -23,6 +23,8 @@ NETLINK_NETFILTER = 12
 _NFTABLES_GROUP = 1 << 6  # NFNLGRP_NFTABLES is 7, linux/netfilter/nfnetlink.h
 _LINK_GROUP = 1 << 0  # RTNLGRP_LINK is 1, linux/rtnetlink.h
 _RULE_GROUPS = 1 << 7 | 1 << 18  # RTNLGRP_IPV4_RULE is 8, RTNLGRP_IPV6_RULE 19
+# RTNLGRP_IPV4_IFADDR, _IPV4_ROUTE, _IPV6_IFADDR, _IPV6_ROUTE, _IPV4_NETCONF, _IPV6_NETCONF
+_GROUND_GROUPS = 1 << 4 | 1 << 6 | 1 << 8 | 1 << 10 | 1 << 23 | 1 << 24
 _NFTABLES = 10  # NFNL_SUBSYS_NFTABLES
 _NEWGEN = 15  # NFT_MSG_NEWGEN: the end of a transaction; it has no table
 _NEWLINK, _DELLINK = 16, 17
@@ -34,22 +36,29 @@ ALL = ""  # "look at everything"
 
 
 class Watch:
-    """Calls `table(name)` for a table of nftables' that something happened to, `link(name)` for an interface, and
-    `routing()` when a rule of policy routing has gone.
+    """Calls `table(name)` for a table of nftables' that something happened to, `link(name)` for an interface,
+    `routing()` when a rule of policy routing has gone, and `other(kind, body)` for all else that rtnetlink tells.
 
     The first two get ALL when the kernel had more to tell than we took in time.
     """
 
     def __init__(
-        self, table: Callable[[str], None], link: Callable[[str], None], routing: Callable[[], None]
+        self,
+        table: Callable[[str], None],
+        link: Callable[[str], None],
+        routing: Callable[[], None],
+        other: Callable[[int, bytes], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._sockets: list[socket.socket] = []
 
         def routed(data: bytes) -> None:
             _each(links(data), link)
-            if any(kind == _DELRULE for kind, _body in _messages(data)):
-                routing()
+            for kind, body in _messages(data):
+                if kind == _DELRULE:
+                    routing()
+                if kind not in (_NEWLINK, _DELLINK):
+                    other(kind, body)
 
         def lost() -> None:
             link(ALL)
@@ -59,7 +68,7 @@ class Watch:
             self._open(
                 NETLINK_NETFILTER, _NFTABLES_GROUP, lambda data: _each(tables(data), table), lambda: table(ALL)
             )
-            self._open(socket.NETLINK_ROUTE, _LINK_GROUP | _RULE_GROUPS, routed, lost)
+            self._open(socket.NETLINK_ROUTE, _LINK_GROUP | _RULE_GROUPS | _GROUND_GROUPS, routed, lost)
         except BaseException:
             self.close()
             raise

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What somebody else changes of a network is put back within moments, and said once; what can't be is told of."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.harness import definition
+from tests.live.networks import define, info, lease
+from tests.live.tools import Journal
+from virtd.messages import Message
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.harness import Lab
+
+pytestmark = pytest.mark.live
+
+PUT_BACK = f"MESSAGE_ID={Message.NETWORK_PUT_BACK}"
+NET = 'name = "lab"\n[ipv4]\naddress = "192.168.150.1/24"\n[ipv6]\naddress = "fd00:9::1/64"\n'
+GUARD = "not guarded as a port of vd-lab"
+
+# What is done, and what is said of it. `hard`: the kernel tells nobody, so it is seen at the next look.
+AT_ONCE = {
+    "ip link set vt-g-0 nomaster": "vt-g-0: in no bridge instead of vd-lab",
+    "ip link set vt-g-0 master br9": "vt-g-0: in br9 instead of vd-lab",
+    "ip link set vt-g-0 down": "vt-g-0: down",
+    "ip link set vt-g-0 mtu 1300": "vt-g-0: MTU 1300 instead of 1500",
+    "ip link set vt-g-0 alias x": "vt-g-0: no alias virtd network lab for qemu/g",
+    "ip addr add 192.168.77.1/28 dev vt-g-0": "vt-g-0: an address that isn't virtd's, 192.168.77.1/28",
+    "sysctl -qw net.ipv6.conf.vt-g-0.disable_ipv6=0": "net.ipv6.conf.vt-g-0.disable_ipv6: 0 instead of 1",
+    "bridge link set dev vt-g-0 isolated on": f"vt-g-0: {GUARD}",
+    "bridge link set dev vt-g-0 locked off": f"vt-g-0: {GUARD}",
+    "bridge link set dev vt-g-0 state 0": "vt-g-0: switched off",
+    "ip link del vd-lab": "vd-lab: gone",
+    "ip link set vd-lab down": "vd-lab: down",
+    "ip link set vd-lab mtu 1400": "vd-lab: MTU 1400 instead of 1500",
+    "ip link set vd-lab alias x": "vd-lab: no alias virtd network lab",
+    "ip link set vd-lab address 02:00:00:00:00:01": "vd-lab: MAC address 02:00:00:00:00:01 instead of ",
+    "ip link set vd-lab type bridge stp_state 1": "vd-lab: spanning tree or a delay",
+    "ip addr flush dev vd-lab": "vd-lab: no address 192.168.150.1/24",
+    "ip addr add 192.168.7.1/24 dev vd-lab": "vd-lab: an address that isn't virtd's, 192.168.7.1/24",
+    "ip route del 192.168.150.0/24": "vd-lab: no route to 192.168.150.0/24",
+    "ip -6 route del fd00:9::/64": "vd-lab: no route to fd00:9::/64",
+    "sysctl -qw net.ipv6.conf.vd-lab.disable_ipv6=1": "net.ipv6.conf.vd-lab.disable_ipv6: 1 instead of 0",
+    "sysctl -qw net.ipv4.conf.vd-lab.forwarding=0": "net.ipv4.conf.vd-lab.forwarding: 0 instead of 1",
+    "sysctl -qw net.ipv4.ip_forward=0": "net.ipv4.ip_forward: 0 instead of 1",
+    "sysctl -qw net.ipv6.conf.all.forwarding=0": "net.ipv6.conf.all.forwarding: 0 instead of 1",
+}
+LATER = {
+    "bridge fdb del $(bridge fdb show dev vt-g-0 | awk '/static/ { print $1; exit }') dev vt-g-0 master": GUARD,
+    "sysctl -qw net.ipv4.conf.vt-g-0.arp_ignore=0": "net.ipv4.conf.vt-g-0.arp_ignore: 0 instead of 8",
+    "sysctl -qw net.ipv6.conf.vd-lab.accept_ra=2": "net.ipv6.conf.vd-lab.accept_ra: 2 instead of 0",
+}
+# All that virtd has made, but for what counts up.
+EVERYTHING = r"""
+for i in vd-lab vt-g-0; do
+    ip link show $i; ip -o addr show $i; bridge -d link show dev $i
+    cat /sys/class/net/$i/bridge/stp_state /sys/class/net/$i/bridge/forward_delay
+    bridge fdb show dev $i | grep static
+    for f in ipv4 ipv6; do
+        cd /proc/sys/net/$f/conf/$i
+        grep . accept_ra addr_gen_mode arp_ignore autoconf disable_ipv6 forwarding rp_filter
+    done
+done 2>/dev/null | sed 's/^ *[0-9]*: //; s/ tentative//; s/valid_lft.*//; s/^[0-9]*:/-:/'
+{ ip route; ip -6 route; } | sed 's/ linkdown//' | sort; ip rule
+cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding
+"""
+
+
+@pytest.fixture
+def g(lab: Lab) -> Iterator[Lab]:
+    """A guest in the network `lab`, and a bridge of somebody else's."""
+    define(lab, NET)
+    lab.virtctl("define", "-", stdin=definition("g", more='[[nic]]\nnetwork = "lab"\n'))
+    lab.virtctl("start", "g")
+    lab.sh("ip link add br9 type bridge && ip link set br9 up")
+    try:
+        yield lab
+    finally:
+        lab.virtctl("stop", "g", check=False)
+        lab.sh("ip link del br9; ip link del br0", check=False)
+
+
+def problems(lab: Lab) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = json.loads(lab.virtctl("status", "--json", check=False).stdout)["problems"]
+    return found
+
+
+def change(lab: Lab, command: str, said: str) -> None:
+    """Do it, and see it put back and said."""
+    lab.virtctl("network", "start", "lab")  # it may have been changed often in this minute
+    journal = Journal.now(lab)
+    lab.sh(command)
+    entry: dict[str, Any] = lab.wait(
+        f"{said!r} after {command}",
+        lambda: next((one for one in journal.entries(PUT_BACK) if said in one["MESSAGE"]), None),
+        30,
+    )
+    assert entry["VIRTD_NAME"] == "lab"
+    lab.wait("a tidy status", lambda: lab.virtctl("status", check=False).returncode == 0, 20)
+    assert info(lab, "lab")["problems"] == []
+
+
+def test_what_the_kernel_tells_of(g: Lab) -> None:
+    before = g.sh(EVERYTHING)
+    for command, said in AT_ONCE.items():
+        change(g, command, said)
+        g.wait(f"all as before {command}", lambda: g.sh(EVERYTHING) == before, 10)
+    assert g.json("fsck")["differences"] == []
+    g.wait_ready("g")
+    assert lease(g, "g").startswith("192.168.150.")
+
+
+@pytest.mark.hard
+def test_what_it_does_not_tell_of(g: Lab) -> None:
+    before = g.sh(EVERYTHING)
+    for command, said in LATER.items():
+        change(g, command, said)
+        g.wait(f"all as before {command}", lambda: g.sh(EVERYTHING) == before, 10)
+    # Whoever asks has it looked at there and then.
+    g.sh("sysctl -qw net.ipv6.conf.vd-lab.accept_ra=2")
+    info(g, "lab")
+    assert g.sh("cat /proc/sys/net/ipv6/conf/vd-lab/accept_ra") == "0\n"
+
+
+def test_what_was_changed_while_virtd_was_away(g: Lab) -> None:
+    before = g.sh(EVERYTHING)
+    journal = Journal.now(g)
+    g.sh(
+        "systemctl stop virtd.socket virtd; ip link set vt-g-0 master br9; ip addr flush dev vd-lab; "
+        "sysctl -qw net.ipv4.ip_forward=0; ip addr add 192.168.77.1/28 dev vt-g-0; systemctl start virtd.socket virtd"
+    )
+    entries = journal.await_entries(PUT_BACK)
+    assert len(entries) == 1
+    assert "while virtd was away" in entries[0]["MESSAGE"]
+    assert g.sh(EVERYTHING) == before
+    assert problems(g) == []
+
+
+def test_who_fights_is_left_to_it(g: Lab) -> None:
+    """A program that takes a tap out again and again isn't fought for ever, and is told of."""
+    journal = Journal.now(g)
+    g.sh("systemd-run -q --unit=fight sh -c 'while sleep .2; do ip link set vt-g-0 master br9 2>/dev/null; done'")
+    try:
+        (problem,) = g.wait(
+            "the problem", lambda: [one for one in problems(g) if "put back 5 times" in one["text"]], 60
+        )
+        assert "vt-g-0: in br9 instead of vd-lab" in problem["text"]
+        assert "virtctl network start lab" in problem["hint"]
+        count = len(journal.entries(PUT_BACK))
+        g.sh("sleep 5")
+        assert len(journal.entries(PUT_BACK)) == count, "the war goes on"
+        assert [one["object"] for one in problems(g)] == ["network/lab"]
+    finally:
+        g.sh("systemctl stop fight")
+    g.virtctl("network", "start", "lab")
+    assert problems(g) == []
+    assert "master vd-lab" in g.sh("ip link show vt-g-0")
+
+
+def test_a_bridge_of_the_hosts_is_made_again(lab: Lab) -> None:
+    lab.sh("ip link add br0 type bridge && ip link set br0 up")
+    define(lab, 'name = "lab"\nmode = "bridge"\nbridge = "br0"\n')
+    lab.virtctl("define", "-", stdin=definition("g", more='[[nic]]\nnetwork = "lab"\n'))
+    lab.virtctl("start", "g")
+    try:
+        lab.sh("ip link del br0")
+        (problem,) = lab.wait("the problem", lambda: problems(lab), 20)
+        assert "br0: the host's bridge is gone" in problem["text"]
+        assert "ip link add br0 type bridge" in problem["hint"]
+        assert "network start" not in problem["hint"]
+        journal = Journal.now(lab)
+        lab.sh("ip link add br0 type bridge && ip link set br0 up")
+        lab.wait("the port", lambda: "master br0" in lab.sh("ip link show vt-g-0"), 20)
+        lab.wait("a tidy status", lambda: problems(lab) == [], 20)
+        assert journal.await_entries(PUT_BACK)
+        assert "isolated off" in lab.sh("bridge -d link show dev vt-g-0")
+        assert "locked on" in lab.sh("bridge -d link show dev vt-g-0")
+        lab.sh("ip link set vt-g-0 nomaster")
+        lab.wait("the port", lambda: "master br0" in lab.sh("ip link show vt-g-0"), 20)
+        lab.wait("a tidy status", lambda: problems(lab) == [], 20)
+    finally:
+        lab.virtctl("stop", "g", check=False)
+        lab.virtctl("network", "stop", "lab", check=False)
+        lab.sh("ip link del br0", check=False)
+
+
+def test_another_bridge_of_its_name(g: Lab) -> None:
+    """What isn't virtd's isn't removed; once it has gone, the network's own is back."""
+    g.sh("ip link set vd-lab down; ip link set vd-lab name br0; ip link add vd-lab type bridge; ip link del br0")
+    (problem,) = g.wait("the problem", lambda: problems(g), 20)
+    assert "vd-lab: replaced by something that isn't virtd's" in problem["text"]
+    g.sh("ip link del vd-lab")
+    g.wait("a tidy status", lambda: problems(g) == [], 20)
+    assert "master vd-lab" in g.sh("ip link show vt-g-0")

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One network's bridge and ports: how they differ from what virtd has made, and what is said of it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Protocol
+
+from ... import errors, journal
+from ...messages import Message
+from ...model.network import State
+from ..protocol import Problem
+from . import wanted
+
+if TYPE_CHECKING:
+    from ...model.network import Network
+    from .ports import Ground
+    from .wanted import Drift, Mended
+
+PROBLEM = "bridge"
+
+
+class Stood(Protocol):
+    """A network, as this looks at it."""
+
+    name: str
+    problems: dict[str, Problem]
+
+    @property
+    def state(self) -> State: ...
+    @property
+    def running(self) -> Network | None: ...
+    @property
+    def tended(self) -> Ground:
+        """What is looked after, while it is active: no ports that are about to be made, or were put out for good."""
+
+    async def make(self, network: Network) -> None:
+        """Make what is missing of all its pieces. Raises a VirtdError."""
+
+    def fields(self) -> dict[str, str]: ...
+    def changed(self) -> None: ...
+
+
+class Standing:
+    """Of one network."""
+
+    def __init__(self, net: Stood) -> None:
+        self.net = net
+
+    async def differences(self) -> list[Drift]:
+        """But for interfaces that have gone, whose guests may be about to end. Raises HostError."""
+        (found,) = await asyncio.to_thread(wanted.compare, [self.net.tended])
+        return [one for one in found if not one.gone]
+
+    async def settle(self) -> None:
+        """Have all as it should be, for a start. Raises HostError when what guests need can't be had."""
+        net = self.net
+        mended = await asyncio.to_thread(wanted.put_back, self.net.tended)
+        left = [one for one in mended.left if not one.gone]
+        if net.state is not State.ACTIVE and (needed := [one for one in left if one.vital]):
+            texts = "; ".join(one.text for one in needed)
+            raise errors.HostError(f"Cannot make network {net.name}: {texts}", hint=needed[0].hint)
+        self.say(left)
+
+    async def put_back(self, spared: frozenset[str]) -> Mended:
+        """Have back what somebody has changed, but for these keys; with the network's turn taken, while it is active.
+
+        Raises a VirtdError.
+        """
+        network, ground = self.net.running, self.net.tended
+        assert network is not None
+        (found,) = await asyncio.to_thread(wanted.compare, [ground])
+        lost = [one for one in found if one.key == wanted.bridge_key(network) and one.mend is not None]
+        if not lost or lost[0].key in spared:
+            return await asyncio.to_thread(wanted.put_back, ground, spared)
+        await self.net.make(network)  # dnsmasq as well: it has lost its addresses
+        return wanted.Mended(lost, [])
+
+    def say(self, left: list[Drift]) -> None:
+        """What isn't as it should be, and stays so until somebody does something about it."""
+        net = self.net
+        before = net.problems.get(PROBLEM)
+        if not left:
+            if net.problems.pop(PROBLEM, None) is not None:
+                net.changed()
+            return
+        text = f"It isn't as virtd made it: {'; '.join(one.text for one in left)}"
+        hints = dict.fromkeys(one.hint or f"virtctl network start {net.name} tries it again." for one in left)
+        problem = Problem(text, " ".join(hints))
+        if problem == before:
+            return
+        net.problems[PROBLEM] = problem
+        journal.send(
+            f"Network {net.name}: {text}", message_id=Message.NETWORK_BRIDGE_LOST, level="error", **net.fields()
+        )
+        net.changed()

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Sees that what virtd has made of the kernel's for networks stays so: what somebody else changes is put back.
+
+What differs is wanted.py's to say. The kernel tells of most changes (watch.py); of a few settings it doesn't, so that
+all is looked at every ten seconds as well. Who changes a thing again and again has a reason, and another program to
+do it: after some times it is left, and said; and tried again after ever longer pauses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import struct
+import time
+from typing import TYPE_CHECKING
+
+from ... import errors, journal
+from ...messages import Message
+from ...model.network import State
+from . import wanted
+from .server import DRIVER
+from .watch import ALL
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..protocol import Publish
+    from .net import Net
+    from .wanted import Drift
+
+log = logging.getLogger(__name__)
+
+SETTLE = 0.2  # seconds in which changes by others count as one
+BUSY = 0.5  # seconds until a network that is being started or stopped is looked at again
+LIMIT, WINDOW = 5, 60.0  # so often in so many seconds a thing is put back
+PAUSE, LONGEST = 60.0, 3600.0  # seconds that it is left then, doubled each time
+GRACE = 15.0  # seconds in which an interface that went goes off the record too, or comes back
+
+_NEWADDR, _DELADDR, _NEWROUTE, _DELROUTE, _NEWRULE, _DELRULE, _NEWNETCONF = 20, 21, 24, 25, 32, 33, 80
+_ADDRESS = struct.Struct("=BBBBi")  # ifaddrmsg
+
+
+class Patience:
+    """How often each thing was put back lately."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._times: dict[str, list[float]] = {}
+        self._until: dict[str, tuple[float, float]] = {}  # and the pause that ends then
+
+    def did(self, key: str) -> None:
+        now = self._clock()
+        times = [at for at in self._times.get(key, []) if now - at < WINDOW] + [now]
+        self._times[key] = times
+        if len(times) >= LIMIT:
+            until, pause = self._until.get(key, (0.0, PAUSE / 2))
+            pause = min(pause * 2, LONGEST) if now - until < LONGEST else PAUSE
+            self._until[key] = now + pause, pause
+            del self._times[key]
+
+    @property
+    def spared(self) -> frozenset[str]:
+        """What is left as it is."""
+        now = self._clock()
+        return frozenset(key for key, (until, _pause) in self._until.items() if until > now)
+
+
+class Upkeep:
+    """One for all networks of the driver."""
+
+    def __init__(self, nets: dict[str, Net], publish: Publish) -> None:
+        self._nets = nets
+        self._publish = publish
+        self._touched: set[str] = set()  # interfaces
+        self._indexes: set[int] = set()  # interfaces to whose addresses or settings something has happened
+        self._patience: dict[str, Patience] = {}
+        self._gone: dict[str, float] = {}  # since when
+        self._task: asyncio.Task[None] | None = None
+        self._begun = False
+
+    async def begin(self) -> None:
+        """From now on: what a crash may have left half made has been seen to."""
+        self._begun = True
+        await self.settle(set(self._nets), why="while virtd was away")
+        if self._touched:
+            self.link(ALL)
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    # What the kernel tells
+
+    def link(self, name: str) -> None:
+        """Something happened to an interface; ALL: to any."""
+        self._touched.add(name)
+        if self._task is None and self._begun:
+            self._task = asyncio.create_task(self._work(), name="look-at-interfaces")
+
+    def other(self, kind: int, body: bytes) -> None:
+        """A message of rtnetlink's about something else."""
+        if kind in (_NEWADDR, _DELADDR, _NEWNETCONF, _NEWROUTE, _DELROUTE, _NEWRULE, _DELRULE):
+            self.link(ALL)
+
+    async def _work(self) -> None:
+        try:
+            while self._touched:
+                await asyncio.sleep(SETTLE)
+                touched, self._touched = self._touched, set()
+                names = {net.name for net in self._active() if ALL in touched or touched & wanted.names([net.tended])}
+                if names and await self.settle(names, why="by somebody else"):
+                    await asyncio.sleep(BUSY)
+                    self._touched.add(ALL)
+        finally:
+            self._task = None
+
+    def _active(self) -> list[Net]:
+        return [net for net in self._nets.values() if net.state is State.ACTIVE and net.running is not None]
+
+    # Putting back
+
+    def forgive(self, name: str) -> None:
+        """Somebody asks for a network: nothing of it is left alone any longer."""
+        self._patience.pop(name, None)
+
+    async def settle(self, names: set[str], *, why: str) -> bool:
+        """Look at these networks, and put back what differs; whether some were busy, and weren't looked at."""
+        if not self._begun:
+            return False
+        nets = [net for net in self._active() if net.name in names]
+        busy = [net for net in nets if net.busy]
+        nets = [net for net in nets if not net.busy]
+        if not nets:
+            return bool(busy)
+        try:
+            found = await asyncio.to_thread(wanted.compare, [net.tended for net in nets])
+        except errors.HostError as exc:
+            log.error("%s", exc)
+            return bool(busy)
+        told: dict[str, list[Drift]] = {}
+        for net, drifts in zip(nets, found, strict=True):
+            if not self._lasting(drifts):
+                net.standing.say([])
+                continue
+            try:
+                told[net.name] = await self._put_back(net)
+            except errors.Busy:
+                busy.append(net)
+            except errors.VirtdError as exc:
+                log.error("Network %s: %s", net.name, exc)
+        self._tell(told, why)
+        return bool(busy)
+
+    async def _put_back(self, net: Net) -> list[Drift]:
+        patience = self._patience.setdefault(net.name, Patience())
+        async with net.exclusive("look after"):
+            if net.state is not State.ACTIVE or net.running is None:
+                return []
+            done, left = await net.standing.put_back(patience.spared)
+            for one in done:
+                patience.did(one.key)
+            spared = patience.spared
+            net.standing.say([self._explained(net, one, spared) for one in self._lasting(left)])
+            return done
+
+    def _explained(self, net: Net, one: Drift, spared: frozenset[str]) -> Drift:
+        if one.key not in spared:
+            return one
+        text = f"{one.text} (put back {LIMIT} times within {WINDOW:g} s, and left now: something sets it again)"
+        hint = (
+            "Find the program, such as systemd-networkd or NetworkManager, and have it leave the interface alone; "
+            f"then: virtctl network start {net.name}."
+        )
+        return one._replace(text=text, hint=hint)
+
+    def _lasting(self, found: list[Drift]) -> list[Drift]:
+        """Without interfaces that have just gone: their guest ends, or reboots."""
+        now = time.monotonic()
+        for key in self._gone.keys() - {one.key for one in found}:
+            if now - self._gone[key] > 10 * GRACE:
+                del self._gone[key]
+        return [one for one in found if not one.gone or now - self._gone.setdefault(one.key, now) > GRACE]
+
+    def _tell(self, told: dict[str, list[Drift]], why: str) -> None:
+        told = {name: [one for one in done if not one.new] for name, done in told.items()}
+        told = {name: done for name, done in told.items() if done}
+        if not told:
+            return
+        texts = dict.fromkeys(one.text for done in told.values() for one in done)
+        named = f"network {', '.join(told)}" if len(told) == 1 else f"networks {', '.join(told)}"
+        journal.send(
+            f"What had been changed {why} of {named} was put back: {'; '.join(texts)}",
+            message_id=Message.NETWORK_PUT_BACK, level="warning", VIRTD_DRIVER=DRIVER, VIRTD_NAME=" ".join(told),
+        )  # fmt: skip
+        for name in told:
+            self._publish("changed", name)

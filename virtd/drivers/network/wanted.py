@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What virtd has made of the kernel's for a network, compared with what is there: the one place that knows both.
+
+Start, info, fsck and the watch ask here, and have put back what can be. Firewall rules are compared by their marks
+(net.py), rules of policy routing as a whole (isolation.py). All of this blocks, and is called in a thread.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ... import errors
+from ...model.network import Mode
+from . import bridge, host, links
+from .ethernet import LINK_LOCAL
+from .kernel import MAIN, Kernel, Link, Route
+from .netlink import Address
+from .ports import eui64
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from ...model.network import Network
+    from .ports import Ground, Port
+
+MTU = 1500  # of a network whose definition has none
+MOST_ADDRESSES = 16  # of guests, whose routes are asked for
+PASSES = 4  # one thing may need another one first: an address of IPv6 a setting, a route an address
+DEFAULT = 253  # RT_TABLE_DEFAULT, asked after the main one
+FORWARDING = 3  # BR_STATE_FORWARDING
+
+
+class Drift(NamedTuple):
+    """One thing that isn't as virtd made it.
+
+    `key` stays the same while it is that thing; `text` is "vt-web1-0: in no bridge". `mend` puts it back, None: that
+    is for a person, and `hint` says how. Not `vital`: guests can do without. `new`: nobody has changed anything, such
+    as where a container's reboot has made its interface anew. `gone`: it may be about to be taken off the record.
+    """
+
+    key: str
+    text: str
+    mend: Callable[[Kernel], None] | None = None
+    hint: str = ""
+    vital: bool = True
+    new: bool = False
+    gone: bool = False
+
+
+class Seen(NamedTuple):
+    """What there is, of the interfaces that were looked at."""
+
+    links: dict[str, Link]
+    addresses: dict[str, set[Address]]
+    neighbours: set[tuple[str, str]]
+
+
+class Mended(NamedTuple):
+    """What was put back, and what couldn't be, with the reason in its text."""
+
+    done: list[Drift]
+    left: list[Drift]
+
+
+def names(grounds: Iterable[Ground]) -> set[str]:
+    """The interfaces that networks consist of."""
+    found = set()
+    for ground in grounds:
+        found.add(ground.network.bridge_name)
+        found.update(port.interface for port in ground.ports)
+    return found
+
+
+def look(kernel: Kernel, interfaces: set[str]) -> Seen:
+    """Raises OSError."""
+    found = kernel.links(interfaces)
+    indexes = {link.number: name for name, link in found.items()}
+    return Seen(found, kernel.all_addresses(indexes), kernel.neighbours_of_ports(indexes))
+
+
+def compare(grounds: list[Ground]) -> list[list[Drift]]:
+    """What differs of each network, by one look at all. Raises HostError."""
+    try:
+        with Kernel() as kernel:
+            seen = look(kernel, names(grounds))
+            return [differences(kernel, ground, seen) for ground in grounds]
+    except OSError as exc:
+        raise errors.HostError(f"Cannot ask the kernel about interfaces: {exc.strerror}") from exc
+
+
+def put_back(ground: Ground, spared: frozenset[str] = frozenset()) -> Mended:
+    """Have what differs as it should be, but for the keys in `spared`. Raises HostError."""
+    done: dict[str, Drift] = {}
+    failed: dict[str, str] = {}
+    try:
+        with Kernel() as kernel:
+            for again in range(PASSES + 1):
+                found = differences(kernel, ground, look(kernel, names([ground])))
+                todo = [
+                    one for one in found if one.mend is not None and one.key not in failed | dict.fromkeys(spared)
+                ]
+                if not todo or again == PASSES:
+                    break
+                for one in todo:
+                    try:
+                        assert one.mend is not None
+                        one.mend(kernel)
+                        done.setdefault(one.key, one)
+                    except errors.HostError as exc:
+                        failed[one.key] = exc.message
+                    except OSError as exc:
+                        failed[one.key] = exc.strerror or str(exc)
+    except OSError as exc:
+        raise errors.HostError(f"Cannot look after {ground.network.bridge_name}: {exc.strerror}") from exc
+    left = [one._replace(text=f"{one.text} ({failed[one.key]})" if one.key in failed else one.text) for one in found]
+    still = {one.key for one in left}
+    return Mended([one for key, one in done.items() if key not in still], left)
+
+
+def differences(kernel: Kernel, ground: Ground, seen: Seen) -> list[Drift]:
+    """What differs of a network; of its ports nothing while there is no bridge for them."""
+    network = ground.network
+    name = network.bridge_name
+    link = seen.links.get(name)
+    if link is None or link.kind != "bridge":
+        return [_no_bridge(ground, link)]
+    if network.own:
+        if ground.mac != link.mac and link.alias != alias_of(network):
+            return [_no_bridge(ground, link)]
+        found = [*_bridge(ground, link), *_addresses(ground, seen), *_host(network)]
+        if not found and not link.master:
+            found += _routes(kernel, ground)
+    else:
+        found = []
+        if not link.up:
+            hint = f"It is the host's: ip link set {name} up."
+            found.append(Drift(f"{name} up", f"{name}: the host's bridge is down", None, hint))
+    for port in ground.ports:
+        found += _port(ground, port, link, seen)
+    return found
+
+
+def bridge_key(network: Network) -> str:
+    """Of a difference: that there is no bridge."""
+    return f"{network.bridge_name} there"
+
+
+def alias_of(network: Network) -> str:
+    return f"virtd network {network.name}"
+
+
+def _no_bridge(ground: Ground, link: Link | None) -> Drift:
+    network = ground.network
+    name = network.bridge_name
+    if not network.own:
+        text = f"{name}: the host's bridge is gone" if link is None else f"{name}: no bridge any more"
+        hint = f"It is the host's: ip link add {name} type bridge. Its guests are connected again once it is there."
+        return Drift(bridge_key(network), text, None, hint)
+    if link is None:
+        return Drift(bridge_key(network), f"{name}: gone", lambda kernel: kernel.add_bridge(name, ground.mac))
+    hint = f"ip link delete {name}, and virtd makes its own again; or stop the network."
+    return Drift(bridge_key(network), f"{name}: replaced by something that isn't virtd's", None, hint)
+
+
+def _bridge(ground: Ground, link: Link) -> Iterator[Drift]:
+    network, name = ground.network, link.name
+    forwards = network.mode in (Mode.NAT, Mode.ROUTED)
+    if link.mac != ground.mac:
+        yield Drift(
+            f"{name} mac", f"{name}: MAC address {link.mac} instead of {ground.mac}",
+            lambda kernel: kernel.set_link(name, mac=ground.mac),
+        )  # fmt: skip
+    if link.alias != alias_of(network):
+        yield Drift(
+            f"{name} alias", f"{name}: no alias {alias_of(network)}",
+            lambda kernel: kernel.set_link(name, alias=alias_of(network)), vital=False,
+        )  # fmt: skip
+    if link.values.get("stp_state", 0) or link.values.get("forward_delay", 0):
+        yield Drift(f"{name} stp", f"{name}: spanning tree or a delay", lambda kernel: kernel.set_bridge(name))
+    mtu = _mtu(ground)
+    if mtu is not None and link.mtu != mtu:
+        yield Drift(
+            f"{name} mtu", f"{name}: MTU {link.mtu} instead of {mtu}", lambda kernel: kernel.set_link(name, mtu=mtu)
+        )
+    six = network.ipv6 is not None
+    for key, value in host.calm(six).items():
+        yield from _setting(link, key, value, vital=six)
+    for key, needed in (("ipv4/forwarding", network.ipv4), ("ipv6/forwarding", network.ipv6)):
+        # What is off for all is told of once.
+        if forwards and needed is not None and host.sysctl(host.forwarding(key)) != "0":
+            yield from _setting(link, key, 1)
+    if not link.up:
+        yield Drift(f"{name} up", f"{name}: down", lambda kernel: kernel.set_link(name, up=True))
+
+
+def _mtu(ground: Ground) -> int | None:
+    """The bridge's, and its ports'; None where the kernel has it follow an interface that somebody put in."""
+    network = ground.network
+    if network.mtu is not None or not network.own:
+        return network.mtu
+    ours = {port.interface for port in ground.ports}
+    others = [name for name in links.members(network.bridge_name) if name not in ours]
+    return MTU if all(links.mtu(name) >= MTU for name in others) else None
+
+
+def _setting(link: Link, key: str, value: int, *, vital: bool = True, new: bool = False) -> Iterator[Drift]:
+    """A sysctl of an interface's."""
+    found = link.values.get(key)
+    if found is None or found == value:
+        return
+    family, _, what = key.partition("/")
+    path = f"net/{family}/conf/{link.name}/{what}"
+
+    def mend(_kernel: Kernel) -> None:
+        host.set_sysctl(path, str(value))
+
+    text = f"{path.replace('/', '.')}: {found} instead of {value}"
+    yield Drift(f"{link.name} {key}", text, mend, vital=vital, new=new)
+
+
+def _host(network: Network) -> Iterator[Drift]:
+    def mend(_kernel: Kernel) -> None:
+        host.allow_forwarding(network)
+
+    for path in host.forwarding_needed(network):
+        if host.sysctl(path) == "0":
+            yield Drift(path, f"{path.replace('/', '.')}: 0 instead of 1", mend)
+
+
+def _addresses(ground: Ground, seen: Seen) -> Iterator[Drift]:
+    network = ground.network
+    name = network.bridge_name
+    wanted = {Address(*one) for one in host.addresses(network)}
+    there = {one for one in seen.addresses.get(name, set()) if not _is_link_local(one)}
+    if network.ipv6 is not None:
+        # Which router advertisements come from. The kernel gives it with IPv6, and not again.
+        mine = Address(str(eui64(LINK_LOCAL, ground.mac)), 64)
+        wanted.add(mine)
+        there |= {mine} & seen.addresses.get(name, set())
+    for one in sorted(wanted - there):
+        yield Drift(
+            f"{name} {one.address}", f"{name}: no address {one.address}/{one.prefix}",
+            partial(_add, name, one),
+        )  # fmt: skip
+    yield from _strangers(name, there - wanted)
+
+
+def _is_link_local(one: Address) -> bool:
+    return one.address.startswith("fe80:")
+
+
+def _add(name: str, one: Address, kernel: Kernel) -> None:
+    kernel.add_address(name, *one)
+
+
+def _delete(name: str, one: Address, kernel: Kernel) -> None:
+    kernel.delete_address(name, *one)
+
+
+def _lead(name: str, prefix: str, source: str, kernel: Kernel) -> None:
+    kernel.add_route(name, prefix, source)
+
+
+def _strangers(name: str, addresses: set[Address], *, new: bool = False) -> Iterator[Drift]:
+    for one in sorted(addresses):
+        yield Drift(
+            f"{name} {one.address}", f"{name}: an address that isn't virtd's, {one.address}/{one.prefix}",
+            partial(_delete, name, one), new=new,
+        )  # fmt: skip
+
+
+def _port(ground: Ground, port: Port, above: Link, seen: Seen) -> Iterator[Drift]:
+    network, name = ground.network, port.interface
+    link = seen.links.get(name)
+    if link is None:
+        noun = "" if port.user.startswith("qemu/") else "container "
+        user = port.user.partition("/")[2]
+        hint = f"virtctl {noun}stop {user}, and start it again."
+        yield Drift(f"{name} there", f"{name}: gone, {port.user} is cut off", None, hint, gone=True)
+        return
+    locked = not port.trusted
+    new = not link.alias and link.kind == "veth"
+    flags = {"isolated": network.isolated_ports, "locked": locked, "learning": not locked}
+    flags["multicast_router"] = not locked
+    if link.master != above.name:
+
+        def join(kernel: Kernel) -> None:
+            kernel.set_link(name, alias=links.alias_of(network.name, port.user))
+            bridge.join(kernel, name, above.name, port, isolated=network.isolated_ports)
+
+        where = f"in {link.master}" if link.master else "in no bridge"
+        yield Drift(f"{name} bridge", f"{name}: {where} instead of {above.name}", join, new=new)
+    elif any(link.values.get(key, wanted) != wanted for key, wanted in flags.items()) or (
+        locked and (name, port.mac) not in seen.neighbours
+    ):
+        yield Drift(
+            f"{name} guard", f"{name}: not guarded as a port of {above.name}",
+            lambda kernel: bridge.guard(kernel, name, port, isolated=network.isolated_ports), new=new,
+        )  # fmt: skip
+    elif link.values.get("state", FORWARDING) != FORWARDING and link.carrier and not above.values.get("stp_state"):
+        yield Drift(f"{name} state", f"{name}: switched off", lambda kernel: kernel.set_port_forwarding(name))
+    alias = links.alias_of(network.name, port.user)
+    if link.alias != alias:
+        yield Drift(
+            f"{name} alias", f"{name}: no alias {alias}", lambda kernel: kernel.set_link(name, alias=alias),
+            vital=False, new=new,
+        )  # fmt: skip
+    mtu = _mtu(ground) if network.own else None
+    if mtu is not None and link.mtu != mtu:
+        yield Drift(
+            f"{name} mtu", f"{name}: MTU {link.mtu} instead of {mtu}",
+            lambda kernel: kernel.set_link(name, mtu=mtu), new=new,
+        )  # fmt: skip
+    for key, value in bridge.PORT_SETTINGS.items():
+        yield from _setting(link, key, value, vital=False, new=new)
+    yield from _strangers(name, seen.addresses.get(name, set()), new=new)
+    if not link.up:
+        yield Drift(f"{name} up", f"{name}: down", lambda kernel: kernel.set_link(name, up=True), new=new)
+
+
+def _routes(kernel: Kernel, ground: Ground) -> Iterator[Drift]:
+    """What the host sends to guests has to leave by the bridge, whatever routes and rules others have."""
+    network, name = ground.network, ground.network.bridge_name
+    for _key, subnet in network.subnets():
+        own = str((network.interface4 if subnet.version == 4 else network.interface6).ip)  # type: ignore[union-attr]
+        for address in _samples(ground, subnet, own):
+            route = kernel.route_to(address)
+            if route is not None and route.interface == name:
+                continue
+            key = f"{name} {subnet}"
+            if _lacks(route, subnet):
+                yield Drift(
+                    key, f"{name}: no route to {subnet}",
+                    partial(_lead, name, str(subnet), own),
+                    f"ip route get {address} says where else it leads.",
+                )  # fmt: skip
+            else:
+                assert route is not None
+                by = f"{route.prefix or 'a default route'} through {route.interface or 'nowhere'}"
+                table = "" if route.table == MAIN else f" in table {route.table}, by a rule of policy routing"
+                hint = f"ip route get {address} and ip rule show them. Remove that route, or choose another prefix."
+                yield Drift(f"{key} wins", f"{name}: what is for {address} goes by {by}{table}", None, hint)
+            break
+
+
+def _lacks(route: Route | None, subnet: Any) -> bool:
+    """Whether it would go by the bridge, if the main table had the route."""
+    if route is None:
+        return True
+    length = int(route.prefix.partition("/")[2] or 0)
+    return route.table in (MAIN, DEFAULT) and length < subnet.prefixlen
+
+
+def _samples(ground: Ground, subnet: Any, own: str) -> list[str]:
+    found = [str(subnet[1]), str(subnet[-2])]
+    if subnet.version == 4:
+        found += sorted({port.ipv4 for port in ground.ports if port.ipv4})[:MOST_ADDRESSES]
+    return [address for address in dict.fromkeys(found) if address != own]
