@@ -324,3 +324,13 @@ async def test_a_job_that_systemd_cannot_be_told_of_is_put_away_later(
             await until(lambda: len(refused) == 3 and not world.units.units)
             nothing_unfinished(world, tmp_path / "host/pool")
     children.close()
+
+
+@on_loop
+async def test_pools_are_not_what_is_looked_at_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which drivers are is known by the name of what does it."""
+    (tmp_path / "host").mkdir()
+    with hosted(tmp_path / "host", monkeypatch) as world:
+        async with world.daemon() as host:
+            await prepare(host, tmp_path / "host")
+            await host.look()

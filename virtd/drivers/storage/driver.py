@@ -97,7 +97,7 @@ class Driver(Pools):
         jobs = [job for job in self.jobs if not job.over.is_set()]  # before tools are run that are jobs as well
         await self.settle()
         pools = self.active
-        await self.look(pools)
+        await self.examine(pools)
         for job in jobs:
             if result := await self.jobs.reconcile(job):
                 getattr(self.found, result).append(job.name)

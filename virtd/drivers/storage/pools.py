@@ -114,11 +114,11 @@ class Pools(Collection[StoragePool, model.Pool]):
             except errors.VirtdError as exc:
                 pool.problems["start"] = Problem(f"Pool {pool.name} is in doubt: {exc.message}", exc.hint)
 
-    async def look(self, pools: Iterable[StoragePool]) -> None:
+    async def examine(self, pools: Iterable[StoragePool]) -> None:
         """See whether these can still be used, and how much there is."""
-        await asyncio.gather(*(self._look(pool) for pool in pools))
+        await asyncio.gather(*(self._examine(pool) for pool in pools))
 
-    async def _look(self, pool: StoragePool) -> None:
+    async def _examine(self, pool: StoragePool) -> None:
         pool.problems.pop("lost", None)
         try:
             lost = await pool.backend.lost()
@@ -134,7 +134,7 @@ class Pools(Collection[StoragePool, model.Pool]):
 
     async def reload(self) -> None:
         """What others may have undone (a mount) is a problem, and starting the pool mends it."""
-        await self.look(self.active)
+        await self.examine(self.active)
 
     async def sweep(self, pool: StoragePool) -> None:
         """Remove what no job fills any more."""
