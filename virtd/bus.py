@@ -265,7 +265,7 @@ class Bus:
         `fds`, which stay the caller's. A descriptor in the reply (one that isn't inside an array or a struct) is the
         caller's to close. Raises BusError (an error reply, or no connection) or TimedOut.
         """
-        return self._unpack(
+        return self.unpack(
             await self._roundtrip(destination, path, interface, method, signature, args, fds=fds, timeout=timeout)
         )
 
@@ -285,7 +285,7 @@ class Bus:
         message = self._gio.DBusMessage.new_method_call(destination, path, interface, method)
         if signature:
             message.set_body(self._pack(signature, args))
-        self._attach(message, fds)
+        self.attach(message, fds)
         serial = self._send(message)
         # Replies are looked up on this very loop, so none can come before its future is in place.
         future: asyncio.Future[Any] = self._loop.create_future()
@@ -300,7 +300,7 @@ class Bus:
         finally:
             self._pending.pop(serial, None)
         if reply.get_message_type() == self._gio.DBusMessageType.ERROR:
-            values = self._unpack(reply)
+            values = self.unpack(reply)
             raise BusError(reply.get_error_name(), str(values[0]) if values else "")
         return reply
 
@@ -337,7 +337,7 @@ class Bus:
         with contextlib.suppress(BusError):
             self._send(message)
 
-    def _attach(self, message: Any, fds: Sequence[int]) -> None:
+    def attach(self, message: Any, fds: Sequence[int]) -> None:
         """Have duplicates of these go with a message, whose `h` are indices into them."""
         if fds:
             handles = self._gio.UnixFDList.new()
@@ -424,7 +424,8 @@ class Bus:
             else:
                 self._handler(call)
 
-    def _unpack(self, message: Any) -> tuple[Any, ...]:
+    def unpack(self, message: Any) -> tuple[Any, ...]:
+        """The values of a message; descriptors in it are the caller's to close."""
         body = message.get_body()
         if body is None:
             return ()
@@ -506,7 +507,7 @@ class Bus:
         interface, member = message.get_interface(), message.get_member()
         args: tuple[Any, ...] | None = None
         if sender == DBUS and interface == DBUS:
-            args = self._unpack(message)
+            args = self.unpack(message)
             if member == "NameOwnerChanged" and args[0] in self._owners:
                 self._owners[args[0]] = args[2]
             elif member == "NameLost" and (lost := self._lost.pop(args[0], None)):
@@ -520,7 +521,7 @@ class Bus:
                 and (signal.sender is None or sender in (signal.sender, self._owners.get(signal.sender)))
             ):
                 if args is None:
-                    args = self._unpack(message)
+                    args = self.unpack(message)
                 signal.callback(path, interface, member, args)
 
     # Being a service

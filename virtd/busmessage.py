@@ -6,14 +6,12 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from .text import plain
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
-
-    from .bus import Bus
 
 
 class Var(NamedTuple):
@@ -29,6 +27,7 @@ class Descriptor(NamedTuple):
     fd: int
 
 
+NO_REPLY_EXPECTED: Final = 1  # a flag of messages, as the D-Bus specification has it
 RANGES: Final = {
     "n": (-1 << 15, (1 << 15) - 1), "q": (0, (1 << 16) - 1), "i": (-1 << 31, (1 << 31) - 1),
     "u": (0, (1 << 32) - 1), "x": (-1 << 63, (1 << 63) - 1), "t": (0, (1 << 64) - 1),
@@ -55,10 +54,19 @@ def sendable(value: Any) -> Any:
             return value
 
 
+class Connection(Protocol):
+    """What a call came by; see bus.Bus."""
+
+    def pack(self, signature: str, values: Sequence[Any]) -> Any: ...
+    def unpack(self, message: Any) -> tuple[Any, ...]: ...
+    def attach(self, message: Any, fds: Sequence[int]) -> None: ...
+    def send(self, message: Any) -> None: ...
+
+
 class MethodCall:
     """A call that a peer made to us. Exactly one of `reply` and `error` has to follow, at any time."""
 
-    def __init__(self, bus: Bus, message: Any) -> None:
+    def __init__(self, bus: Connection, message: Any) -> None:
         self._bus = bus
         self._message = message
         self.sender: str = message.get_sender() or ""
@@ -70,7 +78,7 @@ class MethodCall:
     @functools.cached_property
     def args(self) -> tuple[Any, ...]:
         """To be asked for when `signature` is as expected: what a stranger sends may be of any kind and size."""
-        return self._bus._unpack(self._message)
+        return self._bus.unpack(self._message)
 
     def answer(self, body: Any) -> int:
         """Reply with what Bus.pack made; its size in bytes."""
@@ -89,7 +97,7 @@ class MethodCall:
                 plain = [next(numbers) if isinstance(value, Descriptor) else value for value in values]
                 reply = self._message.new_method_reply()
                 reply.set_body(self._bus.pack(signature, plain))
-                self._bus._attach(reply, fds)
+                self._bus.attach(reply, fds)
                 self._bus.send(reply)
         finally:
             for fd in fds:
@@ -101,7 +109,7 @@ class MethodCall:
             self._bus.send(self._message.new_method_error_literal(name, plain(message)))
 
     def _wants_reply(self) -> bool:
-        return not self._message.get_flags() & self._bus._gio.DBusMessageFlags.NO_REPLY_EXPECTED
+        return not self._message.get_flags() & NO_REPLY_EXPECTED
 
 
 class Table:

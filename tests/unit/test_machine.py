@@ -14,6 +14,7 @@ import pytest
 from tests.unit.whole_host import ROOT, SLOTS, World, nothing_left, on_loop, until
 from virtd import errors, process
 from virtd.drivers.qemu import operations
+from virtd.drivers.qemu.machine import REBOOT_GIVEN_UP
 from virtd.drivers.qemu.monitor import Link
 from virtd.messages import Message
 from virtd.model.state import State
@@ -545,7 +546,7 @@ async def test_a_reboot_that_could_not_be_asked_for_is_none_later(
         pid = await world.run("web1")
         with asleep(pid), pytest.raises(errors.MonitorError):
             await host.reboot("web1", force=False, timeout=20, by=ROOT)
-        assert world.record("web1").data["request"]["verb"] == operations.REBOOT_GIVEN_UP
+        assert world.record("web1").data["request"]["verb"] == REBOOT_GIVEN_UP
     async with world.daemon() as host:
         machine = host.driver.machines["web1"]
         await until(lambda: machine.monitor is not None and machine.monitor.link is Link.CONNECTED, "the monitor")

@@ -16,6 +16,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from ..allowance import Bucket
+from ..busmessage import NO_REPLY_EXPECTED
 from .introspection import PEER
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ LITTLE: Final = 4 << 10
 ERRORS: Final = 100.0  # a second; and answers to Ping
 KNOWN: Final = 1024  # connections that are remembered
 LIMITS_EXCEEDED: Final = "org.freedesktop.DBus.Error.LimitsExceeded"
-NO_REPLY: Final = 1  # DBusMessageFlags.NO_REPLY_EXPECTED
 
 
 class Sender:
@@ -70,7 +70,7 @@ class Door:
                 assert sender is not None
                 sender.calls += 1
                 return True
-            silent = int(message.get_flags()) & NO_REPLY
+            silent = int(message.get_flags()) & NO_REPLY_EXPECTED
             if uid is not None and silent:
                 return False  # what they may do has no effect but its answer
             if self._room(sender, uid):

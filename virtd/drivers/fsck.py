@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from .. import errors, fdstore, files, records
 from ..child import CONSOLE_LOG, STDERR_LOG
@@ -19,16 +19,12 @@ from ..units import object_name
 from .protocol import Difference
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
 
     from ..child import Child, Services
     from ..records import Record, Records
     from ..units import Listed, UnitState
-    from .collection import Collection
     from .guest import Guest
-    from .guests import Guests
-
-    AnyGuests = Guests[Any, Any]
 
 S = TypeVar("S")  # what was seen in all places
 
@@ -48,7 +44,29 @@ class Seen(NamedTuple):
         return [slot for slot in self.slots or {} if slot.startswith(f"{key}/")]
 
 
-async def compare(guests: AnyGuests, *, repair: bool) -> list[Difference]:
+class Defining(Protocol):
+    """Any driver; see collection.Collection."""
+
+    def half_written(self) -> list[str]: ...
+    def load_definitions(self) -> list[str]: ...
+    def unread_definitions(self) -> list[Difference]: ...
+
+
+class Supervising(Defining, Protocol):
+    """A driver that runs processes; see guests.Guests."""
+
+    name: str
+    records: Records
+
+    @property
+    def services(self) -> Services: ...
+    @property
+    def machines(self) -> Mapping[str, Guest[Any]]: ...
+    async def certain(self) -> None: ...
+    async def rebuild(self, name: str) -> None: ...
+
+
+async def compare(guests: Supervising, *, repair: bool) -> list[Difference]:
     """See protocol.Comparing."""
     await guests.certain()
     seen = await look(guests.services, guests.name)
@@ -105,7 +123,7 @@ def save_or_remove(records: Records, name: str, known: Record | None) -> None:
         records.remove(name)
 
 
-def _names(guests: AnyGuests, seen: Seen) -> list[str]:
+def _names(guests: Supervising, seen: Seen) -> list[str]:
     """Every object that anything is there of, besides its definition and its logs."""
     run = f"{guests.services.paths.run}/{guests.name}"
     found = {*guests.machines, *traces(guests.services, seen, guests.name), *names_in(run, ".json")}
@@ -116,7 +134,7 @@ def _names(guests: AnyGuests, seen: Seen) -> list[str]:
 # Files that no object owns
 
 
-async def loose_files(driver: Collection[Any, Any], *, repair: bool) -> list[Difference]:
+async def loose_files(driver: Defining, *, repair: bool) -> list[Difference]:
     """Halves of files, and definitions that were changed and not read."""
     found = _loose(driver)
     if not repair or not found:
@@ -128,7 +146,7 @@ async def loose_files(driver: Collection[Any, Any], *, repair: bool) -> list[Dif
     return [told(difference, repaired=difference.text not in left) for difference in found]
 
 
-def _loose(driver: Collection[Any, Any]) -> list[Difference]:
+def _loose(driver: Defining) -> list[Difference]:
     found = [
         Difference("file", "", f"{path} is half of a file: a crash came before the rest", "remove it")
         for path in driver.half_written()
@@ -139,7 +157,7 @@ def _loose(driver: Collection[Any, Any]) -> list[Difference]:
 # One object
 
 
-async def _examine(guests: AnyGuests, name: str, *, repair: bool) -> list[Difference]:
+async def _examine(guests: Supervising, name: str, *, repair: bool) -> list[Difference]:
     machine = guests.machines.get(name)
     if machine is None:
         return await _settle(guests, name, repair=repair)
@@ -156,7 +174,7 @@ async def _examine(guests: AnyGuests, name: str, *, repair: bool) -> list[Differ
         return [Difference("busy", name, exc.message)]
 
 
-async def _settle(guests: AnyGuests, name: str, *, repair: bool) -> list[Difference]:
+async def _settle(guests: Supervising, name: str, *, repair: bool) -> list[Difference]:
     return await settle(
         guests.services, name,
         look=lambda: look(guests.services, guests.name),
@@ -195,7 +213,7 @@ def told(difference: Difference, *, repaired: bool) -> Difference:
     )
 
 
-async def _findings(guests: AnyGuests, name: str, seen: Seen) -> list[Difference]:
+async def _findings(guests: Supervising, name: str, seen: Seen) -> list[Difference]:
     """What differs about one object, right now."""
     machine = guests.machines.get(name)
     found = _record(guests, name)
@@ -214,7 +232,7 @@ async def _findings(guests: AnyGuests, name: str, seen: Seen) -> list[Difference
     return found
 
 
-def _leftovers(guests: AnyGuests, name: str, seen: Seen) -> list[Difference]:
+def _leftovers(guests: Supervising, name: str, seen: Seen) -> list[Difference]:
     """What is there of an object that has ended, or of none at all."""
     found = []
     running = False
@@ -298,7 +316,7 @@ def _source(child: Child, slot: str) -> int | None:
     return opened.fd if opened is not None and opened.fd >= 0 else None
 
 
-def _record(guests: AnyGuests, name: str) -> list[Difference]:
+def _record(guests: Supervising, name: str) -> list[Difference]:
     machine = guests.machines.get(name)
     known = machine.record if machine is not None else None
     if found := record_differences(guests.services.paths.record(guests.name, name), name, known):
@@ -331,7 +349,7 @@ def record_differences(path: str, name: str, known: records.Record | None) -> li
     return []
 
 
-async def _mend(guests: AnyGuests, name: str, seen: Seen) -> None:
+async def _mend(guests: Supervising, name: str, seen: Seen) -> None:
     machine = guests.machines.get(name)
     if machine is not None and machine.alive:
         await _mend_running(guests, machine, seen)
@@ -350,7 +368,7 @@ async def _mend(guests: AnyGuests, name: str, seen: Seen) -> None:
     guests.records.remove(name)
 
 
-async def _mend_running(guests: AnyGuests, machine: Guest[Any], seen: Seen) -> None:
+async def _mend_running(guests: Supervising, machine: Guest[Any], seen: Seen) -> None:
     assert machine.child is not None
     assert machine.record is not None
     if not machine.child.alive():

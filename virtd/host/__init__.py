@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
 
     from ..child import Services
-    from ..drivers import qemu, storage
+    from ..drivers import lxc, qemu, storage
     from ..drivers.protocol import Driver
     from ..model.settings import Settings
     from ..pump import Loss
@@ -80,13 +80,13 @@ class Host(Domains):
     def networks(self) -> Networks:
         from .networks import Networks
 
-        return Networks(self)
+        return Networks(self.drivers, self.use, self.services.paths)
 
     @functools.cached_property
     def containers(self) -> Containers:
         from .containers import Containers
 
-        return Containers(self)
+        return Containers(self.services, cast("lxc.driver.Driver", self.use("lxc")), self.followers, self.subscribe)
 
     @functools.cached_property
     def boot(self) -> Boot:
@@ -277,7 +277,7 @@ class Host(Domains):
         from . import fsck
 
         async with self._comparing:  # each makes PID 1 tell of all its units and descriptors
-            rows = await fsck.compare(self, self._services, repair=repair)
+            rows = await fsck.compare(self.drivers, self.use, self._services, repair=repair)
         if repair and rows:
             who = by.name if by is not None else "nobody"
             log.info("fsck for %s: %d of %d differences repaired", who, sum(map(_repaired, rows)), len(rows))

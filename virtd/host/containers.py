@@ -4,29 +4,36 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from .. import errors
 from ..drivers.lxc import execs, operations
-from ..drivers.lxc.container import DRIVER, Container
+from ..drivers.lxc.container import Container
 from ..model.state import require
 from .base import WithDescriptors
 from .objects import Objects
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
+    from ..child import Services
+    from ..console import Followers
     from ..drivers.lxc.driver import Driver
-    from . import Host
-    from .base import Caller
+    from .base import Caller, Listener
 
 
 class Containers(Objects[Container]):
     """What can be asked of virtd about containers."""
 
-    def __init__(self, host: Host) -> None:
-        self.driver = cast("Driver", host.use(DRIVER))
-        super().__init__(host.services, self.driver, host.followers, host.subscribe)
+    def __init__(
+        self,
+        services: Services,
+        driver: Driver,
+        followers: Followers,
+        subscribe: Callable[[Listener], Callable[[], None]],
+    ) -> None:
+        super().__init__(services, driver, followers, subscribe)
+        self.driver = driver
 
     def _limit(self, container: Container, timeout: float | None) -> float:
         return container.settings.shutdown_timeout if timeout is None else timeout

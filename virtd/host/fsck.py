@@ -14,21 +14,28 @@ from ..drivers.registry import MODULES
 from ..text import plain
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..child import Services
-    from . import Host
+    from ..drivers.registry import Drivers
 
 STARTING = 60.0  # seconds that a start may take from the making of its pipes to its unit
 
 
-async def compare(host: Host, services: Services, *, repair: bool) -> list[dict[str, Any]]:
-    """The differences as rows: kind, object ("qemu/web1", or "" for none), text, repair, repaired."""
+async def compare(
+    drivers: Drivers, use: Callable[[str], object], services: Services, *, repair: bool
+) -> list[dict[str, Any]]:
+    """The differences as rows: kind, object ("qemu/web1", or "" for none), text, repair, repaired.
+
+    `use(name)` makes a driver that had nothing to do so far.
+    """
     units = await services.units()
     present = {unit.name for unit in await units.list("virtd-*.service")}
     for name in MODULES:
         if any(unit.startswith(f"virtd-{name}-") for unit in present):
-            host.use(name)
+            use(name)
     rows = []
-    for driver in host.drivers:
+    for driver in drivers:
         if isinstance(driver, Comparing):
             found = await driver.compare(repair=repair)
             rows += [_row(difference, f"{driver.name}/{difference.object}") for difference in found]

@@ -10,9 +10,12 @@ from .. import errors
 from .objects import known, settled
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..drivers.network.driver import Driver
     from ..drivers.network.net import Net
-    from . import Host
+    from ..drivers.registry import Drivers
+    from ..paths import Paths
     from .base import Caller
 
 DRIVER = "network"
@@ -21,17 +24,20 @@ DRIVER = "network"
 class Networks:
     """What can be asked of virtd about networks."""
 
-    def __init__(self, host: Host) -> None:
-        self._host = host
+    def __init__(self, drivers: Drivers, use: Callable[[str], Any], paths: Paths) -> None:
+        """`use(name)`: the driver of that name, for an operation; made if need be."""
+        self._drivers = drivers
+        self._use = use
+        self._paths = paths
 
     @property
     def driver(self) -> Driver:
-        return cast("Driver", self._host.use(DRIVER))
+        return cast("Driver", self._use(DRIVER))
 
     # Reading
 
     async def listing(self) -> list[dict[str, Any]]:
-        if DRIVER not in self._host.drivers:  # nothing has made it yet, so there is none
+        if DRIVER not in self._drivers:  # nothing has made it yet, so there is none
             return []
         await settled(self.driver.nets.values())
         return [self.driver.describe(self.driver.nets[name]) for name in sorted(self.driver.nets)]
@@ -118,4 +124,4 @@ class Networks:
         return net
 
     def _path(self, name: str) -> str:
-        return self._host.services.paths.definition(DRIVER, name)
+        return self._paths.definition(DRIVER, name)

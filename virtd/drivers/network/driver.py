@@ -79,7 +79,7 @@ class Driver(Collection[Net, model.Network]):
     async def compare(self, *, repair: bool) -> list[Difference]:
         from . import fsck  # no start of the daemon needs it
 
-        return await fsck.compare(self, repair=repair)
+        return await fsck.compare(self, self.detach, repair=repair)
 
     @property
     def nets(self) -> dict[str, Net]:

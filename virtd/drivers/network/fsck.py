@@ -32,8 +32,14 @@ from . import bridge, dnsmasq, firewall, links
 from .server import DRIVER, content
 
 if TYPE_CHECKING:
-    from .driver import Driver
+    from collections.abc import Awaitable, Callable
+
+    from ...model.network import Network
+    from ..collection import Collection
     from .net import Net
+
+    Nets = Collection[Net, Network]
+    Detach = Callable[[str], Awaitable[object]]  # the interface of a guest
 
 
 class There(NamedTuple):
@@ -44,23 +50,23 @@ class There(NamedTuple):
     tables: set[str]
 
 
-async def compare(driver: Driver, *, repair: bool) -> list[Difference]:
+async def compare(nets: Nets, detach: Detach, *, repair: bool) -> list[Difference]:
     """See protocol.Comparing."""
-    await driver.certain()
-    found = await loose_files(driver, repair=repair)
-    there = await _look(driver)
-    run = f"{driver.services.paths.run}/{DRIVER}"
-    names = {*driver.nets, *there.bridges, *there.tables, *names_in(run, ".json")}
-    names |= traces(driver.services, there.seen, DRIVER)
+    await nets.certain()
+    found = await loose_files(nets, repair=repair)
+    there = await _look(nets)
+    run = f"{nets.services.paths.run}/{DRIVER}"
+    names = {*nets.objects, *there.bridges, *there.tables, *names_in(run, ".json")}
+    names |= traces(nets.services, there.seen, DRIVER)
     names |= {name for name in names_in(run, "") if os.path.isdir(f"{run}/{name}")}
     for name in sorted(names):
-        if await _findings(driver, name, there):
-            found += await _examine(driver, name, repair=repair)
-    return found + await _interfaces(driver, repair=repair)
+        if await _findings(nets, name, there):
+            found += await _examine(nets, name, repair=repair)
+    return found + await _interfaces(nets, detach, repair=repair)
 
 
-async def _look(driver: Driver) -> There:
-    seen = await look(driver.services, DRIVER)
+async def _look(nets: Nets) -> There:
+    seen = await look(nets.services, DRIVER)
     bridges = {}
     for interface in links.all_names():
         words = links.read(interface, "ifalias").split(" ")
@@ -73,35 +79,35 @@ async def _look(driver: Driver) -> There:
     return There(seen, bridges, tables)
 
 
-async def _examine(driver: Driver, name: str, *, repair: bool) -> list[Difference]:
-    net = driver.nets.get(name)
+async def _examine(nets: Nets, name: str, *, repair: bool) -> list[Difference]:
+    net = nets.objects.get(name)
     try:
         if net is None:
-            return await _settle(driver, name, repair=repair)
+            return await _settle(nets, name, repair=repair)
         async with net.exclusive("check"):
-            return await _settle(driver, name, repair=repair)
+            return await _settle(nets, name, repair=repair)
     except errors.Busy as exc:
         return [Difference("busy", name, exc.message)]
 
 
-async def _settle(driver: Driver, name: str, *, repair: bool) -> list[Difference]:
+async def _settle(nets: Nets, name: str, *, repair: bool) -> list[Difference]:
     return await settle(
-        driver.services, name,
-        look=lambda: _look(driver),
-        findings=lambda there: _findings(driver, name, there),
-        mend=lambda there: _mend(driver, name, there),
+        nets.services, name,
+        look=lambda: _look(nets),
+        findings=lambda there: _findings(nets, name, there),
+        mend=lambda there: _mend(nets, name, there),
         repair=repair,
     )  # fmt: skip
 
 
-async def _findings(driver: Driver, name: str, there: There) -> list[Difference]:
+async def _findings(nets: Nets, name: str, there: There) -> list[Difference]:
     """What differs about one network, right now."""
-    net = driver.nets.get(name)
-    path = driver.services.paths.record(DRIVER, name)
+    net = nets.objects.get(name)
+    path = nets.services.paths.record(DRIVER, name)
     found = record_differences(path, name, net.record if net is not None else None)
     if net is not None and net.active:
         return found + await _pieces(net, there.seen)
-    return found + _leftovers(driver, name, there)
+    return found + _leftovers(nets, name, there)
 
 
 async def _pieces(net: Net, seen: Seen) -> list[Difference]:
@@ -136,14 +142,14 @@ async def _pieces(net: Net, seen: Seen) -> list[Difference]:
     return found
 
 
-def _leftovers(driver: Driver, name: str, there: There) -> list[Difference]:
+def _leftovers(nets: Nets, name: str, there: There) -> list[Difference]:
     """What is there of a network that isn't active, or isn't one at all."""
     found = []
     if unit := there.seen.units.get(name):
         found.append(Difference("unit", name, f"{unit.name} is there, and {name} isn't active", "stop it"))
-    for slot in strays(driver.services, there.seen, f"{DRIVER}/{name}"):
+    for slot in strays(nets.services, there.seen, f"{DRIVER}/{name}"):
         found.append(Difference("slot", name, f"slot {slot} is kept, and {name} isn't active", "drop it"))
-    runtime = driver.services.paths.runtime(DRIVER, name)
+    runtime = nets.services.paths.runtime(DRIVER, name)
     if os.path.lexists(runtime):
         found.append(Difference("directory", name, f"{runtime} is there, and {name} isn't active", "remove it"))
     if name in there.tables:
@@ -157,50 +163,50 @@ def _leftovers(driver: Driver, name: str, there: There) -> list[Difference]:
     return found
 
 
-async def _mend(driver: Driver, name: str, there: There) -> None:
-    net = driver.nets.get(name)
+async def _mend(nets: Nets, name: str, there: There) -> None:
+    net = nets.objects.get(name)
     if net is not None and net.active:
         if (child := net.server.child) is not None and child.alive():
-            await mend_slots(driver.services, child, there.seen)
+            await mend_slots(nets.services, child, there.seen)
         if (network := net.running) is not None:
             await net.make(network)
     else:
-        await clear_away(driver.services, there.seen, DRIVER, name)
+        await clear_away(nets.services, there.seen, DRIVER, name)
         if name in there.tables:
             await asyncio.to_thread(firewall.remove, name)
         if (interface := there.bridges.get(name)) and not links.members(interface):
             await asyncio.to_thread(bridge.remove, interface)
-        await asyncio.to_thread(files.remove_tree, driver.services.paths.runtime(DRIVER, name))
-    save_or_remove(driver.records, name, net.record if net is not None else None)
+        await asyncio.to_thread(files.remove_tree, nets.services.paths.runtime(DRIVER, name))
+    save_or_remove(nets.records, name, net.record if net is not None else None)
 
 
-async def _interfaces(driver: Driver, *, repair: bool) -> list[Difference]:
+async def _interfaces(nets: Nets, detach: Detach, *, repair: bool) -> list[Difference]:
     """Taps and such that were made for a guest, by their alias; its record says whether it has anything running."""
     found = []
     for port in links.ports():
-        if _has_something(driver, port.user):
+        if _has_something(nets, port.user):
             continue
         text = f"interface {port.interface} was made for {port.user}, which doesn't run"
         if repair:
-            await driver.detach(port.interface)
+            await detach(port.interface)
         difference = Difference("interface", port.network, text, "remove it")
         found.append(told(difference, repaired=repair and not links.exists(port.interface)))
-    for net in driver.nets.values():
+    for net in nets.objects.values():
         for known in net.ports:
-            if links.exists(known.interface) or _has_something(driver, known.user):
+            if links.exists(known.interface) or _has_something(nets, known.user):
                 continue
             text = f"interface {known.interface} is expected for {known.user}, which doesn't run"
             if repair:
-                await driver.detach(known.interface)
+                await detach(known.interface)
             difference = Difference("interface", net.name, text, "forget it")
             found.append(told(difference, repaired=repair and known not in net.ports))
     return found
 
 
-def _has_something(driver: Driver, user: str) -> bool:
+def _has_something(nets: Nets, user: str) -> bool:
     kind, _, name = user.partition("/")
     try:
-        record = records.read(driver.services.paths.record(kind, name))
+        record = records.read(nets.services.paths.record(kind, name))
     except FileNotFoundError:
         return False
     except (OSError, ValueError):

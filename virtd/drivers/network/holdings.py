@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ... import errors
 from .. import conflicts
@@ -13,13 +13,29 @@ from ..conflicts import Holding, Kind
 from . import links, listening
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from ...model.network import Forward, Network
     from ..protocol import Peers
-    from .net import Net
+    from .ports import Port
 
 log = logging.getLogger(__name__)
+
+
+class Owner(Protocol):
+    """A network, active or not; see net.Net."""
+
+    name: str
+    definition: Network | None
+
+    @property
+    def active(self) -> bool: ...
+    @property
+    def running(self) -> Network | None: ...
+    @property
+    def mac(self) -> str: ...
+    @property
+    def ports(self) -> tuple[Port, ...]: ...
 
 
 def of(network: Network, mac: str) -> Iterator[Holding]:
@@ -34,7 +50,7 @@ def of(network: Network, mac: str) -> Iterator[Holding]:
         yield Holding(Kind.PORT, (forward.protocol.value, version, forward.port), f"forward[{index}]", name)
 
 
-def all_of(nets: dict[str, Net], *, running: bool) -> Iterator[tuple[str, Holding]]:
+def all_of(nets: Mapping[str, Owner], *, running: bool) -> Iterator[tuple[str, Holding]]:
     """As conflicts.Holder has it."""
     for net in nets.values():
         in_force = net.running
@@ -45,14 +61,14 @@ def all_of(nets: dict[str, Net], *, running: bool) -> Iterator[tuple[str, Holdin
                 yield from ((f"network {net.name}", one) for one in of(network, mac))
 
 
-async def require(net: Net, network: Network, peers: Peers) -> None:
+async def require(net: Owner, network: Network, peers: Peers) -> None:
     """Raise Busy when somebody has what `network` is to have and isn't in force yet."""
     before = net.running.forward if net.running is not None else ()
     await _require_unserved(net.name, network.forward, before)
     require_free(net, network, peers)
 
 
-def require_free(net: Net, network: Network, peers: Peers) -> None:
+def require_free(net: Owner, network: Network, peers: Peers) -> None:
     """The same as far as nobody has to be waited for: other networks."""
     conflicts.require(peers, f"network {net.name}", of(network, net.mac if network.own else ""))
     for other in peers("network").nets.values():
@@ -77,7 +93,7 @@ async def _require_unserved(name: str, forwards: tuple[Forward, ...], before: tu
             raise errors.Busy(f"Cannot start network {name}: forward[{one.number}]: {one.text}", hint=one.hint)
 
 
-async def warnings(net: Net | None, network: Network, peers: Peers) -> list[str]:
+async def warnings(net: Owner | None, network: Network, peers: Peers) -> list[str]:
     """What others have that it wants, for who defines it."""
     found = [
         f"forward[{one.number}]: {one.text}: it can't be started like that" for one in await _served(network.forward)
@@ -86,7 +102,7 @@ async def warnings(net: Net | None, network: Network, peers: Peers) -> list[str]
     return found + conflicts.warnings(peers, f"network {network.name}", mine) + _addresses(net, network)
 
 
-def _addresses(net: Net | None, network: Network) -> list[str]:
+def _addresses(net: Owner | None, network: Network) -> list[str]:
     """Addresses that the definition gives to one guest while another has them."""
     given = {port.ipv4: port for port in net.ports if port.ipv4} if net is not None and net.active else {}
     return [

@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ... import errors
 from ...model.network import Mode
 from .netlink import PROHIBIT, TO_TABLE, Netlink, RoutingRule
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from ...model.network import Network
-    from .net import Net
 
 PROTOCOL = 86  # rtnetlink(7)'s rtm_protocol: no other program's in iproute2's list of them
 # After `local`, wherever others (Cilium) have moved it to, and before everything that routes: VRFs have 1000.
@@ -75,10 +74,19 @@ def settle(networks: Iterable[Network], *, remove: bool = True) -> set[RoutingRu
     return missing
 
 
+class Isolated(Protocol):
+    """A network, active or not; see net.Net."""
+
+    @property
+    def active(self) -> bool: ...
+    @property
+    def running(self) -> Network | None: ...
+
+
 class Isolation:
     """Of all networks of the driver's, one change at a time."""
 
-    def __init__(self, nets: dict[str, Net]) -> None:
+    def __init__(self, nets: Mapping[str, Isolated]) -> None:
         self._nets = nets
         self._turn = asyncio.Lock()
 

@@ -63,7 +63,9 @@ class Driver(Guests[Machine, model.Domain]):
     async def compare(self, *, repair: bool) -> list[Difference]:
         from . import fsck, openfiles
 
-        found = await super().compare(repair=repair) + await fsck.users(self, repair=repair)
+        found = await super().compare(repair=repair) + await fsck.users(
+            self.machines, self.users, self.see_to_names, repair=repair
+        )
         return found + await openfiles.differences(self.machines.values())
 
     async def look(self) -> None:
@@ -128,7 +130,9 @@ class Driver(Guests[Machine, model.Domain]):
             + [cdrom.path for cdrom in domain.cdrom]
             if domain is not None
             else [],
-            "nics": nics.describe(machine, domain),
+            "nics": nics.describe(domain, machine.uuid, self._peers, alive=machine.alive)
+            if domain is not None
+            else [],
             "monitor": machine.monitor.link.value if machine.monitor is not None else None,
             "standstill": machine.standstill.described() if STANDSTILL in machine.problems else None,
             "events": {"taken": machine.news.taken, "hung_up": machine.floods},

@@ -13,25 +13,29 @@ from . import userdb
 from .users import known_as
 
 if TYPE_CHECKING:
-    from .driver import Driver
+    from collections.abc import Callable, Mapping
+
+    from .machine import Machine
+    from .users import Users
 
 
-async def users(driver: Driver, *, repair: bool) -> list[Difference]:
+async def users(
+    machines: Mapping[str, Machine], known: Users, see_to_names: Callable[[], None], *, repair: bool
+) -> list[Difference]:
     """Names and IDs of guests' users: each is known by its own name, to one guest, and none is left over."""
-    found = _names(driver)
+    found = _names(machines, known.directory)
     if repair and found:
-        for machine in driver.machines.values():
+        for machine in machines.values():
             if machine.alive:
                 machine.name_user()
-        driver.see_to_names()
-        left = {difference.text for difference in _names(driver)}
+        see_to_names()
+        left = {difference.text for difference in _names(machines, known.directory)}
         found = [told(difference, repaired=difference.text not in left) for difference in found]
-    return found + await _ids(driver)
+    return found + await _ids(machines, known)
 
 
-def _names(driver: Driver) -> list[Difference]:
-    directory = driver.services.paths.userdb
-    needed = {user: machine for machine in driver.machines.values() if (user := machine.user) is not None}
+def _names(machines: Mapping[str, Machine], directory: str) -> list[Difference]:
+    needed = {user: machine for machine in machines.values() if (user := machine.user) is not None}
     wrong = f"in {directory} aren't as they should be"
     found = [
         Difference("user", machine.name, f"the records of user {user.name} {wrong}", "write them anew")
@@ -45,15 +49,15 @@ def _names(driver: Driver) -> list[Difference]:
     ]
 
 
-async def _ids(driver: Driver) -> list[Difference]:
+async def _ids(machines: Mapping[str, Machine], users: Users) -> list[Difference]:
     found = []
     try:
-        driver.users.read()
+        users.read()
     except errors.HostError as exc:
         text = f"{exc.message}; each domain gets another user ID at its next start"
         found.append(Difference("user", "", text))
     others: dict[int, str] = {}
-    for machine in list(driver.machines.values()):
+    for machine in list(machines.values()):
         if (user := machine.user) is None:
             continue
         name = machine.name

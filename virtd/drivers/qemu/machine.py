@@ -19,7 +19,7 @@ from ...records import now
 from ..guest import AGAIN, End, Guest, Shared
 from ..protocol import Problem
 from ..turns import within
-from . import command, directory, ends, images, nics, operations, ownership, userdb
+from . import command, directory, ends, images, nics, ownership, userdb
 from . import host as hostinfo
 from .monitor import Link, Monitor
 from .news import STANDSTILL, News
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DRIVER = "qemu"
+REBOOT_GIVEN_UP = "reboot given up"  # a request, see operations.reboot
 LAST_WORDS = 1.0  # seconds for its monitor to hang up, once QEMU has ended
 GREETING_LIMIT = 5.0  # seconds for the monitor of a guest that runs already
 LINK_AGAIN = 1.0  # seconds until a link that was refused, or broke, is tried again ...
@@ -242,8 +243,14 @@ class Machine(Guest[model.Domain]):
 
     async def _resettle(self, monitor: Monitor) -> None:
         """What a reboot has set and couldn't take back, for QEMU didn't answer."""
-        if self.request is not None and self.request.verb == operations.REBOOT_GIVEN_UP:
-            await monitor.execute("set-action", {"shutdown": operations.at_poweroff(self)})
+        if self.request is not None and self.request.verb == REBOOT_GIVEN_UP:
+            await monitor.execute("set-action", {"shutdown": self.at_poweroff})
+
+    @property
+    def at_poweroff(self) -> str:
+        """What QEMU is to do when its guest powers off, as its set-action has it."""
+        domain = self.running_definition
+        return "pause" if domain is not None and domain.on_poweroff is model.OnPoweroff.KEEP else "poweroff"
 
     async def _close_runtime(self) -> None:
         if directory.is_open(self.runtime):

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ... import errors, journal
 from ...allowance import Allowance
 from ...model.state import State
 
 if TYPE_CHECKING:
-    from .machine import Machine
+    import asyncio
+    from enum import StrEnum
+
+    from ..protocol import Problem
     from .qmp import Event
 
 CHANGES, CHANGES_RATE = 20, 1.0  # changes of state at once, and a second
@@ -34,10 +37,39 @@ class Change(NamedTuple):
     reason: str
 
 
+class Stopping(Protocol):
+    """What is told that a guest has come to a standstill; see standstill.Standstill."""
+
+    def told(self, event: str, data: dict[str, Any]) -> None: ...
+    def seen(self, status: str) -> None: ...
+
+
+class Subject(Protocol):
+    """The domain that news are of; see machine.Machine."""
+
+    name: str
+    problems: dict[str, Problem]
+    guest_off: asyncio.Event
+
+    @property
+    def standstill(self) -> Stopping: ...
+    @property
+    def alive(self) -> bool: ...
+    @property
+    def busy(self) -> bool: ...
+    @property
+    def state(self) -> State: ...
+    def note(self, state: StrEnum, reason: str, **changes: Any) -> None: ...
+    def spawn(self, work: Any, name: str) -> None: ...
+    def fields(self) -> dict[str, str]: ...
+    async def ended_within(self, seconds: float) -> bool: ...
+    async def ask_state(self) -> str: ...
+
+
 class News:
     """The events of one machine, each of its lives."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Subject) -> None:
         self._machine = machine
         self._changes = Allowance(CHANGES, CHANGES_RATE)
         self._reboots = Allowance(REBOOTS, REBOOTS_RATE)

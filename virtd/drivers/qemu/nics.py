@@ -19,7 +19,6 @@ from . import command
 if TYPE_CHECKING:
     from ...model.domain import Domain
     from ..protocol import Peers
-    from .machine import Machine
 
 DRIVER = "qemu"
 PREFIX = "vt-"
@@ -43,10 +42,10 @@ def interface_name(domain: str, index: int) -> str:
     return name if len(name) <= 15 else f"{PREFIX}{zlib.crc32(domain.encode()):08x}-{index}"
 
 
-def plan(machine: Machine, domain: Domain) -> list[Planned]:
+def plan(domain: Domain, uuid: str) -> list[Planned]:
     """What is needed for the domain's cards."""
     return [
-        Planned(index, nic.network, interface_name(domain.name, index), _mac(machine, domain, index), nic.trusted)
+        Planned(index, nic.network, interface_name(domain.name, index), _mac(domain, uuid, index), nic.trusted)
         for index, nic in enumerate(domain.nic)
         if nic.network is not None
     ]
@@ -60,8 +59,8 @@ def recorded(data: dict[str, Any]) -> list[Planned]:
         return []
 
 
-def _mac(machine: Machine, domain: Domain, index: int) -> str:
-    return (domain.nic[index].mac or command.mac_of(machine.uuid, index)).lower()
+def _mac(domain: Domain, uuid: str, index: int) -> str:
+    return (domain.nic[index].mac or command.mac_of(uuid, index)).lower()
 
 
 def check(domain: Domain, source: str, peers: Peers) -> None:
@@ -80,12 +79,12 @@ def check(domain: Domain, source: str, peers: Peers) -> None:
             ) from exc
 
 
-async def connect(machine: Machine, planned: list[Planned], uid: int) -> None:
+async def connect(name: str, planned: list[Planned], uid: int, peers: Peers) -> None:
     """Make the taps; networks that aren't active are started. Raises a VirtdError."""
     for nic in planned:
-        await machine.peers(NETWORK).attach(
+        await peers(NETWORK).attach(
             nic.network,
-            user=f"{DRIVER}/{machine.name}",
+            user=f"{DRIVER}/{name}",
             interface=nic.interface,
             mac=nic.mac,
             uid=uid,
@@ -103,21 +102,19 @@ async def sweep(alive: set[str], peers: Peers) -> None:
         await peers(NETWORK).sweep(DRIVER, alive)
 
 
-def describe(machine: Machine, domain: Domain | None) -> list[dict[str, Any]]:
+def describe(domain: Domain, uuid: str, peers: Peers, *, alive: bool) -> list[dict[str, Any]]:
     """The cards as `virtctl info --json` has them."""
-    if domain is None:
-        return []
     rows = []
     for index, nic in enumerate(domain.nic):
-        mac = _mac(machine, domain, index)
-        connected = nic.network is not None and machine.alive
+        mac = _mac(domain, uuid, index)
+        connected = nic.network is not None and alive
         rows.append(
             {
                 "network": nic.network,
                 "mode": "user" if nic.network is None else None,
                 "mac": mac,
-                "interface": interface_name(machine.name, index) if connected else None,
-                "addresses": machine.peers(NETWORK).addresses_of(nic.network, mac) if connected else [],
+                "interface": interface_name(domain.name, index) if connected else None,
+                "addresses": peers(NETWORK).addresses_of(nic.network, mac) if connected else [],
             }
         )
     return rows

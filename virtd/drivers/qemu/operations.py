@@ -14,9 +14,9 @@ import time
 from typing import TYPE_CHECKING
 
 from ... import errors
-from ...model.domain import OnPoweroff
 from ...model.state import State, require
 from ...text import span
+from .machine import REBOOT_GIVEN_UP
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -29,7 +29,6 @@ PRESS_AGAIN = 5.0
 KILL_LIMIT = 10.0
 
 SHUTDOWN_GIVEN_UP = "shutdown given up"
-REBOOT_GIVEN_UP = "reboot given up"
 
 
 async def shutdown(machine: Machine, timeout: float, by: str) -> bool:
@@ -194,7 +193,7 @@ async def _press_and_reset(machine: Machine, timeout: float, by: str) -> None:
                 await machine.command("system_powerdown")
                 await _off_or_over(machine, PRESS_AGAIN)
     except TimeoutError:
-        await machine.command("set-action", {"shutdown": at_poweroff(machine)})
+        await machine.command("set-action", {"shutdown": machine.at_poweroff})
         # A request still, so that the button in the event journal isn't taken for the host's own shutdown.
         machine.note(
             State.RUNNING,
@@ -222,7 +221,7 @@ async def _off_or_over(machine: Machine, limit: float) -> None:
 
 async def _reset(machine: Machine, by: str) -> None:
     await machine.command("system_reset")
-    await machine.command("set-action", {"shutdown": at_poweroff(machine)})
+    await machine.command("set-action", {"shutdown": machine.at_poweroff})
     for _ in range(100):
         try:
             await machine.command("cont")
@@ -233,12 +232,6 @@ async def _reset(machine: Machine, by: str) -> None:
     if machine.alive:
         data = await machine.another_life()
         machine.note(State.RUNNING, f"rebooted by {by}", data=data | {"request": None})
-
-
-def at_poweroff(machine: Machine) -> str:
-    """What QEMU is to do when its guest powers off, as its set-action has it."""
-    domain = machine.running_definition
-    return "pause" if domain is not None and domain.on_poweroff is OnPoweroff.KEEP else "poweroff"
 
 
 async def _over(machine: Machine, limit: float) -> bool:

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import os
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -22,10 +22,12 @@ from ...model.state import State
 from ...records import now
 from ..protocol import Problem
 from ..turns import within
-from .news import DISK, INTERNAL, PANIC, STANDSTILL, WATCHDOG
+from .news import DISK, INTERNAL, PANIC, STANDSTILL, WATCHDOG, Subject
 
 if TYPE_CHECKING:
-    from .machine import Machine
+    from ...model.domain import Domain
+    from ...records import Record
+    from ..recorded import Shared
 
 TOLD, TOLD_RATE = 10, 1 / 60  # lines in the journal of one guest at once, and a second
 LOOK = 10.0  # seconds that a file system may take to say how full it is
@@ -61,10 +63,22 @@ class Space(msgspec.Struct, frozen=True):
     free: int
 
 
+class Stopped(Subject, Protocol):
+    """The domain that it is of; see machine.Machine."""
+
+    record: Record | None
+
+    @property
+    def shared(self) -> Shared: ...
+    @property
+    def running_definition(self) -> Domain | None: ...
+    async def command(self, name: str) -> Any: ...
+
+
 class Standstill:
     """That of one machine, if it has come to one."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Stopped) -> None:
         self._machine = machine
         self._told = Allowance(TOLD, TOLD_RATE)
         self._begun = asyncio.Event()

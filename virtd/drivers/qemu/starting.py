@@ -62,7 +62,7 @@ class _Start(Start[Machine, model.Domain]):
         self.account = account
         self.user = userdb.Named(account.user, account.uid) if account.own else None
         self.systemd = 0
-        self.nics = nics.plan(machine, domain)
+        self.nics = nics.plan(domain, machine.uuid)
         self.vhost = bool(self.nics) and hostinfo.has_vhost(self.account)
         self.host = command.Host(
             hostinfo.binary(self.settings),
@@ -110,7 +110,7 @@ class _Start(Start[Machine, model.Domain]):
         self._runtime()
 
     async def connect(self) -> None:
-        await nics.connect(self.machine, self.nics, self.account.uid)
+        await nics.connect(self.machine.name, self.nics, self.account.uid, self.machine.peers)
 
     def _runtime(self) -> None:
         """The guest's own directory, for its sockets; see directory.py."""

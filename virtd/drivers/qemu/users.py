@@ -59,7 +59,7 @@ class Users:
 
     def __init__(self, paths: Paths, settings: Qemu) -> None:
         self._path = paths.qemu_ids
-        self._names = paths.userdb
+        self.directory = paths.userdb  # where the names are
         self._settings = settings
         self._lock = asyncio.Lock()
 
@@ -85,7 +85,7 @@ class Users:
     def seen(self, name: str, pid: int) -> userdb.Named | None:
         """The user of its own that a domain's process has, or had; None if it hasn't one."""
         user = userdb.name_of(name)
-        uid = userdb.uid_of(self._names, user)
+        uid = userdb.uid_of(self.directory, user)
         with contextlib.suppress(OSError):
             uid = os.stat(f"/proc/{pid}").st_uid if pid else uid
         return userdb.Named(user, uid) if uid is not None and self.within.holds(uid) else None
