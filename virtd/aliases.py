@@ -59,6 +59,8 @@ def harmless(properties: Iterable[Property], directory: str) -> tuple[list[Prope
         elif key not in COMMANDS:
             _check(key, value)
         found.append((key, signature, value))
+    if odd and not directory:
+        raise errors.HostError(f"systemd could mistake a part of {odd[0]!r}")
     if odd:
         found.append(("BindReadOnlyPaths", "a(ssbt)", [(directory, directory, True, 0)]))
     return found, odd

@@ -130,6 +130,11 @@ def test_other_odd_text_is_refused(key: str, value: Any) -> None:
         aliases.harmless([(key, "s", value)], D)
 
 
+def test_odd_paths_need_a_place_for_their_names() -> None:
+    with pytest.raises(errors.HostError, match="/a b"):
+        aliases.harmless([("ReadWritePaths", "as", ["/a b"])], "")
+
+
 def test_what_runs_already_may_be_anything() -> None:
     start = ("ExecStart", "a(sasb)", [("/bin/sh", ["sh", "-c", "'$1' % \\ ;"], False)])
     assert aliases.harmless([start], D) == ([start], [])

@@ -13,7 +13,7 @@ import os
 import signal
 from typing import TYPE_CHECKING, NamedTuple
 
-from ... import errors, process
+from ... import aliases, errors, process
 from ...child import ended
 from ...units import CLD_EXITED, UnitSpec, signal_name
 from ..programs import HOMELESS
@@ -72,6 +72,7 @@ async def begin(
         properties=tuple(
             sandbox.entering(container.runtime, privileged=container.privileged, toplevel=hostinfo.toplevel())
         ),
+        aliases=f"{script}.paths",
     )
     try:
         await units.start(spec, (theirs[0], theirs[1], theirs[2]))
@@ -86,6 +87,7 @@ async def begin(
     finally:
         for fd in set(theirs):
             os.close(fd)
+        aliases.remove(spec.aliases)  # it has its sandbox by now, and nothing is run in that later
     return Run(unit, ours)
 
 
