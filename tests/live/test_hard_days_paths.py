@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,16 @@ def reload_changes_nothing(lab: Lab, *names: str) -> None:
         assert after[name] == before[name]
 
 
+@contextlib.contextmanager
+def odd_top(lab: Lab) -> Iterator[None]:
+    """A directory in / that has to be hidden from everything."""
+    lab.run("mkdir", "-p", "/odd: top %n")
+    try:
+        yield
+    finally:
+        lab.run("rmdir", "/odd: top %n")
+
+
 def nothing_left(lab: Lab) -> None:
     lab.wait("no aliases", lambda: lab.sh("ls /run/virtd/paths") == "", 20)
     assert lab.json("fsck")["differences"] == []
@@ -123,6 +134,9 @@ target = "/data"
     odd.wait("its words", lambda: b"shown" in odd.console("odd", noun="container"), 30)
     assert b"up a b $HOME;'" in odd.console("odd", noun="container")
     reload_changes_nothing(odd, "virtd-lxc-odd.service")
+    with odd_top(odd):
+        assert odd.virtctl("container", "exec", "-T", "odd", "--", "ls", "/data").stdout == "shown\n"
+        assert odd.sh("ls -d /run/virtd/lxc/odd/exec*", check=False) == ""
     odd.sh("systemctl stop virtd-lxc-odd.service")
     info = odd.wait("its end", lambda: (i := odd.json("container", "info", "odd"))["exit"] and i, 30)
     assert (info["state"], info["exit"]["cause"], info["exit"]["signal"]) == ("stopped", "host-shutdown", None)
@@ -158,17 +172,49 @@ def test_a_reload_changes_no_unit(odd: Lab) -> None:
     odd.define("plain", start=True)
     odd.virtctl("network", "define", "-", stdin='name = "plain"\n[ipv4]\naddress = "192.168.150.1/24"\n')
     odd.virtctl("network", "start", "plain")
-    odd.run("mkdir", "-p", "/odd: top %n")  # hidden from all of them
-    try:
+    with odd_top(odd):
         odd.virtctl("stop", "plain")
         odd.virtctl("start", "plain")
         reload_changes_nothing(odd, "virtd-qemu-plain.service", "virtd-network-plain.service")
         odd.sh("systemctl stop virtd-qemu-plain.service")
         info = odd.wait("its end", lambda: (i := odd.info("plain"))["exit"] and i, 30)
         assert (info["state"], info["exit"]["cause"]) == ("stopped", "host-shutdown")
-    finally:
-        odd.run("rmdir", "/odd: top %n")
     nothing_left(odd)
+
+
+# As a pool has it, of what a lab can mount; it says which settings are others after a reload.
+MOUNT = r"""
+import asyncio, os, subprocess
+from virtd import units
+from virtd.bus import Bus
+from virtd.drivers.storage import mounts
+RUNS = ("ExecMount", "ExecUnmount", "SourcePath", "CPUUsageNSec", "TasksCurrent", "MemoryCurrent", "MemoryPeak")
+def settings(name):
+    lines = subprocess.run(["systemctl", "show", name], stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    return {line for line in map(lambda line: " ".join(sorted(line.replace("=", "= ", 1).split())), lines)
+            if not any(f"{key}=" in line for key in RUNS)}
+async def main():
+    bus = await Bus.open()
+    systemd = units.Units(bus)
+    for where in ("/srv/a b/m nt", "/srv/it's/\"q\" 100% %n $H", "/srv/back\\slash\\/x\\", "/srv/co:lon;/ü #x"):
+        os.makedirs(where)
+        await mounts.mount(systemd, "/dev/disk/by-label/my 'odd' \"label\" 100% %n $x", where, "tmpfs", "size=1M")
+        before = settings(units.mount_unit(where))
+        subprocess.run(["systemctl", "daemon-reload"], check=True)
+        print(*sorted(settings(units.mount_unit(where)) ^ before), sep="\n", end="")
+        await mounts.unmount(systemd, where)
+        assert mounts.mounted(where) is None
+        os.removedirs(where)
+    await systemd.close()
+    await bus.close()
+asyncio.run(main())
+"""
+
+
+def test_a_mount_with_odd_names(odd: Lab) -> None:
+    odd.run("touch", "/srv/keep")
+    odd.write("/root/mount.py", MOUNT)
+    assert odd.sh("PYTHONPATH=/usr/lib/python3/dist-packages python3 /root/mount.py") == ""
 
 
 # A directory that create takes for a root file system, with a file of somebody whom a directory service knows.

@@ -55,6 +55,8 @@ if TYPE_CHECKING:
         ('name = "p"\npath = "/srv/p"\ntype = "filesystem"\nsource = "/dev/../etc"', "source", "a device"),
         ('name = "p"\npath = "/srv/p"\ntype = "filesystem"\nsource = "nas:/x"\nfstype = "ext4"', "fstype", "nfs"),
         ('name = "p"\npath = "/srv/p"\ntype = "filesystem"\nsource = "/dev/vdb"\nfstype = "nfs"', "source", "export"),
+        ('name = "p"\npath = "/srv/p"\ntype = "filesystem"\nsource = "/dev/a\\\\"', "source", "neither a backslash"),
+        ('name = "p"\npath = "/srv/p"\ntype = "filesystem"\nsource = "/dev/a "', "source", "neither a backslash"),
         (
             'name = "p"\npath = "/srv/p"\ntype = "filesystem"\nsource = "/dev/vdb"\noptions = "a b"',
             "options",
@@ -146,13 +148,16 @@ async def test_a_mount_after_a_soft_reboot(tmp_path: Path, monkeypatch: pytest.M
         async def unit_property(self, _name: str, prop: str) -> Any:
             return {"Transient": False, "FragmentPath": self.fragment}[prop]
 
-        async def start_other(self, _name: str, _properties: Any, *, timeout: float) -> str:
+        async def start_other(self, _name: str, properties: Any, *, timeout: float) -> str:
+            # At the end of a line in systemd's own file it would take away the next one.
+            assert not any(str(value).endswith("\\") for _key, _kind, value in properties)
             return "failed" if left.exists() else "done"
 
     units: Any = Units()
     assert await mounts.is_ours(units, "/srv/m")
     await mounts.mount(units, "/dev/loop0", "/srv/m", "ext4", "nodev")
     assert not left.exists()
+    await mounts.mount(units, "/dev/loop0", "/srv/m\\", "ext4", "nodev")
     Units.fragment = "/etc/systemd/system/srv-m.mount"
     assert not await mounts.is_ours(units, "/srv/m")
 

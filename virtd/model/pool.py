@@ -110,6 +110,11 @@ def _check_source(pool: Pool, refuse: Callable[[str, str], errors.InvalidDefinit
             "source",
             f'expected a device such as "/dev/vdb1" or an NFS export such as "nas:/data", got {shown(pool.source)}',
         )
+    if re.search(r"[\\\s]$", pool.source):
+        # It is the end of a line in a file of systemd's, which takes the first for a line that goes on.
+        raise refuse(
+            "source", f"expected a name that ends in neither a backslash nor a space, got {shown(pool.source)}"
+        )
     if pool.fstype is not None and not re.fullmatch(FILE_SYSTEM, pool.fstype):
         raise refuse("fstype", f'expected a file system\'s name such as "ext4", got {shown(pool.fstype)}')
     if export and pool.fstype is not None and pool.fstype not in NFS:

@@ -58,7 +58,8 @@ async def mount(units: Units, what: str, where: str, kind: str, options: str) ->
         result = await units.start_other(
             name,
             (
-                ("Description", "s", f"Storage of virtd at {where}"),
+                # A backslash at the end of a line would take the next one away when systemd reads it again.
+                ("Description", "s", f"{where} (storage of virtd)"),
                 # umount.target, which the default ones name, is part of a soft reboot: guests live through that.
                 ("DefaultDependencies", "b", False),
                 ("Conflicts", "as", list(FINAL_TARGETS)),
