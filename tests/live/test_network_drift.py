@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.harness import definition
-from tests.live.networks import define, info, lease
+from tests.live.networks import define, info, lease, neighbour
 from tests.live.tools import Journal
 from virtd.messages import Message
 
@@ -198,3 +198,96 @@ def test_another_bridge_of_its_name(g: Lab) -> None:
     g.sh("ip link del vd-lab")
     g.wait("a tidy status", lambda: problems(g) == [], 20)
     assert "master vd-lab" in g.sh("ip link show vt-g-0")
+
+
+def said(lab: Lab, what: str) -> None:
+    """Wait for a problem of the network's alone, with these words."""
+    lab.wait(what, lambda: [what in one["text"] for one in problems(lab)] == [True], 20)
+
+
+def tidy(lab: Lab) -> None:
+    lab.wait("a tidy status", lambda: problems(lab) == [], 20)
+
+
+def test_routes_of_others(lab: Lab) -> None:
+    """Those that win are told of for as long as they do; a VPN that takes all is in nobody's way."""
+    lab.sh(
+        "ip link add d0 type veth peer name d1; ip link set d0 up; ip link set d1 up; ip route add 0.0.0.0/1 dev d0; "
+        "ip route add 128.0.0.0/1 dev d0; ip route add unreachable 192.168.0.0/16"
+    )
+    try:
+        lab.virtctl("network", "define", "default")
+        lab.virtctl("network", "undefine", "default")
+        define(lab, NET)
+        tidy(lab)
+        for route in ("192.168.150.128/25", "192.168.150.0/24 metric 50", "unreachable 192.168.150.77"):
+            device = "" if "unreachable" in route else " dev d0"
+            lab.sh(f"ip route add {route}{device}")
+            said(lab, "192.168.150.0/24 collides with")
+            lab.sh(f"ip route del {route}{device}")
+            tidy(lab)
+        lab.sh("ip route add default dev d0 table 77")
+        for rule in ("to 192.168.150.0/24", "from all"):
+            lab.sh(f"ip rule add {rule} lookup 77 priority 1000")
+            said(lab, "through d0 in table 77, by a rule of policy routing")
+            lab.sh("ip rule del priority 1000")
+            tidy(lab)
+        # As wg-quick does it: the main table's routes come first, but for the default one.
+        lab.sh("ip rule add table main suppress_prefixlength 0 priority 1000; ip rule add lookup 77 priority 1001")
+        lab.sh("systemctl reload virtd")
+        assert problems(lab) == []
+        lab.sh("ip rule del priority 1001; ip rule del priority 1000; ip route add 192.168.150.128/25 dev d0")
+        lab.virtctl("network", "stop", "lab")
+        refused = lab.virtctl("network", "start", "lab", check=False)
+        assert refused.returncode == 1
+        assert "collides with 192.168.150.128/25" in refused.stderr
+        lab.sh("ip route del 192.168.150.128/25 dev d0")
+        lab.virtctl("network", "start", "lab")
+    finally:
+        lab.sh("ip rule del priority 1000; ip rule del priority 1001; ip link del d0", check=False)
+        lab.sh("ip route del unreachable 192.168.0.0/16", check=False)
+
+
+def test_a_forwarded_port_from_inside(lab: Lab) -> None:
+    """From a neighbour, and from the guest itself that it leads to."""
+    define(lab, f'{NET}[[forward]]\nport = 8080\nto = "192.168.150.50"\nto_port = 80\n')
+    serve = (
+        "import socket; l = socket.create_server(('', 80))\n"
+        "while True: c, p = l.accept(); c.send(p[0].encode()); c.close()"
+    )
+    ask = "import socket; print(socket.create_connection(('192.168.150.1', 8080), 5).recv(99).decode())"
+    try:
+        with (
+            neighbour(lab, "a", "vd-lab", "192.168.150.50/24", "192.168.150.1"),
+            neighbour(lab, "b", "vd-lab", "192.168.150.51/24", "192.168.150.1"),
+        ):
+            lab.write("/root/serve.py", serve)
+            lab.sh("systemd-run -q --unit=serve ip netns exec a python3 /root/serve.py")
+            lab.wait("the server", lambda: ":80 " in lab.sh("ip netns exec a ss -ltn"), 20)
+            for filtered, names in ((1, "b"), (0, "ab")):
+                lab.sh(f"sysctl -qw net.bridge.bridge-nf-call-iptables={filtered}")
+                for name in names:
+                    assert lab.sh(f'ip netns exec {name} python3 -c "{ask}"') == "192.168.150.1\n"
+            lab.sh("systemctl stop serve")
+    finally:
+        lab.sh("systemctl stop serve; sysctl -qw net.bridge.bridge-nf-call-iptables=1", check=False)
+
+
+def test_settings_that_cannot_be_written(lab: Lab) -> None:
+    """A network of IPv4 alone does without them, and says so; one that needs them says what it needs."""
+    lab.virtctl("network", "define", "-", stdin='name = "lab"\n[ipv4]\naddress = "192.168.150.1/24"\n')
+    lab.virtctl("network", "define", "-", stdin='name = "six"\n[ipv6]\naddress = "fd00:77::1/64"\n')
+    lab.sh("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=0")
+    lab.sh("mount --bind /proc/sys /proc/sys; mount -o remount,ro,bind /proc/sys; systemctl restart virtd")
+    try:
+        lab.virtctl("network", "start", "lab")
+        said(lab, "net.ipv6.conf.vd-lab.disable_ipv6: 0 instead of 1 (Read-only file system)")
+        refused = lab.virtctl("network", "start", "six", check=False)
+        assert refused.returncode == 1
+        assert "net.ipv6.conf.all.forwarding" in refused.stderr
+        assert "sysctl -w net.ipv6.conf.all.forwarding=1" in refused.stderr
+    finally:
+        lab.sh("umount /proc/sys")
+    tidy(lab)
+    assert lab.sh("cat /proc/sys/net/ipv6/conf/vd-lab/disable_ipv6") == "1\n"
+    lab.virtctl("network", "start", "six")

@@ -25,7 +25,7 @@ from virtd.drivers.network import (
     prober,
     wanted,
 )
-from virtd.drivers.network.kernel import Link, Route
+from virtd.drivers.network.kernel import Link, Way
 from virtd.drivers.network.netlink import Address, RoutingRule
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class FakeKernel:
         self.bridge_tables: dict[str, tuple[str, int]] = {}
         self.addresses: dict[str, set[Address]] = {}
         self.routing: set[RoutingRule] = set()  # rules of policy routing
-        self.routes: dict[str, Route] = {}  # by address, where it isn't the bridge with its prefix
+        self.routes: dict[str, Way] = {}  # by address, where it isn't the bridge with its prefix
         self.values: dict[str, dict[str, int]] = {}  # by interface, see kernel.Link
         self.neighbours: set[tuple[str, str]] = set()
         self.refused = ""  # a table that can't be made
@@ -147,7 +147,7 @@ class FakeNetlink:
     def neighbours_of_ports(self, _numbers: dict[int, str]) -> set[tuple[str, str]]:
         return self.kernel.neighbours
 
-    def route_to(self, address: str) -> Route | None:
+    def route_to(self, address: str) -> Way | None:
         if address in self.kernel.routes:
             return self.kernel.routes[address]
         one = ipaddress.ip_address(address)
@@ -155,7 +155,7 @@ class FakeNetlink:
             for there in addresses:
                 prefix = ipaddress.ip_network(f"{there.address}/{there.prefix}", strict=False)
                 if one in prefix:
-                    return Route(str(prefix), name, 254)
+                    return Way(str(prefix), name, 254)
         return None
 
     def delete_link(self, name: str) -> bool:

@@ -10,7 +10,7 @@ import pytest
 from tests.unit.test_network_restarts import Site
 from tests.unit.whole_host import ROOT, on_loop
 from virtd.drivers.network import upkeep
-from virtd.drivers.network.kernel import Route
+from virtd.drivers.network.kernel import Way
 from virtd.drivers.network.upkeep import LIMIT, PAUSE, WINDOW, Patience
 from virtd.messages import Message
 
@@ -69,7 +69,7 @@ async def test_a_route_that_wins_is_a_problem_until_it_goes(site: Site) -> None:
     async with site.world.daemon() as host:
         await site.define()
         await host.networks.start("lab", by=ROOT)
-        for route in (Route("10.7.0.0/25", "tun0", 254), Route("", "tun0", 52)):
+        for route in (Way("10.7.0.0/25", "tun0", 254), Way("", "tun0", 52)):
             site.kernel.routes["10.7.0.254"] = route
             await host.look()
             await host.look()

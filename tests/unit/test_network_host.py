@@ -12,7 +12,7 @@ import pytest
 
 from tests.unit.whole_host import until
 from virtd import errors
-from virtd.drivers.network import firewalld, guard, host, links, watch
+from virtd.drivers.network import firewalld, guard, host, links, routes, watch
 from virtd.model import network as model
 
 if TYPE_CHECKING:
@@ -59,34 +59,70 @@ def parse(address: str, *, mode: str = "nat", six: str = "") -> model.Network:
 
 
 def test_routes(proc: Path) -> None:
-    found = {(str(route.prefix), route.interface) for route in host.routes()}
-    assert found == {("10.0.0.0/16", "eth0"), ("192.168.150.0/24", "vd-lab"), ("fd00:1::/64", "eth0")}
+    found = [(str(route.prefix), route.interface, str(route.gateway)) for route in routes.routes()]
+    assert found == [
+        ("0.0.0.0/0", "eth0", "10.0.0.1"),
+        ("10.0.0.0/16", "eth0", "None"),
+        ("192.168.150.0/24", "vd-lab", "None"),
+        ("fd00:1::/64", "eth0", "None"),
+        ("::/0", "", "None"),
+    ]
+    assert len(routes.routes(1)) == 2
 
 
 @pytest.mark.parametrize(
     ("address", "six", "key"),
-    [("10.0.7.1/24", "", "ipv4.address"), ("10.0.0.1/8", "", "ipv4.address"),
+    [("10.0.7.1/16", "", "ipv4.address"), ("10.0.0.1/8", "", "ipv4.address"),
      ("10.9.0.1/24", "fd00:1::1/64", "ipv6.address")],
 )  # fmt: skip
 def test_a_prefix_that_the_host_reaches_already(proc: Path, address: str, six: str, key: str) -> None:
     with pytest.raises(errors.InvalidDefinition) as caught:
-        host.check_routes(parse(address, six=six), "lab.toml")
+        routes.check(parse(address, six=six), "lab.toml")
     assert (caught.value.file, caught.value.key) == ("lab.toml", key)
     assert "to which the host has a route through eth0" in caught.value.message
 
 
+WINS = {
+    "\t".join(["*", "0096A8C0", "00000000", "0201", "0", "0", "0", "80FFFFFF"]): "has a route to nowhere",
+    "\t".join(["tun0", "0596A8C0", "00000000", "0005", "0", "0", "9", "FFFFFFFF"]): "192.168.150.5/32",
+    "\t".join(["eth1", "0096A8C0", "00000000", "0001", "0", "0", "600", "00FFFFFF"]): "through eth1",
+    "\t".join(["eth1", "0000000A", "0996A8C0", "0003", "0", "0", "600", "000000FF"]): "router 192.168.150.9",
+}
+LOSES = [
+    "\t".join(["tun0", "00000000", "00000000", "0001", "0", "0", "0", "00000080"]),  # half of everything: a VPN
+    "\t".join(["tun0", "00000080", "00000000", "0001", "0", "0", "0", "00000080"]),
+    "\t".join(["*", "0000A8C0", "00000000", "0201", "0", "0", "0", "0000FFFF"]),
+    "\t".join(["eth1", "0097A8C0", "00000000", "0001", "0", "0", "0", "00FFFFFF"]),
+]
+
+
+@pytest.mark.parametrize("line", WINS)
+def test_routes_that_win(proc: Path, line: str) -> None:
+    (proc / "net/route").write_text(f"{ROUTES}{line}\n")
+    with pytest.raises(errors.InvalidDefinition) as caught:
+        routes.check(parse("192.168.150.1/24"), "lab.toml")
+    assert WINS[line] in caught.value.message
+
+
+def test_broader_routes_do_not_count(proc: Path) -> None:
+    (proc / "net/route").write_text(ROUTES + "".join(f"{line}\n" for line in LOSES))
+    routes.check(parse("192.168.150.1/24"), "lab.toml")
+    routes.check(parse("10.0.7.1/24"), "lab.toml")
+    assert routes.free_prefix([]) == "192.168.124.1/24"
+
+
 def test_its_own_bridges_route_is_no_collision(proc: Path) -> None:
-    host.check_routes(parse("192.168.150.1/24"), "lab.toml")
+    routes.check(parse("192.168.150.1/24"), "lab.toml")
 
 
 def test_a_free_prefix(proc: Path) -> None:
     import ipaddress
 
-    assert host.free_prefix([]) == "192.168.124.1/24"
-    assert host.free_prefix([ipaddress.IPv4Network("192.168.0.0/16")]) == "10.200.100.1/24"
+    assert routes.free_prefix([]) == "192.168.124.1/24"
+    assert routes.free_prefix([ipaddress.IPv4Network("192.168.0.0/16")]) == "10.200.100.1/24"
     everything = [ipaddress.IPv4Network(text) for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")]
     with pytest.raises(errors.HostError):
-        host.free_prefix(everything)
+        routes.free_prefix(everything)
 
 
 def test_forwarding_leaves_the_host_its_own_routes(proc: Path) -> None:

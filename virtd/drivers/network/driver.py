@@ -24,7 +24,7 @@ from ...records import Record, Records, now
 from .. import reconcile
 from ..collection import Collection
 from ..protocol import Problem
-from . import bridge, describing, host, links
+from . import bridge, describing, host, links, routes
 from .guard import Guard
 from .isolation import Isolation
 from .net import Net, Shared
@@ -334,7 +334,7 @@ class Driver(Collection[Net, model.Network]):
         net = self.nets.get(network.name)
         uuid = network.uuid or (net.uuid if net is not None else "")
         if net is None or not net.active:
-            host.check_routes(network, source)
+            routes.check(network, source)
             if network.own:  # a bridge of the host's may come up later
                 host.check_bridge(network, source, bridge.mac_of(uuid) if uuid else "")
         return network
@@ -371,7 +371,7 @@ class Driver(Collection[Net, model.Network]):
     def default(self) -> str:
         """A definition for the network "default": NAT, with a private range that is free here. Raises HostError."""
         taken = [subnet for net in self.nets.values() if net.definition for _key, subnet in net.definition.subnets()]
-        address = host.free_prefix(taken)
+        address = routes.free_prefix(taken)
         return f'name = "{DEFAULT}"\nmode = "nat"\nautostart = true\n\n[ipv4]\naddress = "{address}"\n'
 
     def forget(self, name: str) -> None:

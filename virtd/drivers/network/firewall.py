@@ -148,12 +148,19 @@ def _input(network: Network) -> list[str]:
 
 
 def _masquerade(network: Network) -> list[str]:
-    """Everything that leaves the subnet for elsewhere gets the host's address; not what is said to all neighbours."""
+    """Everything that leaves the subnet for elsewhere gets the host's address; not what is said to all neighbours.
+
+    So does what a guest sends to another one, or to itself, by way of a forwarded port: else the answer would come
+    back without the host, from an address that nobody has asked.
+    """
+    bridge = network.bridge_name
     lines = []
     for word, subnet in _subnets(network):
+        if network.forward:
+            lines.append(f'oifname "{bridge}" {word} saddr {subnet} {word} daddr {subnet} ct status dnat masquerade')
         local = "{ 224.0.0.0/24, 255.255.255.255 }" if word == "ip" else "ff00::/8"
         lines.append(f"{word} saddr {subnet} {word} daddr {local} return")
-        lines.append(f'oifname != "{network.bridge_name}" {word} saddr {subnet} {word} daddr != {subnet} masquerade')
+        lines.append(f'oifname != "{bridge}" {word} saddr {subnet} {word} daddr != {subnet} masquerade')
     return lines
 
 

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
-import struct
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ... import errors
 from ...model.network import Mode
@@ -15,21 +15,12 @@ from .. import programs
 from . import links
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from ...model.network import Network
     from ...model.settings import Dnsmasq
 
 PROC = "/proc"
 FORWARD4 = "net/ipv4/ip_forward"
 FORWARD6 = "net/ipv6/conf/all/forwarding"
-
-
-class Route(NamedTuple):
-    """A route of the host's main table. `prefix` is an ipaddress network."""
-
-    prefix: Any
-    interface: str
 
 
 class Account(NamedTuple):
@@ -61,50 +52,6 @@ def dnsmasq(settings: Dnsmasq) -> str:
     )
 
 
-def routes() -> list[Route]:
-    """The routes of the main table, IPv4 and IPv6, but those that catch all and those of the link itself."""
-    import ipaddress
-
-    found = []
-    for line in _lines(f"{PROC}/net/route")[1:]:
-        fields = line.split()
-        # Eight hexadecimal digits each, in the byte order of the machine.
-        address, mask = (struct.pack("=I", int(fields[at], 16)) for at in (1, 7))
-        prefix4 = ipaddress.IPv4Network((address, bin(int.from_bytes(mask, "big")).count("1")), strict=False)
-        found.append(Route(prefix4, fields[0]))
-    for line in _lines(f"{PROC}/net/ipv6_route"):
-        fields = line.split()
-        prefix6 = ipaddress.IPv6Network((bytes.fromhex(fields[0]), int(fields[1], 16)), strict=False)
-        # The local table's are in here too: addresses of the host, on whatever interface.
-        if fields[9] != "lo" and prefix6.prefixlen < 128 and not prefix6.is_link_local and not prefix6.is_multicast:
-            found.append(Route(prefix6, fields[9]))
-    return [route for route in found if route.prefix.prefixlen > 0]
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        with open(path, encoding="ascii") as file:
-            return file.read().splitlines()
-    except OSError:
-        return []
-
-
-def check_routes(network: Network, source: str) -> None:
-    """Refuse a prefix that the host already reaches another way. Raises InvalidDefinition."""
-    if not network.own:
-        return
-    there = [route for route in routes() if route.interface != network.bridge_name]
-    for key, subnet in network.subnets():
-        for route in there:
-            if route.prefix.version == subnet.version and route.prefix.overlaps(subnet):
-                raise errors.InvalidDefinition(
-                    source,
-                    key,
-                    f"{subnet} collides with {route.prefix}, to which the host has a route through {route.interface}",
-                    hint="Choose another prefix. ip route shows what is taken.",
-                )
-
-
 def check_bridge(network: Network, source: str, mac: str) -> None:
     """Refuse a name that something else has, or, for mode "bridge", one that no bridge has."""
     name = network.bridge_name
@@ -121,27 +68,6 @@ def check_bridge(network: Network, source: str, mac: str) -> None:
             f"{name} is the name of {what} that isn't virtd's",
             hint='Choose another name, or, to use that bridge as it is, mode = "bridge".',
         )
-
-
-def free_prefix(taken: Iterable[Any]) -> str:
-    """An address with a prefix for a new network, such as "192.168.124.1/24": collides with nothing of the host's.
-
-    `taken`: prefixes of networks that are defined, whether or not they are active. Raises HostError.
-    """
-    import ipaddress
-
-    used = [route.prefix for route in routes()] + list(taken)
-    # Not 192.168.0.0 to .99, which home and office routers use, nor 192.168.122.0, which is libvirt's everywhere.
-    candidates = [f"192.168.{third}.0/24" for third in range(124, 255)]
-    candidates += [f"10.{second}.{third}.0/24" for second in range(200, 255) for third in (100, 150, 200)]
-    candidates += [f"172.{second}.200.0/24" for second in range(20, 32)]
-    for text in candidates:
-        prefix = ipaddress.IPv4Network(text)
-        if not any(other.version == 4 and other.overlaps(prefix) for other in used):
-            return f"{prefix.network_address + 1}/{prefix.prefixlen}"
-    raise errors.HostError(
-        "No free private range was found for the network", hint="Write a definition with an ipv4.address of yours."
-    )
 
 
 # Settings of the kernel's
@@ -178,6 +104,11 @@ def forwarding_needed(network: Network) -> list[str]:
     return [path for path, ip in ((FORWARD4, network.ipv4), (FORWARD6, network.ipv6)) if ip is not None]
 
 
+def written_elsewhere(path: str) -> str:
+    """What helps where a setting can't be written from here."""
+    return f"sysctl -w {path.replace('/', '.')}=1 does it, where /proc/sys can be written; or a file in sysctl.d(5)."
+
+
 def allow_forwarding(network: Network) -> list[str]:
     """Have the host forward what the network needs forwarded; what was changed.
 
@@ -195,7 +126,10 @@ def allow_forwarding(network: Network) -> list[str]:
                     if interface not in ("all", "lo") and sysctl(f"net/ipv6/conf/{interface}/accept_ra") == "1":
                         set_sysctl(f"net/ipv6/conf/{interface}/accept_ra", "2")
                         changed.append(f"net.ipv6.conf.{interface}.accept_ra=2")
-        set_sysctl(path, "1")
+        try:
+            set_sysctl(path, "1")
+        except errors.HostError as exc:
+            raise errors.HostError(exc.message, hint=written_elsewhere(path)) from exc
         changed.append(f"{path.replace('/', '.')}=1")
     return changed
 
@@ -223,9 +157,18 @@ def addresses(network: Network) -> list[tuple[str, int]]:
     ]
 
 
+def lines(path: str, most: int | None = None, skip: int = 0) -> list[str]:
+    """Of a file below /proc, from the line after `skip` on, `most` of them."""
+    try:
+        with open(f"{PROC}/{path}", encoding="ascii") as file:
+            return list(itertools.islice(file, skip, None if most is None else skip + most))
+    except OSError:
+        return []
+
+
 def legacy_tables(file: str) -> list[str]:
     """The tables of an iptables that isn't nftables: "ip_tables_names" or "ip6_tables_names"."""
-    return _lines(f"{PROC}/net/{file}")
+    return [line.rstrip("\n") for line in lines(f"net/{file}")]
 
 
 def canonical(address: str) -> str:

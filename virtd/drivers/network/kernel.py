@@ -69,7 +69,7 @@ class Link(NamedTuple):
     values: dict[str, int]
 
 
-class Route(NamedTuple):
+class Way(NamedTuple):
     """By which a packet goes: `prefix` as text, "" for all the world; `interface` "" for one that leads nowhere."""
 
     prefix: str
@@ -141,12 +141,12 @@ class Kernel(Netlink):
                     found.add((indexes[index], parts.get(_NDA_LLADDR, b"").hex(":")))
         return found
 
-    def route_to(self, address: str) -> Route | None:
+    def route_to(self, address: str) -> Way | None:
         """Which route what the host sends to an address goes by, all rules of policy routing considered."""
         with self._understood():
             return self._route_to(address)
 
-    def _route_to(self, address: str) -> Route | None:
+    def _route_to(self, address: str) -> Way | None:
         family, data = packed(address)
         head = _ROUTE.pack(family, len(data) * 8, 0, 0, 0, 0, 0, 0, _LOOKUP_TABLE | _FIB_MATCH)
         try:
@@ -161,7 +161,7 @@ class Kernel(Netlink):
         if (number := parts.get(_RTA_TABLE)) is not None:
             (table,) = _INT.unpack(number)
         prefix = f"{socket.inet_ntop(family, to)}/{length}" if to is not None and length else ""
-        return Route(prefix, _name(_INT.unpack(oif)[0]) if oif is not None else "", table)
+        return Way(prefix, _name(_INT.unpack(oif)[0]) if oif is not None else "", table)
 
     def add_route(self, name: str, prefix: str, source: str) -> None:
         """What the kernel itself adds for an interface's address."""

@@ -29,7 +29,7 @@ from .. import definitions
 from ..protocol import Problem
 from ..recorded import Recorded
 from ..turns import Turns
-from . import bridge, firewall, firewalld, host, leases, links, wanted
+from . import bridge, firewall, firewalld, host, leases, links, routes, wanted
 from . import ports as ports_
 from .connections import Connections
 from .server import DRIVER, Server
@@ -233,7 +233,7 @@ class Net(Recorded):
                     hint=f'virtctl network define FILE, with name = "{self.name}".',
                 )
             await holdings.require(self, network, self.shared.peers)
-            await asyncio.to_thread(host.check_routes, network, self.source)
+            await asyncio.to_thread(routes.check, network, self.source)
             await asyncio.to_thread(host.check_bridge, network, self.source, bridge.mac_of(self.uuid))
             record = Record(
                 driver=DRIVER,

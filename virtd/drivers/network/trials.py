@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...model.network import Mode
-from . import host, links, packets, ports
+from . import host, links, packets, ports, routes
 from .netlink import Netlink
 from .packets import SYN, Way
 from .probe import BRIDGED, FORWARD, INPUT, MACS, Trial
@@ -140,7 +140,8 @@ def _outside(ground: Ground, version: int, source: str) -> str:
     bridge = ground.network.bridge_name
     near = [
         str(route.prefix[at])
-        for route in host.routes()
+        for route in routes.routes()
+        if route.interface and route.prefix.prefixlen > 0
         if route.prefix.version == version and not links.read(route.interface, "ifalias").startswith("virtd network ")
         for at in (1, 2, -2)
         if route.prefix.num_addresses > 2

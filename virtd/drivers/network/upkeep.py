@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import struct
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ from ... import errors, journal
 from ...messages import Message
 from ...model.network import State
 from . import wanted
+from .netlink import attributes
 from .server import DRIVER
 from .watch import ALL
 
@@ -38,6 +41,9 @@ GRACE = 15.0  # seconds in which an interface that went goes off the record too,
 
 _NEWADDR, _DELADDR, _NEWROUTE, _DELROUTE, _NEWRULE, _DELRULE, _NEWNETCONF = 20, 21, 24, 25, 32, 33, 80
 _ADDRESS = struct.Struct("=BBBBi")  # ifaddrmsg
+_ROUTE = struct.Struct("=8BI")  # rtmsg
+_RTA_DST, _NETCONFA_IFINDEX = 1, 1
+_MAIN_AND_LOCAL = (254, 255)
 
 
 class Patience:
@@ -72,7 +78,7 @@ class Upkeep:
         self._nets = nets
         self._publish = publish
         self._touched: set[str] = set()  # interfaces
-        self._indexes: set[int] = set()  # interfaces to whose addresses or settings something has happened
+        self._subnets: set[tuple[int, int, int]] = set()  # version, address and length of each network's prefixes
         self._patience: dict[str, Patience] = {}
         self._gone: dict[str, float] = {}  # since when
         self._task: asyncio.Task[None] | None = None
@@ -100,8 +106,26 @@ class Upkeep:
 
     def other(self, kind: int, body: bytes) -> None:
         """A message of rtnetlink's about something else."""
-        if kind in (_NEWADDR, _DELADDR, _NEWNETCONF, _NEWROUTE, _DELROUTE, _NEWRULE, _DELRULE):
+        if kind in (_NEWADDR, _DELADDR):
+            self.link(_name(_ADDRESS.unpack_from(body)[4]))
+        elif kind == _NEWNETCONF:
+            number = dict(attributes(body[4:])).get(_NETCONFA_IFINDEX, b"")
+            self.link(_name(int.from_bytes(number, sys.byteorder, signed=True)))
+        elif kind in (_NEWRULE, _DELRULE) or (kind in (_NEWROUTE, _DELROUTE) and self._concerns(body)):
             self.link(ALL)
+
+    def _concerns(self, route: bytes) -> bool:
+        """Whether a route is one to a network, or to a part of it; of another table than the main one, any."""
+        family, length, _source, _tos, table, *_rest = _ROUTE.unpack_from(route)
+        version = 4 if family == socket.AF_INET else 6
+        data = dict(attributes(route[_ROUTE.size :])).get(_RTA_DST, b"").ljust(4 if version == 4 else 16, b"\0")
+        for other, prefix, bits in self._subnets:
+            shared = min(bits, length)
+            if other == version and (length >= bits or table not in _MAIN_AND_LOCAL):
+                width = len(data) * 8 - shared
+                if int.from_bytes(data, "big") >> width == prefix >> width:
+                    return True
+        return False
 
     async def _work(self) -> None:
         try:
@@ -128,7 +152,13 @@ class Upkeep:
         """Look at these networks, and put back what differs; whether some were busy, and weren't looked at."""
         if not self._begun:
             return False
-        nets = [net for net in self._active() if net.name in names]
+        active = self._active()
+        self._subnets = {
+            (subnet.version, int(subnet.network_address), subnet.prefixlen)
+            for net in active
+            for _key, subnet in (net.running.subnets() if net.running is not None else ())
+        }
+        nets = [net for net in active if net.name in names]
         busy = [net for net in nets if net.busy]
         nets = [net for net in nets if not net.busy]
         if not nets:
@@ -195,3 +225,11 @@ class Upkeep:
         )  # fmt: skip
         for name in told:
             self._publish("changed", name)
+
+
+def _name(number: int) -> str:
+    """The interface's; ALL for what is none's, or has gone."""
+    try:
+        return socket.if_indextoname(number)
+    except (OSError, OverflowError):
+        return ALL

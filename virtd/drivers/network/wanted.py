@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import errors
 from ...model.network import Mode
-from . import bridge, host, links
+from . import bridge, host, links, routes
 from .ethernet import LINK_LOCAL
-from .kernel import MAIN, Kernel, Link, Route
+from .kernel import MAIN, Kernel, Link, Way
 from .netlink import Address
 from .ports import eui64
 
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
     from ...model.network import Network
     from .ports import Ground, Port
+    from .routes import Route
 
 MTU = 1500  # of a network whose definition has none
+MOST_ROUTES = 500  # that are looked through each time; some hosts have a million
 MOST_ADDRESSES = 16  # of guests, whose routes are asked for
 PASSES = 4  # one thing may need another one first: an address of IPv6 a setting, a route an address
 DEFAULT = 253  # RT_TABLE_DEFAULT, asked after the main one
@@ -54,6 +56,7 @@ class Seen(NamedTuple):
     links: dict[str, Link]
     addresses: dict[str, set[Address]]
     neighbours: set[tuple[str, str]]
+    routes: list[Route]
 
 
 class Mended(NamedTuple):
@@ -76,7 +79,8 @@ def look(kernel: Kernel, interfaces: set[str]) -> Seen:
     """Raises OSError."""
     found = kernel.links(interfaces)
     indexes = {link.number: name for name, link in found.items()}
-    return Seen(found, kernel.all_addresses(indexes), kernel.neighbours_of_ports(indexes))
+    there = routes.routes(MOST_ROUTES)
+    return Seen(found, kernel.all_addresses(indexes), kernel.neighbours_of_ports(indexes), there)
 
 
 def compare(grounds: list[Ground]) -> list[list[Drift]]:
@@ -108,7 +112,8 @@ def put_back(ground: Ground, spared: frozenset[str] = frozenset()) -> Mended:
                         one.mend(kernel)
                         done.setdefault(one.key, one)
                     except errors.HostError as exc:
-                        failed[one.key] = exc.message
+                        cause = exc.__cause__
+                        failed[one.key] = (isinstance(cause, OSError) and cause.strerror) or exc.message
                     except OSError as exc:
                         failed[one.key] = exc.strerror or str(exc)
     except OSError as exc:
@@ -130,7 +135,7 @@ def differences(kernel: Kernel, ground: Ground, seen: Seen) -> list[Drift]:
             return [_no_bridge(ground, link)]
         found = [*_bridge(ground, link), *_addresses(ground, seen), *_host(network)]
         if not found and not link.master:
-            found += _routes(kernel, ground)
+            found += _routes(kernel, ground, seen.routes)
     else:
         found = []
         if not link.up:
@@ -216,7 +221,8 @@ def _setting(link: Link, key: str, value: int, *, vital: bool = True, new: bool 
         host.set_sysctl(path, str(value))
 
     text = f"{path.replace('/', '.')}: {found} instead of {value}"
-    yield Drift(f"{link.name} {key}", text, mend, vital=vital, new=new)
+    hint = "Where /proc/sys can be written, sysctl -w NAME=VALUE sets what is named."
+    yield Drift(f"{link.name} {key}", text, mend, hint, vital=vital, new=new)
 
 
 def _host(network: Network) -> Iterator[Drift]:
@@ -225,7 +231,7 @@ def _host(network: Network) -> Iterator[Drift]:
 
     for path in host.forwarding_needed(network):
         if host.sysctl(path) == "0":
-            yield Drift(path, f"{path.replace('/', '.')}: 0 instead of 1", mend)
+            yield Drift(path, f"{path.replace('/', '.')}: 0 instead of 1", mend, host.written_elsewhere(path))
 
 
 def _addresses(ground: Ground, seen: Seen) -> Iterator[Drift]:
@@ -314,15 +320,22 @@ def _port(ground: Ground, port: Port, above: Link, seen: Seen) -> Iterator[Drift
         )  # fmt: skip
     for key, value in bridge.PORT_SETTINGS.items():
         yield from _setting(link, key, value, vital=False, new=new)
-    yield from _strangers(name, seen.addresses.get(name, set()), new=new)
+    there = seen.addresses.get(name, set())
+    if link.values.get("ipv6/disable_ipv6") == 0:  # which gives it one
+        there = {one for one in there if not _is_link_local(one)}
+    yield from _strangers(name, there, new=new)
     if not link.up:
         yield Drift(f"{name} up", f"{name}: down", lambda kernel: kernel.set_link(name, up=True), new=new)
 
 
-def _routes(kernel: Kernel, ground: Ground) -> Iterator[Drift]:
+def _routes(kernel: Kernel, ground: Ground, there: list[Route]) -> Iterator[Drift]:
     """What the host sends to guests has to leave by the bridge, whatever routes and rules others have."""
     network, name = ground.network, ground.network.bridge_name
     for _key, subnet in network.subnets():
+        if why := routes.in_the_way(subnet, name, there):
+            hint = "Remove that route, or choose another prefix. ip route and ip -6 route show it."
+            yield Drift(f"{name} {subnet} wins", f"{name}: {why}", None, hint)
+            continue
         own = str((network.interface4 if subnet.version == 4 else network.interface6).ip)  # type: ignore[union-attr]
         for address in _samples(ground, subnet, own):
             route = kernel.route_to(address)
@@ -344,7 +357,7 @@ def _routes(kernel: Kernel, ground: Ground) -> Iterator[Drift]:
             break
 
 
-def _lacks(route: Route | None, subnet: Any) -> bool:
+def _lacks(route: Way | None, subnet: Any) -> bool:
     """Whether it would go by the bridge, if the main table had the route."""
     if route is None:
         return True
