@@ -64,7 +64,7 @@ class FakeKernel:
         monkeypatch.setattr(guard, "Watch", lambda *_calls: FakeWatch())
         monkeypatch.setattr(guard.Guard, "_follow_firewalld", _nothing)
         monkeypatch.setattr(firewalld, "adopt", _nothing)
-        monkeypatch.setattr(prober, "_find", lambda _ground: [])
+        monkeypatch.setattr(prober, "_find", lambda _ground, _over: [])
 
     def _nft(self, command: str, *, as_json: bool = False) -> str:
         families = {"inet": self.tables, "bridge": self.bridge_tables}

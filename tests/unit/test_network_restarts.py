@@ -328,7 +328,7 @@ async def test_other_peoples_rules_are_looked_at_now_and_then(site: Site, monkey
     looks: list[str] = []
     found: list[Obstacle] = []
 
-    def find(ground: Ground) -> list[Obstacle]:
+    def find(ground: Ground, _over: object) -> list[Obstacle]:
         looks.append(ground.network.name)
         return list(found)
 

@@ -10,6 +10,7 @@ from virtd.drivers.network import firewall, host, obstacles, packets, trace
 from virtd.drivers.network.packets import SYN, Way
 from virtd.drivers.network.probe import BRIDGED, FORWARD, INPUT, Lost, Trial
 from virtd.drivers.network.trace import Step
+from virtd.drivers.network.uplink import Connection
 
 if TYPE_CHECKING:
     import pytest
@@ -105,8 +106,7 @@ def test_whose_chain_it_is_and_what_helps(monkeypatch: pytest.MonkeyPatch) -> No
         "What its guests ask of the host (DHCP and DNS) is dropped by the chain inet filter in (“rule 4” in deep)"
     )
     assert hint.split("; ") == [
-        f"{insert} 'iifname \"vd-lab\" udp dport {{ 53, 67 }} accept'",
-        f"{insert} 'iifname \"vd-lab\" tcp dport 53 accept'",
+        f"{insert} 'iifname \"vd-lab\" {what} accept'" for what in ("udp dport 67", "udp dport 53", "tcp dport 53")
     ]
     docker = [("ip", "filter", name, hook) for name, hook in (("FORWARD", "forward"), ("DOCKER-USER", ""))]
     out = Lost(trial(OUT, FORWARD), (step("ip filter FORWARD", 0, "drop"),), "forward", through=False)
@@ -130,6 +130,34 @@ def test_whose_chain_it_is_and_what_helps(monkeypatch: pytest.MonkeyPatch) -> No
     ((text, hint),) = found(monkeypatch, [over], tables, "iptables")
     assert text.endswith("FORWARD, by its policy, to which br_netfilter shows what goes over a bridge")
     assert hint == "iptables -I FORWARD -i vd-lab -o vd-lab -j ACCEPT"
+
+
+def test_what_comes_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    drop = (step("inet fw f", 0, "drop"),)
+    connection = Connection("10.7.0.9", "192.0.2.1", "9.9.9.9", 40053, 53)
+    out = Lost(trial(OUT, FORWARD), drop, "forward", through=False)
+    answer = out._replace(trial=Trial("What is answered", 4, FORWARD, (), via="eth0", connection=connection))
+    port = out._replace(trial=Trial("What comes for port 80", 4, FORWARD, (), via="eth0", port=("tcp", 80)))
+    forward = [("inet", "fw", "f", "forward")]
+    insert = "nft insert rule inet fw f"
+    answers = f"{insert} 'oifname \"vd-lab\" ct state established,related accept'"
+    forwarded = f"{insert} 'oifname \"vd-lab\" ct status dnat accept'"
+    # What helps what is sent out helps the answers: it is told once.
+    ((text, hint),) = found(monkeypatch, [out, answer, port], forward)
+    assert text.startswith(f"{OUT} and what comes for port 80 (IPv4) is dropped")
+    assert hint.split("; ") == [f"{insert} 'iifname \"vd-lab\" accept'", answers, forwarded]
+    ((_, hint),) = found(monkeypatch, [answer, port], forward)
+    assert hint.split("; ") == [answers, forwarded]
+    # Where nobody knows yet which way it will leave.
+    ((_, hint),) = found(monkeypatch, [answer, port], [("inet", "fw", "f", "prerouting")])
+    assert hint.split("; ") == [
+        f"{insert} 'iifname \"eth0\" ct state established,related accept'",
+        f"{insert} 'iifname \"eth0\" tcp dport 80 accept'",
+    ]
+    tables = [("ip", "filter", name.upper(), name) for name in ("input", "forward", "output")]
+    drop = (step("ip filter FORWARD", 0, "drop"),)
+    ((_, hint),) = found(monkeypatch, [port._replace(steps=drop)], tables, "iptables")
+    assert hint == "iptables -I FORWARD -o vd-lab -m conntrack --ctstate DNAT -j ACCEPT"
 
 
 def test_what_isnt_nftables_and_what_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:

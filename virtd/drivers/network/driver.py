@@ -208,7 +208,12 @@ class Driver(Collection[Net, model.Network]):
     async def stop(self, name: str, by: str, *, force: bool) -> bool:
         net = self.find(name)
         await self.certain()
-        changed = await net.stop(by, force=force)
+        await self._prober.leave(net.name)
+        try:
+            changed = await net.stop(by, force=force)
+        finally:
+            if net.active:
+                self._prober.doubt([net.name])
         if net.definition is None:
             self.forget(net.name)
         return changed

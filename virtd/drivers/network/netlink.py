@@ -51,7 +51,7 @@ _IFA_ADDRESS, _IFA_LOCAL, _IFA_BROADCAST, _IFA_FLAGS = 1, 2, 4, 8
 _IFA_F_NODAD = 0x02
 _FRA_DST, _FRA_IIFNAME, _FRA_PRIORITY, _FRA_TABLE, _FRA_PROTOCOL = 1, 3, 6, 15, 21  # fib_rules.h
 _ROUTE = struct.Struct("=8BI")  # rtmsg: family, lengths of both prefixes, TOS, table, protocol, scope, type, flags
-_RTA_DST, _RTA_SRC, _RTA_IIF, _RTA_OIF, _RTN_UNICAST = 1, 2, 3, 4, 1
+_RTA_DST, _RTA_SRC, _RTA_IIF, _RTA_OIF, _RTA_PREFSRC, _RTN_UNICAST = 1, 2, 3, 4, 7, 1
 _IFF_UP = 0x1
 
 TO_TABLE, PROHIBIT = 1, 8  # FR_ACT_TO_TBL, FR_ACT_PROHIBIT: what a rule of policy routing does
@@ -67,6 +67,13 @@ class Address(NamedTuple):
 
     address: str
     prefix: int
+
+
+class Route(NamedTuple):
+    """By which interface something leaves the host, "" for what stays; and from which address if it is the host's."""
+
+    interface: str
+    source: str
 
 
 class RoutingRule(NamedTuple):
@@ -205,19 +212,21 @@ class Netlink:
                 raise _unknown() from None
         return found
 
-    def route(self, to: str, source: str, iif: str) -> str:
-        """By which interface leaves what comes from `source` in by `iif`; "" for what stays. Raises NetlinkError."""
+    def route(self, to: str, *, source: str = "", iif: str = "") -> Route:
+        """Where goes what comes from `source` in by `iif`, or from the host itself. Raises NetlinkError."""
         family, data = packed(to)
         bits = len(data) * 8
-        body = _ROUTE.pack(family, bits, bits, 0, 0, 0, 0, 0, 0)
-        body += attribute(_RTA_DST, data) + attribute(_RTA_SRC, packed(source)[1])
-        body += attribute(_RTA_IIF, _INT.pack(_index(iif)))
+        body = _ROUTE.pack(family, bits, bits if source else 0, 0, 0, 0, 0, 0, 0) + attribute(_RTA_DST, data)
+        body += attribute(_RTA_SRC, packed(source)[1]) if source else b""
+        body += attribute(_RTA_IIF, _INT.pack(_index(iif))) if iif else b""
         answer = self.answer(RTM_GETROUTE, body)
         try:
             *_head, of, _flags = _ROUTE.unpack_from(answer)
-            oif = dict(attributes(answer[_ROUTE.size :])).get(_RTA_OIF)
-            return socket.if_indextoname(_INT.unpack(oif)[0]) if oif and of == _RTN_UNICAST else ""
-        except struct.error:
+            found = dict(attributes(answer[_ROUTE.size :]))
+            oif, mine = found.get(_RTA_OIF), found.get(_RTA_PREFSRC)
+            away = socket.if_indextoname(_INT.unpack(oif)[0]) if oif and of == _RTN_UNICAST else ""
+            return Route(away, socket.inet_ntop(family, mine) if mine else "")
+        except (struct.error, ValueError):
             raise _unknown() from None
 
     def routing_rules(self, protocol: int) -> set[RoutingRule]:
@@ -261,6 +270,10 @@ class Netlink:
     def create(self, kind: int, body: bytes) -> None:
         """Have what the message tells of in place of what there was of it."""
         self._ask(kind, _CREATE | _REPLACE, body)
+
+    def change(self, kind: int, flags: int, body: bytes) -> None:
+        """Send any request that is acknowledged. Raises NetlinkError."""
+        self._ask(kind, flags, body)
 
     def _ask(self, kind: int, flags: int, body: bytes) -> None:
         self._send(kind, flags | _ACK, body)

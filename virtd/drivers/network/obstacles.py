@@ -11,33 +11,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import programs
 from ..protocol import Problem
-from . import firewall, host, trials
+from . import firewall, hints, host, trials
+from .hints import Chain
 from .probe import BRIDGED, FORWARD, INPUT, Probe
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from threading import Event
 
     from .ports import Ground
     from .probe import Lost, Trial
     from .trace import Step
 
 BUILT_IN = {"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"}  # the chains of iptables, also of its nft kind
-# What an accepting rule has to say of it, as nft does and as iptables.
-PORTS = {"DHCP": (67,), "DNS": (53,), "DHCPv6": (547,)}
-
-
-class Chain(NamedTuple):
-    """A base chain in which packets are dropped.
-
-    `family` "legacy" and no table: what drops them isn't nftables. `whose`: "docker", "ufw", "firewalld", "iptables",
-    if that is known, or how the tool of legacy iptables is called.
-    """
-
-    family: str
-    table: str
-    name: str
-    hook: str
-    whose: str
 
 
 class Drop(NamedTuple):
@@ -56,15 +42,16 @@ class Obstacle(NamedTuple):
     unheard: bool
 
 
-def find(ground: Ground) -> list[Obstacle]:
-    """Try what guests of an active network do. Raises HostError, or OSError, where that can't be done.
+def find(ground: Ground, over: Event) -> list[Obstacle]:
+    """Try what guests of an active network do. Raises HostError, or OSError, where that can't be done, or when it is
+    `over`.
 
     It takes some tens of milliseconds, or a second where much is dropped.
     """
     tried = trials.of(ground)
     if not tried:
         return []
-    with Probe(ground.network.bridge_name, tried) as probe:
+    with Probe(ground.network.bridge_name, tried, over) as probe:
         lost = probe.lost()
         return judged(lost, firewall.chains(), ground.network.bridge_name) if lost else []
 
@@ -75,6 +62,10 @@ def judged(lost: Iterable[Lost], chains: list[dict[str, Any]], bridge: str) -> l
     for one in lost:
         if (drop := _blame(one, chains)) is not None:
             groups.setdefault((drop.chain, drop.trial.end), []).append(drop)
+    for (_chain, end), mine in groups.items():
+        # What helps there helps the answers, too.
+        out = {one.trial.version for one in mine if end == FORWARD and not one.trial.via}
+        mine[:] = [one for one in mine if one.trial.connection is None or one.trial.version not in out]
     return [
         Obstacle(_problem(chain, end, mine, bridge), chain.family == "legacy" or end == BRIDGED)
         for (chain, end), mine in groups.items()
@@ -130,18 +121,20 @@ def _not_nftables(lost: Lost) -> Drop | None:
 
 
 def _listed(words: Iterable[str]) -> str:
-    return " and ".join(dict.fromkeys(words))
+    *most, last = dict.fromkeys(words)
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _problem(chain: Chain, end: str, drops: list[Drop], bridge: str) -> Problem:
     if end == INPUT:
         what = f"What its guests ask of the host ({_listed(one.trial.what for one in drops)})"
     else:
-        what = f"{drops[0].trial.what} ({_listed(f'IPv{one.trial.version}' for one in drops)})"
+        what = _listed(one.trial.what for one in drops).replace(" What", " what").replace(", What", ", what")
+        what += f" ({_listed(f'IPv{one.trial.version}' for one in drops)})"
     text = f"{what} is dropped by {_named(chain, drops)}"
     if end == BRIDGED and chain.family != "bridge":
         text += ", to which br_netfilter shows what goes over a bridge"
-    return Problem(text, "; ".join(_hint(chain, end, drops, bridge)))
+    return Problem(text, "; ".join(hints.commands(chain, [one.trial for one in drops], bridge)))
 
 
 def _named(chain: Chain, drops: list[Drop]) -> str:
@@ -152,58 +145,3 @@ def _named(chain: Chain, drops: list[Drop]) -> str:
     name = f"the chain {chain.family} {chain.table} {chain.name}"
     rules = [f"“{one.rule}”{f' in {one.within}' if one.within != chain.name else ''}" for one in drops if one.rule]
     return f"{name} ({_listed(rules)})" if rules else f"{name}, by its policy"
-
-
-def _hint(chain: Chain, end: str, drops: list[Drop], bridge: str) -> list[str]:
-    """Commands that help."""
-    whats = {one.trial.what for one in drops}
-    ports = sorted({port for what in whats for port in PORTS.get(what, ())})
-    match chain.whose:
-        case "firewalld":
-            return [f"firewall-cmd --zone=virtd --change-interface={bridge}"]
-        case "ufw":
-            return _ufw(end, ports, bridge)
-        case "":
-            if chain.family == "legacy":
-                return [f"tc filter show dev {bridge} ingress", "bpftool net show"]
-            insert = f"nft insert rule {chain.family} {chain.table} {chain.name}"
-            return [f"{insert} '{rule}'" for rule in _nft(chain, end, whats, ports, bridge)]
-    return _iptables(chain, end, whats, ports, bridge)
-
-
-def _ufw(end: str, ports: list[int], bridge: str) -> list[str]:
-    if end != INPUT:
-        return [f"ufw route allow in on {bridge}" + (f" out on {bridge}" if end == BRIDGED else "")]
-    return [f"ufw allow in on {bridge} to any port {port}{'' if port == 53 else ' proto udp'}" for port in ports]
-
-
-def _iptables(chain: Chain, end: str, whats: set[str], ports: list[int], bridge: str) -> list[str]:
-    tool = chain.whose if chain.family == "legacy" else "ip6tables" if chain.family == "ip6" else "iptables"
-    table = f" -t {chain.table}" if chain.table not in ("", "filter") else ""
-    insert = f"{tool}{table} -I {'DOCKER-USER' if chain.whose == 'docker' else chain.name}"
-    again = ["virtctl reload"] if chain.family == "legacy" else []  # its changes are told to nobody
-    if end == BRIDGED and chain.hook == "forward":
-        return [f"{insert} -i {bridge} -o {bridge} -j ACCEPT", *again]
-    if chain.hook == "input":
-        services = [("udp", port) for port in ports] + ([("tcp", 53)] if 53 in ports else [])
-        found = [f"{insert} -i {bridge} -p {protocol} --dport {port} -j ACCEPT" for protocol, port in services]
-        found += [f"{insert} -i {bridge} -p ipv6-icmp -j ACCEPT"] if "ICMPv6" in whats else []
-        return found + again
-    if chain.hook == "forward":
-        answers = f"{insert} -o {bridge} -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"
-        return [f"{insert} -i {bridge} -j ACCEPT", answers, *again]
-    return [f"{insert} -i {bridge} -j ACCEPT", *again]
-
-
-def _nft(chain: Chain, end: str, whats: set[str], ports: list[int], bridge: str) -> list[str]:
-    from_it = f'iifname "{bridge}"'
-    if chain.family == "bridge":
-        # By the names of domains' and containers' ports: to ask for the bridge's own not every kernel has.
-        return [f'{way} "{mine}" accept' for mine in ("vt-*", "vl*") for way in ("iifname", "oifname")]
-    if chain.hook == "input":
-        found = [f"{from_it} udp dport {{ {', '.join(map(str, ports))} }} accept"] if ports else []
-        found += [f"{from_it} tcp dport 53 accept"] if 53 in ports else []
-        return found + ([f"{from_it} meta l4proto ipv6-icmp accept"] if "ICMPv6" in whats else [])
-    if chain.hook == "forward" and end == FORWARD:
-        return [f"{from_it} accept", f'oifname "{bridge}" ct state related,established accept']
-    return [f"{from_it} accept"]

@@ -14,7 +14,9 @@ owns them. All of this blocks, for some tens of milliseconds where nothing is dr
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import logging
 import os
 import random
 import select
@@ -23,20 +25,28 @@ import time
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from ... import errors
-from . import firewall, host, links, packets
+from . import firewall, host, links, packets, uplink
 from .netlink import Netlink
 from .trace import Step, Tracer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from threading import Event
+
+    from .uplink import Connection
 
 NUMBERS = 128  # packets of one probe
 FIRST, LAST = -2147483647, 2147483646  # priorities have 32 bits, with their sign
+SLICE = 0.05  # seconds; how long somebody waits who wants it to be over
 LIMIT = 0.25  # seconds for packets to get to their end; it takes microseconds, but not on a busy machine
+log = logging.getLogger(__name__)
+
+TAKE_OUT = ("meta nftrace set 1", "drop")
 FORWARDING = "3"  # a bridge's port, BR_STATE_FORWARDING of linux/if_bridge.h
 _IFF_TAP, _IFF_NO_PI, _TUNSETIFF = 0x0002, 0x1000, 0x400454CA  # linux/if_tun.h
 
-MACS = tuple(f"52:76:64:70:72:{index:02x}" for index in range(2))  # who is behind each tap
+MACS = tuple(f"52:76:64:70:72:{index:02x}" for index in range(2))  # who is behind each tap in the bridge
+OUTER = "fe:76:64:70:72:ff"  # to which packets from outside go
 
 INPUT, FORWARD, BRIDGED = "input", "forward", "bridged"
 
@@ -44,7 +54,8 @@ INPUT, FORWARD, BRIDGED = "input", "forward", "bridged"
 class Trial(NamedTuple):
     """Something that guests do, in ways of which one has to work. `end`: where it is going to.
 
-    `ways` make a frame of its number. `to` is the address that they go to, where `end` is FORWARD.
+    `ways` make a frame of its number. `to` is the address that they go to, where `end` is FORWARD. What comes from
+    outside does so by the interface `via`, and belongs to a `connection` or goes to a `port` of a protocol.
     """
 
     what: str
@@ -52,6 +63,9 @@ class Trial(NamedTuple):
     end: str
     ways: tuple[Callable[[int], bytes], ...]
     to: str = ""
+    via: str = ""
+    connection: Connection | None = None
+    port: tuple[str, int] = ("", 0)
 
 
 class Lost(NamedTuple):
@@ -67,23 +81,28 @@ class Lost(NamedTuple):
 
 
 class Tap:
-    """A tap in a bridge for as long as it is open."""
+    """A tap that is there for as long as it is open: one of those in the bridge, or one whose packets `via` gets."""
 
-    def __init__(self, bridge: str, index: int) -> None:
+    def __init__(self, index: int, *, bridge: str = "", via: str = "") -> None:
         self.name = f"{links.PROBE}{index}"
         self._fd = os.open(links.TUN, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             fcntl.ioctl(self._fd, _TUNSETIFF, struct.pack("=16sH22x", self.name.encode(), _IFF_TAP | _IFF_NO_PI))
-            self._join(bridge, index)
+            host.set_sysctl(f"net/ipv6/conf/{self.name}/disable_ipv6", "1")
+            if via:
+                with Netlink() as netlink:
+                    netlink.set_link(self.name, mac=OUTER, up=True)
+                uplink.redirect(self.name, via)
+            else:
+                self._join(bridge, index)
         except BaseException:
             os.close(self._fd)
             raise
 
     def _join(self, bridge: str, index: int) -> None:
-        host.set_sysctl(f"net/ipv6/conf/{self.name}/disable_ipv6", "1")
         with Netlink() as netlink:
-            # A bridge whose own aren't set has the smallest MTU and MAC of its ports.
-            netlink.set_link(self.name, mtu=links.mtu(bridge), mac=f"fe{MACS[index][2:]}")
+            # A bridge whose own aren't set has the smallest MTU and the lowest MAC of its ports.
+            netlink.set_link(self.name, mtu=links.mtu(bridge), mac=f"fe:ff:ff:ff:ff:{index:02x}")
             netlink.set_link(self.name, master=bridge)
             netlink.set_port(self.name, isolated=False, locked=False, learning=False)
             netlink.add_neighbour_of_port(self.name, MACS[index])
@@ -115,9 +134,10 @@ class Tap:
 class Probe:
     """Use it in a with statement. Raises HostError, or OSError, where there is no way to try."""
 
-    def __init__(self, bridge: str, trials: Sequence[Trial]) -> None:
+    def __init__(self, bridge: str, trials: Sequence[Trial], over: Event) -> None:
         self._bridge = bridge
-        self._trials = trials
+        self._trials = list(trials)
+        self._over = over
         self._first = self._next = random.randrange(1, 0xFFFF - NUMBERS)
         self._stack = contextlib.ExitStack()
         self._count = 1 + any(trial.end == BRIDGED for trial in trials)
@@ -125,7 +145,9 @@ class Probe:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
-            self._taps = [stack.enter_context(Tap(self._bridge, index)) for index in range(self._count)]
+            self._taps = [stack.enter_context(Tap(index, bridge=self._bridge)) for index in range(self._count)]
+            self._outer: dict[str, Tap] = {}
+            self._trials = self._possible(stack)
             self._nft = stack.enter_context(firewall.Owning())
             self._tracer = stack.enter_context(Tracer())
             self._nft.run(self._last())
@@ -134,6 +156,23 @@ class Probe:
 
     def __exit__(self, *_exception: object) -> None:
         self._stack.close()
+
+    def _possible(self, stack: contextlib.ExitStack) -> list[Trial]:
+        """Trials for which the kernel has what they need; to have something come from outside not every one has."""
+        found = []
+        conntrack = stack.enter_context(uplink.Conntrack())
+        for trial in self._trials:
+            try:
+                if trial.via and trial.via not in self._outer:
+                    index = len(MACS) + len(self._outer)
+                    self._outer[trial.via] = stack.enter_context(Tap(index, via=trial.via))
+                if trial.connection is not None:
+                    conntrack.enter(trial.connection)
+            except OSError as exc:
+                log.debug("%s can't be tried: %s", trial.what, exc)
+            else:
+                found.append(trial)
+        return found
 
     def lost(self) -> list[Lost]:
         """The trials that nothing came of: by the first way, and where that is lost by all of them."""
@@ -146,7 +185,7 @@ class Probe:
         sent: dict[int, Trial] = {}
         for trial in trials:
             for way in trial.ways[:1] if first else trial.ways:
-                if (number := self._send(way)) is not None:
+                if (number := self._send(way, trial.via)) is not None:
                     sent[number] = trial
         waiting, until = list(trials), time.monotonic() + LIMIT
         while waiting and self._readable(until):
@@ -160,9 +199,9 @@ class Probe:
     def _traced(self, trial: Trial) -> Lost | None:
         """None if it arrived this time, or nothing can be said."""
         if not self._tracing:
-            self._nft.run(_marks())
+            self._nft.run(self._marks())
             self._tracing = True
-        number = self._send(trial.ways[0])
+        number = self._send(trial.ways[0], trial.via)
         steps: list[Step] = []
         until = time.monotonic() + LIMIT
         while self._readable(until):
@@ -178,32 +217,33 @@ class Probe:
         theirs = tuple(step for step in steps if step.table != firewall.PROBE)
         return Lost(trial, theirs, hook, through) if number is not None else None
 
-    def _send(self, way: Callable[[int], bytes]) -> int | None:
+    def _send(self, way: Callable[[int], bytes], via: str) -> int | None:
         """Its number; None when all of them are used."""
         number = self._next
         if number >= self._first + NUMBERS:
             return None
         self._next += 1
-        self._taps[0].send(way(number))
+        (self._outer[via] if via else self._taps[0]).send(way(number))
         return number
 
     def _readable(self, until: float) -> bool:
-        """Wait for something to be read; False when the time is over."""
-        rest = max(0.0, until - time.monotonic())
-        return bool(select.select([self._tracer.fileno(), self._taps[-1].fileno()], [], [], rest)[0])
+        """Wait for something to be read; False when the time has passed. Raises OSError when all of it is over."""
+        while not self._over.is_set():
+            rest = min(SLICE, until - time.monotonic())
+            if select.select([self._tracer.fileno(), self._taps[-1].fileno()], [], [], max(0.0, rest))[0]:
+                return True
+            if rest < SLICE:
+                return False
+        raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
 
     def _last(self) -> str:
         """The tables: what takes our packets out at their end, and keeps them out of other ports."""
-        numbers = f"{self._first}-{self._first + NUMBERS - 1}"
-        seen = "meta nftrace set 1"
         last: dict[str, list[str]] = {"last_input": [], "last_postrouting": []}
-        for family, number in (("ipv4", f"@nh,32,16 {numbers}"), ("ipv6", f"@nh,16,16 {numbers}")):
-            word, version = ("ip", 4) if family == "ipv4" else ("ip6", 6)
-            ours = f'iifname "{self._bridge}" meta nfproto {family} {number}'
-            last["last_input"] += [f"{ours} {what}" for what in (seen, "drop")]
+        for version, word in ((4, "ip"), (6, "ip6")):
+            ours = self._ours(version)
+            last["last_input"] += [f'iifname "{self._bridge}" {ours} {what}' for what in TAKE_OUT]
             if to := ", ".join({one.to for one in self._trials if one.to and one.version == version}):
-                ours = f"{word} daddr {{ {to} }} {number}"
-                last["last_postrouting"] += [f"{ours} {what}" for what in (seen, "drop")]
+                last["last_postrouting"] += [f"{word} daddr {{ {to} }} {ours} {what}" for what in TAKE_OUT]
         chains = [_chain(name, name.partition("_")[2], LAST, body) for name, body in last.items()]
         # Nobody else gets them, nor is a broadcast to the host taken for one that was sent over the bridge.
         ours = f'iifname "{links.PROBE}*"'
@@ -212,21 +252,28 @@ class Probe:
         bridged = _chain("apart", "forward", FIRST, lines)
         return _table("inet", chains) + _table("bridge", [bridged])
 
+    def _marks(self) -> str:
+        """What has packets of ours traced, and tells between which hooks one was lost."""
+        chains = [
+            _chain(f"{where}_{hook}", hook, priority, [])
+            for hook in ("prerouting", "input", "forward", "postrouting")
+            # Before the last chain that takes it out, which is as good as behind.
+            for where, priority in (("before", FIRST), ("behind", LAST - 1))
+        ]
+        for version in (4, 6):
+            lines = [f'iifname "{via}" {self._ours(version)} meta nftrace set 1' for via in self._outer]
+            chains.append(_chain(f"traced{version}", "prerouting", FIRST, lines))
+        traced = _chain("traced", "prerouting", FIRST, [f'iifname "{links.PROBE}*" meta nftrace set 1'])
+        return _table("inet", chains) + _table("bridge", [traced])
+
+    def _ours(self, version: int) -> str:
+        """How a packet is known as one of ours."""
+        where = {4: "meta nfproto ipv4 @nh,32,16", 6: "meta nfproto ipv6 @nh,16,16"}[version]
+        return f"{where} {self._first}-{self._first + NUMBERS - 1}"
+
 
 def _took_out(step: Step) -> bool:
     return step.table == firewall.PROBE and step.chain.startswith("last_") and step.handle != 0
-
-
-def _marks() -> str:
-    """What has packets of ours traced, and tells between which hooks one was lost."""
-    chains = [
-        _chain(f"{where}_{hook}", hook, priority, [])
-        for hook in ("prerouting", "input", "forward", "postrouting")
-        # Before the last chain that takes it out, which is as good as behind.
-        for where, priority in (("before", FIRST), ("behind", LAST - 1))
-    ]
-    traced = _chain("traced", "prerouting", FIRST, [f'iifname "{links.PROBE}*" meta nftrace set 1'])
-    return _table("inet", chains) + _table("bridge", [traced])
 
 
 def _table(family: str, chains: list[str]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,8 @@ class Prober:
         self._again: asyncio.TimerHandle | None = None
         self._times = 0  # that it was looked again without a word from anybody
         self._next = 0.0
+        self._trying: tuple[str, asyncio.Future[list[Obstacle]]] | None = None  # in which network
+        self._over = threading.Event()  # tells the thread
 
     def doubt(self, names: Iterable[str]) -> None:
         """Somebody's rules have changed, or these networks have just come up: look, in a moment."""
@@ -49,12 +52,22 @@ class Prober:
         if self._running is None and self._doubtful:
             self._running = asyncio.create_task(self._look(), name="look-for-obstacles")
 
+    async def leave(self, name: str) -> None:
+        """Have nothing to do with a network any more, which is about to go."""
+        self._doubtful.discard(name)
+        if self._trying is not None and self._trying[0] == name:
+            self._over.set()
+            await asyncio.wait([self._trying[1]])
+
     async def close(self) -> None:
         if self._again is not None:
             self._again.cancel()
-        if self._running is not None:
-            self._running.cancel()
-            await asyncio.gather(self._running, return_exceptions=True)
+        self._over.set()
+        left = [self._running] if self._running is not None else []
+        for task in left:
+            task.cancel()
+        trying = [self._trying[1]] if self._trying is not None else []
+        await asyncio.gather(*left, *trying, return_exceptions=True)
 
     async def _look(self) -> None:
         try:
@@ -80,12 +93,17 @@ class Prober:
         if net.state is not State.ACTIVE or (network := net.running) is None or net.lost_bridge():
             net.obstacles = []
             return
+        self._over.clear()
+        trying = asyncio.ensure_future(asyncio.to_thread(_find, net.ground(network), self._over))
+        self._trying = name, trying
         try:
-            found = await asyncio.to_thread(_find, net.ground(network))
+            found = await asyncio.shield(trying)
         except (errors.HostError, OSError) as exc:
             # Nothing is known then, and nothing is claimed.
             log.debug("Network %s: what its guests may do can't be tried: %s", name, exc)
             found = []
+        finally:
+            self._trying = None
         if net.state is State.ACTIVE and not net.lost_bridge():
             net.obstructed(found)
 
@@ -101,7 +119,7 @@ class Prober:
             self._again = asyncio.get_running_loop().call_later(pause, self._look_at, names)
 
 
-def _find(ground: Ground) -> list[Obstacle]:
+def _find(ground: Ground, over: threading.Event) -> list[Obstacle]:
     from . import obstacles  # no start of the daemon needs it
 
-    return obstacles.find(ground)
+    return obstacles.find(ground, over)

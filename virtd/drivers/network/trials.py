@@ -12,16 +12,18 @@ import ipaddress
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from ...model.network import Mode
+from ...model.network import Mode, Protocol
 from . import host, links, packets, ports, routes
 from .netlink import Netlink
 from .packets import SYN, Way
-from .probe import BRIDGED, FORWARD, INPUT, MACS, Trial
+from .probe import BRIDGED, FORWARD, INPUT, MACS, OUTER, Trial
+from .uplink import Connection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from ipaddress import IPv4Interface
 
+    from ...model.network import Forward
     from .ports import Ground
 
 GUESTS = 4  # of those that are connected, how many are tried as well
@@ -39,6 +41,16 @@ class Guest(NamedTuple):
     ipv6: str = ""
 
 
+class Outside(NamedTuple):
+    """An address beyond the host: by which `interface`, from which address of the `host`'s; who is `near` there."""
+
+    version: int
+    to: str
+    interface: str
+    host: str
+    near: tuple[str, ...]
+
+
 def of(ground: Ground) -> list[Trial]:
     """All that can be tried in a network that is active. Raises OSError."""
     network = ground.network
@@ -46,7 +58,9 @@ def of(ground: Ground) -> list[Trial]:
     found = list(_asked(ground, guests)) if network.own else []
     if network.mode in (Mode.NAT, Mode.ROUTED):
         found += _sent_out(ground, guests)
-    if not network.isolated_ports and is_filtered(network.bridge_name):
+    # A bridge of somebody else's that has no ports has a MAC that it loses with the first.
+    peopled = network.own or links.members(network.bridge_name)
+    if peopled and not network.isolated_ports and is_filtered(network.bridge_name):
         found += _sent_over(ground, guests)
     return found
 
@@ -99,8 +113,9 @@ def _asked(ground: Ground, guests: list[Guest]) -> Iterator[Trial]:
     if network.ipv6 is None or six is None:
         return
     if network.ipv6.dhcp:
-        ways = [_to_all(one.mac, "ff02::1:2") for one in guests]
-        yield Trial("DHCPv6", 6, INPUT, tuple(partial(packets.dhcp6_solicit, way) for way in ways))
+        if network.range6 is not None or any(one.ipv6 for one in network.host):
+            ways = [_to_all(one.mac, "ff02::1:2") for one in guests]
+            yield Trial("DHCPv6", 6, INPUT, tuple(partial(packets.dhcp6_solicit, way) for way in ways))
         ways = [_to_all(one.mac, "ff02::2") for one in guests]
         yield Trial("ICMPv6", 6, INPUT, tuple(partial(packets.router_solicitation, way) for way in ways))
     asked = f"ff02::1:ff{int(six.ip) >> 16 & 0xFF:02x}:{int(six.ip) & 0xFFFF:x}"
@@ -117,13 +132,43 @@ def _to_all(mac: str, group: str) -> Way:
 
 
 def _sent_out(ground: Ground, guests: list[Guest]) -> Iterator[Trial]:
-    """What the host forwards for them."""
+    """What the host forwards for them, the answers, and what comes for a [[forward]]."""
     for version in (4, 6):
         mine = [(one.mac, one.ipv4 if version == 4 else one.ipv6) for one in guests]
         mine = [(mac, address) for mac, address in mine if address]
-        if mine and (to := _outside(ground, version, mine[0][1])):
-            ways = [Way(mac, address, ground.mac, to) for mac, address in mine]
-            yield Trial("What its guests send outside", version, FORWARD, tuple(_usual(ways)), to)
+        if not mine:
+            continue
+        out = _outside(ground, version, mine[0][1])
+        if out is None:
+            continue
+        ways = [Way(mac, address, ground.mac, out.to) for mac, address in mine]
+        yield Trial("What its guests send outside", version, FORWARD, tuple(_usual(ways)), out.to)
+        yield from _answers(ground, out, mine[0][1])
+        for forward in ground.network.forward:
+            if (6 if ":" in forward.to else 4) == version:
+                yield _forwarded(forward, out)
+
+
+def _answers(ground: Ground, out: Outside, guest: str) -> Iterator[Trial]:
+    port, to_port = 40053, 53
+    mine = out.host if ground.network.mode is Mode.NAT else guest
+    way = partial(packets.udp, Way(MACS[0], out.to, OUTER, mine), source=to_port, to=port)
+    connection = Connection(guest, mine, out.to, port, to_port)
+    yield Trial("What is answered from outside", out.version, FORWARD, (way,), guest, out.interface, connection)
+
+
+def _forwarded(forward: Forward, out: Outside) -> Trial:
+    """As from far out, and from the host's own neighbours: it may be meant for these."""
+    ways: list[Callable[[int], bytes]] = []
+    for source in dict.fromkeys([out.to, *out.near]):
+        way = Way(MACS[0], source, OUTER, out.host)
+        if forward.protocol is Protocol.TCP:
+            ways.append(partial(packets.tcp, way, source=40443, to=forward.port, flags=SYN))
+        else:
+            ways.append(partial(packets.udp, way, source=40053, to=forward.port))
+    what = f"What comes from outside for port {forward.port} ({forward.protocol})"
+    port = str(forward.protocol), forward.port
+    return Trial(what, out.version, FORWARD, tuple(ways), forward.to, out.interface, port=port)
 
 
 def _usual(ways: list[Way]) -> Iterator[Callable[[int], bytes]]:
@@ -135,11 +180,11 @@ def _usual(ways: list[Way]) -> Iterator[Callable[[int], bytes]]:
         yield partial(packets.tcp, way, source=40080, to=80, flags=SYN)
 
 
-def _outside(ground: Ground, version: int, source: str) -> str:
-    """An address to which the host would route what comes from there, out of another interface; "" for none."""
+def _outside(ground: Ground, version: int, source: str) -> Outside | None:
+    """Where the host would route what comes from there, out of another interface; None for nowhere."""
     bridge = ground.network.bridge_name
     near = [
-        str(route.prefix[at])
+        (route.interface, str(route.prefix[at]))
         for route in routes.routes()
         if route.interface and route.prefix.prefixlen > 0
         if route.prefix.version == version and not links.read(route.interface, "ifalias").startswith("virtd network ")
@@ -147,11 +192,14 @@ def _outside(ground: Ground, version: int, source: str) -> str:
         if route.prefix.num_addresses > 2
     ]
     with Netlink() as netlink:
-        for to in [FAR[version], *near[:16]]:
+        for to in [FAR[version], *(address for _interface, address in near[:16])]:
             with contextlib.suppress(OSError):
-                if netlink.route(to, source, bridge) not in ("", bridge):
-                    return to
-    return ""
+                away = netlink.route(to, source=source, iif=bridge).interface
+                if away not in ("", bridge):
+                    mine = netlink.route(to).source
+                    beside = [address for interface, address in near if interface == away and address != mine]
+                    return Outside(version, to, away, mine, tuple(beside[:3]))
+    return None
 
 
 def _sent_over(ground: Ground, guests: list[Guest]) -> Iterator[Trial]:
