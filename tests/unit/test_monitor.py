@@ -115,6 +115,24 @@ async def test_events_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
 
 
 @on_loop
+async def test_who_has_more_to_ask_is_not_hung_up_on(tmp_path: Path) -> None:
+    busy = True
+    async with hostile(tmp_path) as qemu:
+        qemu.endless = EVENT * 100
+        qemu.monitor = Monitor("web1", qemu.path, lambda: ME, qemu.events.append, qemu._on_lost, lambda: busy)
+        await qemu.monitor.connect(5)
+        for _ in range(5):
+            await until(lambda: qemu.monitor._client is not None and qemu.monitor._client.flooded, "the flood")
+            await asyncio.sleep(0.01)
+            assert qemu.monitor.usable
+            await qemu.monitor.execute("stop")
+        busy = False
+        await until(lambda: qemu.monitor.link is Link.FLOODED, "the line to be hung up")
+        assert not qemu.monitor.usable
+        assert len(qemu.events) <= BURST * 2
+
+
+@on_loop
 async def test_a_command_is_answered_in_a_flood(tmp_path: Path) -> None:
     async with hostile(tmp_path) as qemu:
         qemu.play = lambda command: EVENT * 5000 + answer(command, {"status": "paused"}) + EVENT * 5000

@@ -26,6 +26,7 @@ from .news import STANDSTILL, News
 from .users import running_as
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from enum import StrEnum
 
     from ...model.settings import Qemu
@@ -64,6 +65,7 @@ class Machine(Guest[model.Domain]):
         self.floods = 0  # how often its monitor was hung up on, for all its events
         self._linking = asyncio.Lock()  # held while the monitor is being connected
         self._linked_at = 0.0
+        self._askers = 0
         self._attaching = False
         self._pause = 0.0  # seconds until a link that broke is made again
         self._flood_told = Allowance(1, 1 / 3600)
@@ -225,14 +227,16 @@ class Machine(Guest[model.Domain]):
             lambda: (child.pid, child.start) if child is not None else (0, 0),
             self.news.on_event,
             lambda: self._lost(monitor),
+            lambda: self._askers > 0,
         )
         self.monitor = monitor
         try:
-            await monitor.connect(limit, made=self.state is not State.STARTING)
-            self._linked_at = time.monotonic()
-            await self._close_runtime()
-            self.news.take_status(await monitor.status())
-            await self._resettle(monitor)
+            with self._asking():
+                await monitor.connect(limit, made=self.state is not State.STARTING)
+                self._linked_at = time.monotonic()
+                await self._close_runtime()
+                self.news.take_status(await monitor.status())
+                await self._resettle(monitor)
             self.problems.pop("monitor", None)
         except errors.MonitorError as exc:
             if self.alive and child is not None and child.alive():
@@ -280,13 +284,23 @@ class Machine(Guest[model.Domain]):
 
         Raises MonitorError.
         """
-        monitor = await self._linked(limit)
+        with self._asking():
+            monitor = await self._linked(limit)
+            try:
+                return await monitor.execute(name, arguments, limit=limit)
+            finally:
+                if monitor.link in (Link.CLOSED, Link.SILENT) and self.monitor is monitor:
+                    self._pause = max(LINK_AGAIN, self._pause)
+                    self._attach_later()
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        """From the link to the answer nobody hangs up on QEMU, however many its events are."""
+        self._askers += 1
         try:
-            return await monitor.execute(name, arguments, limit=limit)
+            yield
         finally:
-            if monitor.link in (Link.CLOSED, Link.SILENT) and self.monitor is monitor:
-                self._pause = max(LINK_AGAIN, self._pause)
-                self._attach_later()
+            self._askers -= 1
 
     @property
     def answers(self) -> bool:
@@ -295,14 +309,15 @@ class Machine(Guest[model.Domain]):
 
     async def ask_state(self) -> str:
         """What the guest's CPUs do, as QMP's query-status has it; taken note of. Raises MonitorError."""
-        status = await (await self._linked(GREETING_LIMIT)).status()
+        with self._asking():
+            status = await (await self._linked(GREETING_LIMIT)).status()
         if self.alive:
             self.news.take_status(status)
         return status
 
     async def _linked(self, limit: float) -> Monitor:
         async with self._linking:
-            if self.monitor is None or self.monitor.link is not Link.CONNECTED:
+            if self.monitor is None or not self.monitor.usable:
                 if self.monitor is not None:
                     await self.monitor.close()
                 await self._connect(min(GREETING_LIMIT, limit))

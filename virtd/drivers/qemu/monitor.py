@@ -56,7 +56,8 @@ class Link(StrEnum):
 class Monitor:
     """Connects once. When the link breaks by itself, `on_lost` is called, and the owner decides.
 
-    `process` gives the PID and start time of the QEMU that has to be at the other end.
+    `process` gives the PID and start time of the QEMU that has to be at the other end. While somebody is `busy()`
+    with it, it isn't hung up on.
     """
 
     def __init__(
@@ -66,18 +67,28 @@ class Monitor:
         process: Callable[[], tuple[int, int]],
         on_event: Callable[[Event], None],
         on_lost: Callable[[], None],
+        busy: Callable[[], bool] = lambda: False,
     ) -> None:
         self._name = name
         self._path = path
         self._process = process
         self._on_event = on_event
         self._on_lost = on_lost
+        self._busy = busy
         self._client: Client | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._events: asyncio.Queue[Event] = asyncio.Queue(BURST)
         self._closed = asyncio.Event()
         self._allowance = Allowance(BURST, RATE)
         self.link = Link.CONNECTING
+
+    @property
+    def usable(self) -> bool:
+        """Whether it can be asked something: it may have broken off an instant ago, and nobody be told yet."""
+        from qemu.qmp import Runstate
+
+        running = self._client is not None and self._client.runstate is Runstate.RUNNING
+        return running and self.link is Link.CONNECTED
 
     async def connect(self, limit: float, *, made: bool = False) -> None:
         """Connect within `limit` seconds, waiting for the socket to appear. Raises MonitorError.
@@ -140,7 +151,7 @@ class Monitor:
                     raise
                 await asyncio.sleep(max(RETRY, LATER * (time.monotonic() - begun)))
                 continue
-            client = await self._greet(Client(self._take), connection)
+            client = await self._greet(Client(self._take, self._busy), connection)
             if not self._closed.is_set():
                 return client
             await client.disconnect()

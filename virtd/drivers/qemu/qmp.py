@@ -42,12 +42,14 @@ class Flood(QMPError):
 class Client(QMPClient):
     """`on_event(event)` gets each, {"event": name, "data": {...}, "timestamp": anything}, and says if it took it.
 
-    When one isn't taken, the connection ends with `flooded` set as soon as no command is under way.
+    When one isn't taken, the connection ends with `flooded` set as soon as no command is under way and nobody is
+    `busy()`, who has more to ask.
     """
 
-    def __init__(self, on_event: Callable[[Event], bool]) -> None:
+    def __init__(self, on_event: Callable[[Event], bool], busy: Callable[[], bool]) -> None:
         super().__init__(readbuflen=MESSAGE_LIMIT)  # without a name: each would leave a logger behind for ever
         self._on_event = on_event
+        self._busy = busy
         self._received = 0
         self.flooded = False
 
@@ -106,7 +108,7 @@ class Client(QMPClient):
         elif (waiting := self._pending.get(cast("str | None", msg.get("id")))) is not None and waiting.empty():
             waiting.put_nowait(msg)
         # An answer that nobody waits for any more is dropped, as QMP's specification has it.
-        if self.flooded and not self._pending:
+        if self.flooded and not self._pending and not self._busy():
             raise Flood("more events than are taken")
 
     def _cb_inbound(self, msg: Message) -> Message:
