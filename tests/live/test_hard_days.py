@@ -301,20 +301,83 @@ def test_fewer_open_files_than_are_kept(web1: Lab) -> None:
     nothing_wrong(web1)
 
 
-@pytest.mark.hard
-def test_a_virtd_that_cannot_be_executed(web1: Lab) -> None:
-    pid = state_of(web1)[1]
+LAUNCHERS = {
+    "exits": "printf '#!/bin/sh\nexit 1\n' >virtd; chmod 755 virtd",
+    "ends well": "printf '#!/bin/sh\nexit 0\n' >virtd; chmod 755 virtd",
+    "can't be executed": "echo x >virtd; chmod 755 virtd",
+    "is missing": ":",
+}
+SETTINGS = ("LimitNOFILE=3", "LimitNOFILE=4", "LimitNOFILE=10", "SystemCallFilter=~openat")
+WATCHED = 5  # seconds
+
+
+def held_back(lab: Lab, what: str) -> None:
+    """virtd is killed, can't be started again, and isn't tried more than some twice a second."""
     restarts = "systemctl show -P NRestarts virtd.service"
+    lab.sh(KILL)
+    lab.wait("its restarts", lambda: int(lab.sh(restarts)) > 22, 90)  # RestartSteps= of virtd.service, and some
+    before, tried = int(lab.sh(restarts)), time.monotonic()
+    time.sleep(WATCHED)
+    more = int(lab.sh(restarts)) - before
+    assert more <= 3 * (time.monotonic() - tried), f"{what}: {more} restarts in {WATCHED} s"
+
+
+def is_well_again(lab: Lab, pid: int | None) -> None:
+    lab.wait("virtd", lambda: lab.virtctl("list", check=False).returncode == 0, 30)
+    assert state_of(lab) == ("running", pid)
+    nothing_wrong(lab)
+
+
+@pytest.mark.parametrize("how", [pytest.param(how, marks=[pytest.mark.hard] * (how != "exits")) for how in LAUNCHERS])
+def test_a_virtd_that_cannot_start(web1: Lab, how: str) -> None:
+    pid = state_of(web1)[1]
     try:
-        web1.sh(f"cd /usr/libexec; mv virtd virtd.away; echo x >virtd; chmod 755 virtd; {KILL}")
-        time.sleep(5)
-        before = int(web1.sh(restarts))
-        time.sleep(10)
-        assert int(web1.sh(restarts)) - before <= 30, "more than three a second"
+        web1.sh(f"cd /usr/libexec; mv virtd virtd.away; {LAUNCHERS[how]}")
+        held_back(web1, how)
     finally:
         web1.sh("mv /usr/libexec/virtd.away /usr/libexec/virtd")
-    web1.wait("virtd", lambda: web1.virtctl("list", check=False).returncode == 0, 30)
-    assert state_of(web1) == ("running", pid)
+    is_well_again(web1, pid)
+    assert web1.slots() == 5
+    before = check(web1.console("web1")).lines
+    web1.wait("more lines", lambda: check(web1.console("web1")).lines > before, 20)
+    assert check(web1.console("web1")).whole
+
+
+@pytest.mark.hard
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_setting_that_keeps_virtd_from_starting(web1: Lab, setting: str) -> None:
+    pid = state_of(web1)[1]
+    file = "/run/systemd/system/virtd.service.d/odd.conf"
+    try:
+        web1.sh(f"mkdir -p $(dirname {file}); printf '[Service]\n{setting}\n' >{file}; systemctl daemon-reload")
+        held_back(web1, setting)
+    finally:
+        web1.sh(f"rm -r $(dirname {file}); systemctl daemon-reload")
+    is_well_again(web1, pid)
+
+
+@pytest.mark.hard
+def test_a_crash_after_a_good_while_is_made_up_for_at_once(web1: Lab) -> None:
+    """None of that holds back the first restart."""
+    web1.sh(KILL)
+    is_well_again(web1, state_of(web1)[1])
+    if version(web1) >= 254:
+        web1.wait(
+            "systemd to start over with counting",
+            lambda: web1.sh("systemctl show -P NRestarts -P RestartUSecNext virtd.service").split() == ["0", "1us"],
+            30,
+        )
+        web1.sh(KILL)
+        web1.wait("virtd", lambda: web1.virtctl("list", check=False).returncode == 0, 30)
+        assert web1.sh("systemctl show -P NRestarts virtd.service").strip() == "1"
+    else:
+        web1.sh("sleep 3.5")
+        assert web1.sh("find /run/virtd/failed -newermt '-3 seconds'") == "", "what the next failure looks at"
+
+
+def version(lab: Lab) -> int:
+    """systemd's."""
+    return int(lab.sh("systemctl --version").split()[1])
 
 
 @pytest.mark.hard

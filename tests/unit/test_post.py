@@ -134,7 +134,7 @@ def test_what_an_old_systemd_cannot_do_itself(host: Host, version: str, *, there
     host.run("installed", "2")
     assert file.exists() == there
     if there:
-        assert 'ExecStopPost=-/bin/sh -c \'[ "$SERVICE_RESULT" = success ]' in file.read_text()
+        assert 'ExecStopPost=+-/bin/sh -c \'[ "$SERVICE_RESULT" = success ]' in file.read_text()
         host.run("erasing")
         assert not file.parent.exists()
 
