@@ -27,7 +27,7 @@ CATALOGDIR := $(SYSTEMDDIR)/catalog
 SYSUSERSDIR := $(PREFIX)/lib/sysusers.d
 TMPFILESDIR := $(PREFIX)/lib/tmpfiles.d
 
-.PHONY: help setup lint test unit live hard-days lvm survival sweep kills neighbours model fuzz demo bench rpm install clean
+.PHONY: help setup lint test unit live hard-days lvm survival sweep kills neighbours tidy-hour model fuzz demo bench rpm install clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,9 +53,12 @@ unit: $(STAMP) ## tests that need no root, JOBS of them at once [JOBS=2]
 live: $(STAMP) ## tests in booted systems (root), JOBS of them at once [JOBS=2]
 	$(PYTHON) -m pytest tests/live -m "live and not hard" -o faulthandler_timeout=900 -n $(JOBS) --dist loadfile
 
-hard-days: $(STAMP) ## what people's hosts do to a daemon, all of it (root, a quarter of an hour)
-	$(PYTHON) -m pytest tests/live/test_hard_days*.py tests/live/test_bad_days.py \
-		tests/live/test_network_drift.py -m live -o faulthandler_timeout=900
+hard-days: $(STAMP) ## what people's hosts do to a daemon, all of it (root, a quarter of an hour) [SUITE=trixie]
+	VIRTD_SUITE=$(or $(SUITE),trixie) $(PYTHON) -m pytest tests/live/test_hard_days*.py tests/live/test_bad_days.py \
+		tests/live/test_late_boot.py tests/live/test_network_drift.py -m live -o faulthandler_timeout=900
+
+tidy-hour: $(STAMP) ## ordinary use, after which nobody may have been warned of anything [MINUTES=60] [SUITE=trixie] (root)
+	$(PYTHON) -m tests.tidy --minutes $(or $(MINUTES),60) --suite $(or $(SUITE),trixie)
 
 lvm: $(STAMP) ## pools on LVM and NFS, in a machine that has the kernel for it (root, a quarter of an hour)
 	$(PYTHON) -m tests.lvm

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from tests.live import networks
 from tests.live.conftest import SUITE
 from tests.live.test_storage import define, volume
 from tests.live.test_storage_domains import LOOP
+from tests.live.tools import PID1S_OWN
 from tests.survival import containers
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ pytestmark = pytest.mark.live
 
 # Warnings of systemd that say nothing of a guest's end: 262 looks for a controller that the lab hasn't got, and
 # with PrivatePIDs= (257) PID 1 may hear of a process from its parent before that has ended and left it to PID 1.
-PID1S_OWN = re.compile("Failed to read pids.max|Supervising process [0-9]+ which is not our child")
 
 # A network's service, or a pool's: what guests stand on. As it stops it writes down which guests are still there.
 GROUND = """[Unit]

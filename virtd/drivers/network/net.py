@@ -274,8 +274,7 @@ class Net(Recorded):
         # What would be open without its rules isn't there before they are.
         await self.shared.isolation.settle()
         await self.apply_rules(network)
-        for setting in await asyncio.to_thread(host.allow_forwarding, network):
-            log.warning("Network %s: the host forwards from now on: %s", self.name, setting)
+        await self._allow_forwarding(network)
         alias = wanted.alias_of(network)
         new = await asyncio.to_thread(bridge.make_it, network.bridge_name, self.mac, alias)
         await self.standing.settle()
@@ -437,6 +436,11 @@ class Net(Recorded):
                 )  # fmt: skip
         self.shared.publish("changed", self)
 
+    async def _allow_forwarding(self, network: model.Network) -> None:
+        for setting in await asyncio.to_thread(host.allow_forwarding, network):
+            text = f"Network {self.name}: the host forwards from now on: {setting}"
+            journal.send(text, level="notice", **self.fields())
+
     async def _tell_firewalld(self, network: model.Network) -> None:
         try:
             await firewalld.adopt(await self.shared.services.units(), network.bridge_name)
@@ -484,8 +488,7 @@ class Net(Recorded):
         if new.own:
             await holdings.require(self, new, self.shared.peers)
             if self.rules_stale(new):
-                for setting in await asyncio.to_thread(host.allow_forwarding, new):
-                    log.warning("Network %s: the host forwards from now on: %s", self.name, setting)
+                await self._allow_forwarding(new)
                 await self.apply_rules(new)
             await self.server.adapt(new, old)
         self.remember(**self.in_force(new, self.definition_text), unsure=False)
