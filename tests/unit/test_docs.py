@@ -12,8 +12,7 @@ import json
 import re
 import shlex
 import subprocess
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -21,6 +20,7 @@ from typing import Any, get_type_hints
 import msgspec
 import pytest
 
+from tests.examples import calls, mentions
 from virtd import child, errors, messages
 from virtd.api import introspection
 from virtd.api.kinds import KINDS
@@ -304,43 +304,6 @@ def sources() -> list[tuple[str, str]]:
     return [(name, (ROOT / name).read_text()) for name in markdown()] + [(name, page(name)) for name in pages()]
 
 
-def blocks(text: str) -> Iterator[str]:
-    """What is set as code, but for fenced blocks that say that they aren't a shell's."""
-    yield from re.findall(r"^```(?:sh|console|bash)\n(.*?)^```", text, re.M | re.S)
-    text = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
-    for block in re.findall(r"(?<=\n\n)(?: {4}.*\n|\n(?= {4}))+", text):
-        yield textwrap.dedent(block)
-
-
-def lines_typed(block: str) -> Iterator[str]:
-    """Those after a prompt, or, where there is none, all of them."""
-    block = re.sub(r"\\\n\s*", "", block)
-    block = re.sub(r"(<<'?(\S+?)'?\n).*?^\2$", r"\1", block, flags=re.M | re.S)
-    lines = block.splitlines()
-    prompted = [line[2:] for line in lines if line.startswith("# ")]
-    yield from prompted or lines
-
-
-def calls(text: str) -> list[str]:
-    """Each call of virtctl in what is typed: its arguments, as text."""
-    return [
-        re.sub(r"\s\d*(?:<<|[<>]+&?)\s*\S+", "", called[1])
-        for block in blocks(text)
-        for line in lines_typed(block)
-        for part in re.split(r"\s*(?:\|\|?|&&|;)\s+", line)
-        if (called := re.match(r"(?:.*(?: -- |\$\(|\bdo )|sudo (?:-\S+ )*)?virtctl(?: +|$)([^)]*)", part))
-    ]
-
-
-def mentions(text: str) -> list[str]:
-    """What stands in a sentence as a call of virtctl: `virtctl info` in Markdown, **virtctl info** in a man page."""
-    return [
-        " ".join(either.split()[1:])
-        for pair in re.findall(r"`(virtctl\s[^`]+)`|\*\*(virtctl\s[^*]+)\*\*", text)
-        for either in filter(None, pair)
-    ]
-
-
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
     """virtctl's complaint about arguments, if any. None of its commands does anything meanwhile."""
@@ -357,16 +320,10 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return refused
 
 
-@pytest.mark.parametrize(("name", "arguments"), [(name, call) for name, text in sources() for call in calls(text)])
-def test_commands_in_examples_are_ones_that_there_are(
-    name: str, arguments: str, refused: Callable[[str], str]
-) -> None:
-    assert not refused(arguments), name
-
-
-@pytest.mark.parametrize(("name", "words"), [(name, words) for name, text in sources() for words in mentions(text)])
-def test_commands_in_sentences_are_ones_that_there_are(name: str, words: str) -> None:
-    assert not unknown(words), name
+@pytest.mark.parametrize(("name", "text"), sources(), ids=lambda value: value if "\n" not in value else "")
+def test_commands_are_ones_that_there_are(name: str, text: str, refused: Callable[[str], str]) -> None:
+    assert not [said for arguments in calls(text) if (said := refused(arguments))], "in examples"
+    assert not [words for words in mentions(text) if unknown(words)], "in sentences"
 
 
 def unknown(mention: str) -> list[str]:
