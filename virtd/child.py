@@ -1,24 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One child: a process in a transient unit of its own, its pipes and logs in slots. The only place that starts one.
 
-Its life, and what a crash of the daemon leaves at each point:
-
-    prepare   pipes and logs made                    FIFOs without a slot: `sweep`
-    keep      slots put (the caller has saved the record)    record and slots without a unit: rolled back
-    spawn     unit started                           a child that is adopted
-    (runs)    the pump moves its output              the same
-    (ended)   drained, verdict on record             the same, once more
-    release   slots and FIFOs dropped, unit collected    leftovers without an owner: dropped
+The order, and what a crash of the daemon leaves at each point, is told in drivers/launch.py and drivers/ending.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import fcntl
 import logging
 import os
-import signal
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -38,7 +29,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STDIN, STDOUT, STDERR, CONSOLE_LOG, STDERR_LOG = SLOTS = ("stdin", "stdout", "stderr", "console.log", "log")
-END_TRIES = 3
 RENEW_EVERY = 1.0  # seconds between two renewals of one log's slot
 PIPE_SIZE = 1 << 20  # pipe(7): the most that an unprivileged process gets; what a guest may say while we are away
 
@@ -107,6 +97,12 @@ class Child(msgspec.Struct):
     @property
     def aliases(self) -> str:
         return self.services.paths.aliases(self.driver, self.name)
+
+    @property
+    def unit(self) -> str:
+        from .units import unit_name  # no start of the daemon needs it before there is a bus
+
+        return unit_name(self.driver, self.name)
 
     def slot(self, name: str) -> str:
         return f"{self.key}/{name}"
@@ -286,10 +282,9 @@ class Child(msgspec.Struct):
         A state that runs: somebody has started the unit again. Raises HostError or TimedOut.
         """
         from . import witness  # no start of the daemon needs it before there is a bus
-        from .units import unit_name
 
         units = await self.services.units()
-        return await witness.ended(units, unit_name(self.driver, self.name), self.invocation_id)
+        return await witness.ended(units, self.unit, self.invocation_id)
 
     def stdin(self) -> int:
         """The write end of its standard input; stays the store's. Raises MissingSlot."""
@@ -402,20 +397,6 @@ class Child(msgspec.Struct):
                 self.services.pump.add(self.slot(name), fd, file, size=size)
                 if name == STDERR:
                     self.services.pump.watch(self.slot(name))  # the journal is to have it soon
-
-
-async def end_unit(services: Services, unit: str) -> None:
-    """Kill what a start that failed may have begun; what can't be done is left for others to find.
-
-    Once more where it was for nothing: the kill may come before the process, and the bus may have broken off.
-    """
-    for _ in range(END_TRIES):
-        with contextlib.suppress(errors.VirtdError):
-            units = await services.units()
-            with contextlib.suppress(errors.NotFound):
-                await units.kill(unit, signal.SIGKILL)
-            await units.ended(unit)
-            return
 
 
 def sweep(services: Services) -> None:

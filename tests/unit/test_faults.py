@@ -10,11 +10,12 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from msgspec.structs import replace
 
 from tests.unit.whole_host import ROOT, nothing_left, on_loop, until
 from virtd import errors
 from virtd.bus import BusError
-from virtd.drivers import guest
+from virtd.drivers import ending
 from virtd.drivers.qemu import ownership
 from virtd.drivers.qemu.monitor import Link, Monitor
 from virtd.fdstore import NotifyFailed, Store
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tests.unit.whole_host import World
+    from virtd.units import UnitSpec
 
 REFUSED = BusError("org.freedesktop.systemd1.UnitMasked", "Unit virtd-qemu.slice is masked.")
 TIMED_OUT = errors.TimedOut("org.freedesktop.systemd1 did not answer StartTransientUnit within 60 s")
@@ -105,7 +107,7 @@ FAULTS = {
 async def test_what_cant_be_put_away_is_tried_again(
     world: World, disk: str, monkeypatch: pytest.MonkeyPatch, what: str, how: str
 ) -> None:
-    monkeypatch.setattr(guest, "FINISH_AGAIN", 0.02)
+    monkeypatch.setattr(ending, "AGAIN", 0.02)
     fault, words = FAULTS[what]
     async with world.daemon():
         await world.run("web1", more=f'[[disk]]\npath = "{disk}"\nformat = "raw"\n')
@@ -225,5 +227,35 @@ async def test_a_monitor_that_is_refused_once_is_connected_all_the_same(
     async with world.daemon() as host:
         machine = host.driver.machines["web1"]
         await until(lambda: machine.monitor is not None and machine.monitor.link is Link.CONNECTED, "the monitor")
+        await until(lambda: machine.problems == {}, "what QEMU does")
         assert refused
-        assert machine.problems == {}
+
+
+@on_loop
+async def test_a_start_that_could_not_be_undone_is_as_soon_as_there_is_a_bus(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU runs, and the bus has broken off before anybody was told: nobody else would ever end it."""
+    monkeypatch.setattr(ending, "AGAIN", 0.02)
+    real = world.units.start
+
+    async def start(spec: UnitSpec, *arguments: Any) -> Any:
+        # One that stays when nobody is at the other ends of its pipes, as QEMU does.
+        await real(replace(spec, name="virtd-storage-web1.service", argv=("/bin/sleep", "1000")), *arguments)
+        world.units.units[spec.name] = world.units.units.pop("virtd-storage-web1.service")
+        raise GONE
+
+    async def gone(*_arguments: Any, **_options: Any) -> Any:
+        raise GONE
+
+    async with world.daemon() as host:
+        await world.define("web1")
+        with monkeypatch.context() as patch:
+            patch.setattr(world.units, "start", start)
+            patch.setattr(world.units, "kill", gone)
+            patch.setattr(world.units, "ended", gone)
+            with pytest.raises(errors.VirtdError, match="closed"):
+                await host.start("web1", by=ROOT)
+            await until(lambda: "leftovers" in host.driver.machines["web1"].problems, "the problem")
+            assert world.units.process("web1").poll() is None
+        await _over(world, host)

@@ -303,13 +303,13 @@ async def test_a_job_that_systemd_cannot_be_told_of_is_put_away_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bus broke off: the result counts at once, and what is left goes as soon as there is a bus."""
-    monkeypatch.setattr("virtd.drivers.storage.job.AGAIN", 0.01)
+    monkeypatch.setattr("virtd.drivers.ending.AGAIN", 0.01)
     children = Children()
     monkeypatch.setattr("virtd.drivers.storage.job.Child", children)
     refused: list[str] = []
 
     def step(what: str) -> None:
-        if what.startswith("collect ") and len(refused) < 3:
+        if what.startswith("collect ") and world.units.units and len(refused) < 3:
             refused.append(what)
             raise errors.HostError("the D-Bus connection was closed")
 
@@ -334,3 +334,25 @@ async def test_pools_are_not_what_is_looked_at_now_and_then(tmp_path: Path, monk
         async with world.daemon() as host:
             await prepare(host, tmp_path / "host")
             await host.look()
+
+
+@on_loop
+async def test_an_upload_whose_check_did_not_begin_waits_for_its_client_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "host").mkdir()
+    image = fake_qemu_img.header(1 << 20)
+    with hosted(tmp_path / "host", monkeypatch) as world:
+        async with world.daemon() as host:
+            await prepare(host, tmp_path / "host")
+            found = await host.volumes.upload("p", "new", format="qcow2", size=len(image), token="t", by=ROOT)
+            os.pwrite(found.fds[0], image, 0)
+            os.close(found.fds[0])
+            world.units.refuse = errors.HostError("the D-Bus connection was closed")
+            with pytest.raises(errors.HostError, match="closed"):
+                await host.volumes.uploaded(found.value["job"], by=ROOT)
+            assert host.volumes.driver.jobs.find(found.value["job"]).state == "waiting"
+            world.units.refuse = None
+            await done(host, await host.volumes.uploaded(found.value["job"], by=ROOT))
+            assert (tmp_path / "host/pool/new").read_bytes() == image
+            nothing_unfinished(world, tmp_path / "host/pool")

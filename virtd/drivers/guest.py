@@ -14,27 +14,26 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import msgspec
 
-from .. import aliases, errors, fdstore, fifos, files, journal, untrusted
+from .. import errors, files, journal, untrusted
 from ..child import Child, Services
-from ..logfile import Cursor
 from ..messages import Message
 from ..model.state import ALIVE, State
 from ..records import Exit, Record, Records, now
-from ..stderrlog import StderrLog
 from ..units import UnitState, unit_name
-from . import definitions
+from . import definitions, ending
 from .collection import D
+from .launch import identified
 from .protocol import Problem
 from .recorded import Recorded
+from .repeating import Repeater
 from .turns import Turns
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Callable
 
 log = logging.getLogger(__name__)
 
 AGAIN = "started again"  # in a record's data: by somebody else
-FINISH_AGAIN = 1.0  # seconds until an end that systemd couldn't be asked about is looked into again
 
 
 class Shared(NamedTuple):
@@ -84,7 +83,7 @@ class Guest(Recorded, Generic[D]):
         self.over.set()
         self.settled = asyncio.Event()  # cleared while nobody knows yet what became of it
         self.settled.set()
-        self.stderr: StderrLog | None = None
+        self.stderr = Repeater(self, sort=self.sort_line)
         self._turns = Turns(name)
         self._putting_away = False
 
@@ -216,26 +215,6 @@ class Guest(Recorded, Generic[D]):
         if self.record is not None and self.alive:
             self.note(self.state, self.reason, data=self.record.data | {"console": writer})
 
-    # Its own words
-
-    def begin_stderr(self, child: Child) -> None:
-        """Repeat what it says on stderr in the journal, from where an earlier daemon stopped."""
-        if child.stderr is not None and self.record is not None:
-            kept = self.record.data.get("stderr")
-            cursor = Cursor(str(kept["file"]), int(kept["offset"])) if isinstance(kept, dict) else None
-            self.stderr = StderrLog(child.stderr, self.fields(), cursor, sort=self.sort_line)
-
-    def forward_stderr(self, *, final: bool = False) -> None:
-        """There is more of it."""
-        if self.stderr is None or self.record is None:
-            return
-        before = self.stderr.cursor
-        while self.stderr.forward(final=final):
-            pass
-        if (cursor := self.stderr.cursor) != before:
-            place = {"file": cursor.file, "offset": cursor.offset}
-            self.keep(data=self.record.data | {"stderr": place})
-
     # Taking it back
 
     def adopt(self, record: Record) -> bool:
@@ -248,11 +227,10 @@ class Guest(Recorded, Generic[D]):
         self.settled.clear()
         self.over.clear()
         self.child = Child.adopt(self.shared.services, record)
-        self.begin_stderr(self.child)
+        self.stderr.begin(self.child)
         for slot in self.child.lost:
-            text = f"Slot {slot} of {self.name} is lost: {self.meaning(slot.rpartition('/')[2])}"
-            self.problems[f"slot {slot}"] = Problem(text, "It runs on. Restart it when convenient.")
-            journal.send(text, message_id=Message.SLOT_LOST, level="warning", VIRTD_SLOT=slot, **self.fields())
+            meaning = self.meaning(slot.rpartition("/")[2])
+            self.lost(slot, f"{self.name} is lost: {meaning}", "It runs on. Restart it when convenient.")
         if self.child.alive() and record.state != State.STARTING:
             # What the record says is good enough to be told.
             self.settled.set()
@@ -287,7 +265,7 @@ class Guest(Recorded, Generic[D]):
             if record.invocation_id not in ("", unit.invocation_id):
                 await self._started_again(unit)
             self.child.identify(unit)
-            self.save(main_pid=self.child.pid, main_start=self.child.start, invocation_id=unit.invocation_id)
+            self.save(**identified(self.child))
         elif record.data.get(AGAIN):
             self._say_again()
         if not unit_exists:
@@ -310,8 +288,7 @@ class Guest(Recorded, Generic[D]):
         await self.let_go()
         self.child.identify(unit)
         reason = f"restarted by somebody with systemctl: {self.unit}"
-        place = {"main_pid": self.child.pid, "main_start": self.child.start, "invocation_id": unit.invocation_id}
-        self.note(State.RUNNING, reason, data=self.record.data | {AGAIN: True}, **place)
+        self.note(State.RUNNING, reason, data=self.record.data | {AGAIN: True}, **identified(self.child))
         self._say_again()
         journal.send(
             f"{self.noun.capitalize()} {self.name} was restarted by somebody with systemctl, and has no console",
@@ -339,19 +316,11 @@ class Guest(Recorded, Generic[D]):
 
     def watch(self) -> None:
         """Wait for the end in the background."""
-        self.spawn(self._watch(), "watch")
-
-    async def _watch(self) -> None:
         assert self.child is not None
-        await self.child.ended()
-        while True:
-            try:
-                return await self.finish()
-            except (errors.HostError, errors.TimedOut) as exc:  # no bus at this moment, or a PID 1 that is very busy
-                self.problems["end"] = Problem(
-                    f"{self.name} has ended, but not all is known: {exc.message}", exc.hint
-                )
-                await asyncio.sleep(FINISH_AGAIN)
+        self.spawn(ending.watch(self.child, self.finish, self._held_up), "watch")
+
+    def _held_up(self, exc: errors.VirtdError) -> None:
+        self.problems["end"] = Problem(f"{self.name} has ended, but not all is known: {exc.message}", exc.hint)
 
     async def finish(self) -> None:
         """The process has ended: find out why, put it on record, then put everything away."""
@@ -366,8 +335,7 @@ class Guest(Recorded, Generic[D]):
             self.watch()
             return
         await child.drain()
-        self.forward_stderr(final=True)
-        self.stderr = None
+        self.stderr.end()
         await self.hear_out()
         end = self.judge(unit)
         self.note(end.state, end.reason, exit=end.exit, since=end.exit.at, main_pid=0, main_start=0)
@@ -403,7 +371,7 @@ class Guest(Recorded, Generic[D]):
                     async with self.exclusive("put away"):
                         await self.tidy("put away")
                 if self.leftovers:
-                    await asyncio.sleep(FINISH_AGAIN)
+                    await asyncio.sleep(ending.AGAIN)
         finally:
             self._putting_away = False
 
@@ -434,44 +402,31 @@ class Guest(Recorded, Generic[D]):
         record = self.record
         assert record is not None
         await self.let_go()
-        child = self.child or Child(self.shared.services, self.driver, self.name)
-        await child.close()
+        child = self.child or Child(self.shared.services, self.driver, self.name, invocation_id=record.invocation_id)
         self.child = None
-        failed = [
-            str(exc)
-            for exc in (
-                await _failure(asyncio.to_thread(self.shared.services.store.drop_prefix, f"{child.key}/")),
-                await _failure(self.give_back(record)),
-                await _failure(self._forget_unit(record)),
-                # After the unit: its ExecStop runs once more, in a sandbox that has these directories in it.
-                await _failure(self._forget_runtime()),
-            )
-            if exc is not None
-        ]
+        failed = await ending.put_away(
+            child,
+            give_back=lambda: self.give_back(record),
+            forgotten=lambda: self.forgotten(record),
+            remove=self.remove_runtime,
+        )
         if failed:
-            text = f"Not all that {self.name} left is put away: {'; '.join(failed)}"
+            text = f"Not all that {self.name} left is put away: {'; '.join(map(str, failed))}"
             if "leftovers" not in self.problems:
                 log.warning("%s", text)
             self.problems["leftovers"] = Problem(text, "It is tried again every second.")
             self._put_away_later()
         else:
             # Only now is the object whole again: until here a crash, or another try, finds the unit's name.
-            self.note(self.state, self.reason, unit="", slots={}, data={}, id=0, main_pid=0, main_start=0)
+            self.note(self.state, self.reason, data={}, id=0, **ending.GONE)
             self.problems = {
                 key: value for key, value in self.problems.items() if key in ("definition", "internal", "record")
             }
         self.over.set()
         self.settled.set()
 
-    async def _forget_unit(self, record: Record) -> None:
-        units = await self.shared.services.units()
-        fifos.retire(self.shared.services.paths.fifos(self.driver, self.name))  # or its ExecStop= may wait in one
-        await units.collect(self.unit)
-        await self.forgotten(record)
-
-    async def _forget_runtime(self) -> None:
-        fifos.clear(self.shared.services.paths.fifos(self.driver, self.name))
-        aliases.remove(self.shared.services.paths.aliases(self.driver, self.name))
+    async def remove_runtime(self) -> None:
+        """Remove its directories below /run."""
         await asyncio.to_thread(files.remove_tree, self.runtime)
         if os.path.lexists(self.runtime):
             raise errors.HostError(f"{self.runtime} can't be removed")
@@ -483,12 +438,3 @@ class Guest(Recorded, Generic[D]):
             return untrusted.tail(path, most, since=since or 0).decode(errors="replace").strip()
         except OSError:
             return ""
-
-
-async def _failure(step: Awaitable[object]) -> Exception | None:
-    """What was in the way of `step`, which must not keep the next one from being done."""
-    try:
-        await step
-    except (errors.VirtdError, fdstore.StoreError, OSError) as exc:
-        return exc
-    return None

@@ -166,7 +166,7 @@ class Guests(Collection[G, D]):
         """The pump's word that bytes landed in a log that is watched: `key` is a slot's name."""
         driver, name, slot = key.split("/")
         if (driver, slot) == (self.name, "stderr") and (machine := self.machines.get(name)) is not None:
-            machine.forward_stderr()
+            machine.stderr.forward()
 
     async def reload(self) -> None:
         """Nothing of it is ever removed by others."""

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from .. import errors
+from .. import errors, journal
+from ..messages import Message
 from ..records import now
 from .protocol import Problem
 
@@ -96,6 +97,12 @@ class Recorded(Tasks):
             self.problems["start"] = Problem(f"Autostart failed: {failed.text}; it is tried again", failed.hint)
         self.waits = failed
         self.shared.publish("changed", self)
+
+    def lost(self, slot: str, what: str, hint: str) -> None:
+        """A slot that the record tells of isn't in the store; `what`: whose it is, and what that means."""
+        text = f"Slot {slot} of {what}"
+        self.problems[f"slot {slot}"] = Problem(text, hint)
+        journal.send(text, message_id=Message.SLOT_LOST, level="warning", VIRTD_SLOT=slot, **self.fields())
 
     @property
     def reason(self) -> str:

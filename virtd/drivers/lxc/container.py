@@ -63,7 +63,7 @@ class Container(Guest[model.Container]):
         )
 
     def adopted(self) -> None:
-        self.forward_stderr()  # what LXC has said while nobody was here
+        self.stderr.forward()  # what LXC has said while nobody was here
         self.know_init()
         self.look_at_root()
         frozen = self.frozen()
@@ -117,8 +117,8 @@ class Container(Guest[model.Container]):
                 with contextlib.suppress(errors.VirtdError, OSError):
                     await network.detach(interface)
 
-    async def _forget_runtime(self) -> None:
-        await super()._forget_runtime()
+    async def remove_runtime(self) -> None:
+        await super().remove_runtime()
         volume.forget(f"{self.shared.services.paths.run}/{DRIVER}", self.name)
 
     def meaning(self, slot: str) -> str:

@@ -204,7 +204,7 @@ class _Start(Start[Container, model.Container]):
                 units = await self.services.units()
                 unit = await units.ended(container.unit)
                 await self.child.drain()
-                container.forward_stderr()
+                container.stderr.forward()
                 if not container.started.is_set():
                     how = "ended at once" if unit is None else f"exited with status {unit.exec_status}"
                     raise errors.StartFailed(f"Cannot start {container.name}: LXC {how}")
@@ -238,14 +238,14 @@ class _Start(Start[Container, model.Container]):
             self.machine.problems["inotify"] = Problem(text, inotify.hint())
             log.warning("%s", text)
 
-    def _explained(self, exc: errors.VirtdError) -> errors.VirtdError:
-        if self.host.shifted and "idmapped mount" in getattr(self, "words", ""):
+    def explained(self, exc: errors.VirtdError) -> errors.VirtdError:
+        if self.host.shifted and "idmapped mount" in self.words:
             return errors.StartFailed(
                 f"Cannot start {self.machine.name}: {self.host.root} belongs to root, and its file system can't show "
                 "files shifted to other IDs (it has no idmapped mounts)",
                 hint=f"virtctl container create NEW --image {word(self.host.root)} makes a copy with IDs of its own.",
             )
-        return super()._explained(exc)
+        return super().explained(exc)
 
     def own_words(self, words: str) -> str:
         """LXC's first errors: what comes after them only says that it failed."""

@@ -186,7 +186,7 @@ class Driver(Collection[Net, model.Network]):
         """The pump's word that bytes landed in a log that is watched: `key` is a slot's name."""
         driver, name, slot = key.split("/")
         if (driver, slot) == (DRIVER, "stderr") and (net := self.nets.get(name)) is not None:
-            net.server.forward()
+            net.server.stderr.forward()
 
     async def close(self) -> None:
         await self._guard.close()

@@ -25,7 +25,7 @@ from ...model import network as model
 from ...model.network import State
 from ...records import Record, Records, now
 from ...units import unit_name
-from .. import definitions
+from .. import definitions, ending
 from ..protocol import Problem
 from ..recorded import Recorded
 from ..turns import Turns
@@ -309,9 +309,7 @@ class Net(Recorded):
             self.problems["start"] = Problem(f"Undoing a failed start failed: {exc}")
         left = self._still_connected()
         reason = why.message if isinstance(why, errors.VirtdError) else str(why) or type(why).__name__
-        self.note(
-            State.INACTIVE, f"failed to start: {reason}", slots={}, unit="", main_pid=0, main_start=0, data=left
-        )
+        self.note(State.INACTIVE, f"failed to start: {reason}", data=left, **ending.GONE)
         await self._no_longer_isolated()
 
     async def stop(self, by: str, *, force: bool) -> bool:
@@ -339,7 +337,7 @@ class Net(Recorded):
             self.problems["stop"] = Problem(f"It isn't stopped yet: {exc.message}", "It is tried again every second.")
             raise
         left = self._still_connected()
-        self.note(State.INACTIVE, why, slots={}, unit="", main_pid=0, main_start=0, data=left)
+        self.note(State.INACTIVE, why, data=left, **ending.GONE)
         for key in self.problems.keys() - {"record"}:
             del self.problems[key]
         journal.send(f"Stopped network {self.name}", **self.fields())
@@ -529,7 +527,7 @@ class Net(Recorded):
                 if record.slots or record.unit:
                     await self.unmake()
                     left = self._still_connected()
-                    self.note(State.INACTIVE, record.reason, slots={}, unit="", main_pid=0, main_start=0, data=left)
+                    self.note(State.INACTIVE, record.reason, data=left, **ending.GONE)
                 return ""
             case State.STOPPING:
                 await self._finish("its stop was interrupted, and finished")

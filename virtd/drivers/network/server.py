@@ -11,20 +11,22 @@ import signal
 import time
 from typing import TYPE_CHECKING, Any
 
-from ... import errors, fdstore, files, journal, layout, untrusted
-from ...child import Child, Ends, end_unit, identities
-from ...logfile import Cursor
+from ... import errors, files, journal, layout, untrusted
+from ...child import Child
 from ...messages import Message
-from ...stderrlog import StderrLog
 from ...text import span
 from ...units import CLD_EXITED, UnitState, signal_name
+from .. import ending
+from ..launch import Launch, identified
 from ..protocol import Problem
 from ..recorded import Tasks
+from ..repeating import Repeater
 from . import dnsmasq, host
 
 if TYPE_CHECKING:
     from ...model.network import Network
     from ...records import Record
+    from ...units import UnitSpec
     from .net import Net
 
 log = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ class Server(Tasks):
         super().__init__(net.name, net.problems)
         self.net = net
         self.child: Child | None = None
-        self._stderr: StderrLog | None = None
+        self.stderr = Repeater(net, send=_send)
         self._failures = 0
         self._begun = 0.0
 
@@ -77,7 +79,7 @@ class Server(Tasks):
         """A changed definition: replaced only if it must be, and if it can't be begun so, begun as it was."""
         if not new.serves:
             await self.end()
-            self.net.save(slots={}, unit="", main_pid=0, main_start=0)
+            self.net.save(**ending.GONE)
             return
         if dnsmasq.config(old, self.files) != dnsmasq.config(new, self.files):
             # A crash before the new definition is in force leaves one that has read either of them.
@@ -114,22 +116,20 @@ class Server(Tasks):
             return
         units = await self.net.shared.services.units()
         await units.stop(self.net.unit, timeout=STOP_LIMIT)
-        await self._clear()
+        await self.clear()
 
-    async def _clear(self) -> None:
-        """Drain, drop the slots, have systemd forget the unit. The record is the caller's."""
-        units = await self.net.shared.services.units()
+    async def clear(self) -> None:
+        """Put away one that has ended. The record is the caller's."""
         child = self.child or Child(self.net.shared.services, DRIVER, self.net.name)
         if self.child is not None:
             await child.drain()
-            self.forward(final=True)
-        self._stderr = None
-        await child.release()
+        self.stderr.end()
+        for exc in await ending.put_away(child):
+            # The store drops slots later, and the next launch, or the next daemon, has the unit forgotten.
+            log.warning("Not all that dnsmasq of network %s left is put away: %s", self.net.name, exc)
         self.child = None
         for key in [key for key in self.net.problems if key.startswith("slot ")]:
             del self.net.problems[key]
-        with contextlib.suppress(errors.VirtdError):
-            await units.collect(self.net.unit)
 
     def _write(self, network: Network) -> set[str]:
         """Bring its files up to date: the paths of those that were changed. In a thread."""
@@ -174,80 +174,19 @@ class Server(Tasks):
             os.close(fd)
 
     async def _spawn(self, network: Network) -> None:
-        net = self.net
-        services = net.shared.services
-        account, binary = host.account(net.shared.settings), host.dnsmasq(net.shared.settings)
-        child = Child(services, DRIVER, net.name)
-        self._check_budget(child)
-        units = await services.units()
-        await units.collect(net.unit)  # before there is anything to undo: what runs there isn't ours to end
-        ends, descriptors = child.prepare()
-        assert child.stderr is not None
-        begun_at = os.fstat(child.stderr.fd).st_size
-        try:
-            net.save(
-                unit=net.unit,
-                slots=identities(descriptors),
-                main_pid=0,
-                main_start=0,
-                invocation_id="",
-            )
-            self.child = child
-            self._begin_stderr(child)
-            await child.keep(descriptors)
-            spec = dnsmasq.spec(network, net.unit, binary, self.files, account)
-            state = await child.spawn(spec, ends)
-            net.save(main_pid=child.pid, main_start=child.start, invocation_id=state.invocation_id)
-            await self._ready(child, begun_at)
-        except BaseException as exc:
-            await asyncio.shield(self._undo(ends, child, descriptors))
-            words = _words(net, begun_at)
-            if isinstance(exc, errors.StartFailed) and words:
-                more, hint = _explained(words, account) or ("", f"See {self.files.config}.")
-                raise errors.StartFailed(
-                    f"dnsmasq of network {net.name} didn't start: {words}{more}", hint=hint
-                ) from exc
-            raise
+        await _Launch(self, network).launch()
         self._begun = time.monotonic()
 
-    async def _undo(self, ends: Ends, child: Child, descriptors: dict[str, int]) -> None:
-        ends.close()
-        child.discard(descriptors)
+    def begin(self, child: Child) -> None:
+        """Look after one that is on record."""
         self.child = child
-        await end_unit(self.net.shared.services, self.net.unit)
-        await self._put_away()
+        self.stderr.begin(child)
 
-    async def _put_away(self) -> None:
+    async def put_away(self) -> None:
         """Clear away one that has ended, and have it off the record."""
-        await self._clear()
+        await self.clear()
         with contextlib.suppress(errors.HostError):  # a full disk: what a record that stays tells of isn't there
-            self.net.save(slots={}, unit="", main_pid=0, main_start=0)
-
-    def _check_budget(self, child: Child) -> None:
-        store = self.net.shared.services.store
-        try:
-            store.room_for(child.slot_names())
-        except fdstore.StoreFull as exc:
-            budget = store.budget()
-            journal.send(
-                f"Network {self.net.name}: dnsmasq was not started: {exc}",
-                message_id=Message.BUDGET_REFUSED, level="error",
-                VIRTD_USED=str(budget.used), VIRTD_MAX=str(budget.max), **self.net.fields(),
-            )  # fmt: skip
-            raise errors.BudgetExceeded(f"Cannot start network {self.net.name}: {exc}", hint=exc.hint) from exc
-
-    async def _ready(self, child: Child, since: int) -> None:
-        """Wait until its sockets are open, or it has ended. Raises StartFailed."""
-        deadline = time.monotonic() + READY_LIMIT
-        while child.alive():
-            # The pump has it in the log within a tenth of a second, since somebody watches.
-            if dnsmasq.READY in _read(self.net, since):
-                return
-            if time.monotonic() > deadline:
-                raise errors.StartFailed(f"dnsmasq of network {self.net.name} isn't ready after {span(READY_LIMIT)}")
-            await asyncio.sleep(LOOK)
-        await child.drain()
-        raise errors.StartFailed(f"dnsmasq of network {self.net.name} {how(await child.verdict())} at its start")
+            self.net.save(**ending.GONE)
 
     async def _hangup(self) -> None:
         """Have it read its lists again."""
@@ -279,7 +218,7 @@ class Server(Tasks):
                 f"Network {net.name}: {text}, and is started again",
                 message_id=Message.NETWORK_SERVER_ENDED, level="error", **net.fields(),
             )  # fmt: skip
-            await self._put_away()
+            await self.put_away()
             net.shared.publish("changed", net)
         while True:
             await asyncio.sleep(self._pause)
@@ -319,14 +258,14 @@ class Server(Tasks):
     def adopt(self, record: Record) -> None:
         """First step of a daemon's start: slots and pumps."""
         self.child = Child.adopt(self.net.shared.services, record)
-        self._begin_stderr(self.child)
+        self.stderr.begin(self.child)
         # Of one that doesn't run, slots that were on record and not put yet are no loss.
         for slot in self.child.lost if self.child.alive() else ():
-            text = f"Slot {slot} of network {self.net.name} is lost: what dnsmasq says is lost from now on"
-            self.net.problems[f"slot {slot}"] = Problem(
-                text, f"It runs on. virtctl network stop and start {self.net.name} when convenient."
+            self.net.lost(
+                slot,
+                f"network {self.net.name} is lost: what dnsmasq says is lost from now on",
+                f"It runs on. virtctl network stop and start {self.net.name} when convenient.",
             )
-            journal.send(text, message_id=Message.SLOT_LOST, level="warning", VIRTD_SLOT=slot, **self.net.fields())
 
     async def identify(self, *, unit_exists: bool) -> None:
         """A crash between the unit's start and the record of its PID: ask systemd who it is."""
@@ -336,7 +275,7 @@ class Server(Tasks):
         state = await units.state(self.net.unit)
         if state is not None and state.running:
             self.child.identify(state)
-            self.net.save(main_pid=self.child.pid, main_start=self.child.start, invocation_id=state.invocation_id)
+            self.net.save(**identified(self.child))
 
     async def take_back(self, network: Network) -> None:
         """Watch the one that runs. One that ended meanwhile is begun again, as if it had ended under our eyes."""
@@ -358,32 +297,70 @@ class Server(Tasks):
             if await asyncio.to_thread(self._write, network):
                 await self._hangup()
 
-    # What it says
-
-    def _begin_stderr(self, child: Child) -> None:
-        record = self.net.record
-        if child.stderr is not None and record is not None:
-            kept = record.data.get("stderr")
-            cursor = Cursor(str(kept["file"]), int(kept["offset"])) if isinstance(kept, dict) else None
-            self._stderr = StderrLog(child.stderr, self.net.fields(), cursor, send=_send)
-
-    def forward(self, *, final: bool = False) -> None:
-        """Repeat in the journal what has come on its stderr."""
-        net = self.net
-        if self._stderr is None or net.record is None:
-            return
-        before = self._stderr.cursor
-        while self._stderr.forward(final=final):
-            pass
-        if (cursor := self._stderr.cursor) != before:
-            place = {"file": cursor.file, "offset": cursor.offset}
-            net.keep(data=net.record.data | {"stderr": place})
-
     async def close(self) -> None:
         """Let go of everything in this process; dnsmasq and its slots stay."""
         await self.end_tasks()
         if self.child is not None:
             await self.child.close()
+
+
+class _Launch(Launch):
+    """One try to have a dnsmasq for the network."""
+
+    def __init__(self, server: Server, network: Network) -> None:
+        net = server.net
+        super().__init__(
+            Child(net.shared.services, DRIVER, net.name),
+            f"Cannot start network {net.name}",
+            f"Network {net.name}: dnsmasq",
+            net.fields(),
+        )
+        self.server = server
+        self.net = net
+        self.network = network
+
+    def require(self) -> None:
+        self.account, self.binary = host.account(self.net.shared.settings), host.dnsmasq(self.net.shared.settings)
+
+    def remember(self, promise: dict[str, Any]) -> None:
+        self.net.save(**promise)
+
+    def begin(self) -> None:
+        self.server.begin(self.child)
+
+    def spec(self) -> UnitSpec:
+        return dnsmasq.spec(self.network, self.net.unit, self.binary, self.server.files, self.account)
+
+    def know(self, identity: dict[str, Any]) -> None:
+        self.net.save(**identity)
+
+    async def come_up(self) -> None:
+        """Wait until its sockets are open, or it has ended. Raises StartFailed."""
+        child, name = self.child, self.net.name
+        deadline = time.monotonic() + READY_LIMIT
+        while child.alive():
+            # The pump has it in the log within a tenth of a second, since somebody watches.
+            if dnsmasq.READY in _read(self.net, self.words_from):
+                return
+            if time.monotonic() > deadline:
+                raise errors.StartFailed(f"dnsmasq of network {name} isn't ready after {span(READY_LIMIT)}")
+            await asyncio.sleep(LOOK)
+        await child.drain()
+        raise errors.StartFailed(f"dnsmasq of network {name} {how(await child.verdict())} at its start")
+
+    async def failed(self, _why: BaseException) -> None:
+        if self.remembered:
+            await self.server.put_away()
+
+    def explained(self, exc: errors.VirtdError) -> errors.VirtdError:
+        words = _words(self.net, self.words_from)
+        if not isinstance(exc, errors.StartFailed) or not words:
+            return exc
+        more, hint = _explained(words, self.account) or ("", f"See {self.server.files.config}.")
+        return errors.StartFailed(f"dnsmasq of network {self.net.name} didn't start: {words}{more}", hint=hint)
+
+    def trouble(self, text: str) -> None:
+        self.net.problems["server"] = Problem(text)
 
 
 def how(state: UnitState | None) -> str:

@@ -92,7 +92,7 @@ class _Start(Start[Machine, model.Domain]):
         assert self.child.stderr is not None
         return {
             # Where its own words begin, among them what ends it.
-            "words_from": {"file": self.child.stderr.file, "offset": self.stderr_from},
+            "words_from": {"file": self.child.stderr.file, "offset": self.words_from},
             "disks": [disk.path for disk in self.disks],
             "images": images.recorded(images.identified(self.definition, self.disks)),
             "given": ownership.to_record(self.given),
@@ -180,7 +180,7 @@ class _Start(Start[Machine, model.Domain]):
                 task.cancel()
             await asyncio.gather(attaching, ended, return_exceptions=True)
 
-    def _explained(self, exc: errors.VirtdError) -> errors.VirtdError:
+    def explained(self, exc: errors.VirtdError) -> errors.VirtdError:
         status = exc.state.exec_status if isinstance(exc, StartFailed) and exc.state is not None else 0
         if self.user is not None and status in (EXIT_GROUP, EXIT_USER):
             return errors.StartFailed(
@@ -192,7 +192,7 @@ class _Start(Start[Machine, model.Domain]):
                     "guests run as one user, which is less secure."
                 ),
             )
-        return super()._explained(exc)
+        return super().explained(exc)
 
     def own_words(self, words: str) -> str:
         """QEMU's last lines without the program's name before each."""

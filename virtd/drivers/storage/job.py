@@ -21,17 +21,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from ... import errors, fdstore, fifos
-from ...child import Child, Services, end_unit, identities
+from ... import errors
+from ...child import Child, Services
 from ...paths import names
 from ...records import Record, Records, now
 from ...units import CLD_EXITED, UnitSpec, signal_name, unit_name
+from .. import ending
+from ..launch import Launch, identified
 from ..programs import ENVIRONMENT
 from .backend import Meta
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from ...child import Ends
     from ...paths import Paths
     from ...units import UnitState
 
@@ -40,7 +43,6 @@ log = logging.getLogger(__name__)
 DRIVER = "storage"
 SLICE = "virtd-storage.slice"
 PATIENCE = 5.0  # seconds between SIGTERM and SIGKILL
-AGAIN = 1.0
 KEPT = 32  # verdicts that are kept for whoever asks later
 # qemu-img(1): how a check ends that finds nothing but clusters which nobody uses. They cost space, and nothing else.
 LEAKED = 3
@@ -198,52 +200,27 @@ class Job:
 
     async def run(self, program: Program) -> None:
         """Start the program; whatever fails is undone, but for what the job was to fill. Raises VirtdError."""
-        child = Child(self.shared.services, DRIVER, self.name)
-        try:
-            self.shared.services.store.room_for(child.slot_names())
-        except fdstore.StoreFull as exc:
-            raise errors.BudgetExceeded(f"Cannot {self.task.verb} {self.task.volume}: {exc}", hint=exc.hint) from exc
-        ends, descriptors = child.prepare()
-        if program.source >= 0:
-            ends.stdio = (program.source, *ends.stdio[1:])
-        self.child = child
-        try:
-            slots = identities(descriptors)
-            self.save(State.RUNNING, slots=slots, unit=self.unit)
-            await child.keep(descriptors)
-            state = await child.spawn(
-                UnitSpec(
-                    name=self.unit,
-                    description=f"{self.task.verb} {self.task.volume} in pool {self.task.pool}",
-                    slice=SLICE,
-                    argv=program.argv,
-                    environment=ENVIRONMENT,
-                    user=program.user,
-                    group=program.group,
-                    properties=program.properties,
-                ),
-                ends,
-            )
-            self.save(
-                State.RUNNING,
-                main_pid=child.pid,
-                main_start=child.start,
-                invocation_id=state.invocation_id,
-            )
-        except BaseException:
-            ends.close()
-            child.discard(descriptors)
-            await asyncio.shield(self._undo())
-            raise
+        await _Launch(self, program).launch()
         self.shared.published(self)
-        self.spawn(self._watch())
+        self.watch()
 
-    async def _undo(self) -> None:
-        await end_unit(self.shared.services, self.unit)
+    def watch(self) -> None:
+        """Wait for the end in the background."""
+        assert self.child is not None
+        self.spawn(ending.watch(self.child, self.finish, self._held_up))
+
+    def _held_up(self, exc: errors.VirtdError) -> None:
+        self.problem = f"{self.task.verb} of {self.task.volume} has ended, but isn't finished: {exc.message}"
+
+    async def undo(self, before: Record | None) -> None:
+        """It didn't begin, and is as before."""
         await self._put_away()
-        self.shared.records.remove(self.name)
-        self.record = None
-        self.over.set()
+        if before is None:
+            self.shared.records.remove(self.name)
+            self.record = None
+            self.over.set()
+        elif self.state.value != before.state:
+            self.save(State.of(before.state))
 
     # Taking it back
 
@@ -272,15 +249,15 @@ class Job:
             return ""
         assert self.child is not None
         if self.child.alive():
-            self.spawn(self._watch())
+            self.watch()
             return "adopted"
         units = await self.shared.services.units()
         state = await units.state(self.unit)
         if state is not None and state.running:
             # Killed between the start of the unit and the record of its PID.
             self.child.identify(state)
-            self.save(State.RUNNING, main_pid=self.child.pid, main_start=self.child.start)
-            self.spawn(self._watch())
+            self.save(State.RUNNING, **identified(self.child))
+            self.watch()
             return "adopted"
         await self.finish()
         return "ended"
@@ -308,16 +285,6 @@ class Job:
                 continue
         await self.over.wait()
         return True
-
-    async def _watch(self) -> None:
-        assert self.child is not None
-        await self.child.ended()
-        while True:
-            try:
-                return await self.finish()
-            except errors.VirtdError as exc:  # no bus at this moment, or a file system that doesn't answer
-                self.problem = f"{self.task.verb} of {self.task.volume} has ended, but isn't finished: {exc.message}"
-                await asyncio.sleep(AGAIN)
 
     async def finish(self) -> None:
         """The program has ended: take up its result."""
@@ -368,43 +335,27 @@ class Job:
         self.shared.published(self)
 
     async def _put_away(self) -> None:
-        """Slots, unit and logs of a child that has ended. What systemd can't be told now, it is later. Repeatable."""
+        """What a child that has ended leaves, and its logs. What can't be done now is done later. Repeatable."""
         child = self.child or Child(self.shared.services, DRIVER, self.name)
-        await child.release()
         self.child = None
-        if self.record is not None and self.record.unit:
-            try:
-                await self._collect()
-            except errors.VirtdError as exc:
-                log.warning("%s is put away later: %s", self.unit, exc)
-                self.spawn(self._collect_later())
-                return
-        self._clear()
+        if left := await self._clear(child):
+            log.warning("%s is put away later: %s", self.unit, "; ".join(map(str, left)))
+            self.spawn(self._clear_later(child))
 
-    async def _collect(self) -> None:
-        units = await self.shared.services.units()
-        await units.ended(self.unit)
-        await units.collect(self.unit)
-        fifos.clear(self.shared.services.paths.fifos(DRIVER, self.name))
+    async def _clear(self, child: Child) -> list[Exception]:
+        left = await ending.put_away(child)
+        if not left:
+            remove_logs(self.shared.services.paths, self.name)
+            if self.record is not None and (self.record.unit or self.record.slots):
+                with contextlib.suppress(errors.HostError):
+                    self.save(self.state, **ending.GONE)
+        return left
 
-    async def _collect_later(self) -> None:
+    async def _clear_later(self, child: Child) -> None:
         while True:
-            await asyncio.sleep(AGAIN)
-            try:
-                units = await self.shared.services.units()
-                with contextlib.suppress(errors.NotFound):
-                    await units.kill(self.unit, 9)  # a start that was undone: it may run
-                await self._collect()
-                break
-            except errors.VirtdError:
-                continue
-        self._clear()
-
-    def _clear(self) -> None:
-        remove_logs(self.shared.services.paths, self.name)
-        if self.record is not None and (self.record.unit or self.record.slots):
-            with contextlib.suppress(errors.HostError):
-                self.save(self.state, unit="", slots={})
+            await asyncio.sleep(ending.AGAIN)
+            if not await self._clear(child):
+                return
 
     # Tasks
 
@@ -426,6 +377,54 @@ class Job:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self.child is not None:
             await self.child.close()
+
+
+class _Launch(Launch):
+    """The beginning of a job's program."""
+
+    def __init__(self, job: Job, program: Program) -> None:
+        task = job.task
+        super().__init__(
+            Child(job.shared.services, DRIVER, job.name),
+            f"Cannot {task.verb} {task.volume}",
+            f"{job.name}, {task.verb} of {task.volume} in pool {task.pool},",
+            {"VIRTD_DRIVER": DRIVER, "VIRTD_NAME": job.name, "VIRTD_UUID": ""},
+        )
+        self.job = job
+        self.program = program
+        self.before = job.record
+
+    def remember(self, promise: dict[str, Any]) -> None:
+        self.job.save(State.RUNNING, **promise)
+
+    def begin(self) -> None:
+        self.job.child = self.child
+
+    def prepare(self, ends: Ends) -> None:
+        if self.program.source >= 0:
+            ends.stdio = (self.program.source, *ends.stdio[1:])
+
+    def spec(self) -> UnitSpec:
+        task, program = self.job.task, self.program
+        return UnitSpec(
+            name=self.job.unit,
+            description=f"{task.verb} {task.volume} in pool {task.pool}",
+            slice=SLICE,
+            argv=program.argv,
+            environment=ENVIRONMENT,
+            user=program.user,
+            group=program.group,
+            properties=program.properties,
+        )
+
+    def know(self, identity: dict[str, Any]) -> None:
+        self.job.save(State.RUNNING, **identity)
+
+    async def failed(self, _why: BaseException) -> None:
+        await self.job.undo(self.before)
+
+    def trouble(self, text: str) -> None:
+        self.job.problem = text
 
 
 def logged(paths: Paths) -> set[str]:
