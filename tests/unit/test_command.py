@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
+from virtd import errors
 from virtd.drivers.qemu import command, nics, sandbox
 from virtd.drivers.qemu import host as hostinfo
 from virtd.model import domain as model
@@ -217,6 +218,24 @@ def test_a_guest_sees_its_own_files_only() -> None:
     assert all(readable.values())
     assert "/etc/resolv.conf" in readable
     assert not {path for path in readable if path.startswith("/etc")} & {"/etc/shadow", "/etc/passwd", "/etc/virtd"}
+
+
+def test_a_qemu_of_somebodys_own_is_shown() -> None:
+    found = sandbox.properties(KERNEL, RUNTIME, toplevel=["opt"], program=["/opt/q"], devices=[], stop_after=60)
+    shown = bound({name: value for name, _, value in found}["BindReadOnlyPaths"])
+    assert "/opt/q" in shown
+
+
+def test_a_drive_without_a_medium() -> None:
+    empty = parse('boot = { kernel = "/k" }\ncdrom = [{}, { path = "/a.iso" }]')
+    drives = [fields(value) for value in values(empty, "-device") if value.startswith("ide-cd")]
+    assert [(drive["id"], drive.get("drive")) for drive in drives] == [("cdrom0", None), ("cdrom1", "cd1")]
+    assert "/a.iso" in bound(properties(empty)["BindReadOnlyPaths"])
+    assert model.paths(empty)[-1] == ("cdrom[1].path", "/a.iso")
+    with pytest.raises(errors.InvalidDefinition, match=r"cdrom\[0\].path: expected a path: with microvm"):
+        parse('machine = "microvm"\nboot = { kernel = "/k" }\ncdrom = [{}]')
+    with pytest.raises(errors.InvalidDefinition, match="to boot from"):
+        parse("cdrom = [{}]")
 
 
 def test_a_guest_without_a_network_has_none() -> None:

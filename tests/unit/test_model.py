@@ -94,7 +94,6 @@ def test_a_full_definition() -> None:
         ),
         ("disk = [ { path = '/a', readonly = 'no' } ]", "disk[0].readonly", "expected boolean, got string"),
         ("disk = [ { format = 'raw' } ]", "disk[0]", "expected path, or pool and volume"),
-        ("cdrom = [ {} ]", "cdrom[0].path", "expected this key, which is missing"),
         ("nic = [ { mode = 1 } ]", "nic[0].mode", "expected string, got integer"),
         ("nic = [ { mac = 1 } ]", "nic[0].mac", "expected string, got integer"),
         ("vnc = true", "vnc", "expected table, got boolean"),

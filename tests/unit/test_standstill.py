@@ -157,6 +157,21 @@ async def test_what_a_person_has_stopped_is_no_standstill(world: World) -> None:
         assert (await host.status())["problems"] == []
 
 
+@on_loop
+async def test_an_error_that_the_guest_is_told_of(world: World, disk: str, tmp_path: Path) -> None:
+    async with world.daemon() as host:
+        await world.run("web1", more=disk)
+        about = {"node-name": "disk0", "operation": "read", "action": "report", "reason": "Input/output error"}
+        for _ in range(100):
+            host.driver.machines["web1"].news.on_event({"event": "BLOCK_IO_ERROR", "data": about})
+        told = world.told(Message.DISK_FAILED)
+        assert told[0]["text"] == (
+            f"web1: a read of disk[0], {tmp_path}/disk failed: Input/output error; the guest was told"
+        )
+        assert len(told) <= standstill.TOLD + 1
+        assert (await host.info("web1"))["state"] == "running"
+
+
 ANYTHING = st.none() | st.integers() | st.text(max_size=8) | st.lists(st.integers(), max_size=2)
 
 

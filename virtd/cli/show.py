@@ -124,12 +124,16 @@ def _details(item: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("Memory", size(item.get("memory"))),
         ("vCPUs", text(item.get("vcpus"))),
-        ("Disks", "\n".join(map(_part, item.get("disks") or []))),
+        ("Disks", "\n".join([*map(_part, item.get("disks") or []), *_empty(item.get("cdroms") or [])])),
         ("NICs", "\n".join(map(_nic, item.get("nics") or []))),
         ("VNC", text(item.get("vnc"))),
         ("Monitor", text(item.get("monitor"))),
         ("Events", _events(item.get("events"))),
     ]
+
+
+def _empty(cdroms: list[str | None]) -> list[str]:
+    return [f"cdrom[{index}], without a medium" for index, path in enumerate(cdroms) if path is None]
 
 
 def _events(events: dict[str, Any] | None) -> str:

@@ -88,9 +88,9 @@ class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
 
 
 class Cdrom(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One CD-ROM drive with an ISO image in it."""
+    """One CD-ROM drive, with an ISO image in it or without a medium."""
 
-    path: str
+    path: str | None = None
 
 
 class Nic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -133,6 +133,11 @@ class Domain(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     def memory_bytes(self) -> int:
         return size.parse(self.memory)
 
+    @property
+    def has_ide(self) -> bool:
+        """Whether its machine has CD-ROM drives; others get a disk."""
+        return self.machine.startswith(("q35", "pc"))
+
 
 def parse(text: str, source: str) -> Domain:
     """The definition that `text` (TOML) holds. `source` is the file's name in errors.
@@ -173,7 +178,7 @@ def check(domain: Domain, source: str) -> None:
         raise refuse("cpu", f'expected a CPU model such as "host" or "max,-avx2", got {shown(domain.cpu)}')
     if domain.boot.kernel is None and (domain.boot.initrd is not None or domain.boot.cmdline):
         raise refuse("boot.kernel", "expected a kernel, since boot.initrd or boot.cmdline is set")
-    if domain.boot.kernel is None and not (domain.disk or domain.cdrom):
+    if domain.boot.kernel is None and not (domain.disk or any(cdrom.path for cdrom in domain.cdrom)):
         raise refuse("boot.kernel", "expected a kernel, a [[disk]] or a [[cdrom]] to boot from, found none")
     if "\n" in domain.boot.cmdline or len(domain.boot.cmdline) > 2047:
         raise refuse("boot.cmdline", "expected one line of at most 2047 characters (the limit of Linux on x86)")
@@ -187,6 +192,9 @@ def check(domain: Domain, source: str) -> None:
         if key.startswith("disk") and path in seen:
             raise refuse(key, f"{path} is {seen[path]} already")
         seen.setdefault(path, key)
+    for index, cdrom in enumerate(domain.cdrom):
+        if cdrom.path is None and not domain.has_ide:
+            raise refuse(f"cdrom[{index}].path", f"expected a path: with {domain.machine} no drive can be empty")
     _check_volumes(domain, refuse)
     macs: dict[str, str] = {}
     for index, nic in enumerate(domain.nic):
@@ -236,7 +244,9 @@ def paths(domain: Domain) -> list[tuple[str, str]]:
         if path is not None
     ]
     found += [(f"disk[{index}].path", disk.path) for index, disk in enumerate(domain.disk) if disk.path is not None]
-    found += [(f"cdrom[{index}].path", cdrom.path) for index, cdrom in enumerate(domain.cdrom)]
+    found += [
+        (f"cdrom[{index}].path", cdrom.path) for index, cdrom in enumerate(domain.cdrom) if cdrom.path is not None
+    ]
     return found
 
 

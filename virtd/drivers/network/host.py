@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ...model.settings import Dnsmasq
 
 PROC = "/proc"
+# What dnsmasq's sandbox hides, see dnsmasq.py.
+HIDDEN = ("/boot", "/home", "/root", "/srv", "/tmp")
 FORWARD4 = "net/ipv4/ip_forward"
 FORWARD6 = "net/ipv6/conf/all/forwarding"
 
@@ -43,6 +45,12 @@ def account(settings: Dnsmasq) -> Account:
 def dnsmasq(settings: Dnsmasq) -> str:
     """The program. Raises HostError when it is missing or not executable."""
     if settings.binary and os.access(settings.binary, os.X_OK):
+        for place in (settings.binary, os.path.realpath(settings.binary)):
+            if f"/{place.split('/')[1]}" in HIDDEN:
+                raise errors.HostError(
+                    f"dnsmasq can't be run as {place}: its sandbox hides that directory",
+                    hint="Install it in /usr/local/sbin or /opt, and set dnsmasq.binary in virtd.toml.",
+                )
         return settings.binary
     if not settings.binary and (path := programs.find("dnsmasq")) is not None:
         return path

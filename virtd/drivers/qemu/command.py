@@ -100,12 +100,11 @@ def argv(domain: Domain, uuid: str, host: Host, images: Sequence[Image] | None =
             f"virtio-blk-pci,drive=disk{index},id=virtio-disk{index}{_order(domain, index)}",
         ]
     for index, cdrom in enumerate(domain.cdrom):
-        drive = "ide-cd" if domain.machine.startswith(("q35", "pc")) else "virtio-blk-pci"
-        arguments += [
-            *_cdrom(index, cdrom.path),
-            "-device",
-            f"{drive},drive=cd{index},id=cdrom{index}{_order(domain, len(domain.disk) + index)}",
-        ]
+        drive = "ide-cd" if domain.has_ide else "virtio-blk-pci"
+        medium = _cdrom(index, cdrom.path) if cdrom.path is not None else []
+        node = f",drive=cd{index}" if medium else ""
+        order = _order(domain, len(domain.disk) + index)
+        arguments += [*medium, "-device", f"{drive}{node},id=cdrom{index}{order}"]
     for index, nic in enumerate(domain.nic):
         mac = (nic.mac or mac_of(uuid, index)).lower()
         backend = "user"

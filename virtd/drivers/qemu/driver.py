@@ -127,9 +127,10 @@ class Driver(Guests[Machine, model.Domain]):
             "vcpus": domain.vcpus if domain is not None else None,
             "machine": domain.machine if domain is not None else None,
             "disks": [disk.path or f"{disk.pool}/{disk.volume}" for disk in domain.disk]
-            + [cdrom.path for cdrom in domain.cdrom]
+            + [cdrom.path for cdrom in domain.cdrom if cdrom.path is not None]
             if domain is not None
             else [],
+            "cdroms": [cdrom.path for cdrom in domain.cdrom] if domain is not None else [],
             "nics": nics.describe(domain, machine.uuid, self._peers, alive=machine.alive)
             if domain is not None
             else [],
@@ -159,7 +160,8 @@ class Driver(Guests[Machine, model.Domain]):
         for machine in self.machines.values():
             owner = f"domain {machine.name}"
             if machine.alive:
-                yield from ((owner, one) for one in holdings.running(machine, bridge_of))
+                for one in holdings.running(machine, bridge_of):
+                    yield owner, one
             if not running and machine.definition is not None:
                 yield from ((owner, one) for one in holdings.defined(machine.definition, machine.uuid, bridge_of))
 

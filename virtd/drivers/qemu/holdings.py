@@ -42,7 +42,8 @@ def defined(domain: Domain, uuid: str, bridge_of: Callable[[str], str]) -> Itera
             name = f"volume {disk.volume} of pool {disk.pool}"
             yield Holding(Kind.VOLUME, (disk.pool, disk.volume), key, name, disk.readonly)
     for index, cdrom in enumerate(domain.cdrom):
-        yield Holding(Kind.FILE, (cdrom.path,), f"cdrom[{index}]", cdrom.path, shared=True)
+        if cdrom.path is not None:
+            yield Holding(Kind.FILE, (cdrom.path,), f"cdrom[{index}]", cdrom.path, shared=True)
     for index, nic in enumerate(domain.nic):
         if nic.network is not None and (nic.mac or uuid):
             address = (nic.mac or command.mac_of(uuid, index)).lower()
@@ -56,7 +57,9 @@ def here(domain: Domain) -> Iterator[Holding]:
             yield Holding(Kind.IMAGE, identity, f"disk[{index}]", disk.path, disk.readonly)
 
 
-def running(machine: Machine, bridge_of: Callable[[str], str]) -> Iterator[Holding]:
-    """What one that runs has, by its record."""
-    yield from of_images(machine.images())
-    yield from of_cards(machine.cards, bridge_of)
+def running(machine: Machine, bridge_of: Callable[[str], str]) -> list[Holding]:
+    """What one that runs has, by its record: made once, for every start of another asks for it."""
+    opened = machine.record.data.get("images") if machine.record is not None else None
+    if opened is None or machine.held is None or machine.held[0] is not opened:
+        machine.held = (opened, [*of_images(machine.images()), *of_cards(machine.cards, bridge_of)])
+    return machine.held[1]

@@ -21,7 +21,7 @@ from .. import programs
 if TYPE_CHECKING:
     from ...model.settings import Qemu
 
-KVM, VHOST = "/dev/kvm", "/dev/vhost-net"
+KVM, VHOST, TUN = "/dev/kvm", "/dev/vhost-net", "/dev/net/tun"
 # uname's names and QEMU's differ for some (docs/system/targets).
 ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64", "i686": "i386"}
 
@@ -33,7 +33,7 @@ class Account(msgspec.Struct, frozen=True):
     group: str
     uid: int
     gid: int
-    groups: tuple[str, ...]  # more groups: those that may open KVM and VHOST
+    groups: tuple[str, ...]  # more groups: those that may open KVM, VHOST and TUN
     own: bool = False
 
 
@@ -65,9 +65,9 @@ def group_of(settings: Qemu) -> int:
 
 
 def _device_groups(gid: int) -> tuple[str, ...]:
-    """The groups that may open KVM and VHOST, unless that is `gid` or root's."""
+    """The groups that may open KVM, VHOST and TUN, unless that is `gid` or root's."""
     groups: list[str] = []
-    for device in (KVM, VHOST):
+    for device in (KVM, VHOST, TUN):
         with contextlib.suppress(OSError, KeyError):
             owner = os.stat(device).st_gid
             if owner not in (0, gid) and (name := grp.getgrgid(owner).gr_name) not in groups:
@@ -110,17 +110,24 @@ def has_vhost(who: Account) -> bool:
     """
     try:
         os.close(os.open(VHOST, os.O_RDWR | os.O_CLOEXEC))  # which has the kernel load its module
-        status = os.stat(VHOST)
-        groups = {who.gid, *(grp.getgrnam(name).gr_gid for name in who.groups)}
-    except (OSError, KeyError):
+        return may_use(os.stat(VHOST), who)
+    except OSError:
         return False
+
+
+def may_use(status: os.stat_result, who: Account) -> bool:
+    """Whether the guest's user may open a device, as far as its mode tells."""
+    groups = {who.gid}
+    for name in who.groups:
+        with contextlib.suppress(KeyError):
+            groups.add(grp.getgrnam(name).gr_gid)
     wanted = 0o600 if status.st_uid == who.uid else 0o060 if status.st_gid in groups else 0o006
     return status.st_mode & wanted == wanted
 
 
 def devices(*, kvm: bool, tap: bool, vhost: bool) -> list[str]:
     """What QEMU opens in /dev, besides what everybody may."""
-    wanted = ((KVM, kvm), ("/dev/net/tun", tap), (VHOST, vhost))
+    wanted = ((KVM, kvm), (TUN, tap), (VHOST, vhost))
     return [path for path, needed in wanted if needed]
 
 
@@ -135,11 +142,25 @@ def check_files(domain: model.Domain, source: str, who: Account) -> None:
     read_only = {f"disk[{index}].path" for index, disk in enumerate(domain.disk) if disk.readonly}
     images = {f"disk[{index}].path" for index, disk in enumerate(domain.disk) if disk.format is model.Format.QCOW2}
     for key, path in model.paths(domain):
-        status = reach.defined(path, source, key)
+        try:
+            status = reach.defined(path, source, key)
+        except errors.InvalidDefinition as exc:
+            if not key.startswith("cdrom") or os.path.lexists(path):
+                raise
+            hint = "Put it back there, or take the path out of [[cdrom]]: a drive may be without a medium."
+            raise errors.InvalidDefinition(source, key, exc.expected, hint=hint) from exc
         if not stat.S_ISREG(status.st_mode) and not (
             key.startswith("disk") and path.startswith("/dev/") and stat.S_ISBLK(status.st_mode)
         ):
             raise errors.InvalidDefinition(source, key, f"expected a regular file: {path}")
+        written = key.startswith("disk") and key not in read_only
+        if written and stat.S_ISREG(status.st_mode) and os.statvfs(path).f_flag & os.ST_RDONLY:
+            raise errors.InvalidDefinition(
+                source,
+                key,
+                f"the guest writes to it, and its file system is mounted read-only: {path}",
+                hint="Set readonly = true for it, mount the file system writable, or use a copy.",
+            )
         if stat.S_ISBLK(status.st_mode) and key not in read_only and claimed(path):
             raise errors.Busy(
                 f"{source}: {key}: {path} is in use by the host, which has it mounted or in a volume group",

@@ -79,7 +79,8 @@ def opened(domain: model.Domain, images: list[Image]) -> Iterator[tuple[str, boo
         for path, _format in image.backing:
             yield path, False
     for cdrom in domain.cdrom:
-        yield cdrom.path, False
+        if cdrom.path is not None:
+            yield cdrom.path, False
 
 
 def identified(domain: model.Domain, images: list[Image]) -> dict[tuple[int, int], tuple[str, bool]]:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ...model.settings import Qemu
     from ...records import Record
     from ...units import UnitState
+    from ..conflicts import Holding
     from ..protocol import Peers
     from .standstill import Standstill
 
@@ -62,6 +63,7 @@ class Machine(Guest[model.Domain]):
         # QEMU told that the guest has powered off, and waits (see operations.reboot).
         self.guest_off = asyncio.Event()
         self.news = News(self)
+        self.held: tuple[Any, list[Holding]] | None = None  # see holdings.running
         self.floods = 0  # how often its monitor was hung up on, for all its events
         self._linking = asyncio.Lock()  # held while the monitor is being connected
         self._linked_at = 0.0

@@ -42,6 +42,7 @@ class Stopping(Protocol):
 
     def told(self, event: str, data: dict[str, Any]) -> None: ...
     def seen(self, status: str) -> None: ...
+    def passed_on(self, data: dict[str, Any]) -> None: ...
 
 
 class Subject(Protocol):
@@ -96,6 +97,8 @@ class News:
             machine.guest_off.set()
         elif name == "RESET" and data.get("guest"):
             self._rebooted()
+        if (name, data.get("action")) == ("BLOCK_IO_ERROR", "report"):
+            machine.standstill.passed_on(data)
         if (name, data.get("action")) in (("BLOCK_IO_ERROR", "stop"), ("GUEST_PANICKED", "pause")):
             if STANDSTILL in machine.problems:
                 return

@@ -113,9 +113,24 @@ def hand_over(given: Iterable[Given], who: Account) -> None:
                 else:
                     _chown(file, who.uid, who.gid)
         except OSError as exc:
-            raise errors.HostError(
-                f"Cannot give {one.path} to {who.user}: {exc.strerror}", hint=files.hint(exc)
-            ) from exc
+            what = f"have {who.user} read {one.path}" if one.listed else f"give {one.path} to {who.user}"
+            raise errors.HostError(f"Cannot {what}: {exc.strerror}", hint=_hint(one, exc)) from exc
+
+
+def _hint(one: Given, exc: OSError) -> str:
+    """What to do about a file whose owner, or list, can't be changed: neither is needed where all may use it."""
+    path, mode = word(one.path), "o+r" if one.listed else "o+rw"
+    copy = f"use a copy: cp {path} /var/lib/virtd/images/"
+    match exc.errno:
+        case errno.EROFS:
+            return f"Its file system is read-only: chmod {mode} the file where that can be written, or {copy}."
+        case errno.EPERM | errno.EACCES | errno.EOPNOTSUPP | errno.EINVAL:
+            return (
+                "Its file system has no owners, is another host's, or the file is immutable (chattr -i ends that). "
+                f"chmod {mode} {path}, where that can be done, or {copy}."
+            )
+        case _:
+            return files.hint(exc)
 
 
 def give_back(given: Iterable[Given]) -> None:

@@ -15,6 +15,8 @@ from .images import plain
 from .limits import memory_max, tasks_max
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from ...model.domain import Domain
     from .images import Image
 
@@ -41,6 +43,7 @@ def properties(
     toplevel: list[str],
     devices: list[str],
     stop_after: float,
+    program: Sequence[str] = (),
     images: list[Image] | None = None,
     own_user: bool = True,
     systemd: int = PRIVATE_PIDS_SINCE,
@@ -50,15 +53,17 @@ def properties(
 ) -> list[Property]:
     """Properties for StartTransientUnit.
 
-    `toplevel`: the names in `/`; `devices`: those it may open besides its disks; `stop_after`: seconds that host
-    shutdown gives it; `images`: the disks' files, as the definition has them unless given; `own_user`: it runs as a
-    user that nobody else runs as; `systemd`: its version; the overheads are those of virtd.toml.
+    `toplevel`: the names in `/`; `program`: what QEMU itself needs of what is hidden of these; `devices`: those it
+    may open besides its disks; `stop_after`: seconds that host shutdown gives it; `images`: the disks' files, as the
+    definition has them unless given; `own_user`: it runs as a user that nobody else runs as; `systemd`: its version;
+    the overheads are those of virtd.toml.
     """
     images = plain(domain) if images is None else images
     network = any(nic.network is None for nic in domain.nic)
-    hidden = [(f"/{name}", "ro,mode=0755") for name in toplevel if name not in KEPT]
+    covered = [(f"/{name}", "ro,mode=0755") for name in hidden(toplevel)]
     read_only = [path for path in (domain.boot.kernel, domain.boot.initrd) if path]
-    read_only += [image.path for image in images if image.readonly] + [cdrom.path for cdrom in domain.cdrom]
+    read_only += [image.path for image in images if image.readonly]
+    read_only += [cdrom.path for cdrom in domain.cdrom if cdrom.path is not None]
     read_only += sorted({path for image in images for path, _format in image.backing})
     writable = [image.path for image in images if not image.readonly]
     disks = [os.path.realpath(image.path) for image in images if image.is_device]
@@ -68,13 +73,13 @@ def properties(
         *HARDENED,
         ("CapabilityBoundingSet", "t", 0),
         ("ProtectSystem", "s", "strict"),
-        ("TemporaryFileSystem", "a(ss)", hidden),
+        ("TemporaryFileSystem", "a(ss)", covered),
         (
             "BindReadOnlyPaths",
             "a(ssbt)",
             # Whether they are there is looked at before the start. Later one may have been moved or unmounted, and
             # that mustn't fail ExecStop=, for which all of this is set up once more: the guest would lose its power.
-            [_bind(path, missing_ok=True) for path in (*read_only, *optional)],
+            [_bind(path, missing_ok=True) for path in (*program, *read_only, *optional)],
         ),
         ("BindPaths", "a(ssbt)", [_bind(runtime)] + [_bind(path, missing_ok=True) for path in writable]),
         # Other users' processes; with PrivatePIDs=, where there is that, there are no others at all.
@@ -116,6 +121,11 @@ def properties(
     if allowed := [*devices, *disks]:
         found += [("DeviceAllow", "a(ss)", [(device, "rw") for device in allowed])]
     return found
+
+
+def hidden(toplevel: Iterable[str]) -> list[str]:
+    """What of `/` guests don't see."""
+    return [name for name in toplevel if name not in KEPT]
 
 
 def _bind(path: str, *, missing_ok: bool = False) -> tuple[str, str, bool, int]:

@@ -94,6 +94,13 @@ class Standstill:
         """By an event of QEMU's: BLOCK_IO_ERROR or GUEST_PANICKED."""
         self._begin(_told(event, data))
 
+    def passed_on(self, data: dict[str, Any]) -> None:
+        """By an event BLOCK_IO_ERROR: the guest was told of an error, and goes on as it likes."""
+        machine = self._machine
+        if self._told.take():
+            text = f"{machine.name}: {self._failure(_told('BLOCK_IO_ERROR', data))}; the guest was told"
+            journal.send(text, message_id=Message.DISK_FAILED, level="warning", **machine.fields())
+
     def seen(self, status: str) -> None:
         """By query-status: one of STANDSTILLS."""
         self._begin(Fault(status, now()))
@@ -205,9 +212,12 @@ class Standstill:
     def _reason(self, fault: Fault) -> str:
         if fault.kind != DISK:
             return OTHERS.get(fault.kind, OTHERS[INTERNAL])
-        what = f"a {fault.operation or 'request'} to {self._disk(fault)} failed"
+        return self._failure(fault)
+
+    def _failure(self, fault: Fault) -> str:
+        request = {"read": "a read of", "write": "a write to"}.get(fault.operation, "a request to")
         why = "no space left" if fault.full else fault.reason
-        return f"{what}: {why}" if why else what
+        return f"{request} {self._disk(fault)} failed{f': {why}' if why else ''}"
 
     def _problem(self, fault: Fault, space: Space | None) -> Problem:
         name = self._machine.name

@@ -15,7 +15,7 @@ from ...units import EXIT_GROUP, EXIT_USER, StartFailed, UnitSpec, mount_units
 from .. import start as starting
 from ..programs import ENVIRONMENT
 from ..start import Start
-from . import command, ends, images, nics, ownership, sandbox, userdb
+from . import access, command, ends, images, nics, ownership, sandbox, userdb
 from . import host as hostinfo
 from .machine import DRIVER, Machine
 from .users import Living
@@ -37,6 +37,11 @@ async def start(machine: Machine, others: list[Machine], users: Users, by: str) 
         return _Start(machine, domain, disks, others, users, account, by)
 
     return await starting.start(machine, ready)
+
+
+def _toplevel() -> list[str]:
+    """The directories in the host's root."""
+    return sorted(entry.name for entry in os.scandir("/") if entry.is_dir(follow_symlinks=False))
 
 
 def _living(machine: Machine) -> Living:
@@ -72,9 +77,14 @@ class _Start(Start[Machine, model.Domain]):
             self.vhost,
         )
         self.given: list[ownership.Given] = []
+        self.shown: list[str] = []
 
     def check(self) -> None:
         hostinfo.check_files(self.definition, self.machine.source, self.account)
+        access.require_devices(self.account, kvm=self.host.kvm, tap=bool(self.nics))
+        hidden = sandbox.hidden(_toplevel())
+        self.shown = access.shown(self.host.binary, hidden, self.account)
+        access.require_passable(self._files(), hidden, self.account)
         nics.check(self.definition, self.machine.source, self.machine.peers)
 
     def holdings(self) -> Iterator[Holding]:
@@ -135,12 +145,13 @@ class _Start(Start[Machine, model.Domain]):
             # By number where it is its own: no name that somebody else has too can come to mean another user.
             user=self.account.user if self.user is None else str(self.account.uid),
             group=self.account.group if self.user is None else str(self.account.gid),
-            supplementary_groups=self.account.groups if self.host.kvm or self.vhost else (),
+            supplementary_groups=self.account.groups if self.host.kvm or self.nics else (),
             properties=tuple(
                 sandbox.properties(
                     self.definition,
                     machine.runtime,
-                    toplevel=sorted(entry.name for entry in os.scandir("/") if entry.is_dir(follow_symlinks=False)),
+                    toplevel=_toplevel(),
+                    program=self.shown,
                     devices=hostinfo.devices(kvm=self.host.kvm, tap=bool(self.nics), vhost=self.vhost),
                     stop_after=self.definition.host_shutdown_timeout or self.settings.host_shutdown_timeout,
                     images=self.disks,
