@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.harness import definition
-from tests.live.networks import define, info, lease, neighbour
+from tests.live.networks import define, guest, info, lease, neighbour, run
 from tests.live.tools import Journal
 from virtd.messages import Message
 
@@ -249,28 +249,25 @@ def test_routes_of_others(lab: Lab) -> None:
 
 
 def test_a_forwarded_port_from_inside(lab: Lab) -> None:
-    """From a neighbour, and from the guest itself that it leads to."""
-    define(lab, f'{NET}[[forward]]\nport = 8080\nto = "192.168.150.50"\nto_port = 80\n')
-    serve = (
-        "import socket; l = socket.create_server(('', 80))\n"
-        "while True: c, p = l.accept(); c.send(p[0].encode()); c.close()"
-    )
-    ask = "import socket; print(socket.create_connection(('192.168.150.1', 8080), 5).recv(99).decode())"
+    """From a neighbour, from the guest itself that it leads to, and from the host; with br_netfilter and without."""
+    forward = '[[forward]]\nport = 8080\nto = "192.168.150.50"\nto_port = 80\n'
+    define(lab, f'{NET}[[host]]\nmac = "52:54:00:00:00:0a"\nipv4 = "192.168.150.50"\n{forward}')
+    guest(lab, "g", "lab", "52:54:00:00:00:0a")
+    ask = "import socket; print(socket.create_connection(('192.168.150.1', 8080), 10).recv(99).decode())"
     try:
-        with (
-            neighbour(lab, "a", "vd-lab", "192.168.150.50/24", "192.168.150.1"),
-            neighbour(lab, "b", "vd-lab", "192.168.150.51/24", "192.168.150.1"),
-        ):
-            lab.write("/root/serve.py", serve)
-            lab.sh("systemd-run -q --unit=serve ip netns exec a python3 /root/serve.py")
-            lab.wait("the server", lambda: ":80 " in lab.sh("ip netns exec a ss -ltn"), 20)
-            for filtered, names in ((1, "b"), (0, "ab")):
+        lab.wait_ready("g")
+        assert lease(lab, "g") == "192.168.150.50"
+        assert run(lab, "g", "(while :; do echo hello | nc -l -p 80; done) >/dev/null 2>&1 &")[0] == 0
+        with neighbour(lab, "b", "vd-lab", "192.168.150.51/24", "192.168.150.1"):
+            for filtered in (1, 0):
                 lab.sh(f"sysctl -qw net.bridge.bridge-nf-call-iptables={filtered}")
-                for name in names:
-                    assert lab.sh(f'ip netns exec {name} python3 -c "{ask}"') == "192.168.150.1\n"
-            lab.sh("systemctl stop serve")
+                assert lab.sh(f'ip netns exec b python3 -c "{ask}"').strip() == "hello"
+                assert lab.sh(f'python3 -c "{ask}"').strip() == "hello"
+                assert run(lab, "g", "nc -w 20 192.168.150.1 8080 </dev/null") == (0, "hello")
+        assert problems(lab) == []
     finally:
-        lab.sh("systemctl stop serve; sysctl -qw net.bridge.bridge-nf-call-iptables=1", check=False)
+        lab.sh("sysctl -qw net.bridge.bridge-nf-call-iptables=1")
+        lab.virtctl("stop", "g", check=False)
 
 
 def test_settings_that_cannot_be_written(lab: Lab) -> None:

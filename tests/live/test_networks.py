@@ -427,11 +427,11 @@ def test_changes_take_effect_live(lab: Lab) -> None:
 def test_what_is_refused(lab: Lab) -> None:
     define(lab, network("lab", 1))
     lab.sh("ip link add other0 type bridge; ip link add up1 type veth peer name up2; ip link set up1 up;"
-           " ip address add 10.99.0.1/16 dev up1; ip link set up2 up")  # fmt: skip
+           " ip address add 10.99.7.1/24 dev up1; ip link set up2 up")  # fmt: skip
     try:
         for text, reason in {
             network("two", 1): "ipv4.address: 10.77.1.0/24 overlaps with 10.77.1.0/24 of network lab",
-            network("two", 1).replace("10.77.1", "10.99.7"): "ipv4.address: 10.99.7.0/24 collides with 10.99.0.0/16",
+            network("two", 1).replace("10.77.1", "10.99.7"): "ipv4.address: 10.99.7.0/24 collides with 10.99.7.0/24",
             network("two", 2, head='bridge = "other0"'): "bridge: other0 is the name of a bridge that isn't virtd's",
             network("two", 2, head='bridge = "up1"'): "bridge: up1 is the name of an interface that isn't virtd's",
             network("two", 2, head='bridge = "vd-lab"'): "bridge: vd-lab is the bridge of network lab already",

@@ -169,8 +169,16 @@ def _chains(ground: Ground) -> list[str]:
             _hook("prerouting", "prerouting", guarded, f"iifname @others {others}"),
             _hook("output", "output", f"oifname @others {others}", f"oifname @members {others}"),
         ]
+    lines = [
+        # Such a port sends back to where it came from what a [[forward]] leads there, and nothing else.
+        f"iifname {_name(port)} oifname {_name(port)} ether daddr != {port.mac} drop"
+        for port in ground.ports
+        if is_forwarded_to(ground.network, port)
+    ]
     if ground.network.isolated_ports:
-        chains.append(_hook("forward", "forward", "iifname @members oifname @members drop"))
+        lines.append("iifname @members oifname @members drop")
+    if lines:
+        chains.append(_hook("forward", "forward", *lines))
     return chains
 
 
@@ -215,6 +223,16 @@ def addresses4(network: Network, port: Port) -> list[str]:
     """What the port was given."""
     given = {host.ipv4 for host in network.host if host.mac.lower() == port.mac} | {port.ipv4}
     return sorted(address for address in given if address)
+
+
+def is_forwarded_to(network: Network, port: Port) -> bool:
+    """Whether one of the host's ports leads to it.
+
+    Under br_netfilter the bridge itself translates addresses, and what the guest sends to itself by way of the host
+    then has to leave by the port that it came from.
+    """
+    mine = {*addresses4(network, port), *(host.ipv6 for host in network.host if host.mac.lower() == port.mac)}
+    return not network.isolated_ports and any(forward.to in mine for forward in network.forward)
 
 
 def is_loose(network: Network, port: Port) -> bool:

@@ -34,7 +34,14 @@ _IFLA_AF_SPEC, _IFLA_EXT_MASK, _SKIP_STATS = 26, 29, 8
 _KIND, _DATA, _SLAVE_KIND, _SLAVE_DATA = 1, 2, 4, 5
 _IFF_UP, _IFF_LOWER_UP = 0x1, 0x10000
 _BRIDGE = {1: "forward_delay", 5: "stp_state"}  # IFLA_BR_*
-_PORT = {1: "state", 8: "learning", 25: "multicast_router", 33: "isolated", 39: "locked"}  # IFLA_BRPORT_*
+_PORT = {
+    1: "state",
+    4: "hairpin",
+    8: "learning",
+    25: "multicast_router",
+    33: "isolated",
+    39: "locked",
+}  # IFLA_BRPORT_*
 # Where the settings are in the arrays that come: linux/ip.h (counted from 1), linux/ipv6.h.
 _CONF4 = {0: "ipv4/forwarding", 7: "ipv4/rp_filter", 18: "ipv4/arp_ignore"}
 _CONF6 = {0: "ipv6/forwarding", 3: "ipv6/accept_ra", 5: "ipv6/autoconf", 26: "ipv6/disable_ipv6"}

@@ -42,7 +42,14 @@ _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_IFAL
 _INFO_KIND, _INFO_DATA = 1, 2
 _BR_FORWARD_DELAY, _BR_STP_STATE = 1, 5
 _IFLA_PROTINFO, _NESTED = 12, 0x8000
-_BRPORT_STATE, _BRPORT_LEARNING, _BRPORT_MULTICAST_ROUTER, _BRPORT_ISOLATED, _BRPORT_LOCKED = 1, 8, 25, 33, 39
+_BRPORT_STATE, _BRPORT_MODE, _BRPORT_LEARNING, _BRPORT_MULTICAST_ROUTER, _BRPORT_ISOLATED, _BRPORT_LOCKED = (
+    1,
+    4,
+    8,
+    25,
+    33,
+    39,
+)
 _NEIGHBOUR = struct.Struct("=BxxxiHBB")  # ndmsg: family, index, state, flags, type
 _NDA_LLADDR = 2
 _NUD_STATIC = 0x42  # NUD_NOARP | NUD_REACHABLE: an entry that doesn't age, iproute2's "static"
@@ -161,6 +168,10 @@ class Netlink:
     def set_port_forwarding(self, name: str) -> None:
         """Have a port take and send frames, where there is no spanning tree to say so."""
         self._set_port(name, attribute(_BRPORT_STATE, bytes([3])))
+
+    def set_port_hairpin(self, name: str, *, on: bool) -> None:
+        """Whether a port sends out what came in by it, where the bridge finds that it leads there."""
+        self._set_port(name, attribute(_BRPORT_MODE, bytes([on])))
 
     def _set_port(self, name: str, data: bytes) -> None:
         body = _LINK.pack(socket.AF_BRIDGE, 0, _index(name), 0, 0) + attribute(_IFLA_PROTINFO | _NESTED, data)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ... import errors
 from ...model.network import Mode
 from . import bridge, host, links, routes
-from .ethernet import LINK_LOCAL
+from .ethernet import LINK_LOCAL, is_forwarded_to
 from .kernel import MAIN, Kernel, Link, Way
 from .netlink import Address
 from .ports import eui64
@@ -140,7 +140,7 @@ def differences(kernel: Kernel, ground: Ground, seen: Seen) -> list[Drift]:
         found = []
         if not link.up:
             hint = f"It is the host's: ip link set {name} up."
-            found.append(Drift(f"{name} up", f"{name}: the host's bridge is down", None, hint))
+            found.append(Drift(f"{name} up", f"{name}: the host's bridge is down", None, hint, vital=False))
     for port in ground.ports:
         found += _port(ground, port, link, seen)
     return found
@@ -306,6 +306,12 @@ def _port(ground: Ground, port: Port, above: Link, seen: Seen) -> Iterator[Drift
         )  # fmt: skip
     elif link.values.get("state", FORWARDING) != FORWARDING and link.carrier and not above.values.get("stp_state"):
         yield Drift(f"{name} state", f"{name}: switched off", lambda kernel: kernel.set_port_forwarding(name))
+    hairpin = is_forwarded_to(network, port)
+    if link.master == above.name and link.values.get("hairpin", hairpin) != hairpin:
+        yield Drift(
+            f"{name} hairpin", f"{name}: hairpin mode is {'off' if hairpin else 'on'}",
+            lambda kernel: kernel.set_port_hairpin(name, on=hairpin), vital=False, new=True,
+        )  # fmt: skip
     alias = links.alias_of(network.name, port.user)
     if link.alias != alias:
         yield Drift(
