@@ -73,14 +73,17 @@ def headroom(soft: int) -> int:
     return max(fdstore.HEADROOM, soft // 2)
 
 
-async def dropped(store: fdstore.Store, count: Callable[[], Awaitable[int]]) -> tuple[int, int]:
+async def dropped(
+    store: fdstore.Store, count: Callable[[], Awaitable[int]], *, give: bool = True, looks: int = LOOKS
+) -> tuple[int, int]:
     """How many of the store's entries systemd doesn't take, though it was given them again; and of how many.
 
     `count` says how many it has. Children start and end meanwhile, so a few looks have to agree that one is missing.
+    `give` false: it would take none, and tell of each in the journal.
     """
     wanted = kept = 0
-    for look in range(LOOKS):
-        if look == 1:
+    for look in range(looks):
+        if look == 1 and give:
             await asyncio.to_thread(store.send_again)
         if look:
             await asyncio.to_thread(store.barrier)
@@ -101,15 +104,21 @@ async def look(store: fdstore.Store, units: Units, unit: str) -> Problems:
     soft = int(await units.service_property(unit, "LimitNOFILESoft"))
     store.resize(unit_max, *files(soft))
     found: Problems = {}
-    missing, wanted = await dropped(store, lambda: units.store_count(unit))
     load = str(await units.unit_property(unit, "LoadState"))
+    loaded = load in ("loaded", "")
+    missing, wanted = await dropped(
+        store,
+        lambda: units.store_count(unit),
+        give=loaded and store.budget().entries <= unit_max,
+        looks=LOOKS if loaded else 1,  # each but the first is a message to a unit that gets none
+    )
     if missing:
         text = f"systemd has dropped {missing} of {wanted} entries of the FD store, which guests need"
         found["store"] = (text, f"Raise FileDescriptorStoreMax= of {unit} (now {unit_max}) {BEFORE}.")
     if load == "masked":
         text = f"{unit} is masked: systemd has dropped what it kept for guests" if missing else f"{unit} is masked"
         found["store"] = (text, f"systemctl unmask {unit} {BEFORE}, or their consoles are lost.")
-    elif load not in ("loaded", ""):
+    elif not loaded:
         what = "is gone" if load == "not-found" else f"can't be used ({load})"
         found["store"] = (
             f"The file of {unit} {what}, and virtd could not be started again",

@@ -150,6 +150,31 @@ async def test_fewer_open_files_than_are_stored(pid1: FakePid1, five: Store) -> 
     five.room_for(["qemu/web2/stdin"])
 
 
+@on_loop
+async def test_a_unit_that_takes_nothing_is_given_nothing(pid1: FakePid1, five: Store) -> None:
+    """PID 1 tells of each message in vain, after each daemon-reload: it would be all that the journal says."""
+    unit = Unit(pid1)
+    given = 0
+    real = five.send_again
+
+    def send_again() -> None:
+        nonlocal given
+        given += 1
+        real()
+
+    five.send_again = send_again  # type: ignore[method-assign]
+    for properties in ({"FileDescriptorStoreMax": 3}, {"FileDescriptorStoreMax": 4096, "LoadState": "masked"}):
+        unit.becomes(**properties)
+        while len(pid1.entries) > 3:
+            os.close(pid1.entries.pop().fd)
+        for _ in range(12):
+            assert "store" in await look(five, unit)
+        assert given == 0, properties
+    unit.becomes(LoadState="loaded")
+    assert await look(five, unit) == {}
+    assert given == 1
+
+
 def test_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[tuple[str, str]] = []
     monkeypatch.setattr("virtd.journal.send", lambda text, **more: said.append((text, more["message_id"])))
