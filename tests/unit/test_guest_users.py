@@ -397,7 +397,15 @@ def test_bad_settings_are_named(line: str, key: str) -> None:
         settings.parse(f"[qemu]\n{line}\n", "virtd.toml")
 
 
+@pytest.mark.parametrize("path", ["/opt/q'", '/opt/"q"', "/opt/q\\", "/opt/$q", "/opt/100%", "/opt/a;b", "/opt/a\nb"])
+@pytest.mark.parametrize("section", ["qemu", "dnsmasq"])
+def test_programs_that_systemd_cannot_run(section: str, path: str) -> None:
+    with pytest.raises(errors.InvalidDefinition, match=rf"{section}\.binary: .*systemd can run"):
+        settings.parse(f"[{section}]\nbinary = {json.dumps(path)}\n", "virtd.toml")
+
+
 def test_good_settings() -> None:
+    assert settings.parse('[qemu]\nbinary = "/opt/my qemu"\n', "x").qemu.binary == "/opt/my qemu"
     assert settings.parse('[qemu]\nmemory_overhead = "unlimited"\n', "x").qemu.overhead_bytes is None
     assert settings.parse("[qemu]\nmemory_overhead = 536870912\n", "x").qemu.overhead_bytes == 512 * MIB
     for user in ("", "virtd-qemu"):

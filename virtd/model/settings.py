@@ -129,6 +129,11 @@ def parse(text: str, source: str) -> Settings:
     for key, binary in (("qemu.binary", settings.qemu.binary), ("dnsmasq.binary", settings.dnsmasq.binary)):
         if binary and not binary.startswith("/"):
             raise errors.InvalidDefinition(source, key, "expected an absolute path")
+        if re.search(r"[\\\"'$%;\0-\x1f\x7f]", binary):
+            # To systemd a unit is broken that has such a program, at the latest when it reads its units again.
+            raise errors.InvalidDefinition(
+                source, key, f"expected a path that systemd can run: no quotes, backslashes, $, % or ;, got {binary}"
+            )
     if not settings.lxc.directory.startswith("/"):
         raise errors.InvalidDefinition(source, "lxc.directory", "expected an absolute path")
     try:
