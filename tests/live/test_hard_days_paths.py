@@ -155,16 +155,31 @@ def test_pools_imports_and_containers_made_of_odd_paths(odd: Lab) -> None:
         odd.virtctl("volume", "create", "odd", "q.qcow2", "1M")
         odd.virtctl("volume", "clone", "odd", "a", "b")
         odd.virtctl("volume", "import", "odd", "c", f"{ODD}/so'urce.raw", "--from", "raw")
-        assert {one["name"] for one in odd.json("volume", "list", "odd")} == {"a", "b", "c", "q.qcow2"}
+        odd.virtctl("volume", "create", "odd", "top.qcow2", "--backing", "q.qcow2")
+        assert {one["name"] for one in odd.json("volume", "list", "odd")} == {"a", "b", "c", "q.qcow2", "top.qcow2"}
+        disks = "".join(f'[[disk]]\npool = "odd"\nvolume = "{name}"\n' for name in ("top.qcow2", "a"))
+        odd.define("disks", more=disks, start=True)
+        odd.wait_ready("disks")
+        reload_changes_nothing(odd, "virtd-qemu-disks.service")
+        odd.sh("systemctl stop virtd-qemu-disks.service")
+        info = odd.wait("its end", lambda: (i := odd.info("disks"))["exit"] and i, 30)
+        assert (info["state"], info["exit"]["cause"]) == ("stopped", "host-shutdown")
     finally:
-        for volume in ("a", "b", "c", "q.qcow2"):
+        odd.virtctl("stop", "disks", check=False)
+        odd.virtctl("undefine", "disks", check=False)
+        for volume in ("a", "b", "c", "top.qcow2", "q.qcow2"):
             odd.virtctl("volume", "delete", "odd", volume, check=False)
         odd.virtctl("pool", "stop", "odd", check=False)
         odd.virtctl("pool", "undefine", "odd", check=False)
     odd.sh("mkdir -p '/srv/plain/an im'\\''age/etc'")
-    odd.virtctl("container", "create", "made", "--image", "/srv/plain/an im'age")
-    assert "made" in {one["name"] for one in odd.json("container", "list")}
-    nothing_left(odd)
+    odd.write("/etc/virtd/virtd.toml", f"[lxc]\ndirectory = {json.dumps(ODD, ensure_ascii=False)}\n")
+    try:
+        odd.sh("systemctl restart virtd.service")
+        odd.virtctl("container", "create", "made", "--image", "/srv/plain/an im'age")
+        assert odd.json("container", "info", "made")["rootfs"] == f"{ODD}/made"
+        nothing_left(odd)
+    finally:
+        odd.sh("rm /etc/virtd/virtd.toml; systemctl restart virtd.service")
 
 
 def test_a_reload_changes_no_unit(odd: Lab) -> None:

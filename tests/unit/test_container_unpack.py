@@ -64,6 +64,17 @@ def test_an_archive_becomes_a_root(tmp_path: Path) -> None:
     assert (tmp_path / "target/etc/machine-id").read_text() == ""
 
 
+def test_directories_with_odd_names(tmp_path: Path) -> None:
+    source = tmp_path / "a\\b 'c' \\n"
+    source.mkdir()
+    (source / "file").write_text("x")
+    directory = tmp_path / 'd\\b "e"'
+    directory.mkdir()
+    done = run(directory, None, str(source))
+    assert done.returncode == 0, done.stderr
+    assert (directory / "target/file").read_text() == "x"
+
+
 @pytest.mark.parametrize("name", ["hostname", "machine-id"])
 @pytest.mark.parametrize("kind", [tarfile.FIFOTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.LNKTYPE])
 def test_what_has_the_names_that_are_written(tmp_path: Path, name: str, kind: bytes) -> None:
@@ -255,3 +266,9 @@ def test_files_beyond_the_ids_of_a_container(tmp_path: Path) -> None:
     os.lchown(tmp_path / "b", 100000, 100000 + 65536)
     assert unpack.beyond(str(tmp_path), [100000, 65536]) == 70000
     assert unpack.beyond(str(tmp_path), [100000, 70001]) == 0
+
+
+@pytest.mark.parametrize("directory", ["/srv/it's", '/srv/a "b"', "/srv/back\\slash", "/srv/ü"])
+def test_the_definition_of_a_container_in_an_odd_directory(directory: str) -> None:
+    job = create.Job("web1", "/x", directory, model.IdMap(65536), "/run/virtd/lxc")
+    assert model.parse(job.definition, "x").rootfs == f"{directory}/web1"

@@ -76,7 +76,7 @@ class Job(NamedTuple):
     @property
     def definition(self) -> str:
         return (
-            f'name = "{self.name}"\nrootfs = "{self.target}"\n\n'
+            f'name = "{self.name}"\nrootfs = {json.dumps(self.target, ensure_ascii=False)}\n\n'
             f"[idmap]\nfirst = {self.ids.first}\ncount = {self.ids.count}\n"
         )
 

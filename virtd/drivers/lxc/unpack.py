@@ -35,6 +35,10 @@ REFUSED = rb"Cannot change ownership to uid (\d{1,10}), gid (\d{1,10}): Invalid 
 ATTRIBUTES = ("--acls", "--xattrs", "--xattrs-include=user.*", "--xattrs-include=security.capability")
 
 
+# "\\b" in a directory's name would be a backspace.
+AS_IT_IS = "--no-unquote"
+
+
 class Job(NamedTuple):
     """`ids`: first and number; `option`: tar's for how the archive is compressed. In place of an archive `source` is
     a directory, and `shifted` the IDs of the container whose root file system it is, if it is one.
@@ -173,7 +177,19 @@ def enter(done: int, ready: int) -> None:
 
 
 def pack(source: str, into: int, say: int) -> None:
-    words = ("tar", "-C", source, *ATTRIBUTES, "--numeric-owner", "--one-file-system", "--sparse", "-cf", "-", ".")
+    words = (
+        "tar",
+        AS_IT_IS,
+        "-C",
+        source,
+        *ATTRIBUTES,
+        "--numeric-owner",
+        "--one-file-system",
+        "--sparse",
+        "-cf",
+        "-",
+        ".",
+    )
     become(words, os.open(os.devnull, os.O_RDONLY), into, say)
 
 
@@ -189,7 +205,7 @@ def unpack(job: Job, archive: int, say: int) -> None:
     # Device nodes can't be made there, and a container gets its own.
     exclude = ("--exclude=./dev/*", "--exclude=dev/*")
     packed = (job.option,) if job.option else ()
-    words = ("tar", "-x", "--numeric-owner", *exclude, *ATTRIBUTES, *packed, "-C", job.target, "-f", "-")
+    words = ("tar", AS_IT_IS, "-x", "--numeric-owner", *exclude, *ATTRIBUTES, *packed, "-C", job.target, "-f", "-")
     if os.waitstatus_to_exitcode(os.waitpid(fork(lambda: become(words, archive, say, say), None), 0)[1]):
         os._exit(1)
     root = os.open(job.target, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
