@@ -16,18 +16,21 @@ from ..protocol import Problem
 from . import bridge, links, ports
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from ...model import network as model
-    from .net import Net
+    from .netrecord import NetRecord
     from .ports import Port
 
 log = logging.getLogger(__name__)
 
 
 class Connections:
-    """Of one network; `net` keeps the record that tells of them."""
+    """Of one network; `net` keeps the record that tells of them, and `follow` has its pieces follow that."""
 
-    def __init__(self, net: Net) -> None:
+    def __init__(self, net: NetRecord, follow: Callable[[model.Network], Awaitable[None]]) -> None:
         self.net = net
+        self._follow = follow
         self.coming: set[str] = set()  # interfaces that are on record, and about to be made
 
     @property
@@ -73,9 +76,7 @@ class Connections:
 
     async def _have(self, network: model.Network, wanted: tuple[Port, ...]) -> None:
         self._remember(wanted)
-        await self.net.apply_rules(network)
-        if network.serves:
-            await self.net.server.read_hosts(network)
+        await self._follow(network)
 
     def _remember(self, wanted: tuple[Port, ...]) -> None:
         self.net.remember(ports=msgspec.to_builtins(wanted))

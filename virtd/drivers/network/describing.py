@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import ethernet, firewall, links
-from .server import DRIVER
+from .netrecord import DRIVER
 
 if TYPE_CHECKING:
     from .net import Net

@@ -27,9 +27,9 @@ from ..protocol import Problem
 from . import bridge, describing, host, links, routes
 from .guard import Guard
 from .isolation import Isolation
-from .net import Net, Shared
+from .net import Net
+from .netrecord import DRIVER, Shared
 from .prober import Prober
-from .server import DRIVER
 from .upkeep import Upkeep
 
 if TYPE_CHECKING:

@@ -29,7 +29,8 @@ from ..fsck import (
 )  # fmt: skip
 from ..protocol import Difference
 from . import bridge, dnsmasq, firewall, links
-from .server import DRIVER, content
+from .netrecord import DRIVER
+from .server import content
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

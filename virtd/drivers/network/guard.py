@@ -16,7 +16,7 @@ from ...messages import Message
 from ...model.network import State
 from ..protocol import Problem
 from . import firewall, firewalld, isolation, links
-from .server import DRIVER
+from .netrecord import DRIVER
 from .watch import ALL, Watch
 
 if TYPE_CHECKING:

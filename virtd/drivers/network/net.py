@@ -17,131 +17,42 @@ import asyncio
 import contextlib
 import logging
 import os
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ... import errors, fifos, files, journal
 from ...messages import Message
 from ...model import network as model
 from ...model.network import State
-from ...records import Record, Records, now
-from ...units import unit_name
+from ...records import Record, now
 from .. import definitions, ending
 from ..protocol import Problem
-from ..recorded import Recorded
-from ..turns import Turns
-from . import bridge, firewall, firewalld, host, leases, links, routes, wanted
+from . import bridge, firewall, firewalld, host, links, routes, wanted
 from . import ports as ports_
 from .connections import Connections
-from .server import DRIVER, Server
+from .netrecord import DRIVER, NetRecord, Shared
+from .server import Server
 from .standing import Standing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from contextlib import AbstractAsyncContextManager
-
-    from ...child import Services
-    from ...model.settings import Dnsmasq
-    from ..protocol import Peers
-    from .isolation import Isolation
     from .obstacles import Obstacle
-    from .ports import Ground, Port
+    from .ports import Ground
 
 log = logging.getLogger(__name__)
 
 STOP_AGAIN = 1.0  # seconds until a stop that couldn't be finished is tried again
-ON = (State.STARTING, State.ACTIVE, State.STOPPING)
 
 
-class Shared(NamedTuple):
-    """What all networks of the driver share. `publish(event, net)`: "changed"."""
-
-    services: Services
-    records: Records
-    settings: Dnsmasq
-    publish: Callable[[str, Net], None]
-    boot_id: str
-    isolation: Isolation
-    peers: Peers
-
-
-class Net(Recorded):
-    """A network: its definition, its record, and, while it is active, its pieces."""
+class Net(NetRecord):
+    """A network, and, while it is active, its pieces."""
 
     def __init__(self, shared: Shared, name: str) -> None:
-        super().__init__(name)
-        self.shared: Shared = shared
-        self.definition: model.Network | None = None
-        self.definition_text = ""
-        self.settled = asyncio.Event()  # cleared while nobody knows yet whether it is whole
-        self.settled.set()
+        super().__init__(shared, name)
         self.server = Server(self)
-        self.connections = Connections(self)
+        self.connections = Connections(self, self._ports_changed)
         self.obstacles: list[Obstacle] = []  # what was found last, see prober.py
         self.standing = Standing(self)
-        self._turns = Turns(name)
 
     # What it is
-
-    @property
-    def state(self) -> State:
-        return State.of(self.record.state) if self.record is not None else State.INACTIVE
-
-    @property
-    def active(self) -> bool:
-        return self.state in ON
-
-    @property
-    def mac(self) -> str:
-        """The bridge's address; of an active network the one that it was made with."""
-        kept = self.record.data.get("mac") if self.record is not None and self.active else None
-        return str(kept) if kept else bridge.mac_of(self.uuid)
-
-    @property
-    def unit(self) -> str:
-        return unit_name(DRIVER, self.name)
-
-    @property
-    def runtime(self) -> str:
-        return self.shared.services.paths.runtime(DRIVER, self.name)
-
-    @property
-    def state_directory(self) -> str:
-        return f"{self.shared.services.paths.lib}/{DRIVER}/{self.name}"
-
-    @property
-    def source(self) -> str:
-        """The definition's file."""
-        return self.shared.services.paths.definition(DRIVER, self.name)
-
-    @property
-    def running(self) -> model.Network | None:
-        """The definition that is in force, or None while the network is inactive."""
-        if self.record is None or not self.active or not (text := definitions.text_in_force(self.record.data)):
-            return None
-        if text == self.definition_text and self.definition is not None:
-            return self.definition
-        with contextlib.suppress(errors.InvalidDefinition):
-            return self.parsed(text) or model.parse(text, self.source)
-        return None
-
-    def parsed(self, text: str) -> model.Network | None:
-        """The definition that `text` holds, if it was put in force by this version of virtd."""
-        return definitions.parsed(self.record.data, text, model.Network) if self.record is not None else None
-
-    @property
-    def pending(self) -> bool:
-        """Whether the definition says something else than what is in force."""
-        return self.active and self.record is not None and self.record.data.get("definition") != self.definition_text
-
-    @property
-    def bridge_name(self) -> str:
-        network = self.running or self.definition
-        return network.bridge_name if network is not None else ""
-
-    @property
-    def ports(self) -> tuple[Port, ...]:
-        """Who is connected, or was when the network was stopped."""
-        return ports_.recorded(self.record.data) if self.record is not None else ()
 
     def ground(self, network: model.Network) -> Ground:
         """What its rules are made of."""
@@ -159,9 +70,6 @@ class Net(Recorded):
         ports = tuple(port for port in self.ports if port.interface not in left_out)
         return ports_.Ground(network, self.mac if network.own else "", ports)
 
-    def changed(self) -> None:
-        self.shared.publish("changed", self)
-
     def users(self) -> list[str]:
         """Who is connected: "qemu/web1" for what virtd connected, the interface's name for everything else."""
         network = self.running
@@ -173,13 +81,6 @@ class Net(Recorded):
             return sorted(set(ours.values()))
         members = [member for member in links.members(network.bridge_name) if not member.startswith(links.PROBE)]
         return sorted({ours.get(member, member) for member in members} | set(ours.values()))
-
-    def leases(self) -> list[leases.Lease]:
-        return leases.read(f"{self.state_directory}/leases")
-
-    def fields(self) -> dict[str, str]:
-        """The journal fields of this object."""
-        return {"VIRTD_DRIVER": DRIVER, "VIRTD_NAME": self.name, "VIRTD_UUID": self.uuid, "VIRTD_UNIT": self.unit}
 
     def lost_bridge(self) -> str:
         """What is wrong with the bridge of an active network, or ""."""
@@ -194,28 +95,6 @@ class Net(Recorded):
         if network.own and not links.is_up(name):
             return f"its bridge {name} is down"
         return ""
-
-    # One operation at a time
-
-    def exclusive(self, what: str) -> AbstractAsyncContextManager[None]:
-        """One operation at a time. Raises Busy when another takes too long."""
-        return self._turns.take(what)
-
-    @property
-    def busy(self) -> bool:
-        return self._turns.taken
-
-    # The record
-
-    def remember(self, **data: Any) -> None:
-        """Change the driver's own part of the record."""
-        assert self.record is not None
-        self.save(data=self.record.data | data)
-
-    def keep_data(self, **data: Any) -> None:
-        """The same for what came about by itself: in memory for certain."""
-        if self.record is not None:
-            self.keep(data=self.record.data | data)
 
     # Starting and stopping
 
@@ -378,6 +257,11 @@ class Net(Recorded):
         ground = self.ground(network)
         (mark,) = await asyncio.to_thread(firewall.replace, ground)
         self.rules_applied(ground, mark)
+
+    async def _ports_changed(self, network: model.Network) -> None:
+        await self.apply_rules(network)
+        if network.serves:
+            await self.server.read_hosts(network)
 
     def rules_applied(self, ground: Ground, mark: firewall.Marks) -> None:
         # An older virtd knows the first only, and asks for no more.

@@ -22,16 +22,16 @@ from ..protocol import Problem
 from ..recorded import Tasks
 from ..repeating import Repeater
 from . import dnsmasq, host
+from .netrecord import DRIVER
 
 if TYPE_CHECKING:
     from ...model.network import Network
     from ...records import Record
     from ...units import UnitSpec
-    from .net import Net
+    from .netrecord import NetRecord
 
 log = logging.getLogger(__name__)
 
-DRIVER = "network"
 READY_LIMIT = 10.0  # seconds from its start until its sockets are open
 LOOK = 0.01  # seconds between two looks at whether they are
 BACKOFF = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # seconds before one try and the next
@@ -42,7 +42,7 @@ STOP_LIMIT = 15.0
 class Server(Tasks):
     """A network's dnsmasq; `net` keeps the record that tells of it."""
 
-    def __init__(self, net: Net) -> None:
+    def __init__(self, net: NetRecord) -> None:
         super().__init__(net.name, net.problems)
         self.net = net
         self.child: Child | None = None
@@ -386,7 +386,7 @@ def content(path: str) -> str | None:
         return None
 
 
-def _read(net: Net, since: int) -> bytes:
+def _read(net: NetRecord, since: int) -> bytes:
     """What is in its log from an offset on, 64 KiB at most."""
     try:
         with open(net.shared.services.paths.stderr_log(DRIVER, net.name), "rb") as file:
@@ -411,7 +411,7 @@ def _explained(words: str, account: host.Account) -> tuple[str, str] | None:
     return more, f"{inotify.hint()} A network that is isolated, or has no DNS (dns = false), needs none."
 
 
-def _words(net: Net, since: int) -> str:
+def _words(net: NetRecord, since: int) -> str:
     """Its last words, without its name before each line."""
     lines = _read(net, since).decode(errors="replace").splitlines()
     return "; ".join(line.partition(": ")[2] or line for line in lines[-2:] if line)

@@ -21,7 +21,7 @@ from ...messages import Message
 from ...model.network import State
 from . import wanted
 from .netlink import attributes
-from .server import DRIVER
+from .netrecord import DRIVER
 from .watch import ALL
 
 if TYPE_CHECKING:

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a network is by its definition and its record: all that its pieces need to know of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ... import errors
+from ...model import network as model
+from ...model.network import State
+from ...units import unit_name
+from .. import definitions
+from ..recorded import Recorded
+from ..turns import Turns
+from . import bridge, leases
+from . import ports as ports_
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractAsyncContextManager
+
+    from ...child import Services
+    from ...model.settings import Dnsmasq
+    from ...records import Records
+    from ..protocol import Peers
+    from .isolation import Isolation
+    from .ports import Port
+
+DRIVER = "network"
+ON = (State.STARTING, State.ACTIVE, State.STOPPING)
+
+
+class Shared(NamedTuple):
+    """What all networks of the driver share. `publish(event, net)`: "changed"."""
+
+    services: Services
+    records: Records
+    settings: Dnsmasq
+    publish: Callable[[str, Any], None]
+    boot_id: str
+    isolation: Isolation
+    peers: Peers
+
+
+class NetRecord(Recorded):
+    """A network without its pieces; see net.Net."""
+
+    def __init__(self, shared: Shared, name: str) -> None:
+        super().__init__(name)
+        self.shared: Shared = shared
+        self.definition: model.Network | None = None
+        self.definition_text = ""
+        self.settled = asyncio.Event()  # cleared while nobody knows yet whether it is whole
+        self.settled.set()
+        self._turns = Turns(name)
+
+    @property
+    def state(self) -> State:
+        return State.of(self.record.state) if self.record is not None else State.INACTIVE
+
+    @property
+    def active(self) -> bool:
+        return self.state in ON
+
+    @property
+    def mac(self) -> str:
+        """The bridge's address; of an active network the one that it was made with."""
+        kept = self.record.data.get("mac") if self.record is not None and self.active else None
+        return str(kept) if kept else bridge.mac_of(self.uuid)
+
+    @property
+    def unit(self) -> str:
+        return unit_name(DRIVER, self.name)
+
+    @property
+    def runtime(self) -> str:
+        return self.shared.services.paths.runtime(DRIVER, self.name)
+
+    @property
+    def state_directory(self) -> str:
+        return f"{self.shared.services.paths.lib}/{DRIVER}/{self.name}"
+
+    @property
+    def source(self) -> str:
+        """The definition's file."""
+        return self.shared.services.paths.definition(DRIVER, self.name)
+
+    @property
+    def running(self) -> model.Network | None:
+        """The definition that is in force, or None while the network is inactive."""
+        if self.record is None or not self.active or not (text := definitions.text_in_force(self.record.data)):
+            return None
+        if text == self.definition_text and self.definition is not None:
+            return self.definition
+        with contextlib.suppress(errors.InvalidDefinition):
+            return self.parsed(text) or model.parse(text, self.source)
+        return None
+
+    def parsed(self, text: str) -> model.Network | None:
+        """The definition that `text` holds, if it was put in force by this version of virtd."""
+        return definitions.parsed(self.record.data, text, model.Network) if self.record is not None else None
+
+    @property
+    def pending(self) -> bool:
+        """Whether the definition says something else than what is in force."""
+        return self.active and self.record is not None and self.record.data.get("definition") != self.definition_text
+
+    @property
+    def bridge_name(self) -> str:
+        network = self.running or self.definition
+        return network.bridge_name if network is not None else ""
+
+    @property
+    def ports(self) -> tuple[Port, ...]:
+        """Who is connected, or was when the network was stopped."""
+        return ports_.recorded(self.record.data) if self.record is not None else ()
+
+    def leases(self) -> list[leases.Lease]:
+        return leases.read(f"{self.state_directory}/leases")
+
+    def fields(self) -> dict[str, str]:
+        """The journal fields of this object."""
+        return {"VIRTD_DRIVER": DRIVER, "VIRTD_NAME": self.name, "VIRTD_UUID": self.uuid, "VIRTD_UNIT": self.unit}
+
+    def changed(self) -> None:
+        self.shared.publish("changed", self)
+
+    # One operation at a time
+
+    def exclusive(self, what: str) -> AbstractAsyncContextManager[None]:
+        """One operation at a time. Raises Busy when another takes too long."""
+        return self._turns.take(what)
+
+    @property
+    def busy(self) -> bool:
+        return self._turns.taken
+
+    # The record
+
+    def remember(self, **data: Any) -> None:
+        """Change the driver's own part of the record."""
+        assert self.record is not None
+        self.save(data=self.record.data | data)
+
+    def keep_data(self, **data: Any) -> None:
+        """The same for what came about by itself: in memory for certain."""
+        if self.record is not None:
+            self.keep(data=self.record.data | data)
