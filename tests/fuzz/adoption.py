@@ -113,7 +113,7 @@ async def _restore(paths: Paths, name: str, raw: bytes) -> None:
             msgspec.json.encode(driver.describe(one))
             if (fully := getattr(driver, "describe_fully", None)) is not None:
                 msgspec.json.encode(fully(one))
-        for job in getattr(driver, "jobs", {}).values():
+        for job in getattr(driver, "jobs", ()):
             msgspec.json.encode(job.describe())
         driver.counts()
         driver.live()
