@@ -51,6 +51,7 @@ class Host:
 
     def set_up(self) -> None:
         lab = self.lab
+        lab.sh("echo nameserver 192.0.2.53 >/etc/resolv.conf")  # without one dnsmasq warns, and is right
         for version in ("0.1.0", "0.1.1"):
             lab.copy(build_rpm(version), f"/root/virtd-{version}.rpm")
         for text in (NETWORK, OTHER):

@@ -290,6 +290,12 @@ def test_the_log_is_read_as_a_diary() -> None:
     assert ends.read(log("x", "WARN    ")) == ends.Said("warning", "x")
     assert ends.read(log("x", "ERROR   ")) == ends.Said("error", "x")
     assert ends.read(log("x")).level is None
+    nothing = (
+        "No such file or directory - Failed to fchownat(15, memory.oom.group, 65536, 0, AT_EMPTY_PATH | "
+        "AT_SYMLINK_NOFOLLOW )"
+    )
+    assert ends.read(log(nothing, "WARN    ")) == ends.Said(None, nothing)
+    assert ends.read(log(nothing.replace("No such", "No other"), "WARN    ")).level == "warning"
     assert ends.read("a line of something else").level == "warning"
     assert ends.started('Started "/sbin/init" with pid "243"') == 243
     assert ends.started("'sh' started with pid '578'") == 578

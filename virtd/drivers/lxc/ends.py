@@ -19,6 +19,9 @@ STARTED = (
 )
 # The same in LXC 4, 5 and 6, but for the signal's name, which the older ones don't give.
 ENDED = r"Child <([0-9]{1,9})> ended on (error|signal) [^(]{0,40}\(([0-9]{1,3})\)"
+# It gives the container all files of its control group that the kernel may have (/sys/kernel/cgroup/delegate), those
+# of controllers that this host hasn't, too.
+NOT_THERE = r"No such file or directory - Failed to fchownat\([0-9]+, [a-z_.]+, .*"
 LEVELS = {"WARN": "warning", "ERROR": "error", "FATAL": "error", "CRIT": "error", "ALERT": "error"}
 HUP, INT = (
     1,
@@ -35,7 +38,9 @@ class Said(NamedTuple):
 
 def read(line: str) -> Said:
     match = re.fullmatch(LINE, line)
-    return Said(LEVELS.get(match[1]), match[2]) if match else Said("warning", line)
+    if match is None:
+        return Said("warning", line)
+    return Said(LEVELS.get(match[1]) if re.fullmatch(NOT_THERE, match[2]) is None else None, match[2])
 
 
 def started(words: str) -> int | None:
