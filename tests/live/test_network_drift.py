@@ -72,6 +72,39 @@ cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding
 """
 
 
+# Asks for a lease by raw packets, as old DHCP clients do, and says whether the UDP checksum of the answer is right.
+RAW = """
+import socket, struct
+def total(data):
+    data += bytes(len(data) % 2)
+    value = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while value >> 16:
+        value = (value & 0xffff) + (value >> 16)
+    return value
+one = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x800))
+one.bind(("eth0", 0))
+one.settimeout(2)
+mac = one.getsockname()[4]
+dhcp = struct.pack("!4BIHH16s16s192s4s", 1, 1, 6, 0, 77, 0, 0x8000, b"", mac, b"", bytes.fromhex("63825363"))
+dhcp += bytes([53, 1, 1, 255])
+udp = struct.pack("!4H", 68, 67, 8 + len(dhcp), 0) + dhcp
+ip = struct.pack("!2B3H2BH4s4s", 0x45, 0, 20 + len(udp), 1, 0, 64, 17, 0, bytes(4), b"\\xff" * 4)
+ip = ip[:10] + struct.pack("!H", 0xffff ^ total(ip)) + ip[12:]
+for _ in range(20):
+    one.send(b"\\xff" * 6 + mac + b"\\x08\\0" + ip + udp)
+    try:
+        while True:
+            frame = one.recv(2000)
+            if frame[23] == 17 and frame[34:38] == struct.pack("!2H", 67, 68):
+                length = int.from_bytes(frame[38:40], "big")
+                pseudo = frame[26:34] + struct.pack("!2H", 17, length)
+                print(total(pseudo + frame[34 : 34 + length]) == 0xffff)
+                raise SystemExit
+    except TimeoutError:
+        pass
+"""
+
+
 @pytest.fixture
 def g(lab: Lab) -> Iterator[Lab]:
     """A guest in the network `lab`, and a bridge of somebody else's."""
@@ -268,6 +301,15 @@ def test_a_forwarded_port_from_inside(lab: Lab) -> None:
     finally:
         lab.sh("sysctl -qw net.bridge.bridge-nf-call-iptables=1")
         lab.virtctl("stop", "g", check=False)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_answers_with_whole_checksums(lab: Lab, *, offload: bool) -> None:
+    define(lab, f"checksum_offload = {str(offload).lower()}\n{NET}", start=False)
+    lab.virtctl("network", "start", "lab")
+    lab.write("/root/raw.py", RAW)
+    with neighbour(lab, "b", "vd-lab", "192.168.150.51/24", "192.168.150.1"):
+        assert lab.sh("ip netns exec b python3 /root/raw.py") == f"{not offload}\n"
 
 
 def test_settings_that_cannot_be_written(lab: Lab) -> None:

@@ -59,6 +59,7 @@ class FakeKernel:
         monkeypatch.setattr(bridge, "Netlink", lambda: FakeNetlink(self))
         monkeypatch.setattr(isolation, "Netlink", lambda: FakeNetlink(self))
         monkeypatch.setattr(listening, "listening", list)  # the host that the tests run on serves what it likes
+        monkeypatch.setattr(wanted, "checksums", lambda _name: None)
         monkeypatch.setattr(wanted, "Kernel", lambda: FakeNetlink(self))
         monkeypatch.setattr(firewall, "_run", self._nft)
         monkeypatch.setattr(guard, "Watch", lambda *_calls: FakeWatch())

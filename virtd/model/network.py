@@ -125,6 +125,7 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     domain: str | None = None
     dns: bool = True
     isolated_ports: bool = False
+    checksum_offload: bool = False
     dnsmasq: tuple[str, ...] = ()
     ipv4: Ipv4 | None = None
     ipv6: Ipv6 | None = None
@@ -268,7 +269,7 @@ class _Check:
     def nothing_else(self) -> None:
         """A bridge of the host's is taken as it is."""
         network = self.network
-        for key in ("mtu", "domain", "dnsmasq", "ipv4", "ipv6", "host", "record", "forward"):
+        for key in ("mtu", "domain", "dnsmasq", "ipv4", "ipv6", "host", "record", "forward", "checksum_offload"):
             if getattr(network, key):
                 raise self.refuse(
                     key, 'expected nothing here, since mode is "bridge": the host\'s own bridge is taken as it is'

@@ -199,7 +199,8 @@ def set_checksums(name: str, *, offload: bool) -> None:
 def _ethtool(name: str, command: int, value: int) -> int:
     argument = array.array("I", [command, value])
     request = struct.pack("16sP16x", name.encode(), argument.buffer_info()[0])
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as one:
+    # Any socket will do, and our unit allows for no other kind.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as one:
         fcntl.ioctl(one, _SIOCETHTOOL, request)
     return argument[1]
 

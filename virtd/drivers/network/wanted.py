@@ -14,7 +14,7 @@ from ... import errors
 from ...model.network import Mode
 from . import bridge, host, links, routes
 from .ethernet import LINK_LOCAL, is_forwarded_to
-from .kernel import MAIN, Kernel, Link, Way
+from .kernel import MAIN, Kernel, Link, Way, checksums, set_checksums
 from .netlink import Address
 from .ports import eui64
 
@@ -183,6 +183,13 @@ def _bridge(ground: Ground, link: Link) -> Iterator[Drift]:
         )  # fmt: skip
     if link.values.get("stp_state", 0) or link.values.get("forward_delay", 0):
         yield Drift(f"{name} stp", f"{name}: spanning tree or a delay", lambda kernel: kernel.set_bridge(name))
+    offload = checksums(name)
+    if offload is not None and offload is not network.checksum_offload:
+        # An older virtd has left them to whoever gets the packet.
+        yield Drift(
+            f"{name} checksums", f"{name}: checksums are {'left out' if offload else 'computed'}",
+            lambda _kernel: set_checksums(name, offload=network.checksum_offload), vital=False, new=True,
+        )  # fmt: skip
     mtu = _mtu(ground)
     if mtu is not None and link.mtu != mtu:
         yield Drift(
