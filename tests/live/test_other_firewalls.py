@@ -6,6 +6,7 @@ and commands that help, and nothing else is. These commands are carried out as t
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -246,6 +247,31 @@ def test_ipv6(lab: Lab) -> None:
         # What is left of it, for guests, is what there was.
         lab.sh("nft flush chain ip6 filter forward")
         lab.wait("what is dropped", lambda: told(lab) == {FORWARD: expected[FORWARD], OVER: expected[OVER]}, 60)
+
+
+def test_what_was_found_outlives_the_daemon(net: Lab) -> None:
+    """It is told by the next one at once, and nothing is sent for it again: a look makes an interface."""
+    with rules(net, table("inet filter", STRICT)):
+        net.wait("what is dropped", lambda: told(net) == {INPUT: "inet filter input"}, 60)
+        said = problems(net)
+
+        def noted() -> bool:
+            record = json.loads(net.sh("cat /run/virtd/network/lab.json"))
+            return bool(record["data"].get("obstacles", {}).get("found"))
+
+        net.wait("its record", noted, 30)
+        net.sh("sleep 3")  # what came of it is looked at once more, perhaps
+        index = net.sh("ip link add one type veth peer name other; cat /sys/class/net/one/ifindex; ip link del one")
+        begun = net.sh("date +%s").strip()
+        for way in ("systemctl restart virtd.service", "systemctl kill -s KILL virtd.service; sleep 1"):
+            net.sh(way)
+            net.wait("its answer", lambda: net.virtctl("list", check=False).returncode == 0, 30)
+            net.virtctl("status", check=False)
+            assert problems(net) == said
+        net.sh("sleep 2")
+        again = net.sh("ip link add one type veth peer name other; cat /sys/class/net/one/ifindex; ip link del one")
+        assert int(again) - int(index) == 2
+        assert "is dropped by" not in net.sh(f"journalctl -u virtd.service -o cat --since @{begun}")
 
 
 def test_an_isolated_network_and_ports_that_are(lab: Lab) -> None:

@@ -65,7 +65,10 @@ class FakeKernel:
         monkeypatch.setattr(guard, "Watch", lambda *_calls: FakeWatch())
         monkeypatch.setattr(guard.Guard, "_follow_firewalld", _nothing)
         monkeypatch.setattr(firewalld, "adopt", _nothing)
+        monkeypatch.setattr(prober, "SETTLE", 1000.0)  # what is noted later would be a step at some time or other
         monkeypatch.setattr(prober, "_find", lambda _ground, _over: [])
+        self.generation = 1
+        monkeypatch.setattr(prober, "_generation", lambda: self.generation)
 
     def _nft(self, command: str, *, as_json: bool = False) -> str:
         families = {"inet": self.tables, "bridge": self.bridge_tables}

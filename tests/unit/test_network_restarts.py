@@ -380,6 +380,40 @@ async def test_other_peoples_rules_are_looked_at_now_and_then(site: Site, monkey
         await until(lambda: not net.problems)
 
 
+@on_loop
+async def test_what_was_found_is_told_by_the_next_daemon(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once; and nobody looks again unless somebody's rules have changed meanwhile."""
+    monkeypatch.setattr(prober, "SETTLE", 0.001)
+    looks: list[str] = []
+
+    def find(ground: Ground, _over: object) -> list[Obstacle]:
+        looks.append(ground.network.name)
+        return [Obstacle(Problem("dropped", "nft ..."), unheard=False)]
+
+    monkeypatch.setattr(prober, "_find", find)
+    async with site.world.daemon() as host:
+        await site.define()
+        await host.networks.start("lab", by=ROOT)
+        await until(lambda: looks and host.networks.driver.nets["lab"].record_has("obstacles"))
+    looks.clear()
+    for changed in (False, True):
+        site.kernel.generation += changed
+        async with site.world.daemon() as host:
+            await until(lambda host=host: host.networks.driver.nets["lab"].problems)
+            assert [one["text"] for one in (await site.info())["problems"]] == ["dropped"]
+            await host.networks.driver.certain()
+            if changed:
+                await until(lambda: looks)
+            assert len(looks) == changed
+            assert host.networks.driver._prober._doubtful == set()
+    # Nonsense in the record is nothing that was found.
+    for nonsense in (7, {}, {"found": 7}, {"found": [[1]], "generation": 2}, {"found": [["a", "b", 1]]}):
+        net = host.networks.driver.nets["lab"]
+        assert net.record is not None
+        net.record.data["obstacles"] = nonsense
+        assert prober._recall(net, site.kernel.generation) is False
+
+
 # A dnsmasq that dies
 
 

@@ -135,7 +135,7 @@ class Driver(Collection[Net, model.Network]):
         self._reconciled.set()
         await self._guard.restore_rules(set(self.nets), why="while virtd was away")
         await self._upkeep.begin()
-        self._prober.doubt(self.nets)
+        self._prober.recall()
         self._guard.begin()
 
     def _has_bridge(self, net: Net) -> bool:

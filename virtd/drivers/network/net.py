@@ -300,24 +300,6 @@ class Net(NetRecord):
         """For the record of one that isn't active: its guests are connected again by its next start."""
         return {"ports": kept} if self.record is not None and (kept := self.record.data.get("ports")) else {}
 
-    def obstructed(self, by: list[Obstacle]) -> None:
-        """What was found to keep its guests from doing what they do; what isn't in it any more is over."""
-        found = {f"obstacle {number}": one.problem for number, one in enumerate(by)}
-        before = {key: problem for key, problem in self.problems.items() if key.startswith("obstacle ")}
-        self.obstacles = by
-        if found == before:
-            return
-        for key in before:
-            del self.problems[key]
-        self.problems |= found
-        for problem in found.values():
-            if problem not in before.values():
-                journal.send(
-                    f"Network {self.name}: {problem.text}. What helps: {problem.hint}",
-                    message_id=Message.NETWORK_OBSTRUCTED, level="warning", **self.fields(),
-                )  # fmt: skip
-        self.shared.publish("changed", self)
-
     async def _allow_forwarding(self, network: model.Network) -> None:
         for setting in await asyncio.to_thread(host.allow_forwarding, network):
             text = f"Network {self.name}: the host forwards from now on: {setting}"

@@ -9,10 +9,15 @@ import asyncio
 import logging
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ... import errors
+from ... import errors, journal
+from ...messages import Message
 from ...model.network import State
+from ..protocol import Problem
+from . import firewall, host
+from .netlink import Netlink, attributes
+from .watch import NETLINK_NETFILTER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,6 +31,7 @@ log = logging.getLogger(__name__)
 SETTLE = 0.2  # seconds in which changes count as one
 PAUSE = 2.0  # seconds between two looks at the least: on some hosts rules change all the time
 SHARE = 4  # and so many times as long as the last one took
+_GETGEN, _GEN_ID = 10 << 8 | 16, 1  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETGEN; NFTA_GEN_ID
 AGAIN = (10.0, 20.0, 40.0, 80.0, 160.0, 300.0)  # while something is wrong whose mending nobody tells
 
 
@@ -46,6 +52,13 @@ class Prober:
         """Somebody's rules have changed, or these networks have just come up: look, in a moment."""
         self._times = 0
         self._look_at(names)
+
+    def recall(self) -> None:
+        """After a start of the daemon: what was found last is told, and looked at again where it may have changed."""
+        now = _generation()
+        for net in self._nets.values():
+            if net.active and not (_recall(net, now) and _is_heard()):
+                self._look_at([net.name])
 
     def _look_at(self, names: Iterable[str]) -> None:
         self._doubtful |= set(names)
@@ -80,6 +93,11 @@ class Prober:
                         await self._look_for(name)
                     except Exception:  # it keeps no other from being looked at
                         log.exception("Network %s: what its guests may do can't be tried", name)
+                # Our own tables came and went; whoever else has changed something meanwhile will be heard.
+                now = _generation()
+                for name in sorted(names):
+                    if (net := self._nets.get(name)) is not None and net.state is State.ACTIVE:
+                        _note(net, now)
                 ended = time.monotonic()
                 self._next = ended + max(PAUSE, SHARE * (ended - begun))
         finally:
@@ -105,7 +123,7 @@ class Prober:
         finally:
             self._trying = None
         if net.state is State.ACTIVE and not net.lost_bridge():
-            net.obstructed(found)
+            _tell(net, found)
 
     def _look_again(self) -> None:
         """Legacy iptables and sysctls change without a word to anybody."""
@@ -119,7 +137,67 @@ class Prober:
             self._again = asyncio.get_running_loop().call_later(pause, self._look_at, names)
 
 
+def _tell(net: Net, found: list[Obstacle]) -> None:
+    """What isn't found any more is over."""
+    new = {f"obstacle {number}": one.problem for number, one in enumerate(found)}
+    before = {key: problem for key, problem in net.problems.items() if key.startswith("obstacle ")}
+    net.obstacles = found
+    if new == before:
+        return
+    for key in before:
+        del net.problems[key]
+    net.problems |= new
+    for problem in new.values():
+        if problem not in before.values():
+            journal.send(
+                f"Network {net.name}: {problem.text}. What helps: {problem.hint}",
+                message_id=Message.NETWORK_OBSTRUCTED, level="warning", **net.fields(),
+            )  # fmt: skip
+    net.shared.publish("changed", net)
+
+
+def _note(net: Net, generation: int | None) -> None:
+    """For the next daemon: what was found, and beside which rules."""
+    found = [[one.problem.text, one.problem.hint, one.unheard] for one in net.obstacles]
+    net.remember(obstacles={"found": found, "generation": generation, "ground": _ground(net)})
+
+
+def _recall(net: Net, generation: int | None) -> bool:
+    """Tell what an earlier daemon has found; whether that can't have changed."""
+    noted: Any = net.record.data.get("obstacles") if net.record is not None else None
+    try:
+        found = [(Problem(str(text), str(hint)), bool(unheard)) for text, hint, unheard in noted["found"]]
+        same = noted["generation"] == generation is not None and noted["ground"] == _ground(net)
+    except (TypeError, LookupError, ValueError):
+        return False
+    if found:
+        from .obstacles import Obstacle
+
+        net.obstacles = [Obstacle(*one) for one in found]
+        net.problems |= {f"obstacle {number}": problem for number, (problem, _) in enumerate(found)}
+    return same and not any(unheard for _, unheard in found)
+
+
+def _ground(net: Net) -> str:
+    return firewall.made_of(net.ground(network)) if (network := net.running) is not None else ""
+
+
 def _find(ground: Ground, over: threading.Event) -> list[Obstacle]:
     from . import obstacles  # no start of the daemon needs it
 
     return obstacles.find(ground, over)
+
+
+def _generation() -> int | None:
+    """A number that is another one after each change of nftables' rules; None where that isn't known."""
+    try:
+        with Netlink(NETLINK_NETFILTER) as netlink:
+            answer = netlink.answer(_GETGEN, bytes(4))
+        return int.from_bytes(dict(attributes(answer[4:]))[_GEN_ID], "big")
+    except (OSError, LookupError):
+        return None
+
+
+def _is_heard() -> bool:
+    """Whether the kernel tells of all that may drop packets: of legacy iptables it doesn't."""
+    return not any(map(host.legacy_tables, ("ip_tables_names", "ip6_tables_names")))
