@@ -26,6 +26,7 @@ INPUT, FORWARD, OVER = (
     "What its guests send outside",
     "What its guests send to each",
 )
+DHCP = "What the host answers to its guests' DHCP"
 BACK, PORT = "What is answered from outside", "What comes from outside for port 8080 (tcp)"
 
 
@@ -100,6 +101,10 @@ DROPPING: dict[str, tuple[str, dict[str, str]]] = {
         + table("inet filter", base("forward", "forward", "meta mark 7 accept")),
         {FORWARD: "inet filter forward", OVER: "inet filter forward"},
     ),
+    "a strict output": (
+        table("inet filter", base("output", "output", "oif lo accept", ANSWERS, "meta l4proto { 1, 58 } accept")),
+        {DHCP: "inet filter output"},
+    ),
     "answers": (
         table("inet filter", base("forward", "forward", 'iifname "vd-lab" accept', "ct status dnat accept")),
         {BACK: "inet filter forward"},
@@ -133,6 +138,7 @@ ACCEPTING: dict[str, str] = {
             FORWARDED,
         ),
     ),
+    "an output": table("inet filter", base("output", "output", "oif lo accept", 'oifname "vd-lab" accept', ANSWERS)),
     "a bare accept": table("ip filter", base("INPUT", "input", "accept"), base("FORWARD", "forward", "accept")),
     "everybody but some": table("ip filter", base("FORWARD", "forward", 'iifname != "eth0" accept', ANSWERS)),
     "chains, maps and marks": table(
@@ -195,7 +201,7 @@ def told(lab: Lab, name: str = "lab") -> dict[str, str]:
     found = {}
     for problem in problems(lab, name):
         # Several that one chain drops on the same way are one sentence.
-        what = next(what for what in (INPUT, FORWARD, OVER, BACK, PORT) if problem["text"].startswith(what))
+        what = next(what for what in (INPUT, FORWARD, OVER, DHCP, BACK, PORT) if problem["text"].startswith(what))
         found[what] = " ".join(problem["text"].partition(" by the chain ")[2].split()[:3]).rstrip(",")
     return found
 

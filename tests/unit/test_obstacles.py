@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from virtd.drivers.network import firewall, host, obstacles, packets, trace
 from virtd.drivers.network.packets import SYN, Way
-from virtd.drivers.network.probe import BRIDGED, FORWARD, INPUT, Lost, Trial
+from virtd.drivers.network.probe import ANSWERED, BRIDGED, FORWARD, INPUT, Lost, Trial
 from virtd.drivers.network.trace import Step
 from virtd.drivers.network.uplink import Connection
 
@@ -148,6 +148,10 @@ def test_what_comes_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hint.split("; ") == [f"{insert} 'iifname \"vd-lab\" accept'", answers, forwarded]
     ((_, hint),) = found(monkeypatch, [answer, port], forward)
     assert hint.split("; ") == [answers, forwarded]
+    lease = out._replace(trial=trial("What the host answers to its guests' DHCP", ANSWERED), hook="output")
+    ((text, hint),) = found(monkeypatch, [lease], [("inet", "fw", "f", "output")])
+    assert text == "What the host answers to its guests' DHCP (IPv4) is dropped by the chain inet fw f, by its policy"
+    assert hint == f"{insert} 'oifname \"vd-lab\" udp dport 68 accept'"
     # Where nobody knows yet which way it will leave.
     ((_, hint),) = found(monkeypatch, [answer, port], [("inet", "fw", "f", "prerouting")])
     assert hint.split("; ") == [

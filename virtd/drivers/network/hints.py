@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from .probe import BRIDGED, INPUT
+from .probe import ANSWERED, BRIDGED, INPUT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,6 +70,8 @@ def _passes(chain: Chain, trial: Trial, bridge: str) -> Iterator[Pass]:
     if trial.end == INPUT and chain.hook == "input":
         for protocol, port in SERVICES[trial.what]:
             yield Pass(bridge, protocol=protocol, port=port)
+    elif trial.end == ANSWERED:
+        yield Pass(oif=bridge, protocol="udp", port=68)
     elif trial.end == BRIDGED and chain.hook == "forward":
         yield Pass(bridge, bridge)
     elif not trial.via:

@@ -61,9 +61,12 @@ def dhcp_discover(mac: str, number: int) -> bytes:
     return udp(Way(mac, "0.0.0.0", BROADCAST, "255.255.255.255"), number, 68, 67, _dhcp(mac, 1, "0.0.0.0"))
 
 
-def dhcp_inform(way: Way, number: int) -> bytes:
-    """DHCPINFORM: what is asked for is sent to the address that the client says it has, and no lease is given."""
-    return udp(way, number, 68, 67, _dhcp(way.mac, 8, way.address))
+def dhcp_inform(mac: str, number: int, address: str) -> bytes:
+    """DHCPINFORM: what is asked for is sent to the address that the client says it has, and no lease is given.
+
+    To everybody, as DHCPDISCOVER is: the answer belongs to no connection then.
+    """
+    return udp(Way(mac, address, BROADCAST, "255.255.255.255"), number, 68, 67, _dhcp(mac, 8, address))
 
 
 def _dhcp(mac: str, kind: int, address: str) -> bytes:

@@ -48,13 +48,14 @@ _IFF_TAP, _IFF_NO_PI, _TUNSETIFF = 0x0002, 0x1000, 0x400454CA  # linux/if_tun.h
 MACS = tuple(f"52:76:64:70:72:{index:02x}" for index in range(2))  # who is behind each tap in the bridge
 OUTER = "fe:76:64:70:72:ff"  # to which packets from outside go
 
-INPUT, FORWARD, BRIDGED = "input", "forward", "bridged"
+INPUT, FORWARD, BRIDGED, ANSWERED = "input", "forward", "bridged", "answered"
 
 
 class Trial(NamedTuple):
     """Something that guests do, in ways of which one has to work. `end`: where it is going to.
 
-    `ways` make a frame of its number. `to` is the address that they go to, where `end` is FORWARD. What comes from
+    `ways` make a frame of its number. `to` is the address that they go to, where `end` is FORWARD, or that DHCP's
+    answer goes to, where it is ANSWERED: this alone reaches a program, dnsmasq. What comes from
     outside does so by the interface `via`, and belongs to a `connection` or goes to a `port` of a protocol.
     """
 
@@ -185,14 +186,14 @@ class Probe:
         sent: dict[int, Trial] = {}
         for trial in trials:
             for way in trial.ways[:1] if first else trial.ways:
-                if (number := self._send(way, trial.via)) is not None:
+                if (number := self._send(way, trial)) is not None:
                     sent[number] = trial
         waiting, until = list(trials), time.monotonic() + LIMIT
         while waiting and self._readable(until):
-            taken_out = {step.number for step in self._tracer.steps() if _took_out(step)}
+            ends = [step for step in self._tracer.steps() if _took_out(step)]
             come_over = self._taps[-1].numbers()
             for number, trial in sent.items():
-                if number in (come_over if trial.end == BRIDGED else taken_out) and trial in waiting:
+                if trial in waiting and _is_there(trial, number, ends, come_over):
                     waiting.remove(trial)
         return waiting
 
@@ -201,13 +202,17 @@ class Probe:
         if not self._tracing:
             self._nft.run(self._marks())
             self._tracing = True
-        number = self._send(trial.ways[0], trial.via)
+        number = self._send(trial.ways[0], trial)
         steps: list[Step] = []
+        answers = set[int]()
         until = time.monotonic() + LIMIT
         while self._readable(until):
-            steps += [step for step in self._tracer.steps() if step.number == number]
-            come_over = self._taps[-1].numbers()
-            if number in come_over if trial.end == BRIDGED else any(map(_took_out, steps)):
+            for step in self._tracer.steps():
+                if (step.table, step.chain) == (firewall.PROBE, "answer"):
+                    answers.add(step.packet)
+                if step.packet in answers if trial.end == ANSWERED else step.number == number:
+                    steps.append(step)
+            if _is_there(trial, number, list(filter(_took_out, steps)), self._taps[-1].numbers()):
                 return None
             if any(step.verdict == "drop" and step.table != firewall.PROBE for step in steps):
                 break
@@ -217,13 +222,16 @@ class Probe:
         theirs = tuple(step for step in steps if step.table != firewall.PROBE)
         return Lost(trial, theirs, hook, through) if number is not None else None
 
-    def _send(self, way: Callable[[int], bytes], via: str) -> int | None:
+    def _send(self, way: Callable[[int], bytes], trial: Trial) -> int | None:
         """Its number; None when all of them are used."""
+        if trial.end == ANSWERED:  # with none of the numbers that are taken out
+            self._taps[0].send(way(self._first + NUMBERS))
+            return self._first + NUMBERS
         number = self._next
         if number >= self._first + NUMBERS:
             return None
         self._next += 1
-        (self._outer[via] if via else self._taps[0]).send(way(number))
+        (self._outer[trial.via] if trial.via else self._taps[0]).send(way(number))
         return number
 
     def _readable(self, until: float) -> bool:
@@ -245,6 +253,8 @@ class Probe:
             if to := ", ".join({one.to for one in self._trials if one.to and one.version == version}):
                 last["last_postrouting"] += [f"{word} daddr {{ {to} }} {ours} {what}" for what in TAKE_OUT]
         chains = [_chain(name, name.partition("_")[2], LAST, body) for name, body in last.items()]
+        answers = [f"{one} {what}" for one in self._answers() for what in TAKE_OUT]
+        chains.append(_chain("last_answer", "postrouting", LAST, answers))
         # Nobody else gets them, nor is a broadcast to the host taken for one that was sent over the bridge.
         ours = f'iifname "{links.PROBE}*"'
         lines = [f'{ours} oifname != "{links.PROBE}*" drop', f"{ours} ether daddr != {MACS[1]} drop"]
@@ -263,13 +273,29 @@ class Probe:
         for version in (4, 6):
             lines = [f'iifname "{via}" {self._ours(version)} meta nftrace set 1' for via in self._outer]
             chains.append(_chain(f"traced{version}", "prerouting", FIRST, lines))
+        answers = [f"{one} meta nftrace set 1" for one in self._answers()]
+        chains.append(_chain("answer", "output", FIRST, answers))
         traced = _chain("traced", "prerouting", FIRST, [f'iifname "{links.PROBE}*" meta nftrace set 1'])
         return _table("inet", chains) + _table("bridge", [traced])
+
+    def _answers(self) -> list[str]:
+        """How DHCP's answers are known that nobody else has asked for."""
+        mine = [trial.to for trial in self._trials if trial.end == ANSWERED]
+        return [f'oifname "{self._bridge}" ip daddr {to} udp sport 67 udp dport 68' for to in mine]
 
     def _ours(self, version: int) -> str:
         """How a packet is known as one of ours."""
         where = {4: "meta nfproto ipv4 @nh,32,16", 6: "meta nfproto ipv6 @nh,16,16"}[version]
         return f"{where} {self._first}-{self._first + NUMBERS - 1}"
+
+
+def _is_there(trial: Trial, number: int | None, ends: list[Step], come_over: set[int]) -> bool:
+    match trial.end:
+        case "bridged":
+            return number in come_over
+        case "answered":
+            return any(step.chain == "last_answer" for step in ends)
+    return any(step.number == number and step.chain != "last_answer" for step in ends)
 
 
 def _took_out(step: Step) -> bool:

@@ -13,10 +13,10 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...model.network import Mode, Protocol
-from . import host, links, packets, ports, routes
+from . import firewall, host, links, packets, ports, routes
 from .netlink import Netlink
 from .packets import SYN, Way
-from .probe import BRIDGED, FORWARD, INPUT, MACS, OUTER, Trial
+from .probe import ANSWERED, BRIDGED, FORWARD, INPUT, MACS, OUTER, Trial
 from .uplink import Connection
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ...model.network import Forward
     from .ports import Ground
 
+ANSWER = "What the host answers to its guests' DHCP"
 GUESTS = 4  # of those that are connected, how many are tried as well
 # Servers far out in the net; nothing is ever sent to them.
 FAR = {4: "9.9.9.9", 6: "2620:fe::fe"}
@@ -56,6 +57,10 @@ def of(ground: Ground) -> list[Trial]:
     network = ground.network
     guests = _guests(ground)
     found = list(_asked(ground, guests)) if network.own else []
+    if network.range4 is not None and _filters_output():
+        # dnsmasq's log tells of it: not without need.
+        inform = partial(packets.dhcp_inform, MACS[0], address=guests[0].ipv4)
+        found.append(Trial(ANSWER, 4, ANSWERED, (inform,), guests[0].ipv4))
     if network.mode in (Mode.NAT, Mode.ROUTED):
         found += _sent_out(ground, guests)
     # A bridge of somebody else's that has no ports has a MAC that it loses with the first.
@@ -63,6 +68,14 @@ def of(ground: Ground) -> list[Trial]:
     if peopled and not network.isolated_ports and is_filtered(network.bridge_name):
         found += _sent_over(ground, guests)
     return found
+
+
+def _filters_output() -> bool:
+    """Whether anybody has a say in what the host itself sends."""
+    places = [(one.get("hook"), one.get("type")) for one in firewall.chains() if not firewall.is_ours(one["table"])]
+    return any(hook == "output" and kind != "nat" for hook, kind in places) or bool(
+        host.legacy_tables("ip_tables_names")
+    )
 
 
 def is_filtered(bridge: str) -> bool:
