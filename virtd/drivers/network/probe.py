@@ -266,9 +266,9 @@ class Probe:
         """What has packets of ours traced, and tells between which hooks one was lost."""
         chains = [
             _chain(f"{where}_{hook}", hook, priority, [])
-            for hook in ("prerouting", "input", "forward", "postrouting")
-            # Before the last chain that takes it out, which is as good as behind.
-            for where, priority in (("before", FIRST), ("behind", LAST - 1))
+            for hook in ("prerouting", "input", "forward", "output", "postrouting")
+            # After those that have it traced, and before the last that takes it out.
+            for where, priority in (("before", FIRST + 1), ("behind", LAST - 1))
         ]
         for version in (4, 6):
             lines = [f'iifname "{via}" {self._ours(version)} meta nftrace set 1' for via in self._outer]
