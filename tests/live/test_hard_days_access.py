@@ -121,6 +121,8 @@ def test_a_qemu_elsewhere(lab: Lab) -> None:
     lab.sh(
         "mkdir -p /opt/qemu/bin /srv/q; cp $(command -v qemu-system-x86_64) /opt/qemu/bin/qemu; "
         "mkdir /opt/qemu/share; cp -rL /usr/share/qemu /usr/share/seabios /opt/qemu/share; "
+        "for m in /usr/lib/*/qemu; do to=/opt/qemu/${m#/usr/}; test ! -d $m || "
+        "{ mkdir -p $to; cp -r $m/. $to; }; done; "
         "ln -s /opt/qemu/bin/qemu /srv/q/link"
     )
     given(lab, "")

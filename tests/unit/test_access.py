@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -17,9 +17,6 @@ from virtd.drivers.qemu import host as hostinfo
 from virtd.drivers.qemu.host import Account
 from virtd.drivers.qemu.ownership import Given
 from virtd.model.settings import Dnsmasq
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 WHO = Account("vm-web1", "vm-web1", 2013265920, 2013265920, (), own=True)
 NAMELESS = 3999999999
@@ -46,6 +43,14 @@ def test_devices_that_are_not_for_guests(path: str, monkeypatch: pytest.MonkeyPa
     access.require_devices(WHO, **use)
     device(monkeypatch, 0o660, WHO.gid)
     access.require_devices(WHO, **use)
+
+
+def test_virtd_itself_may_open_them() -> None:
+    """By the numbers of the kernel's (linux/miscdevice.h), for a path has to be there: /dev/kvm, /dev/vhost-net."""
+    unit = (Path(__file__).parents[2] / "units/virtd.service").read_text()
+    allowed = {line.removeprefix("DeviceAllow=") for line in unit.splitlines() if line.startswith("DeviceAllow=")}
+    assert "DevicePolicy=closed" in unit
+    assert {"/dev/char/10:232 rw", "/dev/char/10:238 rw", "/dev/net/tun rw"} <= allowed
 
 
 def test_a_qemu_of_somebodys_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
