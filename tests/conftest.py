@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # Who starts the tests in the background (a CI does) may have them ignore these, and what is ignored stays so in every
-# program that is started from here: virtctl would then bear the ^C that a test sends it.
+# program that is started from here: virtdctl would then bear the ^C that a test sends it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for _number in (signal.SIGHUP, signal.SIGQUIT):
     signal.signal(_number, signal.SIG_DFL)

@@ -2,7 +2,7 @@
 """`make demo`: one guest that lives through everything that can happen to its daemon, told while it happens.
 
 Each row of the table is one event: the guest's PID before and after, lines of its console lost and repeated (in the
-log and on an attached `virtctl console`), whether it answered what was typed, how long until the API answered, and
+log and on an attached `virtdctl console`), whether it answered what was typed, how long until the API answered, and
 how many descriptors PID 1 holds. Exit status 1 if a row is bad.
 """
 
@@ -141,7 +141,7 @@ class Demo:
         info = lab.wait("the end on record", lambda: (i := lab.info(GUEST))["exit"] and i, 20)
         tally = check(lab.console(GUEST))
         end = info["exit"]
-        print(f"  virtctl info {GUEST}: {info['state']}, {info['reason']}")
+        print(f"  virtdctl info {GUEST}: {info['state']}, {info['reason']}")
         print(f"  on record: signal {end['signal']}, cause {end['cause']}, at {end['at']}")
         print(f"  its log: lines {tally.first} to {tally.last}; {tally.lost} lost, {tally.repeated} repeated")
         good = end["signal"] == "SIGKILL" and end["cause"] == "killed" and tally.whole and lab.slots() == 0
@@ -178,11 +178,13 @@ def main() -> int:
 def story(lab: Lab, old: str, new: str) -> int:
     lab.write("/root/probe.py", PROBE)
     systemd = lab.sh("systemctl --version").split()[1]
-    virtctl, qemu = lab.sh("virtctl --version").strip(), lab.sh("qemu-system-x86_64 --version").splitlines()[0]
-    say(f"systemd {systemd}, {virtctl}, {qemu}")
+    virtdctl, qemu = lab.sh("virtdctl --version").strip(), lab.sh("qemu-system-x86_64 --version").splitlines()[0]
+    say(f"systemd {systemd}, {virtdctl}, {qemu}")
     lab.define(GUEST, cmdline=f"virtd.rate={RATE}")
-    say(f"virtctl start {GUEST}: a real Linux guest that prints {RATE} numbered lines a second on its serial console")
-    lab.virtctl("start", GUEST)
+    say(
+        f"virtdctl start {GUEST}: a real Linux guest that prints {RATE} numbered lines a second on its serial console"
+    )
+    lab.virtdctl("start", GUEST)
     lab.wait("the guest's console", lambda: check(lab.console(GUEST)).lines > RATE, 120)
     demo = Demo(lab)
     try:

@@ -47,20 +47,20 @@ def steps(block: str) -> list[Step]:
 
 
 def calls(text: str) -> list[str]:
-    """Each call of virtctl in what is typed: its arguments, as text."""
+    """Each call of virtdctl in what is typed: its arguments, as text."""
     return [
         re.sub(r"\s\d*(?:<<|[<>]+&?)\s*\S+", "", called[1])
         for block in blocks(text)
         for step in steps(block)
         for part in re.split(r"\s*(?:\|\|?|&&|;)\s+", step.command.partition("\n")[0])
-        if (called := re.match(r"(?:.*(?: -- |\$\(|\bdo )|sudo (?:-\S+ )*)?virtctl(?: +|$)([^)]*)", part))
+        if (called := re.match(r"(?:.*(?: -- |\$\(|\bdo )|sudo (?:-\S+ )*)?virtdctl(?: +|$)([^)]*)", part))
     ]
 
 
 def mentions(text: str) -> list[str]:
-    """What stands in a sentence as a call of virtctl: `virtctl info` in Markdown, **virtctl info** in a man page."""
+    """The calls of virtdctl in sentences: `virtdctl info` in Markdown, **virtdctl info** in a man page."""
     return [
         " ".join(either.split()[1:])
-        for pair in re.findall(r"`(virtctl\s[^`]+)`|\*\*(virtctl\s[^*]+)\*\*", text)
+        for pair in re.findall(r"`(virtdctl\s[^`]+)`|\*\*(virtdctl\s[^*]+)\*\*", text)
         for either in filter(None, pair)
     ]

@@ -167,12 +167,12 @@ class Lab:
         """Run a shell script in the lab: its output."""
         return self.run("sh", "-c", script, check=check, timeout=timeout).stdout
 
-    def virtctl(self, *arguments: str, check: bool = True, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        return self.run("virtctl", *arguments, check=check, stdin=stdin)
+    def virtdctl(self, *arguments: str, check: bool = True, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        return self.run("virtdctl", *arguments, check=check, stdin=stdin)
 
     def json(self, *arguments: str) -> Any:
-        """What a reading command of virtctl answers."""
-        return json.loads(self.virtctl(*arguments, "--json").stdout)
+        """What a reading command of virtdctl answers."""
+        return json.loads(self.virtdctl(*arguments, "--json").stdout)
 
     def info(self, domain: str) -> dict[str, Any]:
         value: dict[str, Any] = self.json("info", domain)
@@ -182,27 +182,27 @@ class Lab:
         self, name: str, *, memory: str = "96M", cmdline: str = "", more: str = "", start: bool = False
     ) -> None:
         """Define one of the lab's own guests; `cmdline` is added to what its console needs."""
-        self.virtctl("define", "-", stdin=definition(name, memory=memory, cmdline=cmdline, more=more))
+        self.virtdctl("define", "-", stdin=definition(name, memory=memory, cmdline=cmdline, more=more))
         if start:
-            self.virtctl("start", name)
+            self.virtdctl("start", name)
 
     def undefine_all(self) -> None:
         """Stop and forget every domain, container and network, for the next test."""
         self.sh("systemctl start virtd")
         names = [item["name"] for item in self.json("list")]
         for name in names:
-            self.virtctl("stop", name, check=False)
-            self.virtctl("undefine", name, check=False)
+            self.virtdctl("stop", name, check=False)
+            self.virtdctl("undefine", name, check=False)
         for name in self.sh("cd /etc/virtd/lxc 2>/dev/null && ls", check=False).replace(".toml", "").split():
-            self.virtctl("container", "stop", name, check=False)
-            self.virtctl("container", "undefine", name, check=False)
+            self.virtdctl("container", "stop", name, check=False)
+            self.virtdctl("container", "undefine", name, check=False)
         for item in self.json("network", "list"):
-            self.virtctl("network", "stop", "--force", item["name"], check=False)
-            self.virtctl("network", "undefine", item["name"], check=False)
+            self.virtdctl("network", "stop", "--force", item["name"], check=False)
+            self.virtdctl("network", "undefine", item["name"], check=False)
 
     def console(self, domain: str, *, noun: str = "") -> bytes:
         """The whole console log, backups included, oldest first."""
-        command = ["virtctl", *([noun] if noun else []), "log", domain]
+        command = ["virtdctl", *([noun] if noun else []), "log", domain]
         done = subprocess.run([LAB, "exec", self.name, "--", *command], check=False, capture_output=True, timeout=120)
         if done.returncode:
             raise Failed(f"{' '.join(command)}: {done.stderr.decode()}")
@@ -247,11 +247,11 @@ cmdline = "console=ttyS0 quiet {cmdline}"
 
 
 class Attached:
-    """A `virtctl console` that stays attached: what it shows is checked as it comes, and words can be typed."""
+    """A `virtdctl console` that stays attached: what it shows is checked as it comes, and words can be typed."""
 
     def __init__(self, lab: Lab, domain: str, *options: str, noun: str = "") -> None:
         self._process = subprocess.Popen(
-            [LAB, "exec", lab.name, "--", "virtctl", *([noun] if noun else []), "console", domain, *options],
+            [LAB, "exec", lab.name, "--", "virtdctl", *([noun] if noun else []), "console", domain, *options],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         self._checker = Checker(anywhere=True)

@@ -72,7 +72,7 @@ def ours_leaves_theirs(lab: Lab) -> None:
     text = networks.network("nat", 6)
 
     def change() -> None:
-        lab.virtctl("network", "define", "-", stdin=text + FORWARD)
+        lab.virtdctl("network", "define", "-", stdin=text + FORWARD)
         lab.sh("systemctl reload virtd.service")
 
     def gone() -> None:
@@ -84,8 +84,8 @@ def ours_leaves_theirs(lab: Lab) -> None:
         "reload": change,
         "rules deleted and back": gone,
         "restart of virtd": lambda: lab.sh("systemctl restart virtd.service"),
-        "stop": lambda: lab.virtctl("network", "stop", "nat"),
-        "start": lambda: lab.virtctl("network", "start", "nat"),
+        "stop": lambda: lab.virtdctl("network", "stop", "nat"),
+        "start": lambda: lab.virtdctl("network", "start", "nat"),
     }
     for what, step in steps.items():
         step()
@@ -99,7 +99,7 @@ def guests_get_out(lab: Lab) -> None:
     networks.lease(lab, "web1")
     (problem,) = lab.wait("the problem", lambda: problems(lab), 30)
     assert not guest_reaches(lab)
-    say(f"docker drops it, and virtctl says so: {problem['text']}")
+    say(f"docker drops it, and virtdctl says so: {problem['text']}")
     lab.sh(problem["hint"].rstrip("."))
     assert guest_reaches(lab)
     lab.wait("the end of the problem", lambda: not problems(lab), 30)

@@ -2,7 +2,7 @@
 """An hour of ordinary use, in which nothing is wrong: then nobody may be told that something is. `make tidy-hour`.
 
 Guests, a container, a network, a pool, restarts, upgrades and daemon-reloads, again and again, in an order that a
-seed decides; then `virtctl status` has to exit with 0, `fsck` to find nothing, and the journal to have no warning of
+seed decides; then `virtdctl status` has to exit with 0, `fsck` to find nothing, and the journal to have no warning of
 virtd's units but what PID 1 says of itself.
 """
 
@@ -55,40 +55,40 @@ class Host:
         for version in ("0.1.0", "0.1.1"):
             lab.copy(build_rpm(version), f"/root/virtd-{version}.rpm")
         for text in (NETWORK, OTHER):
-            lab.virtctl("network", "define", "-", stdin=text)
-        lab.virtctl("network", "start", "lab")
-        lab.virtctl("pool", "define", "-", stdin=POOL)
-        lab.virtctl("pool", "build", "pool")
-        lab.virtctl("pool", "start", "pool")
-        lab.virtctl("volume", "create", "pool", "disk", "16M")
+            lab.virtdctl("network", "define", "-", stdin=text)
+        lab.virtdctl("network", "start", "lab")
+        lab.virtdctl("pool", "define", "-", stdin=POOL)
+        lab.virtdctl("pool", "build", "pool")
+        lab.virtdctl("pool", "start", "pool")
+        lab.virtdctl("volume", "create", "pool", "disk", "16M")
         for name, text in GUESTS.items():
-            lab.virtctl("define", "-", stdin=text)
-            lab.virtctl("start", name)
+            lab.virtdctl("define", "-", stdin=text)
+            lab.virtdctl("start", name)
             lab.wait_ready(name, timeout=300)
-        lab.virtctl("container", "create", "box", "--image", "/usr/share/virtd-lab/debian.tar.xz")
+        lab.virtdctl("container", "create", "box", "--image", "/usr/share/virtd-lab/debian.tar.xz")
         text = lab.sh("cat /etc/virtd/lxc/box.toml") + '[[nic]]\nnetwork = "lab"\n'
-        lab.virtctl("container", "define", "-", stdin=text)
-        lab.virtctl("container", "start", "box")
+        lab.virtdctl("container", "define", "-", stdin=text)
+        lab.virtdctl("container", "start", "box")
 
     # What people do
 
     def suspend(self) -> None:
-        self.lab.virtctl("suspend", "web1")
-        self.lab.virtctl("resume", "web1")
+        self.lab.virtdctl("suspend", "web1")
+        self.lab.virtdctl("resume", "web1")
 
     def stop(self) -> None:
-        self.lab.virtctl("stop", "web2")
-        self.lab.virtctl("start", "web2")
+        self.lab.virtdctl("stop", "web2")
+        self.lab.virtdctl("start", "web2")
 
     def shut_down(self) -> None:
         boots = self.lab.console("web1").count(b"virtd-lab ready")
-        self.lab.virtctl("shutdown", "--timeout", "300", "web1")
-        self.lab.virtctl("start", "web1")
+        self.lab.virtdctl("shutdown", "--timeout", "300", "web1")
+        self.lab.virtdctl("start", "web1")
         self.lab.wait_ready("web1", boots + 1, 300)
 
     def reboot(self) -> None:
         boots = self.lab.console("web1").count(b"virtd-lab ready")
-        self.lab.virtctl("reboot", "--timeout", "300", "web1")
+        self.lab.virtdctl("reboot", "--timeout", "300", "web1")
         self.lab.wait_ready("web1", boots + 1, 300)
 
     def look(self) -> None:
@@ -97,32 +97,32 @@ class Host:
             ("network", "leases", "lab"), ("pool", "info", "pool"), ("volume", "list", "pool"), ("container", "list"),
             ("console", "--read-only", "--timeout", "1", "web1"),
         ):  # fmt: skip
-            self.lab.virtctl(*words)
+            self.lab.virtdctl(*words)
 
     def contain(self) -> None:
-        self.lab.virtctl("container", "freeze", "box")
-        self.lab.virtctl("container", "thaw", "box")
-        self.lab.virtctl("container", "exec", "-T", "box", "--", "true")
+        self.lab.virtdctl("container", "freeze", "box")
+        self.lab.virtdctl("container", "thaw", "box")
+        self.lab.virtdctl("container", "exec", "-T", "box", "--", "true")
 
     def end_container(self) -> None:
-        self.lab.virtctl("container", self.chance.choice(["stop", "shutdown"]), "box")
-        self.lab.virtctl("container", "start", "box")
+        self.lab.virtdctl("container", self.chance.choice(["stop", "shutdown"]), "box")
+        self.lab.virtdctl("container", "start", "box")
 
     def cycle_network(self) -> None:
-        self.lab.virtctl("network", "start", "other")
-        self.lab.virtctl("network", "define", "-", stdin=OTHER + "dhcp = false\n" * self.chance.randrange(2))
-        self.lab.virtctl("network", "stop", "other")
+        self.lab.virtdctl("network", "start", "other")
+        self.lab.virtdctl("network", "define", "-", stdin=OTHER + "dhcp = false\n" * self.chance.randrange(2))
+        self.lab.virtdctl("network", "stop", "other")
 
     def volumes(self) -> None:
-        self.lab.virtctl("volume", "create", "--format", "qcow2", "pool", "new", "8M")
-        self.lab.virtctl("volume", "clone", "pool", "new", "copy")
-        self.lab.virtctl("volume", "resize", "pool", "copy", "16M")
-        self.lab.virtctl("volume", "delete", "pool", "new", "copy")
+        self.lab.virtdctl("volume", "create", "--format", "qcow2", "pool", "new", "8M")
+        self.lab.virtdctl("volume", "clone", "pool", "new", "copy")
+        self.lab.virtdctl("volume", "resize", "pool", "copy", "16M")
+        self.lab.virtdctl("volume", "delete", "pool", "new", "copy")
 
     def define(self) -> None:
-        self.lab.virtctl("define", "-", stdin=definition("passing"))
-        self.lab.virtctl("autostart", "passing")
-        self.lab.virtctl("undefine", "passing")
+        self.lab.virtdctl("define", "-", stdin=definition("passing"))
+        self.lab.virtdctl("autostart", "passing")
+        self.lab.virtdctl("undefine", "passing")
 
     def restart(self) -> None:
         self.lab.sh("systemctl restart virtd.service")
@@ -163,10 +163,10 @@ def loud(lab: Lab) -> collections.Counter[str]:
 def verdict(lab: Lab) -> list[str]:
     """What somebody was told of, or would be."""
     found = [f"{count} times in the journal: {text}" for text, count in loud(lab).most_common()]
-    status = lab.virtctl("status", check=False)
+    status = lab.virtdctl("status", check=False)
     if status.returncode:
         found.append(f"status exits with {status.returncode}: {status.stdout}{status.stderr}")
-    found += [f"fsck: {one}" for one in json.loads(lab.virtctl("fsck", "--json", check=False).stdout)["differences"]]
+    found += [f"fsck: {one}" for one in json.loads(lab.virtdctl("fsck", "--json", check=False).stdout)["differences"]]
     if failed := lab.sh("systemctl list-units --failed --plain --no-legend 'virtd*'"):
         found.append(f"failed units: {failed}")
     return found

@@ -151,7 +151,7 @@ class Writers:
         if holder and not mine and not force:
             raise errors.Busy(
                 f"The console of {name} is in use by {holder}",
-                hint=f"Watch only: virtctl console --read-only {name}; take it over: virtctl console --force {name}.",
+                hint=f"To watch: virtdctl console --read-only {name}; to take over: virtdctl console --force {name}.",
             )
         if present is not None:
             present.taken_by = by

@@ -262,11 +262,11 @@ class Daemon:
             await self._front_end.start()
             self.host.problems.pop("org.virtd1", None)
             return True
-        except Exception as exc:  # its clients do without then; guests and virtctl don't
+        except Exception as exc:  # its clients do without then; guests and virtdctl don't
             log.exception("org.virtd1 is not served")
             self.host.problems["org.virtd1"] = (
                 f"org.virtd1 is not served on D-Bus: {exc}",
-                "virtctl works all the same. See: systemctl reload dbus.service.",
+                "virtdctl works all the same. See: systemctl reload dbus.service.",
             )
             return False
 
@@ -298,7 +298,7 @@ class Daemon:
                     await self._units_there.wait()
             except TimeoutError:
                 raise errors.HostError(
-                    "systemd can't be reached over D-Bus", hint="See: systemctl status dbus.service; virtctl status."
+                    "systemd can't be reached over D-Bus", hint="See: systemctl status dbus.service; virtdctl status."
                 ) from None
         assert self._units is not None
         return self._units

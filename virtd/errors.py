@@ -23,7 +23,7 @@ Anything else that is raised is a bug and may be loud.
 from __future__ import annotations
 
 TYPE_CHECKING = False
-if TYPE_CHECKING:  # typing itself costs virtctl 3 ms
+if TYPE_CHECKING:  # typing itself costs virtdctl 3 ms
     from typing import ClassVar
 
 

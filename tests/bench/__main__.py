@@ -2,7 +2,7 @@
 """The benchmarks: `make bench`, or python -m tests.bench [--only NAME] [--quick] [--json] [--no-peer].
 
     restart   how long nobody answers after a restart and after a SIGKILL; the slowest of many
-    list      `virtctl list` as a whole process
+    list      `virtdctl list` as a whole process
     start     one guest after another, many at once, QEMU by itself
     memory    the daemon's PSS
     network   networks started and stopped, and their firewall rules applied again

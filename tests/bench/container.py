@@ -70,17 +70,17 @@ class Virtd(Runner):
         mount = '[[mount]]\nsource = "/usr"\ntarget = "/usr"\nreadonly = true\n'
         text = f'name = "{name}"\nrootfs = "{root}"\ncommand = ["/program"]\n{mount}'
         subprocess.run(
-            ["virtctl", "container", "define", "-"], input=text, text=True, check=True, stdout=subprocess.DEVNULL
+            ["virtdctl", "container", "define", "-"], input=text, text=True, check=True, stdout=subprocess.DEVNULL
         )
 
     def start(self, name: str) -> list[str]:
-        return ["virtctl", "container", "start", name]
+        return ["virtdctl", "container", "start", name]
 
     def stop(self, name: str) -> list[str]:
-        return ["virtctl", "container", "stop", name]
+        return ["virtdctl", "container", "stop", name]
 
     def forget(self, name: str) -> None:
-        run(["virtctl", "container", "undefine", name])
+        run(["virtdctl", "container", "undefine", name])
 
 
 class Alone(Runner):
@@ -148,7 +148,7 @@ def measure(peers: list[Peer], *, quick: bool) -> dict[str, Any]:
     # What a command that does nothing takes: Python's start, a call, an answer.
     for _ in range(rounds):
         begun = time.perf_counter()
-        run(["virtctl", "container", "info", "bench-vir"])
+        run(["virtdctl", "container", "info", "bench-vir"])
         asked.append(time.perf_counter() - begun)
     for runner in runners:
         with contextlib.suppress(subprocess.CalledProcessError):

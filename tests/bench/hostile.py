@@ -4,8 +4,9 @@
     python -m tests.bench.hostile [--seconds N] [--processes N] [--kind NAME]... [--guests N] [--json]
 
 Runs inside a lab, by itself. Each flood is so many processes of `nobody` that do one thing as fast as they can; "all"
-ones do a different one each. Beside them root lists over a connection of its own, runs `virtctl list`, and starts and
-stops a guest. The turn "spin" is as many processes that only burn CPU time: what they cost is not the daemon's doing.
+ones do a different one each. Beside them root lists over a connection of its own, runs `virtdctl list`, and starts
+and stops a guest. The turn "spin" is as many processes that only burn CPU time: what they cost isn't the daemon's
+doing.
 """
 
 from __future__ import annotations
@@ -328,20 +329,20 @@ class Root:
     def _command(self) -> None:
         while not self._over.wait(0.25):
             begun = time.perf_counter()
-            done = subprocess.run(["virtctl", "list", "--json"], capture_output=True, text=True)
+            done = subprocess.run(["virtdctl", "list", "--json"], capture_output=True, text=True)
             self.commands.append(time.perf_counter() - begun)
             if done.returncode:
-                self.failed.append(f"virtctl list: {done.stderr.strip()}")
+                self.failed.append(f"virtdctl list: {done.stderr.strip()}")
 
     def _start(self) -> None:
         while not self._over.wait(0.5):
             begun = time.perf_counter()
             for verb in ("start", "stop"):
-                done = subprocess.run(["virtctl", verb, GUEST], capture_output=True, text=True)
+                done = subprocess.run(["virtdctl", verb, GUEST], capture_output=True, text=True)
                 if verb == "start":
                     self.starts.append(time.perf_counter() - begun)
                 if done.returncode:
-                    self.failed.append(f"virtctl {verb}: {done.stderr.strip()}")
+                    self.failed.append(f"virtdctl {verb}: {done.stderr.strip()}")
 
     def _look(self) -> None:
         while not self._over.wait(0.1):
@@ -352,7 +353,7 @@ class Root:
 
 
 def _root_link() -> socket.socket:
-    """As virtctl does it."""
+    """As virtdctl does it."""
     for path in ("/run/virtd/root.sock", SOCKET):
         link = socket.socket(socket.AF_UNIX)
         link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 30, 0))
@@ -418,7 +419,7 @@ def turn(kind: str, processes: int, seconds: float) -> dict[str, Any]:
         after = fds_after = -1
     return {
         "list": spread(root.lists),
-        "virtctl": spread(root.commands),
+        "virtdctl": spread(root.commands),
         "start": spread(root.starts),
         "failed": root.failed[:5] + ([f"and {len(root.failed) - 5} more"] if len(root.failed) > 5 else []),
         "rss": round(root.rss, 1),
@@ -462,8 +463,8 @@ def main() -> int:
         found = results[kind] = turn(kind, options.processes, options.seconds)
         if not options.json:
             print(
-                f"{kind:19} list {found['list']['median']:7} /{found['list']['p99']:7} ms  virtctl "
-                f"{found['virtctl']['median']:7} /{found['virtctl']['p99']:7} ms  starts {found['start']['n']:2} "
+                f"{kind:19} list {found['list']['median']:7} /{found['list']['p99']:7} ms  virtdctl "
+                f"{found['virtdctl']['median']:7} /{found['virtdctl']['p99']:7} ms  starts {found['start']['n']:2} "
                 f"{found['start']['max']:7} ms  RSS {found['rss']:6} -> {found['rss_after']:6} MiB  fds "
                 f"{found['fds']:5} -> {found['fds_after']:4}  CPU {found['cpu']:4}"
                 + ("  KILLED" if found["killed"] else "")

@@ -43,7 +43,7 @@ def measure(peers: list[Peer], *, quick: bool) -> dict[str, Any]:
             for name in names[peer.name]:
                 with contextlib.suppress(subprocess.CalledProcessError):
                     command = (
-                        ["virtctl", "network", "undefine"] if peer.name == "virtd" else ["virsh", "net-undefine"]
+                        ["virtdctl", "network", "undefine"] if peer.name == "virtd" else ["virsh", "net-undefine"]
                     )
                     _run(*command, name)
     medians = {
@@ -63,14 +63,14 @@ def _again(names: list[str]) -> dict[str, float]:
         if time.perf_counter() - begun > PATIENCE:
             raise TimeoutError("the rules don't come back")
         time.sleep(0.01)
-    return {"flushed": time.perf_counter() - flushed, "reload": _timed(["virtctl", "reload"])}
+    return {"flushed": time.perf_counter() - flushed, "reload": _timed(["virtdctl", "reload"])}
 
 
 def _define(peer: Peer, text: str, **values: Any) -> None:
     text = text.format(**values)
     if peer.name == "virtd":
         subprocess.run(
-            ["virtctl", "network", "define", "-"], input=text, text=True, check=True, stdout=subprocess.DEVNULL
+            ["virtdctl", "network", "define", "-"], input=text, text=True, check=True, stdout=subprocess.DEVNULL
         )
         return
     with tempfile.NamedTemporaryFile("w", suffix=".xml") as file:
@@ -80,11 +80,11 @@ def _define(peer: Peer, text: str, **values: Any) -> None:
 
 
 def _start(peer: Peer, name: str) -> list[str]:
-    return ["virtctl", "network", "start", name] if peer.name == "virtd" else ["virsh", "-q", "net-start", name]
+    return ["virtdctl", "network", "start", name] if peer.name == "virtd" else ["virsh", "-q", "net-start", name]
 
 
 def _stop(peer: Peer, name: str) -> list[str]:
-    return ["virtctl", "network", "stop", name] if peer.name == "virtd" else ["virsh", "-q", "net-destroy", name]
+    return ["virtdctl", "network", "stop", name] if peer.name == "virtd" else ["virsh", "-q", "net-destroy", name]
 
 
 def _timed(argv: list[str]) -> float:

@@ -103,7 +103,7 @@ class Peer(ABC):
 
 
 class Virtd(Peer):
-    """Over the Varlink socket, as virtctl does it."""
+    """Over the Varlink socket, as virtdctl does it."""
 
     name = "virtd"
     unit = "virtd.service"
@@ -145,7 +145,7 @@ class Virtd(Peer):
         return {item["name"] for item in self.call("List")["objects"] if item["state"] == "running"}
 
     def command(self, verb: str, *names: str) -> list[list[str]]:
-        return [["virtctl", verb, *names]]
+        return [["virtdctl", verb, *names]]
 
 
 class Libvirt(Peer):

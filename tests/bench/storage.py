@@ -101,9 +101,9 @@ def _prepare(peer: Peer) -> None:
     if peer.name == "virtd":
         text = f'name = "{POOL}"\npath = "{TOP}/virtd"\n'
         subprocess.run(
-            ["virtctl", "pool", "define", "-"], input=text, text=True, check=True, stdout=subprocess.DEVNULL
+            ["virtdctl", "pool", "define", "-"], input=text, text=True, check=True, stdout=subprocess.DEVNULL
         )
-        _run([["virtctl", "pool", "start", POOL]])
+        _run([["virtdctl", "pool", "start", POOL]])
         return
     _run(
         [
@@ -115,7 +115,7 @@ def _prepare(peer: Peer) -> None:
 
 def _forget(peer: Peer) -> None:
     stop, undefine = ("stop", "undefine") if peer.name == "virtd" else ("pool-destroy", "pool-undefine")
-    start = ["virtctl", "pool"] if peer.name == "virtd" else ["virsh", "-q"]
+    start = ["virtdctl", "pool"] if peer.name == "virtd" else ["virsh", "-q"]
     with contextlib.suppress(subprocess.CalledProcessError):
         _run([[*start, stop, POOL], [*start, undefine, POOL]])
 
@@ -125,7 +125,7 @@ def _volume(name: str, **verbs: Callable[[], Command]) -> Callable[[Peer], tuple
 
     def of(peer: Peer) -> tuple[Command, Command]:
         if peer.name == "virtd":
-            return verbs["virtd"](), [["virtctl", "volume", "delete", POOL, name]]
+            return verbs["virtd"](), [["virtdctl", "volume", "delete", POOL, name]]
         return verbs["libvirt"](), [["virsh", "-q", "vol-delete", name, "--pool", POOL]]
 
     return of
@@ -134,7 +134,7 @@ def _volume(name: str, **verbs: Callable[[], Command]) -> Callable[[Peer], tuple
 def _create(peer: Peer, kind: str) -> tuple[Command, Command]:
     return _volume(
         "new",
-        virtd=lambda: [["virtctl", "volume", "create", POOL, "new", "10G", "--format", kind]],
+        virtd=lambda: [["virtdctl", "volume", "create", POOL, "new", "10G", "--format", kind]],
         libvirt=lambda: [["virsh", "-q", "vol-create-as", POOL, "new", "10G", "--format", kind, "--allocation", "0"]],
     )(peer)
 
@@ -142,7 +142,7 @@ def _create(peer: Peer, kind: str) -> tuple[Command, Command]:
 def _clone(peer: Peer, source: str) -> tuple[Command, Command]:
     return _volume(
         "new",
-        virtd=lambda: [["virtctl", "volume", "clone", POOL, source, "new"]],
+        virtd=lambda: [["virtdctl", "volume", "clone", POOL, source, "new"]],
         libvirt=lambda: [["virsh", "-q", "vol-clone", source, "new", "--pool", POOL]],
     )(peer)
 
@@ -150,7 +150,7 @@ def _clone(peer: Peer, source: str) -> tuple[Command, Command]:
 def _upload(peer: Peer, name: str, file: str, size: int) -> tuple[Command, Command]:
     return _volume(
         name,
-        virtd=lambda: [["virtctl", "volume", "upload", POOL, name, file]],
+        virtd=lambda: [["virtdctl", "volume", "upload", POOL, name, file]],
         libvirt=lambda: [
             ["virsh", "-q", "vol-create-as", POOL, name, f"{size}M", "--format", "raw", "--allocation", "0"],
             ["virsh", "-q", "vol-upload", name, file, "--pool", POOL],

@@ -64,7 +64,7 @@ def network(figures: Figures) -> list[str]:
     again = figures["again"]
     back, reloaded = _ms(again["flushed"]), _ms(again["reload"])
     lines += ["", f"virtd, {figures['many']} networks active: rules back {back} ms after nft flush ruleset"]
-    return [*lines, f"virtctl reload with rules that are as they should be: {reloaded} ms"]
+    return [*lines, f"virtdctl reload with rules that are as they should be: {reloaded} ms"]
 
 
 def flood(figures: Figures) -> list[str]:
@@ -117,7 +117,7 @@ def container(figures: Figures) -> list[str]:
     return [
         *lines,
         "",
-        f"virtctl container info, for what of these is virtctl itself: {client} ms",
+        f"virtdctl container info, for what of these is virtdctl itself: {client} ms",
         f"virtd with {one} container {first:.1f} MiB, with {many} {last:.1f}: {each:.0f} KiB for each",
     ]
 

@@ -138,9 +138,9 @@ def network(name: str, third: int, *, more: str = "", head: str = "") -> str:
 
 
 def define(lab: Lab, text: str, *, start: bool = True) -> None:
-    lab.virtctl("network", "define", "-", stdin=text)
+    lab.virtdctl("network", "define", "-", stdin=text)
     if start:
-        lab.virtctl("network", "start", text.partition('"')[2].partition('"')[0])
+        lab.virtdctl("network", "start", text.partition('"')[2].partition('"')[0])
 
 
 def info(lab: Lab, name: str) -> dict[str, Any]:
@@ -156,14 +156,14 @@ def rules(lab: Lab, name: str) -> str:
 def guest(lab: Lab, name: str, network_name: str, mac: str) -> None:
     """Define and start one of the lab's guests in a network."""
     card = f'[[nic]]\nnetwork = "{network_name}"\nmac = "{mac}"\n'
-    lab.virtctl("define", "-", stdin=definition(name, more=card))
-    lab.virtctl("start", name)
+    lab.virtdctl("define", "-", stdin=definition(name, more=card))
+    lab.virtdctl("start", name)
 
 
 def begin(lab: Lab, domain: str, command: str) -> int:
     """Have a guest run a shell command: how many it had ended before."""
     before = lab.console(domain).count(b"sh exit ")
-    lab.virtctl("console", "--timeout", "0", domain, stdin=f"sh {command}\n")
+    lab.virtdctl("console", "--timeout", "0", domain, stdin=f"sh {command}\n")
     return before
 
 

@@ -74,7 +74,7 @@ def lab(booted: Lab, bystander: Bystander) -> Iterator[Lab]:
     yield booted
     undefine_others(booted, bystander.name, "victim")
     if booted.info("victim")["problems"]:
-        booted.virtctl("stop", "victim")
+        booted.virtdctl("stop", "victim")
     bystander.check()
     assert booted.json("status")["problems"] == []
     slots = sum(len(booted.info(item["name"])["slots"]) for item in booted.json("list"))
@@ -87,26 +87,26 @@ def victim(lab: Lab) -> str:
     """A guest that streams, and something is about to be done to it. It goes on to the next test if it lives."""
     if lab.info("victim")["state"] != "running":
         lab.sh("rm -f /var/log/virtd/qemu/victim.*")
-        lab.virtctl("start", "victim")
+        lab.virtdctl("start", "victim")
     return "victim"
 
 
 def started_again(lab: Lab) -> None:
     """The daemon runs, has looked at every unit, and answers."""
-    lab.wait("the daemon's answer", lambda: lab.virtctl("list", check=False).returncode == 0, 20)
+    lab.wait("the daemon's answer", lambda: lab.virtdctl("list", check=False).returncode == 0, 20)
 
 
 def status(lab: Lab) -> dict[str, Any]:
-    """What `virtctl status` says, whose exit status is 1 when there are problems."""
-    value: dict[str, Any] = json.loads(lab.virtctl("status", "--json", check=False).stdout)
+    """What `virtdctl status` says, whose exit status is 1 when there are problems."""
+    value: dict[str, Any] = json.loads(lab.virtdctl("status", "--json", check=False).stdout)
     return value
 
 
 def under_control(lab: Lab, name: str) -> None:
     lab.wait("the monitor", lambda: lab.info(name)["monitor"] == "connected", 20)
-    lab.virtctl("suspend", name)
+    lab.virtdctl("suspend", name)
     assert lab.info(name)["state"] == "paused"
-    lab.virtctl("resume", name)
+    lab.virtdctl("resume", name)
     assert lab.info(name)["state"] == "running"
 
 
@@ -144,25 +144,25 @@ def test_definitions_that_are_wrong(lab: Lab) -> None:
     before = lab.sh(f"ls -la --time-style=full-iso {ETC}"), lab.json("list")
     for what, (text, *said) in BAD.items():
         for options in ((), ("--check",)):
-            done = lab.virtctl("define", *options, "-", stdin=text, check=False)
+            done = lab.virtdctl("define", *options, "-", stdin=text, check=False)
             assert done.returncode == 1, what
             for words in ("<stdin>: ", *said):
                 assert words in done.stderr, (what, done.stderr)
             assert "Traceback" not in done.stderr
     lab.write("/root/wrong.toml", domain(more="vcpus = true"))
-    done = lab.virtctl("define", "/root/wrong.toml", check=False)
+    done = lab.virtdctl("define", "/root/wrong.toml", check=False)
     assert "/root/wrong.toml: vcpus: expected integer, got boolean" in done.stderr
     lab.sh("head -c 2000000 /dev/urandom >/root/wrong.toml")
-    assert lab.virtctl("define", "/root/wrong.toml", check=False).returncode == 1
-    assert lab.virtctl("define", "/nowhere.toml", check=False).returncode == 1
+    assert lab.virtdctl("define", "/root/wrong.toml", check=False).returncode == 1
+    assert lab.virtdctl("define", "/nowhere.toml", check=False).returncode == 1
     assert (lab.sh(f"ls -la --time-style=full-iso {ETC}"), lab.json("list")) == before
 
 
 def test_check_changes_nothing(lab: Lab) -> None:
     before = lab.sh(f"ls -la --time-style=full-iso {ETC}"), lab.json("list")
-    done = lab.virtctl("define", "--check", "-", stdin=domain())
+    done = lab.virtdctl("define", "--check", "-", stdin=domain())
     assert "OK, would define newcomer" in done.stdout
-    done = lab.virtctl("define", "--check", "-", stdin=domain('"bystander"', '"1G"'))
+    done = lab.virtdctl("define", "--check", "-", stdin=domain('"bystander"', '"1G"'))
     assert "OK, would change bystander" in done.stdout
     assert (lab.sh(f"ls -la --time-style=full-iso {ETC}"), lab.json("list")) == before
 
@@ -170,7 +170,7 @@ def test_check_changes_nothing(lab: Lab) -> None:
 def test_the_same_uuid_twice(lab: Lab, bystander: Bystander) -> None:
     taken = lab.info(bystander.name)["uuid"]
     for spelling in (taken, taken.upper(), taken.replace("-", "")):
-        done = lab.virtctl("define", "-", stdin=domain(more=f'uuid = "{spelling}"'), check=False)
+        done = lab.virtdctl("define", "-", stdin=domain(more=f'uuid = "{spelling}"'), check=False)
         assert done.returncode == 1
         assert f"<stdin>: uuid: {taken} is the uuid of domain bystander" in done.stderr
         assert "Leave it out" in done.stderr
@@ -178,9 +178,9 @@ def test_the_same_uuid_twice(lab: Lab, bystander: Bystander) -> None:
 
 
 def test_a_disk_that_is_not_there(lab: Lab) -> None:
-    done = lab.virtctl("define", "-", stdin=domain() + '[[disk]]\npath = "/srv/gone.qcow2"\nformat = "qcow2"\n')
+    done = lab.virtdctl("define", "-", stdin=domain() + '[[disk]]\npath = "/srv/gone.qcow2"\nformat = "qcow2"\n')
     assert "warning: disk[0].path: no such file: /srv/gone.qcow2" in done.stderr
-    done = lab.virtctl("start", "newcomer", check=False)
+    done = lab.virtdctl("start", "newcomer", check=False)
     assert done.returncode == 1
     assert f"{ETC}/newcomer.toml: disk[0].path: no such file: /srv/gone.qcow2" in done.stderr
     info = lab.info("newcomer")
@@ -189,8 +189,8 @@ def test_a_disk_that_is_not_there(lab: Lab) -> None:
 
 
 def test_more_memory_than_the_host_has(lab: Lab) -> None:
-    lab.virtctl("define", "-", stdin=domain(memory='"3T"'))
-    done = lab.virtctl("start", "newcomer", check=False)
+    lab.virtdctl("define", "-", stdin=domain(memory='"3T"'))
+    done = lab.virtdctl("start", "newcomer", check=False)
     assert done.returncode == 1
     assert f"{ETC}/newcomer.toml: memory: expected at most what the host has" in done.stderr
 
@@ -203,8 +203,8 @@ def test_systemd_refuses_the_unit(lab: Lab) -> None:
     refused_start(lab, f"there is a unit {unit} already", f"See: systemctl status {unit}")
     lab.sh(f"systemctl unmask {unit}")
     assert lab.json("fsck")["differences"] == []
-    lab.virtctl("start", "newcomer")
-    lab.virtctl("stop", "newcomer")
+    lab.virtdctl("start", "newcomer")
+    lab.virtdctl("stop", "newcomer")
 
 
 def test_a_unit_of_that_name_is_not_ours(lab: Lab) -> None:
@@ -215,8 +215,8 @@ def test_a_unit_of_that_name_is_not_ours(lab: Lab) -> None:
     refused_start(lab, f"{unit} is still running", f"See: systemctl status {unit}")
     assert lab.sh(f"systemctl show -P MainPID {unit}") == pid
     lab.sh(f"systemctl stop {unit}")
-    lab.virtctl("start", "newcomer")
-    lab.virtctl("stop", "newcomer")
+    lab.virtdctl("start", "newcomer")
+    lab.virtdctl("stop", "newcomer")
 
 
 def test_bad_files_put_there_by_hand(lab: Lab, bystander: Bystander) -> None:
@@ -241,7 +241,7 @@ def test_bad_files_put_there_by_hand(lab: Lab, bystander: Bystander) -> None:
             assert {problem["object"] for problem in problems} == {f"qemu/{name}" for name in bad}
             assert all(f"{ETC}/" in problem["text"] and problem["hint"] for problem in problems), problems
             assert {item["name"] for item in lab.json("list")} == {"bystander", "victim", "good"}
-        text = lab.virtctl("status", check=False)
+        text = lab.virtdctl("status", check=False)
         assert text.returncode == 1
         assert f'qemu/other: {ETC}/other.toml: name: expected "other", as the file is called' in text.stdout
         told = {entry["VIRTD_FILE"] for entry in journal.await_entries(f"MESSAGE_ID={Message.DEFINITION_PROBLEM}")}
@@ -258,12 +258,12 @@ def test_the_running_guests_own_file_is_spoilt(lab: Lab, victim: str) -> None:
     started_again(lab)
     info = lab.info(victim)
     assert (info["pid"], info["state"], info["memory"]) == (pid, "running", 96 << 20)
-    assert lab.virtctl("status", check=False).returncode == 1
+    assert lab.virtdctl("status", check=False).returncode == 1
     under_control(lab, victim)
     lab.write(f"{ETC}/victim.toml", good)
     lab.sh("systemctl reload virtd.service")
-    assert lab.virtctl("status").returncode == 0
-    lab.virtctl("stop", victim)
+    assert lab.virtdctl("status").returncode == 0
+    lab.virtdctl("stop", victim)
 
 
 def test_settings_that_are_wrong(lab: Lab) -> None:
@@ -274,7 +274,7 @@ def test_settings_that_are_wrong(lab: Lab) -> None:
     ):
         with settings(lab, text):
             started_again(lab)
-            shown = lab.virtctl("status", check=False)
+            shown = lab.virtdctl("status", check=False)
             assert shown.returncode == 1
             assert f"/etc/virtd/virtd.toml: {said}" in shown.stdout
 
@@ -328,7 +328,7 @@ def test_records_that_are_spoilt(lab: Lab, victim: str) -> None:
     assert lab.info(victim)["pid"] == pid
     tally = check(lab.console(victim))
     assert tally.whole, (tally.lost, tally.repeated, tally.broken[:3])
-    lab.virtctl("shutdown", victim)
+    lab.virtdctl("shutdown", victim)
     assert lab.info(victim)["exit"]["cause"] == "shutdown"
 
 
@@ -371,7 +371,7 @@ def test_a_store_that_lacks_slots(lab: Lab, victim: str) -> None:
     assert {entry["VIRTD_SLOT"] for entry in journal.await_entries(f"MESSAGE_ID={Message.SLOT_LOST}")} == {
         "qemu/victim/stdin"
     }
-    refused = lab.virtctl("console", victim, check=False)
+    refused = lab.virtdctl("console", victim, check=False)
     assert refused.returncode == 1
     assert "takes no input" in refused.stderr
     before = check(lab.console(victim))
@@ -380,7 +380,7 @@ def test_a_store_that_lacks_slots(lab: Lab, victim: str) -> None:
     # The log was opened again by its path, and is in the store once more.
     lab.wait("the log's slot", lambda: "qemu/victim/console.log" in lab.info(victim)["slots"], 20)
     assert check(lab.console(victim)).whole
-    lab.virtctl("stop", victim)
+    lab.virtdctl("stop", victim)
     assert lab.json("status")["problems"] == []
 
 
@@ -400,11 +400,11 @@ def test_a_store_that_has_slots_nobody_knows(lab: Lab, victim: str) -> None:
     assert [entry["VIRTD_NAME"] for entry in journal.await_entries(f"MESSAGE_ID={Message.ROLLED_BACK}")] == ["ghost"]
     assert {item["name"] for item in lab.json("list")} == {"bystander", "victim"}
     lab.wait("the victim's lines", lambda: check(lab.console(victim)).lines > 20, 60)
-    console = lab.virtctl("console", "--timeout", "2", victim, stdin="echo the-right-pipe\n")
+    console = lab.virtdctl("console", "--timeout", "2", victim, stdin="echo the-right-pipe\n")
     assert "the-right-pipe" in console.stdout
     degraded = "the FD store holds what this version doesn't know: hologram/x/y, nonsense"
     assert lab.json("status")["degraded"] == [degraded]
-    lab.virtctl("stop", victim)
+    lab.virtdctl("stop", victim)
     lab.wait("the slots dropped", lambda: lab.slots() == 5 + 2, 10)
     names = lab.sh("systemd-analyze fdstore virtd.service")
     assert "qemu/ghost" not in names
@@ -419,7 +419,7 @@ def refused_start(lab: Lab, *said: str) -> None:
     """`newcomer` doesn't start, the words say why, and nothing of the try is left."""
     units = "systemctl list-units --all --plain --no-legend 'virtd-qemu-newcomer*'"
     before = lab.slots(), lab.sh(units)
-    done = lab.virtctl("start", "newcomer", check=False)
+    done = lab.virtdctl("start", "newcomer", check=False)
     assert done.returncode == 1
     for words in said:
         assert words in done.stderr, done.stderr
@@ -451,7 +451,7 @@ def test_qemu_that_says_why(lab: Lab) -> None:
         ('machine = "pdp11"', "unsupported machine type"),
         ('cpu = "Z80"', "unable to find CPU model 'Z80'"),
     ):
-        lab.virtctl("define", "-", stdin=domain(more=more))
+        lab.virtdctl("define", "-", stdin=domain(more=more))
         refused_start(lab, "start newcomer: ", said)
 
 
@@ -467,17 +467,17 @@ def test_a_monitor_that_never_answers(lab: Lab) -> None:
 def test_a_qemu_that_stops_answering(lab: Lab, victim: str) -> None:
     pid = lab.info(victim)["pid"]
     lab.sh(f"kill -STOP {pid}")
-    refused = lab.virtctl("suspend", victim, check=False)
+    refused = lab.virtdctl("suspend", victim, check=False)
     assert refused.returncode == 1
     assert "The QEMU monitor of victim didn't answer stop within 5 s" in refused.stderr
     assert [item["state"] for item in lab.json("list")] == ["running", "running"]
     lab.sh(KILL)
     problems = lab.wait("the problem", lambda: status(lab)["problems"], 20)
     assert [problem["object"] for problem in problems] == ["qemu/victim"]
-    assert "virtctl stop victim" in problems[0]["hint"]
+    assert "virtdctl stop victim" in problems[0]["hint"]
     info = lab.info(victim)
     assert (info["pid"], info["state"]) == (pid, "running")
-    lab.virtctl("stop", victim)
+    lab.virtdctl("stop", victim)
     info = lab.info(victim)
     assert (info["state"], info["exit"]["cause"], info["exit"]["signal"]) == ("stopped", "stop", "SIGKILL")
 
@@ -490,7 +490,7 @@ def test_the_budget_refuses_one_guest_too_many(lab: Lab, victim: str) -> None:
     with drop_in(lab, "[Service]\nFileDescriptorStoreMax=12\n"):
         journal = Journal.now(lab)
         assert lab.json("status")["budget"] == {"used": 10, "max": 12, "limited_by": "FileDescriptorStoreMax"}
-        done = lab.virtctl("start", "third", check=False)
+        done = lab.virtdctl("start", "third", check=False)
         assert done.returncode == 1
         assert "10 slots are used" in done.stderr
         assert "FileDescriptorStoreMax=" in done.stderr
@@ -498,4 +498,4 @@ def test_the_budget_refuses_one_guest_too_many(lab: Lab, victim: str) -> None:
         assert (entry["VIRTD_NAME"], entry["VIRTD_USED"], entry["VIRTD_MAX"]) == ("third", "10", "12")
         assert lab.info("third")["state"] == "stopped"
         assert lab.slots() == 10
-    lab.virtctl("start", "third")
+    lab.virtdctl("start", "third")

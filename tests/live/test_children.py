@@ -38,7 +38,7 @@ kernel = "/usr/share/virtd-lab/vmlinuz"
 cmdline = "virtd.rate=4"
 END
 done
-virtctl reload >/dev/null
+virtdctl reload >/dev/null
 """ % (MANY + 1)  # noqa: UP031
 
 
@@ -53,8 +53,8 @@ def children(lab: Lab) -> Iterator[Lab]:
             yield lab
         finally:
             everything = " ".join([*names(), f"child{MANY:03d}", f"child{MANY + 1:03d}"])
-            lab.sh(f"printf '%s\\n' {everything} | xargs -n 8 -P 6 virtctl stop", check=False, timeout=PATIENCE)
-            lab.sh(f"virtctl undefine {everything}", check=False, timeout=PATIENCE)
+            lab.sh(f"printf '%s\\n' {everything} | xargs -n 8 -P 6 virtdctl stop", check=False, timeout=PATIENCE)
+            lab.sh(f"virtdctl undefine {everything}", check=False, timeout=PATIENCE)
 
 
 def names() -> list[str]:
@@ -62,7 +62,7 @@ def names() -> list[str]:
 
 
 def start(lab: Lab, which: list[str]) -> None:
-    lab.sh(f"printf '%s\\n' {' '.join(which)} | xargs -n 5 -P 6 virtctl start", timeout=PATIENCE)
+    lab.sh(f"printf '%s\\n' {' '.join(which)} | xargs -n 5 -P 6 virtdctl start", timeout=PATIENCE)
 
 
 def states(lab: Lab) -> dict[str, tuple[str, int | None]]:
@@ -71,7 +71,7 @@ def states(lab: Lab) -> dict[str, tuple[str, int | None]]:
 
 def connected(lab: Lab) -> None:
     """Until the daemon has compared everything with systemd, and found nothing wrong."""
-    found = lab.wait("the recovery", lambda: lab.virtctl("fsck", "--json", check=False).stdout, 60)
+    found = lab.wait("the recovery", lambda: lab.virtdctl("fsck", "--json", check=False).stdout, 60)
     assert json.loads(found)["differences"] == []
 
 
@@ -132,7 +132,7 @@ def test_many_children_live_through_everything(children: Lab) -> None:
     lab.wait("their slots dropped", lambda: lab.json("status")["budget"]["used"] == 5 * (MANY - len(gone)), 30)
     # What they said last is there, the others went on, and both kinds of consoles still take input.
     for name in (alone[-1], boxed[5]):
-        console = lab.virtctl("console", "--timeout", "3", name, stdin="echo the-right-pipe\n", check=False)
+        console = lab.virtdctl("console", "--timeout", "3", name, stdin="echo the-right-pipe\n", check=False)
         assert "the-right-pipe" in console.stdout
     start(lab, gone)
     lab.sh(KILL)
@@ -150,18 +150,18 @@ def one_too_many(lab: Lab) -> None:
     with drop_in(lab, f"[Service]\nFileDescriptorStoreMax={entries + 1}\n"):
         while (budget := lab.json("status")["budget"])["used"] + 5 <= budget["max"]:
             # Room that is left in a box, when the starts came in another order.
-            lab.virtctl("start", last)
+            lab.virtdctl("start", last)
             used += 5
             last = late
-        done = lab.virtctl("start", late, check=False)
+        done = lab.virtdctl("start", late, check=False)
         assert done.returncode == 1
         assert f"{used} slots are used, and FileDescriptorStoreMax allows" in done.stderr
         assert "set a higher FileDescriptorStoreMax= in the unit" in done.stderr
         # Within the boxes that there are, one may still come for another that goes.
-        lab.virtctl("stop", "child149")
-        lab.virtctl("start", "child149")
+        lab.virtdctl("stop", "child149")
+        lab.virtdctl("start", "child149")
         lab.sh(KILL)
         assert lab.info("child149")["state"] == "running"
-    lab.virtctl("start", late)
+    lab.virtdctl("start", late)
     with pytest.raises(Failed):
-        lab.virtctl("slots", "nobody")
+        lab.virtdctl("slots", "nobody")

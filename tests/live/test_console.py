@@ -35,13 +35,13 @@ def guest(lab: Lab) -> str:
 
 
 class Terminal:
-    """`virtctl console` on a terminal of its own."""
+    """`virtdctl console` on a terminal of its own."""
 
     def __init__(self, lab: Lab, *arguments: str) -> None:
         self.descriptor, other = pty.openpty()
         self.before = termios.tcgetattr(other)
         self.process = subprocess.Popen(
-            [LAB, "exec", lab.name, "--", "virtctl", "console", *arguments], stdin=other, stdout=other, stderr=other
+            [LAB, "exec", lab.name, "--", "virtdctl", "console", *arguments], stdin=other, stdout=other, stderr=other
         )
         self.other = other
         self.shown = b""
@@ -96,14 +96,14 @@ def test_one_writer_and_any_number_of_readers(lab: Lab, guest: str) -> None:
         assert writer.ask("from-the-first")
         readers = [stack.enter_context(attached(lab, guest, "--read-only")) for _ in range(5)]
 
-        refused = lab.virtctl("console", guest, check=False, stdin="echo from-nobody\n")
+        refused = lab.virtdctl("console", guest, check=False, stdin="echo from-nobody\n")
         assert refused.returncode == 1
         assert "in use by root (PID " in refused.stderr
         assert "--force" in refused.stderr
 
         # The writer keeps its place over a restart: the next one is refused by the new daemon too.
         lab.sh(KILL)
-        refused = lab.virtctl("console", guest, check=False, stdin="echo from-nobody\n")
+        refused = lab.virtdctl("console", guest, check=False, stdin="echo from-nobody\n")
         assert "in use by root (PID " in refused.stderr
         assert writer.ask("from-the-first-again")
 
@@ -115,7 +115,7 @@ def test_one_writer_and_any_number_of_readers(lab: Lab, guest: str) -> None:
             assert reader.heard("from-the-second")
         # A place that is given up is free at once.
         second.close()
-    done = lab.virtctl("console", "--timeout", "1", guest, stdin="echo from-the-third\n")
+    done = lab.virtdctl("console", "--timeout", "1", guest, stdin="echo from-the-third\n")
     assert "from-the-third" in done.stdout
     assert b"from-nobody" not in lab.console(guest)
 
@@ -135,7 +135,7 @@ def test_a_word_typed_as_soon_as_the_guest_is_ready(lab: Lab, turn: int) -> None
 
 def test_answers_are_the_first_that_a_new_console_shows(lab: Lab, guest: str) -> None:
     """Ten lines a second: the answer is there before the next one, and a console shows what follows its attaching."""
-    lab.virtctl("console", "--timeout", "0", guest, stdin="lines 10\n")
+    lab.virtdctl("console", "--timeout", "0", guest, stdin="lines 10\n")
     for number in range(10):
         with attached(lab, guest) as console:
             assert console.ask(f"word-{number}"), console.tally.words
@@ -167,13 +167,13 @@ def test_the_end_is_told(lab: Lab, guest: str) -> None:
 
 
 def test_last_lines(lab: Lab, guest: str) -> None:
-    lab.virtctl("console", "--timeout", "1", guest, stdin="lines 1000 100\n")
+    lab.virtdctl("console", "--timeout", "1", guest, stdin="lines 1000 100\n")
     lab.wait("the lines", lambda: b"virtd-lab end 100" in lab.console(guest))
-    assert lab.virtctl("log", "-n", "1", guest).stdout.rstrip() == "virtd-lab end 100"
-    last = lab.virtctl("log", "-n", "11", guest).stdout.splitlines()
+    assert lab.virtdctl("log", "-n", "1", guest).stdout.rstrip() == "virtd-lab end 100"
+    last = lab.virtdctl("log", "-n", "11", guest).stdout.splitlines()
     assert [line.split()[1] for line in last[:10]] == [f"{number:010}" for number in range(91, 101)]
-    assert lab.virtctl("log", "-n", "0", guest).stdout == ""
-    assert lab.virtctl("log", guest).stdout.encode() == lab.console(guest).replace(b"\r\n", b"\n")
+    assert lab.virtdctl("log", "-n", "0", guest).stdout == ""
+    assert lab.virtdctl("log", guest).stdout.encode() == lab.console(guest).replace(b"\r\n", b"\n")
 
 
 def test_following_over_rotations(lab: Lab) -> None:
@@ -181,7 +181,7 @@ def test_following_over_rotations(lab: Lab) -> None:
         lab.define("web1", cmdline="virtd.rate=4000 virtd.lines=12000", start=True)
         checker = Checker()
         killed = 0
-        with spawn(lab, "virtctl", "log", "-f", "-n", "all", "web1") as follower:
+        with spawn(lab, "virtdctl", "log", "-f", "-n", "all", "web1") as follower:
             assert follower.stdout is not None
             while data := os.read(follower.stdout.fileno(), 65536):
                 checker.feed(data)
@@ -202,7 +202,7 @@ def test_following_over_rotations(lab: Lab) -> None:
         whole = check(lab.console("web1"))
         assert (whole.lines, whole.whole) == (12000, True)
         assert lab.sh("stat -c '%U %a' /var/log/virtd/qemu/web1.console.log") == "root 600\n"
-        lab.virtctl("stop", "web1")
+        lab.virtdctl("stop", "web1")
 
 
 def test_as_many_backups_as_asked_for(lab: Lab) -> None:
@@ -214,4 +214,4 @@ def test_as_many_backups_as_asked_for(lab: Lab) -> None:
         kept = check(lab.console("web1"))
         assert kept.last == 6000
         assert (kept.lost, kept.repeated) == (0, 0), "what is left is the end of it, without a hole"
-        lab.virtctl("stop", "web1")
+        lab.virtdctl("stop", "web1")

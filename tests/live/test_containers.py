@@ -58,8 +58,8 @@ END""", timeout=300)  # fmt: skip
 def containers(lab: Lab, root: str) -> Iterator[Containers]:
     yield Containers(lab, root)
     for item in lab.json("container", "list"):
-        lab.virtctl("container", "stop", item["name"], check=False)
-        lab.virtctl("container", "undefine", item["name"], check=False)
+        lab.virtdctl("container", "stop", item["name"], check=False)
+        lab.virtdctl("container", "undefine", item["name"], check=False)
     assert lab.sh("systemctl list-units --all --plain --no-legend 'virtd-lxc-*.service'") == ""
     assert lab.sh("ls /run/virtd/lxc") == ""
     lab.sh("rm -f /var/log/virtd/lxc/*")
@@ -72,9 +72,9 @@ class Containers:
 
     def define(self, name: str, more: str = "", *, start: bool = True, root: str = "") -> None:
         text = f'name = "{name}"\nrootfs = "{root or self.root}"\n{more}'
-        self.lab.virtctl("container", "define", "-", stdin=text)
+        self.lab.virtdctl("container", "define", "-", stdin=text)
         if start:
-            self.lab.virtctl("container", "start", name)
+            self.lab.virtdctl("container", "start", name)
 
     def info(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = self.lab.json("container", "info", name)
@@ -84,7 +84,7 @@ class Containers:
         return str(self.info(name)["state"])
 
     def log(self, name: str) -> bytes:
-        argv = [LAB, "exec", self.lab.name, "--", "virtctl", "container", "log", name]
+        argv = [LAB, "exec", self.lab.name, "--", "virtdctl", "container", "log", name]
         return subprocess.run(argv, check=True, capture_output=True, timeout=120).stdout
 
     def said(self, name: str, word: bytes, count: int = 1) -> None:
@@ -97,7 +97,7 @@ class Containers:
     def refused(self, name: str, more: str = "", *, root: str = "") -> str:
         """What start says of a definition that can't be started."""
         self.define(name, more, start=False, root=root)
-        done = self.lab.virtctl("container", "start", name, check=False)
+        done = self.lab.virtdctl("container", "start", name, check=False)
         assert done.returncode == 1
         assert self.state(name) == "stopped"
         return done.stderr
@@ -127,7 +127,7 @@ def test_lxc_takes_as_many_connections_as_anybody_makes(containers: Containers) 
     with spawn(lab, "python3", "-c", crowd) as client:
         assert client.stdout is not None
         assert client.stdout.readline() == "crowded\n"
-        lab.virtctl("container", "exec", "crowded", "true")
+        lab.virtdctl("container", "exec", "crowded", "true")
         client.communicate("", timeout=60)
     assert containers.state("crowded") == "running"
 
@@ -149,24 +149,24 @@ def test_a_full_systemd_boots_to_its_login_prompt_and_shuts_down(containers: Con
     assert containers.state("deb") == "paused"
     lab.sh("systemctl restart virtd")
     assert (containers.state("deb"), containers.info("deb")["pid"]) == ("paused", info["pid"])
-    lab.virtctl("container", "thaw", "deb")
+    lab.virtdctl("container", "thaw", "deb")
     assert containers.state("deb") == "running"
 
     unit = info["unit"], lab.sh("systemctl show -P MainPID virtd-lxc-deb.service")
-    lab.virtctl("container", "reboot", "deb")
+    lab.virtdctl("container", "reboot", "deb")
     again = containers.info("deb")
     assert (again["uuid"], again["unit"]) == (info["uuid"], info["unit"])
     assert again["pid"] != info["pid"]
     containers.said("deb", b"login:", 2)
-    lab.virtctl("container", "freeze", "deb")
+    lab.virtdctl("container", "freeze", "deb")
     assert containers.state("deb") == "paused"
-    lab.virtctl("container", "thaw", "deb")
+    lab.virtdctl("container", "thaw", "deb")
     lab.sh(f"kill -s RTMIN+5 {again['pid']}")
     lab.wait("another first process", lambda: containers.info("deb")["pid"] not in (None, again["pid"]))
     containers.said("deb", b"login:", 3)
     assert unit == (containers.info("deb")["unit"], lab.sh("systemctl show -P MainPID virtd-lxc-deb.service"))
 
-    lab.virtctl("container", "shutdown", "deb")
+    lab.virtdctl("container", "shutdown", "deb")
     end = containers.info("deb")
     assert (end["state"], end["exit"]["cause"], end["exit"]["by"]) == ("stopped", "shutdown", "root")
     assert b"Reached target" in containers.log("deb").split(b"login:")[-1]
@@ -178,9 +178,9 @@ def test_a_login_on_the_console(containers: Containers) -> None:
     containers.said("deb", b"login:")
     typed = "root\necho the answer is $((6 * 7)) on $(tty)\nexit\n"
     lab = containers.lab
-    lab.virtctl("container", "console", "--timeout", "1", "deb", stdin="root\n")
+    lab.virtdctl("container", "console", "--timeout", "1", "deb", stdin="root\n")
     containers.said("deb", b"#")
-    lab.virtctl("container", "console", "--timeout", "2", "deb", stdin=typed.partition("\n")[2])
+    lab.virtdctl("container", "console", "--timeout", "2", "deb", stdin=typed.partition("\n")[2])
     containers.said("deb", b"the answer is 42 on /dev/console")
 
 
@@ -211,12 +211,12 @@ def test_how_it_ended_is_on_record(containers: Containers) -> None:
     }
     assert seen["monitor"]["exit"]["signal"] == "SIGKILL"
     # 252 has problems to tell: it has dropped the pipes of what runs on.
-    since = json.loads(lab.virtctl("status", "--json", check=not FORGETS).stdout)["since"]
+    since = json.loads(lab.virtdctl("status", "--json", check=not FORGETS).stdout)["since"]
     assert seen["away"]["exit"]["at"] < since
     if FORGETS:  # with LXC's log it has lost what tells of a signal
-        lab.virtctl("container", "stop", "killed")
-        lab.virtctl("container", "start", "killed")
-    lab.virtctl("container", "kill", "-s", "KILL", "killed")
+        lab.virtdctl("container", "stop", "killed")
+        lab.virtdctl("container", "start", "killed")
+    lab.virtdctl("container", "kill", "-s", "KILL", "killed")
     end = containers.ended("killed")
     assert (end["exit"]["cause"], end["exit"]["signal"], end["exit"]["by"]) == ("killed", "SIGKILL", "root")
     assert lab.sh("pgrep -x sleep", check=False) == ""
@@ -238,7 +238,7 @@ def test_no_byte_of_a_console_is_lost(containers: Containers) -> None:
     while time.monotonic() < deadline and containers.state("flood") in ("starting", "running", "stopping"):
         lab.sh("sleep 0.2; systemctl kill -s KILL virtd.service", check=False)
         kills += 1
-        lab.wait("the daemon", lambda: lab.virtctl("status", check=False).returncode != 3)
+        lab.wait("the daemon", lambda: lab.virtdctl("status", check=False).returncode != 3)
     containers.ended("flood")
     tally = check(containers.log("flood"))
     assert kills >= 3, containers.info("flood")
@@ -251,7 +251,7 @@ def test_a_command_without_a_terminal(containers: Containers) -> None:
     containers.define(
         "pipe", 'terminal = false\ncommand = ["sh", "-c", "tty; read a; echo got $a; echo wrong >&2"]\n'
     )
-    lab.virtctl("container", "console", "--timeout", "1", "pipe", stdin="hello\n")
+    lab.virtdctl("container", "console", "--timeout", "1", "pipe", stdin="hello\n")
     assert containers.ended("pipe")["exit"]["cause"] == "exited"
     assert containers.log("pipe") == b"not a tty\ngot hello\nwrong\n"
 
@@ -269,16 +269,16 @@ def test_what_it_survives(containers: Containers) -> None:
         "systemctl daemon-reexec",
     ):
         lab.sh(event)
-        lab.wait("the daemon", lambda: lab.virtctl("status", check=False).returncode != 3)
+        lab.wait("the daemon", lambda: lab.virtdctl("status", check=False).returncode != 3)
         assert (containers.state("deb"), containers.info("deb")["pid"]) == ("running", pid), event
-    lab.virtctl("container", "console", "--timeout", "1", "deb", stdin="root\n")
+    lab.virtdctl("container", "console", "--timeout", "1", "deb", stdin="root\n")
     containers.said("deb", b"#")
     assert containers.info("deb")["pid"] == pid
 
 
 @pytest.mark.skipif(not FORGETS, reason="systemd from 254 on keeps the store")
 def test_a_stop_of_the_service_costs_the_console_only(containers: Containers) -> None:
-    """On systemd 252, and `virtctl status` says so: what runs in it runs on, and is obeyed and started again."""
+    """On systemd 252, and `virtdctl status` says so: what runs in it runs on, and is obeyed and started again."""
     lab = containers.lab
     containers.define("deb")
     talks = "while :; do echo still here; sleep 0.1; done"
@@ -286,23 +286,23 @@ def test_a_stop_of_the_service_costs_the_console_only(containers: Containers) ->
     containers.said("deb", b"login:")
     pid = containers.info("deb")["pid"]
     lab.sh("systemctl stop virtd.socket virtd.service; systemctl start virtd.socket virtd.service")
-    lab.wait("the daemon", lambda: lab.virtctl("status", check=False).returncode != 3)
+    lab.wait("the daemon", lambda: lab.virtdctl("status", check=False).returncode != 3)
     assert (containers.state("deb"), containers.info("deb")["pid"]) == ("running", pid)
     # Its terminal isn't hung up, though nobody reads it.
     lab.sh("sleep 1")
     assert containers.state("talks") == "running"
-    told = lab.virtctl("status", check=False)
+    told = lab.virtdctl("status", check=False)
     assert told.returncode == 1
     assert "older than 254" in told.stdout
     assert "lxc/deb/stdin" in told.stdout
-    refused = lab.virtctl("container", "console", "deb", check=False)
+    refused = lab.virtdctl("container", "console", "deb", check=False)
     assert "takes no input" in refused.stderr
-    assert lab.virtctl("container", "exec", "deb", "--", "echo", "well").stdout == "well\n"
-    lab.virtctl("container", "shutdown", "deb")
+    assert lab.virtdctl("container", "exec", "deb", "--", "echo", "well").stdout == "well\n"
+    lab.virtdctl("container", "shutdown", "deb")
     assert containers.info("deb")["exit"]["cause"] == "shutdown"
-    lab.virtctl("container", "stop", "talks")
+    lab.virtdctl("container", "stop", "talks")
     count = containers.log("deb").count(b"login:")
-    lab.virtctl("container", "start", "deb")
+    lab.virtdctl("container", "start", "deb")
     containers.said("deb", b"login:", count + 1)
     assert lab.json("status")["problems"] == []
 
@@ -312,14 +312,14 @@ def test_an_upgrade_of_the_package(containers: Containers, packages: dict[str, P
     lab = containers.lab
     for version, path in packages.items():
         lab.copy(path, f"/root/virtd-{version}.rpm")
-    lab.virtctl("network", "define", "default")
+    lab.virtdctl("network", "define", "default")
     try:
         containers.define("deb", '[[nic]]\nnetwork = "default"\n')
         containers.said("deb", b"login:")
         slow = f'{LINES.replace("COUNT", "1000000")} | while read -r line; do echo "$line"; sleep 0.01; done'
         inside = ("container", "exec", "deb", "--")
-        lab.virtctl(*inside, "ip", "address", "add", "192.0.2.7/24", "dev", "eth0")
-        lab.virtctl(*inside, "systemd-run", "-q", "--unit=lines", "sh", "-c", f"(echo; {slow}) >/dev/console")
+        lab.virtdctl(*inside, "ip", "address", "add", "192.0.2.7/24", "dev", "eth0")
+        lab.virtdctl(*inside, "systemd-run", "-q", "--unit=lines", "sh", "-c", f"(echo; {slow}) >/dev/console")
         before = lab.wait("lines", lambda: check(containers.log("deb")).lines > 50 and containers.info("deb"), 60)
         for version, options in (("0.1.1", ""), ("0.1.0", "--oldpackage")):
             last = check(containers.log("deb")).last
@@ -330,13 +330,13 @@ def test_an_upgrade_of_the_package(containers: Containers, packages: dict[str, P
             assert set(before["addresses"]) <= set(info["addresses"])
             assert "192.0.2.7" in info["addresses"]
             lab.wait("more lines", lambda last=last: check(containers.log("deb")).last > last + 50, 60)
-        lab.virtctl(*inside, "systemctl", "stop", "lines")
+        lab.virtdctl(*inside, "systemctl", "stop", "lines")
         tally = check(containers.log("deb"))
         assert (tally.first, tally.lost, tally.repeated, tally.broken) == (1, 0, 0, [])
     finally:
-        lab.virtctl("container", "stop", "deb", check=False)
-        lab.virtctl("network", "stop", "--force", "default", check=False)
-        lab.virtctl("network", "undefine", "default", check=False)
+        lab.virtdctl("container", "stop", "deb", check=False)
+        lab.virtdctl("network", "stop", "--force", "default", check=False)
+        lab.virtdctl("network", "undefine", "default", check=False)
 
 
 LOOPS = """set -e
@@ -351,16 +351,16 @@ def with_volume(lab: Lab) -> None:
     make = small.MAKE.replace(small.ROOT, "/srv/image").replace(f"chown -hR {small.FIRST}:{small.FIRST} .", "")
     lab.run("sh", "-c", make, stdin=small.PROGRAM)
     lab.sh(f"{LOOPS}mkdir -p /srv/volumes")
-    lab.virtctl("pool", "define", "-", stdin='name = "roots"\ntype = "directory"\npath = "/srv/volumes"\n')
-    lab.virtctl("pool", "start", "roots", check=False)
-    lab.virtctl("volume", "create", "roots", "one", "32M")
+    lab.virtdctl("pool", "define", "-", stdin='name = "roots"\ntype = "directory"\npath = "/srv/volumes"\n')
+    lab.virtdctl("pool", "start", "roots", check=False)
+    lab.virtdctl("volume", "create", "roots", "one", "32M")
 
 
 def without_volume(lab: Lab) -> None:
-    lab.virtctl("container", "undefine", "vol", check=False)
-    lab.virtctl("volume", "delete", "roots", "one", check=False)
-    lab.virtctl("pool", "stop", "roots", check=False)
-    lab.virtctl("pool", "undefine", "roots", check=False)
+    lab.virtdctl("container", "undefine", "vol", check=False)
+    lab.virtdctl("volume", "delete", "roots", "one", check=False)
+    lab.virtdctl("pool", "stop", "roots", check=False)
+    lab.virtdctl("pool", "undefine", "roots", check=False)
     lab.sh("rm -rf /srv/volumes /srv/image")
 
 
@@ -374,56 +374,56 @@ def test_it_lives_through_a_soft_reboot(containers: Containers) -> None:
     mount of a volume that is a root.
     """
     lab = containers.lab
-    lab.virtctl("network", "define", "default")
+    lab.virtdctl("network", "define", "default")
     names = ("deb", "flood", "vol")
     try:
         with_volume(lab)
         lab.sh("mkfs.ext4 -q -F -d /srv/image /srv/volumes/one")
-        lab.virtctl("container", "define", "-", stdin=VOLUME)
-        lab.virtctl("container", "start", "vol")
+        lab.virtdctl("container", "define", "-", stdin=VOLUME)
+        lab.virtdctl("container", "start", "vol")
         containers.define("deb", '[[nic]]\nnetwork = "default"\n')
         slow = f'{LINES.replace("COUNT", "1000000")} | while read -r line; do echo "$line"; sleep 0.01; done'
         containers.define("flood", f"command = {json.dumps(['sh', '-c', slow])}\n")
         containers.said("deb", b"login:")
-        lab.virtctl("container", "exec", "deb", "--", "systemd-run", "-q", "--unit=churn", "sh", "-c", CHURN)
-        lab.virtctl("container", "exec", "deb", "--", "ip", "address", "add", "192.0.2.7/24", "dev", "eth0")
+        lab.virtdctl("container", "exec", "deb", "--", "systemd-run", "-q", "--unit=churn", "sh", "-c", CHURN)
+        lab.virtdctl("container", "exec", "deb", "--", "ip", "address", "add", "192.0.2.7/24", "dev", "eth0")
         lab.wait(
             "churn",
             lambda: (
-                lab.virtctl("container", "exec", "deb", "--", "test", "-s", "/run/churned", check=False).returncode
+                lab.virtdctl("container", "exec", "deb", "--", "test", "-s", "/run/churned", check=False).returncode
                 == 0
             ),
         )
         before = {name: containers.info(name) for name in names}
-        main = lab.virtctl("container", "exec", "deb", "--", "systemctl", "show", "-P", "MainPID", "churn").stdout
+        main = lab.virtdctl("container", "exec", "deb", "--", "systemctl", "show", "-P", "MainPID", "churn").stdout
         lab.soft_reboot()
         after = {name: containers.info(name) for name in names}
         for name, info in after.items():
             assert (info["state"], info["pid"]) == ("running", before[name]["pid"]), info
         assert "192.0.2.7" in after["deb"]["addresses"]
         assert set(before["deb"]["addresses"]) <= set(after["deb"]["addresses"])
-        now = lab.virtctl("container", "exec", "deb", "--", "systemctl", "show", "-P", "MainPID", "churn").stdout
+        now = lab.virtdctl("container", "exec", "deb", "--", "systemctl", "show", "-P", "MainPID", "churn").stdout
         assert now == main != "0\n"
-        failed = lab.virtctl("container", "exec", "deb", "--", "systemctl", "list-units", "--failed", "--no-legend")
+        failed = lab.virtdctl("container", "exec", "deb", "--", "systemctl", "list-units", "--failed", "--no-legend")
         assert failed.stdout == ""
         last = check(containers.log("flood")).last
         lab.wait("more lines", lambda: check(containers.log("flood")).last > last + 50, 60)
         tally = check(containers.log("flood"))
         assert (tally.first, tally.lost, tally.repeated, tally.broken) == (1, 0, 0, [])
-        lab.virtctl("container", "console", "--timeout", "1", "deb", stdin="root\n")
+        lab.virtdctl("container", "console", "--timeout", "1", "deb", stdin="root\n")
         containers.said("deb", b"#")
         assert lab.json("status")["problems"] == []
         last = check(containers.log("vol")).last
         lab.wait("more of the volume's", lambda: check(containers.log("vol")).last > last, 60)
         assert lab.sh("findmnt -n -o FSTYPE /run/virtd/lxc/.roots/vol").strip() == "ext4"
-        lab.virtctl("container", "stop", "vol")
+        lab.virtdctl("container", "stop", "vol")
         assert lab.sh("findmnt -n /run/virtd/lxc/.roots/vol; losetup -j /srv/volumes/one", check=False) == ""
     finally:
         for name in names:
-            lab.virtctl("container", "stop", name, check=False)
+            lab.virtdctl("container", "stop", name, check=False)
         without_volume(lab)
-        lab.virtctl("network", "stop", "--force", "default", check=False)
-        lab.virtctl("network", "undefine", "default", check=False)
+        lab.virtdctl("network", "stop", "--force", "default", check=False)
+        lab.virtdctl("network", "undefine", "default", check=False)
 
 
 def test_the_shutdown_of_its_unit_asks_it(containers: Containers) -> None:
@@ -432,7 +432,7 @@ def test_the_shutdown_of_its_unit_asks_it(containers: Containers) -> None:
     containers.define("deb")
     containers.said("deb", b"login:")
     # Frozen, too: it was waited for a minute, and killed.
-    lab.virtctl("container", "freeze", "deb")
+    lab.virtdctl("container", "freeze", "deb")
     lab.sh("systemctl stop virtd.socket virtd.service; systemctl stop virtd-lxc-deb.service")
     lab.sh("systemctl start virtd.socket virtd.service")
     end = containers.ended("deb")
@@ -451,7 +451,7 @@ def test_bad_input_is_refused_before_anything_starts(containers: Containers) -> 
     assert "to whom" in containers.refused("f", f"[idmap]\nfirst = {FIRST + 65536}\n")
     for text, key in (("[idmap]\nfirst = 100000\n", "idmap"), ('[limits]\nmemory = "much"\n', "limits.memory")):
         wrong = f'name = "g"\nrootfs = "{containers.root}"\n{text}'
-        done = lab.virtctl("container", "define", "-", stdin=wrong, check=False)
+        done = lab.virtdctl("container", "define", "-", stdin=wrong, check=False)
         assert done.returncode == 1
         assert f"<stdin>: {key}: expected" in done.stderr
     # The lab's own file system has no idmapped mounts.
@@ -459,8 +459,8 @@ def test_bad_input_is_refused_before_anything_starts(containers: Containers) -> 
         f"chown -hR {small.FIRST}:{small.FIRST} .", ""), stdin=small.PROGRAM)  # fmt: skip
     said = containers.refused("h", f'command = ["/brief"]\n{MINI}', root="/var/lib/virtd/containers/roots")
     assert "no idmapped mounts" in said
-    assert "virtctl container create NEW --image /var/lib/virtd/containers/roots" in said
-    lab.virtctl("container", "undefine", "h")
+    assert "virtdctl container create NEW --image /var/lib/virtd/containers/roots" in said
+    lab.virtdctl("container", "undefine", "h")
     lab.sh("rm -rf /var/lib/virtd/containers/roots")
     assert [item["name"] for item in lab.json("container", "list")] == list("abcdef")
     assert lab.sh("ls /run/virtd/lxc") == ""
@@ -506,7 +506,7 @@ def test_what_its_root_cannot_do(containers: Containers) -> None:
         "while ! test -s /monitor; do sleep 0.1; done; read m </monitor\n" + script.replace("MONITOR", "$m"),
     )
     lab.sh(f"chown {FIRST}:{FIRST} {ROOT}/escape; rm -f {ROOT}/monitor")
-    lab.virtctl("container", "start", "jail")
+    lab.virtdctl("container", "start", "jail")
     lab.sh(f"systemctl show -P MainPID virtd-lxc-jail.service >{ROOT}/monitor; chmod 644 {ROOT}/monitor")
     containers.said("jail", b"done")
     said = containers.log("jail").decode().splitlines()
@@ -538,7 +538,7 @@ def test_a_command_in_it(containers: Containers) -> None:
 
     def run(script: str, *options: str, stdin: str = "") -> tuple[int, str, str]:
         argv = ("container", "exec", *options, "box", "--", "sh", "-c", script)
-        done = lab.virtctl(*argv, stdin=stdin, check=False)
+        done = lab.virtdctl(*argv, stdin=stdin, check=False)
         return done.returncode, done.stdout, done.stderr
 
     assert run("echo out; echo err >&2; exit 5") == (5, "out\n", "err\n")
@@ -547,20 +547,20 @@ def test_a_command_in_it(containers: Containers) -> None:
     assert run("echo $A", "-e", "A=b c") == (0, "b c\n", "")
     # What it has left in the background goes on talking; who reads lines in a loop keeps them.
     assert run("(while :; do date; sleep 0.1; done) & exit 3", "-T")[0] == 3
-    loop = "printf 'a\\nb\\n' | while read -r x; do echo $x; virtctl container exec -n box -- cat; done"
+    loop = "printf 'a\\nb\\n' | while read -r x; do echo $x; virtdctl container exec -n box -- cat; done"
     assert lab.sh(loop).split() == ["a", "b"]
     lab.sh("(until systemctl list-units --plain --no-legend 'virtd-exec-*' | grep -q running; do sleep 0.1; done; "
            "sleep 0.5; systemctl kill -s KILL virtd) >/dev/null 2>&1 &")  # fmt: skip
     assert run("sleep 4; echo survived; exit 3") == (3, "survived\n", "")
     signalled = lab.run(
         "bash", "-c",
-        "virtctl container exec box -- "
+        "virtdctl container exec box -- "
         "sh -c 'trap \"echo got; exit 9\" TERM; echo on; while :; do sleep 0.1; done' >/tmp/o &"
         "until grep -q on /tmp/o; do sleep 0.1; done; kill -TERM $!; wait $!; echo $?; cat /tmp/o",
     )  # fmt: skip
     assert signalled.stdout.split() == ["9", "on", "got"]
     terminal = lab.run(
-        "script", "-qec", "virtctl container exec -t box -- sh -c 'tty; exit 4'", "/dev/null", check=False
+        "script", "-qec", "virtdctl container exec -t box -- sh -c 'tty; exit 4'", "/dev/null", check=False
     )
     assert "/dev/pts/" in terminal.stdout
     assert terminal.returncode == 4
@@ -571,17 +571,17 @@ def test_create_from_an_archive_and_from_a_directory(containers: Containers) -> 
     """Each gets IDs of its own; what can't be made leaves nothing; what was made boots."""
     lab = containers.lab
     try:
-        lab.virtctl("container", "create", "made", "--image", "/usr/share/virtd-lab/debian.tar.xz")
-        text = lab.virtctl("container", "dump", "made").stdout
+        lab.virtdctl("container", "create", "made", "--image", "/usr/share/virtd-lab/debian.tar.xz")
+        text = lab.virtdctl("container", "dump", "made").stdout
         first = int(re.search(r"first = (\d+)", text)[1])  # type: ignore[index]
         assert first != FIRST
         assert lab.sh("stat -c %u:%g /var/lib/virtd/containers/made/usr").strip() == f"{first}:{first}"
         assert lab.sh("cat /var/lib/virtd/containers/made/etc/hostname").strip() == "made"
-        lab.virtctl("container", "start", "made")
+        lab.virtdctl("container", "start", "made")
         containers.said("made", b"made login:")
         lab.sh("mkdir -p /srv/image/usr/bin && cp /usr/share/virtd-lab/vmlinuz /srv/image/usr/bin/init")
-        lab.virtctl("container", "create", "copied", "--image", "/srv/image")
-        assert f"first = {first}" not in lab.virtctl("container", "dump", "copied").stdout
+        lab.virtdctl("container", "create", "copied", "--image", "/srv/image")
+        assert f"first = {first}" not in lab.virtdctl("container", "dump", "copied").stdout
         lab.sh("cmp /usr/share/virtd-lab/vmlinuz /var/lib/virtd/containers/copied/usr/bin/init")
         lab.sh("head -c 100000 /usr/share/virtd-lab/debian.tar.xz >/srv/broken.tar.xz; mkdir -p /srv/none")
         for name, image in (
@@ -590,13 +590,13 @@ def test_create_from_an_archive_and_from_a_directory(containers: Containers) -> 
             ("gone", "/srv/gone"),
             ("made", "/srv"),
         ):
-            done = lab.virtctl("container", "create", name, "--image", image, check=False)
+            done = lab.virtdctl("container", "create", name, "--image", image, check=False)
             assert done.returncode != 0, name
             assert done.stderr.startswith(f"Failed to create {name}: "), done.stderr
         assert [item["name"] for item in lab.json("container", "list")] == ["copied", "made"]
         assert lab.sh("ls -A /var/lib/virtd/containers").split() == ["base", "copied", "made"]
     finally:
-        lab.virtctl("container", "stop", "made", check=False)
+        lab.virtdctl("container", "stop", "made", check=False)
         lab.sh("rm -rf /var/lib/virtd/containers/made /var/lib/virtd/containers/copied")
 
 
@@ -637,7 +637,7 @@ def test_archives_from_anywhere(containers: Containers) -> None:
         truncate -s 64M /srv/small.img && mkfs.ext4 -q -F /srv/small.img && mkdir -p /srv/small
         mount -o loop /srv/small.img /srv/small; echo outside >/srv/outside; mkfifo /srv/fifo.tar""")
     try:
-        lab.virtctl("container", "create", "hostile", "--image", "/srv/hostile.tar")
+        lab.virtdctl("container", "create", "hostile", "--image", "/srv/hostile.tar")
         made = "/var/lib/virtd/containers/hostile"
         first = int(lab.sh(f"stat -c %u {made}"))
         assert lab.sh(f"cat {made}/etc/hostname").strip() == "hostile"
@@ -649,12 +649,12 @@ def test_archives_from_anywhere(containers: Containers) -> None:
             ("deep", "/srv/deep.tar", "Failed to create deep"),
             ("waits", "/srv/fifo.tar", "a FIFO, not a regular file"),
         ):
-            done = lab.virtctl("container", "create", name, "--image", image, check=False)
+            done = lab.virtdctl("container", "create", name, "--image", image, check=False)
             assert done.returncode == 1, name
             assert words in done.stderr
         lab.sh("printf '[lxc]\\ndirectory = \"/srv/small\"\\n' >/etc/virtd/virtd.toml; chmod 700 /srv/small")
         lab.sh("systemctl restart virtd")
-        done = lab.virtctl("container", "create", "bomb", "--image", "/srv/bomb.tar.xz", check=False)
+        done = lab.virtdctl("container", "create", "bomb", "--image", "/srv/bomb.tar.xz", check=False)
         assert "fill the disk" in done.stderr or "No space left" in done.stderr
         assert lab.sh("ls -A /srv/small").split() == ["lost+found"]
         assert lab.sh("ls -A /var/lib/virtd/containers").split() == ["base", "hostile"]
@@ -671,13 +671,13 @@ def test_how_exposed_its_units_are(containers: Containers) -> None:
     """
     lab = containers.lab
     containers.define("box", 'command = ["sleep", "600"]\n')
-    lab.sh("virtctl container exec box -- sleep 600 </dev/null >/dev/null 2>&1 & exit 0")
+    lab.sh("virtdctl container exec box -- sleep 600 </dev/null >/dev/null 2>&1 & exit 0")
     lab.wait("the command", lambda: lab.sh("systemctl list-units --plain --no-legend 'virtd-exec-*'"))
     (entering,) = [line.split()[0] for line in lab.sh(
         "systemctl list-units --plain --no-legend 'virtd-exec-*'").splitlines()]  # fmt: skip
     for unit, most in (("virtd-lxc-box.service", 68), (entering, 68)):
         lab.sh(f"systemd-analyze security --no-pager --threshold={most} {unit} >&2")
-    lab.sh("virtctl container create made --image /usr/share/virtd-lab/debian.tar.xz >/dev/null 2>&1 &")
+    lab.sh("virtdctl container create made --image /usr/share/virtd-lab/debian.tar.xz >/dev/null 2>&1 &")
     unit = "virtd-create-lxc-made.service"
     lab.wait("the unpacking", lambda: lab.sh(f"systemctl show -P ActiveState {unit}").strip() == "active")
     lab.sh(f"systemd-analyze security --no-pager --threshold=20 {unit} >&2")
@@ -689,7 +689,7 @@ def test_how_exposed_its_units_are(containers: Containers) -> None:
     info = containers.info("box")["limits"]
     assert [int(one) for one in shown] == [info["memory"], info["pids"]]
     assert 1024 <= info["pids"] <= 16384
-    limits = lab.virtctl("container", "exec", "box", "--", "cat", "/proc/1/limits").stdout
+    limits = lab.virtdctl("container", "exec", "box", "--", "cat", "/proc/1/limits").stdout
     assert limits.split("open files")[1].split()[0] == "1024"
     lab.wait("its making", lambda: "made" in [item["name"] for item in lab.json("container", "list")], 60)
     lab.sh("rm -rf /var/lib/virtd/containers/made")
@@ -724,7 +724,7 @@ END
         tar --acls --xattrs --xattrs-include='*' -cf /srv/attributes.tar .""")
     try:
         for name, image in (("packed", "/srv/attributes.tar"), ("copied", "/srv/attributes")):
-            lab.virtctl("container", "create", name, "--image", image)
+            lab.virtdctl("container", "create", name, "--image", image)
             read = f"""exec(open("/srv/acl.py").read())
 path = "/var/lib/virtd/containers/{name}/usr/bin/able"
 magic, permitted, _, _, _, root = struct.unpack("<6I", os.getxattr(path, "security.capability"))
@@ -743,7 +743,7 @@ def test_a_create_that_is_cut_off_leaves_nothing(containers: Containers) -> None
     directory = "/var/lib/virtd/containers"
     for number in range(2):
         lab.sh(
-            f"virtctl container create cut --image /usr/share/virtd-lab/debian.tar.xz >/dev/null 2>&1 & "
+            f"virtdctl container create cut --image /usr/share/virtd-lab/debian.tar.xz >/dev/null 2>&1 & "
             f"until test -e {directory}/.cut.new/usr/bin; do sleep 0.02; done; "
             "systemctl kill -s KILL virtd.service; wait",
             check=False,
@@ -753,7 +753,7 @@ def test_a_create_that_is_cut_off_leaves_nothing(containers: Containers) -> None
             lab.sh(f"systemctl stop virtd.service virtd.socket; mv {directory}/.cut.new {directory}/cut || true")
             lab.sh(f"printf %s {directory} >/run/virtd/lxc/cut.creating; mkdir -p {directory}/cut")
             lab.sh("systemctl start virtd.socket virtd.service")
-        lab.wait("the daemon", lambda: lab.virtctl("status", check=False).returncode != 3)
+        lab.wait("the daemon", lambda: lab.virtdctl("status", check=False).returncode != 3)
         assert lab.json("container", "list") == []
         lab.wait("nothing", lambda: lab.sh(f"ls -A {directory} /run/virtd/lxc").split() == [
             "/run/virtd/lxc:", f"{directory}:", "base"], 60)  # fmt: skip
@@ -763,14 +763,14 @@ def test_a_create_that_is_cut_off_leaves_nothing(containers: Containers) -> None
 def test_a_container_in_a_network(containers: Containers) -> None:
     """A veth into a network of virtd's: an address from its DHCP, shown, and kept over a restart."""
     lab = containers.lab
-    lab.virtctl("network", "define", "default")
+    lab.virtdctl("network", "define", "default")
     try:
         containers.define("net", '[[nic]]\nnetwork = "default"\n')
         containers.said("net", b"login:")
         # Debian's own DHCP client in it.
         wanted = "[Match]\\nName=eth0\\n[Network]\\nDHCP=ipv4\\n"
         script = f"mkdir -p /run/systemd/network; printf '{wanted}' >/run/systemd/network/eth0.network"
-        lab.virtctl(
+        lab.virtdctl(
             "container", "exec", "net", "--", "sh", "-c", f"{script}; systemctl start systemd-networkd.service"
         )
         (mac,) = lab.sh("sed -n 's/.*hwaddr = //p' /run/virtd/lxc/net/config").split()
@@ -790,12 +790,12 @@ def test_a_container_in_a_network(containers: Containers) -> None:
         lab.sh("systemctl restart virtd")
         assert containers.info("net")["addresses"] == info["addresses"]
         assert address in info["addresses"]
-        lab.virtctl("container", "stop", "net")
+        lab.virtdctl("container", "stop", "net")
         lab.wait("the interface's end", lambda: info["interfaces"][0] not in lab.sh("ls /sys/class/net").split())
     finally:
-        lab.virtctl("container", "stop", "net", check=False)
-        lab.virtctl("network", "stop", "--force", "default", check=False)
-        lab.virtctl("network", "undefine", "default", check=False)
+        lab.virtdctl("container", "stop", "net", check=False)
+        lab.virtdctl("network", "stop", "--force", "default", check=False)
+        lab.virtdctl("network", "undefine", "default", check=False)
 
 
 def test_what_a_definition_asks_for(containers: Containers) -> None:
@@ -856,7 +856,7 @@ def test_a_root_of_the_host_s_root_is_shifted(containers: Containers) -> None:
         assert said[3] != b"0"
         assert lab.sh("stat -c %u /srv/shifted/root/steady /srv/shifted/root/tmp/made").split() == ["0", "0"]
     finally:
-        lab.virtctl("container", "undefine", "shifted", check=False)
+        lab.virtdctl("container", "undefine", "shifted", check=False)
         lab.sh("umount /srv/shifted; rm -rf /srv/shifted /srv/shifted.img")
 
 
@@ -905,9 +905,9 @@ def test_nobody_else_reaches_its_files(containers: Containers) -> None:
         lab.sh("mkfs.ext4 -q -F -d /srv/image /srv/volumes/one")
         lab.run("sh", "-c", make, stdin=small.PROGRAM)
         lab.run("sh", "-c", small.MAKE, stdin=small.PROGRAM)
-        lab.virtctl("container", "define", "-", stdin=VOLUME.replace('["/steady", "20"]', json.dumps(
+        lab.virtdctl("container", "define", "-", stdin=VOLUME.replace('["/steady", "20"]', json.dumps(
             ["/shell", "-c", FOR_OTHERS])) + '[[mount]]\nsource = "/srv/shared"\ntarget = "/shared"\n')  # fmt: skip
-        lab.virtctl("container", "start", "vol")
+        lab.virtdctl("container", "start", "vol")
         containers.define("shifted", command + more, root="/srv/shifted/root")
         containers.define("own", command + more, root=small.ROOT)
         roots = ["/run/virtd/lxc/.roots/vol", "/srv/shifted/root", small.ROOT]
@@ -930,26 +930,28 @@ def test_nobody_else_reaches_its_files(containers: Containers) -> None:
         check = (
             "import os; os.setresuid(7, 7, 7); os.execv('/suid', ['/suid', '-c', 'import os; print(os.geteuid())'])"
         )
-        done = lab.virtctl("container", "exec", "-T", "vol", "--", "/usr/bin/python3", "-c", check)
+        done = lab.virtdctl("container", "exec", "-T", "vol", "--", "/usr/bin/python3", "-c", check)
         assert done.stdout == "0\n"
         # What others may come to reach is told of while it runs, and not started again.
         lab.sh("chmod 755 /srv/shifted; systemctl reload virtd")
         assert "OUT:" in tried("/srv/shifted/root/note")
         assert any("Others can reach" in one["text"] for one in lab.json("container", "info", "shifted")["problems"])
-        lab.virtctl("container", "stop", "shifted")
-        refused = lab.virtctl("container", "start", "shifted", check=False)
+        lab.virtdctl("container", "stop", "shifted")
+        refused = lab.virtdctl("container", "start", "shifted", check=False)
         assert "nobody but root can reach" in refused.stderr
-        assert "nobody but root can reach" in lab.virtctl(
-            "container", "define", "-", stdin=lab.virtctl("container", "dump", "shifted").stdout).stderr  # fmt: skip
+        assert "nobody but root can reach" in lab.virtdctl(
+            "container", "define", "-", stdin=lab.virtdctl("container", "dump", "shifted").stdout).stderr  # fmt: skip
         lab.sh("chmod 700 /srv/shifted; mkdir -p /srv/again && mount --bind /srv/shifted /srv/again; chmod 755 /srv")
-        assert lab.virtctl("container", "start", "shifted", check=False).stderr == ""  # its own mode holds there, too
-        lab.virtctl("container", "stop", "shifted")
+        assert (
+            lab.virtdctl("container", "start", "shifted", check=False).stderr == ""
+        )  # its own mode holds there, too
+        lab.virtdctl("container", "stop", "shifted")
         lab.sh("umount /srv/again; mount --bind /srv/shifted/root /srv/again")
-        assert "as /srv/again" in lab.virtctl("container", "start", "shifted", check=False).stderr
+        assert "as /srv/again" in lab.virtdctl("container", "start", "shifted", check=False).stderr
     finally:
         lab.sh("umount /srv/again", check=False)
         for name in ("vol", "shifted", "own"):
-            lab.virtctl("container", "stop", name, check=False)
+            lab.virtdctl("container", "stop", name, check=False)
         without_volume(lab)
         lab.sh("umount /srv/shifted; rm -rf /srv/shifted /srv/shifted.img /srv/shared /srv/again")
 
@@ -971,8 +973,8 @@ def test_the_name_of_its_socket_cannot_be_taken_before(containers: Containers) -
             (name,) = re.findall(r"@(/run/virtd/lxc/sock/\S+)", lab.sh("cat /proc/net/unix").replace(
                 "@/run/virtd/lxc/sock/command", ""))  # fmt: skip
             names.append(name)
-            assert lab.virtctl("container", "exec", "sock", "--", "/usr/bin/true", check=False).returncode == 0
-            lab.virtctl("container", "stop", "sock")
+            assert lab.virtdctl("container", "exec", "sock", "--", "/usr/bin/true", check=False).returncode == 0
+            lab.virtdctl("container", "stop", "sock")
         assert len(set(names)) == 2
     finally:
         lab.sh("systemctl stop taker")
@@ -983,17 +985,17 @@ def test_a_volume_as_its_root(containers: Containers) -> None:
     lab = containers.lab
     try:
         with_volume(lab)
-        lab.virtctl("container", "define", "-", stdin=VOLUME)
-        empty = lab.virtctl("container", "start", "vol", check=False)
+        lab.virtdctl("container", "define", "-", stdin=VOLUME)
+        empty = lab.virtdctl("container", "start", "vol", check=False)
         assert empty.returncode == 1
         assert "Cannot mount" in empty.stderr
         lab.sh("mkfs.ext4 -q -F /srv/volumes/one")
-        empty = lab.virtctl("container", "start", "vol", check=False)
+        empty = lab.virtdctl("container", "start", "vol", check=False)
         assert "has no usr, bin or etc" in empty.stderr
         assert lab.sh("findmnt -n /run/virtd/lxc/.roots/vol", check=False) == ""
         assert ".roots" not in lab.sh("ls -A /run/virtd/lxc")
         lab.sh("mkfs.ext4 -q -F -d /srv/image /srv/volumes/one")
-        lab.virtctl("container", "start", "vol")
+        lab.virtdctl("container", "start", "vol")
         info = containers.info("vol")
         assert info["volume"] == {"pool": "roots", "volume": "one"}
         assert lab.sh(f"stat -c %u /proc/{info['pid']}").strip() != "0"
@@ -1003,17 +1005,17 @@ def test_a_volume_as_its_root(containers: Containers) -> None:
             ("volume", "resize", "roots", "one", "64M"),
             ("pool", "stop", "roots"),
         ):
-            done = lab.virtctl(*command, check=False)
+            done = lab.virtdctl(*command, check=False)
             assert done.returncode == 1
             assert "container vol" in done.stderr, done.stderr
         assert lab.json("volume", "list", "roots")[0]["used_by"] == ["lxc/vol"]
         lab.define("disk", more='[[disk]]\npool = "roots"\nvolume = "one"\n')
-        assert "container vol has it mounted" in lab.virtctl("start", "disk", check=False).stderr
+        assert "container vol has it mounted" in lab.virtdctl("start", "disk", check=False).stderr
         lab.sh("systemctl kill -s KILL virtd.service")
-        lab.wait("the daemon", lambda: lab.virtctl("status", check=False).returncode != 3)
+        lab.wait("the daemon", lambda: lab.virtdctl("status", check=False).returncode != 3)
         assert (containers.info("vol")["pid"], containers.state("vol")) == (info["pid"], "running")
         assert lab.sh("findmnt -n -o FSTYPE /run/virtd/lxc/.roots/vol").strip() == "ext4"
-        lab.virtctl("container", "stop", "vol")
+        lab.virtdctl("container", "stop", "vol")
         assert lab.sh("findmnt -n /run/virtd/lxc/.roots/vol; losetup -j /srv/volumes/one", check=False) == ""
         assert "vol.json" in (left := lab.sh("ls -A /run/virtd/lxc").split())
         assert ".roots" not in left
@@ -1024,8 +1026,8 @@ def test_a_volume_as_its_root(containers: Containers) -> None:
         lab.wait("the end of the mount", lambda: not lab.sh("findmnt -n /run/virtd/lxc/.roots/vol", check=False), 60)
         lab.wait("nothing to be left", lambda: ".roots" not in lab.sh("ls -A /run/virtd/lxc"), 60)
     finally:
-        lab.virtctl("container", "stop", "vol", check=False)
-        lab.virtctl("undefine", "disk", check=False)
+        lab.virtdctl("container", "stop", "vol", check=False)
+        lab.virtdctl("undefine", "disk", check=False)
         without_volume(lab)
 
 
@@ -1038,7 +1040,7 @@ def test_its_end_is_told_on_the_bus(containers: Containers) -> None:
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as watcher:
         assert watcher.stdout is not None
         assert watcher.stdout.readline() == "watching\n"
-        lab.virtctl("container", "console", "--timeout", "1", "told", stdin="go\n")
+        lab.virtdctl("container", "console", "--timeout", "1", "told", stdin="go\n")
         *_, (path, member, (ending,)) = [json.loads(line) for line in watcher.stdout]
     assert (path, member) == ("/org/virtd1/container/told", "Ended")
     assert (ending["code"], ending["cause"]) == (5, "failed")
@@ -1096,7 +1098,7 @@ def test_machinectl_shows_what_runs(containers: Containers) -> None:
     # Its own reboot: another first process, and nobody is ended for it.
     containers.said("web1", b"login:")
     daemon, first = lab.main_pid(), containers.info("web1")["pid"]
-    lab.virtctl("container", "exec", "web1", "--", "systemctl", "reboot", check=False)
+    lab.virtdctl("container", "exec", "web1", "--", "systemctl", "reboot", check=False)
     lab.wait("the reboot", lambda: containers.info("web1")["pid"] not in (None, first), 60)
     lab.wait("both after the reboot", shown, 60)
     assert containers.state("web1") == "running"
@@ -1104,17 +1106,17 @@ def test_machinectl_shows_what_runs(containers: Containers) -> None:
     # One that stands still is waited for by nobody.
     lab.sh("systemctl kill -s STOP systemd-machined.service")
     containers.define("other", 'command = ["sleep", "600"]\n')
-    lab.virtctl("container", "stop", "other")
+    lab.virtdctl("container", "stop", "other")
     assert containers.info("other")["exit"]["cause"] == "stop"
     lab.sh("systemctl kill -s CONT systemd-machined.service")
-    lab.virtctl("container", "stop", "web1")
-    lab.virtctl("stop", "web1")
+    lab.virtdctl("container", "stop", "web1")
+    lab.virtdctl("stop", "web1")
     lab.wait("an empty list", lambda: machines(lab) == {}, 90)
     lab.sh("systemctl mask --now systemd-machined.service")
     try:
-        lab.virtctl("container", "start", "other")
+        lab.virtdctl("container", "start", "other")
         assert lab.json("status")["problems"] == []
-        lab.virtctl("container", "stop", "other")
+        lab.virtdctl("container", "stop", "other")
     finally:
         lab.sh("systemctl unmask systemd-machined.service")
     assert lab.sh("systemctl list-units --all --plain --no-legend 'virtd-register-*'") == ""
@@ -1126,12 +1128,12 @@ def test_a_start_that_is_cut_off_leaves_nothing(containers: Containers) -> None:
     containers.define("cut", 'command = ["sleep", "600"]\n', start=False)
     for number in range(12):
         lab.sh(
-            f"virtctl --daemon-timeout 20 container start cut & sleep {0.01 + 0.025 * number:.3f}; "
+            f"virtdctl --daemon-timeout 20 container start cut & sleep {0.01 + 0.025 * number:.3f}; "
             "systemctl kill -s KILL virtd.service; wait",
             check=False,
         )
         lab.wait("a state", lambda: containers.state("cut") in ("running", "stopped"))
         if containers.state("cut") == "running":
-            lab.virtctl("container", "stop", "cut")
+            lab.virtdctl("container", "stop", "cut")
         assert lab.slots() == 0
     assert os.path.exists(LAB)

@@ -31,7 +31,7 @@ qemu-img create -q -f qcow2 -b /etc/shadow -F raw evil.qcow2 1M
 head -c 1M /dev/urandom >logs.img
 mkdir -p /srv/spool /srv/www
 chmod 777 /srv/spool
-virtctl pool define - <<'.'
+virtdctl pool define - <<'.'
 name = "spool"
 path = "/srv/spool"
 .
@@ -39,7 +39,7 @@ cp /usr/share/virtd-lab/vmlinuz {IMAGES}/try.vmlinuz
 cat /usr/share/virtd-lab/initramfs.gz shell.gz >{IMAGES}/try.initrd
 """
 LEFT = f"""
-for pool in default spool; do virtctl pool stop $pool; virtctl pool undefine $pool; done 2>/dev/null
+for pool in default spool; do virtdctl pool stop $pool; virtdctl pool undefine $pool; done 2>/dev/null
 rm -rf {IMAGES}/* {IMAGES}/.virtd /root/* /srv/spool /srv/www /var/lib/virtd/containers/deb
 rm -f /var/log/virtd/lxc/deb.* /var/lib/virtd/lxc-ids.json
 """
@@ -91,7 +91,7 @@ def test_the_readme(reader: Lab) -> None:
             if step.command.startswith("systemctl stop"):
                 before = counted(reader.console("try"))[-1]
                 reader.wait("more of the count", lambda n=before: counted(reader.console("try"))[-1] > n + 2, 180)
-            if not step.command.startswith("virtctl console"):
+            if not step.command.startswith("virtdctl console"):
                 follow(reader, step)
                 continue
             connected, typed, *_lines = step.shown.splitlines()
@@ -117,7 +117,7 @@ def test_the_readme(reader: Lab) -> None:
 @pytest.mark.parametrize("name", ["containers", "networks", "storage"])
 def test_a_page(reader: Lab, name: str) -> None:
     if name == "containers":
-        reader.virtctl("network", "define", "default")
+        reader.virtdctl("network", "define", "default")
     if name == "storage":
         reader.sh(f"rm {IMAGES}/*")
     for step in page(reader, f"docs/{name}.md"):

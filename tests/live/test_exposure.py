@@ -49,23 +49,23 @@ readonly = true
 
 
 def test_exposure(lab: Lab) -> None:
-    lab.virtctl("network", "define", "default")
-    lab.virtctl("network", "start", "default")
-    lab.virtctl("define", "-", stdin=definition("web1"))
-    lab.virtctl("start", "web1")
+    lab.virtdctl("network", "define", "default")
+    lab.virtdctl("network", "start", "default")
+    lab.virtdctl("define", "-", stdin=definition("web1"))
+    lab.virtdctl("start", "web1")
     lab.run("sh", "-c", containers.MAKE, stdin=containers.PROGRAM)
-    lab.virtctl("container", "define", "-", stdin=BOX)
-    lab.virtctl("container", "start", "box")
+    lab.virtdctl("container", "define", "-", stdin=BOX)
+    lab.virtdctl("container", "start", "box")
     # Loaded, so that it is in the list.
     lab.sh("systemctl cat virtd-keeper.service >/dev/null")
     try:
         found = json.loads(lab.run("python3", "-", stdin=PROBE.read_text()).stdout)
     finally:
-        lab.virtctl("kill", "web1", check=False)
-        lab.virtctl("container", "kill", "box", check=False)
-        lab.virtctl("container", "undefine", "box", check=False)
-        lab.virtctl("network", "stop", "--force", "default", check=False)
-        lab.virtctl("network", "undefine", "default", check=False)
+        lab.virtdctl("kill", "web1", check=False)
+        lab.virtdctl("container", "kill", "box", check=False)
+        lab.virtdctl("container", "undefine", "box", check=False)
+        lab.virtdctl("network", "stop", "--force", "default", check=False)
+        lab.virtdctl("network", "undefine", "default", check=False)
     print(json.dumps(found, indent=1))
     assert {unit: found.get(unit) for unit in LIMITS if not found.get(unit, 10.0) <= LIMITS[unit]} == {}
     assert found.keys() - LIMITS.keys() == set(), "a unit that nothing is said of here"

@@ -145,7 +145,7 @@ def test_a_flood_stays_within_its_bounds(lab: Lab, other: str) -> None:
         assert after[0] <= before[0] + 2, "no descriptor is left of any rotation"
         assert after[1] <= before[1] + (4 << 10), f"PSS went from {before[1]} to {after[1]} KiB"
         assert lab.info("flood")["pid"] == pid
-        lab.virtctl("stop", "flood")
+        lab.virtdctl("stop", "flood")
         tally = check(lab.console("flood"))
         assert (tally.lost, tally.repeated) == (0, 0), "what is kept is the end of it, without a hole"
 
@@ -229,8 +229,8 @@ def test_readers_that_do_not_read(lab: Lab, other: str) -> None:
         lab.wait("lines", lambda: check(lab.console("flood")).lines > 100, 60)
         before = used(lab)
         readers = {
-            "console": stack.enter_context(spawn(lab, "virtctl", "console", "flood")),
-            "log": stack.enter_context(spawn(lab, "virtctl", "log", "-f", "-n", "all", "flood")),
+            "console": stack.enter_context(spawn(lab, "virtdctl", "console", "flood")),
+            "log": stack.enter_context(spawn(lab, "virtdctl", "log", "-f", "-n", "all", "flood")),
             "callers": stack.enter_context(spawn(lab, "python3", "-c", DEAF_CALLERS)),
             "subscriber": stack.enter_context(spawn(lab, "python3", "-c", DEAF_SUBSCRIBER)),
         }
@@ -257,15 +257,15 @@ def test_readers_that_do_not_read(lab: Lab, other: str) -> None:
             assert pss <= before[1] + (16 << 10), (before, pss)
             # The next daemon has them as well: a SIGKILL first, then in order.
             lab.sh(KILL)
-            lab.wait("the next daemon", lambda: lab.virtctl("status", check=False).returncode == 0, 60)
+            lab.wait("the next daemon", lambda: lab.virtdctl("status", check=False).returncode == 0, 60)
             lab.sh("systemctl restart virtd.service")
         assert {name: lab.info(name)["pid"] for name in pids} == pids
         # One that wakes up has missed nothing, over two daemons and some rotations.
-        lab.virtctl("suspend", "flood")
+        lab.virtdctl("suspend", "flood")
         last = check(lab.console("flood")).last
         lab.sh("pkill -CONT -f '[v]irtctl (console|log -f)'")
         while checker.tally.last < last - 1 and (data := os.read(log.fileno(), 65536)):
             checker.feed(data)
         assert checker.tally.whole, (checker.tally.lost, checker.tally.repeated, checker.tally.broken[:3])
         assert checker.tally.last >= last - 1
-    assert json.loads(lab.virtctl("status", "--json").stdout)["problems"] == []
+    assert json.loads(lab.virtdctl("status", "--json").stdout)["problems"] == []

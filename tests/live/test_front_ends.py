@@ -68,7 +68,7 @@ def test_objects_come_and_go(lab: Lab) -> None:
         assert watcher.stdout is not None
         assert watcher.stdout.readline() == "watching\n"
         lab.define("web1")
-        lab.virtctl("undefine", "web1")
+        lab.virtdctl("undefine", "web1")
         heard = [json.loads(line) for line in watcher.stdout]
     (root, added, (path, interfaces)), (_, removed, (gone, names)) = heard
     assert (root, added, removed) == ("/org/virtd1", "InterfacesAdded", "InterfacesRemoved")
@@ -116,7 +116,7 @@ def test_a_call_starts_the_daemon_and_is_answered(lab: Lab) -> None:
 def test_twenty_calls_around_a_restart(lab: Lab) -> None:
     lab.define("web1", start=True)
     script = (
-        "for n in $(seq 20); do { said=$(virtctl info web1 --json 2>&1) || echo $said; } & "
+        "for n in $(seq 20); do { said=$(virtdctl info web1 --json 2>&1) || echo $said; } & "
         "sleep 0.02; [ $n -eq 5 ] && systemctl restart virtd.service & done; wait"
     )
     assert lab.sh(script) == ""
@@ -135,14 +135,14 @@ def test_an_ordinary_user_may_look(lab: Lab, user: tuple[str, ...]) -> None:
         ("dump", "web1"),
         ("wait", "--state", "running", "web1"),
     ):
-        assert lab.run(*user, "virtctl", *reading).returncode == 0, reading
-    assert "web1" in lab.run(*user, "virtctl", "list").stdout
+        assert lab.run(*user, "virtdctl", *reading).returncode == 0, reading
+    assert "web1" in lab.run(*user, "virtdctl", "list").stdout
     uid = lab.sh(f"id -u {USER}").strip()
     changing = [("start", "web1"), ("stop", "web1"), ("kill", "web1"), ("suspend", "web1"), ("undefine", "web1"),
                 ("shutdown", "web1"), ("reboot", "web1"), ("resume", "web1"), ("autostart", "web1"), ("define", "-"),
                 ("reload",), ("console", "web1"), ("log", "web1")]  # fmt: skip
     for command in changing:
-        refused = lab.run(*user, "virtctl", *command, check=False, stdin=definition("web2"))
+        refused = lab.run(*user, "virtdctl", *command, check=False, stdin=definition("web2"))
         assert refused.returncode == 1, command
         assert f"uid {uid} may not call" in refused.stderr, (command, refused.stderr)
         assert "Only root may" in refused.stderr
@@ -198,10 +198,10 @@ def test_what_the_journal_tells(lab: Lab) -> None:
     lab.define("web1", start=True)
     info = lab.info("web1")
     lab.sh(KILL)
-    lab.wait("the adoption", lambda: lab.virtctl("info", "web1", check=False).returncode == 0)
+    lab.wait("the adoption", lambda: lab.virtdctl("info", "web1", check=False).returncode == 0)
     with drop_in(lab, "[Service]\nFileDescriptorStoreMax=8\n"):
         lab.define("web2")
-        assert lab.virtctl("start", "web2", check=False).returncode == 1
+        assert lab.virtdctl("start", "web2", check=False).returncode == 1
     # A start that was cut off: the record is there, and nothing else is.
     record = json.loads(lab.sh("cat /run/virtd/qemu/web1.json"))
     # A slot that the record tells of, and that isn't there.
@@ -217,7 +217,7 @@ def test_what_the_journal_tells(lab: Lab) -> None:
     write(lab, "/etc/virtd/qemu/bad.toml", "name = 1")
     assert lab.run("systemctl", "reload", "virtd.service", check=False).returncode == 1
     lab.sh("rm /etc/virtd/qemu/bad.toml; systemctl reload virtd.service; rm -r /run/virtd/quarantine")
-    lab.virtctl("kill", "-s", "KILL", "web1")
+    lab.virtdctl("kill", "-s", "KILL", "web1")
 
     for message in (message for message in Message if message not in ELSEWHERE):
         entry = journal.await_entries(f"MESSAGE_ID={message}")[0]
@@ -269,7 +269,7 @@ def test_systemctl_status(lab: Lab) -> None:
     # That is said once systemd was asked, a moment after READY.
     recovered = re.compile(r"Recovered 1 domain in [0-9.]+ ms \(1 adopted\)")
     lab.wait("the journal", lambda: recovered.search(lab.sh("journalctl -u virtd.service -n 20")), 20)
-    shown = lab.virtctl("status").stdout
+    shown = lab.virtdctl("status").stdout
     assert "1 running" in shown
     assert "running on: web1" in shown
     assert "Slots: 5 of " in shown
@@ -279,8 +279,8 @@ def test_a_start_right_after_the_daemons_own(lab: Lab) -> None:
     """The daemon answers before it has compared what it knows with systemd; a start waits for that."""
     lab.define("web1")
     for _ in range(8):
-        lab.sh("systemctl restart virtd.service; virtctl start web1")
+        lab.sh("systemctl restart virtd.service; virtdctl start web1")
         info = lab.info("web1")
         assert (info["state"], len(info["slots"])) == ("running", 5)
-        lab.virtctl("stop", "web1")
+        lab.virtdctl("stop", "web1")
     assert lab.json("status")["problems"] == []

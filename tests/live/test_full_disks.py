@@ -19,7 +19,7 @@ pytestmark = pytest.mark.live
 
 
 def problems(lab: Lab) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(lab.virtctl("status", "--json", check=False).stdout)["problems"]
+    found: list[dict[str, Any]] = json.loads(lab.virtdctl("status", "--json", check=False).stdout)["problems"]
     return found
 
 
@@ -42,22 +42,22 @@ def test_run_is_full(lab: Lab) -> None:
     lab.wait("lines", lambda: check(lab.console("web1")).lines > 20, 60)
     pid = lab.info("web1")["pid"]
     with full_run(lab):
-        refused = lab.virtctl("start", "web2", check=False)
+        refused = lab.virtdctl("start", "web2", check=False)
         assert refused.returncode == 1
         assert "No space left on device" in refused.stderr, refused.stderr
         assert "free some space" in refused.stderr.lower()
         assert (lab.info("web2")["state"], lab.info("web2")["slots"]) == ("stopped", [])
         # What happens by itself happens all the same; that it isn't on record is a problem to be shown.
-        lab.virtctl("suspend", "web1")
+        lab.virtdctl("suspend", "web1")
         assert lab.info("web1")["state"] == "paused"
-        lab.virtctl("resume", "web1")
+        lab.virtdctl("resume", "web1")
         assert any("/run/virtd/qemu/web1.json" in problem["text"] for problem in problems(lab)), problems(lab)
         lab.sh(KILL)
         info = lab.wait("the monitor", lambda: (i := lab.info("web1"))["monitor"] == "connected" and i, 20)
         assert (info["pid"], info["state"]) == (pid, "running")
-    lab.virtctl("start", "web2")
-    lab.virtctl("suspend", "web1")
-    lab.virtctl("resume", "web1")
+    lab.virtdctl("start", "web2")
+    lab.virtdctl("suspend", "web1")
+    lab.virtdctl("resume", "web1")
     assert problems(lab) == []
     tally = check(lab.console("web1"))
     assert tally.whole, (tally.lost, tally.repeated)
@@ -90,7 +90,7 @@ def test_var_log_is_full(lab: Lab) -> None:
     # Whoever looks at its output isn't left to guess why there is none.
     for command, status in (("console", 1), ("log", 0)):
         options = ["--read-only", "--timeout", "1"] if command == "console" else []
-        looked = lab.virtctl(command, *options, "web1", check=False)
+        looked = lab.virtdctl(command, *options, "web1", check=False)
         assert looked.returncode == status
         assert "can't be written at present (No space left on device)" in looked.stderr
     # The guest isn't held up, and neither is the daemon or its next start.
@@ -103,7 +103,7 @@ def test_var_log_is_full(lab: Lab) -> None:
     lab.sh("rm /var/log/virtd/filler")
     lab.wait("new lines", lambda: check(lab.console("web1")).last > number, 30)
     lab.wait("the end of the problem", lambda: problems(lab) == [], 30)
-    lab.virtctl("stop", "web1")
+    lab.virtdctl("stop", "web1")
     tally = check(lab.console("web1"))
     assert tally.last > number + 1000, "the guest wrote on at its own pace"
     assert tally.lost > 0
@@ -118,10 +118,10 @@ def test_nothing_starts_without_its_log(lab: Lab) -> None:
     with settings(lab, '[log]\nmax_size = "64K"\nbackups = 1\n'):
         lab.sh("cat /dev/zero >/var/log/virtd/filler 2>/dev/null", check=False)
         lab.sh("i=0; while : >/var/log/virtd/file.$i; do i=$((i + 1)); done 2>/dev/null", check=False)
-        done = lab.virtctl("start", "web1", check=False)
+        done = lab.virtdctl("start", "web1", check=False)
         assert done.returncode == 1
         assert "/var/log/virtd/qemu" in done.stderr
         assert "No space left on device" in done.stderr
         assert (lab.info("web1")["state"], lab.info("web1")["slots"]) == ("stopped", [])
         lab.sh("rm /var/log/virtd/file.* /var/log/virtd/filler")
-        lab.virtctl("start", "web1")
+        lab.virtdctl("start", "web1")

@@ -33,17 +33,17 @@ def web1(lab: Lab) -> Iterator[Lab]:
     lab.define("web1", cmdline="virtd.rate=100", start=True)
     lab.wait("its lines", lambda: check(lab.console("web1")).lines > 10, 60)
     yield lab
-    lab.virtctl("stop", "web1", check=False)
+    lab.virtdctl("stop", "web1", check=False)
     lab.sh("rm -rf /var/log/virtd/qemu/web1.* /run/virtd/quarantine/*")
 
 
 def status(lab: Lab) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(lab.virtctl("status", "--json", check=False).stdout)
+    value: dict[str, Any] = json.loads(lab.virtdctl("status", "--json", check=False).stdout)
     return value
 
 
 def nothing_wrong(lab: Lab) -> None:
-    lab.wait("a tidy status", lambda: lab.virtctl("status", check=False).returncode == 0, 20)
+    lab.wait("a tidy status", lambda: lab.virtdctl("status", check=False).returncode == 0, 20)
     assert lab.json("fsck")["differences"] == []
 
 
@@ -82,7 +82,7 @@ def test_odd_files_everywhere(web1: Lab) -> None:
         web1.run("bash", "-c", FILES)
         for again in ("systemctl restart virtd.service", f"{KILL}; sleep 1"):
             web1.sh(again)
-            web1.wait("its answer", lambda: web1.virtctl("list", check=False).returncode == 0, 30)
+            web1.wait("its answer", lambda: web1.virtdctl("list", check=False).returncode == 0, 30)
             assert state_of(web1) == ("running", pid)
             problems = status(web1)["problems"]
             assert len([one for one in problems if "/etc/virtd/" in one["text"]]) >= 4 * 10
@@ -146,7 +146,7 @@ def test_a_linked_definition_stays_one(lab: Lab) -> None:
         lab.sh("sed -i s/96M/80M/ /srv/git/g.toml; systemctl reload virtd.service")
         assert lab.info("g")["memory"] == 80 << 20
     finally:
-        lab.virtctl("undefine", "g", check=False)
+        lab.virtdctl("undefine", "g", check=False)
         lab.sh("rm -rf /srv/git")
 
 
@@ -156,7 +156,7 @@ def test_a_linked_definition_stays_one(lab: Lab) -> None:
 def test_systemctl_clean_takes_nothing(web1: Lab) -> None:
     pid = state_of(web1)[1]
     web1.define("off")
-    web1.virtctl("autostart", "off")
+    web1.virtdctl("autostart", "off")
     what = "find /etc/virtd /var/lib/virtd /var/log/virtd /run/virtd ! -name '*.sock' -printf '%p %m %u\\n' | sort"
     web1.sh(STOP)
     before = web1.sh(what)
@@ -172,7 +172,7 @@ def test_a_runtime_directory_that_is_gone(web1: Lab) -> None:
     """All comes back with its modes, and nothing is started that was stopped on purpose."""
     pid = state_of(web1)[1]
     web1.define("off")
-    web1.virtctl("autostart", "off")
+    web1.virtdctl("autostart", "off")
     modes = "stat -c '%n %a' /run/virtd /run/virtd/{qemu,network,lxc,storage,fifos,quarantine}"
     before = web1.run("bash", "-c", modes).stdout
     web1.sh(f"{STOP}; rm -rf /run/virtd; {START}")
@@ -186,19 +186,19 @@ def test_a_runtime_directory_that_goes_while_virtd_runs(web1: Lab) -> None:
     """It is said, with what helps, and the guest runs on; what its QEMU can't be asked any more is said, too."""
     pid = state_of(web1)[1]
     web1.sh("rm -rf /run/virtd")
-    refused = web1.virtctl("status", check=False)
+    refused = web1.virtdctl("status", check=False)
     assert refused.returncode != 0
     assert "somebody has removed /run/virtd" in refused.stderr
     web1.sh(refused.stderr.rpartition(": ")[2])
     web1.wait("the guest", lambda: state_of(web1) == ("running", pid), 20)
     (problem,) = web1.wait("the problem", lambda: status(web1)["problems"], 20)
     assert "its directory /run/virtd/qemu/web1 was removed" in problem["text"]
-    assert "virtctl stop web1" in problem["hint"]
-    refused = web1.virtctl("suspend", "web1", check=False)
+    assert "virtdctl stop web1" in problem["hint"]
+    refused = web1.virtdctl("suspend", "web1", check=False)
     assert "/run/virtd/qemu/web1 was removed" in refused.stderr
     assert check(web1.console("web1")).whole
-    web1.virtctl("stop", "web1")
-    web1.virtctl("start", "web1")
+    web1.virtdctl("stop", "web1")
+    web1.virtdctl("start", "web1")
     nothing_wrong(web1)
 
 
@@ -206,12 +206,12 @@ def test_a_qemu_that_answers_late(web1: Lab) -> None:
     """Whatever becomes of what it was asked for, the state is the real one."""
     pid = state_of(web1)[1]
     for restart in ("", "systemctl restart virtd.service; sleep 6;"):
-        asked = web1.sh(f"kill -STOP {pid}; virtctl suspend web1 2>&1; {restart} kill -CONT {pid}", check=False)
+        asked = web1.sh(f"kill -STOP {pid}; virtdctl suspend web1 2>&1; {restart} kill -CONT {pid}", check=False)
         assert "didn't answer" in asked
         web1.wait("its monitor", lambda: web1.info("web1")["monitor"] == "connected", 60)
         nothing_wrong(web1)
         if state_of(web1)[0] != "running":
-            web1.virtctl("resume", "web1")
+            web1.virtdctl("resume", "web1")
         before = check(web1.console("web1")).lines
         web1.wait("more lines", lambda before=before: check(web1.console("web1")).lines > before, 20)
 
@@ -254,8 +254,8 @@ def test_nothing_is_told_too_early(web1: Lab) -> None:
     pid = state_of(web1)[1]
     for _ in range(3):
         done = web1.sh(
-            f"{STOP}; rm /run/virtd/qemu/web1.json; {START}; virtctl list --json; "
-            "virtctl wait --timeout 1 web1 >/dev/null 2>&1; waited=$?; echo; echo $waited"
+            f"{STOP}; rm /run/virtd/qemu/web1.json; {START}; virtdctl list --json; "
+            "virtdctl wait --timeout 1 web1 >/dev/null 2>&1; waited=$?; echo; echo $waited"
         )
         listing, waited = done.rstrip().rpartition("\n")[::2]
         (item,) = json.loads(listing)
@@ -293,7 +293,7 @@ def test_fewer_open_files_than_are_kept(web1: Lab) -> None:
         web1.sh(f"mkdir -p $(dirname {file}); printf '[Service]\\nLimitNOFILE=7\\n' >{file}; systemctl daemon-reload")
         (problem,) = web1.wait("the problem", lambda: status(web1)["problems"], 20)
         assert "LimitNOFILE= of virtd.service is 7" in problem["text"]
-        done = web1.virtctl("start", "web2", check=False)
+        done = web1.virtdctl("start", "web2", check=False)
         assert done.returncode == 1
         assert "LimitNOFILE" in done.stderr
     finally:
@@ -323,7 +323,7 @@ def held_back(lab: Lab, what: str) -> None:
 
 
 def is_well_again(lab: Lab, pid: int | None) -> None:
-    lab.wait("virtd", lambda: lab.virtctl("list", check=False).returncode == 0, 30)
+    lab.wait("virtd", lambda: lab.virtdctl("list", check=False).returncode == 0, 30)
     assert state_of(lab) == ("running", pid)
     nothing_wrong(lab)
 
@@ -368,7 +368,7 @@ def test_a_crash_after_a_good_while_is_made_up_for_at_once(web1: Lab) -> None:
             30,
         )
         web1.sh(KILL)
-        web1.wait("virtd", lambda: web1.virtctl("list", check=False).returncode == 0, 30)
+        web1.wait("virtd", lambda: web1.virtdctl("list", check=False).returncode == 0, 30)
         assert web1.sh("systemctl show -P NRestarts virtd.service").strip() == "1"
     else:
         web1.sh("sleep 3.5")
@@ -385,10 +385,10 @@ def test_no_alarm_on_a_tidy_host(web1: Lab) -> None:
     journal = Journal.now(web1)
     for _ in range(3):
         web1.sh("systemctl restart virtd.service; systemctl daemon-reload; systemctl reload virtd.service")
-        web1.virtctl("suspend", "web1")
-        web1.virtctl("resume", "web1")
-        web1.virtctl("stop", "web1")
-        web1.virtctl("start", "web1")
+        web1.virtdctl("suspend", "web1")
+        web1.virtdctl("resume", "web1")
+        web1.virtdctl("stop", "web1")
+        web1.virtdctl("start", "web1")
     nothing_wrong(web1)
     loud = [entry for entry in journal.entries("SYSLOG_IDENTIFIER=virtd") if int(entry["PRIORITY"]) <= 4]
     assert loud == []

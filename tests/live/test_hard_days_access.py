@@ -19,12 +19,12 @@ pytestmark = pytest.mark.live
 
 
 def given(lab: Lab, more: str) -> None:
-    lab.virtctl("define", "-", stdin=definition("web1", more=more))
+    lab.virtdctl("define", "-", stdin=definition("web1", more=more))
 
 
 def refused(lab: Lab, *told: str) -> str:
     """Its start is, with all of these words; the hint."""
-    done = lab.virtctl("start", "web1", check=False)
+    done = lab.virtdctl("start", "web1", check=False)
     assert done.returncode == 1, "web1 was to be refused"
     for words in told:
         assert words in done.stderr, done.stderr
@@ -32,8 +32,8 @@ def refused(lab: Lab, *told: str) -> str:
 
 
 def started(lab: Lab) -> None:
-    lab.virtctl("start", "web1")
-    lab.virtctl("stop", "web1")
+    lab.virtdctl("start", "web1")
+    lab.virtdctl("stop", "web1")
 
 
 @contextlib.contextmanager
@@ -82,9 +82,9 @@ def test_a_drive_without_a_medium(lab: Lab) -> None:
     given(lab, '[[cdrom]]\npath = "/srv/gone.iso"\n')
     assert "a drive may be without a medium" in refused(lab, "cdrom[0].path: no such file: /srv/gone.iso")
     given(lab, "[[cdrom]]\n")
-    lab.virtctl("start", "web1")
+    lab.virtdctl("start", "web1")
     assert lab.info("web1")["cdroms"] == [None]
-    assert "cdrom[0], without a medium" in lab.virtctl("info", "web1").stdout
+    assert "cdrom[0], without a medium" in lab.virtdctl("info", "web1").stdout
     lab.wait_ready("web1")
 
 
@@ -111,7 +111,7 @@ def test_a_kvm_that_guests_may_not_open(lab: Lab) -> None:
         hint = refused(lab, "may not open /dev/kvm: it is root:root's, with mode 0600")
         lab.sh(";".join(hint.split(";")[:2]))
         assert lab.sh("stat -c '%G %a' /dev/kvm") == "kvm 660\n"
-        assert "may not open" not in lab.virtctl("start", "web1", check=False).stderr
+        assert "may not open" not in lab.virtdctl("start", "web1", check=False).stderr
     finally:
         lab.sh("rm /dev/kvm")
 
@@ -129,10 +129,10 @@ def test_a_qemu_elsewhere(lab: Lab) -> None:
     try:
         for path in ("/opt/qemu/bin/qemu", "/srv/q/link"):
             with configured(lab, f'[qemu]\nbinary = "{path}"\n'):
-                lab.virtctl("start", "web1")
+                lab.virtdctl("start", "web1")
                 exe = lab.sh(f"readlink /proc/{lab.info('web1')['pid']}/exe").strip()
                 assert exe == "/opt/qemu/bin/qemu"
-                lab.virtctl("stop", "web1")
+                lab.virtdctl("stop", "web1")
         with configured(lab, '[qemu]\nbinary = "/opt/qemu/bin/qemu"\n'):
             for spoil, told in (
                 ("chmod 700 /opt/qemu", "may not pass /opt/qemu"),
@@ -152,12 +152,12 @@ def test_a_dnsmasq_that_its_sandbox_hides(lab: Lab) -> None:
     define(lab, network("lab", 50), start=False)
     try:
         with configured(lab, '[dnsmasq]\nbinary = "/srv/d/dnsmasq"\n'):
-            said = lab.virtctl("network", "start", "lab", check=False).stderr
+            said = lab.virtdctl("network", "start", "lab", check=False).stderr
             assert "its sandbox hides that directory" in said
         with configured(lab, '[dnsmasq]\nbinary = "/opt/d/dnsmasq"\n'):
-            lab.virtctl("network", "start", "lab")
+            lab.virtdctl("network", "start", "lab")
             pid = lab.json("network", "info", "lab")["pid"]
             assert lab.sh(f"readlink /proc/{shlex.quote(str(pid))}/exe") == "/opt/d/dnsmasq\n"
-            lab.virtctl("network", "stop", "lab")
+            lab.virtdctl("network", "stop", "lab")
     finally:
         lab.sh("rm -rf /srv/d /opt/d")

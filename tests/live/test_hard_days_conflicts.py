@@ -33,27 +33,27 @@ def container(lab: Lab, name: str, more: str = "") -> str:
     lab.sh(small.MAKE)
     text = f'name = "{name}"\nrootfs = "{small.ROOT}"\ncommand = ["/bin/sleep", "1000"]\n{MINI}{more}\n'
     lab.write(f"/root/{name}.toml", text)
-    return lab.virtctl("container", "define", f"/root/{name}.toml").stderr
+    return lab.virtdctl("container", "define", f"/root/{name}.toml").stderr
 
 
 @pytest.fixture
 def containers(lab: Lab) -> Iterator[Lab]:
     yield lab
     for item in lab.json("container", "list"):
-        lab.virtctl("container", "stop", item["name"], check=False)
-        lab.virtctl("container", "undefine", item["name"], check=False)
+        lab.virtdctl("container", "stop", item["name"], check=False)
+        lab.virtdctl("container", "undefine", item["name"], check=False)
     lab.sh("rm -f /var/log/virtd/lxc/*")
 
 
 def refused(lab: Lab, *arguments: str) -> str:
-    done = lab.virtctl(*arguments, check=False)
+    done = lab.virtdctl(*arguments, check=False)
     assert done.returncode != 0, f"{arguments} was to be refused"
     return done.stderr
 
 
 def define_domain(lab: Lab, name: str, more: str) -> str:
     lab.write(f"/root/{name}.toml", definition(name, more=more))
-    return lab.virtctl("define", f"/root/{name}.toml").stderr
+    return lab.virtdctl("define", f"/root/{name}.toml").stderr
 
 
 @contextlib.contextmanager
@@ -75,15 +75,15 @@ def test_one_mac_in_a_domain_and_a_container(containers: Lab) -> None:
     warning = define_domain(lab, "h", NIC)
     assert f"nic[0]: MAC address {MAC} in network lab is domain g's as well" in warning
     assert "domain g's as well" in container(lab, "c", NIC)
-    lab.virtctl("start", "g")
+    lab.virtdctl("start", "g")
     for arguments in (("start", "h"), ("container", "start", "c")):
         said = refused(lab, *arguments)
         assert f"MAC address {MAC} in network lab (nic[0]) is in use by domain g" in said
         assert "Stop domain g first" in said
     lab.sh("systemctl restart virtd.service")
     assert "is in use by domain g" in refused(lab, "container", "start", "c")
-    lab.virtctl("stop", "g")
-    lab.virtctl("container", "start", "c")
+    lab.virtdctl("stop", "g")
+    lab.virtdctl("container", "start", "c")
     lab.sh("systemctl restart virtd.service")
     assert "is in use by container c" in refused(lab, "start", "g")
     # The bridge's own.
@@ -93,9 +93,9 @@ def test_one_mac_in_a_domain_and_a_container(containers: Lab) -> None:
     # In another network it is nobody's.
     define(lab, network("other", 51))
     define_domain(lab, "h", NIC.replace("lab", "other"))
-    lab.virtctl("start", "h")
-    lab.virtctl("container", "stop", "c")
-    lab.virtctl("stop", "h")
+    lab.virtdctl("start", "h")
+    lab.virtdctl("container", "stop", "c")
+    lab.virtdctl("stop", "h")
 
 
 def test_two_networks_that_forward_one_port(lab: Lab) -> None:
@@ -104,20 +104,20 @@ def test_two_networks_that_forward_one_port(lab: Lab) -> None:
     lab.write("/root/two.toml", network("two", 51, more=forward.format(51)))
     assert (
         "tcp port 8080 of the host is network one's as well"
-        in lab.virtctl("network", "define", "/root/two.toml").stderr
+        in lab.virtdctl("network", "define", "/root/two.toml").stderr
     )
     assert "is in use by network one" in refused(lab, "network", "start", "two")
     assert lab.json("network", "info", "two")["state"] == "inactive"
     lab.write("/root/two.toml", network("two", 51, more=forward.format(51) + 'protocol = "udp"\n'))
-    assert lab.virtctl("network", "define", "/root/two.toml").stderr == ""
-    lab.virtctl("network", "start", "two")
+    assert lab.virtdctl("network", "define", "/root/two.toml").stderr == ""
+    lab.virtdctl("network", "start", "two")
 
 
 def test_a_forward_of_what_the_host_serves(lab: Lab) -> None:
     text = network("one", 50, more='[[forward]]\nport = 2222\nto = "10.77.50.9"\nto_port = 22\n')
     lab.write("/root/one.toml", text)
     with listening(lab, V4, TCP, "0.0.0.0", 2222):
-        said = lab.virtctl("network", "define", "/root/one.toml").stderr
+        said = lab.virtdctl("network", "define", "/root/one.toml").stderr
         assert "forward[0]: tcp port 2222 of the host is served by python3" in said
         said = refused(lab, "network", "start", "one")
         assert "listener.service) at 0.0.0.0:2222" in said
@@ -128,19 +128,19 @@ def test_a_forward_of_what_the_host_serves(lab: Lab) -> None:
         (V6, TCP, "::", True),
     ):
         with listening(lab, family, kind, address, 2222, only6=only6):
-            assert "served by" not in lab.virtctl("network", "define", "/root/one.toml").stderr
+            assert "served by" not in lab.virtdctl("network", "define", "/root/one.toml").stderr
     with listening(lab, V6, TCP, "::", 2222):
         assert "at [::]:2222" in refused(lab, "network", "start", "one")
     # Its own dnsmasq doesn't count, nor what comes to listen while it is active.
     lab.write("/root/one.toml", text.replace("2222", "53"))
-    lab.virtctl("network", "define", "/root/one.toml")
-    lab.virtctl("network", "start", "one")
+    lab.virtdctl("network", "define", "/root/one.toml")
+    lab.virtdctl("network", "start", "one")
     lab.write("/root/one.toml", text)
     with listening(lab, V4, TCP, "0.0.0.0", 2222):
         assert "served by python3" in refused(lab, "network", "define", "/root/one.toml")
-        assert "port = 53" in lab.virtctl("network", "dump", "one").stdout
-    lab.virtctl("network", "define", "/root/one.toml")
+        assert "port = 53" in lab.virtdctl("network", "dump", "one").stdout
+    lab.virtdctl("network", "define", "/root/one.toml")
     with listening(lab, V4, TCP, "0.0.0.0", 2222):
         lab.sh("systemctl restart virtd.service")
         assert lab.json("network", "info", "one")["state"] == "active"
-        lab.virtctl("network", "start", "one")
+        lab.virtdctl("network", "start", "one")

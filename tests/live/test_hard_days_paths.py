@@ -39,8 +39,8 @@ def odd(lab: Lab) -> Iterator[Lab]:
     for noun in ((), ("container",), ("network",)):
         for item in lab.json(*noun, "list"):
             if item["name"] != "default":
-                lab.virtctl(*noun, "stop", item["name"], check=False)
-                lab.virtctl(*noun, "undefine", item["name"], check=False)
+                lab.virtdctl(*noun, "stop", item["name"], check=False)
+                lab.virtdctl(*noun, "undefine", item["name"], check=False)
     lab.run("rm", "-rf", ODD, "/srv/plain")
 
 
@@ -82,7 +82,7 @@ def odd_top(lab: Lab) -> Iterator[None]:
 def nothing_left(lab: Lab) -> None:
     lab.wait("no aliases", lambda: lab.sh("ls /run/virtd/paths") == "", 20)
     assert lab.json("fsck")["differences"] == []
-    assert lab.virtctl("status", check=False).returncode == 0
+    assert lab.virtdctl("status", check=False).returncode == 0
 
 
 def test_a_guest_with_odd_paths_ends_in_order_after_a_reload(odd: Lab) -> None:
@@ -104,8 +104,8 @@ path = {path("disk:1.raw")}
 [[cdrom]]
 path = {path('c"d.iso')}
 """
-    odd.virtctl("define", "-", stdin=text)
-    odd.virtctl("start", "odd")
+    odd.virtdctl("define", "-", stdin=text)
+    odd.virtdctl("start", "odd")
     odd.wait_ready("odd")
     reload_changes_nothing(odd, "virtd-qemu-odd.service")
     odd.sh("systemctl restart virtd.service; systemctl stop virtd-qemu-odd.service")
@@ -129,13 +129,13 @@ readonly = true
 source = {json.dumps(f"{ODD}/da:ta", ensure_ascii=False)}
 target = "/data"
 """
-    odd.virtctl("container", "define", "-", stdin=text)
-    odd.virtctl("container", "start", "odd")
+    odd.virtdctl("container", "define", "-", stdin=text)
+    odd.virtdctl("container", "start", "odd")
     odd.wait("its words", lambda: b"shown" in odd.console("odd", noun="container"), 30)
     assert b"up a b $HOME;'" in odd.console("odd", noun="container")
     reload_changes_nothing(odd, "virtd-lxc-odd.service")
     with odd_top(odd):
-        assert odd.virtctl("container", "exec", "-T", "odd", "--", "ls", "/data").stdout == "shown\n"
+        assert odd.virtdctl("container", "exec", "-T", "odd", "--", "ls", "/data").stdout == "shown\n"
         assert odd.sh("ls -d /run/virtd/lxc/odd/exec*", check=False) == ""
     odd.sh("systemctl stop virtd-lxc-odd.service")
     info = odd.wait("its end", lambda: (i := odd.json("container", "info", "odd"))["exit"] and i, 30)
@@ -144,18 +144,18 @@ target = "/data"
 
 
 def test_pools_imports_and_containers_made_of_odd_paths(odd: Lab) -> None:
-    odd.virtctl(
+    odd.virtdctl(
         "pool", "define", "-", stdin=f'name = "odd"\npath = {json.dumps(f"{ODD}/po ol", ensure_ascii=False)}\n'
     )
     odd.run("truncate", "-s", "1M", f"{ODD}/so'urce.raw")
     try:
-        odd.virtctl("pool", "build", "odd", check=False)
-        odd.virtctl("pool", "start", "odd", check=False)
-        odd.virtctl("volume", "create", "odd", "a", "1M")
-        odd.virtctl("volume", "create", "odd", "q.qcow2", "1M")
-        odd.virtctl("volume", "clone", "odd", "a", "b")
-        odd.virtctl("volume", "import", "odd", "c", f"{ODD}/so'urce.raw", "--from", "raw")
-        odd.virtctl("volume", "create", "odd", "top.qcow2", "--backing", "q.qcow2")
+        odd.virtdctl("pool", "build", "odd", check=False)
+        odd.virtdctl("pool", "start", "odd", check=False)
+        odd.virtdctl("volume", "create", "odd", "a", "1M")
+        odd.virtdctl("volume", "create", "odd", "q.qcow2", "1M")
+        odd.virtdctl("volume", "clone", "odd", "a", "b")
+        odd.virtdctl("volume", "import", "odd", "c", f"{ODD}/so'urce.raw", "--from", "raw")
+        odd.virtdctl("volume", "create", "odd", "top.qcow2", "--backing", "q.qcow2")
         assert {one["name"] for one in odd.json("volume", "list", "odd")} == {"a", "b", "c", "q.qcow2", "top.qcow2"}
         disks = "".join(f'[[disk]]\npool = "odd"\nvolume = "{name}"\n' for name in ("top.qcow2", "a"))
         odd.define("disks", more=disks, start=True)
@@ -165,17 +165,17 @@ def test_pools_imports_and_containers_made_of_odd_paths(odd: Lab) -> None:
         info = odd.wait("its end", lambda: (i := odd.info("disks"))["exit"] and i, 30)
         assert (info["state"], info["exit"]["cause"]) == ("stopped", "host-shutdown")
     finally:
-        odd.virtctl("stop", "disks", check=False)
-        odd.virtctl("undefine", "disks", check=False)
+        odd.virtdctl("stop", "disks", check=False)
+        odd.virtdctl("undefine", "disks", check=False)
         for volume in ("a", "b", "c", "top.qcow2", "q.qcow2"):
-            odd.virtctl("volume", "delete", "odd", volume, check=False)
-        odd.virtctl("pool", "stop", "odd", check=False)
-        odd.virtctl("pool", "undefine", "odd", check=False)
+            odd.virtdctl("volume", "delete", "odd", volume, check=False)
+        odd.virtdctl("pool", "stop", "odd", check=False)
+        odd.virtdctl("pool", "undefine", "odd", check=False)
     odd.sh("mkdir -p '/srv/plain/an im'\\''age/etc'")
     odd.write("/etc/virtd/virtd.toml", f"[lxc]\ndirectory = {json.dumps(ODD, ensure_ascii=False)}\n")
     try:
         odd.sh("systemctl restart virtd.service")
-        odd.virtctl("container", "create", "made", "--image", "/srv/plain/an im'age")
+        odd.virtdctl("container", "create", "made", "--image", "/srv/plain/an im'age")
         assert odd.json("container", "info", "made")["rootfs"] == f"{ODD}/made"
         nothing_left(odd)
     finally:
@@ -185,11 +185,11 @@ def test_pools_imports_and_containers_made_of_odd_paths(odd: Lab) -> None:
 def test_a_reload_changes_no_unit(odd: Lab) -> None:
     """Neither one without anything odd in it: "RestrictNamespaces=" was lost."""
     odd.define("plain", start=True)
-    odd.virtctl("network", "define", "-", stdin='name = "plain"\n[ipv4]\naddress = "192.168.150.1/24"\n')
-    odd.virtctl("network", "start", "plain")
+    odd.virtdctl("network", "define", "-", stdin='name = "plain"\n[ipv4]\naddress = "192.168.150.1/24"\n')
+    odd.virtdctl("network", "start", "plain")
     with odd_top(odd):
-        odd.virtctl("stop", "plain")
-        odd.virtctl("start", "plain")
+        odd.virtdctl("stop", "plain")
+        odd.virtdctl("start", "plain")
         reload_changes_nothing(odd, "virtd-qemu-plain.service", "virtd-network-plain.service")
         odd.sh("systemctl stop virtd-qemu-plain.service")
         info = odd.wait("its end", lambda: (i := odd.info("plain"))["exit"] and i, 30)
@@ -242,7 +242,7 @@ def test_large_ids_need_more_of_them(odd: Lab) -> None:
     image = "/srv/plain/image"
     odd.sh(LARGE.format(image))
     for source in (f"{image}.tar", image):
-        done = odd.virtctl("container", "create", "large", "--image", source, check=False)
+        done = odd.virtdctl("container", "create", "large", "--image", source, check=False)
         assert done.returncode == 1
         assert f"IDs up to 70000 are needed for the files of {source}" in done.stderr
         hint = next(line for line in done.stderr.splitlines() if line.startswith("Hint: "))
@@ -252,14 +252,14 @@ def test_large_ids_need_more_of_them(odd: Lab) -> None:
         first = int(odd.sh(f"stat -c %u {root}"))
         assert odd.sh(f"stat -c %u:%g {root}/theirs").strip() == f"{first + 70000}:{first + 66000}"
         # A copy of a container's root has to have as many, or such files would be nobody's.
-        done = odd.virtctl("container", "create", "copy", "--image", root, check=False)
+        done = odd.virtdctl("container", "create", "copy", "--image", root, check=False)
         assert "IDs up to 70000 are needed" in done.stderr
-        odd.virtctl("container", "create", "copy", "--ids", "131072", "--image", root)
+        odd.virtdctl("container", "create", "copy", "--ids", "131072", "--image", root)
         copied = odd.json("container", "info", "copy")["rootfs"]
         first = int(odd.sh(f"stat -c %u {copied}"))
         assert odd.sh(f"stat -c %u:%g {copied}/theirs").strip() == f"{first + 70000}:{first + 66000}"
         for name in ("large", "copy"):
-            odd.virtctl("container", "undefine", name)
+            odd.virtdctl("container", "undefine", name)
         odd.sh(f"rm -rf {root} {copied}")
     nothing_left(odd)
 
@@ -286,19 +286,19 @@ def test_no_inotify_instances_left_for_dnsmasq(odd: Lab) -> None:
         odd.wait("all taken", lambda: str(limit) in odd.sh("journalctl -o cat -u hungry.service"), 30)
         for name, more in (("one", ""), ("two", 'mode = "isolated"\n')):
             text = f'name = "{name}"\n{more}[ipv4]\naddress = "192.168.{150 + len(more)}.1/24"\n'
-            odd.virtctl("network", "define", "-", stdin=text)
-        done = odd.virtctl("network", "start", "one", check=False)
+            odd.virtdctl("network", "define", "-", stdin=text)
+        done = odd.virtdctl("network", "start", "one", check=False)
         assert f"processes of hungry have {limit} inotify instances" in done.stderr
         assert f"fs.inotify.max_user_instances is {limit}" in done.stderr
         assert "sysctl -w fs.inotify.max_user_instances=" in done.stderr
         # As the hint says.
-        odd.virtctl("network", "start", "two")
+        odd.virtdctl("network", "start", "two")
         odd.sh("systemctl stop hungry.service")
-        odd.virtctl("network", "start", "one")
+        odd.virtdctl("network", "start", "one")
     finally:
         odd.sh("systemctl stop hungry.service", check=False)
         for name in ("one", "two"):
-            odd.virtctl("network", "stop", name, check=False)
-            odd.virtctl("network", "undefine", name, check=False)
+            odd.virtdctl("network", "stop", name, check=False)
+            odd.virtdctl("network", "undefine", name, check=False)
         odd.sh("rm -f /etc/virtd/virtd.toml; systemctl restart virtd.service")
     nothing_left(odd)

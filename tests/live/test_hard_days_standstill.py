@@ -27,12 +27,12 @@ def small(lab: Lab) -> Iterator[Lab]:
     """A file system of 8 MiB for a disk that claims to have 16."""
     lab.sh(f"mkdir -p {PLACE}; mount -t tmpfs -o size=8M tmpfs {PLACE}; truncate -s 16M {PLACE}/d.img")
     yield lab
-    lab.virtctl("stop", "web1", check=False)
+    lab.virtdctl("stop", "web1", check=False)
     lab.sh(f"umount {PLACE}; rmdir {PLACE}")
 
 
 def problems(lab: Lab) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(lab.virtctl("status", "--json", check=False).stdout)["problems"]
+    found: list[dict[str, Any]] = json.loads(lab.virtdctl("status", "--json", check=False).stdout)["problems"]
     return found
 
 
@@ -52,8 +52,8 @@ def test_a_disk_that_is_full(small: Lab, format_: str) -> None:
     if format_ == "qcow2":
         lab.sh(f"rm {PLACE}/d.img; qemu-img create -q -f qcow2 {PLACE}/d.img 16M")
     disk = f'[[disk]]\npath = "{PLACE}/d.img"\nformat = "{format_}"\n'
-    lab.virtctl("define", "-", stdin=definition("web1", more=disk))
-    lab.virtctl("start", "web1")
+    lab.virtdctl("define", "-", stdin=definition("web1", more=disk))
+    lab.virtdctl("start", "web1")
     lab.wait_ready("web1")
     journal = Journal.now(lab)
     before = begin(lab, "web1", FILL)
@@ -62,7 +62,7 @@ def test_a_disk_that_is_full(small: Lab, format_: str) -> None:
     assert (info["standstill"]["kind"], info["standstill"]["full"]) == ("io-error", True)
     text = standing_still(lab)
     assert f"no space left on the file system of {PLACE}, " in text
-    assert lab.virtctl("status", check=False).returncode != 0
+    assert lab.virtdctl("status", check=False).returncode != 0
     (entry,) = journal.await_entries(f"MESSAGE_ID={Message.GUEST_STOOD_STILL}")
     assert f"{PLACE}/d.img" in entry["MESSAGE"]
     # It is as true for the next daemon, and the next.
@@ -71,13 +71,13 @@ def test_a_disk_that_is_full(small: Lab, format_: str) -> None:
         assert f"file system of {PLACE}" in standing_still(lab)
         assert lab.info("web1")["standstill"]["disk"] == "disk[0]"
     assert len(journal.entries(f"MESSAGE_ID={Message.GUEST_STOOD_STILL}")) == 1
-    refused = lab.virtctl("resume", "web1", check=False)
+    refused = lab.virtdctl("resume", "web1", check=False)
     assert refused.returncode == 1
     assert "stands still" in refused.stderr
     assert "Free some space" in refused.stderr
     assert lab.info("web1")["state"] == "paused"
     lab.sh(f"mount -o remount,size=32M {PLACE}")
-    lab.virtctl("resume", "web1")
+    lab.virtdctl("resume", "web1")
     assert finish(lab, "web1", before)[0] == 0, "not a byte of it is lost"
     assert (lab.info("web1")["state"], lab.info("web1")["standstill"]) == ("running", None)
     assert problems(lab) == []
@@ -85,28 +85,28 @@ def test_a_disk_that_is_full(small: Lab, format_: str) -> None:
 
 def test_a_disk_that_was_full_when_nobody_was_there(small: Lab) -> None:
     lab = small
-    lab.virtctl("define", "-", stdin=definition("web1", more=f'[[disk]]\npath = "{PLACE}/d.img"\n'))
-    lab.virtctl("start", "web1")
+    lab.virtdctl("define", "-", stdin=definition("web1", more=f'[[disk]]\npath = "{PLACE}/d.img"\n'))
+    lab.virtdctl("start", "web1")
     lab.wait_ready("web1")
     begin(lab, "web1", f"sleep 3; {FILL}")
     lab.sh("systemctl stop virtd.socket virtd-root.socket virtd.service")
     lab.wait("a full disk", lambda: lab.sh(f"df --output=avail -k {PLACE} | tail -n1").strip() in ("0", "4"), 60)
     lab.sh("sleep 1; systemctl start virtd.socket virtd-root.socket virtd.service")
     assert f"disk[0], {PLACE}/d.img" in standing_still(lab)
-    lab.virtctl("stop", "web1")
+    lab.virtdctl("stop", "web1")
     assert problems(lab) == []
 
 
 def test_a_panic_that_is_kept(lab: Lab) -> None:
-    lab.virtctl("define", "-", stdin=definition("web1", more='on_crash = "keep"'))
-    lab.virtctl("start", "web1")
+    lab.virtdctl("define", "-", stdin=definition("web1", more='on_crash = "keep"'))
+    lab.virtdctl("start", "web1")
     lab.wait_ready("web1")
-    lab.virtctl("console", "--timeout", "0", "web1", stdin="panic\n")
+    lab.virtdctl("console", "--timeout", "0", "web1", stdin="panic\n")
     (found,) = lab.wait("the problem", lambda: problems(lab), 60)
     assert "the guest's kernel panicked" in found["text"]
     lab.sh("systemctl restart virtd.service")
     assert [one["text"] for one in problems(lab)] == [found["text"]]
     # What the hint says.
-    lab.virtctl("stop", "web1")
-    lab.virtctl("start", "web1")
+    lab.virtdctl("stop", "web1")
+    lab.virtdctl("start", "web1")
     assert problems(lab) == []

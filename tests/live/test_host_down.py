@@ -56,7 +56,7 @@ def lab(packages: dict[str, Path]) -> Iterator[Lab]:
         lab.sh(PREPARE)
         device = lab.sh(LOOP.format(kind="ext4", size=16, quiet="-q")).strip()
         define(lab, f'name = "disks"\ntype = "filesystem"\npath = "/srv/disks"\nsource = "{device}"\n')
-        lab.virtctl("pool", "start", "disks")
+        lab.virtdctl("pool", "start", "disks")
         lab.sh(f"losetup -d {device}")  # once it is unmounted
         volume(lab, "create", "disks", "disk", "1M")
         disk = '[[disk]]\npool = "disks"\nvolume = "disk"\n'
@@ -64,10 +64,10 @@ def lab(packages: dict[str, Path]) -> Iterator[Lab]:
         # Nobody is in these but a BIOS without anything to boot, which doesn't know of a power button.
         for name, limit in (("deaf3", 3), ("deaf6", 6)):
             disk = f'[[disk]]\npath = "/var/lib/virtd/images/{name}.raw"\n'
-            lab.virtctl(
+            lab.virtdctl(
                 "define", "-", stdin=f'name = "{name}"\nmemory = "32M"\nhost_shutdown_timeout = {limit}\n{disk}'
             )
-            lab.virtctl("start", name)
+            lab.virtdctl("start", name)
         lab.wait("the lines", lambda: check(lab.console("polite")).lines > 20, 60)
         yield lab
     finally:
@@ -119,15 +119,15 @@ def guests_ended_well(lab: Lab) -> None:
 
 
 def test_reboot_without_the_daemon_and_autostart(lab: Lab) -> None:
-    lab.virtctl("autostart", "deaf3")
+    lab.virtdctl("autostart", "deaf3")
     networks.define(lab, networks.network("lab", 1, head="autostart = true"))
     networks.define(lab, networks.network("idle", 2), start=False)
     lab.run("sh", "-c", containers.MAKE, stdin=containers.PROGRAM)
     mount = '[[mount]]\nsource = "/usr"\ntarget = "/usr"\nreadonly = true\n'
     text = f'name = "boxed"\nrootfs = "{containers.ROOT}"\ncommand = ["/steady", "20"]\n{mount}'
-    lab.virtctl("container", "define", "-", stdin=text)
-    lab.virtctl("container", "autostart", "boxed")
-    lab.virtctl("container", "start", "boxed")
+    lab.virtdctl("container", "define", "-", stdin=text)
+    lab.virtdctl("container", "autostart", "boxed")
+    lab.virtdctl("container", "start", "boxed")
     lab.sh("systemctl stop virtd.socket virtd.service; rm /run/virtd/daemon.json")
     lab.sh("systemctl reboot", check=False)
     lab.wait("the end of the lab", lambda: gone(lab), 60)
@@ -136,7 +136,7 @@ def test_reboot_without_the_daemon_and_autostart(lab: Lab) -> None:
     lab.boot()
     lab.wait("the autostart", lambda: lab.info("deaf3")["state"] == "running", 30)
     lab.wait("the container's", lambda: lab.json("container", "info", "boxed")["state"] == "running", 60)
-    lab.virtctl("container", "stop", "boxed")
+    lab.virtdctl("container", "stop", "boxed")
     assert {item["name"]: item["state"] for item in lab.json("list")} == {
         "deaf3": "running",
         "deaf6": "stopped",
@@ -149,8 +149,8 @@ def test_reboot_without_the_daemon_and_autostart(lab: Lab) -> None:
 
 def test_soft_reboot_and_power_off(lab: Lab) -> None:
     """Guests run on; one that is to be started at boot, and was stopped by a person, isn't started by it."""
-    lab.virtctl("define", "-", stdin=lab.sh("sed s,deaf3,idle, /etc/virtd/qemu/deaf3.toml | grep -v uuid"))
-    lab.virtctl("autostart", "idle")
+    lab.virtdctl("define", "-", stdin=lab.sh("sed s,deaf3,idle, /etc/virtd/qemu/deaf3.toml | grep -v uuid"))
+    lab.virtdctl("autostart", "idle")
     pids = {item["name"]: item["pid"] for item in lab.json("list")}
     if SUITE != "bookworm":  # systemd 252 has no soft reboot
         lab.soft_reboot()

@@ -37,7 +37,7 @@ def boot_sector(lab: Lab, name: str, code: str) -> None:
            f"+ b'\\\\x55\\\\xaa' + bytes(1 << 20))\" > /srv/boot/{name}.img")  # fmt: skip
     text = f'name = "{name}"\nmemory = "64M"\n[[disk]]\npath = "/srv/boot/{name}.img"\nformat = "raw"\n'
     lab.write(f"/tmp/{name}.toml", text)
-    lab.virtctl("define", f"/tmp/{name}.toml")
+    lab.virtdctl("define", f"/tmp/{name}.toml")
 
 
 def resident(lab: Lab) -> int:
@@ -46,24 +46,24 @@ def resident(lab: Lab) -> int:
 
 def test_a_flood_of_events_costs_a_bounded_amount(lab: Lab) -> None:
     boot_sector(lab, "flood", FLOOD)
-    lab.virtctl("start", "flood")
+    lab.virtdctl("start", "flood")
     lab.wait("the flood to be noticed", lambda: lab.info("flood")["events"]["hung_up"], 90)
     before = resident(lab)
     for _ in range(20):
-        lab.virtctl("suspend", "flood")
+        lab.virtdctl("suspend", "flood")
         lab.wait("it to be paused", lambda: lab.info("flood")["state"] == "paused")
-        lab.virtctl("resume", "flood")
+        lab.virtdctl("resume", "flood")
     assert resident(lab) - before < MEMORY
     assert int(lab.sh("du -sk /run/virtd | cut -f1")) < 4096
     said = "more events than virtd takes"
-    lab.wait("the problem", lambda: said in lab.virtctl("status", check=False).stdout, 90)
-    lab.virtctl("stop", "flood")
+    lab.wait("the problem", lambda: said in lab.virtdctl("status", check=False).stdout, 90)
+    lab.virtdctl("stop", "flood")
     lab.sh("rm -r /srv/boot")
 
 
 def test_what_ended_a_guest_that_flooded_while_nobody_was_there(lab: Lab) -> None:
     boot_sector(lab, "web1", FLOOD_AND_OFF)
-    lab.virtctl("start", "web1")
+    lab.virtdctl("start", "web1")
     pid = lab.info("web1")["pid"]
     lab.sh("systemctl stop virtd.socket virtd.service")
     lab.wait("its end", lambda: lab.sh(f"test -e /proc/{pid} || echo gone", check=False) == "gone\n", 120)
@@ -82,8 +82,8 @@ def test_odd_files_where_children_write(lab: Lab, kind: str) -> None:
     """As if a child had made them before it was kept from making any."""
     lab.define("web1", start=True)
     lab.write("/tmp/lab.toml", 'name = "lab"\nmode = "isolated"\n[ipv4]\naddress = "192.168.150.1/24"\n')
-    lab.virtctl("network", "define", "/tmp/lab.toml")
-    lab.virtctl("network", "start", "lab")
+    lab.virtdctl("network", "define", "/tmp/lab.toml")
+    lab.virtdctl("network", "start", "lab")
     try:
         pid = lab.info("web1")["pid"]
         paths = [
@@ -96,30 +96,30 @@ def test_odd_files_where_children_write(lab: Lab, kind: str) -> None:
         lab.sh("systemctl restart virtd")
         assert lab.info("web1")["pid"] == pid
         assert lab.json("network", "leases", "lab") == []
-        assert "broke off" not in lab.virtctl("suspend", "web1", check=False).stderr
-        lab.virtctl("stop", "web1")
+        assert "broke off" not in lab.virtdctl("suspend", "web1", check=False).stderr
+        lab.virtdctl("stop", "web1")
         assert lab.info("web1")["exit"]["cause"] == "stop"
     finally:
-        lab.virtctl("network", "stop", "lab", check=False)
-        lab.virtctl("network", "undefine", "lab", check=False)
+        lab.virtdctl("network", "stop", "lab", check=False)
+        lab.virtdctl("network", "undefine", "lab", check=False)
 
 
 def test_a_link_to_anothers_monitor(lab: Lab) -> None:
     lab.define("web1", start=True)
     lab.define("web2", start=True)
     lab.sh("cd /run/virtd/qemu/web1; rm qmp.sock; ln -s ../web2/shutdown.sock qmp.sock; systemctl restart virtd")
-    refused = lab.virtctl("suspend", "web1", check=False)
+    refused = lab.virtdctl("suspend", "web1", check=False)
     assert refused.returncode != 0
     assert "a link" in refused.stderr
     assert [lab.info(name)["state"] for name in ("web1", "web2")] == ["running", "running"]
-    lab.virtctl("stop", "web1")
+    lab.virtdctl("stop", "web1")
     assert lab.info("web2")["state"] == "running"
 
 
 def test_a_guests_directory_is_not_its_own_any_more(lab: Lab) -> None:
     lab.write("/tmp/web1.toml", definition("web1", more="[vnc]\nenabled = true\n"))
-    lab.virtctl("define", "/tmp/web1.toml")
-    lab.virtctl("start", "web1")
+    lab.virtdctl("define", "/tmp/web1.toml")
+    lab.virtdctl("start", "web1")
     owner, mode = lab.sh("stat -c '%U %a' /run/virtd/qemu/web1").split()
     assert (owner, mode) == ("root", "710")
     assert lab.sh("ls /run/virtd/qemu/web1").split() == ["qmp.sock", "shutdown.sock", "vnc.sock"]

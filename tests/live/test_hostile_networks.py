@@ -100,11 +100,11 @@ def test_an_isolated_network_stays_isolated_without_rules(lab: Lab) -> None:
         assert any("policy routing" in entry["MESSAGE"] for entry in journal.await_entries(RESTORED))
         lab.sh("ip -6 rule add prio 32766 lookup main")
         # Another mode is put in force at once, and back; nothing is left over at its end.
-        lab.virtctl("network", "define", "-", stdin=network("iso", 5, more=six.format(5)))
+        lab.virtdctl("network", "define", "-", stdin=network("iso", 5, more=six.format(5)))
         assert ping(lab, i1, OUTSIDE)[0]
-        lab.virtctl("network", "define", "-", stdin=network("iso", 5, head='mode = "isolated"', more=six.format(5)))
+        lab.virtdctl("network", "define", "-", stdin=network("iso", 5, head='mode = "isolated"', more=six.format(5)))
         assert not ping(lab, i1, OUTSIDE)[0]
-    lab.virtctl("network", "stop", "iso")
+    lab.virtdctl("network", "stop", "iso")
     assert "vd-iso" not in lab.sh("ip rule; ip -6 rule")
     assert "prohibit" not in lab.sh("ip rule; ip -6 rule")
     assert info(lab, "nat")["problems"] == []
@@ -146,8 +146,8 @@ class Cell:
         lab.sh(f"rm -rf {self.root}; cp -a {small.ROOT} {self.root}; chown -hR {first}:{first} {self.root}")
         text = f'name = "{name}"\nrootfs = "{self.root}"\ncommand = ["/brief"]\n{MINI}'
         text += f'[[nic]]\nnetwork = "lab"\nmac = "{mac}"\n{more}'
-        lab.virtctl("container", "define", "-", stdin=text)
-        lab.virtctl("container", "start", name)
+        lab.virtdctl("container", "define", "-", stdin=text)
+        lab.virtdctl("container", "start", name)
         found = lab.json("container", "info", name)
         self.enter = ("nsenter", "-t", str(found["init"] if "init" in found else found["pid"]), "-n")
         hosts = lab.sh("cat /run/virtd/network/lab/hosts 2>/dev/null || :")  # none in a bridge of the host's
@@ -163,8 +163,8 @@ class Cell:
         self.run("python3", "-c", frames.SEND, stdin="".join(f"{frame.hex()}\n" for frame in frames_))
 
     def end(self) -> None:
-        self.lab.virtctl("container", "stop", self.name, check=False)
-        self.lab.virtctl("container", "undefine", self.name, check=False)
+        self.lab.virtdctl("container", "stop", self.name, check=False)
+        self.lab.virtdctl("container", "undefine", self.name, check=False)
         self.lab.sh(f"rm -rf {self.root}")
 
 
@@ -394,7 +394,7 @@ def test_a_guest_in_a_bridge_of_the_hosts_sends_as_itself_only(lab: Lab) -> None
     finally:
         for cell in cells:
             cell.end()
-        lab.virtctl("network", "stop", "lab", check=False)
+        lab.virtdctl("network", "stop", "lab", check=False)
         lab.sh("ip link del br0", check=False)
 
 
@@ -419,7 +419,7 @@ def test_neighbours_that_do_not_see_each_other(lab: Lab) -> None:
     try:
         cells += [Cell(lab, "one", EVIL), Cell(lab, "two", GOOD)]
         assert reached() == (True, True, True)
-        lab.virtctl("network", "define", "-", stdin=network("lab", 1, head="isolated_ports = true"))
+        lab.virtdctl("network", "define", "-", stdin=network("lab", 1, head="isolated_ports = true"))
         assert reached() == (False, False, True)
         lab.sh("systemctl stop virtd.socket virtd.service; nft flush ruleset")
         try:
@@ -428,7 +428,7 @@ def test_neighbours_that_do_not_see_each_other(lab: Lab) -> None:
             lab.sh("systemctl start virtd.socket virtd.service")
         lab.wait("the rules", lambda: rules(lab, "lab"), 10)
         assert reached() == (False, False, True)
-        lab.virtctl("network", "define", "-", stdin=network("lab", 1))
+        lab.virtdctl("network", "define", "-", stdin=network("lab", 1))
         assert reached() == (True, True, True)
     finally:
         for cell in cells:

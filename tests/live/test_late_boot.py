@@ -30,25 +30,25 @@ def late(lab: Lab) -> Iterator[Lab]:
     lab.sh(f"mkdir -p {LATE} && mount -t tmpfs -o mode=755 late {LATE} && mkdir -m 711 {LATE}/pool")
     lab.sh(f"truncate -s 1M {LATE}/disk.raw; chmod 600 {LATE}/disk.raw")
     lab.sh("ip link add br0 type bridge && ip link set br0 up")
-    lab.virtctl("network", "define", "-", stdin='name = "lan"\nmode = "bridge"\nbridge = "br0"\nautostart = true\n')
-    lab.virtctl("pool", "define", "-", stdin=f'name = "late"\npath = "{LATE}/pool"\nautostart = true\n')
-    lab.virtctl("pool", "start", "late")
-    lab.virtctl("pool", "stop", "late")
+    lab.virtdctl("network", "define", "-", stdin='name = "lan"\nmode = "bridge"\nbridge = "br0"\nautostart = true\n')
+    lab.virtdctl("pool", "define", "-", stdin=f'name = "late"\npath = "{LATE}/pool"\nautostart = true\n')
+    lab.virtdctl("pool", "start", "late")
+    lab.virtdctl("pool", "stop", "late")
     for name, more in (
         ("innet", '[[nic]]\nnetwork = "lan"\n'),
         ("ondisk", f'[[disk]]\npath = "{LATE}/disk.raw"\nformat = "raw"\n'),
     ):
-        lab.virtctl("define", "-", stdin=definition(name, more=more))
-        lab.virtctl("autostart", name)
+        lab.virtdctl("define", "-", stdin=definition(name, more=more))
+        lab.virtdctl("autostart", name)
     lab.sh(f"umount {LATE}; ip link del br0")
     try:
         yield lab
     finally:
         for name in ("innet", "ondisk"):
-            lab.virtctl("stop", name, check=False)
-        lab.virtctl("pool", "stop", "late", check=False)
-        lab.virtctl("pool", "undefine", "late", check=False)
-        lab.virtctl("network", "stop", "lan", check=False)
+            lab.virtdctl("stop", name, check=False)
+        lab.virtdctl("pool", "stop", "late", check=False)
+        lab.virtdctl("pool", "undefine", "late", check=False)
+        lab.virtdctl("network", "stop", "lan", check=False)
         lab.sh(f"umount {LATE}; rm -rf {LATE}; ip link del br0", check=False)
 
 
@@ -58,7 +58,7 @@ def states(lab: Lab) -> dict[str, tuple[str, bool]]:
 
 
 def problems(lab: Lab) -> dict[str, dict[str, str]]:
-    found = json.loads(lab.virtctl("status", "--json", check=False).stdout)["problems"]
+    found = json.loads(lab.virtdctl("status", "--json", check=False).stdout)["problems"]
     return {row["object"]: row for row in found}
 
 
@@ -69,7 +69,7 @@ def test_what_comes_late(late: Lab) -> None:
     late.sh(NEXT_BOOT)
     late.wait("all to wait", lambda: states(late) == waiting, 20)
     assert set(problems(late)) == everything
-    assert "waits to be autostarted" in late.virtctl("list").stdout
+    assert "waits to be autostarted" in late.virtdctl("list").stdout
     assert late.sh(f"ls -A {LATE}") == "", "the pool was made below the mount point"
     assert "pool build" not in problems(late)["storage/late"]["hint"]
     # The next daemon knows of it at once.
@@ -77,7 +77,7 @@ def test_what_comes_late(late: Lab) -> None:
     assert states(late) == waiting
     assert set(problems(late)) == everything
     # A person who starts one that can't be started is told why, and it waits on.
-    assert late.virtctl("network", "start", "lan", check=False).returncode == 1
+    assert late.virtdctl("network", "start", "lan", check=False).returncode == 1
     assert states(late)["lan"] == ("inactive", True)
 
     late.sh("ip link add br0 type bridge && ip link set br0 up")
@@ -89,17 +89,17 @@ def test_what_comes_late(late: Lab) -> None:
     late.wait("the guest on it", lambda: states(late)["ondisk"] == ("running", False), 30)
     assert problems(late) == {}
     # It was once for this boot.
-    late.virtctl("stop", "ondisk")
+    late.virtdctl("stop", "ondisk")
     late.sh("systemctl restart virtd")
     assert states(late)["ondisk"] == ("stopped", False)
 
 
 def test_a_mount_that_goes_is_told_of(late: Lab) -> None:
     late.sh(f"mount -t tmpfs -o mode=755 late {LATE} && mkdir -m 711 {LATE}/pool")
-    late.virtctl("pool", "start", "late")
+    late.virtdctl("pool", "start", "late")
     late.sh(f"umount {LATE} && systemctl reload virtd")
     assert LATE in problems(late)["storage/late"]["text"]
-    refused = late.virtctl("pool", "start", "late", check=False)
+    refused = late.virtdctl("pool", "start", "late", check=False)
     assert refused.returncode == 1
     assert "isn't mounted" in refused.stderr
     assert late.sh(f"ls -A {LATE}") == ""

@@ -41,20 +41,20 @@ EXPECTED = {
 
 def bring(lab: Lab, state: str) -> None:
     """Have the domain `web1` in that state."""
-    lab.virtctl("define", "-", stdin=definition("web1"))
+    lab.virtdctl("define", "-", stdin=definition("web1"))
     now = lab.info("web1")["state"]
     if state in ("running", "paused"):
         if now not in ("running", "paused"):
             lab.forget_log("web1")
-            lab.virtctl("start", "web1")
+            lab.virtdctl("start", "web1")
             lab.wait_ready("web1")
         if now == "paused" and state == "running":
-            lab.virtctl("resume", "web1")
+            lab.virtdctl("resume", "web1")
         if state == "paused":
-            lab.virtctl("suspend", "web1")
+            lab.virtdctl("suspend", "web1")
     elif now != state:
-        lab.virtctl("start", "web1")
-        lab.virtctl(*(("kill", "web1") if state == "crashed" else ("stop", "web1")))
+        lab.virtdctl("start", "web1")
+        lab.virtdctl(*(("kill", "web1") if state == "crashed" else ("stop", "web1")))
         lab.wait("the end", lambda: lab.info("web1")["state"] in ("stopped", "crashed"))
     assert lab.info("web1")["state"] == state
 
@@ -63,7 +63,7 @@ def bring(lab: Lab, state: str) -> None:
 def test_every_command(lab: Lab, state: str) -> None:
     for command, outcome in EXPECTED[state].items():
         bring(lab, state)
-        done = lab.virtctl(command, "web1", check=False)
+        done = lab.virtdctl(command, "web1", check=False)
         said = f"{command} of a {state} one: exit status {done.returncode}, {done.stdout}{done.stderr}"
         if outcome == REFUSED:
             assert done.returncode == 1, said
@@ -79,7 +79,7 @@ def test_every_command(lab: Lab, state: str) -> None:
 
 def test_names_that_are_not_there(lab: Lab) -> None:
     for command in ("start", "stop", "shutdown", "info", "suspend", "console", "log", "undefine"):
-        done = lab.virtctl(command, "nobody", check=False)
+        done = lab.virtdctl(command, "nobody", check=False)
         assert done.returncode == 4, (command, done.stderr)
         assert "no domain nobody" in done.stderr
 
@@ -87,17 +87,17 @@ def test_names_that_are_not_there(lab: Lab) -> None:
 def test_how_it_ended_and_by_whom(lab: Lab) -> None:
     lab.define("web1")
     cases: list[tuple[str, Callable[[], object], str, str, str | None]] = [
-        ("shutdown", lambda: lab.virtctl("shutdown", "web1"), "shutdown", "stopped", "root"),
-        ("stop", lambda: lab.virtctl("stop", "web1"), "stop", "stopped", "root"),
-        ("kill", lambda: lab.virtctl("kill", "web1"), "killed", "crashed", "root"),
+        ("shutdown", lambda: lab.virtdctl("shutdown", "web1"), "shutdown", "stopped", "root"),
+        ("stop", lambda: lab.virtdctl("stop", "web1"), "stop", "stopped", "root"),
+        ("kill", lambda: lab.virtdctl("kill", "web1"), "killed", "crashed", "root"),
         ("kill -9", lambda: lab.sh(f"kill -9 {lab.info('web1')['pid']}"), "killed", "crashed", None),
         ("kill -TERM", lambda: lab.sh(f"kill {lab.info('web1')['pid']}"), "killed", "crashed", None),
         ("its unit", lambda: lab.sh("systemctl stop virtd-qemu-web1.service"), "host-shutdown", "stopped", None),
     ]
     for what, act, cause, state, by in cases:
-        lab.virtctl("stop", "web1")
+        lab.virtdctl("stop", "web1")
         lab.forget_log("web1")
-        lab.virtctl("start", "web1")
+        lab.virtdctl("start", "web1")
         lab.wait_ready("web1")
         act()
         info = lab.wait(f"the end by {what}", lambda: (i := lab.info("web1"))["exit"] and i, 30)
@@ -110,15 +110,15 @@ def test_how_it_ended_and_by_whom(lab: Lab) -> None:
 def test_shutdown_that_the_guest_ignores(lab: Lab) -> None:
     lab.define("deaf", cmdline="virtd.button=ignore", start=True)
     lab.wait_ready("deaf")
-    done = lab.virtctl("shutdown", "--timeout", "3", "deaf", check=False)
+    done = lab.virtdctl("shutdown", "--timeout", "3", "deaf", check=False)
     assert done.returncode == 1
     assert "did not shut down within 3 s" in done.stderr
-    assert "virtctl stop deaf" in done.stderr
+    assert "virtdctl stop deaf" in done.stderr
     info = lab.info("deaf")
     assert info["state"] == "running"
     assert "did not shut down" in info["reason"]
     # What ends it later is told as what it was.
-    lab.virtctl("console", "--timeout", "0", "deaf", stdin="poweroff\n")
+    lab.virtdctl("console", "--timeout", "0", "deaf", stdin="poweroff\n")
     info = lab.wait("the end", lambda: (i := lab.info("deaf"))["exit"] and i)
     assert info["reason"] == "powered off after the shutdown that root asked for had timed out"
     assert (info["exit"]["cause"], info["exit"]["by"]) == ("guest-shutdown", None)
@@ -128,8 +128,8 @@ def test_shutdown_goes_on_over_a_restart_of_the_daemon(lab: Lab) -> None:
     lab.define("deaf", cmdline="acpi=off", start=True)
     lab.wait_ready("deaf")
     done = lab.sh(
-        "virtctl shutdown --timeout 6 deaf & client=$!; sleep 1; systemctl restart virtd.service; sleep 1; "
-        "virtctl stop deaf; wait $client; echo exit status $?"
+        "virtdctl shutdown --timeout 6 deaf & client=$!; sleep 1; systemctl restart virtd.service; sleep 1; "
+        "virtdctl stop deaf; wait $client; echo exit status $?"
     )
     assert "exit status 0" in done, "it has ended, which is what was asked for"
 
@@ -138,20 +138,20 @@ def test_reboot_keeps_the_process(lab: Lab) -> None:
     lab.define("web1", start=True)
     lab.wait_ready("web1")
     pid = lab.info("web1")["pid"]
-    lab.virtctl("reboot", "web1")
+    lab.virtdctl("reboot", "web1")
     lab.wait("the second boot", lambda: lab.console("web1").count(b"virtd-lab ready") == 2, 60)
     info = lab.info("web1")
     assert (info["pid"], info["state"]) == (pid, "running")
-    lab.virtctl("reboot", "--force", "web1")
+    lab.virtdctl("reboot", "--force", "web1")
     lab.wait("the third boot", lambda: lab.console("web1").count(b"virtd-lab ready") == 3, 60)
     assert lab.info("web1")["pid"] == pid
-    lab.virtctl("shutdown", "web1")
+    lab.virtdctl("shutdown", "web1")
     assert lab.info("web1")["exit"]["cause"] == "shutdown"
 
 
 def test_autostart_once_per_boot(lab: Lab) -> None:
     lab.define("web1")
-    lab.virtctl("autostart", "web1")
+    lab.virtdctl("autostart", "web1")
     assert lab.info("web1")["autostart"] is True
     assert "autostart = true" in lab.sh("cat /etc/virtd/qemu/web1.toml")
     lab.sh("systemctl restart virtd.service; sleep 1")
@@ -162,7 +162,7 @@ def test_autostart_once_per_boot(lab: Lab) -> None:
         "systemctl start virtd.service"
     )
     lab.wait("the autostart", lambda: lab.info("web1")["state"] == "running", 20)
-    lab.virtctl("autostart", "--disable", "web1")
+    lab.virtdctl("autostart", "--disable", "web1")
     assert lab.info("web1")["autostart"] is False
 
 
@@ -171,7 +171,7 @@ def test_many_at_once(lab: Lab) -> None:
     names = [f"many{number}" for number in range(10)]
     for name in names:
         lab.define(name)
-    lab.sh("for n in 0 1 2 3 4 5 6 7 8 9; do virtctl start many$n & done; wait", timeout=180)
+    lab.sh("for n in 0 1 2 3 4 5 6 7 8 9; do virtdctl start many$n & done; wait", timeout=180)
     items = lab.json("list")
     assert [item["state"] for item in items] == ["running"] * 10
     assert len({item["pid"] for item in items}) == 10
@@ -179,14 +179,15 @@ def test_many_at_once(lab: Lab) -> None:
     assert lab.slots() == 50
     # Two clients start and stop the same one: one at a time is let through, and nobody sees an error.
     lab.sh(
-        "set -e; (virtctl stop many0 & virtctl stop many0 & wait); (virtctl start many0 & virtctl start many0 & wait)"
+        "set -e; (virtdctl stop many0 & virtdctl stop many0 & wait);"
+        " (virtdctl start many0 & virtdctl start many0 & wait)"
     )
     assert lab.info("many0")["state"] == "running"
 
 
-def test_what_virtctl_prints(lab: Lab) -> None:
+def test_what_virtdctl_prints(lab: Lab) -> None:
     lab.define("web1", start=True)
-    item = json.loads(lab.virtctl("list", "--json").stdout)[0]
+    item = json.loads(lab.virtdctl("list", "--json").stdout)[0]
     assert set(item) >= {"name", "driver", "uuid", "state", "reason", "pid", "since", "autostart"}
     info = lab.info("web1")
     assert set(info) >= set(item) | {"unit", "slots", "exit"}

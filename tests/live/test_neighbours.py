@@ -38,7 +38,7 @@ AS_B = {
 def two(lab: Lab) -> Iterator[Lab]:
     """Guests `a` and `b` that run, each with a disk of its own, in one network."""
     lab.sh(f"mkdir -p {DIRECTORY} && cd {DIRECTORY} && truncate -s 8M a.raw b.raw && chmod 600 *.raw")
-    lab.virtctl("network", "define", "-", stdin=NETWORK)
+    lab.virtdctl("network", "define", "-", stdin=NETWORK)
     for name in ("a", "b"):
         more = f'[[disk]]\npath = "{DIRECTORY}/{name}.raw"\n[[nic]]\nnetwork = "lab"\n'
         lab.define(name, more=more, start=True)
@@ -146,12 +146,12 @@ def test_a_tap_with_anothers_address_is_put_out(two: Lab) -> None:
     assert b_is_reached()
     lab.sh(f"ip link set vt-a-0 address {mac}")
     lab.wait("a out of the bridge, and b's address its own", at_home, 20)
-    [problem] = json.loads(lab.virtctl("status", "--json", check=False).stdout)["problems"]
+    [problem] = json.loads(lab.virtdctl("status", "--json", check=False).stdout)["problems"]
     assert "qemu/a gave its interface vt-a-0 another MAC address" in problem["text"]
     # Also if nobody is there at that moment; and it is no matter of a's alone any more.
-    lab.virtctl("stop", "a")
+    lab.virtdctl("stop", "a")
     assert lab.json("status")["problems"] == []
-    lab.virtctl("start", "a")
+    lab.virtdctl("start", "a")
     assert "vt-a-0" in lab.sh("ls /sys/class/net/vl/brif")
     lab.sh(f"systemctl stop virtd.socket virtd.service; ip link set vt-a-0 address {mac}")
     try:
@@ -175,17 +175,17 @@ def test_a_user_for_each(two: Lab) -> None:
         assert lab.sh(f"cat /sys/class/net/vt-{name}-0/owner").strip() == str(uid)
         assert lab.sh(f"getent passwd {uid}").startswith(f"vm-{name}:x:{uid}:{uid}:Domain {name} of virtd:/:")
         assert lab.sh(f"id -Gn vm-{name}").strip() == f"vm-{name}"
-    assert lab.virtctl("fsck").returncode == 0
+    assert lab.virtdctl("fsck").returncode == 0
     # It keeps it over a restart of its own and of the daemon, and a name that got lost is made anew.
     lab.sh(f"{KILL}; rm -r /run/userdb")
     lab.wait("its name", lambda: lab.sh("ls /run/userdb", check=False).count("vm-") == 4)
-    lab.virtctl("stop", "a")
+    lab.virtdctl("stop", "a")
     assert "vm-a" not in lab.sh("ls /run/userdb")
-    lab.virtctl("start", "a")
+    lab.virtdctl("start", "a")
     assert int(lab.sh(f"stat -c %u /proc/{lab.info('a')['pid']}")) == uids["a"]
     # One that has another definition meanwhile, and is another domain, gets another.
-    lab.virtctl("stop", "a")
-    lab.virtctl("undefine", "a")
+    lab.virtdctl("stop", "a")
+    lab.virtdctl("undefine", "a")
     lab.define("a", start=True)
     assert int(lab.sh(f"stat -c %u /proc/{lab.info('a')['pid']}")) not in uids.values()
 
@@ -204,11 +204,11 @@ def test_the_host_going_down_asks_it(two: Lab) -> None:
 def test_fsck_knows_of_users(two: Lab) -> None:
     lab = two
     lab.sh("rm /run/userdb/vm-a.group; cd /run/userdb && sed 's/vm-b/vm-gone/' vm-b.user >vm-gone.user")
-    found = lab.virtctl("fsck", check=False).stdout
+    found = lab.virtdctl("fsck", check=False).stdout
     assert "vm-a" in found
     assert "vm-gone" in found
-    lab.virtctl("fsck", "--repair", check=False)
-    assert lab.virtctl("fsck").returncode == 0
+    lab.virtdctl("fsck", "--repair", check=False)
+    assert lab.virtdctl("fsck").returncode == 0
     assert sorted(lab.sh("ls /run/userdb | grep vm-").split()) == [
         "vm-a.group", "vm-a.user", "vm-b.group", "vm-b.user",
     ]  # fmt: skip
@@ -239,7 +239,7 @@ def test_a_file_that_two_read(lab: Lab) -> None:
         for name in ("a", "b"):
             assert f"user:vm-{name}:r--" in acl(lab, iso)
         assert lab.sh(f"stat -c %U:%G {iso}") == "root:root\n"
-        lab.virtctl("stop", "a")
+        lab.virtdctl("stop", "a")
         assert acl(lab, iso) == ["user:vm-b:r--"]
         # The daemon is killed, and the guest ends meanwhile.
         pid = lab.info("b")["pid"]
@@ -257,7 +257,7 @@ def test_one_user_for_all_if_asked_for(lab: Lab) -> None:
     with settings(lab, '[qemu]\nuser = "virtd-qemu"\n'):
         lab.define("a", start=True)
         assert lab.sh(f"stat -c %U /proc/{lab.info('a')['pid']}").strip() == "virtd-qemu"
-        lab.virtctl("stop", "a")
+        lab.virtdctl("stop", "a")
     assert lab.sh("ls /run/userdb", check=False) == ""
 
 
@@ -265,11 +265,11 @@ def test_a_host_that_cant_name_users_says_so(lab: Lab) -> None:
     lab.sh("cp /etc/nsswitch.conf /root; sed -i 's/ systemd//' /etc/nsswitch.conf")
     try:
         lab.define("a")
-        refused = lab.virtctl("start", "a", check=False)
+        refused = lab.virtdctl("start", "a", check=False)
         assert refused.returncode == 1
         assert "doesn't know its user vm-a" in refused.stderr
         assert "libnss-systemd" in refused.stderr
     finally:
         lab.sh("cp /root/nsswitch.conf /etc/nsswitch.conf")
-    lab.virtctl("start", "a")
-    lab.virtctl("stop", "a")
+    lab.virtdctl("start", "a")
+    lab.virtdctl("stop", "a")

@@ -109,24 +109,24 @@ for _ in range(20):
 def g(lab: Lab) -> Iterator[Lab]:
     """A guest in the network `lab`, and a bridge of somebody else's."""
     define(lab, NET)
-    lab.virtctl("define", "-", stdin=definition("g", more='[[nic]]\nnetwork = "lab"\n'))
-    lab.virtctl("start", "g")
+    lab.virtdctl("define", "-", stdin=definition("g", more='[[nic]]\nnetwork = "lab"\n'))
+    lab.virtdctl("start", "g")
     lab.sh("ip link add br9 type bridge && ip link set br9 up")
     try:
         yield lab
     finally:
-        lab.virtctl("stop", "g", check=False)
+        lab.virtdctl("stop", "g", check=False)
         lab.sh("ip link del br9; ip link del br0", check=False)
 
 
 def problems(lab: Lab) -> list[dict[str, str]]:
-    found: list[dict[str, str]] = json.loads(lab.virtctl("status", "--json", check=False).stdout)["problems"]
+    found: list[dict[str, str]] = json.loads(lab.virtdctl("status", "--json", check=False).stdout)["problems"]
     return found
 
 
 def change(lab: Lab, command: str, said: str) -> None:
     """Do it, and see it put back and said."""
-    lab.virtctl("network", "start", "lab")  # it may have been changed often in this minute
+    lab.virtdctl("network", "start", "lab")  # it may have been changed often in this minute
     journal = Journal.now(lab)
     lab.sh(command)
     entry: dict[str, Any] = lab.wait(
@@ -135,7 +135,7 @@ def change(lab: Lab, command: str, said: str) -> None:
         30,
     )
     assert entry["VIRTD_NAME"] == "lab"
-    lab.wait("a tidy status", lambda: lab.virtctl("status", check=False).returncode == 0, 20)
+    lab.wait("a tidy status", lambda: lab.virtdctl("status", check=False).returncode == 0, 20)
     assert info(lab, "lab")["problems"] == []
 
 
@@ -184,14 +184,14 @@ def test_who_fights_is_left_to_it(g: Lab) -> None:
             "the problem", lambda: [one for one in problems(g) if "put back 5 times" in one["text"]], 60
         )
         assert "vt-g-0: in br9 instead of vd-lab" in problem["text"]
-        assert "virtctl network start lab" in problem["hint"]
+        assert "virtdctl network start lab" in problem["hint"]
         count = len(journal.entries(PUT_BACK))
         g.sh("sleep 5")
         assert len(journal.entries(PUT_BACK)) == count, "the war goes on"
         assert [one["object"] for one in problems(g)] == ["network/lab"]
     finally:
         g.sh("systemctl stop fight")
-    g.virtctl("network", "start", "lab")
+    g.virtdctl("network", "start", "lab")
     assert problems(g) == []
     assert "master vd-lab" in g.sh("ip link show vt-g-0")
 
@@ -199,8 +199,8 @@ def test_who_fights_is_left_to_it(g: Lab) -> None:
 def test_a_bridge_of_the_hosts_is_made_again(lab: Lab) -> None:
     lab.sh("ip link add br0 type bridge && ip link set br0 up")
     define(lab, 'name = "lab"\nmode = "bridge"\nbridge = "br0"\n')
-    lab.virtctl("define", "-", stdin=definition("g", more='[[nic]]\nnetwork = "lab"\n'))
-    lab.virtctl("start", "g")
+    lab.virtdctl("define", "-", stdin=definition("g", more='[[nic]]\nnetwork = "lab"\n'))
+    lab.virtdctl("start", "g")
     try:
         lab.sh("ip link del br0")
         (problem,) = lab.wait("the problem", lambda: problems(lab), 20)
@@ -218,8 +218,8 @@ def test_a_bridge_of_the_hosts_is_made_again(lab: Lab) -> None:
         lab.wait("the port", lambda: "master br0" in lab.sh("ip link show vt-g-0"), 20)
         lab.wait("a tidy status", lambda: problems(lab) == [], 20)
     finally:
-        lab.virtctl("stop", "g", check=False)
-        lab.virtctl("network", "stop", "lab", check=False)
+        lab.virtdctl("stop", "g", check=False)
+        lab.virtdctl("network", "stop", "lab", check=False)
         lab.sh("ip link del br0", check=False)
 
 
@@ -249,8 +249,8 @@ def test_routes_of_others(lab: Lab) -> None:
         "ip route add 128.0.0.0/1 dev d0; ip route add unreachable 192.168.0.0/16"
     )
     try:
-        lab.virtctl("network", "define", "default")
-        lab.virtctl("network", "undefine", "default")
+        lab.virtdctl("network", "define", "default")
+        lab.virtdctl("network", "undefine", "default")
         define(lab, NET)
         tidy(lab)
         for route in ("192.168.150.128/25", "192.168.150.0/24 metric 50", "unreachable 192.168.150.77"):
@@ -270,12 +270,12 @@ def test_routes_of_others(lab: Lab) -> None:
         lab.sh("systemctl reload virtd")
         assert problems(lab) == []
         lab.sh("ip rule del priority 1001; ip rule del priority 1000; ip route add 192.168.150.128/25 dev d0")
-        lab.virtctl("network", "stop", "lab")
-        refused = lab.virtctl("network", "start", "lab", check=False)
+        lab.virtdctl("network", "stop", "lab")
+        refused = lab.virtdctl("network", "start", "lab", check=False)
         assert refused.returncode == 1
         assert "collides with 192.168.150.128/25" in refused.stderr
         lab.sh("ip route del 192.168.150.128/25 dev d0")
-        lab.virtctl("network", "start", "lab")
+        lab.virtdctl("network", "start", "lab")
     finally:
         lab.sh("ip rule del priority 1000; ip rule del priority 1001; ip link del d0", check=False)
         lab.sh("ip route del unreachable 192.168.0.0/16", check=False)
@@ -300,13 +300,13 @@ def test_a_forwarded_port_from_inside(lab: Lab) -> None:
         assert problems(lab) == []
     finally:
         lab.sh("sysctl -qw net.bridge.bridge-nf-call-iptables=1")
-        lab.virtctl("stop", "g", check=False)
+        lab.virtdctl("stop", "g", check=False)
 
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_answers_with_whole_checksums(lab: Lab, *, offload: bool) -> None:
     define(lab, f"checksum_offload = {str(offload).lower()}\n{NET}", start=False)
-    lab.virtctl("network", "start", "lab")
+    lab.virtdctl("network", "start", "lab")
     lab.write("/root/raw.py", RAW)
     with neighbour(lab, "b", "vd-lab", "192.168.150.51/24", "192.168.150.1"):
         assert lab.sh("ip netns exec b python3 /root/raw.py") == f"{not offload}\n"
@@ -314,14 +314,14 @@ def test_answers_with_whole_checksums(lab: Lab, *, offload: bool) -> None:
 
 def test_settings_that_cannot_be_written(lab: Lab) -> None:
     """A network of IPv4 alone does without them, and says so; one that needs them says what it needs."""
-    lab.virtctl("network", "define", "-", stdin='name = "lab"\n[ipv4]\naddress = "192.168.150.1/24"\n')
-    lab.virtctl("network", "define", "-", stdin='name = "six"\n[ipv6]\naddress = "fd00:77::1/64"\n')
+    lab.virtdctl("network", "define", "-", stdin='name = "lab"\n[ipv4]\naddress = "192.168.150.1/24"\n')
+    lab.virtdctl("network", "define", "-", stdin='name = "six"\n[ipv6]\naddress = "fd00:77::1/64"\n')
     lab.sh("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=0")
     lab.sh("mount --bind /proc/sys /proc/sys; mount -o remount,ro,bind /proc/sys; systemctl restart virtd")
     try:
-        lab.virtctl("network", "start", "lab")
+        lab.virtdctl("network", "start", "lab")
         said(lab, "net.ipv6.conf.vd-lab.disable_ipv6: 0 instead of 1 (Read-only file system)")
-        refused = lab.virtctl("network", "start", "six", check=False)
+        refused = lab.virtdctl("network", "start", "six", check=False)
         assert refused.returncode == 1
         assert "net.ipv6.conf.all.forwarding" in refused.stderr
         assert "sysctl -w net.ipv6.conf.all.forwarding=1" in refused.stderr
@@ -329,4 +329,4 @@ def test_settings_that_cannot_be_written(lab: Lab) -> None:
         lab.sh("umount /proc/sys")
     tidy(lab)
     assert lab.sh("cat /proc/sys/net/ipv6/conf/vd-lab/disable_ipv6") == "1\n"
-    lab.virtctl("network", "start", "six")
+    lab.virtdctl("network", "start", "six")

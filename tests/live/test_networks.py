@@ -113,13 +113,13 @@ def test_guests_have_a_network_that_stays(lab: Lab, packages: dict[str, Path]) -
             assert after[key] == before[key], key
         assert lab.json("status")["problems"] == []
         # It is stopped by force only; its guests live on, cut off, and are connected again by the next start.
-        refused = lab.virtctl("network", "stop", "lab", check=False)
+        refused = lab.virtdctl("network", "stop", "lab", check=False)
         assert "it is in use by qemu/db, qemu/web1" in refused.stderr
-        lab.virtctl("network", "stop", "--force", "lab")
+        lab.virtdctl("network", "stop", "--force", "lab")
         assert info(lab, "lab")["state"] == "inactive"
         assert not table(lab, "lab")
         assert networks.run(lab, "web1", f"ping -c 1 -W 1 {db}")[0] != 0
-        lab.virtctl("network", "start", "lab")
+        lab.virtdctl("network", "start", "lab")
         assert info(lab, "lab")["users"] == ["qemu/db", "qemu/web1"]
         status, said = networks.run(lab, "web1", f"ping -c 2 -W 5 {db}")
         assert status == 0, said
@@ -307,7 +307,7 @@ def test_beside_docker_and_libvirt(lab: Lab) -> None:
         )
         lab.sh("nft delete table inet virtd-nat")
         lab.wait("the rules", lambda: table(lab, "nat"), 10)
-        lab.virtctl(
+        lab.virtdctl(
             "network", "define", "-", stdin=network("nat", 6, more='[[forward]]\nport = 81\nto = "10.77.6.50"\n')
         )
         lab.sh("systemctl reload virtd.service")
@@ -326,7 +326,7 @@ def test_beside_docker_and_libvirt(lab: Lab) -> None:
             lab.sh("nft flush chain ip filter DOCKER-USER")
             lab.wait("the problem", lambda: problem in info(lab, "nat")["problems"], 30)
             before = theirs()
-        lab.virtctl("network", "stop", "nat")
+        lab.virtdctl("network", "stop", "nat")
         assert theirs() == before
     finally:
         lab.sh("for t in filter nat libvirt_network; do nft delete table ip $t; done")
@@ -365,7 +365,7 @@ def test_dnsmasq_dies_and_a_bridge_is_deleted(lab: Lab) -> None:
            " systemctl start virtd.socket virtd.service")  # fmt: skip
     lab.wait("the next", lambda: info(lab, "lab")["pid"] not in (None, pid, again["pid"]), 10)
     with neighbour(lab, "n1", "vd-lab", "10.77.1.50/24", "10.77.1.1"):
-        refused = lab.virtctl("network", "stop", "lab", check=False)
+        refused = lab.virtdctl("network", "stop", "lab", check=False)
         assert refused.returncode == 1
         assert "in use by n10" in refused.stderr
         assert info(lab, "lab")["state"] == "active"
@@ -375,7 +375,7 @@ def test_dnsmasq_dies_and_a_bridge_is_deleted(lab: Lab) -> None:
     whole = info(lab, "lab")
     assert (whole["state"], whole["problems"]) == ("active", [])
     assert lab.sh("ip -o -4 address show dev vd-lab").split()[3] == "10.77.1.1/24"
-    lab.virtctl("network", "stop", "lab")
+    lab.virtdctl("network", "stop", "lab")
     assert not table(lab, "lab")
     assert lab.sh("test -e /sys/class/net/vd-lab || echo gone") == "gone\n"
 
@@ -388,7 +388,7 @@ def test_changes_take_effect_live(lab: Lab) -> None:
     def edit(text: str) -> str:
         uuid = f'uuid = "{before["uuid"]}"\n'
         lab.write(path, uuid + text)
-        return lab.sh("systemctl reload virtd.service 2>&1; virtctl reload 2>&1", check=False)
+        return lab.sh("systemctl reload virtd.service 2>&1; virtdctl reload 2>&1", check=False)
 
     with neighbour(lab, "n1", "vd-lab", "10.77.1.50/24", "10.77.1.1") as n1:
         static = '[[host]]\nmac = "52:54:00:00:00:01"\nname = "web9"\nipv4 = "10.77.1.9"\n'
@@ -417,7 +417,7 @@ def test_changes_take_effect_live(lab: Lab) -> None:
     assert info(lab, "lab")["pending"] is True
     # What dnsmasq refuses is refused, and the old one goes on.
     text = network("lab", 1).replace("no-ping", "no-such-option")
-    refused = lab.virtctl("network", "define", "-", stdin=text, check=False)
+    refused = lab.virtdctl("network", "define", "-", stdin=text, check=False)
     assert refused.returncode == 1
     assert "bad option" in refused.stderr
     assert info(lab, "lab")["pid"]
@@ -436,20 +436,20 @@ def test_what_is_refused(lab: Lab) -> None:
             network("two", 2, head='bridge = "up1"'): "bridge: up1 is the name of an interface that isn't virtd's",
             network("two", 2, head='bridge = "vd-lab"'): "bridge: vd-lab is the bridge of network lab already",
         }.items():
-            refused = lab.virtctl("network", "define", "-", stdin=text, check=False)
+            refused = lab.virtdctl("network", "define", "-", stdin=text, check=False)
             assert refused.returncode == 1
             assert f"<stdin>: {reason}" in refused.stderr
         assert [item["name"] for item in lab.json("network", "list")] == ["lab"]
         wrong = 'name = "x"\nmemory = "96M"\n[boot]\nkernel = "/x"\n[[nic]]\nnetwork = "nowhere"\n'
-        refused = lab.virtctl("define", "-", stdin=wrong, check=False)
+        refused = lab.virtdctl("define", "-", stdin=wrong, check=False)
         assert "<stdin>: nic[0].network: there is no network nowhere" in refused.stderr
         # A bridge of the host's is taken as it is, and left as it is.
         define(lab, 'name = "given"\nmode = "bridge"\nbridge = "other0"\n')
-        lab.virtctl("network", "stop", "given")
+        lab.virtdctl("network", "stop", "given")
         assert lab.sh("test -e /sys/class/net/other0 && echo there") == "there\n"
         # The default network goes where there is room.
         lab.sh("ip address add 192.168.124.77/22 dev up1")
-        lab.virtctl("network", "define", "default")
+        lab.virtdctl("network", "define", "default")
         assert lab.json("network", "info", "default")["ipv4"] == "192.168.128.1/24"
     finally:
         lab.sh("ip link del other0; ip link del up1")
@@ -480,11 +480,11 @@ def test_beside_firewalld(lab: Lab) -> None:
 
 def test_a_start_that_is_cut_off(lab: Lab) -> None:
     """The daemon is killed at one moment after the other of a start and of a stop; each is whole in the end."""
-    lab.virtctl("network", "define", "-", stdin=network("lab", 1))
+    lab.virtdctl("network", "define", "-", stdin=network("lab", 1))
     for verb, state in (("start", "active"), ("stop", "inactive")) * 2:
         for delay in (0.005, 0.02, 0.04, 0.08, 0.12):
-            lab.virtctl("network", "stop" if verb == "start" else "start", "lab")
-            lab.sh(f"virtctl network {verb} lab & sleep {delay}; {KILL}; wait")
+            lab.virtdctl("network", "stop" if verb == "start" else "start", "lab")
+            lab.sh(f"virtdctl network {verb} lab & sleep {delay}; {KILL}; wait")
             found = lab.wait("the end of it", lambda state=state: (i := info(lab, "lab"))["state"] == state and i, 20)
             assert found["problems"] == []
             assert table(lab, "lab") is (state == "active")

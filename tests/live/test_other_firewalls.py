@@ -235,7 +235,7 @@ def test_what_is_let_through_is_not_told(net: Lab) -> None:
                 net.sh("nft delete table inet before")
                 # What is seen to be over was looked at beside these.
                 net.wait(f"nothing by {name}", lambda: problems(net) == [], 60)
-                assert net.virtctl("status", check=False).returncode == 0
+                assert net.virtdctl("status", check=False).returncode == 0
 
 
 def test_ipv6(lab: Lab) -> None:
@@ -271,8 +271,8 @@ def test_what_was_found_outlives_the_daemon(net: Lab) -> None:
         begun = net.sh("date +%s").strip()
         for way in ("systemctl restart virtd.service", "systemctl kill -s KILL virtd.service; sleep 1"):
             net.sh(way)
-            net.wait("its answer", lambda: net.virtctl("list", check=False).returncode == 0, 30)
-            net.virtctl("status", check=False)
+            net.wait("its answer", lambda: net.virtdctl("list", check=False).returncode == 0, 30)
+            net.virtdctl("status", check=False)
             assert problems(net) == said
         net.sh("sleep 2")
         again = net.sh("ip link add one type veth peer name other; cat /sys/class/net/one/ifindex; ip link del one")
@@ -340,10 +340,10 @@ def test_nothing_of_a_probe_is_left_by_a_daemon_that_dies(net: Lab) -> None:
             # Now and then it is in the middle of a look, which takes most of a second here.
             net.sh("nft add rule inet filter forward ip daddr 192.0.2.1 accept; sleep 0.$((RANDOM % 10))")
             net.sh("systemctl kill -s KILL virtd.service")
-            net.wait("its answer", lambda: net.virtctl("list", check=False).returncode == 0, 30)
+            net.wait("its answer", lambda: net.virtdctl("list", check=False).returncode == 0, 30)
         net.wait("what is dropped", lambda: told(net).keys() == {INPUT, FORWARD, OVER}, 60)
         net.sh("nft add rule inet filter forward ip daddr 192.0.2.1 accept; sleep 0.4")
-        net.virtctl("network", "stop", "lab")
+        net.virtdctl("network", "stop", "lab")
         assert net.sh("nft list tables").split() == ["table", "inet", "filter"]
         assert "vt--probe" not in net.sh("ls /sys/class/net")
     assert net.json("fsck")["differences"] == []

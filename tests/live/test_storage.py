@@ -28,7 +28,7 @@ def pool(lab: Lab) -> Iterator[str]:
     """An empty directory pool, and after the test: no volume, no job and nothing unfinished is left of it."""
     lab.sh(f"rm -rf {POOL}; mkdir -p -m 711 {POOL}")
     define(lab, f'name = "default"\npath = "{POOL}"\n')
-    lab.virtctl("pool", "start", "default")
+    lab.virtdctl("pool", "start", "default")
     yield "default"
     lab.undefine_all()
     forget_pools(lab)
@@ -36,22 +36,22 @@ def pool(lab: Lab) -> Iterator[str]:
 
 
 def define(lab: Lab, text: str) -> None:
-    lab.virtctl("pool", "define", "-", stdin=text)
+    lab.virtdctl("pool", "define", "-", stdin=text)
 
 
 def forget_pools(lab: Lab) -> None:
     """Delete every volume, stop and undefine every pool; what is under way is cancelled."""
     for job in lab.json("volume", "jobs"):
         if job["state"] in ("running", "waiting"):
-            lab.virtctl("volume", "cancel", job["job"])
+            lab.virtdctl("volume", "cancel", job["job"])
     for item in lab.json("pool", "list"):
         if item["state"] == "active":
-            lab.virtctl("pool", "stop", item["name"])
-        lab.virtctl("pool", "undefine", item["name"])
+            lab.virtdctl("pool", "stop", item["name"])
+        lab.virtdctl("pool", "undefine", item["name"])
 
 
 def volume(lab: Lab, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return lab.virtctl("volume", *arguments, check=check)
+    return lab.virtdctl("volume", *arguments, check=check)
 
 
 def refused(lab: Lab, *arguments: str) -> str:
@@ -86,17 +86,17 @@ def test_a_pools_life(lab: Lab) -> None:
     lab.sh("rm -rf /srv/other")
     try:
         define(lab, 'name = "other"\npath = "/srv/other"\n')
-        refused_start = lab.virtctl("pool", "start", "other", check=False)
+        refused_start = lab.virtdctl("pool", "start", "other", check=False)
         assert refused_start.returncode == 1
         assert "no directory /srv/other" in refused_start.stderr
         assert "pool build other" in refused_start.stderr
-        lab.virtctl("pool", "build", "other")
-        lab.virtctl("pool", "start", "other")
-        lab.virtctl("pool", "start", "other")  # again does no harm
+        lab.virtdctl("pool", "build", "other")
+        lab.virtdctl("pool", "start", "other")
+        lab.virtdctl("pool", "start", "other")  # again does no harm
         (item,) = lab.json("pool", "list")
         assert (item["name"], item["state"], item["type"]) == ("other", "active", "directory")
         assert item["capacity"] >= item["available"] > 0
-        assert lab.virtctl("pool", "undefine", "other", check=False).returncode == 1
+        assert lab.virtdctl("pool", "undefine", "other", check=False).returncode == 1
         # The flag lives through everything that a daemon does.
         for command in (
             "systemctl restart virtd",
@@ -105,10 +105,10 @@ def test_a_pools_life(lab: Lab) -> None:
         ):
             lab.sh(command)
             assert lab.json("pool", "info", "other")["state"] == "active", command
-        lab.virtctl("pool", "autostart", "other")
+        lab.virtdctl("pool", "autostart", "other")
         assert lab.json("pool", "info", "other")["autostart"] is True
         assert lab.json("pool", "info", "other")["pending"] is False
-        lab.virtctl("pool", "stop", "other")
+        lab.virtdctl("pool", "stop", "other")
         lab.sh("systemctl restart virtd")
         assert lab.json("pool", "info", "other")["state"] == "inactive", "autostart is once for each boot"
         # As after a boot.
@@ -151,7 +151,7 @@ def test_create_list_delete(lab: Lab, pool: str) -> None:
     volume(lab, "delete", pool, "top", *(name for name in found if name != "top"))
     assert listed(lab) == {}
     lab.sh(f"touch {POOL}/.virtd/new/job-00000000")
-    assert lab.virtctl("pool", "refresh", pool).stdout == "Removed job-00000000, which was unfinished.\n"
+    assert lab.virtdctl("pool", "refresh", pool).stdout == "Removed job-00000000, which was unfinished.\n"
     assert lab.sh(f"ls -A {POOL}; ls -A {POOL}/.virtd").split() == [".virtd", "new"]
     assert unfinished(lab) == ""
     assert no_children(lab)
@@ -201,13 +201,13 @@ def test_streams(lab: Lab, pool: str) -> None:
     assert lab.sh("cmp /srv/images/sparse /srv/images/down; du -m /srv/images/down | cut -f1").strip() in ("3", "4")
     assert "--force" in refused(lab, "download", pool, "up", "/srv/images/down")
     # Through pipes.
-    lab.sh("virtctl volume download default up - | cmp - /srv/images/sparse")
-    lab.sh("cat /srv/images/sparse | virtctl volume upload default piped -")
+    lab.sh("virtdctl volume download default up - | cmp - /srv/images/sparse")
+    lab.sh("cat /srv/images/sparse | virtdctl volume upload default piped -")
     assert lab.sh(f"cmp /srv/images/sparse {POOL}/piped") == ""
     # Cut off in the middle, by a client that is killed; the daemon is, too.
     lab.sh("(head -c 50M /dev/urandom; head -c 30M /dev/zero) >/srv/images/large")
     client = spawn(
-        lab, "sh", "-c", "(head -c 20M /srv/images/large; sleep 61) | virtctl volume upload default large -"
+        lab, "sh", "-c", "(head -c 20M /srv/images/large; sleep 61) | virtdctl volume upload default large -"
     )
     try:
         lab.wait(
@@ -218,7 +218,7 @@ def test_streams(lab: Lab, pool: str) -> None:
         lab.sh(KILL)
         assert "large" not in listed(lab), "half of it isn't there"
         assert (job_of(lab, "upload", "waiting") or {})["volume"] == "large"
-        assert "upload" in lab.virtctl("status", check=False).stdout
+        assert "upload" in lab.virtdctl("status", check=False).stdout
     finally:
         lab.sh("pkill -9 -f '[v]irtctl volume upload'; pkill -9 -f 'sleep 6[1]'", check=False)
         client.kill()
@@ -286,7 +286,7 @@ def test_bad_input(lab: Lab, pool: str) -> None:
     ):
         assert word in volume(lab, "create", pool, "x", "--", size, check=False).stderr, size
     for name in ("../x", "a/b", ".hidden", "-x", "a b", "ü", "x" * 200):
-        done = lab.run("virtctl", "volume", "create", pool, "--", name, "1M", check=False)
+        done = lab.run("virtdctl", "volume", "create", pool, "--", name, "1M", check=False)
         assert done.returncode == 1, name
         assert "file name" in done.stderr
     assert listed(lab) == {}
@@ -299,24 +299,24 @@ def test_bad_input(lab: Lab, pool: str) -> None:
         ('name = "p"\npath = "/srv/p"\ntype = "rbd"\n', "expected one of"),
         (f'name = "p"\npath = "{POOL}"\n', "pool default already"),
     ):
-        done = lab.virtctl("pool", "define", "-", stdin=text, check=False)
+        done = lab.virtdctl("pool", "define", "-", stdin=text, check=False)
         assert done.returncode == 1
         assert word in done.stderr, (text, done.stderr)
     lab.sh("mkdir -p /srv/p && chown 12345 /srv/p")
     define(lab, 'name = "p"\npath = "/srv/p"\n')
-    assert "belongs to user 12345" in lab.virtctl("pool", "start", "p", check=False).stderr
+    assert "belongs to user 12345" in lab.virtdctl("pool", "start", "p", check=False).stderr
     lab.sh("chown root /srv/p && chmod 777 /srv/p")
-    assert "written by everybody" in lab.virtctl("pool", "start", "p", check=False).stderr
+    assert "written by everybody" in lab.virtdctl("pool", "start", "p", check=False).stderr
     lab.sh("chmod 755 /srv/p && mount -t tmpfs -o ro,mode=755 tmpfs /srv/p")
     try:
-        assert "Read-only" in lab.virtctl("pool", "start", "p", check=False).stderr
+        assert "Read-only" in lab.virtdctl("pool", "start", "p", check=False).stderr
     finally:
         lab.sh("umount /srv/p")
     # One that goes away while it is active harms no other.
-    lab.virtctl("pool", "start", "p")
+    lab.virtdctl("pool", "start", "p")
     lab.sh("mv /srv/p /srv/gone && systemctl restart virtd")
-    told = lab.wait("the problem", lambda: lab.virtctl("status", check=False).stdout, 20)
-    lab.wait("it", lambda: "Pool p was active" in lab.virtctl("status", check=False).stdout, 20)
+    told = lab.wait("the problem", lambda: lab.virtdctl("status", check=False).stdout, 20)
+    lab.wait("it", lambda: "Pool p was active" in lab.virtdctl("status", check=False).stdout, 20)
     assert told
     assert "no directory" in refused(lab, "list", "p")
     volume(lab, "create", pool, "x", "1M")
@@ -327,7 +327,7 @@ def test_a_full_disk(lab: Lab) -> None:
     lab.sh("mkdir -p /srv/small /srv/images && mount -t tmpfs -o size=20M,mode=755 tmpfs /srv/small")
     try:
         define(lab, 'name = "small"\npath = "/srv/small"\n')
-        lab.virtctl("pool", "start", "small")
+        lab.virtdctl("pool", "start", "small")
         volume(lab, "create", "small", "first", "12M", "--preallocation", "full")
         for arguments in (["clone", "small", "first", "second"], ["upload", "small", "second", "/srv/small/first"]):
             assert "No space left" in refused(lab, *arguments), arguments
@@ -335,7 +335,7 @@ def test_a_full_disk(lab: Lab) -> None:
             assert lab.sh("ls /srv/small/.virtd/new").strip() == "" or arguments[0] == "upload"
         for job in lab.json("volume", "jobs"):
             if job["state"] == "waiting":
-                lab.virtctl("volume", "cancel", job["job"])
+                lab.virtdctl("volume", "cancel", job["job"])
         assert lab.sh("ls /srv/small/.virtd/new").strip() == ""
         assert "available" in refused(lab, "create", "small", "x", "12M", "--preallocation", "full")
     finally:
@@ -375,7 +375,7 @@ def go_on(lab: Lab) -> None:
 
 def test_a_job_outlives_the_daemon(lab: Lab, pool: str) -> None:
     busy_source(lab, pool)
-    client = slowly(lab, ["virtctl", "volume", "clone", pool, "source", "copy"])
+    client = slowly(lab, ["virtdctl", "volume", "clone", pool, "source", "copy"])
     job = lab.wait("the job", lambda: job_of(lab, "clone"), 10)
     # Images come from anywhere: what reads them has little to lose.
     status = dict(
@@ -395,10 +395,10 @@ def test_a_job_outlives_the_daemon(lab: Lab, pool: str) -> None:
     lab.sh(KILL)
     assert lab.wait("the job after a kill", lambda: job_of(lab, "clone"), 10)["pid"] == again["pid"]
     assert "copy" not in listed(lab)
-    assert job["job"] in lab.virtctl("status", check=False).stdout
+    assert job["job"] in lab.virtdctl("status", check=False).stdout
     assert "is under way" in refused(lab, "resize", pool, "source", "1G")
     assert "is under way" in refused(lab, "delete", pool, "source")
-    assert "is under way" in lab.virtctl("pool", "stop", pool, check=False).stderr
+    assert "is under way" in lab.virtdctl("pool", "stop", pool, check=False).stderr
     lab.sh(KILL)
     go_on(lab)
     out, err = client.communicate(timeout=120)
@@ -409,7 +409,7 @@ def test_a_job_outlives_the_daemon(lab: Lab, pool: str) -> None:
 
 def test_a_jobs_result_waits_for_the_daemon(lab: Lab, pool: str) -> None:
     busy_source(lab, pool)
-    client = slowly(lab, ["virtctl", "volume", "clone", pool, "source", "copy"])
+    client = slowly(lab, ["virtdctl", "volume", "clone", pool, "source", "copy"])
     lab.sh("systemctl stop virtd.socket virtd.service")
     go_on(lab)
     lab.wait(
@@ -421,7 +421,7 @@ def test_a_jobs_result_waits_for_the_daemon(lab: Lab, pool: str) -> None:
     assert lab.sh(f"cmp {POOL}/source {POOL}/copy") == ""
     client.communicate(timeout=60)
     # And one that was killed meanwhile leaves nothing.
-    client = slowly(lab, ["virtctl", "volume", "clone", pool, "source", "third"])
+    client = slowly(lab, ["virtdctl", "volume", "clone", pool, "source", "third"])
     lab.sh(
         "systemctl stop virtd.socket virtd.service; systemctl kill -s KILL 'virtd-storage-job*'; "
         "systemctl start virtd.socket virtd.service"
@@ -435,9 +435,9 @@ def test_a_jobs_result_waits_for_the_daemon(lab: Lab, pool: str) -> None:
 
 def test_cancel(lab: Lab, pool: str) -> None:
     busy_source(lab, pool)
-    client = slowly(lab, ["virtctl", "volume", "clone", pool, "source", "copy"])
+    client = slowly(lab, ["virtdctl", "volume", "clone", pool, "source", "copy"])
     job = lab.wait("the job", lambda: job_of(lab, "clone"), 10)
-    lab.virtctl("volume", "cancel", job["job"])
+    lab.virtdctl("volume", "cancel", job["job"])
     _, err = client.communicate(timeout=60)
     assert client.returncode == 1
     assert "cancelled by root" in err
@@ -445,9 +445,9 @@ def test_cancel(lab: Lab, pool: str) -> None:
     assert unfinished(lab) == ""
     assert no_children(lab)
     # A wipe that is cut off leaves a volume that nobody may use, and says so.
-    client = slowly(lab, ["virtctl", "volume", "wipe", pool, "source"])
+    client = slowly(lab, ["virtdctl", "volume", "wipe", pool, "source"])
     assert "being wiped" in info(lab, "source")["trouble"]
-    lab.virtctl("volume", "cancel", (job_of(lab, "wipe") or {})["job"])
+    lab.virtdctl("volume", "cancel", (job_of(lab, "wipe") or {})["job"])
     client.communicate(timeout=60)
     assert "being wiped" in info(lab, "source")["trouble"]
     assert "can't be used" in refused(lab, "clone", pool, "source", "copy")
@@ -456,14 +456,14 @@ def test_cancel(lab: Lab, pool: str) -> None:
 
 
 def test_killed_at_random(lab: Lab, pool: str) -> None:
-    """What is listed is whole, whenever the daemon is killed; what virtctl reports is so."""
+    """What is listed is whole, whenever the daemon is killed; what virtdctl reports is so."""
     lab.sh(f"mkdir -p /srv/images; head -c 30M /dev/urandom >/srv/images/data; cp /srv/images/data {POOL}/source")
     volume(lab, "import", pool, "source", "--from", "raw")
     for number in range(5):
-        client = spawn(lab, "sh", "-c", f"virtctl volume clone default source c{number} && "
-                       f"virtctl volume create default q{number} 1G --format qcow2 && "
-                       f"virtctl volume upload default u{number} /srv/images/data && "
-                       f"virtctl volume delete default u{number}")  # fmt: skip
+        client = spawn(lab, "sh", "-c", f"virtdctl volume clone default source c{number} && "
+                       f"virtdctl volume create default q{number} 1G --format qcow2 && "
+                       f"virtdctl volume upload default u{number} /srv/images/data && "
+                       f"virtdctl volume delete default u{number}")  # fmt: skip
         for turn in range(3):
             time.sleep(0.02 + 0.07 * number + 0.15 * turn)
             lab.sh(KILL, check=False)
@@ -483,8 +483,8 @@ def test_killed_at_random(lab: Lab, pool: str) -> None:
 def test_progress_on_a_terminal_and_elsewhere(lab: Lab, pool: str) -> None:
     busy_source(lab, pool)
     for command, expected in (
-        (["virtctl", "volume", "clone", pool, "source", "lines"], "Cloning source: "),
-        (["script", "-qec", f"virtctl volume clone {pool} source bar", "/dev/null"], "Cloning source ["),
+        (["virtdctl", "volume", "clone", pool, "source", "lines"], "Cloning source: "),
+        (["script", "-qec", f"virtdctl volume clone {pool} source bar", "/dev/null"], "Cloning source ["),
     ):
         client = slowly(lab, command)
         time.sleep(3)  # it shows nothing of what is over at once
@@ -497,7 +497,7 @@ def test_progress_on_a_terminal_and_elsewhere(lab: Lab, pool: str) -> None:
 
 def test_who_may(lab: Lab, pool: str) -> None:
     volume(lab, "create", pool, "x", "1M")
-    as_nobody = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "virtctl"]
+    as_nobody = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "virtdctl"]
     assert "x" in lab.run(*as_nobody, "volume", "list", pool).stdout
     for arguments in (["create", pool, "y", "1M"], ["delete", pool, "x"], ["download", pool, "x", "/tmp/x"]):
         done = lab.run(*as_nobody, "volume", *arguments, check=False)

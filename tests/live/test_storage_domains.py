@@ -45,10 +45,10 @@ def disk(name: str, more: str = "") -> str:
 
 def test_a_guest_that_writes_while_the_daemon_is_killed(lab: Lab, chain: str) -> None:
     """It boots from a cloned qcow2 volume with a backing volume, in a pool that wasn't started."""
-    lab.virtctl("pool", "stop", chain)
+    lab.virtdctl("pool", "stop", chain)
     before = lab.sh(f"sha256sum {POOL}/base {POOL}/golden")
-    lab.virtctl("define", "-", stdin=f'name = "web1"\nmemory = "128M"\n{disk("web1")}')
-    lab.virtctl("start", "web1")
+    lab.virtdctl("define", "-", stdin=f'name = "web1"\nmemory = "128M"\n{disk("web1")}')
+    lab.virtdctl("start", "web1")
     assert lab.json("pool", "info", chain)["state"] == "active"
     lab.wait_ready("web1", timeout=150)
     pid = lab.info("web1")["pid"]
@@ -61,7 +61,7 @@ def test_a_guest_that_writes_while_the_daemon_is_killed(lab: Lab, chain: str) ->
     volume(lab, "delete", chain, "overlay")
     for verb in ("delete", "wipe"):
         assert "backing store of default/web1" in refused(lab, verb, chain, "base")
-    assert "domain web1 uses" in lab.virtctl("pool", "stop", chain, check=False).stderr
+    assert "domain web1 uses" in lab.virtdctl("pool", "stop", chain, check=False).stderr
     volume(lab, "clone", chain, "base", "another")  # to be read is no harm
     console = Attached(lab, "web1")
     console.type(f"sh {WRITES}\n")
@@ -72,7 +72,7 @@ def test_a_guest_that_writes_while_the_daemon_is_killed(lab: Lab, chain: str) ->
         assert "domain web1 writes to it" in refused(lab, "delete", chain, "web1"), "also after a kill"
     assert console.heard("sh exit 0", 120)
     console.close()
-    lab.virtctl("stop", "web1")
+    lab.virtdctl("stop", "web1")
     lab.sh(f"qemu-img convert -f qcow2 -O raw {POOL}/web1 /srv/written")
     written = lab.sh(
         f"dd if=/srv/written bs=512 skip={FIRST} count={COUNT} status=none | tr -d '\\0'; rm /srv/written"
@@ -83,28 +83,28 @@ def test_a_guest_that_writes_while_the_daemon_is_killed(lab: Lab, chain: str) ->
 
 
 def test_who_may_have_a_volume(lab: Lab, chain: str) -> None:
-    lab.virtctl("define", "-", stdin=definition("first", more=disk("web1")))
-    lab.virtctl("start", "first")
-    lab.virtctl("define", "-", stdin=definition("second", more=disk("web1")))
-    told = lab.virtctl("start", "second", check=False).stderr
+    lab.virtdctl("define", "-", stdin=definition("first", more=disk("web1")))
+    lab.virtdctl("start", "first")
+    lab.virtdctl("define", "-", stdin=definition("second", more=disk("web1")))
+    told = lab.virtdctl("start", "second", check=False).stderr
     assert "in use by domain first" in told
     # What others stand on can be read, and isn't written to.
-    lab.virtctl("define", "-", stdin=definition("second", more=disk("base")))
-    assert "backing store of" in lab.virtctl("start", "second", check=False).stderr
-    lab.virtctl("define", "-", stdin=definition("second", more=disk("base", "readonly = true\n")))
-    lab.virtctl("start", "second")
+    lab.virtdctl("define", "-", stdin=definition("second", more=disk("base")))
+    assert "backing store of" in lab.virtdctl("start", "second", check=False).stderr
+    lab.virtdctl("define", "-", stdin=definition("second", more=disk("base", "readonly = true\n")))
+    lab.virtdctl("start", "second")
     for text, word in (
         (disk("nothing"), "There is no volume nothing"),
         ('[[disk]]\npool = "nowhere"\nvolume = "x"\n', "There is no pool nowhere"),
         (disk("golden", 'format = "raw"\n'), 'expected "qcow2"'),
     ):
-        lab.virtctl("define", "-", stdin=definition("third", more=text))
-        done = lab.virtctl("start", "third", check=False)
+        lab.virtdctl("define", "-", stdin=definition("third", more=text))
+        done = lab.virtdctl("start", "third", check=False)
         assert done.returncode == 1
         assert word in done.stderr
     lab.sh(f"cp {POOL}/golden {POOL}/foreign")
-    lab.virtctl("define", "-", stdin=definition("third", more=disk("foreign")))
-    assert "isn't known" in lab.virtctl("start", "third", check=False).stderr
+    lab.virtdctl("define", "-", stdin=definition("third", more=disk("foreign")))
+    assert "isn't known" in lab.virtdctl("start", "third", check=False).stderr
     lab.sh(f"rm {POOL}/foreign")
 
 
@@ -126,7 +126,7 @@ def test_filesystem_pools(lab: Lab, kind: str, size: int, quiet: str) -> None:
     where = f"/srv/mounted/{kind}"
     try:
         define(lab, f'name = "fs"\ntype = "filesystem"\npath = "{where}"\nsource = "{device}"\n')
-        lab.virtctl("pool", "start", "fs")
+        lab.virtdctl("pool", "start", "fs")
         unit = lab.sh(f"systemd-escape --path --suffix=mount {where}").strip()
         assert lab.sh(f"systemctl show -P ActiveState {unit}").strip() == "active"
         assert "nosuid" in lab.sh(f"findmnt -no OPTIONS {where}")
@@ -142,13 +142,13 @@ def test_filesystem_pools(lab: Lab, kind: str, size: int, quiet: str) -> None:
             assert lab.json("pool", "info", "fs")["state"] == "active"
             assert {item["name"] for item in lab.json("volume", "list", "fs")} == {"a", "b"}
         lab.sh(f"sleep 600 <{where}/a >/dev/null 2>&1 & echo $! >/srv/loops/pid")
-        assert "still uses it" in lab.virtctl("pool", "stop", "fs", check=False).stderr
+        assert "still uses it" in lab.virtdctl("pool", "stop", "fs", check=False).stderr
         assert lab.json("pool", "info", "fs")["state"] == "active"
         lab.sh("kill $(cat /srv/loops/pid)")
-        lab.virtctl("pool", "stop", "fs")
+        lab.virtdctl("pool", "stop", "fs")
         assert lab.run("findmnt", where, check=False).returncode == 1
         lab.sh(f"touch {where}/file")
-        assert "isn't empty" in lab.virtctl("pool", "start", "fs", check=False).stderr
+        assert "isn't empty" in lab.virtdctl("pool", "start", "fs", check=False).stderr
         lab.sh(f"rm {where}/file")
     finally:
         forget_pools(lab)
@@ -158,9 +158,9 @@ def test_filesystem_pools(lab: Lab, kind: str, size: int, quiet: str) -> None:
 def test_a_mount_that_fails(lab: Lab) -> None:
     define(lab, 'name = "fs"\ntype = "filesystem"\npath = "/srv/mounted/x"\nsource = "/dev/nothing"\n')
     try:
-        assert "Cannot find /dev/nothing" in lab.virtctl("pool", "start", "fs", check=False).stderr
+        assert "Cannot find /dev/nothing" in lab.virtdctl("pool", "start", "fs", check=False).stderr
         define(lab, 'name = "fs"\ntype = "filesystem"\npath = "/srv/mounted/x"\nsource = "/dev/null"\n')
-        assert "no block device" in lab.virtctl("pool", "start", "fs", check=False).stderr
+        assert "no block device" in lab.virtdctl("pool", "start", "fs", check=False).stderr
         assert lab.json("pool", "info", "fs")["state"] == "inactive"
     finally:
         forget_pools(lab)

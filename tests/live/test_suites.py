@@ -58,7 +58,7 @@ def test_the_guest_does_not_notice(suite: Lab) -> None:
         suite.sh(event)
         info = connected(suite)
         assert (info["pid"], info["state"], len(suite.info("web1")["slots"])) == (pid, "running", 5), event
-    done = suite.virtctl("console", "--timeout", "1", "web1", stdin="echo still-here\n")
+    done = suite.virtdctl("console", "--timeout", "1", "web1", stdin="echo still-here\n")
     assert "still-here" in done.stdout
     tally = check(suite.console("web1"))
     assert tally.whole, (tally.lost, tally.repeated, tally.broken[:3])
@@ -95,23 +95,23 @@ def test_stop_and_start(suite: Lab) -> None:
     info = connected(suite)
     assert (info["pid"], info["state"]) == (pid, "running")
     old = int(suite.sh("systemctl --version").split()[1]) < 254
-    shown = suite.virtctl("status", check=False)
+    shown = suite.virtdctl("status", check=False)
     if old:
         assert shown.returncode == 1
         for slot in ("stdin", "stdout", "stderr"):
             assert f"qemu/web1/{slot}" in shown.stdout
         assert "older than 254" in shown.stdout
-        refused = suite.virtctl("console", "web1", check=False)
+        refused = suite.virtdctl("console", "web1", check=False)
         assert refused.returncode == 1
         assert "takes no input" in refused.stderr
     else:
         assert shown.returncode == 0, shown.stdout
         assert check(suite.console("web1")).whole
-    suite.virtctl("suspend", "web1")
-    suite.virtctl("resume", "web1")
-    suite.virtctl("stop", "web1")
+    suite.virtdctl("suspend", "web1")
+    suite.virtdctl("resume", "web1")
+    suite.virtdctl("stop", "web1")
     assert suite.info("web1")["exit"]["cause"] == "stop"
     suite.wait("an empty store", lambda: suite.slots() == 0, 10)
-    suite.virtctl("start", "web1")
+    suite.virtdctl("start", "web1")
     assert suite.json("status")["problems"] == []
-    suite.virtctl("stop", "web1")
+    suite.virtdctl("stop", "web1")

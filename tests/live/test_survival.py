@@ -44,9 +44,9 @@ def guest(lab: Lab) -> str:
 
 def in_control(lab: Lab, guest: str) -> None:
     """The daemon of now can do to the guest what the daemon that started it could."""
-    assert lab.virtctl("suspend", guest).returncode == 0
+    assert lab.virtdctl("suspend", guest).returncode == 0
     assert lab.info(guest)["state"] == "paused"
-    assert lab.virtctl("resume", guest).returncode == 0
+    assert lab.virtdctl("resume", guest).returncode == 0
     assert lab.info(guest)["state"] == "running"
 
 
@@ -81,7 +81,7 @@ def test_upgrade_rollback_and_reload(lab: Lab, guest: str, packages: dict[str, P
     old, new = (f"/root/{packages[version].name}" for version in ("0.1.0", "0.1.1"))
 
     lab.sh(f"rpm -U {new}")
-    assert "0.1.1" in lab.virtctl("--version").stdout
+    assert "0.1.1" in lab.virtdctl("--version").stdout
     assert lab.json("status")["version"] == "0.1.1"
     assert lab.main_pid() != daemon
     assert lab.info(guest)["pid"] == pid
@@ -108,7 +108,7 @@ def test_erased_and_installed_again(lab: Lab, guest: str, packages: dict[str, Pa
     pid = lab.info(guest)["pid"]
     said = lab.sh("rpm -e virtd 2>&1")
     assert "keep" in said or "run" in said, said
-    assert lab.sh("command -v virtctl || echo gone") == "gone\n"
+    assert lab.sh("command -v virtdctl || echo gone") == "gone\n"
     assert lab.sh(f"cat /proc/{pid}/comm").startswith("qemu")
     lab.sh("rpm -i /root/virtd.rpm && systemctl start virtd.service")
     info = lab.wait("the guest's adoption", lambda: (i := lab.info(guest))["state"] == "running" and i, 20)
@@ -153,7 +153,7 @@ def test_two_hundred_kills_under_load(lab: Lab) -> None:
         )
         info = lab.wait("the last recovery", lambda: (i := lab.info("flood"))["monitor"] == "connected" and i, 20)
         assert (info["pid"], info["state"]) == (pid, "running")
-        lab.virtctl("stop", "flood")
+        lab.virtdctl("stop", "flood")
         data = lab.console("flood")
         tally = check(data)
         size = f"{KILLS} kills, {len(data) / 1e6:.1f} MB, {tally.lines} lines"

@@ -60,7 +60,7 @@ def mallory(lab: Lab) -> Iterator[str]:
         f"chmod 600 {HOME}/*.raw {VICTIM}; chown -R {MALLORY} {HOME}"
     )
     kernel_domain(lab, "victim", f'[[disk]]\npath = "{VICTIM}"\n')
-    lab.virtctl("start", "victim")
+    lab.virtdctl("start", "victim")
     before = owners(lab)
     try:
         yield HOME
@@ -105,7 +105,7 @@ def test_swapped_before_the_start(lab: Lab, mallory: str, key: str, path: str) -
         lab.sh(f"mv {mallory}/way {mallory}/real; ln -s real {mallory}/way; ln -s {SECRET} {mallory}/disk.raw -f")
     with swapping(lab, swapped, *((mallory, "/srv/victim") if "/way/" in path else (SECRET, VICTIM))):
         for _ in range(5):
-            refused = lab.virtctl("start", "hers", check=False)
+            refused = lab.virtdctl("start", "hers", check=False)
             assert refused.returncode == 1, lab.sh(f"stat {SECRET}")
             assert "could exchange" in refused.stderr or "no such file" in refused.stderr, refused.stderr
             assert lab.info("hers")["state"] == "stopped"
@@ -120,13 +120,13 @@ def test_swapped_while_it_runs(lab: Lab, mallory: str, record: str) -> None:
         lab.sh(
             f"chown -R root {mallory}; chown {MALLORY} {mallory}/own.raw; ln -f {mallory}/own.raw {mallory}/disk.raw"
         )
-        lab.virtctl("start", "hers")
+        lab.virtdctl("start", "hers")
         assert lab.sh(f"stat -c %u {mallory}/disk.raw").strip() not in ("0", str(MALLORY))
         if record == "old":
             rewrite(lab, "hers", mallory)
         lab.sh(f"chown {MALLORY} {mallory}")
         with swapping(lab, f"{mallory}/disk.raw", VICTIM, SECRET, VICTIM):
-            lab.virtctl("stop", "hers")
+            lab.virtdctl("stop", "hers")
         # The file that it was is hers again when its name led there, and the guest's user's otherwise.
         assert lab.sh(f"stat -c %u {mallory}/own.raw").strip() != "0"
         assert lab.info("victim")["state"] == "running"
@@ -142,7 +142,7 @@ def rewrite(lab: Lab, name: str, where: str) -> None:
     found["data"]["owners"] = [[f"{where}/disk.raw", MALLORY, 0]]
     lab.write(path, json.dumps(found))
     lab.sh(f"chmod 600 {path}; systemctl kill -s KILL virtd.service")
-    lab.wait("the next daemon", lambda: lab.virtctl("list", check=False).returncode == 0, 20)
+    lab.wait("the next daemon", lambda: lab.virtdctl("list", check=False).returncode == 0, 20)
 
 
 def test_a_sticky_directory(lab: Lab, mallory: str) -> None:
@@ -153,10 +153,10 @@ def test_a_sticky_directory(lab: Lab, mallory: str) -> None:
     try:
         with swapping(lab, "/tmp/mine.raw", SECRET):
             for _ in range(2):
-                lab.virtctl("start", "mine")
-                lab.virtctl("stop", "mine")
+                lab.virtdctl("start", "mine")
+                lab.virtdctl("stop", "mine")
         assert lab.sh("stat -c '%u %F' /tmp/mine.raw").strip() == "0 regular file"
-        assert "could exchange" in lab.virtctl("start", "hers", check=False).stderr
+        assert "could exchange" in lab.virtdctl("start", "hers", check=False).stderr
     finally:
         lab.sh("rm -f /tmp/mine.raw* /tmp/hers.raw")
     assert mallory
@@ -166,13 +166,13 @@ def test_an_import_from_her_directory(lab: Lab, mallory: str) -> None:
     """Her own image may be imported from there; nothing else by her path."""
     lab.sh("rm -rf /srv/pool; mkdir -p /srv/pool")
     define(lab, 'name = "default"\npath = "/srv/pool"\n')
-    lab.virtctl("pool", "start", "default")
+    lab.virtdctl("pool", "start", "default")
     lab.sh(f"head -c 65536 /dev/zero | tr '\\0' m >{mallory}/own.raw")
     done = 0
     try:
         with swapping(lab, f"{mallory}/disk.raw", SECRET, VICTIM):
             for number in range(12):
-                ran = lab.virtctl(
+                ran = lab.virtdctl(
                     "volume", "import", "default", f"v{number}", f"{mallory}/disk.raw", "--from", "raw", check=False
                 )
                 if ran.returncode == 0:

@@ -107,8 +107,8 @@ def undefine_others(lab: Lab, *keep: str) -> None:
     """Stop and forget all domains but these."""
     for item in lab.json("list"):
         if item["name"] not in keep:
-            lab.virtctl("stop", item["name"], check=False)
-            lab.virtctl("undefine", item["name"], check=False)
+            lab.virtdctl("stop", item["name"], check=False)
+            lab.virtdctl("undefine", item["name"], check=False)
 
 
 def spawn(lab: Lab, *command: str, **options: Any) -> subprocess.Popen[str]:

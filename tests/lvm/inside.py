@@ -35,21 +35,21 @@ def sh(script: str, *, check: bool = True) -> str:
     return done.stdout.strip()
 
 
-def virtctl(*words: str, stdin: str = "") -> str:
-    done = subprocess.run(["virtctl", *words], input=stdin, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"virtctl {' '.join(words)}: {done.stdout}{done.stderr}"
+def virtdctl(*words: str, stdin: str = "") -> str:
+    done = subprocess.run(["virtdctl", *words], input=stdin, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"virtdctl {' '.join(words)}: {done.stdout}{done.stderr}"
     return done.stdout
 
 
 def refused(expected: str, *words: str, stdin: str = "") -> None:
-    done = subprocess.run(["virtctl", *words], input=stdin, capture_output=True, text=True, check=False)
+    done = subprocess.run(["virtdctl", *words], input=stdin, capture_output=True, text=True, check=False)
     said = " ".join(done.stderr.split())
-    assert done.returncode != 0, f"virtctl {' '.join(words)} succeeded"
-    assert expected in said, f"virtctl {' '.join(words)}: {said!r}, expected {expected!r}"
+    assert done.returncode != 0, f"virtdctl {' '.join(words)} succeeded"
+    assert expected in said, f"virtdctl {' '.join(words)}: {said!r}, expected {expected!r}"
 
 
 def asked(*words: str) -> Any:
-    return json.loads(virtctl(*words, "--json"))
+    return json.loads(virtdctl(*words, "--json"))
 
 
 def until(what: str, condition: Callable[[], Any], limit: float = 120) -> Any:
@@ -63,7 +63,7 @@ def until(what: str, condition: Callable[[], Any], limit: float = 120) -> Any:
 def after(command: str) -> None:
     """Do what ends the daemon, and wait until the next one knows what runs, which this machine takes its time for."""
     sh(command)
-    ask = ["virtctl", "volume", "list", "vg"]
+    ask = ["virtdctl", "volume", "list", "vg"]
     until("an answer", lambda: subprocess.run(ask, capture_output=True, check=False).returncode == 0, 600)
 
 
@@ -88,16 +88,16 @@ def same(name: str, size: int = SIZE) -> bool:
 
 
 def a_pool_needs_its_group() -> None:
-    virtctl("pool", "define", "-", stdin='name = "none"\ntype = "logical"\npath = "/dev/none"\n')
+    virtdctl("pool", "define", "-", stdin='name = "none"\ntype = "logical"\npath = "/dev/none"\n')
     refused('Volume group "none" not found', "pool", "start", "none")
     assert asked("pool", "info", "none")["state"] == "inactive"
-    virtctl("pool", "undefine", "none")
+    virtdctl("pool", "undefine", "none")
 
 
 def a_pool_is_started() -> None:
     sh("vgcreate vg0 /dev/vdb && vgchange -an vg0")
-    virtctl("pool", "define", "-", stdin='name = "vg"\ntype = "logical"\npath = "/dev/vg0"\nautostart = true\n')
-    virtctl("pool", "start", "vg")
+    virtdctl("pool", "define", "-", stdin='name = "vg"\ntype = "logical"\npath = "/dev/vg0"\nautostart = true\n')
+    virtdctl("pool", "start", "vg")
     pool = asked("pool", "info", "vg")
     assert pool["state"] == "active", pool
     assert pool["capacity"] == int(sh("vgs --noheadings --nosuffix --units b -o vg_size vg0")), pool
@@ -106,17 +106,17 @@ def a_pool_is_started() -> None:
 
 
 def volumes_are_made() -> None:
-    virtctl("volume", "create", "vg", "a", "16M")
+    virtdctl("volume", "create", "vg", "a", "16M")
     found = volumes()["a"]
     assert (found["format"], found["capacity"], found["trouble"]) == ("raw", SIZE, ""), found
     assert (owner("a"), "virtd_new" in tags("a")) == ("root:disk", False), (owner("a"), tags("a"))
     assert sh("tr -d '\\0' </dev/vg0/a | wc -c") == "0"
     # Rounded up to whole extents, which are 4M.
-    virtctl("volume", "create", "vg", "odd", "5M")
+    virtdctl("volume", "create", "vg", "odd", "5M")
     assert volumes()["odd"]["capacity"] == 8 << 20, volumes()["odd"]
-    virtctl("volume", "create", "vg", "full", "8M", "--preallocation", "full")
+    virtdctl("volume", "create", "vg", "full", "8M", "--preallocation", "full")
     assert asked("pool", "info", "vg")["allocation"] == 32 << 20
-    virtctl("volume", "delete", "vg", "odd", "full")
+    virtdctl("volume", "delete", "vg", "odd", "full")
     assert lvs() == {"a"}
 
 
@@ -127,66 +127,66 @@ def what_cant_be_is_refused() -> None:
     refused("more than 0", "volume", "create", "vg", "b", "0")
     refused("name", "volume", "create", "vg", "../b", "1M")
     refused("There is no volume", "volume", "info", "vg", "nothing")
-    virtctl("volume", "create", "vg", "most", "400M")
+    virtdctl("volume", "create", "vg", "most", "400M")
     refused("lvcreate", "volume", "create", "vg", "b", "300M")
-    virtctl("volume", "delete", "vg", "most")
+    virtdctl("volume", "delete", "vg", "most")
     assert lvs() == {"a"}, lvs()
     assert asked("volume", "jobs") == [] or all(job["verb"] != "tool" for job in asked("volume", "jobs"))
 
 
 def content_comes_and_goes() -> None:
     sh(f"head -c {SIZE} /dev/urandom >{IMAGE}")
-    virtctl("volume", "upload", "vg", "up", IMAGE)
+    virtdctl("volume", "upload", "vg", "up", IMAGE)
     assert same("up")
     assert (owner("up"), "virtd_new" in tags("up")) == ("root:disk", False)
     refused("expected a size", "volume", "upload", "vg", "piped", "-", stdin="x")
-    sh(f"cat {IMAGE} | virtctl volume upload --size {SIZE} vg piped -")
+    sh(f"cat {IMAGE} | virtdctl volume upload --size {SIZE} vg piped -")
     assert same("piped")
-    virtctl("volume", "download", "vg", "up", f"{STATE}/down")
+    virtdctl("volume", "download", "vg", "up", f"{STATE}/down")
     assert sh(f"cmp {IMAGE} {STATE}/down && rm {STATE}/down") == ""
-    virtctl("volume", "import", "vg", "raw", IMAGE, "--from", "raw")
+    virtdctl("volume", "import", "vg", "raw", IMAGE, "--from", "raw")
     assert same("raw")
     sh(f"qemu-img convert -f raw -O qcow2 {IMAGE} {IMAGE}.qcow2")
-    virtctl("volume", "import", "vg", "converted", f"{IMAGE}.qcow2", "--from", "qcow2", "--format", "raw")
+    virtdctl("volume", "import", "vg", "converted", f"{IMAGE}.qcow2", "--from", "qcow2", "--format", "raw")
     assert same("converted")
-    virtctl("volume", "delete", "vg", "piped", "raw", "converted")
+    virtdctl("volume", "delete", "vg", "piped", "raw", "converted")
     assert lvs() == {"a", "up"}, lvs()
 
 
 def volumes_are_cloned_and_change() -> None:
-    virtctl("volume", "clone", "vg", "up", "copy")
+    virtdctl("volume", "clone", "vg", "up", "copy")
     assert same("copy")
-    virtctl("volume", "resize", "vg", "copy", "24M")
+    virtdctl("volume", "resize", "vg", "copy", "24M")
     assert volumes()["copy"]["capacity"] == 24 << 20
     assert same("copy")
     refused("--shrink", "volume", "resize", "vg", "copy", "8M")
-    virtctl("volume", "resize", "vg", "copy", "8M", "--shrink")
+    virtdctl("volume", "resize", "vg", "copy", "8M", "--shrink")
     assert volumes()["copy"]["capacity"] == 8 << 20
     assert same("copy", 8 << 20)
-    virtctl("volume", "wipe", "vg", "copy")
+    virtdctl("volume", "wipe", "vg", "copy")
     assert sh("tr -d '\\0' </dev/vg0/copy | wc -c") == "0"
     assert (volumes()["copy"]["trouble"], tags("copy").count("damaged")) == ("", 0), (volumes()["copy"], tags("copy"))
-    virtctl("volume", "delete", "vg", "copy")
+    virtdctl("volume", "delete", "vg", "copy")
 
 
 def a_qcow2_volume_stands_on_a_logical_one() -> None:
     sh("mkdir -m 711 /srv/dir")
-    virtctl("pool", "define", "-", stdin='name = "dir"\npath = "/srv/dir"\n')
-    virtctl("pool", "start", "dir")
-    virtctl("volume", "create", "dir", "top", "--backing", "up", "--backing-pool", "vg")
+    virtdctl("pool", "define", "-", stdin='name = "dir"\npath = "/srv/dir"\n')
+    virtdctl("pool", "start", "dir")
+    virtdctl("volume", "create", "dir", "top", "--backing", "up", "--backing-pool", "vg")
     (link,) = asked("volume", "info", "dir", "top")["chain"]
     assert (link["pool"], link["volume"], link["format"]) == ("vg", "up", "raw"), link
     refused("backing store of dir/top", "volume", "delete", "vg", "up")
     assert sh(f"qemu-img compare -f raw -F qcow2 {IMAGE} /srv/dir/top") == "Images are identical."
-    virtctl("volume", "delete", "dir", "top")
+    virtdctl("volume", "delete", "dir", "top")
 
 
 def a_guest_has_a_logical_volume() -> None:
     disk = '[[disk]]\npool = "vg"\nvolume = "up"\n'
     for name in ("one", "two"):
-        virtctl("define", "-", stdin=f'name = "{name}"\nmemory = "32M"\nmachine = "pc"\n{disk}')
-    virtctl("pool", "stop", "vg")
-    virtctl("start", "one")
+        virtdctl("define", "-", stdin=f'name = "{name}"\nmemory = "32M"\nmachine = "pc"\n{disk}')
+    virtdctl("pool", "stop", "vg")
+    virtdctl("start", "one")
     assert asked("pool", "info", "vg")["state"] == "active", "it wasn't started for the guest"
     assert owner("up").startswith("vm-one:"), owner("up")
     pid = asked("info", "one")["pid"]
@@ -198,16 +198,16 @@ def a_guest_has_a_logical_volume() -> None:
     after(KILL)
     refused("domain one", "volume", "delete", "vg", "up")
     assert asked("info", "one")["pid"] == pid
-    virtctl("stop", "one")
+    virtdctl("stop", "one")
     assert owner("up") == "root:disk", owner("up")
-    virtctl("undefine", "one", "two")
+    virtdctl("undefine", "one", "two")
     assert same("up")
 
 
 def stopped_clone(target: str) -> subprocess.Popen[str]:
     """A clone whose copying program stands still."""
     stopper = subprocess.Popen([sys.executable, STOPPER])
-    client = subprocess.Popen(["virtctl", "volume", "clone", "vg", "up", target], stderr=subprocess.PIPE, text=True)
+    client = subprocess.Popen(["virtdctl", "volume", "clone", "vg", "up", target], stderr=subprocess.PIPE, text=True)
     try:
         until("the copying", lambda: stopper.poll() is not None or client.poll() is not None)
         assert client.poll() is None, client.communicate()[1]
@@ -230,13 +230,13 @@ def a_clone_outlives_the_daemon() -> None:
     assert client.returncode == 0, err
     assert same("copy")
     assert "virtd_new" not in tags("copy"), tags("copy")
-    virtctl("volume", "delete", "vg", "copy")
+    virtdctl("volume", "delete", "vg", "copy")
 
 
 def a_clone_is_cancelled() -> None:
     client = stopped_clone("copy")
     (job,) = [job for job in asked("volume", "jobs") if job["state"] == "running"]
-    virtctl("volume", "cancel", job["job"])
+    virtdctl("volume", "cancel", job["job"])
     _, err = client.communicate(timeout=300)
     assert "cancelled by root" in err, err
     assert lvs() == {"a", "up"}, lvs()
@@ -244,7 +244,7 @@ def a_clone_is_cancelled() -> None:
 
 def an_upload_is_taken_up_again() -> None:
     client = subprocess.Popen(
-        ["sh", "-c", f"(head -c 4M {IMAGE}; sleep 600) | virtctl volume upload --size {SIZE} vg cut -"],
+        ["sh", "-c", f"(head -c 4M {IMAGE}; sleep 600) | virtdctl volume upload --size {SIZE} vg cut -"],
         start_new_session=True,
     )
     until("the upload", lambda: any(job["state"] == "waiting" for job in asked("volume", "jobs")))
@@ -252,9 +252,9 @@ def an_upload_is_taken_up_again() -> None:
     os.killpg(client.pid, 9)
     client.wait()
     assert "cut" not in volumes()
-    virtctl("volume", "upload", "--resume", "vg", "cut", IMAGE)
+    virtdctl("volume", "upload", "--resume", "vg", "cut", IMAGE)
     assert same("cut")
-    virtctl("volume", "delete", "vg", "cut")
+    virtdctl("volume", "delete", "vg", "cut")
 
 
 def what_others_make_is_seen_and_kept() -> None:
@@ -263,13 +263,13 @@ def what_others_make_is_seen_and_kept() -> None:
     assert set(volumes()) == {"a", "up", "foreign"}, volumes()
     after("systemctl restart virtd")
     until("the sweeping", lambda: lvs() == {"a", "up", "foreign"})
-    virtctl("volume", "delete", "vg", "foreign")
+    virtdctl("volume", "delete", "vg", "foreign")
 
 
 def killed_at_random() -> None:
     for number in range(3):
         script = " && ".join(
-            f"virtctl volume {verb}" for verb in ("create vg new 8M", "resize vg new 12M", "delete vg new")
+            f"virtdctl volume {verb}" for verb in ("create vg new 8M", "resize vg new 12M", "delete vg new")
         )
         client = subprocess.Popen(["sh", "-c", script], stderr=subprocess.PIPE, text=True)
         for turn in range(2):
@@ -279,7 +279,7 @@ def killed_at_random() -> None:
         after("true")
         if LATE in err:  # it was asked again once too early, and has done none of the rest
             if "new" in volumes():
-                virtctl("volume", "delete", "vg", "new")
+                virtdctl("volume", "delete", "vg", "new")
         else:
             assert client.returncode == 0, err
         assert set(volumes()) == {"a", "up"}, volumes()
@@ -295,10 +295,10 @@ def a_pool_is_stopped() -> None:
     assert asked("pool", "info", "vg")["state"] == "active"
     assert same("up"), "the other volumes are as they were"
     sh("kill $(cat /run/holder)")
-    virtctl("pool", "stop", "vg")
+    virtdctl("pool", "stop", "vg")
     assert sh("lvs --noheadings -o lv_active vg0 | sort -u") == "", "they are active"
     refused("isn't active", "volume", "list", "vg")
-    virtctl("pool", "start", "vg")
+    virtdctl("pool", "start", "vg")
     assert volumes()["up"]["trouble"] == ""
     assert same("up")
 
@@ -308,21 +308,21 @@ def nfs() -> None:
     Path("/etc/exports").write_text("/srv/export localhost(rw,no_root_squash,no_subtree_check)\n")
     sh("exportfs -ra")
     text = 'name = "nas"\ntype = "filesystem"\npath = "/srv/mounted/nas"\nsource = "localhost:/srv/export"\n'
-    virtctl("pool", "define", "-", stdin=text)
-    virtctl("pool", "start", "nas")
+    virtdctl("pool", "define", "-", stdin=text)
+    virtdctl("pool", "start", "nas")
     assert "nosuid" in sh("findmnt -no OPTIONS /srv/mounted/nas")
-    virtctl("volume", "import", "nas", "a", IMAGE, "--from", "raw")
-    virtctl("volume", "clone", "nas", "a", "b")
-    virtctl("volume", "create", "nas", "thin", "1G", "--format", "qcow2")
+    virtdctl("volume", "import", "nas", "a", IMAGE, "--from", "raw")
+    virtdctl("volume", "clone", "nas", "a", "b")
+    virtdctl("volume", "create", "nas", "thin", "1G", "--format", "qcow2")
     assert sh(f"cmp {IMAGE} /srv/export/b") == ""
     for command in (KILL, "systemctl restart virtd"):
         after(command)
         assert asked("pool", "info", "nas")["state"] == "active", command
         assert set(volumes("nas")) == {"a", "b", "thin"}
-    virtctl("volume", "delete", "nas", "a", "b", "thin")
-    virtctl("pool", "stop", "nas")
+    virtdctl("volume", "delete", "nas", "a", "b", "thin")
+    virtdctl("pool", "stop", "nas")
     assert sh("findmnt /srv/mounted/nas", check=False) == ""
-    virtctl("pool", "undefine", "nas")
+    virtdctl("pool", "undefine", "nas")
 
 
 def a_crash_of_the_machine_leaves() -> None:
@@ -332,9 +332,9 @@ def a_crash_of_the_machine_leaves() -> None:
     assert set(volumes()) == {"a", "up"}, volumes()
     until("the sweeping", lambda: lvs() == {"a", "up"})
     assert same("up")
-    virtctl("volume", "delete", "vg", "a", "up")
-    virtctl("pool", "stop", "vg")
-    virtctl("pool", "undefine", "vg")
+    virtdctl("volume", "delete", "vg", "a", "up")
+    virtdctl("pool", "stop", "vg")
+    virtdctl("pool", "undefine", "vg")
     assert lvs() == set()
 
 
@@ -350,25 +350,25 @@ SECOND = (a_crash_of_the_machine_leaves,)
 def ready() -> None:
     """What the steps after the fifth begin with, whatever became of those before: the volumes a and up, whole."""
     for domain in asked("list"):
-        virtctl("stop", domain["name"])
-        virtctl("undefine", domain["name"])
+        virtdctl("stop", domain["name"])
+        virtdctl("undefine", domain["name"])
     for job in asked("volume", "jobs"):
         if job["state"] in ("running", "waiting"):
             sh("systemctl kill -s CONT 'virtd-storage-job*'", check=False)
-            virtctl("volume", "cancel", job["job"])
+            virtdctl("volume", "cancel", job["job"])
     if not asked("pool", "list"):
         a_pool_is_started()
     if asked("pool", "info", "vg")["state"] != "active":
-        virtctl("pool", "start", "vg")
+        virtdctl("pool", "start", "vg")
     if not Path(IMAGE).exists():
         sh(f"head -c {SIZE} /dev/urandom >{IMAGE}")
     there = volumes()
     if more := set(there) - {"a", "up"}:
-        virtctl("volume", "delete", "vg", *more)
+        virtdctl("volume", "delete", "vg", *more)
     if "a" not in there:
-        virtctl("volume", "create", "vg", "a", "16M")
+        virtdctl("volume", "create", "vg", "a", "16M")
     if "up" not in there:
-        virtctl("volume", "upload", "vg", "up", IMAGE)
+        virtdctl("volume", "upload", "vg", "up", IMAGE)
 
 
 def chosen() -> tuple[list[Callable[[], None]], bool]:

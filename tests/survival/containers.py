@@ -82,7 +82,7 @@ class Containers(Supervised):
             command = f'"/steady", "{RATES[name]}"' if name in RATES else '"/brief"'
             mount = '[[mount]]\nsource = "/usr"\ntarget = "/usr"\nreadonly = true\n'
             text = f'name = "{name}"\nrootfs = "{ROOT}"\ncommand = [{command}]\n{mount}'
-            self.virtctl("define", "-", stdin=text)
+            self.virtdctl("define", "-", stdin=text)
         self.begin()
         lab.sh(f"nsenter -t {self.pid} -n ip address add {ADDRESS}/24 dev lo")
 

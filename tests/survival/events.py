@@ -78,7 +78,7 @@ def stop_and_start(seconds: float) -> Callable[[Scene], None]:
             scene.failed("something woke the daemon")
         # A client that can't wait for the start brings it about, through the socket; both have to be answered.
         client = subprocess.Popen(
-            [LAB, "exec", scene.lab.name, "--", "virtctl", "list"],
+            [LAB, "exec", scene.lab.name, "--", "virtdctl", "list"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
         )
@@ -146,7 +146,9 @@ def out_of_memory(scene: Scene) -> None:
     size = int(scene.sh(f"sed -n 's/^VmSize:[[:space:]]*\\([0-9]*\\) kB/\\1/p' /proc/{old}/status"))
     scene.sh(f"prlimit --pid {old} --as={size * 1024}:")
     for _ in range(20):
-        scene.sh("timeout 5 virtctl info steady >/dev/null 2>&1 & timeout 5 virtctl log steady >/dev/null 2>&1; wait")
+        scene.sh(
+            "timeout 5 virtdctl info steady >/dev/null 2>&1 & timeout 5 virtdctl log steady >/dev/null 2>&1; wait"
+        )
     scene.strike()
     scene.sh(f"kill -9 {old}", check=False)
     scene.await_new_daemon(old)
@@ -177,7 +179,7 @@ def crash_loop(scene: Scene) -> None:
     problems = scene.expect("the daemon", lambda: scene.status()["problems"], 60)
     told = " ".join(problem["text"] for problem in problems)
     if "broken.toml" not in told or "ghost" not in told:
-        scene.failed("virtctl status doesn't tell of the broken definition and the broken record")
+        scene.failed("virtdctl status doesn't tell of the broken definition and the broken record")
     scene.sh("rm -rf /etc/virtd/qemu/broken.toml /run/virtd/quarantine; systemctl restart virtd.service")
 
 
@@ -197,7 +199,7 @@ def full(*, run: bool, log: bool) -> Callable[[Scene], None]:
         scene.strike()
         scene.sh(f"kill -9 {old}; kill -CONT {old}", check=False)
         scene.await_new_daemon(old)
-        scene.expect("an answer", lambda: scene.lab.virtctl("list", check=False).returncode == 0, 30)
+        scene.expect("an answer", lambda: scene.lab.virtdctl("list", check=False).returncode == 0, 30)
         scene.sh("sleep 3")
         if run:
             scene.sh(f"rm -f /run/filler; mount -o remount,size={size} /run")
@@ -224,7 +226,7 @@ def lowered_and_raised(scene: Scene) -> None:
     scene.drop_in("[Service]\nFileDescriptorStoreMax=2\n")
     told = scene.expect("the problem", lambda: scene.status()["problems"], 20)
     if not any("FileDescriptorStoreMax" in problem["text"] + problem["hint"] for problem in told):
-        scene.failed("virtctl status doesn't tell what systemd has dropped")
+        scene.failed("virtdctl status doesn't tell what systemd has dropped")
     scene.strike()
     scene.no_drop_in()
     scene.expect("the end of the problem", lambda: scene.status()["problems"] == [], 20)
@@ -254,8 +256,8 @@ def clock(scene: Scene) -> None:
         scene.sh(f"kill -9 {old}")
         scene.await_new_daemon(old)
     since = scene.lab.info("brief")["since"]
-    scene.lab.virtctl("stop", "brief")
-    scene.lab.virtctl("start", "brief")
+    scene.lab.virtdctl("stop", "brief")
+    scene.lab.virtdctl("start", "brief")
     if scene.lab.info("brief")["since"] >= since:
         scene.failed("the daemon's clock wasn't set back: this shows nothing")
     scene.sh(f"rm -rf {DROP_INS} /etc/virtd-clock; systemctl daemon-reload; systemctl restart virtd.service")

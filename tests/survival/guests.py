@@ -31,8 +31,8 @@ class Guests(Supervised):
         lab.define(self.victim, cmdline="virtd.rate=50")
         # No system in it: QEMU and its BIOS are there in a moment, and it's only there to be stopped.
         disk = '[[disk]]\npath = "/var/lib/virtd/images/brief.raw"\n'
-        lab.virtctl("define", "-", stdin=f'name = "{self.brief}"\nmemory = "32M"\n{disk}')
-        lab.virtctl("start", self.victim)
+        lab.virtdctl("define", "-", stdin=f'name = "{self.brief}"\nmemory = "32M"\n{disk}')
+        lab.virtdctl("start", self.victim)
         self.begin()
 
     def look(self) -> dict[str, Any] | None:

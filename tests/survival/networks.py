@@ -201,7 +201,7 @@ class Networks:
             return []
         self.deaf = True
         if not any("Slot" in problem["text"] for problem in state["problems"]):
-            return [Finding(Verdict.LOST, f"{len(state['slots'])} slots of 5, and virtctl doesn't say so")]
+            return [Finding(Verdict.LOST, f"{len(state['slots'])} slots of 5, and virtdctl doesn't say so")]
         return [Finding(Verdict.DEGRADED, "no dnsmasq log until restarted")]
 
     def _frail(self) -> list[Finding]:

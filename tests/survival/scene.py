@@ -22,7 +22,7 @@ KILL = f"kill -9 {DAEMON}"
 ASKER = """
 : >/root/asked; : >/root/failed
 while test -e /root/asking; do
-    virtctl list >/dev/null 2>/root/asking.err || { echo "status $?:"; cat /root/asking.err; } >>/root/failed
+    virtdctl list >/dev/null 2>/root/asking.err || { echo "status $?:"; cat /root/asking.err; } >>/root/failed
     echo >>/root/asked
     sleep 0.1
 done
@@ -97,8 +97,8 @@ class Scene:
         return pid
 
     def status(self) -> dict[str, Any]:
-        """What `virtctl status` says; its exit status is 1 when it has problems to tell."""
-        found: dict[str, Any] = json.loads(self.lab.virtctl("status", "--json", check=False).stdout)
+        """What `virtdctl status` says; its exit status is 1 when it has problems to tell."""
+        found: dict[str, Any] = json.loads(self.lab.virtdctl("status", "--json", check=False).stdout)
         return found
 
     def drop_in(self, text: str) -> None:
@@ -142,20 +142,20 @@ class Scene:
         return [(driver, Finding(Verdict.LOST, text)) for driver, text in found]
 
     def problems(self) -> list[tuple[str, Finding]]:
-        """What `virtctl status` has to say, as it shouldn't after an event that did no harm; first whose it is."""
+        """What `virtdctl status` has to say, as it shouldn't after an event that did no harm; first whose it is."""
         return [
             (
                 problem["object"].partition("/")[0],
-                Finding(Verdict.LOST, f"virtctl status has a problem: {problem['text'][:100]}"),
+                Finding(Verdict.LOST, f"virtdctl status has a problem: {problem['text'][:100]}"),
             )
             for problem in self.status()["problems"]
         ]
 
     def differences(self) -> list[tuple[str, Finding]]:
-        """What `virtctl fsck` finds; first whose it is."""
-        found = json.loads(self.lab.virtctl("fsck", "--json", check=False).stdout)["differences"]
+        """What `virtdctl fsck` finds; first whose it is."""
+        found = json.loads(self.lab.virtdctl("fsck", "--json", check=False).stdout)["differences"]
         return [
-            (row["object"].partition("/")[0], Finding(Verdict.LOST, f"virtctl fsck finds: {row['text'][:100]}"))
+            (row["object"].partition("/")[0], Finding(Verdict.LOST, f"virtdctl fsck finds: {row['text'][:100]}"))
             for row in found
         ]
 
@@ -164,7 +164,7 @@ class Scene:
 # is active without a unit says so in its record: its dnsmasq couldn't be started again.
 LEFTOVERS = r"""
 import glob, json, os, subprocess
-# A driver's states in which an object has a unit and a directory in /run; how virtctl calls what has slots.
+# A driver's states in which an object has a unit and a directory in /run; how virtdctl calls what has slots.
 LIVE = {"qemu": ("running", "paused"), "network": ("active",), "lxc": ("running", "paused")}
 NOUNS = ((), ("network",), ("container",))
 def run(*argv):
@@ -192,9 +192,9 @@ for driver, live in LIVE.items():
             wrong.append((driver, f"{what} of {driver}/{sorted(there)}, records of {sorted(due)}"))
 known = 0
 for noun in NOUNS:
-    for item in json.loads(run("virtctl", *noun, "list", "--json")):
-        known += len(json.loads(run("virtctl", *noun, "info", item["name"], "--json"))["slots"])
-status = json.loads(run("virtctl", "status", "--json"))
+    for item in json.loads(run("virtdctl", *noun, "list", "--json")):
+        known += len(json.loads(run("virtdctl", *noun, "info", item["name"], "--json"))["slots"])
+status = json.loads(run("virtdctl", "status", "--json"))
 if known != status["budget"]["used"]:
     wrong.append(("", f"{status['budget']['used']} slots, {known} of them of an object"))
 for top in ("/run/virtd", "/etc/virtd", "/var/log/virtd"):

@@ -40,19 +40,19 @@ class Storage:
         lab = self.lab
         device = lab.sh(LOOP.format(kind="ext4", size=192, quiet="-q")).strip()
         text = f'name = "{POOL}"\ntype = "filesystem"\npath = "{PATH}"\nsource = "{device}"\n'
-        lab.virtctl("pool", "define", "-", stdin=text)
-        lab.virtctl("pool", "start", POOL)
+        lab.virtdctl("pool", "define", "-", stdin=text)
+        lab.virtdctl("pool", "start", POOL)
         lab.sh(f"losetup -d {device}")  # as soon as it is unmounted: nobody else would do it if the lab is lost
         lab.sh(f"mkdir -p -m 711 /srv/{PLAIN}")
-        lab.virtctl("pool", "define", "-", stdin=f'name = "{PLAIN}"\npath = "/srv/{PLAIN}"\n')
-        lab.virtctl("pool", "start", PLAIN)
+        lab.virtdctl("pool", "define", "-", stdin=f'name = "{PLAIN}"\npath = "/srv/{PLAIN}"\n')
+        lab.virtdctl("pool", "start", PLAIN)
         lab.sh(f"head -c 20M /dev/urandom >{PATH}/source")
-        lab.virtctl("volume", "import", POOL, "source", "--from", "raw")
-        lab.virtctl("volume", "create", POOL, "base", "64M", "--format", "qcow2")
-        lab.virtctl("volume", "create", POOL, "top", "--backing", "base")
+        lab.virtdctl("volume", "import", POOL, "source", "--from", "raw")
+        lab.virtdctl("volume", "create", POOL, "base", "64M", "--format", "qcow2")
+        lab.virtdctl("volume", "create", POOL, "top", "--backing", "base")
         disk = f'[[disk]]\npool = "{POOL}"\nvolume = "top"\n'
-        lab.virtctl("define", "-", stdin=definition(GUEST, more=disk))
-        lab.virtctl("start", GUEST)
+        lab.virtdctl("define", "-", stdin=definition(GUEST, more=disk))
+        lab.virtdctl("start", GUEST)
         lab.wait_ready(GUEST, timeout=120)
         self.pid = lab.info(GUEST)["pid"]
         console = Attached(lab, GUEST)
@@ -65,9 +65,9 @@ class Storage:
     def before(self) -> None:
         lab = self.lab
         if "copy" in self._volumes():
-            lab.virtctl("volume", "delete", POOL, "copy")
+            lab.virtdctl("volume", "delete", POOL, "copy")
         lab.run("sh", "-c", 'python3 -c "$0" >/dev/null 2>&1 &', STOPPER)
-        lab.sh(f"setsid virtctl volume clone {POOL} source copy >/dev/null 2>&1 &")
+        lab.sh(f"setsid virtdctl volume clone {POOL} source copy >/dev/null 2>&1 &")
         self.job = lab.wait("a clone that stands still", self._stopped, 60)
         lab.sh("pkill -KILL -f '[v]irtctl volume clone'")  # it would ask, and so start a daemon that was stopped
         self.mount = self._mount()
@@ -102,7 +102,7 @@ class Storage:
         if lab.info(GUEST)["pid"] != self.pid:
             lost("the guest that writes is another process")
             return found
-        told = lab.virtctl("volume", "delete", POOL, "top", check=False).stderr
+        told = lab.virtdctl("volume", "delete", POOL, "top", check=False).stderr
         if f"domain {GUEST} writes to it" not in told:
             lost(f"the volume of a guest that runs could be deleted: {told}")
         return found + self._writes()
@@ -113,12 +113,12 @@ class Storage:
     def clear(self) -> list[Finding]:
         lab = self.lab
         with contextlib.suppress(Failed):
-            lab.virtctl("volume", "cancel", str(self.job.get("job")), check=False)
+            lab.virtdctl("volume", "cancel", str(self.job.get("job")), check=False)
         lab.undefine_all()
         lab.forget_log(GUEST)
         for pool in (POOL, PLAIN):
-            lab.virtctl("pool", "stop", pool, check=False)
-            lab.virtctl("pool", "undefine", pool, check=False)
+            lab.virtdctl("pool", "stop", pool, check=False)
+            lab.virtdctl("pool", "undefine", pool, check=False)
         lab.sh(f"rm -rf /srv/{PLAIN} /srv/loops")
         left = lab.sh(f"findmnt -n {PATH}; ls /run/virtd/storage", check=False)
         return [Finding(Verdict.LOST, f"left over: {' '.join(left.split())}")] if left else []
@@ -126,7 +126,7 @@ class Storage:
     # Promises
 
     def _writes(self) -> list[Finding]:
-        """The guest hears of every write; that it goes on is enough, unless virtctl can't tell what it says."""
+        """The guest hears of every write; that it goes on is enough, unless virtdctl can't tell what it says."""
         try:
             self.lab.wait("more that is written", lambda: self._written() > self.written + 10, 60)
         except Failed:

@@ -24,7 +24,7 @@ class Supervised:
     name = ""
     plural = ""
     driver = ""
-    noun = ""  # of virtctl's commands; domains have none
+    noun = ""  # of virtdctl's commands; domains have none
     steady = victim = brief = ""
     pausing: tuple[str, str]  # the verbs that pause it and have it go on
     signal = ""  # what ends the victim
@@ -66,7 +66,7 @@ class Supervised:
 
     def begin(self) -> None:
         """Start the steady one, in the midst of `prepare`."""
-        self.virtctl("start", self.steady)
+        self.virtdctl("start", self.steady)
         self.lab.wait(f"the steady {self.name}'s lines", lambda: self.tally(self.steady).lines > 50, self.booting)
         self.pid = self.info(self.steady)["pid"]
 
@@ -74,7 +74,7 @@ class Supervised:
         lab = self.lab
         for name in (self.victim, self.brief):
             if self.info(name)["state"] != "running":
-                self.virtctl("start", name)
+                self.virtdctl("start", name)
         lab.wait("the victim's lines", lambda: self.tally(self.victim).lines > 20, self.booting)
         if self.console is None:
             self.attach()
@@ -111,10 +111,10 @@ class Supervised:
         found += self._without_console(gone) if gone else self._console_promises()
         found += self.more()
         for verb, state in zip(self.pausing, ("paused", "running"), strict=True):
-            done = self.virtctl(verb, self.steady, check=False)
+            done = self.virtdctl(verb, self.steady, check=False)
             if done.returncode or self.info(self.steady)["state"] != state:
                 lost(f"{verb} doesn't work: {done.stderr.strip()[:80]}")
-        done = self.virtctl("stop", self.brief, check=False)
+        done = self.virtdctl("stop", self.brief, check=False)
         end = self.info(self.brief)
         if done.returncode or end["state"] != "stopped" or (end["exit"] or {}).get("cause") != "stop":
             lost(f"stop doesn't work: {done.stderr.strip()[:80]} {end['state']}")
@@ -130,10 +130,10 @@ class Supervised:
             self.console.close()
             self.console = None
 
-    # What virtctl says
+    # What virtdctl says
 
-    def virtctl(self, *words: str, **options: Any) -> Any:
-        return self.lab.virtctl(*([self.noun] if self.noun else []), *words, **options)
+    def virtdctl(self, *words: str, **options: Any) -> Any:
+        return self.lab.virtdctl(*([self.noun] if self.noun else []), *words, **options)
 
     def info(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = self.lab.json(*([self.noun] if self.noun else []), "info", name)
@@ -185,12 +185,12 @@ class Supervised:
         return found
 
     def _without_console(self, slots: list[str]) -> list[Finding]:
-        """It's enough for "degraded" if `virtctl status` says which descriptors are gone."""
+        """It's enough for "degraded" if `virtdctl status` says which descriptors are gone."""
         self.detach()
-        shown = self.lab.virtctl("status", check=False)
+        shown = self.lab.virtdctl("status", check=False)
         silent = [slot for slot in slots if f"{self.driver}/{self.steady}/{slot}" not in shown.stdout]
         if silent or shown.returncode != 1:
-            return [Finding(Verdict.LOST, f"{', '.join(silent)} gone, and virtctl status doesn't say so")]
+            return [Finding(Verdict.LOST, f"{', '.join(silent)} gone, and virtdctl status doesn't say so")]
         return [Finding(Verdict.DEGRADED, "no console until restarted")]
 
     def _end_of_victim(self) -> list[Finding]:

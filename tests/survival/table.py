@@ -26,7 +26,7 @@ class Verdict(StrEnum):
 
 
 class Finding(NamedTuple):
-    """One promise that wasn't held. DEGRADED: `virtctl status` says so and nothing else suffers; LOST: all others."""
+    """One promise that wasn't held. DEGRADED: `virtdctl status` says so, nothing else suffers; LOST: all others."""
 
     verdict: Verdict
     what: str

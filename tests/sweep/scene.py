@@ -75,7 +75,7 @@ def until(what: str, condition: Callable[[], Any], limit: float = PATIENCE) -> A
 
 
 class Connection:
-    """One connection to the daemon, without any of virtctl's patience."""
+    """One connection to the daemon, without any of virtdctl's patience."""
 
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -338,7 +338,7 @@ def _disagreements() -> Iterator[str]:
             yield f"{name} is alive and has no record"
     defined = {entry.removesuffix(".toml") for entry in os.listdir(DEFINITIONS) if not entry.startswith(".")}
     if defined != set(domains):
-        yield f"definitions of {sorted(defined)}, but virtctl lists {sorted(domains)}"
+        yield f"definitions of {sorted(defined)}, but virtdctl lists {sorted(domains)}"
     yield from (f"left over: {path}" for path in temporary_files())
     for name in domains:
         if os.path.exists(image(name)) and (os.stat(image(name)).st_uid == 0) == (name in alive):
@@ -363,9 +363,9 @@ def _record(path: str, item: dict[str, Any] | None, alive: set[str]) -> Iterator
         record = json.load(file)
     name = record["name"]
     if item is None:
-        yield f"a record of {name}, which virtctl doesn't list"
+        yield f"a record of {name}, which virtdctl doesn't list"
     elif record["state"] != item["state"] or (record["main_pid"] or None) != item["pid"]:
-        yield f"{name}: record {record['state']}, {record['main_pid']}; virtctl {item['state']}, {item['pid']}"
+        yield f"{name}: record {record['state']}, {record['main_pid']}; virtdctl {item['state']}, {item['pid']}"
     wanted = (f"virtd-qemu-{name}.service", 5) if name in alive else ("", 0)
     if (record["unit"], len(record["slots"])) != wanted:
         yield f"the record of {name} has unit {record['unit']!r} and {len(record['slots'])} slots"
@@ -384,7 +384,7 @@ def dump() -> list[str]:
 
 
 def fsck() -> None:
-    """virtctl fsck finds nothing. Raises Broken with what it says."""
-    done = subprocess.run(["virtctl", "fsck"], check=False, capture_output=True, text=True)
+    """virtdctl fsck finds nothing. Raises Broken with what it says."""
+    done = subprocess.run(["virtdctl", "fsck"], check=False, capture_output=True, text=True)
     if done.returncode:
-        raise Broken(f"virtctl fsck: {done.stdout}{done.stderr}")
+        raise Broken(f"virtdctl fsck: {done.stdout}{done.stderr}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A daemon to test virtctl with: real sockets and descriptors, `org.virtd1` by its interface file, nothing behind it.
+"""A daemon to test virtdctl with: real sockets and descriptors, `org.virtd1` by its interface file, nothing behind.
 
 It can go away as the real one does: connections break, while the listening socket, which is systemd's, stays open.
 """
@@ -142,7 +142,7 @@ class Guest:
 
     def open_console(self, call: Call) -> None:
         if self.state == "stopped":
-            raise InvalidState(f"{self.name} is stopped", hint=f"virtctl start {self.name}")
+            raise InvalidState(f"{self.name} is stopped", hint=f"virtdctl start {self.name}")
         token = call.parameters["token"]
         if self.writer is not None and token != self.writer and not call.parameters["force"]:
             raise Busy(f"root (PID 4711) has the console of {self.name}", hint="--force takes it over")
@@ -243,7 +243,7 @@ class FakeDaemon:
             return
         assert interface in interfaces.MODULES
         if noun := interface.removeprefix("org.virtd1").removeprefix("."):
-            method = f"{noun}.{method}"  # as virtctl calls it: answers["Network.List"]
+            method = f"{noun}.{method}"  # as virtdctl calls it: answers["Network.List"]
         self.calls.append((method, parameters))
         if method in self.dies_on:
             self.dies_on.remove(method)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""virtctl console, on a terminal and in a pipe: who writes, what is read, how it ends, the restarts in between."""
+"""virtdctl console, on a terminal and in a pipe: who writes, what is read, how it ends, the restarts in between."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BANNER = b"Connected to domain web1. Escape character is ^].\r\n"
 
 
 class Screen:
-    """virtctl on a terminal of its own; what it printed so far."""
+    """virtdctl on a terminal of its own; what it printed so far."""
 
     def __init__(self, daemon: FakeDaemon, *words: str) -> None:
         self.master, self.slave = os.openpty()
@@ -263,7 +263,7 @@ def test_a_stopped_domain(guest: Guest, screen: Any) -> None:
     guest.state = "stopped"
     it = screen("web1")
     assert it.ended() == 1
-    assert it.seen == b"Failed to open the console of web1: web1 is stopped\r\nHint: virtctl start web1\r\n"
+    assert it.seen == b"Failed to open the console of web1: web1 is stopped\r\nHint: virtdctl start web1\r\n"
     it = screen("web1", "--read-only")
     assert it.ended() == 1
     assert it.seen.startswith(b"Failed to open the console of web1: web1 isn't running\r\nHint: ")
@@ -311,7 +311,7 @@ def test_a_long_absence_is_told_and_can_be_left(daemon: FakeDaemon, screen: Any)
     it = screen("web1")
     it.expect(BANNER)
     daemon.stop()
-    it.expect(b"virtctl: virtd went away, waiting for it to come back...\r\n")
+    it.expect(b"virtdctl: virtd went away, waiting for it to come back...\r\n")
     it.type(b"\x1d")
     assert it.ended() == 0
     daemon.start()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What virtctl imports: each module is paid for at every start of it, and a listing is to be there at once."""
+"""What virtdctl imports: each module is paid for at every start of it, and a listing is to be there at once."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def daemon(tmp_path: Path) -> Iterator[FakeDaemon]:
 
 @pytest.mark.parametrize("words", [("list",), ("list", "--json"), ("info", "web1"), ("start", "web1")])
 def test_a_command_imports_nothing_slow(daemon: FakeDaemon, words: tuple[str, ...]) -> None:
-    # -I and -S: a development environment's .pth files import what an installed virtctl never sees.
+    # -I and -S: a development environment's .pth files import what an installed virtdctl never sees.
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from virtd.cli.main import main; sys.exit(main())"
     ran = subprocess.run(
         [sys.executable, "-I", "-S", "-X", "importtime", "-c", code, *words, "--address", daemon.path],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""virtctl log: through rotated files, while the guest writes, over restarts; nothing twice, nothing left out."""
+"""virtdctl log: through rotated files, while the guest writes, over restarts; nothing twice, nothing left out."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def command(daemon: FakeDaemon, *words: str, warnings: str = "error") -> list[st
     return [sys.executable, "-W", warnings, "-m", "virtd.cli", *words, "--address", daemon.path]
 
 
-def virtctl(daemon: FakeDaemon, *words: str) -> subprocess.CompletedProcess[bytes]:
+def virtdctl(daemon: FakeDaemon, *words: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(command(daemon, *words), capture_output=True, check=False, cwd=ROOT, timeout=60)
 
 
@@ -80,7 +80,7 @@ def test_all_of_it_through_rotated_files(daemon: FakeDaemon, guest: Guest) -> No
         guest.write(b"line %d\r\n\xff\x00" % number)
         guest.rotate()
     guest.write(b"the present\n")
-    ran = virtctl(daemon, "log", "web1")
+    ran = virtdctl(daemon, "log", "web1")
     assert ran.stdout == b"line 0\r\n\xff\x00line 1\r\n\xff\x00line 2\r\n\xff\x00the present\n"
     assert (ran.returncode, ran.stderr) == (0, b"")
 
@@ -88,20 +88,20 @@ def test_all_of_it_through_rotated_files(daemon: FakeDaemon, guest: Guest) -> No
 def test_a_large_log_is_complete(daemon: FakeDaemon, guest: Guest) -> None:
     data = b"".join(b"%d\n" % number for number in range(200_000))
     guest.write(data)
-    assert virtctl(daemon, "log", "web1").stdout == data
+    assert virtdctl(daemon, "log", "web1").stdout == data
 
 
 def test_the_last_lines(daemon: FakeDaemon, guest: Guest) -> None:
     guest.write(b"one\ntwo\nthree\nlogin: ")
-    assert virtctl(daemon, "log", "web1", "-n", "2").stdout == b"three\nlogin: "
-    assert virtctl(daemon, "log", "web1", "--lines=0").stdout == b""
-    assert virtctl(daemon, "log", "web1", "--lines", "all").stdout == b"one\ntwo\nthree\nlogin: "
+    assert virtdctl(daemon, "log", "web1", "-n", "2").stdout == b"three\nlogin: "
+    assert virtdctl(daemon, "log", "web1", "--lines=0").stdout == b""
+    assert virtdctl(daemon, "log", "web1", "--lines", "all").stdout == b"one\ntwo\nthree\nlogin: "
 
 
 def test_which_log(daemon: FakeDaemon, guest: Guest) -> None:
-    assert virtctl(daemon, "log", "web1").returncode == 0
-    assert virtctl(daemon, "log", "--qemu", "web1").returncode == 0
-    assert virtctl(daemon, "log", "--stderr", "web1").returncode == 0
+    assert virtdctl(daemon, "log", "web1").returncode == 0
+    assert virtdctl(daemon, "log", "--qemu", "web1").returncode == 0
+    assert virtdctl(daemon, "log", "--stderr", "web1").returncode == 0
     assert [asked["log"] for asked in daemon.asked("Follow")][::2] == ["console", "log", "log"]
 
 
@@ -111,7 +111,7 @@ def test_as_json(daemon: FakeDaemon, guest: Guest) -> None:
     guest.rotate()
     guest.write(b"in two\n\xffend")
     second = guest.identity(guest.files[-1])
-    ran = virtctl(daemon, "log", "--json", "web1")
+    ran = virtdctl(daemon, "log", "--json", "web1")
     assert [json.loads(line) for line in ran.stdout.splitlines()] == [
         {"file": first, "offset": 0, "line": "grüße"},
         {"file": first, "offset": 9, "line": ""},
@@ -130,10 +130,10 @@ def test_what_was_rotated_away_is_told_of(
     guest.rotate()
     guest.write(b"off\nlast\n")
     guest.missed = missed
-    ran = virtctl(daemon, "log", "web1")
+    ran = virtdctl(daemon, "log", "web1")
     assert ran.stdout == b"one\ncut off\nlast\n"
     assert said in ran.stderr.decode()
-    ran = virtctl(daemon, "log", "--json", "web1")
+    ran = virtdctl(daemon, "log", "--json", "web1")
     lines = [json.loads(line) for line in ran.stdout.splitlines()]
     assert [line["line"] for line in lines] == ["one", "cut ", "off", "last"]
     assert ["skipped" in line for line in lines] == [False, False, True, False]
@@ -143,13 +143,13 @@ def test_what_was_rotated_away_is_told_of(
 
 def test_a_log_that_cannot_be_written_is_told_of(daemon: FakeDaemon, guest: Guest) -> None:
     guest.refused = "No space left on device"
-    ran = virtctl(daemon, "log", "web1")
+    ran = virtdctl(daemon, "log", "web1")
     assert (ran.returncode, ran.stdout) == (0, b"")
     assert ran.stderr.decode().count("can't be written at present (No space left on device)") == 1
 
 
 def test_no_such_domain(daemon: FakeDaemon, guest: Guest) -> None:
-    ran = virtctl(daemon, "log", "nosuch")
+    ran = virtdctl(daemon, "log", "nosuch")
     assert ran.returncode == 4
     assert ran.stderr == b"Failed to show the log of nosuch: There is no domain nosuch\n"
 
@@ -170,7 +170,7 @@ def test_an_output_that_cant_be_written(daemon: FakeDaemon, guest: Guest) -> Non
             ran = subprocess.run(
                 command(daemon, *words), stdout=full, stderr=subprocess.PIPE, check=False, cwd=ROOT, timeout=60
             )
-        assert (ran.returncode, ran.stderr) == (1, b"virtctl: No space left on device\n")
+        assert (ran.returncode, ran.stderr) == (1, b"virtdctl: No space left on device\n")
 
 
 def test_an_output_that_is_closed(daemon: FakeDaemon, guest: Guest) -> None:
@@ -199,7 +199,7 @@ def test_following_ends_with_the_guest(daemon: FakeDaemon, guest: Guest, running
 def test_following_begins_with_ten_lines(daemon: FakeDaemon, guest: Guest) -> None:
     guest.write(b"".join(b"%d\n" % number for number in range(20)))
     guest.state = "stopped"
-    assert virtctl(daemon, "log", "-f", "web1").stdout.split() == [b"%d" % number for number in range(10, 20)]
+    assert virtdctl(daemon, "log", "-f", "web1").stdout.split() == [b"%d" % number for number in range(10, 20)]
 
 
 def test_following_over_many_restarts(daemon: FakeDaemon, guest: Guest, running: Any) -> None:
@@ -229,7 +229,7 @@ def test_following_over_many_restarts(daemon: FakeDaemon, guest: Guest, running:
 def test_a_daemon_that_dies_of_the_question(daemon: FakeDaemon, guest: Guest) -> None:
     guest.write(b"text\n")
     daemon.dies_on = ["Follow", "Follow"]
-    assert virtctl(daemon, "log", "web1").stdout == b"text\n"
+    assert virtdctl(daemon, "log", "web1").stdout == b"text\n"
 
 
 def test_undefined_while_it_is_followed(daemon: FakeDaemon, guest: Guest, running: Any) -> None:

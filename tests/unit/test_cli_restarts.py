@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""virtctl while the daemon goes away: what is repeated, what isn't, what is said, how descriptors arrive."""
+"""virtdctl while the daemon goes away: what is repeated, what isn't, what is said, how descriptors arrive."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CHANGED = {"name": "web1", "changed": True, "pid": 1}
 @pytest.fixture
 def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaemon]:
     fake = FakeDaemon(tmp_path / "virtd.sock")
-    monkeypatch.setenv("VIRTCTL_ADDRESS", fake.path)
+    monkeypatch.setenv("VIRTDCTL_ADDRESS", fake.path)
     yield fake
     fake.close()
 
@@ -123,7 +123,7 @@ def test_a_longer_absence_is_told(
     thread.start()
     assert main(["start", "web1"]) == 0
     thread.join()
-    assert capsys.readouterr().err == "virtctl: virtd went away, waiting for it to come back...\n"
+    assert capsys.readouterr().err == "virtdctl: virtd went away, waiting for it to come back...\n"
 
 
 def test_a_daemon_that_doesnt_come_back(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""virtctl pool and virtctl volume, as their users see them: what is sent, what is printed, streams, completion."""
+"""virtdctl pool and virtdctl volume, as their users see them: what is sent, what is printed, streams, completion."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from tests.unit.fake_daemon import Call, FakeDaemon
-from tests.unit.test_cli import daemon, virtctl
+from tests.unit.test_cli import daemon, virtdctl
 from virtd import errors
 from virtd.cli import jobs, pool, transfer, volume
 
-__all__ = ["daemon", "virtctl"]
+__all__ = ["daemon", "virtdctl"]
 
 ROOT = Path(__file__).resolve().parents[2]
 POOL = {
@@ -61,42 +61,42 @@ DONE = {"pool": "default", "volume": "v", "job": ""}
 # What is printed
 
 
-def test_pools_are_listed(daemon: FakeDaemon, virtctl: Any) -> None:
+def test_pools_are_listed(daemon: FakeDaemon, virtdctl: Any) -> None:
     daemon.answers["Pool.List"] = {"objects": [POOL, IDLE]}
-    lines = virtctl("pool", "list").out.splitlines()
+    lines = virtdctl("pool", "list").out.splitlines()
     assert lines[0].split() == ["NAME", "STATE", "TYPE", "SIZE", "AVAILABLE", "AUTOSTART", "PATH"]
     assert lines[1].split() == ["default", "active", "directory", "10G", "6G", "yes", "/srv/p"]
     assert lines[2].split() == ["idle", "inactive", "directory", "-", "-", "no", "/srv/p"]
     assert lines[-1] == "2 pools listed."
-    assert json.loads(virtctl("pool", "list", "--json").out) == [POOL, IDLE]
-    assert virtctl("pool", "list", "--no-legend").out.splitlines()[0].startswith("default")
+    assert json.loads(virtdctl("pool", "list", "--json").out) == [POOL, IDLE]
+    assert virtdctl("pool", "list", "--no-legend").out.splitlines()[0].startswith("default")
 
 
-def test_a_pool_is_shown(daemon: FakeDaemon, virtctl: Any) -> None:
+def test_a_pool_is_shown(daemon: FakeDaemon, virtdctl: Any) -> None:
     daemon.answers["Pool.Info"] = {
         "object": POOL
         | {"pending": True, "definition_path": "/etc/x", "problems": [{"text": "lost", "hint": "find it"}]}
     }
-    ran = virtctl("pool", "info", "default")
+    ran = virtdctl("pool", "info", "default")
     for text in ("default - directory pool u-1", "active (started by root)", "Used: 4G", "changed since the start",
                  "Problem: lost", "find it"):  # fmt: skip
         assert text in ran.out, ran.out
     daemon.answers["Pool.Dump"] = {"text": 'name = "default"\n'}
-    assert virtctl("pool", "dump", "default").out == 'name = "default"\n'
-    assert json.loads(virtctl("pool", "dump", "default", "--json").out) == {"text": 'name = "default"\n'}
+    assert virtdctl("pool", "dump", "default").out == 'name = "default"\n'
+    assert json.loads(virtdctl("pool", "dump", "default", "--json").out) == {"text": 'name = "default"\n'}
 
 
-def test_pools_are_refreshed(daemon: FakeDaemon, virtctl: Any) -> None:
+def test_pools_are_refreshed(daemon: FakeDaemon, virtdctl: Any) -> None:
     daemon.answers["Pool.Refresh"] = {"name": "default", "volumes": 2, "removed": ["job-7"]}
-    assert virtctl("pool", "refresh", "default").out == "Removed job-7, which was unfinished.\n"
+    assert virtdctl("pool", "refresh", "default").out == "Removed job-7, which was unfinished.\n"
     daemon.answers["Pool.Refresh"] = errors.InvalidState("Pool default isn't active", hint="Start it first")
-    ran = virtctl("pool", "refresh", "default")
+    ran = virtdctl("pool", "refresh", "default")
     assert (ran.status, ran.out) == (1, "")
     assert "isn't active" in ran.err
     assert "Start it first" in ran.err
 
 
-def test_volumes_are_listed(daemon: FakeDaemon, virtctl: Any) -> None:
+def test_volumes_are_listed(daemon: FakeDaemon, virtdctl: Any) -> None:
     others = [
         WEB | {"name": "a", "format": None, "backing": None, "used_by": []},
         WEB | {"name": "b", "backing": {"pool": "x", "volume": "y"}, "used_by": [], "job": "job-3"},
@@ -104,7 +104,7 @@ def test_volumes_are_listed(daemon: FakeDaemon, virtctl: Any) -> None:
         WEB | {"name": "d", "used_by": []},
     ]
     daemon.answers["Volume.List"] = {"objects": [WEB, *others]}
-    rows = virtctl("volume", "list", "default").out.splitlines()
+    rows = virtdctl("volume", "list", "default").out.splitlines()
     assert rows[0].split() == ["NAME", "FORMAT", "SIZE", "USED", "BACKING", "STATE"]
     assert rows[1].split(maxsplit=5) == ["web1", "qcow2", "10G", "196K", "base", "in use by web1"]
     assert [row.split(maxsplit=5)[5] for row in rows[2:6]] == [
@@ -115,28 +115,28 @@ def test_volumes_are_listed(daemon: FakeDaemon, virtctl: Any) -> None:
     assert daemon.asked("Volume.List") == [{"pool": "default"}]
 
 
-def test_a_volume_is_shown(daemon: FakeDaemon, virtctl: Any) -> None:
+def test_a_volume_is_shown(daemon: FakeDaemon, virtdctl: Any) -> None:
     chain = [{"pool": "default", "volume": "base", "format": "raw", "path": "/srv/p/base"}]
     shown = WEB | {"chain": chain, "snapshots": 2, "backing_of": ["default/top"], "trouble": "bad\x1b[2J"}
     daemon.answers["Volume.Info"] = {"object": shown}
-    ran = virtctl("volume", "info", "default", "web1")
+    ran = virtdctl("volume", "info", "default", "web1")
     for text in ("web1 (pool default)", "Stands on: base (pool default, raw)", "Backs: default/top", "Snapshots: 2",
                  "Used by: web1"):  # fmt: skip
         assert text in ran.out, ran.out
     assert "\x1b" not in ran.out, "what an image says reaches no terminal unclean"
     found = [{"id": "1", "name": "before", "at": 0, "state": 5 << 20}]
     daemon.answers["Volume.Snapshots"] = {"objects": found}
-    assert "1970-01-01 00:00:00" in virtctl("volume", "snapshots", "default", "web1").out
-    assert json.loads(virtctl("volume", "snapshots", "default", "web1", "--json").out) == found
+    assert "1970-01-01 00:00:00" in virtdctl("volume", "snapshots", "default", "web1").out
+    assert json.loads(virtdctl("volume", "snapshots", "default", "web1", "--json").out) == found
 
 
-def test_jobs_are_listed(daemon: FakeDaemon, virtctl: Any) -> None:
+def test_jobs_are_listed(daemon: FakeDaemon, virtdctl: Any) -> None:
     failed = JOB | {"job": "job-2", "state": "failed", "progress": None, "error": "No space left on device"}
     daemon.answers["Volume.Jobs"] = {"objects": [JOB, failed]}
-    rows = virtctl("volume", "jobs").out.splitlines()
+    rows = virtdctl("volume", "jobs").out.splitlines()
     assert rows[1].split() == ["job-1", "running", "42", "%", "clone", "default/copy", "-", "-"]
     assert rows[2].endswith(" No space left on device")
-    assert json.loads(virtctl("volume", "jobs", "--json").out) == [JOB, failed]
+    assert json.loads(virtdctl("volume", "jobs", "--json").out) == [JOB, failed]
 
 
 # What is sent
@@ -164,10 +164,10 @@ def test_jobs_are_listed(daemon: FakeDaemon, virtctl: Any) -> None:
     ],
 )
 def test_what_is_asked_for(
-    daemon: FakeDaemon, virtctl: Any, words: list[str], method: str, expected: dict[str, Any]
+    daemon: FakeDaemon, virtdctl: Any, words: list[str], method: str, expected: dict[str, Any]
 ) -> None:
     daemon.answers[f"Volume.{method}"] = DONE
-    ran = virtctl("volume", *words)
+    ran = virtdctl("volume", *words)
     assert (ran.status, ran.out, ran.err) == (0, "", "")
     (sent,) = daemon.asked(f"Volume.{method}")
     assert sent["pool"] == "p"
@@ -175,23 +175,23 @@ def test_what_is_asked_for(
     assert {key: sent.get(key) for key in expected} == expected
 
 
-def test_a_call_that_broke_off_is_the_same_call(daemon: FakeDaemon, virtctl: Any) -> None:
+def test_a_call_that_broke_off_is_the_same_call(daemon: FakeDaemon, virtdctl: Any) -> None:
     daemon.answers["Volume.Create"] = DONE
     daemon.dies_on.append("Volume.Create")
-    assert virtctl("volume", "create", "p", "v", "1M").status == 0
+    assert virtdctl("volume", "create", "p", "v", "1M").status == 0
     first, second = daemon.asked("Volume.Create")
     assert first == second
 
 
-def test_what_has_gone_meanwhile_was_deleted_by_us(daemon: FakeDaemon, virtctl: Any) -> None:
+def test_what_has_gone_meanwhile_was_deleted_by_us(daemon: FakeDaemon, virtdctl: Any) -> None:
     daemon.answers["Volume.Delete"] = errors.NotFound("There is no volume v in pool p")
-    assert virtctl("volume", "delete", "p", "v").status != 0
+    assert virtdctl("volume", "delete", "p", "v").status != 0
     daemon.dies_on.append("Volume.Delete")
-    assert virtctl("volume", "delete", "p", "v").status == 0
+    assert virtdctl("volume", "delete", "p", "v").status == 0
     daemon.answers["Volume.Delete"] = lambda call: (_ for _ in ()).throw(
         errors.Busy(f"{call.parameters['name']} is busy")
     )
-    ran = virtctl("volume", "delete", "p", "v", "w")
+    ran = virtdctl("volume", "delete", "p", "v", "w")
     assert ran.status != 0
     assert "v is busy" in ran.err
     assert "w is busy" in ran.err, "one that can't be deleted keeps no other"
@@ -205,22 +205,22 @@ def test_what_has_gone_meanwhile_was_deleted_by_us(daemon: FakeDaemon, virtctl: 
     [("done", "", 0), ("failed", "No space left", 1), ("cancelled", "cancelled by root", 1)],
 )
 def test_a_job_is_waited_for(
-    daemon: FakeDaemon, virtctl: Any, monkeypatch: pytest.MonkeyPatch, state: str, error: str, status: int
+    daemon: FakeDaemon, virtdctl: Any, monkeypatch: pytest.MonkeyPatch, state: str, error: str, status: int
 ) -> None:
     monkeypatch.setattr(jobs, "QUIET", 0.0)
     told = iter([JOB | {"progress": 5.0}, JOB | {"progress": 7.0}, JOB, JOB | {"state": state, "error": error}])
     daemon.answers["Volume.Clone"] = DONE | {"job": "job-1"}
     daemon.answers["Volume.Await"] = lambda _call: {"object": next(told)}
-    ran = virtctl("volume", "clone", "p", "a", "b")
+    ran = virtdctl("volume", "clone", "p", "a", "b")
     assert ran.status == status
     progress = [line for line in ran.err.splitlines() if line.startswith("Cloning a: ")]
     assert progress == ["Cloning a: 5 %", "Cloning a: 41 %"], "a line for each tenth that is reached"
     assert error in ran.err
 
 
-def test_jobs_are_cancelled(daemon: FakeDaemon, virtctl: Any) -> None:
+def test_jobs_are_cancelled(daemon: FakeDaemon, virtdctl: Any) -> None:
     daemon.answers["Volume.Cancel"] = {"job": "job-1", "changed": True}
-    assert virtctl("volume", "cancel", "job-1", "job-2").status == 0
+    assert virtdctl("volume", "cancel", "job-1", "job-2").status == 0
     assert sorted(call["job"] for call in daemon.asked("Volume.Cancel")) == ["job-1", "job-2"]
 
 
@@ -239,7 +239,7 @@ def uploads(daemon: FakeDaemon, target: Path, offset: int = 0) -> None:
     daemon.answers["Volume.Uploaded"] = DONE
 
 
-def test_an_upload(daemon: FakeDaemon, virtctl: Any, tmp_path: Path) -> None:
+def test_an_upload(daemon: FakeDaemon, virtdctl: Any, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     with open(source, "wb") as file:
         file.write(b"begin")
@@ -247,7 +247,7 @@ def test_an_upload(daemon: FakeDaemon, virtctl: Any, tmp_path: Path) -> None:
         file.seek(4 << 20)
         file.write(b"middle")
     uploads(daemon, target)
-    assert virtctl("volume", "upload", "p", "v", str(source)).status == 0
+    assert virtdctl("volume", "upload", "p", "v", str(source)).status == 0
     assert target.read_bytes() == source.read_bytes()
     assert target.stat().st_blocks * 512 < 1 << 20, "holes stay holes"
     assert daemon.asked("Volume.Upload")[0]["size"] == 8 << 20
@@ -256,14 +256,14 @@ def test_an_upload(daemon: FakeDaemon, virtctl: Any, tmp_path: Path) -> None:
     data = source.read_bytes()
     target.write_bytes(b"X" * 100 + data[100 : 1 << 20])
     uploads(daemon, target, offset=1 << 20)
-    assert virtctl("volume", "upload", "--resume", "p", "v", str(source)).status == 0
+    assert virtdctl("volume", "upload", "--resume", "p", "v", str(source)).status == 0
     assert target.read_bytes() == b"X" * 100 + data[100:]
-    ran = virtctl("volume", "upload", "p", "v", str(tmp_path / "nothing"))
+    ran = virtdctl("volume", "upload", "p", "v", str(tmp_path / "nothing"))
     assert ran.status == 1
     assert "Can't open" in ran.err
 
 
-def test_an_upload_that_breaks_off_says_how_it_goes_on(daemon: FakeDaemon, virtctl: Any, tmp_path: Path) -> None:
+def test_an_upload_that_breaks_off_says_how_it_goes_on(daemon: FakeDaemon, virtdctl: Any, tmp_path: Path) -> None:
     (tmp_path / "source").write_bytes(b"x" * 100)
 
     def upload(call: Call) -> None:
@@ -272,15 +272,15 @@ def test_an_upload_that_breaks_off_says_how_it_goes_on(daemon: FakeDaemon, virtc
         os.close(fd)
 
     daemon.answers["Volume.Upload"] = upload
-    ran = virtctl("volume", "upload", "p", "v", str(tmp_path / "source"))
+    ran = virtdctl("volume", "upload", "p", "v", str(tmp_path / "source"))
     assert ran.status == 1
-    assert "virtctl volume upload --resume p v" in ran.err
-    assert "virtctl volume cancel job-9" in ran.err
+    assert "virtdctl volume upload --resume p v" in ran.err
+    assert "virtdctl volume cancel job-9" in ran.err
     assert "No space left" in ran.err
     assert daemon.asked("Volume.Uploaded") == []
 
 
-def test_a_download(daemon: FakeDaemon, virtctl: Any, tmp_path: Path) -> None:
+def test_a_download(daemon: FakeDaemon, virtdctl: Any, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(os.urandom(1 << 20))
 
@@ -290,15 +290,15 @@ def test_a_download(daemon: FakeDaemon, virtctl: Any, tmp_path: Path) -> None:
         os.close(fd)
 
     daemon.answers["Volume.Download"] = download
-    assert virtctl("volume", "download", "p", "v", str(target)).status == 0
+    assert virtdctl("volume", "download", "p", "v", str(target)).status == 0
     assert target.read_bytes() == source.read_bytes()
     assert target.stat().st_mode & 0o777 == 0o600
-    assert "--force" in virtctl("volume", "download", "p", "v", str(target)).err
+    assert "--force" in virtdctl("volume", "download", "p", "v", str(target)).err
     target.write_bytes(b"longer" * (1 << 20))
-    assert virtctl("volume", "download", "--force", "p", "v", str(target)).status == 0
+    assert virtdctl("volume", "download", "--force", "p", "v", str(target)).status == 0
     assert target.read_bytes() == source.read_bytes()
     target.write_bytes(source.read_bytes()[:1000])
-    assert virtctl("volume", "download", "--resume", "p", "v", str(target)).status == 0
+    assert virtdctl("volume", "download", "--resume", "p", "v", str(target)).status == 0
     assert target.read_bytes() == source.read_bytes()
 
 
@@ -326,20 +326,20 @@ def _commands() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("noun", "verb"), _commands())
-def test_the_man_page_and_the_completion_know_each_option(virtctl: Any, noun: str, verb: str) -> None:
-    page = (ROOT / "packaging/man/virtctl.1.rst").read_text()
-    shown = virtctl(noun, verb, "--help").out
+def test_the_man_page_and_the_completion_know_each_option(virtdctl: Any, noun: str, verb: str) -> None:
+    page = (ROOT / "packaging/man/virtdctl.1.rst").read_text()
+    shown = virtdctl(noun, verb, "--help").out
     options = {word.strip(",;[]").split("=")[0] for word in shown.split() if word.startswith(("--", "[--"))}
-    offered = complete(f"virtctl {noun} {verb} --")
-    assert verb in complete(f"virtctl {noun} ")
+    offered = complete(f"virtdctl {noun} {verb} --")
+    assert verb in complete(f"virtdctl {noun} ")
     for option in options:
         assert option in page
         assert option in offered
 
 
-# virtctl as completion asks it.
+# virtdctl as completion asks it.
 ANSWERS = """
-virtctl() { case "$1 $2 $4" in
+virtdctl() { case "$1 $2 $4" in
     "pool list "*) printf '%s\\n' 'default active directory' 'idle inactive directory' ;;
     "volume list default") printf '%s\\n' 'web1 qcow2' 'base raw' ;;
     "volume jobs "*) printf '%s\\n' 'job-1 running' 'job-2 done' ;;
@@ -353,9 +353,9 @@ def complete(line: str) -> list[str]:
     """What bash offers at the end of the line."""
     words = line.split(" ")
     script = f"""{ANSWERS}
-        . {ROOT}/packaging/virtctl.bash
+        . {ROOT}/packaging/virtdctl.bash
         COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
-        _virtctl
+        _virtdctl
         printf '%s\\n' "${{COMPREPLY[@]}}" """
     done = subprocess.run(["bash", "-c", script, "bash", *words], check=True, stdout=subprocess.PIPE, text=True)
     return done.stdout.split()
@@ -364,22 +364,22 @@ def complete(line: str) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("virtctl po", ["pool"]),
-        ("virtctl vol", ["volume"]),
-        ("virtctl pool start ", ["idle"]),
-        ("virtctl pool stop ", ["default"]),
-        ("virtctl pool info ", ["default", "idle"]),
-        ("virtctl volume list ", ["default"]),
-        ("virtctl volume info default ", ["web1", "base"]),
-        ("virtctl volume delete default web1 b", ["base"]),
-        ("virtctl volume create default new --format ", ["raw", "qcow2"]),
-        ("virtctl volume create default new --backing ", ["web1", "base"]),
-        ("virtctl volume create default --backing web1 ", []),
-        ("virtctl volume clone default web1 new --to-pool ", ["default"]),
-        ("virtctl volume import default new --from v", ["vmdk", "vdi", "vhdx", "vpc"]),
-        ("virtctl volume cancel ", ["job-1"]),
-        ("virtctl volume wait job-1 ", []),
-        ("virtctl volume upload default new /etc/os-rel", ["/etc/os-release"]),
+        ("virtdctl po", ["pool"]),
+        ("virtdctl vol", ["volume"]),
+        ("virtdctl pool start ", ["idle"]),
+        ("virtdctl pool stop ", ["default"]),
+        ("virtdctl pool info ", ["default", "idle"]),
+        ("virtdctl volume list ", ["default"]),
+        ("virtdctl volume info default ", ["web1", "base"]),
+        ("virtdctl volume delete default web1 b", ["base"]),
+        ("virtdctl volume create default new --format ", ["raw", "qcow2"]),
+        ("virtdctl volume create default new --backing ", ["web1", "base"]),
+        ("virtdctl volume create default --backing web1 ", []),
+        ("virtdctl volume clone default web1 new --to-pool ", ["default"]),
+        ("virtdctl volume import default new --from v", ["vmdk", "vdi", "vhdx", "vpc"]),
+        ("virtdctl volume cancel ", ["job-1"]),
+        ("virtdctl volume wait job-1 ", []),
+        ("virtdctl volume upload default new /etc/os-rel", ["/etc/os-release"]),
     ],
 )
 def test_completion(line: str, offered: list[str]) -> None:

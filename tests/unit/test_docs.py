@@ -141,7 +141,7 @@ def hint_struct(hint: Any) -> type[msgspec.Struct]:
     )
 
 
-# virtctl(1)
+# virtdctl(1)
 
 
 def all_commands() -> list[tuple[str, str]]:
@@ -152,11 +152,11 @@ def all_commands() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("noun", "command"), all_commands())
 def test_each_command_is_documented_with_its_options(noun: str, command: str) -> None:
     whole = f"{noun} {command}".strip()
-    found = re.search(rf"^``{whole}(?: .*)?``\n((?:(?: {{4}}.*)?\n)+)", page("virtctl.1"), re.M)
-    assert found, f"virtctl(1) has no entry for {whole}"
+    found = re.search(rf"^``{whole}(?: .*)?``\n((?:(?: {{4}}.*)?\n)+)", page("virtdctl.1"), re.M)
+    assert found, f"virtdctl(1) has no entry for {whole}"
     parser = options.Parser(command, "")
     module_of(noun, command).OPTIONS[command](parser)
-    common = section(page("virtctl.1"), "OPTIONS")
+    common = section(page("virtdctl.1"), "OPTIONS")
     missing = [option for option in long_options(parser) if option not in found[0] and f"**{option}**" not in common]
     assert not missing, missing
 
@@ -171,7 +171,7 @@ def long_options(parser: argparse.ArgumentParser) -> list[str]:
 
 def test_each_exit_status_is_documented() -> None:
     statuses = [value for name, value in vars(exits).items() if name.isupper() and isinstance(value, int)]
-    text = section(page("virtctl.1"), "EXIT STATUS")
+    text = section(page("virtdctl.1"), "EXIT STATUS")
     assert statuses
     assert not [value for value in statuses if not re.search(rf"\b{value}\b", text)]
 
@@ -306,7 +306,7 @@ def sources() -> list[tuple[str, str]]:
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
-    """virtctl's complaint about arguments, if any. None of its commands does anything meanwhile."""
+    """virtdctl's complaint about arguments, if any. None of its commands does anything meanwhile."""
     for noun, command in all_commands():
         module = module_of(noun, command)
         monkeypatch.setattr(module, "RUN", dict.fromkeys(module.OPTIONS, lambda _args, _session: exits.OK))
@@ -327,7 +327,7 @@ def test_commands_are_ones_that_there_are(name: str, text: str, refused: Callabl
 
 
 def unknown(mention: str) -> list[str]:
-    """The words of a call that virtctl doesn't know: its noun, command or options. Names may be left out."""
+    """The words of a call that virtdctl doesn't know: its noun, command or options. Names may be left out."""
     words = re.findall(r"[^\s\[\]|]+", mention.partition(" -- ")[0])
     noun = words.pop(0) if words and words[0] in main.NOUNS else ""
     command = words.pop(0) if words and not words[0].startswith("-") else "list"
@@ -342,23 +342,23 @@ def unknown(mention: str) -> list[str]:
 
 def test_there_are_commands() -> None:
     pages_with = {name for name, text in sources() if calls(text)}
-    assert {"README.md", "docs/containers.md", "docs/networks.md", "docs/storage.md", "virtctl.1"} <= pages_with
+    assert {"README.md", "docs/containers.md", "docs/networks.md", "docs/storage.md", "virtdctl.1"} <= pages_with
     assert {"README.md", "ARCHITECTURE.md", "NEWS.md", "virtd.8"} <= {n for n, text in sources() if mentions(text)}
 
 
 def test_a_command_that_is_wrong_would_be_noticed(refused: Callable[[str], str]) -> None:
-    text = """Text of `virtctl info web1`, **virtctl network
+    text = """Text of `virtdctl info web1`, **virtdctl network
     list --activ**:
 
-    # virtctl pool define - <<'.'
-    virtctl nonsense
+    # virtdctl pool define - <<'.'
+    virtdctl nonsense
     .
-    # yes | virtctl volume delete default web1 >log; sudo virtctl container strat deb 2>/dev/null
-    virtctl said something
+    # yes | virtdctl volume delete default web1 >log; sudo virtdctl container strat deb 2>/dev/null
+    virtdctl said something
 
 Or:
 
-    for name in $(virtctl list --jason); do virtctl start $name; done
+    for name in $(virtdctl list --jason); do virtdctl start $name; done
 """
     typed = ["pool define -", "volume delete default web1", "container strat deb", "list --jason", "start $name"]
     assert calls(text) == typed

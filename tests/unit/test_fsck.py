@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""virtctl fsck against a whole host: each kind of damage is told, and mended where it can be, and guests run on."""
+"""virtdctl fsck against a whole host: each kind of damage is told, and mended where it can be, and guests run on."""
 
 from __future__ import annotations
 

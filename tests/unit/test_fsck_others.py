@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""virtctl fsck about networks, pools and jobs: each kind of damage is told, mended, and gone. What runs runs on."""
+"""virtdctl fsck about networks, pools and jobs: each kind of damage is told, mended, and gone. What runs runs on."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ async def test_undefine(world: World) -> None:
         await world.run("web1")
         with pytest.raises(errors.InvalidState, match="Cannot undefine web1: it is running") as caught:
             await host.undefine("web1", by=ROOT)
-        assert caught.value.hint == "Stop it first: virtctl stop web1."
+        assert caught.value.hint == "Stop it first: virtdctl stop web1."
         await host.stop("web1", by=ROOT)
         assert await host.undefine("web1", by=ROOT) == {"name": "web1"}
         assert not path_of(world, "web1").exists()

@@ -40,10 +40,10 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
 # The model is the innermost layer: it knows how to complain, and nothing else.
 ALLOWED: dict[str, tuple[str, ...]] = {"virtd.model": ("virtd.errors",)}
 
-# virtctl is over before these would have been imported.
+# virtdctl is over before these would have been imported.
 SLOW = ("gi", "pydbus", "msgspec", "asyncio", "systemd", "qemu")
 
-# Where a process may be started; virtctl is a client's tool and may run a pager or an editor.
+# Where a process may be started; virtdctl is a client's tool and may run a pager or an editor.
 SPAWNERS = ("virtd.child", "virtd.cli")
 
 
@@ -145,7 +145,7 @@ def test_processes_are_started_in_one_place() -> None:
     assert not wrong, described(wrong)
 
 
-def test_virtctl_imports_nothing_slow() -> None:
+def test_virtdctl_imports_nothing_slow() -> None:
     # __main__ would run.
     names = [name for name in MODULES if inside(name, "virtd.cli") and not name.endswith(".__main__")]
     program = f"import sys\nfor name in {names!r}: __import__(name)\nprint(*sys.modules, sep='\\n')"
@@ -153,7 +153,7 @@ def test_virtctl_imports_nothing_slow() -> None:
         [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=60
     )
     wrong = sorted({name.partition(".")[0] for name in ran.stdout.split()} & set(SLOW))
-    assert not wrong, f"virtctl imports {', '.join(wrong)}"
+    assert not wrong, f"virtdctl imports {', '.join(wrong)}"
 
 
 @pytest.mark.parametrize("name", MODULES)

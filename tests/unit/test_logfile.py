@@ -68,7 +68,7 @@ def numbered(first: int, last: int) -> bytes:
 
 
 class Follower:
-    """What virtctl does: hold the file, read to its end, go on with the next one."""
+    """What virtdctl does: hold the file, read to its end, go on with the next one."""
 
     def __init__(self, log: LogFile, cursor: Cursor) -> None:
         self.log = log

@@ -453,7 +453,7 @@ async def test_suspend_and_resume(world: World) -> None:
         await world.define("web1")
         with pytest.raises(errors.InvalidState, match="Cannot suspend web1: it is stopped") as caught:
             await host.suspend("web1", by=ROOT)
-        assert caught.value.hint == "Start it first: virtctl start web1."
+        assert caught.value.hint == "Start it first: virtdctl start web1."
         pid = await world.run("web1")
         assert await host.suspend("web1", by=ROOT) == {"name": "web1", "changed": True}
         assert await host.suspend("web1", by=ROOT) == {"name": "web1", "changed": False}

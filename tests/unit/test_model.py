@@ -411,7 +411,7 @@ def test_which_operation_makes_sense_when(operation: str, allowed: set[str]) -> 
         with pytest.raises(errors.InvalidState, match=f"Cannot {operation} web1: it is {state}") as caught:
             require(operation, "web1", state)
         # A hint that leads out of it.
-        assert "virtctl" in caught.value.hint
+        assert "virtdctl" in caught.value.hint
         assert ("start" in caught.value.hint) == (state not in ALIVE)
 
 

@@ -170,7 +170,7 @@ def test_what_isnt_nftables_and_what_is_nobodys(monkeypatch: pytest.MonkeyPatch)
     ((text, hint),) = found(monkeypatch, [lost], [])
     assert text == f"{OUT} (IPv4) is dropped by legacy iptables, in its chain FORWARD"
     assert hint.startswith("iptables-legacy -I FORWARD -i vd-lab -j ACCEPT; iptables-legacy -I FORWARD -o vd-lab ")
-    assert hint.endswith("; virtctl reload")
+    assert hint.endswith("; virtdctl reload")
     ((text, _),) = found(monkeypatch, [lost._replace(trial=trial(OUT, FORWARD, 6))], [])
     assert "neither nftables nor iptables, at the hook forward" in text
     # It got through the last hook that it came to, came to none, or is dropped by what is ours: nobody's firewall.

@@ -57,7 +57,7 @@ async def test_a_full_disk(world: World, disk: str, free: list[int], tmp_path: P
         assert item["reason"] == f"a write to disk[0], {tmp_path}/disk failed: no space left"
         found = await problem(host)
         assert f"no space left on the file system of {tmp_path}, 0 bytes free" in found["text"]
-        assert found["hint"] == "Free some space there, then: virtctl resume web1."
+        assert found["hint"] == "Free some space there, then: virtdctl resume web1."
         info = await host.info("web1")
         assert info["standstill"] == {
             "kind": "io-error",
@@ -127,7 +127,7 @@ async def test_other_standstills(world: World) -> None:
         await host.wait("web1", ["paused"], 20)
         (found,) = (await host.status())["problems"]
         assert "the guest's kernel panicked" in found["text"]
-        assert "virtctl stop web1" in found["hint"]
+        assert "virtdctl stop web1" in found["hint"]
         await host.stop("web1", by=ROOT)
         assert (await host.status())["problems"] == []
         # QEMU says only that it has stopped.
@@ -138,7 +138,7 @@ async def test_other_standstills(world: World) -> None:
         assert machine.state is State.PAUSED
         with pytest.raises(errors.InvalidState, match="internal error") as caught:
             await host.resume("web1", by=ROOT)
-        assert "virtctl stop web1, and start it" in caught.value.hint
+        assert "virtdctl stop web1, and start it" in caught.value.hint
 
 
 @on_loop

@@ -106,7 +106,7 @@ async def upload(host: Host) -> None:
 
 
 async def delete(host: Host) -> None:
-    with contextlib.suppress(errors.NotFound):  # as virtctl takes it, of a call that it has to repeat
+    with contextlib.suppress(errors.NotFound):  # as virtdctl takes it, of a call that it has to repeat
         await done(host, await host.volumes.delete("p", "source", by=ROOT))
 
 

@@ -168,7 +168,7 @@ async def looked_after(world: World) -> None:
     assert info["state"] == "running"
     assert info["pid"] == world.units.process("web1").pid
     (problem,) = [one for one in info["problems"] if "restarted by somebody" in one["text"]]
-    assert problem["hint"] == "virtctl stop web1, then virtctl start web1."
+    assert problem["hint"] == "virtdctl stop web1, then virtdctl start web1."
 
 
 # Told too early

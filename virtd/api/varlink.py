@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The Varlink front end (https://varlink.org): JSON objects, each ended by a NUL byte, on a unix socket.
 
-virtctl speaks it, and so does varlinkctl(1). It serves before the D-Bus front end can, since it needs nothing but a
+virtdctl speaks it, and so does varlinkctl(1). It serves before the D-Bus front end can, since it needs nothing but a
 socket that systemd holds open while the daemon is away: a call made during a restart waits there and is answered.
 """
 

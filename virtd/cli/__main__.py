@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`python3 -m virtd.cli`: virtctl from a checkout."""
+"""`python3 -m virtd.cli`: virtdctl from a checkout."""
 
 import sys
 

@@ -6,7 +6,7 @@ reply as SCM_RIGHTS. The daemon's socket belongs to systemd and stays open while
 made meanwhile waits in the backlog. A call that the old daemon had taken and not answered breaks, and is sent again
 to the new one when that can't do harm.
 
-Every import here is paid for at each start of virtctl, hence no dataclasses, typing or asyncio.
+Every import here is paid for at each start of virtdctl, hence no dataclasses, typing or asyncio.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def _error(name: str, parameters: Parameters) -> VirtdError:
     interface, _, kind = name.rpartition(".")
     if interface + "." == INTERFACE:
         return from_wire(kind, {key: str(value) for key, value in parameters.items()})
-    hint = "virtctl and virtd may be of different versions: compare virtctl --version and virtctl status"
+    hint = "virtdctl and virtd may be of different versions: compare virtdctl --version and virtdctl status"
     if kind in ("MethodNotFound", "InterfaceNotFound", "MethodNotImplemented"):
         what = parameters.get("method") or parameters.get("interface") or "this command"
         return VirtdError(f"The running virtd doesn't know {what}", hint=hint)
@@ -201,7 +201,7 @@ def _has_process(cgroups: str) -> bool:
 
 
 class Session:
-    """Where the daemon is, and how long virtctl waits for it. `patience` None: as long as it takes.
+    """Where the daemon is, and how long virtdctl waits for it. `patience` None: as long as it takes.
 
     `wakes` says whether a call that broke may start a daemon that was stopped, as any connection to systemd's socket
     does.
@@ -235,7 +235,7 @@ class Session:
 
     def notice(self) -> None:
         """Say, once for each absence, why nothing happens."""
-        print("virtctl: virtd went away, waiting for it to come back...", file=sys.stderr, flush=True)
+        print("virtdctl: virtd went away, waiting for it to come back...", file=sys.stderr, flush=True)
 
     def call(self, method: str, parameters: Parameters | None = None) -> Parameters:
         """A reading call that carries no descriptors: its reply's parameters."""
@@ -351,7 +351,7 @@ class Call:
         if not self._repeat:
             raise Disconnected(
                 "virtd went away before it answered; this may have been done or not",
-                hint="virtctl info NAME shows it",
+                hint="virtdctl info NAME shows it",
             )
         patience = self._session.patience
         lost = time.monotonic()

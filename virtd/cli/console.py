@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""virtctl console: a domain's serial console, which goes on while virtd is restarted.
+"""virtdctl console: a domain's serial console, which goes on while virtd is restarted.
 
 Three ways run side by side, none of them through the daemon: keys go into the guest's stdin pipe, whose write end the
 daemon has handed out; output is read from the console log, from the place that was reached; and two connections ask
@@ -39,11 +39,11 @@ LAST_WORDS = 5.0  # seconds that the daemon may take, after the guest's end, to 
 
 
 class Console:
-    """One visit to a console. `run()` returns virtctl's exit status."""
+    """One visit to a console. `run()` returns virtdctl's exit status."""
 
     def __init__(self, args: argparse.Namespace, session: Session, noun: str = "domain", prefix: str = "") -> None:
         self._noun = noun
-        self._virtctl = "virtctl" if noun == "domain" else f"virtctl {noun}"
+        self._virtdctl = "virtdctl" if noun == "domain" else f"virtdctl {noun}"
         self._prefix = prefix  # of the methods that are asked, "Container." for one
         self._name: str = args.name
         self._session = session
@@ -107,7 +107,7 @@ class Console:
         return FAILURE if not self._status and self._cursor.refused else self._status or OK
 
     def _say(self, text: str, *, alone: bool = False) -> None:
-        """A line of virtctl's own, on stderr, so that a script that reads the output isn't bothered.
+        """A line of virtdctl's own, on stderr, so that a script that reads the output isn't bothered.
 
         On a terminal the guest's output may stand in the same line before it, unless it is `alone`.
         """
@@ -134,7 +134,7 @@ class Console:
         if self._control is None and self._cursor.state in ("stopped", "crashed"):
             raise InvalidState(
                 f"{self._name} isn't running",
-                hint=f"{self._virtctl} start {self._name}, or {self._virtctl} log {self._name} for what it wrote",
+                hint=f"{self._virtdctl} start {self._name}, or {self._virtdctl} log {self._name} for what it wrote",
             )
 
     def _await(self, settled: Callable[[], bool]) -> None:
@@ -198,7 +198,7 @@ class Console:
             )
         if seconds > QUIET and not self._noticed:
             self._noticed = True
-            self._say("virtctl: virtd went away, waiting for it to come back...")
+            self._say("virtdctl: virtd went away, waiting for it to come back...")
 
     # What the daemon says.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""virtctl container: LXC containers."""
+"""virtdctl container: LXC containers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 NOUN = "container"
 PREFIX = "Container."
-VIRTCTL = "virtctl container"
+VIRTDCTL = "virtdctl container"
 
 COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
     "list": ("container", "Containers", "", "List containers with their state", "list containers"),
@@ -157,7 +157,7 @@ RUN: dict[str, Callable[[argparse.Namespace, Session], int]] = {
     "list": show.listing("Container.List", "lxc", NOUN),
     "info": show.informing("Container.Info", _what, _details, "it"),
     "start": domains.plain("start", "Container.Start"),
-    "shutdown": domains.shutting_down(PREFIX, VIRTCTL),
+    "shutdown": domains.shutting_down(PREFIX, VIRTDCTL),
     "stop": domains.plain("stop", "Container.Stop"),
     "kill": domains.killing("Container.Kill"),
     "reboot": reboot,

@@ -73,7 +73,7 @@ def killing(method: str = "Kill") -> Callable[[argparse.Namespace, Session], int
     return run
 
 
-def shutting_down(prefix: str = "", virtctl: str = "virtctl") -> Callable[[argparse.Namespace, Session], int]:
+def shutting_down(prefix: str = "", virtdctl: str = "virtdctl") -> Callable[[argparse.Namespace, Session], int]:
     """The command that asks to end; `prefix` is the interface's, "Container." for one."""
 
     def run(args: argparse.Namespace, session: Session) -> int:
@@ -99,7 +99,8 @@ def shutting_down(prefix: str = "", virtctl: str = "virtctl") -> Callable[[argpa
                 if args.no_wait:
                     return
                 error.hint = (
-                    error.hint or f"{'it' if prefix else 'the guest'} runs on; {virtctl} stop {name} stops it at once"
+                    error.hint
+                    or f"{'it' if prefix else 'the guest'} runs on; {virtdctl} stop {name} stops it at once"
                 )
                 raise
             except InvalidState:
@@ -125,7 +126,7 @@ def reboot(args: argparse.Namespace, session: Session) -> int:
         try:
             call.result()
         except TimedOut as error:
-            error.hint = error.hint or f"the guest runs on; virtctl reboot --force {name} resets it at once"
+            error.hint = error.hint or f"the guest runs on; virtdctl reboot --force {name} resets it at once"
             raise
 
     return act(args.names, "reboot", begin, end)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""virtctl container exec: a command in a container, with this terminal or these pipes, its exit status and signals.
+"""virtdctl container exec: a command in a container, with this terminal or these pipes, its exit status and signals.
 
-Its terminal, or its pipes, are handed over by the daemon, and bytes then pass between the command and virtctl alone.
+Its terminal, or its pipes, are handed over by the daemon, and bytes then pass between the command and virtdctl alone.
 When the daemon is restarted meanwhile, the new one is asked for the exit status.
 """
 
@@ -168,7 +168,7 @@ class Execution:
             with Call(self._session, "Container.Signal", constant(parameters), limit=10.0, repeat=False) as call:
                 call.result()
         except VirtdError as error:
-            print(f"virtctl: {error.message}", file=sys.stderr)
+            print(f"virtdctl: {error.message}", file=sys.stderr)
 
     def _wait(self, timeout: float, poller: select.poll) -> dict[int, int]:
         """Poll, with the connection, and take what the daemon says; the events of the other descriptors."""
@@ -202,7 +202,7 @@ class Execution:
 
 def execute(args: argparse.Namespace, session: Session) -> int:
     if not args.command:
-        print("virtctl container exec: which command?", file=sys.stderr)
+        print("virtdctl container exec: which command?", file=sys.stderr)
         return 2
     try:
         return Execution(args, session).run()
@@ -218,11 +218,11 @@ def options(parser: Parser) -> None:
         "--terminal",
         action="store_true",
         default=None,
-        help="give it a terminal; unless told, it has one when virtctl has",
+        help="give it a terminal; unless told, it has one when virtdctl has",
     )
     parser.add_argument("-T", "--no-terminal", dest="terminal", action="store_false", help="give it pipes")
     parser.add_argument(
-        "-n", "--no-input", action="store_true", help="read nothing of virtctl's own input: the command has none"
+        "-n", "--no-input", action="store_true", help="read nothing of virtdctl's own input: the command has none"
     )
     parser.add_argument(
         "-e", "--env", metavar="NAME=VALUE", action="append", default=[], help="a variable for it; can be repeated"

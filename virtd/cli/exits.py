@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""virtctl's exit statuses, those of systemctl where it has one for the case."""
+"""virtdctl's exit statuses, those of systemctl where it has one for the case."""
 
 from virtd.errors import NotFound, VirtdError
 

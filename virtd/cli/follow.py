@@ -83,14 +83,14 @@ class Cursor:
                 why = "some of the log may be missing here: it was rotated while virtd was restarted"
             else:
                 why = f"{rounded(skipped)} of the log are missing here: they were rotated away before they were read"
-            self._say(f"virtctl: {why}")
+            self._say(f"virtdctl: {why}")
         if refused and refused != self.refused:
             self._say(
-                f"virtctl: the log can't be written at present ({refused}), so that what comes now can't be shown; "
-                "see virtctl status"
+                f"virtdctl: the log can't be written at present ({refused}), so that what comes now can't be shown; "
+                "see virtdctl status"
             )
         elif self.refused and not refused:
-            self._say("virtctl: the log can be written again; what came in between may be lost")
+            self._say("virtdctl: the log can be written again; what came in between may be lost")
         self.refused = refused
 
     def read(self) -> bytes:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""virtctl fsck: whether all that is known of each object, in all places where it is known, tells the same."""
+"""virtdctl fsck: whether all that is known of each object, in all places where it is known, tells the same."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _summary(rows: list[dict[str, object]], left: list[dict[str, object]], *, re
     if repaired:
         return f"{found}, {len(rows) - len(left)} repaired."
     can = sum(bool(row.get("repair")) for row in left)
-    return f"{found}, {can} of which virtctl fsck --repair can mend."
+    return f"{found}, {can} of which virtdctl fsck --repair can mend."
 
 
 def _options(parser: Parser) -> None:

@@ -51,7 +51,7 @@ def wait(session: Session, job: str, what: str) -> None:
             show.at(float(found.get("progress") or 0))
     except KeyboardInterrupt:
         show.end()
-        print(f"The job goes on. To end it: virtctl volume cancel {job}", file=sys.stderr)
+        print(f"The job goes on. To end it: virtdctl volume cancel {job}", file=sys.stderr)
         raise
     finally:
         show.end()

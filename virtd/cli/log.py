@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""virtctl log: a domain's console log, or what QEMU wrote to its stderr, through all rotated files."""
+"""virtdctl log: a domain's console log, or what QEMU wrote to its stderr, through all rotated files."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""virtctl: finds the command, lets its module do the work, and turns an error into a message and an exit status.
+"""virtdctl: finds the command, lets its module do the work, and turns an error into a message and an exit status.
 
 The command is found by hand and only its own parser is built, which keeps the start as short as Python's own.
 """
@@ -47,7 +47,7 @@ COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
     "slots": ("slots", "The daemon", "[NAME]", "Show which descriptors systemd keeps for whom", "list slots"),
     "reload": ("domains", "The daemon", "", "Make virtd read the definitions again", "reload the definitions"),
 }
-# What isn't a domain: `virtctl NOUN COMMAND ...`. noun -> (module, summary); the module has a COMMANDS of the same
+# What isn't a domain: `virtdctl NOUN COMMAND ...`. noun -> (module, summary); the module has a COMMANDS of the same
 # shape, whose entries name modules again, and its own OPTIONS and RUN.
 NOUNS: dict[str, tuple[str, str]] = {
     "container": ("container", "Control LXC containers"),
@@ -64,14 +64,14 @@ Options:
      --daemon-timeout=SEC    How long to wait for a daemon that went away
      --address=PATH          The daemon's socket
 
-See virtctl(1) for details."""
+See virtdctl(1) for details."""
 
 
 def help_text(noun: str = "") -> str:
-    """What `virtctl [NOUN] --help` prints: the commands by group, as systemctl shows its own."""
+    """What `virtdctl [NOUN] --help` prints: the commands by group, as systemctl shows its own."""
     commands = commands_of(noun)
     about = NOUNS[noun][1] if noun else "Control the virtual machines of virtd"
-    usage = " ".join(filter(None, ["virtctl", noun, "[OPTIONS...] COMMAND ..."]))
+    usage = " ".join(filter(None, ["virtdctl", noun, "[OPTIONS...] COMMAND ..."]))
     lines = [usage, "", f"{about}.", ""]
     width = max(len(f"{name} {entry[2]}") for name, entry in commands.items()) + 2
     group = ""
@@ -81,7 +81,7 @@ def help_text(noun: str = "") -> str:
             group = its_group
         lines.append(f"  {f'{name} {arguments}':<{width}} {summary}")
     if NOUNS and not noun:
-        lines += ["", "What isn't a domain (virtctl NOUN --help shows its commands):"]
+        lines += ["", "What isn't a domain (virtdctl NOUN --help shows its commands):"]
         lines += [f"  {f'{name} COMMAND':<{width}} {summary}" for name, (_module, summary) in NOUNS.items()]
     return "\n".join([*lines, "", HELP_OPTIONS])
 
@@ -99,7 +99,7 @@ def commands_of(noun: str) -> dict[str, tuple[str, str, str, str, str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run virtctl with the arguments `argv`; the process's exit status."""
+    """Run virtdctl with the arguments `argv`; the process's exit status."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             # Closed by whoever started us; in this order, each gets its number back and no socket of ours takes it.
@@ -108,12 +108,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _main(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except BrokenPipeError:
-        _drop_output()  # the reader has seen enough (`virtctl log web1 | head`), which is no failure
+        _drop_output()  # the reader has seen enough (`virtdctl log web1 | head`), which is no failure
         return OK
     except KeyboardInterrupt:
         return INTERRUPTED
     except OSError as exc:
-        print(f"virtctl: {exc.strerror or exc}", file=sys.stderr)
+        print(f"virtdctl: {exc.strerror or exc}", file=sys.stderr)
         _drop_output()
         return FAILURE
     return status
@@ -131,7 +131,7 @@ def _main(words: list[str]) -> int:
     command, rest = _split(words)
     if command is None:
         if "--version" in rest:
-            print(f"virtctl {__version__}")
+            print(f"virtdctl {__version__}")
             return OK
         if "--help" in rest or "-h" in rest:
             print(help_text())
@@ -153,8 +153,8 @@ def _main(words: list[str]) -> int:
             command = "list"
     if command not in commands_of(noun):
         whole = " ".join(filter(None, (noun, command)))
-        tool = " ".join(filter(None, ("virtctl", noun)))
-        print(f"virtctl: Unknown command '{whole}'.\nTry '{tool} --help' for more information.", file=sys.stderr)
+        tool = " ".join(filter(None, ("virtdctl", noun)))
+        print(f"virtdctl: Unknown command '{whole}'.\nTry '{tool} --help' for more information.", file=sys.stderr)
         return USAGE_ERROR
     return _run(noun, command, rest)
 

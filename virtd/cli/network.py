@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""virtctl network: the networks that guests are connected to."""
+"""virtdctl network: the networks that guests are connected to."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
-# Options whose value may be the next word: main has to step over it to find the command in `virtctl --address X
+# Options whose value may be the next word: main has to step over it to find the command in `virtdctl --address X
 # list`.
 WITH_VALUE = frozenset(
     {
@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, command: str, summary: str) -> None:
         super().__init__(
-            prog=f"virtctl {command}",
+            prog=f"virtdctl {command}",
             description=summary,
             formatter_class=_Formatter,
             allow_abbrev=False,
@@ -90,8 +90,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--address",
             metavar="PATH",
-            default=os.environ.get("VIRTCTL_ADDRESS") or ADDRESS,
-            help="the daemon's socket, instead of $VIRTCTL_ADDRESS or " + ADDRESS,
+            default=os.environ.get("VIRTDCTL_ADDRESS") or ADDRESS,
+            help="the daemon's socket, instead of $VIRTDCTL_ADDRESS or " + ADDRESS,
         )
         self.add_argument("-h", "--help", action="help", help="show this")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What virtctl prints: tables, labelled lines, times, JSON and errors, in the manner of systemctl and machinectl."""
+"""What virtdctl prints: tables, labelled lines, times, JSON and errors, in the manner of systemctl and machinectl."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def signal_name(number: object) -> str:
 
 
 def how_it_ended(exit_: dict[str, Any], what: str = "QEMU") -> str:
-    """One phrase for a guest's end, from `exit` as `virtctl info --json` has it."""
+    """One phrase for a guest's end, from `exit` as `virtdctl info --json` has it."""
     by = f" by {exit_['by']}" if exit_.get("by") else ""
     cause = exit_.get("cause")
     signal = exit_.get("signal")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""virtctl pool: the storage pools."""
+"""virtdctl pool: the storage pools."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from virtd.cli.options import Parser
 
 STATES = ("stopped", "starting", "running", "paused", "stopping", "crashed")
-DRIVER = "qemu"  # what virtctl calls a domain; the other drivers' objects have nouns of their own
+DRIVER = "qemu"  # what virtdctl calls a domain; the other drivers' objects have nouns of their own
 
 
 def listing(

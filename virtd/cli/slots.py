@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""virtctl slots: which descriptors systemd keeps for whom. systemd-analyze fdstore doesn't see into boxes."""
+"""virtdctl slots: which descriptors systemd keeps for whom. systemd-analyze fdstore doesn't see into boxes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def slots(args: argparse.Namespace, session: Session) -> int:
         answer = call.result().parameters
     rows = [row for row in answer.get("slots") or [] if not args.name or _belongs(str(row.get("name")), args.name)]
     if args.name and not rows:
-        raise NotFound(f"No slot is kept for {args.name}", hint="virtctl slots shows all; only what runs has slots.")
+        raise NotFound(f"No slot is kept for {args.name}", hint="virtdctl slots shows all; only what runs has slots.")
     if args.json:
         write_json(rows, args.json)
         return OK

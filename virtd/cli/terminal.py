@@ -71,7 +71,7 @@ class RawTerminal:
                 fcntl.ioctl(other, termios.TIOCSWINSZ, fcntl.ioctl(self._fd, termios.TIOCGWINSZ, bytes(8)))
 
     def line_end(self) -> str:
-        """What ends a line of virtctl's own: a raw terminal doesn't return the carriage by itself."""
+        """What ends a line of virtdctl's own: a raw terminal doesn't return the carriage by itself."""
         return "\r\n" if self._is_raw else "\n"
 
 

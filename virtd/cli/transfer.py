@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""virtctl volume upload and download: the daemon hands out a descriptor, and the bytes don't pass through it.
+"""virtdctl volume upload and download: the daemon hands out a descriptor, and the bytes don't pass through it.
 
 So a restart of the daemon in the middle isn't noticed. What was a hole stays one, and what was cut off goes on where
 it ended: a file's size says how far it is.
@@ -71,8 +71,8 @@ def _upload(args: argparse.Namespace, session: Session, source: int) -> int:
 
 def _resumable(args: argparse.Namespace, job: str) -> None:
     print(
-        f"To go on from here: virtctl volume upload --resume {args.pool} {args.name} {args.file}\n"
-        f"To give it up: virtctl volume cancel {job}",
+        f"To go on from here: virtdctl volume upload --resume {args.pool} {args.name} {args.file}\n"
+        f"To give it up: virtdctl volume cancel {job}",
         file=sys.stderr,
     )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""virtctl volume: the volumes of storage pools, and the jobs that make and change them."""
+"""virtdctl volume: the volumes of storage pools, and the jobs that make and change them."""
 
 from __future__ import annotations
 
@@ -257,11 +257,11 @@ def _jobs_options(parser: Parser) -> None:
 
 
 def _wait_options(parser: Parser) -> None:
-    parser.add_argument("job", metavar="JOB", help="as virtctl volume jobs shows it")
+    parser.add_argument("job", metavar="JOB", help="as virtdctl volume jobs shows it")
 
 
 def _cancel_options(parser: Parser) -> None:
-    parser.add_argument("names", metavar="JOB", nargs="+", help="as virtctl volume jobs shows them")
+    parser.add_argument("names", metavar="JOB", nargs="+", help="as virtdctl volume jobs shows them")
 
 
 OPTIONS: dict[str, Callable[[Parser], None]] = {

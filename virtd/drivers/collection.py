@@ -83,7 +83,7 @@ class Collection(Generic[T, D]):
 
     name = ""  # of the driver
     noun = ""
-    virtctl = ""  # the beginning of commands about them
+    virtdctl = ""  # the beginning of commands about them
     taken_back = ""  # how one comes back whose record is lost, for a person to read
     states: type[StrEnum]
 
@@ -176,7 +176,7 @@ class Collection(Generic[T, D]):
                 await self._reconciled.wait()
         except TimeoutError:
             raise errors.Busy(
-                "virtd is still finding out what runs", hint="Try again in a moment. See: virtctl status."
+                "virtd is still finding out what runs", hint="Try again in a moment. See: virtdctl status."
             ) from None
 
     # Definitions
@@ -306,7 +306,7 @@ class Collection(Generic[T, D]):
                 f"{source}: uuid: {self.noun} {definition.name} exists with another uuid, {one.uuid}",
                 hint=(
                     "Leave the uuid out to change the definition, "
-                    f"or undefine it first: {self.virtctl} undefine {definition.name}."
+                    f"or undefine it first: {self.virtdctl} undefine {definition.name}."
                 ),
             )
         return definition
@@ -400,7 +400,7 @@ class Collection(Generic[T, D]):
             for one in self.objects.values():
                 if one.uuid == uuid:
                     return one
-        raise errors.NotFound(f"There is no {self.noun} {name}", hint=f"{self.virtctl} list shows all.")
+        raise errors.NotFound(f"There is no {self.noun} {name}", hint=f"{self.virtdctl} list shows all.")
 
     def describe_named(self, name: str) -> dict[str, Any]:
         one = self.objects.get(name)

@@ -70,7 +70,7 @@ class Guest(Recorded, Generic[D]):
 
     driver = ""  # the first part of its slots' and units' names
     noun = ""  # what a person calls it
-    virtctl = ""  # the beginning of commands about it
+    virtdctl = ""  # the beginning of commands about it
     definition_type: type[D]
 
     def __init__(self, shared: Shared, name: str) -> None:
@@ -299,7 +299,7 @@ class Guest(Recorded, Generic[D]):
     def _say_again(self) -> None:
         self.problems["restarted"] = Problem(
             f"{self.unit} was restarted by somebody: {self.name} runs afresh, without a console",
-            f"{self.virtctl} stop {self.name}, then {self.virtctl} start {self.name}.",
+            f"{self.virtdctl} stop {self.name}, then {self.virtdctl} start {self.name}.",
         )
 
     async def _roll_back(self, why: str) -> None:

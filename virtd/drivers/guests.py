@@ -93,7 +93,7 @@ class Guests(Collection[G, D]):
                 await self._rebuild(name, unit=unit, new=name not in known)
             except Exception as exc:  # it costs no other its reconciliation
                 log.exception("%s can't be rebuilt", name)
-                self.left_alone(name, Problem(f"{name} can't be rebuilt: {exc}", "See: virtctl fsck."))
+                self.left_alone(name, Problem(f"{name} can't be rebuilt: {exc}", "See: virtdctl fsck."))
         reconcile.settle(self)
         self._reconciled.set()
 
@@ -177,7 +177,7 @@ class Guests(Collection[G, D]):
     async def undefine(self, name: str) -> None:
         machine = self.find(name)
         async with machine.exclusive("undefine"):
-            require("undefine", machine.name, machine.state, self.virtctl)
+            require("undefine", machine.name, machine.state, self.virtdctl)
             await machine.over.wait()
             await machine.tidy("undefine")
             # The record first: if that is refused, nothing has changed, and a crash in between leaves one that can

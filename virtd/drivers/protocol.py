@@ -123,7 +123,7 @@ class Driver(Protocol):
 
 @runtime_checkable
 class Comparing(Protocol):
-    """A driver that can be asked by `virtctl fsck`."""
+    """A driver that can be asked by `virtdctl fsck`."""
 
     async def compare(self, *, repair: bool) -> list[Difference]:
         """Compare what there is of its objects in all places. With `repair`, mend what can be mended without touching

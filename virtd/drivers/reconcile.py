@@ -69,7 +69,7 @@ async def recorded(driver: Collection[Any, Any]) -> tuple[dict[str, str], dict[s
         if isinstance(result, BaseException):
             log.error("%s can't be reconciled: %s", one.name, result, exc_info=result)
             text = f"{one.name} can't be made whole: {result}"
-            one.problems["adoption"] = Problem(text, "What there is of it was left alone. See: virtctl fsck.")
+            one.problems["adoption"] = Problem(text, "What there is of it was left alone. See: virtdctl fsck.")
         elif result:
             getattr(driver.found, result.replace(" ", "_")).append(one.name)
             came[one.name] = result

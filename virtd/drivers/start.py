@@ -39,7 +39,7 @@ async def start(machine: Guest[D], ready: Callable[[D], Awaitable[Start[Any, D]]
         if definition is None:
             raise errors.NotFound(
                 f"{machine.noun.capitalize()} {machine.name} has no definition",
-                hint=f'{machine.virtctl} define FILE, with name = "{machine.name}".',
+                hint=f'{machine.virtdctl} define FILE, with name = "{machine.name}".',
             )
         await (await ready(definition)).run()
         return True
@@ -163,5 +163,5 @@ class Start(Launch, Generic[G, D]):
             return exc
         return errors.StartFailed(
             f"Cannot start {self.machine.name}: {said}",
-            hint=exc.hint or f"See: {self.machine.virtctl} log --stderr {self.machine.name}",
+            hint=exc.hint or f"See: {self.machine.virtdctl} log --stderr {self.machine.name}",
         )

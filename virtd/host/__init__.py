@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The operations, once. Every front end is a thin adapter over a Host.
 
-A Host speaks of domains unless a noun says otherwise, as virtctl does. Each other noun has a module of its own here,
+A Host speaks of domains unless a noun says otherwise, as virtdctl does. Each other noun has a module of its own here,
 and a property of Host that makes its operations when they are first asked for.
 """
 

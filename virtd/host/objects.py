@@ -161,7 +161,7 @@ class Objects(Generic[G]):
         """See OpenConsole in org.virtd1.varlink. Closing the iterator gives the console up."""
         # Who was attached before the daemon's restart must not lose the console to a slow start of ours.
         machine = await self.find(name, DOUBT if token is None else 60.0)
-        require("attach to the console of", machine.name, machine.state, self._guests.virtctl)
+        require("attach to the console of", machine.name, machine.state, self._guests.virtdctl)
         async with contextlib.aclosing(self._viewers.write(machine, force=force, token=token, by=by)) as replies:
             async for reply in replies:
                 yield reply

@@ -55,19 +55,19 @@ _ALLOWED: dict[str, frozenset[State]] = {
 }
 
 
-def require(operation: str, name: str, state: State, virtctl: str = "virtctl") -> None:
+def require(operation: str, name: str, state: State, virtdctl: str = "virtdctl") -> None:
     """Raise InvalidState when `operation` (a verb, as in "reboot") makes no sense in `state`.
 
-    `virtctl` is how commands about the object begin.
+    `virtdctl` is how commands about the object begin.
     """
     if state in _ALLOWED[operation]:
         return
     if state in ALIVE and operation == "undefine":
-        hint = f"Stop it first: {virtctl} stop {name}."
+        hint = f"Stop it first: {virtdctl} stop {name}."
     elif state is State.PAUSED:
-        hint = f"Resume it first: {virtctl} {'resume' if virtctl == 'virtctl' else 'thaw'} {name}."
+        hint = f"Resume it first: {virtdctl} {'resume' if virtdctl == 'virtdctl' else 'thaw'} {name}."
     elif state in ALIVE:
-        hint = f"Wait until it runs: {virtctl} info {name} shows how far it is."
+        hint = f"Wait until it runs: {virtdctl} info {name} shows how far it is."
     else:
-        hint = f"Start it first: {virtctl} start {name}."
+        hint = f"Start it first: {virtdctl} start {name}."
     raise errors.InvalidState(f"Cannot {operation} {name}: it is {state}", hint=hint)

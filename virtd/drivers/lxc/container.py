@@ -38,7 +38,7 @@ class Container(Guest[model.Container]):
 
     driver = DRIVER
     noun = "container"
-    virtctl = "virtctl container"
+    virtdctl = "virtdctl container"
     definition_type = model.Container
 
     def __init__(self, shared: Shared, name: str, settings: Lxc, peers: Peers) -> None:

@@ -208,7 +208,7 @@ async def _unpack(job: Job, units: Units) -> None:
             raise errors.StartFailed(
                 f"Cannot create {job.name}: {needed[0]} for the files of {job.image}, and it is to have 0 to "
                 f"{job.ids.count - 1}",
-                hint=f"virtctl container create {job.name} --ids {count} --image {word(job.image)}",
+                hint=f"virtdctl container create {job.name} --ids {count} --image {word(job.image)}",
             )
         how = "it took too long, or was killed" if result.code is None else "unpacking failed"
         raise errors.StartFailed(f"Cannot create {job.name}: {'; '.join(line[:200] for line in said[:2]) or how}")

@@ -48,7 +48,7 @@ class Driver(Guests[Container, model.Container]):
 
     name = DRIVER
     noun = "container"
-    virtctl = "virtctl container"
+    virtdctl = "virtdctl container"
 
     def __init__(
         self, services: Services, settings: Lxc, publish: Publish, peers: Peers, guests: Range = ids.GUESTS

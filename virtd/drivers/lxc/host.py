@@ -118,7 +118,7 @@ def check_root(container: model.Container, root: str, source: str) -> None:
     def refuse(key: str, expected: str, hint: str = "") -> errors.InvalidDefinition:
         return errors.InvalidDefinition(source, key, expected, hint=hint)
 
-    make = f"virtctl container create {container.name} --image ROOTFS.tar.xz makes one."
+    make = f"virtdctl container create {container.name} --image ROOTFS.tar.xz makes one."
     if not os.path.exists(root):
         raise refuse("rootfs", f"no such directory: {root}", make)
     if not os.path.isdir(root):

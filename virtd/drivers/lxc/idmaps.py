@@ -196,7 +196,7 @@ class Maps:
 
 
 HINT = (
-    "Each needs IDs of its own: virtctl container create NEW --image ROOTFS makes a copy that has some, of the root "
+    "Each needs IDs of its own: virtdctl container create NEW --image ROOTFS makes a copy that has some, of the root "
     "file system of a container that doesn't run; or change [idmap] and the files' owners."
 )
 

@@ -243,7 +243,7 @@ class _Start(Start[Container, model.Container]):
             return errors.StartFailed(
                 f"Cannot start {self.machine.name}: {self.host.root} belongs to root, and its file system can't show "
                 "files shifted to other IDs (it has no idmapped mounts)",
-                hint=f"virtctl container create NEW --image {word(self.host.root)} makes a copy with IDs of its own.",
+                hint=f"virtdctl container create NEW --image {word(self.host.root)} makes a copy with its own IDs.",
             )
         return super().explained(exc)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def short(net: Net) -> dict[str, Any]:
-    """As `virtctl network list --json` has it."""
+    """As `virtdctl network list --json` has it."""
     network = net.running or net.definition
     record = net.record
     return {
@@ -34,7 +34,7 @@ def short(net: Net) -> dict[str, Any]:
 
 
 def long(net: Net, slots: list[str], log: str) -> dict[str, Any]:
-    """As `virtctl network info --json` has it."""
+    """As `virtdctl network info --json` has it."""
     network = net.running or net.definition
     given = [network.range4, network.range6] if network is not None and network.own else []
     return short(net) | {

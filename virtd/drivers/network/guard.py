@@ -193,7 +193,7 @@ class Guard:
             log.error("%s", exc)
             for name in (name for name, rules in needed.items() if rules):
                 self._nets[name].problems["isolation"] = Problem(
-                    f"It may not be isolated: {exc.message}", f"virtctl network start {name} tries it again."
+                    f"It may not be isolated: {exc.message}", f"virtdctl network start {name} tries it again."
                 )
             return
         for name in needed:

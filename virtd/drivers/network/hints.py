@@ -60,7 +60,7 @@ def commands(chain: Chain, trials: list[Trial], bridge: str) -> list[str]:
         return [_ufw(one, chain) for one in passes if one.state != ANSWERS]  # these it lets through anyway
     if chain.whose:
         found = [_iptables(one, chain) for one in passes]
-        return [*found, "virtctl reload"] if chain.family == "legacy" else found  # its changes are told to nobody
+        return [*found, "virtdctl reload"] if chain.family == "legacy" else found  # its changes are told to nobody
     if chain.family == "legacy":
         return [f"tc filter show dev {bridge} ingress", "bpftool net show"]
     return [f"nft insert rule {chain.family} {chain.table} {chain.name} '{_nft(one)}'" for one in passes]

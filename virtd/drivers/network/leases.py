@@ -32,7 +32,7 @@ class Lease(msgspec.Struct, frozen=True):
         return "ipv6" if ":" in self.address else "ipv4"
 
     def described(self) -> dict[str, Any]:
-        """As `virtctl network leases --json` has it."""
+        """As `virtdctl network leases --json` has it."""
         return {
             "address": self.address,
             "family": self.family,

@@ -109,7 +109,7 @@ class Net(NetRecord):
             if network is None:
                 raise errors.NotFound(
                     f"Network {self.name} has no definition",
-                    hint=f'virtctl network define FILE, with name = "{self.name}".',
+                    hint=f'virtdctl network define FILE, with name = "{self.name}".',
                 )
             await holdings.require(self, network, self.shared.peers)
             await asyncio.to_thread(routes.check, network, self.source)
@@ -168,7 +168,7 @@ class Net(NetRecord):
         if network is None:
             raise errors.HostError(
                 f"Network {self.name} is active with a definition that can't be read",
-                hint=f"virtctl network stop --force {self.name}, then start it.",
+                hint=f"virtdctl network stop --force {self.name}, then start it.",
             )
         whole = not await self.standing.differences() and not self.problems.keys() & {"rules", "server"}
         if whole and (not network.serves or self.server.alive) and not await self.rules_lost(network):
@@ -336,7 +336,7 @@ class Net(NetRecord):
             if keys:
                 what = ", ".join(keys)
                 text = f"{what} can't be changed while network {self.name} is active: the new definition waits"
-                hint = f"virtctl network stop {self.name} and start it, when its guests can do without it."
+                hint = f"virtdctl network stop {self.name} and start it, when its guests can do without it."
                 if self.problems.get("pending") != Problem(text, hint):
                     journal.send(text, message_id=Message.NETWORK_PENDING, level="warning", **self.fields())
                 self.problems["pending"] = Problem(text, hint)

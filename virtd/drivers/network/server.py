@@ -264,7 +264,7 @@ class Server(Tasks):
             self.net.lost(
                 slot,
                 f"network {self.net.name} is lost: what dnsmasq says is lost from now on",
-                f"It runs on. virtctl network stop and start {self.net.name} when convenient.",
+                f"It runs on. virtdctl network stop and start {self.net.name} when convenient.",
             )
 
     async def identify(self, *, unit_exists: bool) -> None:

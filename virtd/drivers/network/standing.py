@@ -85,7 +85,7 @@ class Standing:
                 net.changed()
             return
         text = f"It isn't as virtd made it: {'; '.join(one.text for one in left)}"
-        hints = dict.fromkeys(one.hint or f"virtctl network start {net.name} tries it again." for one in left)
+        hints = dict.fromkeys(one.hint or f"virtdctl network start {net.name} tries it again." for one in left)
         problem = Problem(text, " ".join(hints))
         if problem == before:
             return

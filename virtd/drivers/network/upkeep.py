@@ -200,7 +200,7 @@ class Upkeep:
         text = f"{one.text} (put back {LIMIT} times within {WINDOW:g} s, and left now: something sets it again)"
         hint = (
             "Find the program, such as systemd-networkd or NetworkManager, and have it leave the interface alone; "
-            f"then: virtctl network start {net.name}."
+            f"then: virtdctl network start {net.name}."
         )
         return one._replace(text=text, hint=hint)
 

@@ -289,7 +289,7 @@ def _port(ground: Ground, port: Port, above: Link, seen: Seen) -> Iterator[Drift
     if link is None:
         noun = "" if port.user.startswith("qemu/") else "container "
         user = port.user.partition("/")[2]
-        hint = f"virtctl {noun}stop {user}, and start it again."
+        hint = f"virtdctl {noun}stop {user}, and start it again."
         yield Drift(f"{name} there", f"{name}: gone, {port.user} is cut off", None, hint, gone=True)
         return
     locked = not port.trusted

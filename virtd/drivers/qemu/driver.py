@@ -37,7 +37,7 @@ class Driver(Guests[Machine, model.Domain]):
 
     name = DRIVER
     noun = "domain"
-    virtctl = "virtctl"
+    virtdctl = "virtdctl"
 
     def __init__(self, services: Services, settings: Qemu, publish: Publish, peers: Peers) -> None:
         super().__init__(services, publish)

@@ -200,7 +200,7 @@ def _check_qcow2(key: str, path: str, source: str) -> None:
             source,
             key,
             f"{path} stands on {model.shown(header.backing)}, which only a volume can",
-            hint="Import both into a pool: virtctl volume import; "
+            hint="Import both into a pool: virtdctl volume import; "
             f"or make one image of both: qemu-img convert -O qcow2 {path} NEW.",
         )
 

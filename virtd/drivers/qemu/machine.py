@@ -52,7 +52,7 @@ class Machine(Guest[model.Domain]):
 
     driver = DRIVER
     noun = "domain"
-    virtctl = "virtctl"
+    virtdctl = "virtdctl"
     definition_type = model.Domain
 
     def __init__(self, shared: Shared, name: str, settings: Qemu, peers: Peers) -> None:

@@ -43,7 +43,7 @@ WORDS = 300
 
 
 class Link(StrEnum):
-    """What becomes of the connection, as `virtctl info` shows it."""
+    """What becomes of the connection, as `virtdctl info` shows it."""
 
     CONNECTING = "connecting"
     CONNECTED = "connected"
@@ -112,7 +112,7 @@ class Monitor:
             self.link = Link.SILENT
             raise errors.MonitorError(
                 f"The QEMU monitor of {self._name} didn't answer within {span(limit)}",
-                hint=f"The guest itself may be fine. virtctl stop {self._name} ends it without the monitor.",
+                hint=f"The guest itself may be fine. virtdctl stop {self._name} ends it without the monitor.",
             ) from None
         except (QMPError, OSError, EOFError) as exc:
             self.link = Link.CLOSED
@@ -134,7 +134,7 @@ class Monitor:
         text = f"its directory {lost}" if not os.path.lexists(directory) else f"its socket {self._path}"
         return errors.MonitorError(
             f"The QEMU monitor of {self._name} can't be reached any more: {text} was removed",
-            hint="The guest runs on without it. Shut it down from inside, or end it by virtctl stop "
+            hint="The guest runs on without it. Shut it down from inside, or end it by virtdctl stop "
             f"{self._name}, and start it again when convenient.",
         )
 

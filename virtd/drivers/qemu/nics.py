@@ -75,7 +75,7 @@ def check(domain: Domain, source: str, peers: Peers) -> None:
                 source,
                 f"nic[{index}].network",
                 f"there is no network {nic.network}",
-                hint="virtctl network define default makes one; virtctl network list shows those that there are.",
+                hint="virtdctl network define default makes one; virtdctl network list shows those that there are.",
             ) from exc
 
 
@@ -103,7 +103,7 @@ async def sweep(alive: set[str], peers: Peers) -> None:
 
 
 def describe(domain: Domain, uuid: str, peers: Peers, *, alive: bool) -> list[dict[str, Any]]:
-    """The cards as `virtctl info --json` has them."""
+    """The cards as `virtdctl info --json` has them."""
     rows = []
     for index, nic in enumerate(domain.nic):
         mac = _mac(domain, uuid, index)

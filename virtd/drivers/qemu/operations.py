@@ -60,7 +60,7 @@ async def shutdown(machine: Machine, timeout: float, by: str) -> bool:
             )
     raise errors.TimedOut(
         f"{machine.name} did not shut down within {span(timeout)}",
-        hint=f"It runs on. Give it more time with --timeout, or end it at once: virtctl stop {machine.name}.",
+        hint=f"It runs on. Give it more time with --timeout, or end it at once: virtdctl stop {machine.name}.",
     )
 
 
@@ -128,7 +128,7 @@ async def resume(machine: Machine, by: str) -> bool:
             await machine.command("cont")
         except errors.MonitorError as exc:
             if machine.guest_off.is_set():
-                hint = f"It has powered off: virtctl stop {machine.name}, and start it."
+                hint = f"It has powered off: virtdctl stop {machine.name}, and start it."
                 raise errors.InvalidState(exc.message, hint=hint) from exc
             raise
         if machine.alive and not machine.standstill.again:
@@ -202,7 +202,7 @@ async def _press_and_reset(machine: Machine, timeout: float, by: str) -> None:
         )
         raise errors.TimedOut(
             f"{machine.name} did not shut down within {span(timeout)} to be rebooted",
-            hint=f"Reset it at once: virtctl reboot --force {machine.name}.",
+            hint=f"Reset it at once: virtdctl reboot --force {machine.name}.",
         ) from None
     await _reset(machine, by)
 

@@ -222,13 +222,13 @@ class Standstill:
     def _problem(self, fault: Fault, space: Space | None) -> Problem:
         name = self._machine.name
         text = f"{name} stands still since {fault.since[:19]}Z: {self._reason(fault)}"
-        resume, afresh = f"virtctl resume {name}", f"virtctl stop {name}, and start it"
+        resume, afresh = f"virtdctl resume {name}", f"virtdctl stop {name}, and start it"
         if fault.kind == PANIC:
-            return Problem(text, f"virtctl log {name} shows its last words. Then: {afresh}.")
+            return Problem(text, f"virtdctl log {name} shows its last words. Then: {afresh}.")
         if fault.kind == WATCHDOG:
             return Problem(text, f"{resume} lets it go on; or: {afresh}.")
         if fault.kind != DISK:
-            return Problem(text, f"virtctl log --stderr {name} shows what QEMU says. Then: {afresh}.")
+            return Problem(text, f"virtdctl log --stderr {name} shows what QEMU says. Then: {afresh}.")
         if space is not None:
             free = f"{space.free >> 20} MiB" if space.free >> 20 else f"{space.free} bytes"
             text += f" on the file system of {space.place}, {free} free"
@@ -238,7 +238,7 @@ class Standstill:
         return Problem(text, f"journalctl -k shows what the host says about it. When that is mended: {resume}.")
 
     def described(self) -> dict[str, Any] | None:
-        """As `virtctl info --json` has it."""
+        """As `virtdctl info --json` has it."""
         if (fault := self.fault) is None:
             return None
         return {

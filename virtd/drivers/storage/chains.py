@@ -68,7 +68,7 @@ def require_format(links: Sequence[Link]) -> None:
         if volume.meta.format is None:
             raise errors.InvalidState(
                 f"The format of volume {volume.name} isn't known: it was put into pool {pool.name} by others",
-                hint=f"Say what it is: virtctl volume import {pool.name} {volume.name} --from raw (or qcow2), "
+                hint=f"Say what it is: virtdctl volume import {pool.name} {volume.name} --from raw (or qcow2), "
                 "or have virtd look: --probe.",
             )
         if volume.trouble:

@@ -57,7 +57,7 @@ class Jobs:
         """Raises NotFound."""
         if (job := self._jobs.get(name)) is not None:
             return job
-        raise errors.NotFound(f"There is no job {name}", hint="virtctl volume jobs shows all.")
+        raise errors.NotFound(f"There is no job {name}", hint="virtdctl volume jobs shows all.")
 
     def on(self, volume: str, *, writing: bool = False) -> Iterator[Job]:
         """Those under way that work on a volume, "POOL/NAME"; with `writing` those that write it."""

@@ -124,7 +124,7 @@ class Logical:
         except KeyError:
             raise errors.NotFound(
                 f"There is no volume {name} in pool {self.pool.name}",
-                hint=f"virtctl volume list {self.pool.name} shows all.",
+                hint=f"virtdctl volume list {self.pool.name} shows all.",
             ) from None
 
     async def free(self, name: str) -> None:
@@ -132,7 +132,7 @@ class Logical:
         if name in await self._all():
             raise errors.Exists(
                 f"There is a volume {name} in pool {self.pool.name} already",
-                hint=f"virtctl volume info {self.pool.name} {name}",
+                hint=f"virtdctl volume info {self.pool.name} {name}",
             )
 
     async def begin(self, job: str, name: str, size: int | None, *, allocate: bool = False) -> str:

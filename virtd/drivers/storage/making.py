@@ -181,7 +181,7 @@ class Making:
             raise errors.InvalidState(
                 f"{name} is in {foreign.format} format, which guests aren't given",
                 hint="Convert it into a new volume: "
-                f"virtctl volume import {pool.name} NEW {word(volume.path)} --from {foreign.format}",
+                f"virtdctl volume import {pool.name} NEW {word(volume.path)} --from {foreign.format}",
             )
         backing = await images.known_backing(self._pools, volume.path, foreign) if foreign.backing else None
         meta = Meta(Format(foreign.format), backing)

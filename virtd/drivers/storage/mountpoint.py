@@ -88,7 +88,7 @@ class MountPoint:
         name = self._pool.name
         return (
             "Mount it. Should the pool be in the directory itself from now on: "
-            f"virtctl pool undefine {name}, and define it again; its volumes stay."
+            f"virtdctl pool undefine {name}, and define it again; its volumes stay."
         )
 
 

@@ -111,7 +111,7 @@ class StoragePool(Recorded):
                 return model.parse(text, self.source)
         if self.definition is None:
             raise errors.NotFound(
-                f"Pool {self.name} has no definition", hint=f'virtctl pool define FILE, with name = "{self.name}".'
+                f"Pool {self.name} has no definition", hint=f'virtdctl pool define FILE, with name = "{self.name}".'
             )
         return self.definition
 
@@ -127,7 +127,7 @@ class StoragePool(Recorded):
         """The backend of an active pool. Raises InvalidState."""
         if not self.active:
             raise errors.InvalidState(
-                f"Pool {self.name} isn't active", hint=f"Start it first: virtctl pool start {self.name}."
+                f"Pool {self.name} isn't active", hint=f"Start it first: virtdctl pool start {self.name}."
             )
         return self.backend
 

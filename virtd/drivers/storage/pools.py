@@ -37,7 +37,7 @@ class Pools(Collection[StoragePool, model.Pool]):
 
     name = DRIVER
     noun = "pool"
-    virtctl = "virtctl pool"
+    virtdctl = "virtdctl pool"
     taken_back = "A pool is taken back by starting it."
     states = State
 
@@ -88,7 +88,7 @@ class Pools(Collection[StoragePool, model.Pool]):
             if pool.active:
                 raise errors.InvalidState(
                     f"Cannot undefine pool {pool.name}: it is active",
-                    hint=f"Stop it first: virtctl pool stop {pool.name}. Its volumes stay where they are.",
+                    hint=f"Stop it first: virtdctl pool stop {pool.name}. Its volumes stay where they are.",
                 )
             files.remove(pool.source)
             with contextlib.suppress(errors.HostError):  # one without a pool means nothing
@@ -127,7 +127,7 @@ class Pools(Collection[StoragePool, model.Pool]):
         if lost:
             pool.problems["lost"] = Problem(
                 f"Pool {pool.name} was active and can't be used: {lost}",
-                f"Once that is mended: virtctl pool start {pool.name}.",
+                f"Once that is mended: virtdctl pool start {pool.name}.",
             )
             return
         await pool.measure()

@@ -115,4 +115,4 @@ class Usage:
 
 
 def _wait_for(job: str) -> str:
-    return f"Wait for it, or: virtctl volume cancel {job}."
+    return f"Wait for it, or: virtdctl volume cancel {job}."

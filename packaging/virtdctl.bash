@@ -1,47 +1,47 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# Completion of virtctl for bash. The names of domains are asked of the daemon, the rest is written down here; a unit
-# test holds it against what virtctl --help says.
+# Completion of virtdctl for bash. The names of domains are asked of the daemon, the rest is written down here; a unit
+# test holds it against what virtdctl --help says.
 
 # What the daemon lists, a line each. Not for long: a TAB must not hang.
-_virtctl_rows() {
-    timeout 2 virtctl "$@" 2>/dev/null
+_virtdctl_rows() {
+    timeout 2 virtdctl "$@" 2>/dev/null
 }
 
-_virtctl_names() {
-    _virtctl_rows "$@" | while read -r name _; do
+_virtdctl_names() {
+    _virtdctl_rows "$@" | while read -r name _; do
         printf '%s\n' "$name"
     done
 }
 
-_virtctl_domains() { _virtctl_names list --no-legend "$@"; }
-_virtctl_networks() { _virtctl_names network list --no-legend "$@"; }
-_virtctl_containers() { _virtctl_names container list --no-legend "$@"; }
-_virtctl_volumes() { _virtctl_names volume list --no-legend "$1"; }
+_virtdctl_domains() { _virtdctl_names list --no-legend "$@"; }
+_virtdctl_networks() { _virtdctl_names network list --no-legend "$@"; }
+_virtdctl_containers() { _virtdctl_names container list --no-legend "$@"; }
+_virtdctl_volumes() { _virtdctl_names volume list --no-legend "$1"; }
 
-_virtctl_pools() {
-    _virtctl_rows pool list --no-legend | while read -r name state _; do
+_virtdctl_pools() {
+    _virtdctl_rows pool list --no-legend | while read -r name state _; do
         [[ -z ${1-} || $state == "$1" ]] && printf '%s\n' "$name"
     done
 }
 
-_virtctl_jobs() {
-    _virtctl_rows volume jobs --no-legend | while read -r name state _; do
+_virtdctl_jobs() {
+    _virtdctl_rows volume jobs --no-legend | while read -r name state _; do
         [[ $state == running || $state == waiting ]] && printf '%s\n' "$name"
     done
 }
 
 # Answer with those of the words in $1 that go on as what was typed.
-_virtctl_reply() {
+_virtdctl_reply() {
     mapfile -t COMPREPLY < <(compgen -W "$1" -- "$current")
 }
 
-_virtctl_files() {
+_virtdctl_files() {
     compopt -o filenames
     mapfile -t COMPREPLY < <(compgen -f -- "$current")
 }
 
-# `virtctl network ...`; the variables are _virtctl's.
-_virtctl_network() {
+# `virtdctl network ...`; the variables are _virtdctl's.
+_virtdctl_network() {
     case $second in
         list) options='--active --no-legend --json' ;;
         info | dump) options='--json' ;;
@@ -52,24 +52,24 @@ _virtctl_network() {
         *) options='' ;;
     esac
     if [[ $current == -* ]]; then
-        _virtctl_reply "$options $common"
+        _virtdctl_reply "$options $common"
         return
     fi
     case $second in
         '')
-            _virtctl_reply 'list info leases start stop define undefine dump autostart'
+            _virtdctl_reply 'list info leases start stop define undefine dump autostart'
             ;;
         define)
             compopt -o filenames
             mapfile -t COMPREPLY < <(compgen -W default -- "$current"; compgen -f -- "$current")
             ;;
-        stop) _virtctl_reply "$(_virtctl_networks --active)" ;;
-        *) _virtctl_reply "$(_virtctl_networks)" ;;
+        stop) _virtdctl_reply "$(_virtdctl_networks --active)" ;;
+        *) _virtdctl_reply "$(_virtdctl_networks)" ;;
     esac
 }
 
-# `virtctl container ...`; the variables are _virtctl's.
-_virtctl_container() {
+# `virtdctl container ...`; the variables are _virtdctl's.
+_virtdctl_container() {
     case $second in
         list) options='--all --running --state --no-legend --json' ;;
         info | dump) options='--json' ;;
@@ -86,28 +86,28 @@ _virtctl_container() {
         *) options='' ;;
     esac
     if [[ $current == -* ]]; then
-        _virtctl_reply "$options $common"
+        _virtdctl_reply "$options $common"
         return
     fi
     case $second in
         '')
-            _virtctl_reply 'list info start shutdown stop kill reboot freeze thaw wait console
+            _virtdctl_reply 'list info start shutdown stop kill reboot freeze thaw wait console
                 log exec create define undefine dump autostart'
             ;;
         define)
-            _virtctl_files
+            _virtdctl_files
             ;;
-        start) _virtctl_reply "$(_virtctl_containers --state stopped,crashed)" ;;
-        thaw) _virtctl_reply "$(_virtctl_containers --state paused)" ;;
+        start) _virtdctl_reply "$(_virtdctl_containers --state stopped,crashed)" ;;
+        thaw) _virtdctl_reply "$(_virtdctl_containers --state paused)" ;;
         shutdown | stop | kill | reboot | freeze | console | exec)
-            _virtctl_reply "$(_virtctl_containers --running)"
+            _virtdctl_reply "$(_virtdctl_containers --running)"
             ;;
-        *) _virtctl_reply "$(_virtctl_containers)" ;;
+        *) _virtdctl_reply "$(_virtdctl_containers)" ;;
     esac
 }
 
-# `virtctl pool ...`; the variables are _virtctl's.
-_virtctl_pool() {
+# `virtdctl pool ...`; the variables are _virtdctl's.
+_virtdctl_pool() {
     case $second in
         list) options='--no-legend --json' ;;
         info | dump) options='--json' ;;
@@ -116,45 +116,45 @@ _virtctl_pool() {
         *) options='' ;;
     esac
     if [[ $current == -* ]]; then
-        _virtctl_reply "$options $common"
+        _virtdctl_reply "$options $common"
         return
     fi
     case $second in
         '')
-            _virtctl_reply 'list info start stop refresh build define undefine dump
+            _virtdctl_reply 'list info start stop refresh build define undefine dump
                 autostart'
             ;;
         list) ;;
         define)
-            _virtctl_files
+            _virtdctl_files
             ;;
-        start | build) _virtctl_reply "$(_virtctl_pools inactive)" ;;
-        stop | refresh) _virtctl_reply "$(_virtctl_pools active)" ;;
-        *) _virtctl_reply "$(_virtctl_pools)" ;;
+        start | build) _virtdctl_reply "$(_virtdctl_pools inactive)" ;;
+        stop | refresh) _virtdctl_reply "$(_virtdctl_pools active)" ;;
+        *) _virtdctl_reply "$(_virtdctl_pools)" ;;
     esac
 }
 
-# `virtctl volume ...`; the variables are _virtctl's, among them the names that were given after the verb.
-_virtctl_volume() {
+# `virtdctl volume ...`; the variables are _virtdctl's, among them the names that were given after the verb.
+_virtdctl_volume() {
     case ${equals:-$previous} in
         --format)
-            _virtctl_reply 'raw qcow2'
+            _virtdctl_reply 'raw qcow2'
             return
             ;;
         --from)
-            _virtctl_reply 'raw qcow2 vmdk vdi vhdx vpc'
+            _virtdctl_reply 'raw qcow2 vmdk vdi vhdx vpc'
             return
             ;;
         --preallocation)
-            _virtctl_reply 'off metadata falloc full'
+            _virtdctl_reply 'off metadata falloc full'
             return
             ;;
         --to-pool | --backing-pool)
-            _virtctl_reply "$(_virtctl_pools active)"
+            _virtdctl_reply "$(_virtdctl_pools active)"
             return
             ;;
         --backing)
-            _virtctl_reply "$(_virtctl_volumes "${given[0]-}")"
+            _virtdctl_reply "$(_virtdctl_volumes "${given[0]-}")"
             return
             ;;
         --size) return ;;
@@ -171,27 +171,27 @@ _virtctl_volume() {
         *) options='' ;;
     esac
     if [[ $current == -* ]]; then
-        _virtctl_reply "$options $common"
+        _virtdctl_reply "$options $common"
         return
     fi
     case $second,${#given[@]} in
         ,*)
-            _virtctl_reply 'list info snapshots create clone import upload download resize wipe
+            _virtdctl_reply 'list info snapshots create clone import upload download resize wipe
                 delete jobs wait cancel'
             ;;
         jobs,*) ;;
-        wait,0 | cancel,*) _virtctl_reply "$(_virtctl_jobs)" ;;
-        *,0) _virtctl_reply "$(_virtctl_pools active)" ;;
+        wait,0 | cancel,*) _virtdctl_reply "$(_virtdctl_jobs)" ;;
+        *,0) _virtdctl_reply "$(_virtdctl_pools active)" ;;
         info,1 | snapshots,1 | clone,1 | import,1 | download,1 | resize,1 | wipe,1 | delete,*)
-            _virtctl_reply "$(_virtctl_volumes "${given[0]}")"
+            _virtdctl_reply "$(_virtdctl_volumes "${given[0]}")"
             ;;
         import,2 | upload,2 | download,2)
-            _virtctl_files
+            _virtdctl_files
             ;;
     esac
 }
 
-_virtctl() {
+_virtdctl() {
     local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]} command='' second='' word skip=0 options
     local -r commands='list info start shutdown stop kill reboot suspend resume wait console log
         define undefine dump autostart status fsck slots reload container network pool volume help'
@@ -224,20 +224,20 @@ _virtctl() {
     fi
     if [[ $equals == --json ]]; then
         # Only then, for `--json web1` is a name.
-        _virtctl_reply 'short pretty'
+        _virtdctl_reply 'short pretty'
         return
     fi
     case ${equals:-$previous} in
         --state)
-            _virtctl_reply 'stopped starting running paused stopping crashed'
+            _virtdctl_reply 'stopped starting running paused stopping crashed'
             return
             ;;
         --signal | -s)
-            _virtctl_reply 'SIGTERM SIGKILL SIGINT SIGHUP SIGQUIT SIGABRT'
+            _virtdctl_reply 'SIGTERM SIGKILL SIGINT SIGHUP SIGQUIT SIGABRT'
             return
             ;;
         --lines | -n)
-            _virtctl_reply 'all 10 100 1000'
+            _virtdctl_reply 'all 10 100 1000'
             return
             ;;
         --address)
@@ -245,17 +245,17 @@ _virtctl() {
             return
             ;;
         --timeout | --daemon-timeout)
-            _virtctl_reply 'infinity 10 60 5min'
+            _virtdctl_reply 'infinity 10 60 5min'
             return
             ;;
         --escape)
-            _virtctl_reply '^] ^A none'
+            _virtdctl_reply '^] ^A none'
             return
             ;;
     esac
 
     if [[ $command == @(network|container|pool|volume) ]]; then
-        "_virtctl_$command"
+        "_virtdctl_$command"
         return
     fi
     case $command in
@@ -275,25 +275,25 @@ _virtctl() {
         *) options='' ;;
     esac
     if [[ $current == -* ]]; then
-        _virtctl_reply "$options $common"
+        _virtdctl_reply "$options $common"
         return
     fi
 
     case $command in
-        '' | help) _virtctl_reply "$commands" ;;
+        '' | help) _virtdctl_reply "$commands" ;;
         define)
-            _virtctl_files
+            _virtdctl_files
             ;;
-        start) _virtctl_reply "$(_virtctl_domains --state stopped,crashed)" ;;
+        start) _virtdctl_reply "$(_virtdctl_domains --state stopped,crashed)" ;;
         shutdown | stop | kill | reboot | console)
-            _virtctl_reply "$(_virtctl_domains --running)"
+            _virtdctl_reply "$(_virtdctl_domains --running)"
             ;;
-        suspend) _virtctl_reply "$(_virtctl_domains --state running)" ;;
-        resume) _virtctl_reply "$(_virtctl_domains --state paused)" ;;
+        suspend) _virtdctl_reply "$(_virtdctl_domains --state running)" ;;
+        resume) _virtdctl_reply "$(_virtdctl_domains --state paused)" ;;
         info | log | dump | wait | undefine | autostart)
-            _virtctl_reply "$(_virtctl_domains)"
+            _virtdctl_reply "$(_virtdctl_domains)"
             ;;
     esac
 }
 
-complete -F _virtctl virtctl
+complete -F _virtdctl virtdctl
