@@ -317,7 +317,8 @@ def test_beside_docker_and_libvirt(lab: Lab) -> None:
             # The hint, in nft's words.
             lab.sh(
                 'nft insert rule ip filter DOCKER-USER iifname "vd-nat" accept;'
-                ' nft insert rule ip filter DOCKER-USER oifname "vd-nat" ct state related,established accept'
+                ' nft insert rule ip filter DOCKER-USER oifname "vd-nat" ct state related,established accept;'
+                ' nft insert rule ip filter DOCKER-USER oifname "vd-nat" ct status dnat accept'
             )
             before = theirs()
             lab.run(*n1.split(), "ping", "-c", "1", "-W", "5", OUTSIDE)
