@@ -47,6 +47,17 @@ def nothing_wrong(lab: Lab) -> None:
     assert lab.json("fsck")["differences"] == []
 
 
+def version(lab: Lab) -> int:
+    """systemd's."""
+    return int(lab.sh("systemctl --version").split()[1])
+
+
+def kept(lab: Lab) -> None:
+    """Nothing is wrong after a stop of virtd: before 254 consoles are lost by one, which is said."""
+    if version(lab) >= 254:
+        nothing_wrong(lab)
+
+
 def state_of(lab: Lab, name: str = "web1") -> tuple[str, int | None]:
     info = lab.info(name)
     return info["state"], info["pid"]
@@ -165,7 +176,7 @@ def test_systemctl_clean_takes_nothing(web1: Lab) -> None:
     assert web1.sh(what) == before
     web1.sh(START)
     assert state_of(web1) == ("running", pid)
-    nothing_wrong(web1)
+    kept(web1)
 
 
 def test_a_runtime_directory_that_is_gone(web1: Lab) -> None:
@@ -236,7 +247,9 @@ def test_a_stop_while_virtd_is_away_has_its_time(web1: Lab) -> None:
     stopped = float(web1.sh("date +%s.%N"))
     web1.sh(f"sleep 5; {START}")
     info = web1.wait("its end", lambda: (i := web1.info("web1"))["exit"] and i, 20)
-    assert (info["state"], info["exit"]["cause"]) == ("stopped", "host-shutdown")
+    assert info["state"] == "stopped"
+    # What QEMU said of it is in a pipe that systemd before 254 doesn't keep.
+    assert info["exit"]["cause"] == ("host-shutdown" if version(web1) >= 254 else "unknown")
     assert float(web1.sh(f"date -d {info['exit']['at']} +%s.%N")) < stopped + 1
 
 
@@ -260,7 +273,7 @@ def test_nothing_is_told_too_early(web1: Lab) -> None:
         listing, waited = done.rstrip().rpartition("\n")[::2]
         (item,) = json.loads(listing)
         assert (item["state"], item["pid"], waited) == ("running", pid, "1")
-    nothing_wrong(web1)
+    kept(web1)
 
 
 # virtd's own unit
@@ -279,6 +292,8 @@ def test_masked(web1: Lab) -> None:
         web1.sh("systemctl unmask virtd.service")
     web1.wait("the slots", lambda: web1.slots() == 5, 20)
     nothing_wrong(web1)
+    if version(web1) < 254:
+        return
     web1.sh(f"{STOP}; {START}")
     assert state_of(web1) == ("running", pid)
     before = check(web1.console("web1")).lines
@@ -373,11 +388,6 @@ def test_a_crash_after_a_good_while_is_made_up_for_at_once(web1: Lab) -> None:
     else:
         web1.sh("sleep 3.5")
         assert web1.sh("find /run/virtd/failed -newermt '-3 seconds'") == "", "what the next failure looks at"
-
-
-def version(lab: Lab) -> int:
-    """systemd's."""
-    return int(lab.sh("systemctl --version").split()[1])
 
 
 @pytest.mark.hard
