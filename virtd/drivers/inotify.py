@@ -8,6 +8,7 @@ container's user namespace, and a system in a container takes some five to ten.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 
@@ -34,13 +35,13 @@ def hint() -> str:
 def taken(uid: int) -> int:
     """How many the processes of a user have open."""
     found = 0
-    for entry in os.listdir("/proc"):
-        try:
-            if entry.isdecimal() and os.stat(f"/proc/{entry}").st_uid == uid:
-                directory = f"/proc/{entry}/fd"
-                found += sum(os.readlink(f"{directory}/{fd}") == LINK for fd in os.listdir(directory))
-        except OSError:  # it has ended, or is none of ours
-            continue
+    for entry in filter(str.isdecimal, os.listdir("/proc")):
+        directory = f"/proc/{entry}/fd"
+        with contextlib.suppress(OSError):  # it has ended, or is none of ours
+            if os.stat(f"/proc/{entry}").st_uid == uid:
+                for fd in os.listdir(directory):
+                    with contextlib.suppress(OSError):  # closed meanwhile, as what lists our own is
+                        found += os.readlink(f"{directory}/{fd}") == LINK
     return found
 
 
