@@ -244,7 +244,7 @@ def test_readers_that_do_not_read(lab: Lab, other: str) -> None:
             stdout = readers[name].stdout
             assert stdout is not None
             assert stdout.readline() == word
-        lab.sh("pkill -STOP -f '[v]irtctl (console|log -f)'")
+        lab.sh("pkill -STOP -f '[v]irtdctl (console|log -f)'")
         for _ in range(2):
             lab.run("python3", "-c", EVENTS, "60", timeout=300)
             number = check(lab.console("flood")).last
@@ -263,7 +263,7 @@ def test_readers_that_do_not_read(lab: Lab, other: str) -> None:
         # One that wakes up has missed nothing, over two daemons and some rotations.
         lab.virtdctl("suspend", "flood")
         last = check(lab.console("flood")).last
-        lab.sh("pkill -CONT -f '[v]irtctl (console|log -f)'")
+        lab.sh("pkill -CONT -f '[v]irtdctl (console|log -f)'")
         while checker.tally.last < last - 1 and (data := os.read(log.fileno(), 65536)):
             checker.feed(data)
         assert checker.tally.whole, (checker.tally.lost, checker.tally.repeated, checker.tally.broken[:3])

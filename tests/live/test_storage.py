@@ -220,7 +220,7 @@ def test_streams(lab: Lab, pool: str) -> None:
         assert (job_of(lab, "upload", "waiting") or {})["volume"] == "large"
         assert "upload" in lab.virtdctl("status", check=False).stdout
     finally:
-        lab.sh("pkill -9 -f '[v]irtctl volume upload'; pkill -9 -f 'sleep 6[1]'", check=False)
+        lab.sh("pkill -9 -f '[v]irtdctl volume upload'; pkill -9 -f 'sleep 6[1]'", check=False)
         client.kill()
         client.communicate()
     assert "is under way" in refused(lab, "create", pool, "large", "1M")

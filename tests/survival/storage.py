@@ -69,7 +69,7 @@ class Storage:
         lab.run("sh", "-c", 'python3 -c "$0" >/dev/null 2>&1 &', STOPPER)
         lab.sh(f"setsid virtdctl volume clone {POOL} source copy >/dev/null 2>&1 &")
         self.job = lab.wait("a clone that stands still", self._stopped, 60)
-        lab.sh("pkill -KILL -f '[v]irtctl volume clone'")  # it would ask, and so start a daemon that was stopped
+        lab.sh("pkill -KILL -f '[v]irtdctl volume clone'")  # it would ask, and so start a daemon that was stopped
         self.mount = self._mount()
         self.written = self._written()
 
