@@ -352,6 +352,7 @@ def meddle(lab: Lab, *words: str) -> None:
     """Change virtd's store behind its back, then have it started again."""
     lab.write("/root/meddler.py", MEDDLER)
     with drop_in(lab, "[Service]\nNotifyAccess=all\n"):
+        lab.sh("kill -STOP $(systemctl show -P MainPID virtd)")  # or it would give back what it misses
         lab.run("python3", "/root/meddler.py", *words)
         journal = Journal.now(lab)
         lab.sh(KILL)

@@ -77,7 +77,7 @@ def test_a_disk_for_two(lab: Lab, images: str) -> None:
                 refused = lab.virtdctl("start", "second", check=False)
                 assert refused.returncode == 1
                 assert f"{path} is in use by domain first" in refused.stderr
-                assert "Stop first" in refused.stderr
+                assert "Stop domain first, or" in refused.stderr
                 assert lab.info("second")["state"] == "stopped"
         # The second could run; that the first does and keeps its disk is what matters.
         assert lab.info("first")["state"] == "running"
