@@ -14,6 +14,7 @@ import struct
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from . import packets
+from .netlink import attributes
 from .watch import NETLINK_NETFILTER
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ _GROUP = 9  # NFNLGRP_NFTRACE
 SOL_NETLINK, NETLINK_ADD_MEMBERSHIP = 270, 1
 _TRACE = 10 << 8 | 17  # NFNL_SUBSYS_NFTABLES, NFT_MSG_TRACE
 _HEADER = struct.Struct("=IHHII")
-_ATTRIBUTE = struct.Struct("=HH")
 _TABLE, _CHAIN, _RULE, _VERDICT, _ID, _NETWORK_HEADER, _POLICY = 1, 2, 3, 5, 6, 8, 16
 _VERDICT_CODE, _VERDICT_CHAIN = 1, 2
 _FAMILIES = {1: "inet", 2: "ip", 3: "arp", 5: "netdev", 7: "bridge", 10: "ip6"}
@@ -102,10 +102,10 @@ def parse(data: bytes) -> Iterator[Step]:
 
 
 def _step(body: bytes) -> Step:
-    found = dict(_attributes(body[4:]))  # after struct nfgenmsg
+    found = dict(attributes(body[4:]))  # after struct nfgenmsg
     verdict = found.get(_VERDICT, b"")
     if verdict:
-        inner = dict(_attributes(verdict))
+        inner = dict(attributes(verdict))
         code = int.from_bytes(inner[_VERDICT_CODE], "big", signed=True)
         target = _text(inner.get(_VERDICT_CHAIN, b""))
     else:
@@ -121,15 +121,6 @@ def _step(body: bytes) -> Step:
         words.get(code if code < 0 else code & 0xFF, "continue"),
         target,
     )
-
-
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    while len(data) >= _ATTRIBUTE.size:
-        length, kind = _ATTRIBUTE.unpack_from(data)
-        if length < _ATTRIBUTE.size:
-            return
-        yield kind & 0x3FFF, data[_ATTRIBUTE.size : length]
-        data = data[length + 3 & ~3 :]
 
 
 def _text(data: bytes) -> str:
