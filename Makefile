@@ -58,28 +58,28 @@ hard-days: $(STAMP) ## what people's hosts do to a daemon, all of it (root, a qu
 		tests/live/test_late_boot.py tests/live/test_network_drift.py -m live -o faulthandler_timeout=900
 
 tidy-hour: $(STAMP) ## ordinary use, after which nobody may have been warned of anything [MINUTES=60] [SUITE=trixie] (root)
-	$(PYTHON) -m tests.tidy --minutes $(or $(MINUTES),60) --suite $(or $(SUITE),trixie)
+	$(PYTHON) -m tests.proof.tidy --minutes $(or $(MINUTES),60) --suite $(or $(SUITE),trixie)
 
 lvm: $(STAMP) ## pools on LVM and NFS, in a machine that has the kernel for it (root, a quarter of an hour)
-	$(PYTHON) -m tests.lvm
+	$(PYTHON) -m tests.proof.lvm
 
 survival: $(STAMP) ## the table of what survives what, on all three suites, into the README (root, half an hour)
-	$(PYTHON) -m tests.survival --write
+	$(PYTHON) -m tests.proof.survival --write
 
 sweep: $(STAMP) ## kill the daemon at every point of every operation (root, minutes) [SWEEP="--errors --sample 5"]
-	$(PYTHON) -m tests.sweep $(SWEEP)
+	$(PYTHON) -m tests.proof.sweep $(SWEEP)
 
 kills: $(STAMP) ## kill the daemon under load, 1,000 times or [KILLS=n] (root)
 	VIRTD_KILLS=$(or $(KILLS),1000) $(PYTHON) -m pytest tests/live/test_survival.py -m live -k kills_under_load -s -o faulthandler_timeout=0
 
 neighbours: $(STAMP) ## a network beside real docker and libvirt (root, minutes)
-	$(PYTHON) -m tests.neighbours
+	$(PYTHON) -m tests.proof.neighbours
 
 model: $(STAMP) ## random sequences of operations, kills and deaths against a model, 20 of 40 steps or [EXAMPLES=n] (root)
 	VIRTD_EXAMPLES=$(or $(EXAMPLES),20) VIRTD_STEPS=40 $(PYTHON) -m pytest tests/live/test_model.py -m live -s
 
 fuzz: $(STAMP) ## inputs that nobody wrote on purpose, ten minutes for each target [FUZZ="--only NAME --seconds n"]
-	$(PYTHON) -m tests.fuzz $(FUZZ)
+	$(PYTHON) -m tests.proof.fuzz $(FUZZ)
 
 demo: $(STAMP) ## one guest that lives through everything, with a verdict (root)
 	$(PYTHON) tests/demo.py

@@ -16,7 +16,7 @@ from tests.harness import LAB, Lab, check
 from tests.live.conftest import SUITE
 from tests.live.test_dbus import WATCHER
 from tests.live.tools import spawn
-from tests.survival import containers as small
+from tests.proof.survival import containers as small
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.harness import definition
-from tests.survival import containers
+from tests.proof.survival import containers
 
 if TYPE_CHECKING:
     from tests.harness import Lab

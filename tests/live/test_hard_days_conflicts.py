@@ -10,7 +10,7 @@ import pytest
 
 from tests.harness import Lab, definition
 from tests.live.networks import define, network
-from tests.survival import containers as small
+from tests.proof.survival import containers as small
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.harness import Lab
-from tests.survival import containers as small
+from tests.proof.survival import containers as small
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,7 +17,7 @@ from tests.live.conftest import SUITE
 from tests.live.test_storage import define, volume
 from tests.live.test_storage_domains import LOOP
 from tests.live.tools import PID1S_OWN
-from tests.survival import containers
+from tests.proof.survival import containers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,7 +10,7 @@ from tests.live import frames, networks
 from tests.live.frames import BROADCAST
 from tests.live.networks import OUTSIDE, define, info, neighbour, network, outside, rules
 from tests.live.tools import Journal, spawn
-from tests.survival import containers as small
+from tests.proof.survival import containers as small
 
 pytestmark = pytest.mark.live
 

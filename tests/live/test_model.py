@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""tests/unit/test_host_model.py with the real parts: systemd, QEMU, the daemon killed at some moment of an operation.
+"""tests/unit/host/test_host_model.py with the real parts: systemd, QEMU, the daemon killed in mid-operation.
 
 `make model` tries more of it; VIRTD_EXAMPLES and VIRTD_STEPS say how much.
 """
@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
+from tests.doubles.model import ALIVE, NAMES, OPERATIONS, after
 from tests.harness import LAB, Lab
-from tests.sweep import setup
-from tests.unit.model import ALIVE, NAMES, OPERATIONS, after
+from tests.proof.sweep import setup
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,10 +31,10 @@ class Refused(Exception):
 
 
 class Agent:
-    """tests/sweep/agent.py in the lab."""
+    """tests/proof/sweep/agent.py in the lab."""
 
     def __init__(self, lab: Lab) -> None:
-        command = f"cd {setup.INSIDE} && exec python3 -m tests.sweep.agent"
+        command = f"cd {setup.INSIDE} && exec python3 -m tests.proof.sweep.agent"
         self._process = subprocess.Popen(
             [LAB, "exec", lab.name, "--", "sh", "-c", command],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

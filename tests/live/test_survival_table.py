@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.live.conftest import SUITE
-from tests.survival import runner
-from tests.survival.events import EVENTS, Event
-from tests.survival.table import Cell, Verdict
+from tests.proof.survival import runner
+from tests.proof.survival.events import EVENTS, Event
+from tests.proof.survival.table import Cell, Verdict
 
 pytestmark = pytest.mark.live
 

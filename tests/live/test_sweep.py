@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.sweep import setup
-from tests.sweep.operations import all_operations
+from tests.proof.sweep import setup
+from tests.proof.sweep.operations import all_operations
 
 if TYPE_CHECKING:
     from tests.harness import Lab

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.unit.cuts import Cuts
-from tests.unit.fake_pid1 import FakePid1
-from tests.unit.whole_host import World
+from tests.doubles.cuts import Cuts
+from tests.doubles.fake_pid1 import FakePid1
+from tests.doubles.whole_host import World
 from virtd.fdstore import Store
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.unit.private_bus import PrivateBus, private_bus
+from tests.doubles.private_bus import PrivateBus, private_bus
 from virtd import errors
 from virtd.bus import DISCONNECTED, Bus, BusError, MethodCall, Var
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Places in logs and claims on consoles, one by one; tests/unit/test_host.py has them with real guests."""
+"""Places in logs and claims on consoles, one by one; tests/unit/host/test_host.py has them with real guests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.unit.whole_host import on_loop, until
+from tests.doubles.whole_host import on_loop, until
 from virtd import console, errors
 from virtd.console import Followers, Place, Writers
 from virtd.logfile import Cursor, LogFile

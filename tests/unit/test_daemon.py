@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.unit.fake_pid1 import FakePid1, put_new
+from tests.doubles.fake_pid1 import FakePid1, put_new
 from virtd import __version__, errors
 from virtd.daemon import announce, load_settings
 from virtd.fdstore import Store

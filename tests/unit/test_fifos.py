@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.unit.test_fsck import check
-from tests.unit.whole_host import ROOT, on_loop
+from tests.doubles.whole_host import ROOT, on_loop
+from tests.unit.drivers.test_fsck import check
 from virtd import fifos
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from tests.unit.whole_host import World
+    from tests.doubles.whole_host import World
 
 
 def test_they_are_pipes_like_any_other(tmp_path: Path) -> None:

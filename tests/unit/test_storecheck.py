@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from tests.unit.fake_pid1 import FakePid1, put_new
-from tests.unit.whole_host import on_loop, until
+from tests.doubles.fake_pid1 import FakePid1, put_new
+from tests.doubles.whole_host import on_loop, until
 from virtd import errors, storecheck
 from virtd.fdstore import NotifyFailed, Store, StoreFull
 from virtd.fdstore.notify import connect

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What networks read of the host and of the kernel's messages; the kernel itself is asked in tests/live."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from tests.doubles.whole_host import until
+from virtd import errors
+from virtd.drivers.network import firewalld, guard, host, links, routes, watch
+from virtd.model import network as model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from virtd.bus import Bus
+
+ROUTES = """Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT
+eth0\t00000000\t0100000A\t0003\t0\t0\t0\t00000000\t0\t0\t0
+eth0\t0000000A\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0
+vd-lab\t0096A8C0\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0
+"""
+ROUTES6 = """\
+fd000001000000000000000000000000 40 00000000000000000000000000000000 00 {zero} 00000100 00000001 0 0001 eth0
+fe800000000000000000000000000000 40 00000000000000000000000000000000 00 {zero} 00000100 00000001 0 0001 eth0
+00000000000000000000000000000000 00 00000000000000000000000000000000 00 {zero} ffffffff 00000001 0 200200 lo
+fd000001000000000000000000000001 80 00000000000000000000000000000000 00 {zero} 00000000 00000002 0 80200001 eth0
+"""
+
+
+@pytest.fixture
+def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(host, "PROC", str(tmp_path))
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net/route").write_text(ROUTES)
+    (tmp_path / "net/ipv6_route").write_text(ROUTES6.format(zero="0" * 32))
+    for name, value in {
+        "ipv4/ip_forward": "0",
+        "ipv6/conf/all/forwarding": "0",
+        "ipv6/conf/all/accept_ra": "1",
+        "ipv6/conf/eth0/accept_ra": "1",
+        "ipv6/conf/eth1/accept_ra": "0",
+    }.items():
+        path = tmp_path / "sys/net" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(value)
+    return tmp_path
+
+
+def parse(address: str, *, mode: str = "nat", six: str = "") -> model.Network:
+    more = f'[ipv6]\naddress = "{six}"\n' if six else ""
+    return model.parse(f'name = "lab"\nmode = "{mode}"\n[ipv4]\naddress = "{address}"\n{more}', "lab.toml")
+
+
+def test_routes(proc: Path) -> None:
+    found = [(str(route.prefix), route.interface, str(route.gateway)) for route in routes.routes()]
+    assert found == [
+        ("0.0.0.0/0", "eth0", "10.0.0.1"),
+        ("10.0.0.0/16", "eth0", "None"),
+        ("192.168.150.0/24", "vd-lab", "None"),
+        ("fd00:1::/64", "eth0", "None"),
+        ("::/0", "", "None"),
+    ]
+    assert len(routes.routes(1)) == 2
+
+
+@pytest.mark.parametrize(
+    ("address", "six", "key"),
+    [("10.0.7.1/16", "", "ipv4.address"), ("10.0.0.1/8", "", "ipv4.address"),
+     ("10.9.0.1/24", "fd00:1::1/64", "ipv6.address")],
+)  # fmt: skip
+def test_a_prefix_that_the_host_reaches_already(proc: Path, address: str, six: str, key: str) -> None:
+    with pytest.raises(errors.InvalidDefinition) as caught:
+        routes.check(parse(address, six=six), "lab.toml")
+    assert (caught.value.file, caught.value.key) == ("lab.toml", key)
+    assert "to which the host has a route through eth0" in caught.value.message
+
+
+WINS = {
+    "\t".join(["*", "0096A8C0", "00000000", "0201", "0", "0", "0", "80FFFFFF"]): "has a route to nowhere",
+    "\t".join(["tun0", "0596A8C0", "00000000", "0005", "0", "0", "9", "FFFFFFFF"]): "192.168.150.5/32",
+    "\t".join(["eth1", "0096A8C0", "00000000", "0001", "0", "0", "600", "00FFFFFF"]): "through eth1",
+    "\t".join(["eth1", "0000000A", "0996A8C0", "0003", "0", "0", "600", "000000FF"]): "router 192.168.150.9",
+}
+LOSES = [
+    "\t".join(["tun0", "00000000", "00000000", "0001", "0", "0", "0", "00000080"]),  # half of everything: a VPN
+    "\t".join(["tun0", "00000080", "00000000", "0001", "0", "0", "0", "00000080"]),
+    "\t".join(["*", "0000A8C0", "00000000", "0201", "0", "0", "0", "0000FFFF"]),
+    "\t".join(["eth1", "0097A8C0", "00000000", "0001", "0", "0", "0", "00FFFFFF"]),
+]
+
+
+@pytest.mark.parametrize("line", WINS)
+def test_routes_that_win(proc: Path, line: str) -> None:
+    (proc / "net/route").write_text(f"{ROUTES}{line}\n")
+    with pytest.raises(errors.InvalidDefinition) as caught:
+        routes.check(parse("192.168.150.1/24"), "lab.toml")
+    assert WINS[line] in caught.value.message
+
+
+def test_broader_routes_do_not_count(proc: Path) -> None:
+    (proc / "net/route").write_text(ROUTES + "".join(f"{line}\n" for line in LOSES))
+    routes.check(parse("192.168.150.1/24"), "lab.toml")
+    routes.check(parse("10.0.7.1/24"), "lab.toml")
+    assert routes.free_prefix([]) == "192.168.124.1/24"
+
+
+def test_its_own_bridges_route_is_no_collision(proc: Path) -> None:
+    routes.check(parse("192.168.150.1/24"), "lab.toml")
+
+
+def test_a_free_prefix(proc: Path) -> None:
+    import ipaddress
+
+    assert routes.free_prefix([]) == "192.168.124.1/24"
+    assert routes.free_prefix([ipaddress.IPv4Network("192.168.0.0/16")]) == "10.200.100.1/24"
+    everything = [ipaddress.IPv4Network(text) for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")]
+    with pytest.raises(errors.HostError):
+        routes.free_prefix(everything)
+
+
+def test_forwarding_leaves_the_host_its_own_routes(proc: Path) -> None:
+    assert host.allow_forwarding(parse("10.9.0.1/24", mode="isolated")) == []
+    assert host.allow_forwarding(parse("10.9.0.1/24")) == ["net.ipv4.ip_forward=1"]
+    changed = host.allow_forwarding(parse("10.9.0.1/24", six="fd00:2::1/64"))
+    # Before it forwards: a kernel that does takes no more advertisements unless told so.
+    assert changed == ["net.ipv6.conf.eth0.accept_ra=2", "net.ipv6.conf.all.forwarding=1"]
+    assert (proc / "sys/net/ipv6/conf/eth1/accept_ra").read_text() == "0"
+    assert host.allow_forwarding(parse("10.9.0.1/24", six="fd00:2::1/64")) == []
+
+
+def message(kind: int, head: bytes, attribute: int, text: str) -> bytes:
+    value = text.encode() + b"\0"
+    body = head + struct.pack("=HH", 4 + len(value), attribute) + value + bytes(-len(value) % 4)
+    return struct.pack("=IHHII", 16 + len(body), kind, 0, 0, 0) + body
+
+
+def test_messages_of_the_kernel() -> None:
+    deleted = 10 << 8 | 2
+    data = message(deleted, bytes(4), 1, "virtd-lab") + message(deleted, bytes(4), 1, "docker")
+    data += message(10 << 8 | 15, bytes(4), 1, "virtd-not-a-table")
+    assert list(watch.tables(data)) == ["virtd-lab", "docker"]
+    assert list(watch.links(message(17, bytes(16), 3, "vd-lab") + message(20, bytes(16), 3, "x"))) == ["vd-lab"]
+    assert list(watch.tables(b"\1\2\3")) == list(watch.tables(bytes(64))) == []
+
+
+def test_firewalld_is_told_again_when_the_bus_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bus that broke off is no time to ask anybody; what was asked of firewalld meanwhile is asked once more."""
+    monkeypatch.setattr(guard, "BUS_RETRY", 0.01)
+    buses: list[Any] = []
+
+    class FakeBus:
+        def __init__(self) -> None:
+            buses.append(self)
+
+        def on_closed(self, callback: Callable[[], None]) -> None:
+            self.close = callback
+
+        async def subscribe(self, *_arguments: Any, **_more: Any) -> Any: ...
+
+    class FakeServices:
+        async def units(self) -> Any:
+            return SimpleNamespace(bus=FakeBus())
+
+    told: list[int] = []
+
+    class FakeNet:
+        active = False
+
+        async def join_firewalld(self) -> None:
+            told.append(len(buses))
+
+    async def main() -> None:
+        nets = {"lab": FakeNet()}
+        prober = SimpleNamespace(doubt=lambda _names: None)
+        beside = guard.Guard(FakeServices(), nets, {}, lambda *_: None, None, prober, None)  # type: ignore[arg-type]
+        following = asyncio.create_task(beside._follow_firewalld())
+        try:
+            await until(lambda: buses and hasattr(buses[0], "close"))
+            await asyncio.sleep(0.05)
+            assert told == []
+            buses[0].close()
+            await until(lambda: told)
+            assert told == [2]
+        finally:
+            following.cancel()
+            await beside.close()
+            await asyncio.gather(following, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+def test_firewalld_comes_and_goes() -> None:
+    """Either is a reason to look: what one that has ended has refused is no problem any more."""
+    handlers: list[Any] = []
+
+    class FakeBus:
+        async def subscribe(self, *arguments: Any, **_more: Any) -> Any:
+            handlers.append(arguments[-1])
+
+    told: list[str] = []
+    asyncio.run(firewalld.watch(cast("Bus", FakeBus()), lambda: told.append("changed")))
+    owner, reloaded = handlers
+    for name, before, after in (
+        (firewalld.NAME, "", ":1.5"),
+        ("org.example", ":1.5", ""),
+        (firewalld.NAME, ":1.5", ""),
+    ):
+        owner("/org/freedesktop/DBus", firewalld.DBUS, "NameOwnerChanged", (name, before, after))
+    assert len(told) == 2
+    reloaded(firewalld.PATH, firewalld.NAME, "Reloaded", ())
+    assert len(told) == 3
+
+
+def test_whose_an_interface_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "CLASS", str(tmp_path))
+    for name, alias in {
+        "vt-web1-0": links.alias_of("lab", "qemu/web1"),
+        "eth0": "",
+        "x": "virtd network lab",
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "ifalias").write_text(alias + "\n")
+    assert links.ports() == [links.Port("vt-web1-0", "lab", "qemu/web1")]

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A disk that somebody deletes while a guest has it open is told of while something can be done."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.doubles.whole_host import ROOT, World, on_loop
+from virtd.messages import Message
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize("how", ["deleted", "another file"])
+@on_loop
+async def test_a_disk_that_is_gone(world: World, tmp_path: Path, how: str) -> None:
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(b"\0" * 512)
+    async with world.daemon() as host:
+        await world.run("web1", more=f'disk = [{{ path = "{disk}", format = "raw" }}]')
+        await host.look()
+        assert (await host.status())["problems"] == []
+        assert (await host.check_all(repair=False, by=None))["differences"] == []
+        kept = tmp_path / "kept"
+        os.rename(disk, kept)
+        if how == "another file":
+            disk.write_bytes(b"\0" * 512)
+        for _ in range(2):
+            await host.look()
+        (problem,) = (await host.status())["problems"]
+        assert problem["object"] == "qemu/web1"
+        assert f"{disk} " in problem["text"]
+        assert how in problem["text"]
+        assert problem["hint"]
+        assert len(world.told(Message.DISK_LOST)) == 1
+        (difference,) = (await host.check_all(repair=True, by=None))["differences"]
+        assert (difference["kind"], difference["repaired"]) == ("file", False)
+        os.rename(kept, disk)
+        await host.look()
+        assert (await host.status())["problems"] == []
+        await host.stop("web1", by=ROOT)
