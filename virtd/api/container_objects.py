@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..bus import Var
-from .variants import dictionary, limit, supervised
+from .variants import supervised
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
-
-    from ..host import Caller, Host
+    from ..host import Host
     from .variants import Object
 
 LATE: dict[str, Var] = {"Exit": Var("a{sv}", {}), "Addresses": Var("as", [])}
@@ -28,38 +26,3 @@ def properties(item: Object) -> dict[str, Var]:
     if "exit" in item:
         found["Addresses"] = Var("as", item.get("addresses") or [])
     return found
-
-
-async def call(host: Host, name: str, member: str, args: tuple[Any, ...], by: Caller | None) -> tuple[Any, ...]:
-    containers = host.containers
-    match member:
-        case "Info":
-            return (dictionary(await containers.info(name)),)
-        case "Dump":
-            return (await containers.dump(name),)
-        case "Wait":
-            states, timeout = args
-            return ((await containers.wait(name, states, limit(timeout)))["state"],)
-    assert by is not None
-    done: Awaitable[Object]
-    match member:
-        case "Shutdown":
-            done = containers.shutdown(name, limit(args[0]), by=by)
-        case "Reboot":
-            done = containers.reboot(name, limit(args[0]), by=by)
-        case "Kill":
-            done = containers.kill(name, args[0], by=by)
-        case "SetAutostart":
-            done = containers.set_autostart(name, args[0], by=by)
-        case simple:
-            # Start, Stop, Freeze, Thaw, Undefine: the table has let nothing else through.
-            done = getattr(containers, simple.lower())(name, by=by)
-    result = await done
-    return (result["changed"],) if member not in ("Kill", "Undefine") else ()
-
-
-async def manage(host: Host, member: str, args: tuple[Any, ...], by: Caller | None) -> tuple[Any, ...]:
-    assert by is not None
-    text, source, check = args
-    done = await host.containers.define(text, source, check=check, by=by)
-    return (done["name"], done["uuid"], done["created"], done["path"], done["warnings"])

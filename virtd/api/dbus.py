@@ -20,6 +20,7 @@ from ..bus import DBUS, DBUS_PATH, Bus, BusError, MethodCall, Var
 from ..host import Caller
 from ..sparing import Sparing
 from ..units import escape_label, unescape_label
+from . import interfaces, members
 from .door import KNOWN, LIMITS_EXCEEDED, Door
 from .introspection import (
     INTERFACES,
@@ -147,10 +148,10 @@ class Server:
             turn = await self._limits.turn(by.uid, COST)
             interface = self._resolve(call)
             method = INTERFACES[interface].methods[call.member]
-            if not method.reading and by.uid != 0:
-                raise errors.AccessDenied(
-                    f"{by.name} may not call {call.member}", hint="Only root may change anything for now."
-                )
+            if not self._host.access.allows(by, method.operation, call.member):
+                turn.leave()
+                async with self._while_there(call.sender):
+                    await self._host.access.ask(by, method.operation, call.member)
             size = await self._reply(call, interface, method, by, turn)
         except Refused as refused:
             call.error(refused.name, str(refused))
@@ -169,14 +170,15 @@ class Server:
     async def _reply(self, call: MethodCall, interface: str, method: Method, by: Caller, turn: Turn) -> int:
         """Answer the call; the answer's size in bytes."""
         signature = method.gives.signature
-        if method.waiting:
+        waiting, shared = _costs(method)
+        if waiting:
             turn.leave()
             async with self._while_there(call.sender):
                 result = await self._dispatch(interface, call, by)
         elif by.uid == 0:
             call.reply(signature, *await self._dispatch(interface, call, by))
             return 0
-        elif method.shared:
+        elif shared:
 
             async def find() -> Any:
                 return self._bus.pack(signature, await self._dispatch(interface, call, by))
@@ -239,12 +241,12 @@ class Server:
 
     def _resolve(self, call: MethodCall) -> str:
         """The interface that a call means: it may leave it out. Raises Refused when the call fits none."""
-        interfaces = self._interfaces(call.path)
-        if not interfaces:
+        own = self._interfaces(call.path)
+        if not own:
             raise Refused("UnknownObject", f"There is no object {call.path}")
-        if call.interface and call.interface not in interfaces:
+        if call.interface and call.interface not in own:
             raise Refused("UnknownInterface", f"{call.path} has no interface {call.interface}")
-        for interface in [call.interface] if call.interface else interfaces:
+        for interface in [call.interface] if call.interface else own:
             if call.member in INTERFACES[interface].methods:
                 takes = INTERFACES[interface].methods[call.member].takes.signature
                 if call.signature != takes:
@@ -254,20 +256,22 @@ class Server:
 
     async def _dispatch(self, interface: str, call: MethodCall, caller: Caller) -> tuple[Any, ...]:
         match interface:
-            case "org.virtd1.Manager":
-                return await self._manager(call, caller)
             case "org.freedesktop.DBus.Properties":
                 return await self._properties(call)
             case "org.freedesktop.DBus.ObjectManager":
                 return (await self._managed(),)
             case "org.freedesktop.DBus.Introspectable":
                 return (document(self._interfaces(call.path), self._children(call.path)),)
-        by = None if INTERFACES[interface].methods[call.member].reading else caller
-        kind, name = self._at(call.path)
-        if name is not None:
-            return await kind.call(self._host, name, call.member, call.args, by)
-        assert kind.manage is not None
-        return await kind.manage(self._host, call.member, call.args, by)
+        if interface == MANAGER and call.member == "List":
+            return (await self._domains(),)
+        name = None if call.path == ROOT else self._at(call.path)[1]
+        return await members.answer(self._host, INTERFACES[interface].methods[call.member], name, call.args, caller)
+
+    async def _domains(self) -> list[tuple[Any, ...]]:
+        return [
+            (d["name"], path_of(d["name"]), d["uuid"], d["state"], d["pid"] or 0, d["reason"] or "")
+            for d in await self._host.listing()
+        ]
 
     async def _managed(self) -> dict[str, dict[str, dict[str, Var]]]:
         """All objects with their properties; one that is gone by the time it is asked for isn't among them."""
@@ -286,27 +290,6 @@ class Server:
                     # What others have made of it costs it its place here, and no other object anything.
                     self._sparing.exception("%s %s can't be told of on D-Bus", kind.segment, name)
         return found
-
-    async def _manager(self, call: MethodCall, by: Caller) -> tuple[Any, ...]:
-        match call.member:
-            case "List":
-                rows = [
-                    (d["name"], path_of(d["name"]), d["uuid"], d["state"], d["pid"] or 0, d["reason"] or "")
-                    for d in await self._host.listing()
-                ]
-                return (rows,)
-            case "Status":
-                return (dictionary(await self._host.status()),)
-            case "Check":
-                return _differences(await self._host.check_all(repair=False, by=None))
-        if call.member == "Define":
-            text, source, check = call.args
-            done = await self._host.define(text, source, check=check, by=by)
-            return done["name"], done["uuid"], done["created"], done["path"] or "", done["warnings"]
-        if call.member == "Repair":
-            return _differences(await self._host.check_all(repair=True, by=by))
-        done = await self._host.reload(by=by)
-        return done["changed"], [dictionary(problem) for problem in done["problems"]]
 
     async def _properties(self, call: MethodCall) -> tuple[Any, ...]:
         interface = call.args[0]
@@ -420,8 +403,12 @@ class Server:
         self._bus.emit(path_of(name, kind.segment), kind.interface, "Ended", "a{sv}", ending)
 
 
-def _differences(answer: Object) -> tuple[list[dict[str, Var]], int]:
-    return [dictionary(row) for row in answer["differences"]], answer["objects"]
+def _costs(method: Method) -> tuple[bool, bool]:
+    """Whether it may last until something happens, and whether it costs much: see virtd.api.interfaces.Method."""
+    if method.operation.startswith("org.freedesktop."):
+        return False, method.operation in (f"{INTROSPECTABLE}.Introspect", f"{OBJECT_MANAGER}.GetManagedObjects")
+    operation = interfaces.operation(method.operation)
+    return operation.waiting, operation.shared
 
 
 def path_of(name: str, segment: str = "domain") -> str:

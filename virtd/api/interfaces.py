@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The Varlink interfaces: which there are, and which module answers for each.
+"""The operations, by Varlink interface: which there are, and which module answers for each.
 
 A module has METHODS, and the interface's text, with the parameters that are let through, is the file of its name
-beside it. Modules are imported at their first call.
+beside it. Modules are imported at their first call. D-Bus's methods are answered by the same (members.py).
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ Stream = Callable[[Host, Caller, dict[str, Any]], AsyncIterator[dict[str, Any] |
 class Method(NamedTuple):
     """One method: what answers it, or, for one that is called with `more`, what makes its replies.
 
-    `reading` ones are for everybody. `waiting` ones change nothing and may last until somebody else does something;
-    all of these end when the client hangs up. `shared` ones cost much: users without rights who ask for the same get
-    the same answer, which may be a second old. A stream's last reply is the one with an "event".
+    `waiting` ones change nothing and may last until somebody else does something; they end when the client hangs up,
+    as all do that only look. `shared` ones cost much: users without rights who ask for the same get the same answer,
+    which may be a second old. A stream's last reply is the one with an "event". Who may call it: virtd.host.access.
     """
 
     answer: Answer | None = None
     stream: Stream | None = None
-    reading: bool = False
     waiting: bool = False
     shared: bool = False
 
@@ -45,6 +44,17 @@ def methods(interface: str) -> dict[str, Method]:
     """The methods of one of MODULES."""
     table: dict[str, Method] = importlib.import_module(MODULES[interface]).METHODS
     return table
+
+
+def operation(name: str) -> Method:
+    """The one of that name, such as "org.virtd1.Pool.Build"."""
+    interface, _, method = name.rpartition(".")
+    return methods(interface)[method]
+
+
+def given(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Those that were not left out."""
+    return {key: value for key, value in parameters.items() if value is not None}
 
 
 async def under(key: str, result: Awaitable[Any]) -> dict[str, Any]:

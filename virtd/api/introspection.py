@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 MANAGER: Final = "org.virtd1.Manager"
 DOMAIN: Final = "org.virtd1.Domain"
+CONTAINER: Final = "org.virtd1.Container"
+CONTAINER_MANAGER: Final = "org.virtd1.ContainerManager"
 NETWORK: Final = "org.virtd1.Network"
 NETWORK_MANAGER: Final = "org.virtd1.NetworkManager"
 POOL: Final = "org.virtd1.Pool"
@@ -31,15 +33,25 @@ DOCTYPE: Final = (
 )
 
 
+def _parted(text: str) -> list[tuple[str, str, str]]:
+    return [item.partition(":") for item in text.split()]
+
+
 class Args(msgspec.Struct, frozen=True):
-    """Arguments: "name:signature" each, separated by spaces."""
+    """Arguments: "name:signature" each, or "name=source:signature", separated by spaces."""
 
     text: str = ""
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
+        """Names and signatures, as Introspect tells them."""
         for item in self.text.split():
             name, _, signature = item.partition(":")
-            yield name, signature
+            yield name.partition("=")[0], signature
+
+    @property
+    def sources(self) -> list[tuple[str, str]]:
+        """What each is called on Varlink, and its signature."""
+        return [(name.rpartition("=")[2], signature) for name, _, signature in _parted(self.text)]
 
     @property
     def signature(self) -> str:
@@ -47,16 +59,15 @@ class Args(msgspec.Struct, frozen=True):
 
 
 class Method(msgspec.Struct, frozen=True):
-    """A method; `reading` ones are for everybody, the others for root.
+    """A method: the operation that it is (virtd.host.access), what it takes, and what it gives of the reply.
 
-    `waiting` ones last until something happens. `shared` ones cost much, see virtd.api.interfaces.Method.
+    An argument is the operation's parameter of that name, and a value the reply's; "name=other" where that is called
+    otherwise, with a dot for what is inside of something.
     """
 
+    operation: str
     takes: Args = Args()
     gives: Args = Args()
-    reading: bool = False
-    waiting: bool = False
-    shared: bool = False
 
 
 class Property(msgspec.Struct, frozen=True):
@@ -74,20 +85,12 @@ class Interface(msgspec.Struct, frozen=True):
     signals: dict[str, Args] = {}
 
 
-def _reading(takes: str = "", gives: str = "") -> Method:
-    return Method(Args(takes), Args(gives), reading=True)
-
-
-def _waiting(takes: str = "", gives: str = "") -> Method:
-    return Method(Args(takes), Args(gives), reading=True, waiting=True)
-
-
-def _shared(takes: str = "", gives: str = "") -> Method:
-    return Method(Args(takes), Args(gives), reading=True, shared=True)
-
-
-def _changing(takes: str = "", gives: str = "") -> Method:
-    return Method(Args(takes), Args(gives))
+def _methods(interface: str, **methods: tuple[str, str, str]) -> dict[str, Method]:
+    """Each with the operation's name in `interface`, what it takes and what it gives."""
+    return {
+        name: Method(f"{interface}.{operation}", Args(takes), Args(gives))
+        for name, (operation, takes, gives) in methods.items()
+    }
 
 
 # What every object has.
@@ -107,16 +110,31 @@ SUPERVISED: Final = COMMON | {
     "Exit": Property("a{sv}", "invalidates"),
 }
 
+DEFINE: Final = ("Define", "text:s source:s check:b", "name:s uuid:s created:b file=path:s warnings:as")
+# What domains and containers can both be asked.
+GUEST: Final = {
+    "Info": ("Info", "", "info=object:a{sv}"),
+    "Dump": ("Dump", "", "text:s"),
+    "Wait": ("Wait", "states:as timeout:d", "state=object.state:s"),
+    "Start": ("Start", "", "changed:b"),
+    "Shutdown": ("Shutdown", "timeout:d", "changed:b"),
+    "Stop": ("Stop", "", "changed:b"),
+    "Kill": ("Kill", "signal:i", ""),
+    "SetAutostart": ("Autostart", "enable:b", "changed:b"),
+    "Undefine": ("Undefine", "", ""),
+}
+
 INTERFACES: Final[dict[str, Interface]] = {
     MANAGER: Interface(
-        methods={
-            "List": _reading("", "domains:a(sossus)"),  # name, path, uuid, state, pid, reason
-            "Status": _shared("", "status:a{sv}"),
-            "Define": _changing("text:s source:s check:b", "name:s uuid:s created:b file:s warnings:as"),
-            "Check": _shared("", "differences:aa{sv} objects:u"),
-            "Repair": _changing("", "differences:aa{sv} objects:u"),
-            "Reload": _changing("", "changed:as problems:aa{sv}"),
-        },
+        methods=_methods(
+            "org.virtd1",
+            List=("List", "", "domains=objects:a(sossus)"),  # name, path, uuid, state, pid, reason
+            Status=("Status", "", "status:a{sv}"),
+            Define=DEFINE,
+            Check=("Check", "", "differences:aa{sv} objects:u"),
+            Repair=("Repair", "", "differences:aa{sv} objects:u"),
+            Reload=("Reload", "", "changed:as problems:aa{sv}"),
+        ),
         properties={
             "Version": Property("s", "const"),
             "Domains": Property("u"),
@@ -124,20 +142,13 @@ INTERFACES: Final[dict[str, Interface]] = {
         },
     ),
     DOMAIN: Interface(
-        methods={
-            "Info": _reading("", "info:a{sv}"),
-            "Dump": _reading("", "text:s"),
-            "Wait": _waiting("states:as timeout:d", "state:s"),
-            "Start": _changing("", "changed:b"),
-            "Shutdown": _changing("timeout:d", "changed:b"),
-            "Stop": _changing("", "changed:b"),
-            "Kill": _changing("signal:i"),
-            "Reboot": _changing("force:b", "changed:b"),
-            "Suspend": _changing("", "changed:b"),
-            "Resume": _changing("", "changed:b"),
-            "SetAutostart": _changing("enable:b", "changed:b"),
-            "Undefine": _changing(),
-        },
+        methods=_methods(
+            "org.virtd1",
+            **GUEST,
+            Reboot=("Reboot", "force:b", "changed:b"),
+            Suspend=("Suspend", "", "changed:b"),
+            Resume=("Resume", "", "changed:b"),
+        ),
         properties=SUPERVISED
         | {
             "Id": Property("i"),
@@ -145,21 +156,23 @@ INTERFACES: Final[dict[str, Interface]] = {
         signals={"Ended": Args("exit:a{sv}")},
     ),
     NETWORK_MANAGER: Interface(
-        methods={
-            "Define": _changing("text:s source:s check:b", "name:s uuid:s created:b file:s warnings:as"),
-            "DefineDefault": _changing("", "name:s uuid:s created:b file:s warnings:as"),
-        }
+        methods=_methods(
+            "org.virtd1.Network",
+            Define=DEFINE,
+            DefineDefault=("DefineDefault", "", DEFINE[2]),
+        )
     ),
     NETWORK: Interface(
-        methods={
-            "Info": _reading("", "info:a{sv}"),
-            "Dump": _reading("", "text:s"),
-            "Leases": _reading("", "leases:aa{sv}"),
-            "Start": _changing("", "changed:b"),
-            "Stop": _changing("force:b", "changed:b"),
-            "SetAutostart": _changing("enable:b", "changed:b"),
-            "Undefine": _changing(),
-        },
+        methods=_methods(
+            "org.virtd1.Network",
+            Info=("Info", "", "info=object:a{sv}"),
+            Dump=("Dump", "", "text:s"),
+            Leases=("Leases", "", "leases:aa{sv}"),
+            Start=("Start", "", "changed:b"),
+            Stop=("Stop", "force:b", "changed:b"),
+            SetAutostart=("Autostart", "enable:b", "changed:b"),
+            Undefine=("Undefine", "", ""),
+        ),
         properties=COMMON
         | {
             "Pid": Property("u"),
@@ -168,24 +181,15 @@ INTERFACES: Final[dict[str, Interface]] = {
             "Addresses": Property("as"),
         },
     ),
-    "org.virtd1.ContainerManager": Interface(
-        methods={"Define": _changing("text:s source:s check:b", "name:s uuid:s created:b file:s warnings:as")}
-    ),
-    "org.virtd1.Container": Interface(
-        methods={
-            "Info": _reading("", "info:a{sv}"),
-            "Dump": _reading("", "text:s"),
-            "Wait": _waiting("states:as timeout:d", "state:s"),
-            "Start": _changing("", "changed:b"),
-            "Shutdown": _changing("timeout:d", "changed:b"),
-            "Stop": _changing("", "changed:b"),
-            "Kill": _changing("signal:i"),
-            "Reboot": _changing("timeout:d", "changed:b"),
-            "Freeze": _changing("", "changed:b"),
-            "Thaw": _changing("", "changed:b"),
-            "SetAutostart": _changing("enable:b", "changed:b"),
-            "Undefine": _changing(),
-        },
+    CONTAINER_MANAGER: Interface(methods=_methods("org.virtd1.Container", Define=DEFINE)),
+    CONTAINER: Interface(
+        methods=_methods(
+            "org.virtd1.Container",
+            **GUEST,
+            Reboot=("Reboot", "timeout:d", "changed:b"),
+            Freeze=("Freeze", "", "changed:b"),
+            Thaw=("Thaw", "", "changed:b"),
+        ),
         properties=SUPERVISED
         | {
             "Addresses": Property("as", "invalidates"),
@@ -193,39 +197,44 @@ INTERFACES: Final[dict[str, Interface]] = {
         signals={"Ended": Args("exit:a{sv}")},
     ),
     POOL_MANAGER: Interface(
-        methods={
-            "Define": _changing("text:s source:s check:b", "name:s uuid:s created:b path:s warnings:as"),
-            "ListJobs": _reading("", "jobs:aa{sv}"),
-            "WaitJob": _waiting("job:s timeout:d", "job:a{sv}"),
-            "CancelJob": _changing("job:s", "changed:b"),
+        methods=_methods("org.virtd1.Pool", Define=(*DEFINE[:2], "name:s uuid:s created:b path:s warnings:as"))
+        | _methods(
+            "org.virtd1.Volume",
+            ListJobs=("Jobs", "", "jobs=objects:aa{sv}"),
+            WaitJob=("Await", "job:s timeout:d", "job=object:a{sv}"),
+            CancelJob=("Cancel", "job:s", "changed:b"),
             # Everything has been written to what UploadVolume gave: the job that goes on, "" when all is done.
-            "Uploaded": _changing("job:s", "job:s"),
-        },
+            Uploaded=("Uploaded", "job:s", "job:s"),
+        ),
     ),
     POOL: Interface(
-        methods={
-            "Info": _reading("", "info:a{sv}"),
-            "Dump": _reading("", "text:s"),
-            "ListVolumes": _shared("", "volumes:aa{sv}"),
-            "VolumeInfo": _shared("volume:s", "info:a{sv}"),
-            "ListSnapshots": _shared("volume:s", "snapshots:aa{sv}"),
-            "Start": _changing("", "changed:b"),
-            "Stop": _changing("", "changed:b"),
-            "Refresh": _changing("", "volumes:x"),
-            "SetAutostart": _changing("enable:b", "changed:b"),
-            "Undefine": _changing(),
+        methods=_methods(
+            "org.virtd1.Pool",
+            Info=("Info", "", "info=object:a{sv}"),
+            Dump=("Dump", "", "text:s"),
+            Start=("Start", "", "changed:b"),
+            Stop=("Stop", "", "changed:b"),
+            Refresh=("Refresh", "", "volumes:x"),
+            SetAutostart=("Autostart", "enable:b", "changed:b"),
+            Undefine=("Undefine", "", ""),
+        )
+        | _methods(
+            "org.virtd1.Volume",
+            ListVolumes=("List", "", "volumes=objects:aa{sv}"),
+            VolumeInfo=("Info", "volume=name:s", "info=object:a{sv}"),
+            ListSnapshots=("Snapshots", "volume=name:s", "snapshots=objects:aa{sv}"),
             # Each gives the job that goes on, "" when all is done.
-            "CreateVolume": _changing("volume:s size:s format:s", "job:s"),
-            "CloneVolume": _changing("volume:s to:s", "job:s"),
+            CreateVolume=("Create", "volume=name:s size:s format:s", "job:s"),
+            CloneVolume=("Clone", "volume=source:s to=name:s", "job:s"),
             # `from` is the image's format, which is never guessed; without a file, of what is there under that name.
-            "ImportVolume": _changing("volume:s file:s from:s format:s", "job:s"),
-            "ResizeVolume": _changing("volume:s size:s", "job:s"),
-            "WipeVolume": _changing("volume:s", "job:s"),
-            "DeleteVolume": _changing("volume:s", "job:s"),
+            ImportVolume=("Import", "volume=name:s file:s from=source_format:s format:s", "job:s"),
+            ResizeVolume=("Resize", "volume=name:s size:s", "job:s"),
+            WipeVolume=("Wipe", "volume=name:s", "job:s"),
+            DeleteVolume=("Delete", "volume=name:s", "job:s"),
             # `content` is to be written from `offset` on, more than 0 only with `resume`. Size 0: not known.
-            "UploadVolume": _changing("volume:s format:s size:t resume:b", "job:s content:h offset:t"),
-            "DownloadVolume": _changing("volume:s", "format:s content:h"),
-        },
+            UploadVolume=("Upload", "volume=name:s format:s size:t resume:b", "job:s content:h offset:t"),
+            DownloadVolume=("Download", "volume=name:s", "format:s content:h"),
+        ),
         properties=COMMON
         | {
             "Type": Property("s"),
@@ -235,24 +244,25 @@ INTERFACES: Final[dict[str, Interface]] = {
             "Available": Property("t"),
         },
     ),
-    INTROSPECTABLE: Interface(methods={"Introspect": _shared("", "xml:s")}),
+    INTROSPECTABLE: Interface(methods=_methods(INTROSPECTABLE, Introspect=("Introspect", "", "xml:s"))),
     PROPERTIES: Interface(
-        methods={
-            "Get": _reading("interface:s property:s", "value:v"),
-            "GetAll": _reading("interface:s", "properties:a{sv}"),
-            "Set": _reading("interface:s property:s value:v"),
-        },
+        methods=_methods(
+            PROPERTIES,
+            Get=("Get", "interface:s property:s", "value:v"),
+            GetAll=("GetAll", "interface:s", "properties:a{sv}"),
+            Set=("Set", "interface:s property:s value:v", ""),
+        ),
         signals={"PropertiesChanged": Args("interface:s changed:a{sv} invalidated:as")},
     ),
     OBJECT_MANAGER: Interface(
-        methods={"GetManagedObjects": _shared("", "objects:a{oa{sa{sv}}}")},
+        methods=_methods(OBJECT_MANAGER, GetManagedObjects=("GetManagedObjects", "", "objects:a{oa{sa{sv}}}")),
         signals={
             "InterfacesAdded": Args("object:o interfaces:a{sa{sv}}"),
             "InterfacesRemoved": Args("object:o interfaces:as"),
         },
     ),
     # GDBus answers its calls.
-    PEER: Interface(methods={"Ping": _reading(), "GetMachineId": _reading("", "id:s")}),
+    PEER: Interface(methods=_methods(PEER, Ping=("Ping", "", ""), GetMachineId=("GetMachineId", "", "id:s"))),
 }
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import container_objects, domain_objects, network_objects, pool_objects
 
@@ -11,14 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from ..bus import Var
-    from ..host import Caller, Host
+    from ..host import Host
     from .variants import Object
-
-    # What answers a method: (host, the object's name, the method, its arguments, who calls). A method that is for
-    # everybody is called without a caller. Gives the values of the reply.
-    Call = Callable[[Host, str, str, tuple[Any, ...], Caller | None], Awaitable[tuple[Any, ...]]]
-    # The same for the manager of a kind, which has no name.
-    Manage = Callable[[Host, str, tuple[Any, ...], Caller | None], Awaitable[tuple[Any, ...]]]
 
 
 class Kind(NamedTuple):
@@ -36,11 +30,9 @@ class Kind(NamedTuple):
     listing: Callable[[Host], Awaitable[list[Object]]]
     info: Callable[[Host, str], Awaitable[Object]]
     properties: Callable[[Object], dict[str, Var]]
-    call: Call
     late: dict[str, Var]
     ended: bool = False
     manager: str = ""  # the interface of /org/virtd1/<segment> itself, for what a kind offers besides its objects
-    manage: Manage | None = None
 
 
 async def _none() -> list[Object]:
@@ -56,7 +48,6 @@ KINDS: tuple[Kind, ...] = (
         listing=lambda host: host.listing(),
         info=lambda host, name: host.info(name),
         properties=domain_objects.properties,
-        call=domain_objects.call,
         late=domain_objects.LATE,
         ended=True,
     ),
@@ -67,10 +58,8 @@ KINDS: tuple[Kind, ...] = (
         listing=lambda host: host.networks.listing(),
         info=lambda host, name: host.networks.info(name),
         properties=network_objects.properties,
-        call=network_objects.call,
         late={},
         manager="org.virtd1.NetworkManager",
-        manage=network_objects.manage,
     ),
     Kind(
         segment="container",
@@ -79,11 +68,9 @@ KINDS: tuple[Kind, ...] = (
         listing=container_objects.listing,
         info=lambda host, name: host.containers.info(name),
         properties=container_objects.properties,
-        call=container_objects.call,
         late=container_objects.LATE,
         ended=True,
         manager="org.virtd1.ContainerManager",
-        manage=container_objects.manage,
     ),
     Kind(
         segment="pool",
@@ -92,9 +79,7 @@ KINDS: tuple[Kind, ...] = (
         listing=lambda host: host.pools.listing() if "storage" in host.drivers else _none(),
         info=lambda host, name: host.pools.info(name),
         properties=pool_objects.properties,
-        call=pool_objects.call,
         late={},
         manager="org.virtd1.PoolManager",
-        manage=pool_objects.manage,
     ),
 )

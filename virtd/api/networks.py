@@ -6,10 +6,10 @@ from __future__ import annotations
 from .interfaces import Method, under
 
 METHODS: dict[str, Method] = {
-    "List": Method(lambda host, by, p: under("objects", host.networks.listing()), reading=True),
-    "Info": Method(lambda host, by, p: under("object", host.networks.info(p["name"])), reading=True),
-    "Dump": Method(lambda host, by, p: under("text", host.networks.dump(p["name"])), reading=True),
-    "Leases": Method(lambda host, by, p: under("leases", host.networks.leases(p["name"])), reading=True),
+    "List": Method(lambda host, by, p: under("objects", host.networks.listing())),
+    "Info": Method(lambda host, by, p: under("object", host.networks.info(p["name"]))),
+    "Dump": Method(lambda host, by, p: under("text", host.networks.dump(p["name"]))),
+    "Leases": Method(lambda host, by, p: under("leases", host.networks.leases(p["name"]))),
     "Define": Method(
         lambda host, by, p: host.networks.define(p["text"], p["source"], check=bool(p.get("check")), by=by)
     ),

@@ -6,9 +6,9 @@ from __future__ import annotations
 from .interfaces import Method, under
 
 METHODS: dict[str, Method] = {
-    "List": Method(lambda host, by, p: under("objects", host.pools.listing()), reading=True),
-    "Info": Method(lambda host, by, p: under("object", host.pools.info(p["name"])), reading=True),
-    "Dump": Method(lambda host, by, p: under("text", host.pools.dump(p["name"])), reading=True),
+    "List": Method(lambda host, by, p: under("objects", host.pools.listing())),
+    "Info": Method(lambda host, by, p: under("object", host.pools.info(p["name"]))),
+    "Dump": Method(lambda host, by, p: under("text", host.pools.dump(p["name"]))),
     "Define": Method(
         lambda host, by, p: host.pools.define(p["text"], p["source"], check=bool(p.get("check")), by=by)
     ),

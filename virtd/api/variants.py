@@ -60,8 +60,3 @@ def supervised(item: Object) -> dict[str, Var]:
     if "exit" in item:
         found["Exit"] = Var("a{sv}", dictionary(item["exit"] or {}))
     return found
-
-
-def limit(timeout: float) -> float | None:
-    """A time limit as D-Bus has it, where 0 and less mean the one that virtd has by itself."""
-    return timeout if timeout > 0 else None

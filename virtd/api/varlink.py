@@ -20,6 +20,7 @@ import msgspec
 
 from .. import __version__, errors
 from ..host import Caller, Host, WithDescriptors
+from ..host.access import RIGHTS, Right
 from ..sparing import Sparing
 from ..text import plain
 from . import idl, interfaces, wire
@@ -166,6 +167,10 @@ class Connection:
                 return False
             try:
                 found = self._find(method, parameters)
+                known = found is not None or method in RIGHTS  # else of org.varlink.service, and _service says so
+                if known and not self._host.access.allows(self.caller, method):
+                    turn.leave()
+                    await self._unless_gone(self._host.access.ask(self.caller, method))
                 if found is not None and found.stream is not None:
                     if not more:
                         raise Refused(f"{SERVICE}.ExpectedMore", {})
@@ -201,7 +206,9 @@ class Connection:
         return True
 
     def _find(self, method: str, parameters: dict[str, Any]) -> interfaces.Method | None:
-        """The method, if its caller may and its parameters fit; None for one of org.varlink.service."""
+        """The method, if its parameters fit and it isn't certain that its caller may not; None for one of
+        org.varlink.service.
+        """
         interface, _, name = method.rpartition(".")
         if interface == SERVICE:
             return None
@@ -210,11 +217,7 @@ class Connection:
         table = interfaces.methods(interface)
         if name not in table:
             raise Refused(f"{SERVICE}.MethodNotFound", {"method": method})
-        if not table[name].reading and self.caller.uid != 0:
-            raise errors.AccessDenied(
-                f"{self.caller.name} may not call {name}",
-                hint="Only root may change anything or read consoles.",
-            )
+        self._host.access.allows(self.caller, method)  # who may not isn't told more about parameters
         if (wrong := idl.problem(interface, name, parameters)) is not None:
             raise Refused(f"{SERVICE}.InvalidParameter", {"parameter": wrong})
         return table[name]
@@ -236,7 +239,7 @@ class Connection:
             return await self._unless_gone(self._sharing.get(key, find))
         if found.waiting:
             turn.leave()
-        if found.reading or found.waiting:
+        if found.waiting or RIGHTS[method] is Right.LOOK:
             return await self._unless_gone(answer(self._host, self.caller, parameters))
         return await answer(self._host, self.caller, parameters)
 

@@ -22,6 +22,7 @@ from ..drivers.protocol import Looking, Problem
 from ..drivers.qemu.machine import DRIVER
 from ..drivers.registry import Drivers
 from ..records import now
+from .access import Access
 from .base import Caller, Listener, WithDescriptors
 from .domains import Domains
 
@@ -66,6 +67,7 @@ class Host(Domains):
         self.followers = console.Followers(services.pump)
         domains = cast("qemu.driver.Driver", self.drivers.get(DRIVER))
         super().__init__(services, settings.qemu, domains, self.followers, self.subscribe)
+        self.access = Access()
         self.recovery = Recovery()
         self.degraded: list[str] = []
         self.problems: dict[str, tuple[str, str]] = {}

@@ -13,6 +13,7 @@ from virtd.api.limits import Limits
 from virtd.api.sharing import Sharing
 from virtd.api.varlink import Connection
 from virtd.host import Caller
+from virtd.host.access import Access
 from virtd.sparing import Sparing
 
 SEEDS = (
@@ -38,6 +39,8 @@ BRIEF = 400
 
 class Echo:
     """A host, and all of its nouns, that answers with what it was asked."""
+
+    access = Access()
 
     def __getattr__(self, name: str) -> Any:
         if name in ("networks", "containers", "pools", "volumes"):

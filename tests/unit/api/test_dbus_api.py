@@ -19,6 +19,7 @@ from virtd.api.dbus import NAME, ROOT, Server, path_of
 from virtd.api.introspection import DOMAIN, INTERFACES, INTROSPECTABLE, MANAGER, OBJECT_MANAGER, PROPERTIES
 from virtd.bus import DBUS, DBUS_PATH, Bus, BusError, Var
 from virtd.host import Caller
+from virtd.host.access import RIGHTS, Access, Right
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -78,6 +79,7 @@ class FakeHost:
 
     def __init__(self) -> None:
         self.networks = FakeNetworks()
+        self.access = Access()
         self.drivers: tuple[str, ...] = ()
         self.domains: dict[str, dict[str, Any]] = {}
         self.exits: dict[str, dict[str, Any]] = {}
@@ -327,7 +329,7 @@ def test_check_and_repair(shared_bus: PrivateBus) -> None:
             assert await client.call(ROOT, f"{MANAGER}.Check") == ([row | {"repaired": False}], 2)
             assert await client.call(ROOT, f"{MANAGER}.Repair") == ([row | {"repaired": True}], 2)
             root = Caller(uid=0, pid=1, name="root")
-            assert host.asked == [("check_all", False, None), ("check_all", True, root)]
+            assert host.asked == [("check_all", False, root), ("check_all", True, root)]
 
     asyncio.run(main())
 
@@ -408,7 +410,9 @@ def test_every_changing_method_asks_who_calls() -> None:
     listed = {
         "Start", "Stop", "Suspend", "Resume", "Undefine", "Kill", "Shutdown", "Reboot", "SetAutostart",
     }  # fmt: skip
-    changing = {name for name, method in INTERFACES[DOMAIN].methods.items() if not method.reading}
+    changing = {
+        name for name, method in INTERFACES[DOMAIN].methods.items() if RIGHTS[method.operation] is not Right.LOOK
+    }
     assert changing == listed
 
 

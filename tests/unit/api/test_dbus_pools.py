@@ -69,14 +69,14 @@ class FakeVolumes:
     async def snapshots(self, pool: str, name: str) -> list[dict[str, Any]]:
         return [{"id": "1", "name": "before", "at": 7, "state": 0}]
 
-    async def create(self, pool: str, name: str, size: str | None, **more: Any) -> dict[str, Any]:
-        self.asked.append(("create", pool, name, size, more["format"]))
+    async def create(self, pool: str, name: str, size: str | None = None, **more: Any) -> dict[str, Any]:
+        self.asked.append(("create", pool, name, size, more.get("format")))
         return {"job": ""}
 
-    async def import_(self, pool: str, name: str, file: str | None, **more: Any) -> dict[str, Any]:
-        if more["source_format"] is None:
+    async def import_(self, pool: str, name: str, file: str | None = None, **more: Any) -> dict[str, Any]:
+        if "source_format" not in more:
             raise InvalidDefinition("image", "from", "expected the format of /x")
-        self.asked.append(("import", pool, name, file, more["source_format"], more["format"], more["by"].name))
+        self.asked.append(("import", pool, name, file, more["source_format"], more.get("format"), more["by"].name))
         return {"job": "job-1"}
 
     async def upload(
@@ -84,9 +84,9 @@ class FakeVolumes:
         pool: str,
         name: str,
         *,
-        format: str | None,  # noqa: A002
-        size: int | None,
-        resume: bool,
+        format: str | None = None,  # noqa: A002
+        size: int | None = None,
+        resume: bool = False,
         by: Caller,
     ) -> WithDescriptors:
         self.asked.append(("upload", pool, name, format, size, resume))

@@ -19,6 +19,7 @@ from tests.doubles.whole_host import on_loop, until
 from virtd import __version__, errors
 from virtd.api import idl, interfaces, varlink
 from virtd.host import Caller, Host, WithDescriptors
+from virtd.host.access import Access
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -34,6 +35,7 @@ class FakeHost:
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
         self.answers: dict[str, Any] = {}
         self.cancelled: list[str] = []
+        self.access = Access()
         self.console_events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.console_closed = asyncio.Event()
 
