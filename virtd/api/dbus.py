@@ -181,12 +181,12 @@ class Server:
         elif shared:
 
             async def find() -> Any:
-                return self._bus.pack(signature, await self._dispatch(interface, call, by))
+                return self._bus.codec.pack(signature, await self._dispatch(interface, call, by))
 
             return call.answer(await self._sharing.get((call.path, interface, call.member, call.args), find))
         else:
             result = await self._dispatch(interface, call, by)
-        return call.answer(self._bus.pack(signature, result))
+        return call.answer(self._bus.codec.pack(signature, result))
 
     async def _caller_of(self, sender: str) -> Caller | None:
         """Whose the connection is; None when it is gone."""

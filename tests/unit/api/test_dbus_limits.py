@@ -118,14 +118,15 @@ def test_strangers_signals_end_in_the_other_thread(shared_bus: PrivateBus, monke
     async def main() -> None:
         listener, stranger = await Bus.open(shared_bus.address), await Bus.open(shared_bus.address)
         seen: list[Any] = []
-        receive = listener._receive
+        link = listener._link
+        receive = link._receive
 
         def note(message: Any) -> None:
             seen.append(message)
             receive(message)
 
-        monkeypatch.setattr(listener, "_receive", note)
-        gio = stranger._gio
+        monkeypatch.setattr(link, "_receive", note)
+        gio = stranger.codec.gio
         for _ in range(100):
             message = gio.DBusMessage.new_signal("/x", "org.example", "Noise")
             message.set_destination(listener.unique_name)

@@ -139,7 +139,7 @@ def test_what_runs_is_told_when_machined_comes(private: PrivateBus) -> None:
             world.listener("changed", item("lxc", 20))
             await until(lambda: "lxc-web1" in fake.machines)
             world.listener("changed", item("lxc", 21))  # it has rebooted
-            await until(lambda: fake.machines["lxc-web1"] == ("container", 21))
+            await until(lambda: fake.machines.get("lxc-web1") == ("container", 21))
             told = len(fake.calls)
             world.listener("changed", item("lxc", 21, "paused"))
             world.listener("changed", item("qemu", None, "crashed"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is in D-Bus messages: values that Python has no type for, calls that came in, and answers that are tables."""
+"""What is in D-Bus messages: values, calls that came in, answers that are tables, and errors."""
 
 from __future__ import annotations
 
@@ -8,10 +8,23 @@ import itertools
 import os
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
-from .text import plain
+from .. import errors
+from ..text import plain
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
+
+DBUS: Final = "org.freedesktop.DBus"
+DBUS_PATH: Final = "/org/freedesktop/DBus"
+DISCONNECTED: Final = "org.freedesktop.DBus.Error.Disconnected"
+
+
+class BusError(errors.HostError):
+    """An error reply. `name` is its D-Bus name, as in org.freedesktop.systemd1.NoSuchUnit."""
+
+    def __init__(self, name: str, message: str, *, hint: str = "") -> None:
+        super().__init__(message or name, hint=hint)
+        self.name = name
 
 
 class Var(NamedTuple):
@@ -54,12 +67,71 @@ def sendable(value: Any) -> Any:
             return value
 
 
-class Connection(Protocol):
-    """What a call came by; see bus.Bus."""
+class Codec:
+    """Between Python's values and the bodies of messages. It holds gi's modules, which are imported late."""
 
-    def pack(self, signature: str, values: Sequence[Any]) -> Any: ...
-    def unpack(self, message: Any) -> tuple[Any, ...]: ...
-    def attach(self, message: Any, fds: Sequence[int]) -> None: ...
+    def __init__(self, gio: Any, glib: Any) -> None:
+        self.gio = gio
+        self.kinds = gio.DBusMessageType
+        self._glib = glib
+
+    def attach(self, message: Any, fds: Sequence[int]) -> None:
+        """Have duplicates of these go with a message, whose `h` are indices into them."""
+        if fds:
+            handles = self.gio.UnixFDList.new()
+            for fd in fds:
+                handles.append(fd)
+            message.set_unix_fd_list(handles)
+
+    def pack(self, signature: str, values: Sequence[Any]) -> Any:
+        """A body for what we tell others, which is always sent: see `sendable`."""
+        try:
+            return self.pack_as_is(signature, values)
+        except (UnicodeEncodeError, OverflowError):
+            return self.pack_as_is(signature, sendable(tuple(values)))
+
+    def pack_as_is(self, signature: str, values: Sequence[Any]) -> Any:
+        """A body; UnicodeEncodeError or OverflowError for what D-Bus has no way to say."""
+        return self._glib.Variant(f"({signature})", tuple(self._wrap(value) for value in values))
+
+    def _wrap(self, value: Any) -> Any:
+        if isinstance(value, Var):
+            return self._glib.Variant(value.signature, self._wrap(value.value))
+        if isinstance(value, tuple):
+            return tuple(self._wrap(item) for item in value)
+        if isinstance(value, list):
+            return [self._wrap(item) for item in value]
+        if isinstance(value, dict):
+            return {key: self._wrap(item) for key, item in value.items()}
+        return value
+
+    def unpack(self, message: Any) -> tuple[Any, ...]:
+        """The values of a message; descriptors in it are the caller's to close."""
+        body = message.get_body()
+        if body is None:
+            return ()
+        values: tuple[Any, ...] = body.unpack()
+        if message.get_num_unix_fds() == 0:
+            return values
+        fds = list(message.get_unix_fd_list().steal_fds())
+        unclaimed = set(fds)
+        result = []
+        for number, value in enumerate(values):
+            if body.get_child_value(number).get_type_string() == "h":
+                unclaimed.discard(fds[value])
+                result.append(fds[value])
+            else:
+                result.append(value)
+        for fd in unclaimed:
+            os.close(fd)
+        return tuple(result)
+
+
+class Connection(Protocol):
+    """What a call came by; see Bus."""
+
+    @property
+    def codec(self) -> Codec: ...
     def send(self, message: Any) -> None: ...
 
 
@@ -78,10 +150,10 @@ class MethodCall:
     @functools.cached_property
     def args(self) -> tuple[Any, ...]:
         """To be asked for when `signature` is as expected: what a stranger sends may be of any kind and size."""
-        return self._bus.unpack(self._message)
+        return self._bus.codec.unpack(self._message)
 
     def answer(self, body: Any) -> int:
-        """Reply with what Bus.pack made; its size in bytes."""
+        """Reply with what Codec.pack made; its size in bytes."""
         if self._wants_reply():
             reply = self._message.new_method_reply()
             reply.set_body(body)
@@ -96,8 +168,8 @@ class MethodCall:
                 numbers = itertools.count()
                 plain = [next(numbers) if isinstance(value, Descriptor) else value for value in values]
                 reply = self._message.new_method_reply()
-                reply.set_body(self._bus.pack(signature, plain))
-                self._bus.attach(reply, fds)
+                reply.set_body(self._bus.codec.pack(signature, plain))
+                self._bus.codec.attach(reply, fds)
                 self._bus.send(reply)
         finally:
             for fd in fds:
