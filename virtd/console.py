@@ -21,7 +21,8 @@ from . import errors, process
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .logfile import Cursor, LogFile
+    from .logchain import Cursor
+    from .logfile import LogFile
     from .pump import Pump
 
 GRACE = 10.0  # seconds after the daemon's start in which a console that was attached before can be claimed again
@@ -31,7 +32,7 @@ POLL = 25.0  # seconds after which a follower that waits in vain is told so, and
 class Place(NamedTuple):
     """Where a follower goes on. `fd` (the receiver closes it) only when that is another file than it asked for.
 
-    `missed` is how many bytes were rotated away before it came to read them, or logfile.UNKNOWN; `refused` why the
+    `missed` is how many bytes were rotated away before it came to read them, or logchain.UNKNOWN; `refused` why the
     log can't be written at present.
     """
 
@@ -79,14 +80,14 @@ class Followers:
     ) -> Place:
         # What the guest said a moment ago may still be in the pipe.
         await asyncio.wrap_future(self._pump.drain(key))
-        start = asked if asked is not None else log.tail(lines)
+        start = asked if asked is not None else log.chain.tail(lines)
         refused = self._refused.get(key, "")
         with self._watched(key) if wait else contextlib.nullcontext(asyncio.Event()) as grown:
             deadline = time.monotonic() + POLL
             while True:
                 grown.clear()
                 ended = over.is_set()  # looked at first: what was written before the end is then found below
-                cursor, size = log.locate(start)
+                cursor, size = log.chain.locate(start)
                 more = size > 0
                 before, refused = refused, self._refused.get(key, "")
                 if (
@@ -99,9 +100,9 @@ class Followers:
                 ):
                     break
                 await _first(grown, over, deadline - time.monotonic())
-        missed = log.missed(asked, cursor) if asked is not None else 0
+        missed = log.chain.missed(asked, cursor) if asked is not None else 0
         changed = asked is None or cursor.file != asked.file
-        fd = log.open(cursor.file) if changed else None
+        fd = log.chain.open(cursor.file) if changed else None
         return Place(cursor, more, ended and not more, fd, missed, refused)
 
     @contextlib.contextmanager

@@ -9,12 +9,8 @@ The path is the truth: whatever leads there is the current file, and its size sa
 moved. A descriptor that was kept in the FD store is a short cut; if it leads elsewhere, because a rotation was cut
 off or because somebody moved or removed the file by hand, the log goes on with the file at the path.
 
-A follower's place is a `Cursor`: the file's id ("dev:ino") and an offset. It holds the file open while it has a
-place in it, so the id can't be used again for another file meanwhile. Reading it to its end and going on with
-`newer()` at offset 0 gives every byte once, over any number of rotations.
-
-One thread (the pump's) calls `take`, `rotate`, `check` and `close`. The rest reads a snapshot and may be called
-from any thread.
+One thread (the pump's) calls `take`, `rotate`, `check` and `close`. Who reads the log asks its chain of files
+(logchain.py).
 """
 
 from __future__ import annotations
@@ -25,14 +21,14 @@ import fcntl
 import logging
 import os
 import stat
-from collections import OrderedDict
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from .errors import HostError
 from .files import make_directory
+from .logchain import Chain, Current, file_id
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
 
@@ -43,51 +39,8 @@ DEFAULT_BACKUPS = 3
 LINE_SEARCH = 512
 # After a rotation that failed (a full disk, say), the file may grow by this much until the next attempt.
 ROTATE_AGAIN = 1 << 20
-# Files that left the chain and are still remembered for followers that hold them open.
-RETIRED = 64
-UNKNOWN = -1  # bytes that were missed, and perhaps none
-
-_BLOCK = 1 << 16
 _OPEN = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NOCTTY
 _SPLICE = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
-
-
-class Segment(NamedTuple):
-    """One file of the log: its id ("dev:ino"), its path at the time of asking, its size in bytes."""
-
-    file: str
-    path: str
-    size: int
-
-
-class Cursor(NamedTuple):
-    """A place in the log: a file's id and the offset of the next byte to read there."""
-
-    file: str
-    offset: int
-
-
-class Retired(NamedTuple):
-    """A file that was removed: its size, the file after it, and the bytes that were in others between the two."""
-
-    size: int
-    successor: str
-    between: int
-
-
-def file_id(status: os.stat_result) -> str:
-    """What a file is called in a cursor."""
-    return f"{status.st_dev}:{status.st_ino}"
-
-
-class _Current:
-    """The file that grows. A rotation makes a new object, so that a snapshot is of one moment."""
-
-    __slots__ = ("file", "size")
-
-    def __init__(self, file: str, size: int) -> None:
-        self.file = file
-        self.size = size
 
 
 class LogFile:
@@ -114,16 +67,15 @@ class LogFile:
         self.backups = backups
         self.on_rotate = on_rotate
         self._turn_at = limit or 1 << 62
-        self._retired: OrderedDict[str, Retired] = OrderedDict()
         self.fd = -1
-        self._now = _Current("", 0)
+        self._now = Current("", 0)
         if fd is not None and _usable(fd):
             self.fd = fd
             self._now = _measure(fd)
         elif fd is not None:
             logger.warning("log %s: the descriptor kept for it is of no use, opening the file", self.path)
             _close(fd)
-        self._chain: tuple[tuple[Segment, ...], _Current] = ((), self._now)
+        self.chain = Chain(self.path, backups, self._now)
         try:
             self._settle(announce=fd is not None)
         except OSError as error:
@@ -145,7 +97,7 @@ class LogFile:
         return self._now.size
 
     def close(self) -> None:
-        """Close the file. What reads (`files`, `locate`, `tail`, `open`) goes on to work."""
+        """Close the file. Its chain can be read all the same."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -221,30 +173,21 @@ class LogFile:
             last = self._first_gap()
             # A rename over a file makes ext4 write the moved one to the disk there and then, which costs more than
             # all the rest here; so the oldest is removed first.
-            _remove(self._backup(last) if last else self.path)
+            _remove(self.chain.backup(last) if last else self.path)
             for number in range(last, 1, -1):
-                os.rename(self._backup(number - 1), self._backup(number))
+                os.rename(self.chain.backup(number - 1), self.chain.backup(number))
             if last:
-                os.rename(self.path, self._backup(1))
+                os.rename(self.path, self.chain.backup(1))
             os.rename(fresh, self.path)
         except OSError:
             os.close(fd)
             _remove(fresh)
             if self.backups and not os.path.lexists(self.path):
-                os.rename(self._backup(1), self.path)
+                os.rename(self.chain.backup(1), self.path)
             raise
-        files = self._snapshot()
-        kept = files[-self.backups :] if self.backups else ()
-        gone = files[: len(files) - len(kept)]
         now = _measure(fd)
-        order = [*(segment.file for segment in files), now.file]
-        for index, segment in enumerate(gone):
-            self._retire(segment.file, segment.size, order[index + 1])
-        older = tuple(
-            Segment(segment.file, self._backup(len(kept) - index), segment.size) for index, segment in enumerate(kept)
-        )
-        self._reuse(now.file)
-        self._replace(fd, now, older)
+        self.chain.rotated(now)
+        self._replace(fd, now)
         self._announce()
         return self.fd
 
@@ -291,24 +234,19 @@ class LogFile:
         if not stat.S_ISREG(status.st_mode):
             os.close(fd)
             raise OSError(errno.EINVAL, "not a regular file", self.path)
-        older = self._scan()
-        before = self._now
-        if file_id(status) == before.file:
+        if file_id(status) == self._now.file:
             os.close(fd)
-            self._chain = (older, before)
+            self.chain.found(self._now)
             return
         now = _measure(fd)
-        if before.file and all(segment.file != before.file for segment in older):
-            self._retire(before.file, before.size, now.file)
-        self._reuse(now.file)
-        self._replace(fd, now, older)
+        self.chain.found(now)
+        self._replace(fd, now)
         if announce:
             self._announce()
 
-    def _replace(self, fd: int, now: _Current, older: tuple[Segment, ...]) -> None:
+    def _replace(self, fd: int, now: Current) -> None:
         old, self.fd = self.fd, fd
         self._now = now
-        self._chain = (older, now)
         self._turn_at = self.limit or 1 << 62
         if old >= 0:
             os.close(old)
@@ -322,158 +260,12 @@ class LogFile:
             # The slot that wasn't replaced is a short cut only; the log goes on.
             logger.exception("log %s: its new descriptor was not taken", self.path)
 
-    def _backup(self, number: int) -> str:
-        return f"{self.path}.{number}"
-
     def _first_gap(self) -> int:
         """The first number that is free; the last one there may be if none is."""
         for number in range(1, self.backups):
-            if not os.path.lexists(self._backup(number)):
+            if not os.path.lexists(self.chain.backup(number)):
                 return number
         return self.backups
-
-    def _scan(self) -> tuple[Segment, ...]:
-        older = []
-        for number in range(self.backups, 0, -1):
-            try:
-                status = os.stat(self._backup(number), follow_symlinks=False)
-            except OSError:
-                continue
-            if stat.S_ISREG(status.st_mode):
-                older.append(Segment(file_id(status), self._backup(number), status.st_size))
-        return tuple(older)
-
-    def _reuse(self, file: str) -> None:
-        """A new file has the number of one that was removed, which ext4 gives away at once: that one is forgotten."""
-        if (old := self._retired.get(file)) is None:
-            return
-        for other, gone in list(self._retired.items()):
-            if gone.successor == file:
-                self._retired[other] = Retired(gone.size, old.successor, gone.between + old.size + old.between)
-        del self._retired[file]
-
-    def _retire(self, file: str, size: int, successor: str) -> None:
-        self._retired[file] = Retired(size, successor, 0)
-        while len(self._retired) > RETIRED:
-            self._retired.popitem(last=False)
-
-    # Reading: any thread
-
-    def _snapshot(self) -> tuple[Segment, ...]:
-        older, now = self._chain
-        return (*older, Segment(now.file, self.path, now.size))
-
-    def files(self) -> list[Segment]:
-        """All files of the log, oldest first; the last one is the current one."""
-        return list(self._snapshot())
-
-    def newer(self, file: str) -> str | None:
-        """The id of the file that follows `file`; None for the current one. A file nobody remembers is older than
-        all.
-        """
-        chain = [segment.file for segment in self._snapshot()]
-        for _ in range(RETIRED + 1):
-            if file in chain:
-                index = chain.index(file) + 1
-                return chain[index] if index < len(chain) else None
-            if file not in self._retired:
-                return chain[0]
-            file = self._retired[file].successor
-            if file in chain:
-                return file
-        return chain[0]
-
-    def locate(self, cursor: Cursor) -> tuple[Cursor, int]:
-        """Where a follower goes on, and how many bytes it can read there in that file (0: it has everything).
-
-        At the end of an older file that is the next newer one at offset 0. A file that was cut short begins again
-        at 0. A file that has left the chain can be read to its end by whoever still holds it open.
-        """
-        for _ in range(self.backups + RETIRED + 2):
-            sizes = {segment.file: segment.size for segment in self._snapshot()}
-            gone = self._retired.get(cursor.file)
-            size = sizes.get(cursor.file, gone.size if gone is not None else 0)
-            if cursor.offset < size:
-                return cursor, size - cursor.offset
-            after = self.newer(cursor.file)
-            if after is None:
-                if cursor.offset > size and self._was_cut(cursor):
-                    return Cursor(cursor.file, 0), size
-                return cursor, 0
-            cursor = Cursor(after, 0)
-        return cursor, 0
-
-    def missed(self, place: Cursor, found: Cursor) -> int:
-        """How many bytes came after the file of `place` and before that of `found`, and can't be read any more.
-
-        Whoever is at `place` holds that file and reads it to its end. UNKNOWN for a file that nobody remembers.
-        """
-        lost, file = 0, place.file
-        chain = {segment.file for segment in self._snapshot()}
-        while file != found.file and file not in chain:
-            gone = self._retired.get(file)
-            if gone is None:
-                return UNKNOWN
-            lost += gone.between + (gone.size if file != place.file else 0)
-            file = gone.successor
-        return lost
-
-    def _was_cut(self, cursor: Cursor) -> bool:
-        """Whether the current file ends before the cursor. Only the file knows: a reader may be ahead of `size` by
-        a move.
-        """
-        try:
-            status = os.stat(self.path, follow_symlinks=False)
-        except OSError:
-            return False
-        return file_id(status) == cursor.file and status.st_size < cursor.offset
-
-    def tail(self, lines: int) -> Cursor:
-        """The beginning of the last `lines` lines over all files; 0: the end, -1: the very beginning.
-
-        An unfinished last line counts as one. Files that vanish while they are read end the search there.
-        """
-        segments = self._snapshot()
-        place = Cursor(segments[-1].file, segments[-1].size)
-        if lines == 0:
-            return place
-        if lines < 0:
-            return Cursor(segments[0].file, 0)
-        last = True
-        for segment in reversed(segments):
-            try:
-                fd = self.open(segment.file)
-            except FileNotFoundError:
-                return place
-            try:
-                for start, block in _backwards(fd, segment.size):
-                    end = len(block)
-                    if last:
-                        last = False
-                        # The stream's final line end closes the last line; it doesn't begin another.
-                        end -= block.endswith(b"\n")
-                    while (at := block.rfind(b"\n", 0, end)) >= 0:
-                        lines -= 1
-                        if not lines:
-                            return Cursor(segment.file, start + at + 1)
-                        end = at
-                place = Cursor(segment.file, 0)
-            finally:
-                os.close(fd)
-        return place
-
-    def open(self, file: str) -> int:
-        """A new read-only descriptor of the file with this id, which the caller closes. Raises FileNotFoundError."""
-        # A rotation only moves files to higher numbers, so looking upwards can't miss one that is being moved.
-        for path in (self.path, *(self._backup(number) for number in range(1, self.backups + 1))):
-            try:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-            except OSError:
-                continue
-            if file_id(os.fstat(fd)) == file:
-                return fd
-            os.close(fd)
-        raise FileNotFoundError(errno.ENOENT, f"no file {file} in the log", self.path)
 
 
 def _usable(fd: int) -> bool:
@@ -491,26 +283,14 @@ def _usable(fd: int) -> bool:
     return True
 
 
-def _measure(fd: int) -> _Current:
+def _measure(fd: int) -> Current:
     """Put the descriptor's position at the file's end."""
-    return _Current(file_id(os.fstat(fd)), os.lseek(fd, 0, os.SEEK_END))
+    return Current(file_id(os.fstat(fd)), os.lseek(fd, 0, os.SEEK_END))
 
 
 def _close(fd: int) -> None:
     with contextlib.suppress(OSError):
         os.close(fd)
-
-
-def _backwards(fd: int, size: int) -> Iterator[tuple[int, bytes]]:
-    """The blocks of a file from its end to its beginning, each with its offset."""
-    while size > 0:
-        start = max(0, size - _BLOCK)
-        block = os.pread(fd, size - start, start)
-        if len(block) < size - start:
-            # Somebody cut the file while it was read; what is left still has lines.
-            block = block.ljust(size - start, b"\0")
-        yield start, block
-        size = start
 
 
 def _remove(path: str) -> None:

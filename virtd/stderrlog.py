@@ -14,7 +14,7 @@ import time
 from typing import TYPE_CHECKING
 
 from . import journal
-from .logfile import Cursor
+from .logchain import Cursor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -59,10 +59,10 @@ class StderrLog:
         self._allowance = float(BURST)
         self._counted_at = clock()
         self._unsent = 0
-        current = log.files()[-1]
+        current = log.chain.files()[-1]
         if cursor is None:
             cursor = Cursor(current.file, current.size)
-        elif all(segment.file != cursor.file for segment in log.files()):
+        elif all(segment.file != cursor.file for segment in log.chain.files()):
             # Its file is gone, and how much of the older ones was sent is unknown: better little twice than all.
             cursor = Cursor(current.file, 0)
         self.cursor = cursor
@@ -73,7 +73,7 @@ class StderrLog:
         A line that isn't finished waits for its end; with `final`, when nothing more can come, it is sent as it is.
         """
         self._skip_backlog()
-        cursor, size = self._log.locate(self.cursor)
+        cursor, size = self._log.chain.locate(self.cursor)
         data = self._read(cursor, min(size, STEP)) if size else b""
         grows = cursor.file == self._log.file
         end = data.rfind(b"\n") + 1
@@ -83,14 +83,14 @@ class StderrLog:
             for start in range(0, len(line), LINE):
                 self._forward_line(line[start : start + LINE])
         self.cursor = Cursor(cursor.file, cursor.offset + end)
-        more = end > 0 and self._log.locate(self.cursor)[1] > 0
+        more = end > 0 and self._log.chain.locate(self.cursor)[1] > 0
         if self._unsent and (self._may_send() or (final and not more)):
             self._say_unsent()
         return more
 
     def _read(self, cursor: Cursor, size: int) -> bytes:
         try:
-            fd = self._log.open(cursor.file)
+            fd = self._log.chain.open(cursor.file)
         except FileNotFoundError:
             return b""
         try:
@@ -100,7 +100,7 @@ class StderrLog:
 
     def _skip_backlog(self) -> None:
         """Jump over what nobody would read in the journal."""
-        files = self._log.files()
+        files = self._log.chain.files()
         at = next((index for index, segment in enumerate(files) if segment.file == self.cursor.file), 0)
         behind = sum(segment.size for segment in files[at:]) - self.cursor.offset
         if behind > BACKLOG:

@@ -89,7 +89,7 @@ def main(directory: Path, kills: int, limit: int) -> None:
         landed += os.waitstatus_to_exitcode(status) == -signal.SIGKILL
     os.waitpid(writer, 0)
     whole = b"".join(
-        Path(segment.path).read_bytes() for segment in LogFile(path, limit=limit, backups=BACKUPS).files()
+        Path(segment.path).read_bytes() for segment in LogFile(path, limit=limit, backups=BACKUPS).chain.files()
     )
     print(json.dumps({"kills": landed, "files": len(list(directory.iterdir())), **count(whole)}))
 

@@ -14,7 +14,8 @@ import pytest
 from tests.doubles.whole_host import on_loop, until
 from virtd import console, errors
 from virtd.console import Followers, Place, Writers
-from virtd.logfile import Cursor, LogFile
+from virtd.logchain import Cursor
+from virtd.logfile import LogFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -131,16 +132,16 @@ async def test_a_log_that_refuses_is_told_of_at_once_and_once(log: Log) -> None:
 async def test_a_file_that_is_rotated_away_between_two_looks(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     log.write(b"one\n")
     first = log.file.file
-    held = log.file.open(first)  # so that no other gets its number
-    real = log.file.open
+    held = log.file.chain.open(first)  # so that no other gets its number
+    real = log.file.chain.open
 
     def rotated(file: str) -> int:
-        monkeypatch.setattr(log.file, "open", real)
+        monkeypatch.setattr(log.file.chain, "open", real)
         for _ in range(4):
             log.write(b"x" * 2000 + b"\n")
         return real(file)
 
-    monkeypatch.setattr(log.file, "open", rotated)
+    monkeypatch.setattr(log.file.chain, "open", rotated)
     place = await log.place(lines=-1)
     assert place.cursor.file != first
     os.close(held)

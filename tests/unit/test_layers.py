@@ -16,6 +16,7 @@ MAX_LINES = 600
 
 INNER = (
     "virtd.records",
+    "virtd.logchain",
     "virtd.logfile",
     "virtd.pump",
     "virtd.feeder",

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from virtd import logfile
+from virtd import logchain, logfile
 from virtd.errors import HostError
-from virtd.logfile import Cursor, LogFile
+from virtd.logchain import Cursor
+from virtd.logfile import LogFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -60,7 +61,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def contents(log: LogFile) -> bytes:
-    return b"".join(Path(segment.path).read_bytes() for segment in log.files())
+    return b"".join(Path(segment.path).read_bytes() for segment in log.chain.files())
 
 
 def numbered(first: int, last: int) -> bytes:
@@ -73,7 +74,7 @@ class Follower:
     def __init__(self, log: LogFile, cursor: Cursor) -> None:
         self.log = log
         self.cursor = cursor
-        self.fd = log.open(cursor.file)
+        self.fd = log.chain.open(cursor.file)
         self.seen = b""
 
     def _read(self) -> None:
@@ -85,10 +86,10 @@ class Follower:
         """Read what there is."""
         while True:
             self._read()
-            cursor, more = self.log.locate(self.cursor)
+            cursor, more = self.log.chain.locate(self.cursor)
             if cursor.file != self.cursor.file:
                 os.close(self.fd)
-                self.fd = self.log.open(cursor.file)
+                self.fd = self.log.chain.open(cursor.file)
             elif not more:
                 return
             self.cursor = cursor
@@ -153,14 +154,14 @@ def test_it_rotates_at_line_ends_and_keeps_as_many_backups_as_told(path: Path, f
     log = LogFile(path, limit=1000, backups=3)
     data = numbered(0, 1000)
     feed.move(log, data)
-    assert [Path(segment.path).name for segment in log.files()] == [
+    assert [Path(segment.path).name for segment in log.chain.files()] == [
         "web1.console.log.3",
         "web1.console.log.2",
         "web1.console.log.1",
         "web1.console.log",
     ]
-    assert sorted(path.parent.iterdir()) == sorted(Path(segment.path) for segment in log.files())
-    for segment in log.files():
+    assert sorted(path.parent.iterdir()) == sorted(Path(segment.path) for segment in log.chain.files())
+    for segment in log.chain.files():
         assert Path(segment.path).stat().st_size == segment.size <= 1000 + len("line 000000\n")
         assert Path(segment.path).read_bytes().endswith(b"\n")
     assert data.endswith(contents(log))
@@ -171,7 +172,7 @@ def test_it_rotates_at_line_ends_and_keeps_as_many_backups_as_told(path: Path, f
 def test_a_file_without_line_ends_is_cut_anyway(path: Path, feed: Feed) -> None:
     log = LogFile(path, limit=1000, backups=100)
     feed.move(log, b"x" * 10_000)
-    assert len(log.files()) > 5
+    assert len(log.chain.files()) > 5
     assert contents(log) == b"x" * 10_000
     log.close()
 
@@ -179,7 +180,7 @@ def test_a_file_without_line_ends_is_cut_anyway(path: Path, feed: Feed) -> None:
 def test_no_limit_and_no_backups(path: Path, feed: Feed) -> None:
     log = LogFile(path, limit=0)
     feed.move(log, numbered(0, 10_000))
-    assert len(log.files()) == 1
+    assert len(log.chain.files()) == 1
     log.close()
     log = LogFile(path, limit=1000, backups=0)
     feed.move(log, numbered(10_000, 10_200))
@@ -217,7 +218,7 @@ def test_a_rotation_that_fails_lets_the_file_grow(path: Path, feed: Feed, monkey
     assert list(path.parent.iterdir()) == [path]
     monkeypatch.undo()
     feed.move(log, numbered(300, 1000))
-    assert len(log.files()) > 3
+    assert len(log.chain.files()) > 3
     assert contents(log) == numbered(0, 1000)
     log.close()
 
@@ -454,7 +455,7 @@ def test_a_file_cut_between_two_moves_gets_no_hole(path: Path, feed: Feed, limit
 def test_a_file_cut_by_hand_gets_no_hole(path: Path, feed: Feed) -> None:
     log = LogFile(path)
     feed.move(log, numbered(0, 100))
-    follower = Follower(log, log.tail(0))
+    follower = Follower(log, log.chain.tail(0))
     os.truncate(path, 0)
     assert not log.check()
     feed.move(log, b"afresh\n")
@@ -482,7 +483,7 @@ def test_a_line_added_by_hand_is_not_written_over(path: Path, feed: Feed) -> Non
 def test_a_follower_sees_every_byte_once_over_rotations(path: Path, feed: Feed) -> None:
     log = LogFile(path, limit=500, backups=200)
     feed.move(log, numbered(0, 10))
-    follower = Follower(log, log.tail(-1))
+    follower = Follower(log, log.chain.tail(-1))
     for number in range(10, 500, 7):
         feed.move(log, numbered(number, number + 7))
         if number % 3 == 0:
@@ -500,7 +501,7 @@ def test_a_follower_that_is_ahead_of_the_known_size_is_not_sent_back(path: Path,
     with path.open("ab") as file:
         file.write(b"more\n")
     cursor = Cursor(log.file, 11)
-    assert log.locate(cursor) == (cursor, 0)
+    assert log.chain.locate(cursor) == (cursor, 0)
     log.close()
 
 
@@ -511,7 +512,7 @@ def test_a_slow_follower_reads_a_removed_file_to_its_end(path: Path, feed: Feed)
     for word in (b"two\n", b"three\n", b"four\n"):
         log.rotate()
         feed.move(log, word)
-    assert log.locate(follower.cursor) == (follower.cursor, 4)
+    assert log.chain.locate(follower.cursor) == (follower.cursor, 4)
     follower.follow()
     assert follower.seen == b"one\nthree\nfour\n"
     follower.close()
@@ -526,23 +527,23 @@ def test_what_a_slow_follower_has_missed_is_counted(path: Path, feed: Feed, numb
         feed.move(log, b"x" * (size - 1) + b"\n")
         files.append(log.file)
         if index == 0 or not numbers_are_reused:
-            held.append(log.open(log.file))  # whoever still reads a file holds it
+            held.append(log.chain.open(log.file))  # whoever still reads a file holds it
         log.rotate()
     feed.move(log, b"the present\n")
     # It reads its own file to the end, and then goes on in the oldest that there is.
     for index in range(4 - 3 * numbers_are_reused):
-        assert log.locate(Cursor(files[index], 10)) == (Cursor(files[index], 10), sizes[index] - 10)
+        assert log.chain.locate(Cursor(files[index], 10)) == (Cursor(files[index], 10), sizes[index] - 10)
         place = Cursor(files[index], sizes[index])
-        found, more = log.locate(place)
+        found, more = log.chain.locate(place)
         assert (found, more) == (Cursor(files[4], 0), 500)
-        assert log.missed(place, found) == sum(sizes[index + 1 : 4])
+        assert log.chain.missed(place, found) == sum(sizes[index + 1 : 4])
     for place in (Cursor(files[4], 500), Cursor(files[5], 600), Cursor(log.file, 5)):
-        assert log.missed(place, log.locate(place)[0]) == 0
+        assert log.chain.missed(place, log.chain.locate(place)[0]) == 0
     # A later daemon knows nothing of what was removed before.
     again = LogFile(path, limit=0, backups=2)
     place = Cursor(files[0], 100)
-    assert again.locate(place) == (Cursor(files[4], 0), 500)
-    assert again.missed(place, Cursor(files[4], 0)) == logfile.UNKNOWN
+    assert again.chain.locate(place) == (Cursor(files[4], 0), 500)
+    assert again.chain.missed(place, Cursor(files[4], 0)) == logchain.UNKNOWN
     for kept in (log, again):
         kept.close()
     for fd in held:
@@ -554,12 +555,12 @@ def test_an_unknown_file_is_followed_by_the_oldest(path: Path, feed: Feed) -> No
     feed.move(log, b"one\n")
     first = log.file
     log.rotate()
-    assert log.newer("1:1") == first
-    assert log.newer(first) == log.file
-    assert log.newer(log.file) is None
-    assert log.locate(Cursor("1:1", 12345)) == (Cursor(first, 0), 4)
+    assert log.chain.newer("1:1") == first
+    assert log.chain.newer(first) == log.file
+    assert log.chain.newer(log.file) is None
+    assert log.chain.locate(Cursor("1:1", 12345)) == (Cursor(first, 0), 4)
     with pytest.raises(FileNotFoundError):
-        log.open("1:1")
+        log.chain.open("1:1")
     log.close()
 
 
@@ -573,12 +574,12 @@ def test_tail_begins_where_the_last_lines_do(parts: list[list[bytes]], lines: in
     pieces = [b"".join(part) for part in parts]
     whole = b"".join(pieces)
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logfile, "_BLOCK", block)
+        patch.setattr(logchain, "_BLOCK", block)
         path = Path(name) / "log"
         for number, piece in enumerate(reversed(pieces)):
             Path(f"{path}.{number}" if number else path).write_bytes(piece)
         log = LogFile(path, backups=4)
-        follower = Follower(log, log.tail(lines))
+        follower = Follower(log, log.chain.tail(lines))
         follower.follow()
         follower.close()
         log.close()
@@ -612,7 +613,7 @@ def test_any_order_of_writing_rotating_restarting_and_following(script: list[tup
     with tempfile.TemporaryDirectory() as name:
         log = LogFile(Path(name) / "log", limit=300, backups=100)
         stale = os.dup(log.fd)
-        follower = Follower(log, log.tail(-1))
+        follower = Follower(log, log.chain.tail(-1))
         for step, amount in script:
             if step == "write":
                 feed.move(log, numbered(written, written + amount))

@@ -58,7 +58,7 @@ class Rig:
         os.close(write)
 
     def content(self, key: str) -> bytes:
-        return b"".join(Path(segment.path).read_bytes() for segment in self.logs[key].files())
+        return b"".join(Path(segment.path).read_bytes() for segment in self.logs[key].chain.files())
 
     def moved(self, key: str) -> int:
         """Bytes, until now."""
@@ -122,7 +122,7 @@ def test_everything_is_in_the_log_when_the_end_is_told(rig: Rig) -> None:
     rig.hang_up(write)
     assert rig.ends.get(timeout=PATIENCE) == "guest"
     assert rig.content("guest") == data
-    assert len(rig.logs["guest"].files()) > 20
+    assert len(rig.logs["guest"].chain.files()) > 20
     assert rig.pump._channels == {}
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from virtd import stderrlog
-from virtd.logfile import Cursor, LogFile
+from virtd.logchain import Cursor
+from virtd.logfile import LogFile
 from virtd.stderrlog import StderrLog
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..logfile import Cursor
+from ..logchain import Cursor
 from ..stderrlog import StderrLog
 
 if TYPE_CHECKING:

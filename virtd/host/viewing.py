@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import console, errors
 from ..child import CONSOLE_LOG, STDERR, STDERR_LOG, STDOUT, Child, Services
-from ..logfile import Cursor, LogFile
+from ..logchain import Cursor
+from ..logfile import LogFile
 from .base import Caller, WithDescriptors
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ import msgspec
 
 from virtd.drivers.qemu.machine import Machine
 from virtd.drivers.storage import job
-from virtd.logfile import Cursor, LogFile
+from virtd.logchain import Cursor
+from virtd.logfile import LogFile
 from virtd.stderrlog import StderrLog
 
 SEEDS = (
