@@ -7,10 +7,14 @@ each change before it takes effect, so that a test may cut the daemon off there.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import ipaddress
 import json
+import os
 import re
-import shutil
+import threading
+from shutil import rmtree  # the real one: a step of somebody else's is none of the daemon's
 from typing import TYPE_CHECKING, Any
 
 from virtd.drivers.network import (
@@ -26,10 +30,10 @@ from virtd.drivers.network import (
     wanted,
 )
 from virtd.drivers.network.kernel import Link, Way
-from virtd.drivers.network.netlink import Address, RoutingRule
+from virtd.drivers.network.netlink import Address, NetlinkError, RoutingRule
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection, Iterator
     from pathlib import Path
     from typing import Self
 
@@ -45,6 +49,9 @@ class FakeKernel:
         self.world = world
         self.sysfs = root / "sysfs"
         self.sysfs.mkdir()
+        self.aside = root / "aside"  # what isn't whole, for all there is in sysfs comes and goes at once
+        self.aside.mkdir()
+        self.lock = threading.RLock()  # held while something is changed
         self.tables: dict[str, tuple[str, int]] = {}
         self.bridge_tables: dict[str, tuple[str, int]] = {}
         self.addresses: dict[str, set[Address]] = {}
@@ -54,6 +61,10 @@ class FakeKernel:
         self.neighbours: set[tuple[str, str]] = set()
         self.refused = ""  # a table that can't be made
         self._numbers = 0
+        self.index = 1  # of the interface that was made last
+        self.told: Callable[[str, int], None] = lambda _name, _index: None  # of an interface that was changed
+        self.between: Callable[[], None] = lambda: None  # somebody else's turn, while virtd looks and changes
+        self.watches: list[FakeWatch] = []
         monkeypatch.setattr(links, "CLASS", str(self.sysfs))
         monkeypatch.setattr(host, "PROC", str(root / "proc"))
         monkeypatch.setattr(bridge, "Netlink", lambda: FakeNetlink(self))
@@ -62,13 +73,83 @@ class FakeKernel:
         monkeypatch.setattr(wanted, "checksums", lambda _name: None)
         monkeypatch.setattr(wanted, "Kernel", lambda: FakeNetlink(self))
         monkeypatch.setattr(firewall, "_run", self._nft)
-        monkeypatch.setattr(guard, "Watch", lambda *_calls: FakeWatch())
+        monkeypatch.setattr(guard, "Watch", lambda *calls: FakeWatch(self, *calls))
+        monkeypatch.setattr(links, "make_tap", self._make_tap)
         monkeypatch.setattr(guard.Guard, "_follow_firewalld", _nothing)
         monkeypatch.setattr(firewalld, "adopt", _nothing)
         monkeypatch.setattr(prober, "SETTLE", 1000.0)  # what is noted later would be a step at some time or other
         monkeypatch.setattr(prober, "_find", lambda _ground, _over: [])
         self.generation = 1
         monkeypatch.setattr(prober, "_generation", lambda: self.generation)
+
+    # Interfaces, as anybody may change them
+
+    def make(self, name: str, mac: str, *files: str) -> None:
+        """Make an interface; a bridge has the directories "bridge" and "brif", a tap the file "tun_flags"."""
+        for file in files:
+            (self.aside / name / file).mkdir(parents=True)
+        self.index += 1
+        for file, text in (
+            ("address", mac), ("flags", "0x1002"), ("mtu", "1500"), ("ifalias", ""), ("ifindex", str(self.index)),
+        ):  # fmt: skip
+            (self.aside / name / file).write_text(f"{text}\n")
+        self.addresses[name] = set()
+        os.rename(self.aside / name, self.sysfs / name)
+        self.told(name, self.index)
+
+    def _make_tap(self, name: str, _uid: int) -> None:
+        if not links.exists(name):
+            self.make(name, "fa:00:00:00:00:01", "tun_flags")
+
+    def make_bridge(self, name: str, mac: str) -> None:
+        self.make(name, mac, "bridge", "brif")
+
+    def write(self, name: str, file: str, text: str) -> None:
+        (self.aside / file).write_text(f"{text}\n")
+        os.rename(self.aside / file, self.sysfs / name / file)
+        if file == "address":  # a bridge keeps to itself what is sent to the address of a port
+            self.neighbours -= {(port, mac) for port, mac in self.neighbours if mac == text and port != name}
+        self.told(name, self.number(name))
+
+    def connect(self, name: str, bridge: str) -> None:
+        """Put an interface into a bridge, or out of all by ""."""
+        if links.master(name) != bridge:
+            self.neighbours -= {one for one in self.neighbours if one[0] == name}
+            self._into(name, bridge)
+        self.told(name, self.number(name))
+
+    def _into(self, name: str, bridge: str) -> None:
+        path = self.sysfs / name / "master"
+        if bridge:
+            (self.aside / "master").symlink_to(self.sysfs / bridge)
+            os.rename(self.aside / "master", path)
+        else:
+            path.unlink()
+
+    def number(self, name: str) -> int:
+        return int(links.read(name, "ifindex") or 0)
+
+    def rename(self, name: str, new: str) -> None:
+        """Nobody is told of the old name."""
+        ports = self.ports(name)
+        os.rename(self.sysfs / name, self.sysfs / new)
+        self.addresses[new] = self.addresses.pop(name)
+        for port in ports:
+            self._into(port, new)
+        self.told(new, self.number(new))
+
+    def delete(self, name: str) -> None:
+        for port in self.ports(name):
+            self.connect(port, "")
+        number = self.number(name)
+        os.rename(self.sysfs / name, self.aside / name)
+        rmtree(self.aside / name)
+        self.addresses.pop(name, None)
+        self.neighbours -= {one for one in self.neighbours if one[0] == name}
+        self.told(name, number)
+
+    def ports(self, bridge: str) -> list[str]:
+        return [name for name in links.all_names() if links.master(name) == bridge]
 
     def _nft(self, command: str, *, as_json: bool = False) -> str:
         families = {"inet": self.tables, "bridge": self.bridge_tables}
@@ -102,6 +183,7 @@ class FakeNetlink:
 
     def __init__(self, kernel: FakeKernel) -> None:
         self.kernel = kernel
+        self.numbers: dict[str, int] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -109,53 +191,72 @@ class FakeNetlink:
     def __exit__(self, *_exception: object) -> None:
         pass
 
+    @contextlib.contextmanager
+    def _change(self, name: str, step: str) -> Iterator[str]:
+        """Change an interface; the name that it has by now."""
+        self.kernel.between()
+        self.kernel.world.step(f"{step} {name}")
+        with self.kernel.lock:
+            yield self._name(name)
+
+    def _name(self, name: str) -> str:
+        for one in links.all_names():
+            if one == name if name not in self.numbers else self.kernel.number(one) == self.numbers[name]:
+                return one
+        raise NetlinkError(errno.ENODEV, f"no interface {name}")
+
     def add_bridge(self, name: str, mac: str) -> None:
+        self.kernel.between()
         self.kernel.world.step(f"add_bridge {name}")
-        for directory in ("bridge", "brif"):
-            (self.kernel.sysfs / name / directory).mkdir(parents=True)
-        for file, text in (("address", mac), ("flags", "0x1002"), ("mtu", "1500"), ("ifalias", "")):
-            (self.kernel.sysfs / name / file).write_text(f"{text}\n")
-        self.kernel.addresses[name] = set()
+        with self.kernel.lock:
+            if links.exists(name):
+                raise NetlinkError(errno.EEXIST, "File exists")
+            self.kernel.make_bridge(name, mac)
 
     def set_link(self, name: str, **changes: Any) -> None:
-        self.kernel.world.step(f"set_link {name}")
-        files = {"alias": "ifalias", "mtu": "mtu", "mac": "address"}
-        for key, file in files.items():
-            if changes.get(key) is not None:
-                (self.kernel.sysfs / name / file).write_text(f"{changes[key]}\n")
-        if changes.get("up"):
-            (self.kernel.sysfs / name / "flags").write_text("0x1003\n")
+        with self._change(name, "set_link") as now:
+            files = {"alias": "ifalias", "mtu": "mtu", "mac": "address"}
+            for key, file in files.items():
+                if changes.get(key) is not None:
+                    self.kernel.write(now, file, str(changes[key]))
+            if changes.get("up"):
+                self.kernel.write(now, "flags", "0x1003")
+            if (master := changes.get("master")) is not None:
+                self.kernel.connect(now, self._name(master) if master else "")
 
     def set_port(self, name: str, *, isolated: bool, locked: bool) -> None:
-        self.kernel.world.step(f"set_port {name} {isolated:d} {locked:d}")
+        with self._change(name, f"set_port {isolated:d} {locked:d}"):
+            pass
 
     def add_neighbour_of_port(self, name: str, mac: str) -> None:
-        self.kernel.world.step(f"add_neighbour {name} {mac}")
-        self.kernel.neighbours.add((name, mac))
+        with self._change(name, f"add_neighbour {mac}") as now:
+            self.kernel.neighbours = {one for one in self.kernel.neighbours if one[1] != mac} | {(now, mac)}
 
     def links(self, names: Collection[str]) -> dict[str, Link]:
         found = {}
-        for number, path in enumerate(sorted(self.kernel.sysfs.iterdir()), 2):
-            name = path.name
-            up = bool(int(links.read(name, "flags") or "0", 16) & 1)
-            if name in names:
+        with self.kernel.lock:
+            for name in set(links.all_names()) & set(names):
+                up = bool(int(links.read(name, "flags") or "0", 16) & 1)
                 kind = "bridge" if links.is_bridge(name) else "tun"
                 alias, values = links.read(name, "ifalias"), self.kernel.values.get(name, {})
-                above = links.master(name)
+                above, number = links.master(name), self.kernel.number(name)
                 found[name] = Link(number, name, kind, up, up, links.mtu(name), links.mac(name), alias, above, values)
+        self.numbers = {name: link.number for name, link in found.items()}
+        self.kernel.between()
         return found
 
     def all_addresses(self, numbers: dict[int, str]) -> dict[str, set[Address]]:
-        return {name: set(self.kernel.addresses.get(name, ())) for name in numbers.values()}
+        with self.kernel.lock:
+            return {name: set(self.kernel.addresses.get(name, ())) for name in numbers.values()}
 
     def neighbours_of_ports(self, _numbers: dict[int, str]) -> set[tuple[str, str]]:
-        return self.kernel.neighbours
+        return set(self.kernel.neighbours)
 
     def route_to(self, address: str) -> Way | None:
         if address in self.kernel.routes:
             return self.kernel.routes[address]
         one = ipaddress.ip_address(address)
-        for name, addresses in self.kernel.addresses.items():
+        for name, addresses in list(self.kernel.addresses.items()):
             for there in addresses:
                 prefix = ipaddress.ip_network(f"{there.address}/{there.prefix}", strict=False)
                 if one in prefix:
@@ -163,16 +264,17 @@ class FakeNetlink:
         return None
 
     def delete_link(self, name: str) -> bool:
-        shutil.rmtree(self.kernel.sysfs / name)  # which is a step of its own
+        with self._change(name, "delete_link") as now:
+            self.kernel.delete(now)
         return True
 
     def add_address(self, name: str, address: str, prefix: int) -> None:
-        self.kernel.world.step(f"add_address {name}")
-        self.kernel.addresses[name].add(Address(address, prefix))
+        with self._change(name, "add_address") as now:
+            self.kernel.addresses[now].add(Address(address, prefix))
 
     def delete_address(self, name: str, address: str, prefix: int) -> None:
-        self.kernel.world.step(f"delete_address {name}")
-        self.kernel.addresses[name].remove(Address(address, prefix))
+        with self._change(name, "delete_address") as now:
+            self.kernel.addresses[now].discard(Address(address, prefix))
 
     def routing_rules(self, _protocol: int) -> set[RoutingRule]:
         return set(self.kernel.routing)
@@ -187,10 +289,15 @@ class FakeNetlink:
 
 
 class FakeWatch:
-    """Tells nothing."""
+    """Tells what a test has it tell, by `link` and the others."""
+
+    def __init__(self, kernel: FakeKernel, *calls: Callable[..., None]) -> None:
+        self.table, self.link, self.routing, self.other = calls
+        kernel.watches.append(self)
+        self._watches = kernel.watches
 
     def close(self) -> None:
-        pass
+        self._watches.remove(self)
 
 
 async def _nothing(*_arguments: object) -> None:

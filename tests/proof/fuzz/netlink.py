@@ -45,6 +45,7 @@ class Answering(kernel_.Kernel):
     def __init__(self, data: bytes) -> None:
         self._ours, self._socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._sequence = 0
+        self.numbers = {}
         for message in (data, _DONE, _message(2, struct.pack("=i", 0))):
             self._ours.send(message)
         self._socket.setblocking(False)
@@ -62,7 +63,7 @@ def target(data: bytes) -> None:
         return
     match data[0] % 6:
         case 0:
-            for found in (*watch.tables(data[1:]), *watch.links(data[1:])):
+            for found in (*watch.tables(data[1:]), *(name for name, _index in watch.links(data[1:]))):
                 assert found.isprintable() or found
             for step in trace.parse(data[1:]):
                 assert 0 <= step.number < 1 << 16

@@ -82,30 +82,10 @@ def address_of(port: Port) -> str:
     return f"fe{port.mac[2:]}"
 
 
-def strayed(ports: Iterable[Port], bridge: str) -> list[Port]:
-    """Those in the bridge whose taps have another address than `add_tap` gave them.
-
-    Whoever has a tap open can change it (SIOCSIFHWADDR, for which the kernel asks no privilege there), and what is
-    sent to that address a bridge keeps for the host, whoever had it until then: a neighbour is cut off.
-    """
-    return [
-        port
-        for port in ports
-        if links.is_tap(port.interface)
-        and links.master(port.interface) == bridge
-        and links.mac(port.interface) != address_of(port)
-    ]
-
-
-def put_out(strays: Iterable[Port]) -> None:
-    """Take taps out of their bridge, and give them their own addresses again. Raises HostError."""
-    try:
-        with Netlink() as netlink:
-            for port in strays:
-                netlink.set_link(port.interface, master="")
-                netlink.set_link(port.interface, mac=address_of(port))
-    except OSError as exc:
-        raise errors.HostError(f"Cannot take a tap out of its bridge: {exc.strerror}") from exc
+def put_out(netlink: Netlink, port: Port) -> None:
+    """Take a tap out of its bridge, and give it its own address again. Raises NetlinkError."""
+    netlink.set_link(port.interface, master="")
+    netlink.set_link(port.interface, mac=address_of(port))
 
 
 def add_tap(port: Port, bridge: str, *, alias: str, uid: int, isolated: bool = False) -> None:

@@ -35,7 +35,7 @@ class Connections:
 
     @property
     def refused(self) -> set[str]:
-        """Interfaces that were put out of the bridge, see `put_out_strays`; on record, for the next daemon."""
+        """Interfaces that are kept out of the bridge, see `refuse`; on record, for the next daemon."""
         record = self.net.record
         kept = record.data.get("refused", []) if record is not None else []
         return {name for name in kept if isinstance(name, str)} if isinstance(kept, list) else set()
@@ -92,29 +92,22 @@ class Connections:
         if network is not None and self.net.ports:
             await asyncio.to_thread(bridge.settle_ports, self.net.ports, network.bridge_name, **self.flags)
 
-    async def put_out_strays(self) -> None:
-        """Take taps out of the bridge whose QEMU has given them another's address, which then is its owner's again.
+    def refuse(self, interfaces: set[str]) -> None:
+        """Put on record that these are to be out of the bridge until they are connected again, and say so.
 
-        They stay out: who does such a thing once does it again.
+        Their QEMU has given them another's address: who does such a thing once does it again.
         """
         net = self.net
-        strays = await asyncio.to_thread(bridge.strayed, net.ports, net.bridge_name)
-        if not strays:
-            return
-        net.keep_data(refused=sorted(self.refused | {port.interface for port in strays}))
-        try:
-            await asyncio.to_thread(bridge.put_out, strays)
-            await self.settle()
-        except errors.HostError as exc:
-            log.error("Network %s: %s", net.name, exc)
+        net.keep_data(refused=sorted(self.refused | interfaces))
         self.say_refused()
-        for port in strays:
-            text = net.problems[f"port {port.interface}"].text
-            journal.send(
-                f"Network {net.name}: {text}", message_id=Message.NETWORK_PORT_REFUSED, level="error",
-                VIRTD_USER=port.user, **net.fields(),
-            )  # fmt: skip
-        net.shared.publish("changed", net)
+        for port in net.ports:
+            if port.interface in interfaces:
+                text = net.problems[f"port {port.interface}"].text
+                journal.send(
+                    f"Network {net.name}: {text}", message_id=Message.NETWORK_PORT_REFUSED, level="error",
+                    VIRTD_USER=port.user, **net.fields(),
+                )  # fmt: skip
+        net.changed()
 
     def say_refused(self) -> None:
         for port in self.net.ports:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Looks after what others can take away from networks: rules, taps' addresses, firewalld's consent.
+"""Looks after what others can take away from networks: rules, and firewalld's consent. Upkeep has the rest.
 
 Nothing is polled: the kernel tells of tables and interfaces, firewalld of its own start and reload.
 """
@@ -15,7 +15,7 @@ from ... import errors, journal
 from ...messages import Message
 from ...model.network import State
 from ..protocol import Problem
-from . import firewall, firewalld, isolation, links
+from . import firewall, firewalld, isolation
 from .netrecord import DRIVER
 from .watch import ALL, Watch
 
@@ -57,9 +57,6 @@ class Guard:
         self._upkeep = upkeep
         self._watch: Watch | None = None
         self._doubtful: set[str] = set()  # tables that somebody has touched
-        self._taps = False  # whether something has happened to one
-        self._soon: asyncio.TimerHandle | None = None
-        self._putting_out: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None
         self._settling: asyncio.Task[None] | None = None
         self._beside: asyncio.Task[None] | None = None
@@ -70,9 +67,9 @@ class Guard:
             return
         if self._watch is None:
             try:
-                self._watch = Watch(self._touched, self._link_changed, self._routing_changed, self._upkeep.other)
+                self._watch = Watch(self._touched, self._upkeep.link, self._routing_changed, self._upkeep.other)
                 self._problems.pop("watch", None)
-                self._link_changed(ALL)  # or has happened before
+                self._upkeep.link(ALL)  # or has happened before
             except OSError as exc:
                 self._problems["watch"] = Problem(
                     f"Rules that vanish won't be noticed: {exc.strerror}", "virtd.service needs CAP_NET_ADMIN."
@@ -84,12 +81,7 @@ class Guard:
         if self._watch is not None:
             self._watch.close()
             self._watch = None
-        if self._soon is not None:
-            self._soon.cancel()
-            self._soon = None
-        tasks = [
-            task for task in (self._looking, self._settling, self._putting_out, self._beside) if task is not None
-        ]
+        tasks = [task for task in (self._looking, self._settling, self._beside) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -202,31 +194,6 @@ class Guard:
         older = {name for name in needed if not self._nets[name].record_has("rules_of")}
         if restored := sorted(name for name, rules in needed.items() if rules & missing and name not in older):
             self._tell_restored(restored, f"The rules of policy routing (ip rule) of {_named(restored)}", why)
-
-    # Interfaces
-
-    def _link_changed(self, name: str) -> None:
-        """Something happened to an interface. The last word of one that goes away comes before it has gone."""
-        self._upkeep.link(name)
-        self._taps = self._taps or name == ALL or links.is_tap(name)
-        if self._taps and self._soon is None:
-            self._soon = asyncio.get_running_loop().call_later(SETTLE, self._look_at_taps)
-
-    def _look_at_taps(self) -> None:
-        self._soon = None
-        if self._taps and self._putting_out is None:
-            self._taps = False
-            self._putting_out = asyncio.create_task(self._put_out(), name="look-at-taps")
-
-    async def _put_out(self) -> None:
-        try:
-            for net in list(self._nets.values()):
-                if net.state is State.ACTIVE:
-                    await net.connections.put_out_strays()
-        finally:
-            self._putting_out = None
-            if self._taps:
-                self._link_changed(ALL)
 
     # firewalld
 

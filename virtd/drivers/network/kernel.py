@@ -95,7 +95,7 @@ class Kernel(Netlink):
             raise NetlinkError(errno.EBADMSG, "the kernel's answer isn't one that virtd knows") from None
 
     def links(self, names: Collection[str]) -> dict[str, Link]:
-        """Those of these interfaces that there are."""
+        """Those of these interfaces that there are. Who asks by their names from now on means these."""
         with self._understood():
             return self._links(names)
 
@@ -114,6 +114,7 @@ class Kernel(Netlink):
             index_of[index] = name
             if name in names:
                 found.append((index, name, flags, dict(parts)))
+        self.numbers = {name: index for index, name, _flags, _parts in found}
         return {name: _link(index, name, flags, parts, index_of) for index, name, flags, parts in found}
 
     def all_addresses(self, indexes: dict[int, str]) -> dict[str, set[Address]]:
@@ -176,7 +177,7 @@ class Kernel(Netlink):
         family, data = packed(to)
         scope = _SCOPE_LINK if family == socket.AF_INET else 0
         head = _ROUTE.pack(family, int(length), 0, 0, MAIN, _PROTO_KERNEL, scope, _UNICAST, 0)
-        body = attribute(_RTA_DST, data) + attribute(_RTA_OIF, _INT.pack(socket.if_nametoindex(name)))
+        body = attribute(_RTA_DST, data) + attribute(_RTA_OIF, _INT.pack(self._index(name)))
         if family == socket.AF_INET:
             body += attribute(_RTA_PREFSRC, packed(source)[1])
         else:

@@ -66,9 +66,12 @@ class Net(NetRecord):
     def tended(self) -> Ground:
         network = self.running
         assert network is not None
-        left_out = self.connections.coming | self.connections.refused
-        ports = tuple(port for port in self.ports if port.interface not in left_out)
-        return ports_.Ground(network, self.mac if network.own else "", ports)
+        ports = tuple(port for port in self.ports if port.interface not in self.connections.coming)
+        mac = self.mac if network.own else ""
+        return ports_.Ground(network, mac, ports, refused=frozenset(self.connections.refused))
+
+    def refuse(self, interfaces: set[str]) -> None:
+        self.connections.refuse(interfaces)
 
     def users(self) -> list[str]:
         """Who is connected: "qemu/web1" for what virtd connected, the interface's name for everything else."""

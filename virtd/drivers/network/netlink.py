@@ -97,7 +97,11 @@ class RoutingRule(NamedTuple):
 
 
 class Netlink:
-    """A socket to the kernel's routing. Close it, or use it in a with statement."""
+    """A socket to the kernel's routing. Close it, or use it in a with statement.
+
+    `numbers`: interfaces by name whose index is known. Another one that has come by that name meanwhile is none of
+    them: what is asked for then fails with ENODEV, or is done to the one that was meant.
+    """
 
     def __init__(self, protocol: int = socket.NETLINK_ROUTE) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
@@ -109,6 +113,7 @@ class Netlink:
             self._socket.close()
             raise
         self._sequence = 0
+        self.numbers: dict[str, int] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -128,7 +133,7 @@ class Netlink:
         """Have a bridge's own settings as `add_bridge` makes them."""
         for data in (_NO_TREE, _NO_TREE + _NO_DELAY):  # with a spanning tree there is no delay of 0
             info = attribute(_INFO_KIND, b"bridge\0") + attribute(_INFO_DATA, data)
-            self._ask(RTM_NEWLINK, 0, _LINK.pack(0, 0, _index(name), 0, 0) + attribute(_IFLA_LINKINFO, info))
+            self._ask(RTM_NEWLINK, 0, _LINK.pack(0, 0, self._index(name), 0, 0) + attribute(_IFLA_LINKINFO, info))
 
     def set_link(
         self,
@@ -142,11 +147,11 @@ class Netlink:
     ) -> None:
         """Change what is given; `master` "" takes the interface out of its bridge."""
         flags = _IFF_UP if up else 0
-        body = _LINK.pack(0, 0, _index(name), flags, 0 if up is None else _IFF_UP)
+        body = _LINK.pack(0, 0, self._index(name), flags, 0 if up is None else _IFF_UP)
         if mtu is not None:
             body += attribute(_IFLA_MTU, _INT.pack(mtu))
         if master is not None:
-            body += attribute(_IFLA_MASTER, _INT.pack(_index(master) if master else 0))
+            body += attribute(_IFLA_MASTER, _INT.pack(self._index(master) if master else 0))
         if alias is not None:
             body += attribute(_IFLA_IFALIAS, alias.encode()[:255])
         if mac is not None:
@@ -174,18 +179,18 @@ class Netlink:
         self._set_port(name, attribute(_BRPORT_MODE, bytes([on])))
 
     def _set_port(self, name: str, data: bytes) -> None:
-        body = _LINK.pack(socket.AF_BRIDGE, 0, _index(name), 0, 0) + attribute(_IFLA_PROTINFO | _NESTED, data)
+        body = _LINK.pack(socket.AF_BRIDGE, 0, self._index(name), 0, 0) + attribute(_IFLA_PROTINFO | _NESTED, data)
         self._ask(RTM_SETLINK, 0, body)
 
     def add_neighbour_of_port(self, name: str, mac: str) -> None:
         """Tell a bridge by which port a MAC is reached, for good, whatever comes in elsewhere."""
-        head = _NEIGHBOUR.pack(socket.AF_BRIDGE, _index(name), _NUD_STATIC, _NTF_MASTER | _NTF_STICKY, 0)
+        head = _NEIGHBOUR.pack(socket.AF_BRIDGE, self._index(name), _NUD_STATIC, _NTF_MASTER | _NTF_STICKY, 0)
         self._ask(RTM_NEWNEIGH, _CREATE | _REPLACE, head + attribute(_NDA_LLADDR, _mac(mac)))
 
     def delete_link(self, name: str) -> bool:
         """Delete an interface; False when there is none of that name."""
         try:
-            self._ask(RTM_DELLINK, 0, _LINK.pack(0, 0, _index(name), 0, 0))
+            self._ask(RTM_DELLINK, 0, _LINK.pack(0, 0, self._index(name), 0, 0))
         except OSError as exc:
             if exc.errno == errno.ENODEV:
                 return False
@@ -195,7 +200,7 @@ class Netlink:
     def add_address(self, name: str, address: str, prefix: int) -> None:
         """Give an interface an address, at once: IPv6 doesn't look first whether another host has it."""
         family, data = packed(address)
-        body = _ADDRESS.pack(family, prefix, _IFA_F_NODAD, 0, _index(name))
+        body = _ADDRESS.pack(family, prefix, _IFA_F_NODAD, 0, self._index(name))
         body += attribute(_IFA_LOCAL, data) + attribute(_IFA_ADDRESS, data)
         if family == socket.AF_INET:
             number = int.from_bytes(data, "big") | ((1 << (32 - prefix)) - 1)
@@ -204,12 +209,12 @@ class Netlink:
 
     def delete_address(self, name: str, address: str, prefix: int) -> None:
         family, data = packed(address)
-        body = _ADDRESS.pack(family, prefix, 0, 0, _index(name)) + attribute(_IFA_LOCAL, data)
+        body = _ADDRESS.pack(family, prefix, 0, 0, self._index(name)) + attribute(_IFA_LOCAL, data)
         self._ask(RTM_DELADDR, 0, body)
 
     def addresses(self, name: str) -> list[Address]:
         """All addresses of an interface but the link-local ones."""
-        index = _index(name)
+        index = self._index(name)
         found = []
         for body in self.dump(RTM_GETADDR, _ADDRESS.pack(0, 0, 0, 0, 0)):
             try:
@@ -229,7 +234,7 @@ class Netlink:
         bits = len(data) * 8
         body = _ROUTE.pack(family, bits, bits if source else 0, 0, 0, 0, 0, 0, 0) + attribute(_RTA_DST, data)
         body += attribute(_RTA_SRC, packed(source)[1]) if source else b""
-        body += attribute(_RTA_IIF, _INT.pack(_index(iif))) if iif else b""
+        body += attribute(_RTA_IIF, _INT.pack(self._index(iif))) if iif else b""
         answer = self.answer(RTM_GETROUTE, body)
         try:
             *_head, of, _flags = _ROUTE.unpack_from(answer)
@@ -285,6 +290,9 @@ class Netlink:
     def change(self, kind: int, flags: int, body: bytes) -> None:
         """Send any request that is acknowledged. Raises NetlinkError."""
         self._ask(kind, flags, body)
+
+    def _index(self, name: str) -> int:
+        return self.numbers.get(name) or _index(name)
 
     def _ask(self, kind: int, flags: int, body: bytes) -> None:
         self._send(kind, flags | _ACK, body)

@@ -40,13 +40,14 @@ class Port(msgspec.Struct, frozen=True, omit_defaults=True):
 
 class Ground(NamedTuple):
     """All that a network's rules are made of; `mac` is its bridge's. `others`: what is in a bridge of the host's that
-    isn't virtd's.
+    isn't virtd's. `refused`: interfaces of ports that are kept out of the bridge.
     """
 
     network: Network
     mac: str
     ports: tuple[Port, ...]
     others: tuple[str, ...] = ()
+    refused: frozenset[str] = frozenset()
 
 
 def recorded(data: dict[str, Any]) -> tuple[Port, ...]:

@@ -32,10 +32,13 @@ class Stood(Protocol):
     def running(self) -> Network | None: ...
     @property
     def tended(self) -> Ground:
-        """What is looked after, while it is active: no ports that are about to be made, or were put out for good."""
+        """What is looked after, while it is active: no ports that are about to be made."""
 
     async def make(self, network: Network) -> None:
         """Make what is missing of all its pieces. Raises a VirtdError."""
+
+    def refuse(self, interfaces: set[str]) -> None:
+        """Put on record that these ports are to be out of the bridge, and say so."""
 
     def fields(self) -> dict[str, str]: ...
     def changed(self) -> None: ...
@@ -46,16 +49,21 @@ class Standing:
 
     def __init__(self, net: Stood) -> None:
         self.net = net
+        self.said = 0  # how often
+
+    @property
+    def wrong(self) -> bool:
+        """Whether it was said that something isn't as it should be."""
+        return PROBLEM in self.net.problems
 
     async def differences(self) -> list[Drift]:
         """But for interfaces that have gone, whose guests may be about to end. Raises HostError."""
-        (found,) = await asyncio.to_thread(wanted.compare, [self.net.tended])
-        return [one for one in found if not one.gone]
+        return [one for one in await self._compare() if not one.gone]
 
     async def settle(self) -> None:
         """Have all as it should be, for a start. Raises HostError when what guests need can't be had."""
         net = self.net
-        mended = await asyncio.to_thread(wanted.put_back, self.net.tended)
+        mended = await self._mend(frozenset())
         left = [one for one in mended.left if not one.gone]
         if net.state is not State.ACTIVE and (needed := [one for one in left if one.vital]):
             texts = "; ".join(one.text for one in needed)
@@ -67,18 +75,42 @@ class Standing:
 
         Raises a VirtdError.
         """
-        network, ground = self.net.running, self.net.tended
+        network = self.net.running
         assert network is not None
-        (found,) = await asyncio.to_thread(wanted.compare, [ground])
-        lost = [one for one in found if one.key == wanted.bridge_key(network) and one.mend is not None]
-        if not lost or lost[0].key in spared:
-            return await asyncio.to_thread(wanted.put_back, ground, spared)
-        await self.net.make(network)  # dnsmasq as well: it has lost its addresses
-        return wanted.Mended(lost, [])
+        key = wanted.bridge_key(network)
+        lost = [one for one in await self._compare() if one.key == key and one.mend is not None]
+        if not lost or key in spared:
+            return await self._mend(spared)
+        try:
+            await self.net.make(network)  # dnsmasq as well: it has lost its addresses
+        except errors.VirtdError as exc:
+            # Somebody else may have made one first, and that is what there is to say then.
+            left = await self._compare()
+            if not any(one.key == key for one in left):
+                raise
+            return wanted.Mended([], [_because(one, exc) if one.key == key and one.mend else one for one in left])
+        # What there is to say of it now, make() has said; something may have come in between.
+        mended = await self._mend(spared)
+        return wanted.Mended([one for one in lost if one not in mended.left] + mended.done, mended.left)
+
+    async def _compare(self) -> list[Drift]:
+        compared = await asyncio.to_thread(wanted.compare, [self.net.tended])
+        return compared.drifts[0]
+
+    async def _mend(self, spared: frozenset[str]) -> Mended:
+        """Strays are refused on record before they are put out, for the next daemon to know."""
+        mended = await asyncio.to_thread(wanted.put_back, self.net.tended, spared)
+        strays = {one.stray for one in mended.left if one.stray}
+        if not strays:
+            return mended
+        self.net.refuse(strays)
+        again = await asyncio.to_thread(wanted.put_back, self.net.tended, spared)
+        return wanted.Mended(mended.done + again.done, again.left)
 
     def say(self, left: list[Drift]) -> None:
         """What isn't as it should be, and stays so until somebody does something about it."""
         net = self.net
+        self.said += 1
         before = net.problems.get(PROBLEM)
         if not left:
             if net.problems.pop(PROBLEM, None) is not None:
@@ -94,3 +126,7 @@ class Standing:
             f"Network {net.name}: {text}", message_id=Message.NETWORK_BRIDGE_LOST, level="error", **net.fields()
         )
         net.changed()
+
+
+def _because(one: Drift, exc: errors.VirtdError) -> Drift:
+    return one._replace(text=f"{one.text} ({exc.message})", hint=exc.hint or one.hint)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 import struct
 import sys
@@ -77,10 +78,11 @@ class Upkeep:
     def __init__(self, nets: dict[str, Net], publish: Publish) -> None:
         self._nets = nets
         self._publish = publish
-        self._touched: set[str] = set()  # interfaces
+        self._touched: set[tuple[str, int]] = set()  # interfaces: name and index
         self._subnets: set[tuple[int, int, int]] = set()  # version, address and length of each network's prefixes
         self._patience: dict[str, Patience] = {}
-        self._gone: dict[str, float] = {}  # since when
+        self._gone: dict[str, dict[str, float]] = {}  # by network: what has gone, and since when
+        self._numbers: dict[int, str] = {}  # the interfaces that were looked at last, by index
         self._task: asyncio.Task[None] | None = None
         self._begun = False
 
@@ -92,25 +94,31 @@ class Upkeep:
             self.link(ALL)
 
     async def close(self) -> None:
+        self._begun = False
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
     # What the kernel tells
 
-    def link(self, name: str) -> None:
-        """Something happened to an interface; ALL: to any."""
-        self._touched.add(name)
+    def link(self, name: str, number: int = 0) -> None:
+        """Something happened to an interface; ALL: to any.
+
+        `number` is its index, by which one is known whose old name the kernel doesn't tell any more.
+        """
+        self._touched.add((name, number))
         if self._task is None and self._begun:
             self._task = asyncio.create_task(self._work(), name="look-at-interfaces")
 
     def other(self, kind: int, body: bytes) -> None:
         """A message of rtnetlink's about something else."""
         if kind in (_NEWADDR, _DELADDR):
-            self.link(_name(_ADDRESS.unpack_from(body)[4]))
+            number = _ADDRESS.unpack_from(body)[4]
+            self.link(_name(number), number)
         elif kind == _NEWNETCONF:
-            number = dict(attributes(body[4:])).get(_NETCONFA_IFINDEX, b"")
-            self.link(_name(int.from_bytes(number, sys.byteorder, signed=True)))
+            data = dict(attributes(body[4:])).get(_NETCONFA_IFINDEX, b"")
+            number = int.from_bytes(data, sys.byteorder, signed=True)
+            self.link(_name(number), number)
         elif kind in (_NEWRULE, _DELRULE) or (kind in (_NEWROUTE, _DELROUTE) and self._concerns(body)):
             self.link(ALL)
 
@@ -131,16 +139,23 @@ class Upkeep:
         try:
             while self._touched:
                 await asyncio.sleep(SETTLE)
-                touched, self._touched = self._touched, set()
-                names = {net.name for net in self._active() if ALL in touched or touched & wanted.names([net.tended])}
+                events, self._touched = self._touched, set()
+                touched = {self._numbers.get(number, name) for name, number in events} | {name for name, _ in events}
+                # What is in the way of one may go with any: of routes that end with their interface nobody is told.
+                names = {
+                    net.name
+                    for net in self._live()
+                    if ALL in touched or net.standing.wrong or touched & wanted.names([net.tended])
+                }
                 if names and await self.settle(names, why="by somebody else"):
                     await asyncio.sleep(BUSY)
-                    self._touched.add(ALL)
         finally:
             self._task = None
 
-    def _active(self) -> list[Net]:
-        return [net for net in self._nets.values() if net.state is State.ACTIVE and net.running is not None]
+    def _live(self) -> list[Net]:
+        """Also those that are being started: what happens to them meanwhile is looked at once they are active."""
+        live = State.STARTING, State.ACTIVE
+        return [net for net in self._nets.values() if net.state in live and net.running is not None]
 
     # Putting back
 
@@ -149,30 +164,44 @@ class Upkeep:
         self._patience.pop(name, None)
 
     async def settle(self, names: set[str], *, why: str) -> bool:
-        """Look at these networks, and put back what differs; whether some were busy, and weren't looked at."""
+        """Look at these networks, and put back what differs; whether some were busy, and come later."""
         if not self._begun:
             return False
-        active = self._active()
+        live = self._live()
         self._subnets = {
             (subnet.version, int(subnet.network_address), subnet.prefixlen)
-            for net in active
+            for net in live
             for _key, subnet in (net.running.subnets() if net.running is not None else ())
         }
-        nets = [net for net in active if net.name in names]
+        nets = [net for net in live if net.name in names]
         busy = [net for net in nets if net.busy]
-        nets = [net for net in nets if not net.busy]
+        busy += await self._look([net for net in nets if not net.busy and net.state is State.ACTIVE], why)
+        for net in busy:
+            self.link(net.bridge_name)
+        return bool(busy)
+
+    async def _look(self, nets: list[Net], why: str) -> list[Net]:
+        """The same; those that have become busy."""
         if not nets:
-            return bool(busy)
+            return []
+        said = [net.standing.said for net in nets]
         try:
             found = await asyncio.to_thread(wanted.compare, [net.tended for net in nets])
         except errors.HostError as exc:
             log.error("%s", exc)
-            return bool(busy)
-        told: dict[str, list[Drift]] = {}
-        for net, drifts in zip(nets, found, strict=True):
-            if not self._lasting(drifts):
+            return []
+        self._numbers = found.numbers if len(nets) == len(self._live()) else self._numbers | found.numbers
+        busy, differing = [], []
+        for net, drifts, before in zip(nets, found.drifts, said, strict=True):
+            # What has been said meanwhile may have been seen after this, or before.
+            if self._lasting(net, drifts) or net.standing.said != before:
+                differing.append(net)
+            elif net.busy:
+                busy.append(net)
+            else:
                 net.standing.say([])
-                continue
+        told: dict[str, list[Drift]] = {}
+        for net in sorted(differing, key=lambda net: net.busy):  # nobody waits for another
             try:
                 told[net.name] = await self._put_back(net)
             except errors.Busy:
@@ -180,7 +209,7 @@ class Upkeep:
             except errors.VirtdError as exc:
                 log.error("Network %s: %s", net.name, exc)
         self._tell(told, why)
-        return bool(busy)
+        return busy
 
     async def _put_back(self, net: Net) -> list[Drift]:
         patience = self._patience.setdefault(net.name, Patience())
@@ -189,9 +218,10 @@ class Upkeep:
                 return []
             done, left = await net.standing.put_back(patience.spared)
             for one in done:
-                patience.did(one.key)
+                if not one.new:
+                    patience.did(one.key)
             spared = patience.spared
-            net.standing.say([self._explained(net, one, spared) for one in self._lasting(left)])
+            net.standing.say([self._explained(net, one, spared) for one in self._lasting(net, left)])
             return done
 
     def _explained(self, net: Net, one: Drift, spared: frozenset[str]) -> Drift:
@@ -204,16 +234,15 @@ class Upkeep:
         )
         return one._replace(text=text, hint=hint)
 
-    def _lasting(self, found: list[Drift]) -> list[Drift]:
+    def _lasting(self, net: Net, found: list[Drift]) -> list[Drift]:
         """Without interfaces that have just gone: their guest ends, or reboots."""
         now = time.monotonic()
-        for key in self._gone.keys() - {one.key for one in found}:
-            if now - self._gone[key] > 10 * GRACE:
-                del self._gone[key]
-        return [one for one in found if not one.gone or now - self._gone.setdefault(one.key, now) > GRACE]
+        before = self._gone.get(net.name, {})
+        since = self._gone[net.name] = {one.key: before.get(one.key, now) for one in found if one.gone}
+        return [one for one in found if now - since.get(one.key, -math.inf) > GRACE]
 
     def _tell(self, told: dict[str, list[Drift]], why: str) -> None:
-        told = {name: [one for one in done if not one.new] for name, done in told.items()}
+        told = {name: [one for one in done if not (one.new or one.quiet)] for name, done in told.items()}
         told = {name: done for name, done in told.items() if done}
         if not told:
             return

@@ -7,6 +7,7 @@ Start, info, fsck and the watch ask here, and have put back what can be. Firewal
 
 from __future__ import annotations
 
+import errno
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -38,7 +39,9 @@ class Drift(NamedTuple):
 
     `key` stays the same while it is that thing; `text` is "vt-web1-0: in no bridge". `mend` puts it back, None: that
     is for a person, and `hint` says how. Not `vital`: guests can do without. `new`: nobody has changed anything, such
-    as where a container's reboot has made its interface anew. `gone`: it may be about to be taken off the record.
+    as where a container's reboot has made its interface anew, and it is put back however often it comes. `quiet`: an
+    older virtd may have left it. `gone`: it may be about to be taken off the record. `stray`: an interface that is to
+    be refused, and then put out of the bridge.
     """
 
     key: str
@@ -47,7 +50,9 @@ class Drift(NamedTuple):
     hint: str = ""
     vital: bool = True
     new: bool = False
+    quiet: bool = False
     gone: bool = False
+    stray: str = ""
 
 
 class Seen(NamedTuple):
@@ -57,6 +62,13 @@ class Seen(NamedTuple):
     addresses: dict[str, set[Address]]
     neighbours: set[tuple[str, str]]
     routes: list[Route]
+
+
+class Compared(NamedTuple):
+    """What differs of each network, and the interfaces that were looked at, by index."""
+
+    drifts: list[list[Drift]]
+    numbers: dict[int, str]
 
 
 class Mended(NamedTuple):
@@ -83,12 +95,13 @@ def look(kernel: Kernel, interfaces: set[str]) -> Seen:
     return Seen(found, kernel.all_addresses(indexes), kernel.neighbours_of_ports(indexes), there)
 
 
-def compare(grounds: list[Ground]) -> list[list[Drift]]:
-    """What differs of each network, by one look at all. Raises HostError."""
+def compare(grounds: list[Ground]) -> Compared:
+    """By one look at all. Raises HostError."""
     try:
         with Kernel() as kernel:
             seen = look(kernel, names(grounds))
-            return [differences(kernel, ground, seen) for ground in grounds]
+            drifts = [differences(kernel, ground, seen) for ground in grounds]
+            return Compared(drifts, {link.number: name for name, link in seen.links.items()})
     except OSError as exc:
         raise errors.HostError(f"Cannot ask the kernel about interfaces: {exc.strerror}") from exc
 
@@ -97,13 +110,12 @@ def put_back(ground: Ground, spared: frozenset[str] = frozenset()) -> Mended:
     """Have what differs as it should be, but for the keys in `spared`. Raises HostError."""
     done: dict[str, Drift] = {}
     failed: dict[str, str] = {}
+    over = set(spared)  # not tried (again)
     try:
         with Kernel() as kernel:
             for again in range(PASSES + 1):
                 found = differences(kernel, ground, look(kernel, names([ground])))
-                todo = [
-                    one for one in found if one.mend is not None and one.key not in failed | dict.fromkeys(spared)
-                ]
+                todo = [one for one in found if one.mend is not None and one.key not in over]
                 if not todo or again == PASSES:
                     break
                 for one in todo:
@@ -111,11 +123,13 @@ def put_back(ground: Ground, spared: frozenset[str] = frozenset()) -> Mended:
                         assert one.mend is not None
                         one.mend(kernel)
                         done.setdefault(one.key, one)
-                    except errors.HostError as exc:
-                        cause = exc.__cause__
-                        failed[one.key] = (isinstance(cause, OSError) and cause.strerror) or exc.message
-                    except OSError as exc:
-                        failed[one.key] = exc.strerror or str(exc)
+                        failed.pop(one.key, None)
+                    except (errors.HostError, OSError) as exc:
+                        cause = exc.__cause__ if isinstance(exc, errors.HostError) else exc
+                        failed[one.key] = (isinstance(cause, OSError) and cause.strerror) or str(exc)
+                        # What was looked at may have gone since, and something else have come by its name.
+                        if not (isinstance(cause, OSError) and cause.errno in (errno.ENODEV, errno.ENOENT)):
+                            over.add(one.key)
     except OSError as exc:
         raise errors.HostError(f"Cannot look after {ground.network.bridge_name}: {exc.strerror}") from exc
     left = [one._replace(text=f"{one.text} ({failed[one.key]})" if one.key in failed else one.text) for one in found]
@@ -188,7 +202,7 @@ def _bridge(ground: Ground, link: Link) -> Iterator[Drift]:
         # An older virtd has left them to whoever gets the packet.
         yield Drift(
             f"{name} checksums", f"{name}: checksums are {'left out' if offload else 'computed'}",
-            lambda _kernel: set_checksums(name, offload=network.checksum_offload), vital=False, new=True,
+            lambda _kernel: set_checksums(name, offload=network.checksum_offload), vital=False, quiet=True,
         )  # fmt: skip
     mtu = _mtu(ground)
     if mtu is not None and link.mtu != mtu:
@@ -286,12 +300,29 @@ def _strangers(name: str, addresses: set[Address], *, new: bool = False) -> Iter
 def _port(ground: Ground, port: Port, above: Link, seen: Seen) -> Iterator[Drift]:
     network, name = ground.network, port.interface
     link = seen.links.get(name)
+    if name in ground.refused:
+        if link is not None and link.master == above.name:
+            text = f"{name}: in {above.name}, though it is refused"
+            yield Drift(f"{name} refused", text, lambda kernel: bridge.put_out(kernel, port), new=True)
+        return
     if link is None:
         noun = "" if port.user.startswith("qemu/") else "container "
         user = port.user.partition("/")[2]
         hint = f"virtdctl {noun}stop {user}, and start it again."
         yield Drift(f"{name} there", f"{name}: gone, {port.user} is cut off", None, hint, gone=True)
         return
+    if link.kind == "tun" and link.master == above.name and link.mac != bridge.address_of(port):
+        # Whoever has a tap open can change it (SIOCSIFHWADDR, for which the kernel asks no privilege there), and what
+        # is sent to that address a bridge keeps for the host, whoever had it until then: a neighbour is cut off.
+        text = f"{name}: MAC address {link.mac} instead of {bridge.address_of(port)}"
+        if not port.loose:
+            yield Drift(f"{name} stray", text, stray=name)
+            return
+
+        def rename(kernel: Kernel) -> None:
+            kernel.set_link(name, mac=bridge.address_of(port))
+
+        yield Drift(f"{name} mac", text, rename, new=True)  # an older virtd has left the kernel's
     locked = not port.trusted
     new = not link.alias and link.kind == "veth"
     flags = {"isolated": network.isolated_ports, "locked": locked, "learning": not locked}
@@ -317,7 +348,7 @@ def _port(ground: Ground, port: Port, above: Link, seen: Seen) -> Iterator[Drift
     if link.master == above.name and link.values.get("hairpin", hairpin) != hairpin:
         yield Drift(
             f"{name} hairpin", f"{name}: hairpin mode is {'off' if hairpin else 'on'}",
-            lambda kernel: kernel.set_port_hairpin(name, on=hairpin), vital=False, new=True,
+            lambda kernel: kernel.set_port_hairpin(name, on=hairpin), vital=False, quiet=True,
         )  # fmt: skip
     alias = links.alias_of(network.name, port.user)
     if link.alias != alias:

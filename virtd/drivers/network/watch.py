@@ -12,6 +12,7 @@ import errno
 import logging
 import socket
 import struct
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ ALL = ""  # "look at everything"
 
 
 class Watch:
-    """Calls `table(name)` for a table of nftables' that something happened to, `link(name)` for an interface,
+    """Calls `table(name)` for a table of nftables' that something happened to, `link(name, index)` for an interface,
     `routing()` when a rule of policy routing has gone, and `other(kind, body)` for all else that rtnetlink tells.
 
     The first two get ALL when the kernel had more to tell than we took in time.
@@ -45,7 +46,7 @@ class Watch:
     def __init__(
         self,
         table: Callable[[str], None],
-        link: Callable[[str], None],
+        link: Callable[[str, int], None],
         routing: Callable[[], None],
         other: Callable[[int, bytes], None],
     ) -> None:
@@ -53,7 +54,8 @@ class Watch:
         self._sockets: list[socket.socket] = []
 
         def routed(data: bytes) -> None:
-            _each(links(data), link)
+            for name, index in dict.fromkeys(links(data)):
+                link(name, index)
             for kind, body in _messages(data):
                 if kind == _DELRULE:
                     routing()
@@ -61,7 +63,7 @@ class Watch:
                     other(kind, body)
 
         def lost() -> None:
-            link(ALL)
+            link(ALL, 0)
             routing()
 
         try:
@@ -135,8 +137,8 @@ def tables(data: bytes) -> Iterator[str]:
             yield _text(body[4:], 1)  # after struct nfgenmsg
 
 
-def links(data: bytes) -> Iterator[str]:
-    """The interfaces that the messages are about."""
+def links(data: bytes) -> Iterator[tuple[str, int]]:
+    """The interfaces that the messages are about, by name and index. Of one that was renamed it is the new name."""
     for kind, body in _messages(data):
         if kind in (_NEWLINK, _DELLINK) and (name := _text(body[16:], _IFLA_IFNAME)):
-            yield name
+            yield name, int.from_bytes(body[4:8], sys.byteorder)

@@ -146,7 +146,8 @@ def test_messages_of_the_kernel() -> None:
     data = message(deleted, bytes(4), 1, "virtd-lab") + message(deleted, bytes(4), 1, "docker")
     data += message(10 << 8 | 15, bytes(4), 1, "virtd-not-a-table")
     assert list(watch.tables(data)) == ["virtd-lab", "docker"]
-    assert list(watch.links(message(17, bytes(16), 3, "vd-lab") + message(20, bytes(16), 3, "x"))) == ["vd-lab"]
+    link = struct.pack("=BxHiII", 0, 1, 7, 0, 0)
+    assert list(watch.links(message(17, link, 3, "vd-lab") + message(20, link, 3, "x"))) == [("vd-lab", 7)]
     assert list(watch.tables(b"\1\2\3")) == list(watch.tables(bytes(64))) == []
 
 

@@ -171,7 +171,7 @@ async def test_killed_at_every_step_of_a_stop(cuts: Cuts) -> None:
 
     seen = await crash_everywhere(cuts, stop, active=True)
     assert sum("FDSTOREREMOVE=1" in step for step in seen) == 5
-    assert {f"stop {UNIT}", "nft virtd-lab", "rmtree vd-lab"} <= set(seen)
+    assert {f"stop {UNIT}", "nft virtd-lab", "delete_link vd-lab"} <= set(seen)
 
 
 @on_loop
