@@ -130,7 +130,7 @@ def test_a_tap_is_its_guests_also_when_that_has_ended(two: Lab) -> None:
     finally:
         lab.sh("systemctl start virtd.socket virtd.service")
     lab.wait("its end", lambda: lab.info("b")["state"] == "crashed")
-    assert lab.sh("ls /sys/class/net | grep vt-b", check=False) == ""
+    lab.wait("its tap's end", lambda: lab.sh("ls /sys/class/net | grep vt-b", check=False) == "")
 
 
 def test_a_tap_with_anothers_address_is_put_out(two: Lab) -> None:
