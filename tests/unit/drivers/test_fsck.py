@@ -12,6 +12,8 @@ import pytest
 
 from tests.doubles.fake_units import Unit
 from tests.doubles.whole_host import ROOT, SLOTS, World, nothing_left, on_loop, until
+from virtd import aliases
+from virtd.drivers.qemu import userdb
 from virtd.fdstore import NotifyFailed
 from virtd.units import UnitSpec
 
@@ -69,6 +71,17 @@ def swap(world: World, slot: str) -> None:
     plant(world, slot)
 
 
+def old_links(world: World) -> None:
+    """A start was cut off long ago that had a path which systemd would misread."""
+    directory = world.paths.aliases("qemu", "ghost")
+    aliases.make(directory, ["/an odd path"])
+    os.utime(directory, (0, 0))
+
+
+def user_of_nobody(world: World) -> None:
+    userdb.add(world.paths.userdb, userdb.Named("vm-ghost", 1_900_000_000), "ghost")
+
+
 # What is done while web1 runs and idle doesn't; words of what is found; whether it can be mended.
 DAMAGE: dict[str, tuple[Callable[[World], object], str, bool]] = {
     "a pipe that PID 1 lost": (lambda w: lose(w, "qemu/web1/stdin"), "slot qemu/web1/stdin is missing", True),
@@ -92,6 +105,8 @@ DAMAGE: dict[str, tuple[Callable[[World], object], str, bool]] = {
     "a definition less": (lambda w: os.unlink(f"{w.paths.etc}/qemu/idle.toml"), "idle.toml is gone", True),
     "a quarantined record": (lambda w: write(f"{w.paths.quarantine}/qemu-a.1.json", ""), "couldn't be read", True),
     "a unit that has ended": (lambda w: plant_unit(w, "idle", code=""), "has ended, and virtd knows", True),
+    "links of nothing": (old_links, "qemu.ghost is of a child that is gone", True),
+    "a user of nobody": (user_of_nobody, "has user vm-ghost (1900000000), whom no guest runs as", True),
     "a unit of nothing": (lambda w: plant_unit(w, "ghost", code=""), "has ended, and virtd knows", True),
 }
 
