@@ -64,6 +64,7 @@ class Object(Protocol):
     def pending(self) -> bool: ...
     def parsed(self, text: str) -> Any: ...
     def adopt(self, record: Record) -> object: ...
+    def recall(self) -> None: ...
 
 
 class Fresh(NamedTuple):
@@ -156,6 +157,17 @@ class Collection(Generic[T, D]):
             except Exception as exc:
                 log.exception("%s can't be adopted", name)
                 self.left_alone(name, Problem(f"{name} could not be adopted: {exc}", "It was left alone."))
+
+    def recall(self) -> None:
+        """First step of a start, at its end: what records tell of problems is known before anybody asks."""
+        for one in [one for one in self.objects.values() if one.record is not None]:
+            try:
+                one.recall()
+            except Exception as exc:  # it costs no other its daemon
+                log.exception("The problems of %s can't be recalled", one.name)
+                one.problems["internal"] = Problem(
+                    f"Its problems can't be recalled: {exc}", "This is a bug: see journalctl -u virtd."
+                )
 
     def half_written(self) -> list[str]:
         """Files that never got their real names, because a crash came in between."""

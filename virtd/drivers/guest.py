@@ -237,6 +237,10 @@ class Guest(Recorded, Generic[D]):
             return True
         return False
 
+    def recall(self) -> None:
+        if self.alive and self.record is not None and self.record.data.get(AGAIN):
+            self._say_again()
+
     async def reconcile(self, *, unit_exists: bool) -> str:
         """Second step, with systemd at hand: what became of it. Returns "adopted", "ended", "rolled back" or ""."""
         try:
@@ -266,8 +270,6 @@ class Guest(Recorded, Generic[D]):
                 await self._started_again(unit)
             self.child.identify(unit)
             self.save(**identified(self.child))
-        elif record.data.get(AGAIN):
-            self._say_again()
         if not unit_exists:
             self.problems["unit"] = Problem(f"{self.unit} is gone, but its process runs (PID {self.child.pid})")
         if record.state == State.STARTING:

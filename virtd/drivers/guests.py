@@ -76,6 +76,7 @@ class Guests(Collection[G, D]):
         self._reconciled.clear()
         self.restore_records()
         self.load_definitions()
+        self.recall()
         reconcile.doubt(self)
 
     async def reconcile(self) -> None:

@@ -87,6 +87,12 @@ class Recorded(Tasks):
         """The journal fields of this object."""
         raise NotImplementedError
 
+    def recall(self) -> None:
+        """First step of a start, once definitions are read: have those problems that its record tells of.
+
+        Whoever asks right after a restart is told no less than right before; nothing is looked at for it.
+        """
+
     def wait_for(self, failed: Problem | None) -> None:
         """Have it wait to be autostarted, for the reason why its start failed; None: no longer."""
         if failed is None:

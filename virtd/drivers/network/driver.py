@@ -98,6 +98,8 @@ class Driver(Collection[Net, model.Network]):
         self._reconciled.clear()
         self.restore_records()
         self.load_definitions()
+        self.recall()
+        self._prober.recall()
         self._sweep_leases()
         reconcile.doubt(self)
         for net in self.nets.values():
@@ -135,7 +137,7 @@ class Driver(Collection[Net, model.Network]):
         self._reconciled.set()
         await self._guard.restore_rules(set(self.nets), why="while virtd was away")
         await self._upkeep.begin()
-        self._prober.recall()
+        self._prober.begin()
         self._guard.begin()
 
     def _has_bridge(self, net: Net) -> bool:

@@ -331,23 +331,29 @@ class Net(NetRecord):
         allowed, static leases and names are read again, and a dnsmasq that is replaced takes its leases over.
         """
         async with self.exclusive("reload"):
+            if (waiting := self._waiting()) is not None:
+                if self.problems.get("pending") != waiting:
+                    journal.send(waiting.text, message_id=Message.NETWORK_PENDING, level="warning", **self.fields())
+                self.problems["pending"] = waiting
+                return [waiting.text]
             new, old = self.definition, self.running
-            if self.state is not State.ACTIVE or new is None or not self.pending:
-                self.problems.pop("pending", None)
-                return []
-            keys = fixed(old, new) if old is not None else ["definition"]
-            if keys:
-                what = ", ".join(keys)
-                text = f"{what} can't be changed while network {self.name} is active: the new definition waits"
-                hint = f"virtdctl network stop {self.name} and start it, when its guests can do without it."
-                if self.problems.get("pending") != Problem(text, hint):
-                    journal.send(text, message_id=Message.NETWORK_PENDING, level="warning", **self.fields())
-                self.problems["pending"] = Problem(text, hint)
-                return [text]
-            assert old is not None
-            await self._switch(old, new)
+            if self.state is State.ACTIVE and new is not None and self.pending:
+                assert old is not None
+                await self._switch(old, new)
             self.problems.pop("pending", None)
             return []
+
+    def _waiting(self) -> Problem | None:
+        """Of a changed definition that can't be put in force while the network is active."""
+        new, old = self.definition, self.running
+        if self.state is not State.ACTIVE or new is None or not self.pending:
+            return None
+        if not (keys := fixed(old, new) if old is not None else ["definition"]):
+            return None
+        return Problem(
+            f"{', '.join(keys)} can't be changed while network {self.name} is active: the new definition waits",
+            f"virtdctl network stop {self.name} and start it, when its guests can do without it.",
+        )
 
     async def _switch(self, old: model.Network, new: model.Network) -> None:
         from . import holdings
@@ -377,6 +383,19 @@ class Net(NetRecord):
             if self.state is State.ACTIVE and not self.lost_bridge() and (not record.unit or self.server.alive):
                 # What the record says is good enough to be told; the rest is looked at in a moment.
                 self.settled.set()
+
+    def recall(self) -> None:
+        if self.state is not State.ACTIVE:
+            return
+        self.connections.say_refused()
+        self.standing.recall()
+        network = self.running
+        if network is None:
+            self.problems["definition"] = Problem("The definition that it was started with can't be read")
+        elif network.own and network.serves:
+            self.server.recall()
+        if (waiting := self._waiting()) is not None:
+            self.problems["pending"] = waiting
 
     async def reconcile(self, *, unit_exists: bool) -> str:
         """Second step: whole again, whatever a crash cut off. Returns "adopted", "ended", "rolled back" or ""."""
@@ -418,11 +437,7 @@ class Net(NetRecord):
             self.note(State.ACTIVE, "its start was interrupted, and finished")
             return "adopted"
         await self.connections.take_over()
-        self.connections.say_refused()
-        if network is None:
-            self.problems["definition"] = Problem("The definition that it was started with can't be read")
-            return "adopted"
-        if network.own and network.serves:
+        if network is not None and network.own and network.serves:
             await self.server.take_back(network)
         return "adopted"
 

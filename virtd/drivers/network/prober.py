@@ -54,10 +54,16 @@ class Prober:
         self._look_at(names)
 
     def recall(self) -> None:
-        """After a start of the daemon: what was found last is told, and looked at again where it may have changed."""
+        """First step of a start: what an earlier daemon has found is told."""
+        for net in self._nets.values():
+            if net.active:
+                _recall(net)
+
+    def begin(self) -> None:
+        """Second step: it is looked at again where it may have changed."""
         now = _generation()
         for net in self._nets.values():
-            if net.active and not (_recall(net, now) and _is_heard()):
+            if net.active and not (_is_same(net, now) and _is_heard()):
                 self._look_at([net.name])
 
     def _look_at(self, names: Iterable[str]) -> None:
@@ -162,20 +168,30 @@ def _note(net: Net, generation: int | None) -> None:
     net.remember(obstacles={"found": found, "generation": generation, "ground": _ground(net)})
 
 
-def _recall(net: Net, generation: int | None) -> bool:
-    """Tell what an earlier daemon has found; whether that can't have changed."""
+def _noted(net: Net) -> list[tuple[Problem, bool]] | None:
+    """What was found last, each with whether nobody tells of its mending; None where nobody has looked."""
     noted: Any = net.record.data.get("obstacles") if net.record is not None else None
     try:
-        found = [(Problem(str(text), str(hint)), bool(unheard)) for text, hint, unheard in noted["found"]]
-        same = noted["generation"] == generation is not None and noted["ground"] == _ground(net)
+        return [(Problem(str(text), str(hint)), bool(unheard)) for text, hint, unheard in noted["found"]]
     except (TypeError, LookupError, ValueError):
-        return False
-    if found:
+        return None
+
+
+def _recall(net: Net) -> None:
+    if found := _noted(net):
         from .obstacles import Obstacle
 
         net.obstacles = [Obstacle(*one) for one in found]
         net.problems |= {f"obstacle {number}": problem for number, (problem, _) in enumerate(found)}
-    return same and not any(unheard for _, unheard in found)
+
+
+def _is_same(net: Net, generation: int | None) -> bool:
+    """Whether what was found last can't have changed."""
+    found = _noted(net)
+    if found is None or any(unheard for _, unheard in found) or net.record is None:
+        return False
+    noted = net.record.data["obstacles"]
+    return bool(noted.get("generation") == generation is not None and noted.get("ground") == _ground(net))
 
 
 def _ground(net: Net) -> str:

@@ -267,6 +267,11 @@ class Server(Tasks):
                 f"It runs on. virtdctl network stop and start {self.net.name} when convenient.",
             )
 
+    def recall(self) -> None:
+        """First step as well: one that an earlier daemon has seen end, and hasn't begun again."""
+        if self.net.record is not None and not self.net.record.unit and self._wanted() is not None:
+            self._say("Its dnsmasq doesn't run: no leases and no names until it does")
+
     async def identify(self, *, unit_exists: bool) -> None:
         """A crash between the unit's start and the record of its PID: ask systemd who it is."""
         if self.child is None or self.alive or not unit_exists:
@@ -284,6 +289,7 @@ class Server(Tasks):
             await asyncio.to_thread(self._write, network)
             await self._replace(network)
             self.net.remember(unsure=False)
+            self.net.problems.pop("server", None)
         elif not self.alive:
             self.spawn(self._again(), "again")
         else:

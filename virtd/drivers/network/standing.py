@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ... import errors, journal
 from ...messages import Message
@@ -14,10 +14,12 @@ from . import wanted
 
 if TYPE_CHECKING:
     from ...model.network import Network
+    from ...records import Record
     from .ports import Ground
     from .wanted import Drift, Mended
 
 PROBLEM = "bridge"
+NOTED = "drift"  # in the record's data: the problem, for the next daemon
 
 
 class Stood(Protocol):
@@ -25,6 +27,7 @@ class Stood(Protocol):
 
     name: str
     problems: dict[str, Problem]
+    record: Record | None
 
     @property
     def state(self) -> State: ...
@@ -40,6 +43,7 @@ class Stood(Protocol):
     def refuse(self, interfaces: set[str]) -> None:
         """Put on record that these ports are to be out of the bridge, and say so."""
 
+    def keep_data(self, **data: Any) -> None: ...
     def fields(self) -> dict[str, str]: ...
     def changed(self) -> None: ...
 
@@ -107,6 +111,15 @@ class Standing:
         again = await asyncio.to_thread(wanted.put_back, self.net.tended, spared)
         return wanted.Mended(mended.done + again.done, again.left)
 
+    def recall(self) -> None:
+        """Tell what an earlier daemon couldn't mend, until it is looked again."""
+        record = self.net.record
+        match record.data.get(NOTED) if record is not None else None:
+            case [str(text), str(hint)]:
+                self.net.problems[PROBLEM] = Problem(text, hint)
+            case _:
+                pass
+
     def say(self, left: list[Drift]) -> None:
         """What isn't as it should be, and stays so until somebody does something about it."""
         net = self.net
@@ -114,6 +127,7 @@ class Standing:
         before = net.problems.get(PROBLEM)
         if not left:
             if net.problems.pop(PROBLEM, None) is not None:
+                net.keep_data(**{NOTED: None})
                 net.changed()
             return
         text = f"It isn't as virtd made it: {'; '.join(one.text for one in left)}"
@@ -122,6 +136,7 @@ class Standing:
         if problem == before:
             return
         net.problems[PROBLEM] = problem
+        net.keep_data(**{NOTED: [problem.text, problem.hint]})
         journal.send(
             f"Network {net.name}: {text}", message_id=Message.NETWORK_BRIDGE_LOST, level="error", **net.fields()
         )

@@ -14,7 +14,7 @@ from ..protocol import Problem, Use
 from . import command, nics, operations, starting, userdb, users
 from . import host as hostinfo
 from .machine import DRIVER, Machine
-from .news import STANDSTILL
+from .news import LOST, STANDSTILL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,6 +76,14 @@ class Driver(Guests[Machine, model.Domain]):
         for machine in list(self.machines.values()):
             if machine.alive and STANDSTILL in machine.problems:
                 await machine.standstill.look()
+
+    def recall(self) -> None:
+        super().recall()
+        for machine in self.machines.values():
+            if machine.alive and machine.record is not None and LOST in machine.record.data:
+                from . import openfiles  # few ever lose one
+
+                openfiles.recall(machine)
 
     async def reconcile(self) -> None:
         await super().reconcile()

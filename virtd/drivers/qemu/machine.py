@@ -132,9 +132,13 @@ class Machine(Guest[model.Domain]):
     def sort_line(self, text: str) -> str | None:
         return None if ends.is_aside(text) else "warning"
 
+    def recall(self) -> None:
+        super().recall()
+        if self.alive and self.record is not None and STANDSTILL in self.record.data:
+            self.standstill.recall()
+
     def adopted(self) -> None:
         if self.record is not None and STANDSTILL in self.record.data:
-            self.standstill.recall()
             self.spawn(self.standstill.look(), STANDSTILL)
         self._attach_later()
 

@@ -27,6 +27,7 @@ CHANGES, CHANGES_RATE = 20, 1.0  # changes of state at once, and a second
 REBOOTS, REBOOTS_RATE = 5, 1 / 60  # lines in the journal about reboots
 SETTLE = 1.0  # seconds from a change that was one too many until the state is asked for
 STANDSTILL = "standstill"  # in a record's data, and among problems; see standstill.py
+LOST = "lost files"  # the same; see openfiles.py
 DISK, PANIC, INTERNAL, WATCHDOG = "io-error", "guest-panicked", "internal-error", "watchdog"
 STANDSTILLS = frozenset({DISK, PANIC, INTERNAL, WATCHDOG})  # as query-status has them
 OF_THE_END = frozenset({"SHUTDOWN", "RESET", "POWERDOWN", "GUEST_PANICKED"})

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ... import journal
 from ...messages import Message
 from ..protocol import Difference, Problem
+from .news import LOST
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 LOOK = 10.0  # seconds that a file system may take; one that hangs mustn't hold up more than this
 HINT = "Copy what is in it, from inside the guest or with QEMU's drive-backup, before the guest is stopped."
-KEY = "disks"
 
 
 def missing(images: Iterable[tuple[tuple[int, int], str]]) -> list[str]:
@@ -54,14 +54,32 @@ async def look(machines: Iterable[Machine]) -> None:
     for name, (machine, _) in wanted.items():
         if not machine.alive:
             continue
-        if not found[name]:
-            machine.problems.pop(KEY, None)
-            continue
         text = "; ".join(found[name])
-        before = machine.problems.get(KEY)
-        machine.problems[KEY] = Problem(text, HINT)
-        if before is None or before.text != text:
+        if text == _recorded(machine):
+            continue
+        _record(machine, text)
+        if text:
+            machine.problems[LOST] = Problem(text, HINT)
             journal.send(f"{name}: {text}", message_id=Message.DISK_LOST, level="error", **machine.fields())
+        else:
+            machine.problems.pop(LOST, None)
+
+
+def recall(machine: Machine) -> None:
+    """Tell what an earlier daemon has found, until it is looked again."""
+    if text := _recorded(machine):
+        machine.problems[LOST] = Problem(text, HINT)
+
+
+def _recorded(machine: Machine) -> str:
+    """What was found last: on record, so that the next daemon tells of it at once, and not as of something new."""
+    return str(machine.record.data.get(LOST, "")) if machine.record is not None else ""
+
+
+def _record(machine: Machine, text: str) -> None:
+    assert machine.record is not None
+    data = {key: value for key, value in machine.record.data.items() if key != LOST}
+    machine.keep(data=data | ({LOST: text} if text else {}))
 
 
 async def differences(machines: Iterable[Machine]) -> list[Difference]:
@@ -75,5 +93,7 @@ async def differences(machines: Iterable[Machine]) -> list[Difference]:
             Difference("file", "", "the files of running guests can't be looked at: a file system doesn't answer")
         ]
     return [
-        Difference("file", machine.name, machine.problems[KEY].text) for machine in running if KEY in machine.problems
+        Difference("file", machine.name, machine.problems[LOST].text)
+        for machine in running
+        if LOST in machine.problems
     ]

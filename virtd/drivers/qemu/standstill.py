@@ -233,6 +233,9 @@ class Standstill:
             free = f"{space.free >> 20} MiB" if space.free >> 20 else f"{space.free} bytes"
             text += f" on the file system of {space.place}, {free} free"
             return Problem(text, f"Free some space there, then: {resume}.")
+        path = self._path(fault)
+        if fault.full and path and not path.startswith("/dev/"):  # not looked at yet, or it doesn't answer
+            return Problem(text, f"Free some space on its file system, then: {resume}.")
         if fault.full:
             return Problem(text, f"Extend what it is on, such as an LVM thin pool (lvs shows these), then: {resume}.")
         return Problem(text, f"journalctl -k shows what the host says about it. When that is mended: {resume}.")

@@ -79,6 +79,7 @@ class Driver(Pools):
         self._reconciled.clear()
         self.restore_records()
         self.load_definitions()
+        self.recall()
 
     def take_back(self, name: str, record: Record) -> None:
         if name.startswith(model.JOB):

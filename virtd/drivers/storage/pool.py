@@ -16,6 +16,7 @@ from ...messages import Message
 from ...model import pool as model
 from ...records import Record, now
 from ..definitions import text_in_force
+from ..protocol import Problem
 from ..recorded import Recorded
 from ..turns import Turns
 from .job import DRIVER
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LOST = "lost"  # among problems, and in the record's data
 PATIENCE = 120.0  # seconds that an operation waits for another: a mount may take its time
 
 
@@ -96,6 +98,28 @@ class StoragePool(Recorded):
 
     def adopt(self, record: Record) -> None:
         self.record = record
+
+    def recall(self) -> None:
+        if self.active and self.record is not None and (lost := self.record.data.get(LOST)):
+            self._say_lost(str(lost))
+
+    def seen(self, lost: str) -> None:
+        """Why it can't be used though it is active, or "": also on record, for the next daemon."""
+        if not self.active or self.record is None:
+            return
+        if self.record.data.get(LOST, "") != lost:
+            data = {key: value for key, value in self.record.data.items() if key != LOST}
+            self.keep(data=data | ({LOST: lost} if lost else {}))
+        if lost:
+            self._say_lost(lost)
+        else:
+            self.problems.pop(LOST, None)
+
+    def _say_lost(self, lost: str) -> None:
+        self.problems[LOST] = Problem(
+            f"Pool {self.name} was active and can't be used: {lost}",
+            f"Once that is mended: virtdctl pool start {self.name}.",
+        )
 
     def parsed(self, _text: str) -> model.Pool | None:
         """Pools are few: each start reads their definitions anew."""

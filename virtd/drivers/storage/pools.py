@@ -18,7 +18,7 @@ from . import backends
 from .directory import Directory
 from .job import DRIVER
 from .jobs import Jobs
-from .pool import Shared, State, StoragePool
+from .pool import LOST, Shared, State, StoragePool
 from .usage import Usage
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ class Pools(Collection[StoragePool, model.Pool]):
 
     def put_in_force(self, one: StoragePool, definition: model.Pool, text: str) -> None:
         del definition
-        one.save(data={"definition": text})
+        assert one.record is not None
+        one.save(data=one.record.data | {"definition": text})
         self.published("changed", one)
 
     # Looking at them
@@ -119,18 +120,13 @@ class Pools(Collection[StoragePool, model.Pool]):
         await asyncio.gather(*(self._examine(pool) for pool in pools))
 
     async def _examine(self, pool: StoragePool) -> None:
-        pool.problems.pop("lost", None)
         try:
             lost = await pool.backend.lost()
         except errors.VirtdError as exc:
             lost = exc.message
-        if lost:
-            pool.problems["lost"] = Problem(
-                f"Pool {pool.name} was active and can't be used: {lost}",
-                f"Once that is mended: virtdctl pool start {pool.name}.",
-            )
-            return
-        await pool.measure()
+        pool.seen(lost)
+        if not lost:
+            await pool.measure()
 
     async def reload(self) -> None:
         """What others may have undone (a mount) is a problem, and starting the pool mends it."""
@@ -138,7 +134,7 @@ class Pools(Collection[StoragePool, model.Pool]):
 
     async def sweep(self, pool: StoragePool) -> None:
         """Remove what no job fills any more."""
-        if "lost" in pool.problems:
+        if LOST in pool.problems:
             return
         try:
             removed = await pool.backend.sweep(self.jobs.unfinished())
@@ -154,9 +150,7 @@ class Pools(Collection[StoragePool, model.Pool]):
         """Also what was active and has lost its mount."""
 
         def wanted(pool: StoragePool) -> bool:
-            return bool(pool.definition and pool.definition.autostart) and (
-                not pool.active or "lost" in pool.problems
-            )
+            return bool(pool.definition and pool.definition.autostart) and (not pool.active or LOST in pool.problems)
 
         return [pool for pool in self.pools.values() if wanted(pool)]
 

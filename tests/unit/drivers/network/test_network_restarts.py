@@ -411,7 +411,7 @@ async def test_what_was_found_is_told_by_the_next_daemon(site: Site, monkeypatch
         net = host.networks.driver.nets["lab"]
         assert net.record is not None
         net.record.data["obstacles"] = nonsense
-        assert prober._recall(net, site.kernel.generation) is False
+        assert prober._is_same(net, site.kernel.generation) is False
 
 
 # A dnsmasq that dies
