@@ -5,8 +5,10 @@ It needs systemd-python and nothing else of virtd, so that any Python daemon can
 """
 
 from virtd.fdstore.budget import Budget, Limit
+from virtd.fdstore.compare import Difference, StoredEntry
 from virtd.fdstore.errors import AlreadyStored, BadName, MissingSlot, NotifyFailed, StoreError, StoreFull
-from virtd.fdstore.store import HEADROOM, Difference, Slot, Store, StoredEntry
+from virtd.fdstore.held import Slot
+from virtd.fdstore.store import HEADROOM, Store
 
 __all__ = [
     "HEADROOM",

@@ -3,20 +3,21 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import resource
 import threading
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Self
 
 from virtd.fdstore import boxes
 from virtd.fdstore import names as slot_names
 from virtd.fdstore import notify as messages
 from virtd.fdstore.boxes import Boxes
-from virtd.fdstore.budget import HINTS, Budget, Limit, Stock, exceeded, files_limit, measure
-from virtd.fdstore.errors import AlreadyStored, MissingSlot, StoreFull
+from virtd.fdstore.budget import Budget, files_limit
+from virtd.fdstore.compare import Difference, compare, unboxed
+from virtd.fdstore.errors import MissingSlot
+from virtd.fdstore.held import Held, Slot
+from virtd.fdstore.room import Room
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, MutableMapping
@@ -26,54 +27,6 @@ HEADROOM = 128
 # So many slots are entries of their own in PID 1's store, where everybody sees them; more are put into boxes.
 DIRECT = 128
 _OURS = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID", "FDSTORE", "NOTIFY_SOCKET")
-
-# fcntl.F_DUPFD_QUERY of Linux 6.10, which Python knows from 3.14 on.
-_F_DUPFD_QUERY = 1027
-
-# The tuples below are not frozen dataclasses because those take 0.7 ms each to make, at every start of the daemon.
-
-
-class Slot(NamedTuple):
-    """One named descriptor. `dev` and `ino` are fstat's; `fd` is -1 after `take()`."""
-
-    name: str
-    fd: int
-    dev: int
-    ino: int
-
-    @classmethod
-    def of(cls, name: str, fd: int) -> Self:
-        status = os.fstat(fd)
-        return cls(name, fd, status.st_dev, status.st_ino)
-
-
-class StoredEntry(NamedTuple):
-    """One descriptor as PID 1 has it; `dev` and `ino` as fstat() gives them."""
-
-    name: str
-    dev: int
-    ino: int
-
-    @classmethod
-    def from_dump(cls, entry: Iterable[Any]) -> Self:
-        """From one element of what DumpUnitFileDescriptorStore() answers: (name, mode, major, minor, inode, ...)."""
-        name, _mode, major, minor, inode = list(entry)[:5]
-        return cls(name, os.makedev(major, minor), inode)
-
-
-class Difference(NamedTuple):
-    """What the store thinks against what PID 1 has, as sorted names; false if they agree.
-
-    `missing` slots aren't in PID 1, `unknown` ones only there, `mismatched` ones are other descriptors there, or more
-    than one.
-    """
-
-    missing: tuple[str, ...] = ()
-    unknown: tuple[str, ...] = ()
-    mismatched: tuple[str, ...] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.missing or self.unknown or self.mismatched)
 
 
 class Store:
@@ -94,23 +47,22 @@ class Store:
         direct: int | None = DIRECT,
     ) -> None:
         self._send = transport
-        self._store_max = store_max
-        self._direct = None if transport is None else direct
-        # As it is now: the daemon may raise its own soft limit later, and the next start begins with this one again.
-        self._files_max = files_limit(resource.getrlimit(resource.RLIMIT_NOFILE)[0], headroom)
         self._changing = threading.RLock()
-        self._slots: dict[str, Slot] = {}
-        # This one is replaced, not changed, when it changes, so that readers need no lock. The others are read as a
-        # whole, which is one step under the GIL.
-        self._doubles: dict[str, tuple[Slot, ...]] = {}
+        self._held = Held()
         self._boxes = Boxes(self._tell)
         self._sockets: dict[str, list[int]] = {}
-        # How many entries of its own a slot has in PID 1: one if it isn't in a box, more if others made doubles.
-        self._alone: dict[str, int] = {}
         # What was dropped, and is still in PID 1.
         self._unwanted: set[str] = set()
-        # Which slots may be the same open file, by dev:ino; asking the kernel about each pair would be quadratic.
-        self._by_inode: dict[tuple[int, int], set[str]] = {}
+        # As it is now: the daemon may raise its own soft limit later, and the next start begins with this one again.
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._room = Room(
+            self._held,
+            self._boxes,
+            self._sockets,
+            store_max=store_max,
+            files_max=files_limit(soft, headroom),
+            direct=None if transport is None else direct,
+        )
         generations: dict[int, dict[int, int]] = {}
         for fd, name in sorted(inherited.items()):
             if not slot_names.is_slot(name):
@@ -118,22 +70,15 @@ class Store:
             elif (key := boxes.parse(name)) is not None and key[1] not in generations.get(key[0], {}):
                 generations.setdefault(key[0], {})[key[1]] = fd
             else:
-                self._found(Slot.of(name, fd))
-                self._alone[name] = self._alone.get(name, 0) + 1
+                self._held.found(Slot.of(name, fd))
+                self._held.alone[name] = self._held.alone.get(name, 0) + 1
         for number, fds in generations.items():
             if (content := self._boxes.open(number, fds)) is None:
                 # It stays as it is, in slots like any others.
                 content = {boxes.name_of(number, generation): fd for generation, fd in fds.items()}
-                self._alone |= dict.fromkeys(content, 1)
+                self._held.alone |= dict.fromkeys(content, 1)
             for name, fd in content.items():
-                self._found(Slot.of(name, fd))
-
-    def _found(self, slot: Slot) -> None:
-        """One more that came back."""
-        if slot.name in self._slots:
-            self._doubles[slot.name] = (*self._doubles.get(slot.name, ()), slot)
-        else:
-            self._keep(slot)
+                self._held.found(Slot.of(name, fd))
 
     @classmethod
     def from_environment(
@@ -180,21 +125,16 @@ class Store:
 
         MissingSlot if there is no such slot, or its descriptor was taken out.
         """
-        slot = self._slots.get(name)
-        if slot is None:
-            raise MissingSlot(f"there is no slot {name}")
-        if slot.fd < 0:
-            raise MissingSlot(f"the descriptor of slot {name} was taken out")
-        return slot.fd
+        return self._held.get(name)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._slots
+        return name in self._held.slots
 
     def names(self) -> list[str]:
-        return sorted(self._slots)
+        return sorted(self._held.slots)
 
     def slots(self) -> dict[str, Slot]:
-        return dict(self._slots)
+        return dict(self._held.slots)
 
     def sockets(self) -> dict[str, list[int]]:
         """What came from socket units, by FileDescriptorName= (the socket unit's name if that isn't set).
@@ -209,82 +149,32 @@ class Store:
         It takes another program (or `systemd-notify --fd`) to make one: `put()` never leaves two. `resolve()` settles
         it by what the daemon's own records say.
         """
-        return {name: found for name in self._doubles if len(found := self._candidates(name)) > 1}
+        return {name: found for name in self._held.doubles if len(found := self._held.candidates(name)) > 1}
 
     def kept_as(self, name: str) -> str:
         """The entry of PID 1's store that holds the slot: of its own name, or a box's. Raises MissingSlot."""
-        if name not in self._slots:
+        if name not in self._held.slots:
             raise MissingSlot(f"there is no slot {name}")
         found = self._boxes.of(name)
-        return name if name in self._alone or not found else found[0].name
+        return name if name in self._held.alone or not found else found[0].name
 
     def budget(self) -> Budget:
         """How much of the store is used, and what limits it."""
-        return measure(self._stock(), self._store_max, self._files_max)
+        return self._room.budget()
 
     def room_for(self, names: Iterable[str]) -> None:
         """Return if all `names` could be put together; else raise StoreFull, which says what to change in the unit.
 
         Also BadName, for a name that can't be put at all.
         """
-        self._placed(names)
-
-    def _placed(self, names: Iterable[str]) -> dict[str, int]:
-        """Where those of `names` that aren't there would go: the number of a box, or 0 for an entry of their own."""
-        new = [slot_names.check(name) for name in dict.fromkeys(names) if name not in self._slots]
-        stock = self._stock()
-        placed = self._distributed(new, stock)
-        alone, held = [*stock.alone], dict(stock.boxes)
-        for name, number in placed.items():
-            if number:
-                box = self._boxes.name(number)
-                held[box] = held.get(box, 0) + 1
-            else:
-                alone.append(name)
-        over = exceeded(stock._replace(alone=alone, boxes=held), self._store_max, self._files_max)
-        if over is None:
-            return placed
-        what = new[0] if len(new) == 1 else f"{len(new)} descriptors"
-        if over is Limit.STORE and not self._store_max:
-            raise StoreFull(
-                f"no room for {what}: the unit has no FD store",
-                limited_by=over,
-                hint="set FileDescriptorStoreMax= in the unit; before systemd 254, pass fallback_max= as well",
-            )
-        now = self.budget()
-        raise StoreFull(
-            f"no room for {what} in the FD store: {now.used} slots are used, and {over} allows {now.max}",
-            limited_by=over,
-            hint=HINTS[over],
-        )
-
-    def _distributed(self, new: list[str], stock: Stock) -> dict[str, int]:
-        """All of them by themselves or all in boxes, in one if there is one with room for them."""
-        alone = dict.fromkeys(new, 0)
-        if self._direct is None or len(stock.alone) + len(new) <= self._direct:
-            return alone
-        if (found := self._boxes.place(len(new))) is not None:
-            return dict.fromkeys(new, found)
-        first = self._boxes.next_number(self._alone)
-        more = -(-len(new) // boxes.CAPACITY)
-        if self._store_max is not None and stock.entries + more + (not self._boxes) > self._store_max:
-            return alone
-        return {name: first + index // boxes.CAPACITY for index, name in enumerate(new)}
+        self._room.place(names)
 
     def held(self, dump: Iterable[tuple[str, int, int]]) -> dict[str, list[tuple[int, int]]]:
         """What PID 1 holds, by slot: (dev, ino) of each descriptor, of `dump` as `verify` is given it.
 
         A box of ours is told as what is in it. One that isn't ours is told as itself.
         """
-        slots = dict(self._slots)
-        others, boxed = self._boxes.sort(dump)
-        found: dict[str, list[tuple[int, int]]] = {}
-        for name, dev, ino in others:
-            found.setdefault(name, []).append((dev, ino))
-        for name in boxed:
-            if name in slots:
-                found.setdefault(name, []).append(slots[name][2:])
-        return found
+        return unboxed(dump, self._boxes, self.slots())
 
     def verify(self, dump: Iterable[tuple[str, int, int]]) -> Difference:
         """Compare with what PID 1 holds, given as StoredEntry or plain (name, dev, ino).
@@ -292,14 +182,7 @@ class Store:
         By name and by what the descriptors are: only this tells that PID 1 kept what it was sent. Ask for the dump
         after `barrier()`, or messages of the last moment aren't in it.
         """
-        held = self.held(dump)
-        ours = dict(self._slots)
-        both = ours.keys() & held.keys()
-        return Difference(
-            missing=tuple(sorted(ours.keys() - both)),
-            unknown=tuple(sorted(held.keys() - both)),
-            mismatched=tuple(sorted(name for name in both if held[name] != [ours[name][2:]])),
-        )
+        return compare(self.held(dump), self.slots())
 
     # Changing.
 
@@ -323,53 +206,35 @@ class Store:
         NotifyFailed may leave some of the others in the store.
         """
         with self._changing:
-            placed = self._placed(descriptors)
+            placed = self._room.place(descriptors)
             self._unwanted -= descriptors.keys()
             self.tidy()
             new: dict[str, Slot] = {}
             try:
-                again = self._duplicated(descriptors, new)
-                for name in [name for name in new if name in self._alone or placed.get(name) == 0]:
-                    if name in self._slots and (name not in again or name in self._doubles):
+                again = self._held.duplicate(descriptors, new)
+                for name in [name for name in new if name in self._held.alone or placed.get(name) == 0]:
+                    if name in self._held.slots and (name not in again or name in self._held.doubles):
                         self._tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
                     # FDPOLL=0: else PID 1 drops a pipe when its writer dies, and with it what nobody has read yet.
                     self._tell(f"FDSTORE=1\nFDPOLL=0\nFDNAME={name}", new[name].fd)
                     for box in self._boxes.of(name):
                         self._repack(box.id, without={name})
-                    self._forget(name)
-                    self._keep(new[name])
-                    self._alone[name] = 1
+                    self._held.forget(name)
+                    self._held.keep(new[name])
+                    self._held.alone[name] = 1
                 self._put_boxed(new, placed)
             except BaseException:
                 for slot in new.values():
-                    if self._slots.get(slot.name) is not slot:
+                    if self._held.slots.get(slot.name) is not slot:
                         os.close(slot.fd)
                 raise
             return new
-
-    def _duplicated(self, descriptors: Mapping[str, int], new: dict[str, Slot]) -> set[str]:
-        """Fill `new` with duplicates; the names whose slots hold the same open file already. Raises AlreadyStored."""
-        again = set()
-        for name, fd in descriptors.items():
-            slot = new[name] = Slot.of(name, fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3))
-            twin = self._twin(slot)
-            if twin is None:
-                others = [other for other in new.values() if other[2:] == slot[2:] and other.name != name]
-                twin = next((other.name for other in others if _same_open_file(other.fd, slot.fd)), None)
-            if twin not in (None, name):
-                raise AlreadyStored(
-                    f"the descriptor for slot {name} is in the FD store as {twin}",
-                    hint="a descriptor and its dup() can have one name only; open the file again for another",
-                )
-            if twin == name:
-                again.add(name)
-        return again
 
     def _put_boxed(self, new: dict[str, Slot], placed: dict[str, int]) -> None:
         """Those of `new` that aren't entries of their own, a message or two for each box."""
         changes: dict[int, dict[str, Slot]] = {}
         for name, slot in new.items():
-            if name in self._alone:
+            if name in self._held.alone:
                 continue
             home, *more = [box.id for box in self._boxes.of(name)] or [placed[name]]
             for number in more:
@@ -378,21 +243,18 @@ class Store:
         for number, slots in changes.items():
             self._repack(number, add={name: slot.fd for name, slot in slots.items()})
             for name, slot in slots.items():
-                self._forget(name)
-                self._keep(slot)
+                self._held.forget(name)
+                self._held.keep(slot)
 
     def _repack(self, number: int, *, without: Collection[str] = (), add: Mapping[str, int] | None = None) -> None:
         # What was taken out isn't ours any more, and which of two doubles is in there only the box itself can say.
-        known = {name: slot.fd for name, slot in self._slots.items() if slot.fd >= 0 and name not in self._doubles}
-        # One entry is left free for this, unless FileDescriptorStoreMax= was lowered since.
-        crowded = self._store_max is not None and self._stock().entries > self._store_max
-        self._boxes.change(number, known, without=without, add=add, crowded=crowded)
+        self._boxes.change(number, self._held.known(), without=without, add=add, crowded=self._room.crowded())
 
     def take(self, name: str) -> int:
         """The slot's descriptor, which becomes the caller's to close. PID 1 keeps its own until `drop(name)`."""
         with self._changing:
             fd = self.get(name)
-            self._slots[name] = self._slots[name]._replace(fd=-1)
+            self._held.slots[name] = self._held.slots[name]._replace(fd=-1)
             return fd
 
     def drop(self, name: str) -> None:
@@ -405,13 +267,13 @@ class Store:
     def expel(self, name: str) -> None:
         """Drop the slot also if only PID 1 knows of it (see `verify`)."""
         with self._changing:
-            if name not in self._alone:
+            if name not in self._held.alone:
                 self._tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
             self._drop([name])
 
     def _drop(self, names: Iterable[str]) -> None:
         with self._changing:
-            self._unwanted |= {name for name in names if name in self._slots}
+            self._unwanted |= {name for name in names if name in self._held.slots}
             self.tidy()
 
     def renew(self, name: str) -> None:
@@ -422,7 +284,7 @@ class Store:
         with self._changing:
             fd = self.get(name)
             self.tidy()
-            if name in self._alone:
+            if name in self._held.alone:
                 # First as one more of that name: if we are killed before the rest is done, the next start can choose.
                 self._tell(f"FDSTORE=1\nFDPOLL=0\nFDNAME={name}", fd)
                 self._tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
@@ -434,7 +296,7 @@ class Store:
     def drop_prefix(self, prefix: str) -> list[str]:
         """Drop `prefix` itself and all below it, part by part: qemu/web1 spares qemu/web10. Returns their names."""
         with self._changing:
-            dropped = sorted(slot_names.below(self._slots, prefix))
+            dropped = sorted(slot_names.below(self._held.slots, prefix))
             self._drop(dropped)
             return dropped
 
@@ -449,16 +311,16 @@ class Store:
         """
         with self._changing:
             self._boxes.tidy()
-            going = self._unwanted & self._slots.keys()
-            for name in sorted(going & self._alone.keys()):
+            going = self._unwanted & self._held.slots.keys()
+            for name in sorted(going & self._held.alone.keys()):
                 self._tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
                 if not self._boxes.of(name):
-                    self._forget(name)
+                    self._held.forget(name)
             for box in self._boxes.all():
                 if not going.isdisjoint(box.since):
                     self._repack(box.id, without=going)
-            for name in going & self._slots.keys():
-                self._forget(name)
+            for name in going & self._held.slots.keys():
+                self._held.forget(name)
             self._unwanted.clear()
 
     def resolve(self, name: str, dev: int, ino: int) -> Slot:
@@ -467,9 +329,9 @@ class Store:
         MissingSlot, and nothing changed, if none of them is. For a name with one descriptor it only looks.
         """
         with self._changing:
-            for slot in self._candidates(name):
+            for slot in self._held.candidates(name):
                 if slot[2:] == (dev, ino):
-                    return self.put(name, slot.fd) if name in self._doubles else slot
+                    return self.put(name, slot.fd) if name in self._held.doubles else slot
             raise MissingSlot(f"no descriptor in slot {name} is the one sought ({dev}:{ino})")
 
     def resize(self, store_max: int, files: int | None = None, headroom: int = HEADROOM) -> None:
@@ -478,8 +340,8 @@ class Store:
         A daemon-reload may change them under a running daemon.
         """
         if self._send is not None:
-            self._store_max = store_max
-            self._files_max = files_limit(-1 if files is None else files, headroom)
+            self._room.store_max = store_max
+            self._room.files_max = files_limit(-1 if files is None else files, headroom)
 
     def send_again(self) -> None:
         """Send PID 1 every slot once more. It keeps those that it has; what it dropped is there again, if it fits.
@@ -488,8 +350,8 @@ class Store:
         left to their owner. Raises NotifyFailed.
         """
         with self._changing:
-            for slot in self._slots.values():
-                if slot.fd >= 0 and slot.name in self._alone and slot.name not in self._doubles:
+            for slot in self._held.slots.values():
+                if slot.fd >= 0 and slot.name in self._held.alone and slot.name not in self._held.doubles:
                     self._tell(f"FDSTORE=1\nFDPOLL=0\nFDNAME={slot.name}", slot.fd)
             self._boxes.send_again()
 
@@ -511,66 +373,19 @@ class Store:
     def close(self) -> None:
         """Close this process's descriptors, the sockets' too. PID 1 keeps what is stored. May be called again."""
         with self._changing:
-            for name in list(self._slots):
-                self._forget(name)
+            for name in list(self._held.slots):
+                self._held.forget(name)
             self._boxes.close()
             if isinstance(self._send, messages.Sender):
                 self._send.close()
             for fds in self._sockets.values():
                 for fd in fds:
                     os.close(fd)
-            self._sockets = {}
-
-    def _stock(self) -> Stock:
-        alone = [name for name, count in list(self._alone.items()) for _ in range(count)]
-        sockets = [name for name, fds in self._sockets.items() for _ in fds]
-        return Stock(alone, self._boxes.sizes(), sockets, self._direct)
+            self._sockets.clear()
 
     def _tell(self, text: str, *fds: int) -> None:
         if self._send is not None:
             self._send(text, fds)
-
-    def _candidates(self, name: str) -> list[Slot]:
-        """Every descriptor that we have under that name: one as a rule."""
-        first = self._slots.get(name)
-        return [*([first] if first is not None else []), *self._doubles.get(name, ())]
-
-    def _twin(self, slot: Slot) -> str | None:
-        """The name of the slot that is the same open file description; None if there is none, or no way to tell.
-
-        Its own name first, if it is one of several.
-        """
-        found = [name for name in self._by_inode.get(slot[2:], ()) if _same_open_file(self._slots[name].fd, slot.fd)]
-        return slot.name if slot.name in found else next(iter(found), None)
-
-    def _keep(self, slot: Slot) -> None:
-        self._slots[slot.name] = slot
-        self._by_inode.setdefault(slot[2:], set()).add(slot.name)
-
-    def _forget(self, name: str) -> None:
-        """Close what we have under that name and drop the entry."""
-        for slot in self._candidates(name):
-            if slot.fd >= 0:
-                os.close(slot.fd)
-            same = self._by_inode.get(slot[2:], set())
-            same.discard(name)
-            if not same:
-                self._by_inode.pop(slot[2:], None)
-        self._doubles = {other: slots for other, slots in self._doubles.items() if other != name}
-        self._slots.pop(name, None)
-        self._alone.pop(name, None)
-
-
-def _same_open_file(one: int, other: int) -> bool:
-    """Whether two descriptors are one open file description. A kernel before 6.10 can't say; then no."""
-    if one < 0:
-        return False
-    try:
-        return bool(fcntl.fcntl(one, _F_DUPFD_QUERY, other))
-    except OSError as error:
-        if error.errno == errno.EINVAL:
-            return False
-        raise
 
 
 def _listen_fds() -> dict[int, str]:

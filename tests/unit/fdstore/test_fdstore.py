@@ -296,7 +296,7 @@ seen = {{
     "duplicates": {{name: [slot.ino for slot in slots] for name, slots in store.duplicates().items()}},
     "inheritable": [slot.fd for slot in store.slots().values() if os.get_inheritable(slot.fd)],
     "persistent": store.persistent,
-    "max": store._store_max,
+    "max": store._room.store_max,
     "environ": subprocess.run(["env"], stdout=subprocess.PIPE, text=True).stdout,
 }}
 exec(sys.argv[1])
