@@ -225,7 +225,7 @@ class Lab:
                 raise Failed(f"{what} did not come about within {timeout:g} s")
             time.sleep(0.05)
 
-    def wait_ready(self, domain: str, boots: int = 1, timeout: float = 60) -> None:
+    def wait_ready(self, domain: str, boots: int = 1, timeout: float = 180) -> None:
         """Until the guest has booted as far as its console program, `boots` times in this log."""
         self.wait(f"{domain}'s boot", lambda: self.console(domain).count(b"virtd-lab ready") >= boots, timeout)
 
