@@ -240,7 +240,7 @@ def test_whose_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     process(tmp_path, 812, "sshd", "/system.slice/ssh.service")
     (served,) = listening.served([Forward(22, "10.7.0.9")])
     assert served.text == "tcp port 22 of the host is served by sshd (PID 812, ssh.service) at [::]:22"
-    assert "systemctl stop ssh.service" in served.hint
+    assert "(systemctl stop ssh.service, and stop its socket unit, which systemctl list-sockets shows)" in served.hint
     (tmp_path / "812/fd/3").unlink()
     (served,) = listening.served([Forward(22, "10.7.0.9")])
     assert "systemctl list-sockets" in served.hint
@@ -250,6 +250,28 @@ def test_whose_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / f"{pid}/fd/3").unlink()
     (served,) = listening.served([Forward(22, "10.7.0.9")])
     assert "served by the host itself" in served.text
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "unit", "command"),
+    [
+        ("/system.slice/ssh.service", "ssh.service", "systemctl stop ssh.service"),
+        ("/system.slice/web\\x2d1.service", "web\\x2d1.service", "systemctl stop 'web\\x2d1.service'"),
+        ("/user.slice/user-1000.slice/user@1000.service/app.slice/nginx.service", "user@1000.service", "kill 812"),
+        ("/machine.slice/libpod-77.scope/container/system.slice/nginx.service", "libpod-77.scope", "kill 812"),
+        ("/system.slice/box.service/system.slice/nginx.service", "box.service", "systemctl stop box.service"),
+    ],
+)
+def test_how_a_listener_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cgroup: str, unit: str, command: str
+) -> None:
+    """By a command that the host's own systemd, and a shell, take for what is meant."""
+    monkeypatch.setattr(listening, "PROC", str(tmp_path))
+    monkeypatch.setattr(listening, "listening", lambda: [listening.Listener("tcp", frozenset({4}), "::", 22, 77)])
+    process(tmp_path, 812, "nginx", cgroup)
+    (served,) = listening.served([Forward(22, "10.7.0.9")])
+    assert f"(PID 812, {unit})" in served.text
+    assert served.hint == f"Forward another port, or end what listens there ({command})."
 
 
 def process(root: Path, pid: int, name: str, cgroup: str) -> None:

@@ -13,6 +13,7 @@ import socket
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
+from ...text import word
 from .netlink import Netlink, attributes
 
 if TYPE_CHECKING:
@@ -45,11 +46,14 @@ class Listener(NamedTuple):
 
 
 class Process(NamedTuple):
-    """Whose it is; `unit` is "" where it is none of systemd's."""
+    """Whose it is; `unit` is the host's own, "" where it is in none. `activated`: systemd has the socket as well, for
+    a socket unit, and would start the service again.
+    """
 
     pid: int
     name: str
     unit: str
+    activated: bool = False
 
 
 class Served(NamedTuple):
@@ -88,7 +92,11 @@ def _sentence(index: int, one: Listener, who: Process | None) -> Served:
         name, hint = "the host itself", "ss -lnp shows who"
     else:
         name = f"{who.name} (PID {who.pid}{f', {who.unit}' if who.unit else ''})"
-        hint = f"systemctl stop {who.unit}" if who.unit.endswith((".service", ".socket")) else f"kill {who.pid}"
+        # What runs in a user's own systemd isn't the host's to stop by name.
+        stoppable = who.unit.endswith(".service") and not who.unit.startswith("user@")
+        hint = f"systemctl stop {word(who.unit)}" if stoppable else f"kill {who.pid}"
+        if who.activated:
+            hint += ", and stop its socket unit, which systemctl list-sockets shows"
         if who.pid == INIT:
             name, hint = "a socket unit of systemd's", "systemctl list-sockets shows which"
     text = f"{one.protocol} port {one.port} of the host is served by {name} at {place}:{one.port}"
@@ -140,14 +148,17 @@ def _versions(address: str, *, only6: bool) -> frozenset[int]:
 def _owners(inodes: set[int]) -> dict[int, Process]:
     """Who has these sockets open: of several the one that isn't systemd, which listens for others."""
     wanted = {f"socket:[{inode}]": inode for inode in inodes}
-    found: dict[int, int] = {}
+    found: dict[int, list[int]] = {}
     for pid in sorted((int(name) for name in os.listdir(PROC) if name.isdigit()), reverse=True):
         with contextlib.suppress(OSError):  # it has ended
             for fd in os.listdir(f"{PROC}/{pid}/fd"):
                 with contextlib.suppress(OSError):
                     if (inode := wanted.get(os.readlink(f"{PROC}/{pid}/fd/{fd}"))) is not None:
-                        found.setdefault(inode, pid)
-    return {inode: Process(pid, _read(pid, "comm"), _unit(_read(pid, "cgroup"))) for inode, pid in found.items()}
+                        found.setdefault(inode, []).append(pid)
+    return {
+        inode: Process(pid, _read(pid, "comm"), _unit(_read(pid, "cgroup")), INIT in others)
+        for inode, (pid, *others) in found.items()
+    }
 
 
 def _read(pid: int, what: str) -> str:
@@ -160,8 +171,8 @@ def _read(pid: int, what: str) -> str:
 
 
 def _unit(cgroups: str) -> str:
+    """The host's unit: below it there may be those of a user's systemd, or of a container's."""
     for line in cgroups.splitlines():
         if line.startswith("0::"):
-            names = line[3:].split("/")
-            return next((name for name in reversed(names) if name.endswith((".service", ".scope", ".socket"))), "")
+            return next((name for name in line[3:].split("/") if name.endswith((".service", ".scope"))), "")
     return ""
