@@ -64,6 +64,16 @@ def test_files_whose_owner_cannot_be_changed(lab: Lab) -> None:
         lab.sh("umount /mnt/isos; rm -rf /srv/isos /mnt/isos")
 
 
+def test_a_disk_in_memory(lab: Lab) -> None:
+    """In /dev, but a file."""
+    lab.sh("truncate -s 8M /dev/shm/a.raw")
+    try:
+        given(lab, '[[disk]]\npath = "/dev/shm/a.raw"\nformat = "raw"\n')
+        started(lab)
+    finally:
+        lab.sh("rm /dev/shm/a.raw")
+
+
 def test_a_directory_that_is_closed(lab: Lab) -> None:
     """Where it is hidden from guests anyway it doesn't matter; elsewhere the way is told."""
     lab.sh("for d in /srv/closed /usr/closed; do mkdir -m 700 $d; head -c 1M /dev/zero >$d/a.iso; done")

@@ -17,9 +17,14 @@ if TYPE_CHECKING:
 Node = dict[str, Any]
 
 
+def is_device(path: str) -> bool:
+    """Whether a path is a block device's. In /dev/shm(7) there are files, in memory."""
+    return path.startswith("/dev/") and not path.startswith("/dev/shm/")
+
+
 def file(path: str, **more: Any) -> Node:
     """The node of a file or block device, for itself."""
-    return {"driver": "host_device" if path.startswith("/dev/") else "file", "filename": path, **more}
+    return {"driver": "host_device" if is_device(path) else "file", "filename": path, **more}
 
 
 def over(format: str, file: str | Node, backing: str | Node | None, **more: Any) -> Node:  # noqa: A002

@@ -17,6 +17,7 @@ from ...model import domain as model
 from ...model import size
 from ...text import word
 from .. import programs
+from ..nodes import is_device
 
 if TYPE_CHECKING:
     from ...model.settings import Qemu
@@ -149,10 +150,10 @@ def check_files(domain: model.Domain, source: str, who: Account) -> None:
                 raise
             hint = "Put it back there, or take the path out of [[cdrom]]: a drive may be without a medium."
             raise errors.InvalidDefinition(source, key, exc.expected, hint=hint) from exc
-        if not stat.S_ISREG(status.st_mode) and not (
-            key.startswith("disk") and path.startswith("/dev/") and stat.S_ISBLK(status.st_mode)
-        ):
-            raise errors.InvalidDefinition(source, key, f"expected a regular file: {path}")
+        device = key.startswith("disk") and stat.S_ISBLK(status.st_mode)
+        if not stat.S_ISREG(status.st_mode) and not (device and is_device(path)):
+            hint = f"Name the device by its path in /dev: {os.path.realpath(path)}, say." if device else ""
+            raise errors.InvalidDefinition(source, key, f"expected a regular file: {path}", hint=hint)
         written = key.startswith("disk") and key not in read_only
         if written and stat.S_ISREG(status.st_mode) and os.statvfs(path).f_flag & os.ST_RDONLY:
             raise errors.InvalidDefinition(
@@ -201,7 +202,7 @@ def _check_qcow2(key: str, path: str, source: str) -> None:
             key,
             f"{path} stands on {model.shown(header.backing)}, which only a volume can",
             hint="Import both into a pool: virtdctl volume import; "
-            f"or make one image of both: qemu-img convert -O qcow2 {path} NEW.",
+            f"or make one image of both: qemu-img convert -O qcow2 {word(path)} NEW.",
         )
 
 

@@ -9,6 +9,7 @@ import msgspec
 
 from ... import errors
 from ...model.domain import Format
+from .. import nodes
 from . import host as hostinfo
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Image(msgspec.Struct, frozen=True):
 
     @property
     def is_device(self) -> bool:
-        return self.path.startswith("/dev/")
+        return nodes.is_device(self.path)
 
 
 def plain(domain: model.Domain) -> list[Image]:

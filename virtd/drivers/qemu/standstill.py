@@ -20,6 +20,7 @@ from ...allowance import Allowance
 from ...messages import Message
 from ...model.state import State
 from ...records import now
+from ..nodes import is_device
 from ..protocol import Problem
 from ..turns import within
 from .news import DISK, INTERNAL, PANIC, STANDSTILL, WATCHDOG, Subject
@@ -156,7 +157,7 @@ class Standstill:
 
     async def _space(self, fault: Fault) -> Space | None:
         path = self._path(fault)
-        if not fault.full or not path or path.startswith("/dev/"):
+        if not fault.full or not path or is_device(path):
             return None
         with contextlib.suppress(TimeoutError, OSError):
             async with asyncio.timeout(LOOK):

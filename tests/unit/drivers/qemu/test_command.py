@@ -6,6 +6,7 @@ from __future__ import annotations
 import grp
 import json
 import os
+import stat
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -309,3 +310,26 @@ def test_host_shutdown_asks_the_guest_first() -> None:
     assert not set("$;'\"\\") & set(arguments[2])
     # systemd has patience for longer than the helper.
     assert found["TimeoutStopUSec"] == 70_000_000
+
+
+def test_a_file_in_dev_shm_is_no_device() -> None:
+    """In /dev there are block devices, but in /dev/shm files in memory."""
+    domain = parse('disk = [{ path = "/dev/shm/a.raw", format = "raw" }, { path = "/dev/vg0/b", format = "raw" }]')
+    words = command.argv(domain, UUID, HOST)
+    found = [json.loads(words[at + 1]) for at, word in enumerate(words) if word == "-blockdev"]
+    drivers = {node["filename"]: node["driver"] for node in found if "filename" in node}
+    assert drivers == {"/dev/shm/a.raw": "file", "/dev/vg0/b": "host_device"}
+    assert properties(domain, kvm=False)["DeviceAllow"] == [("/dev/vg0/b", "rw")]
+
+
+def test_a_link_to_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device is named by its path in /dev, by which QEMU and its unit know that it is one: the error has it."""
+    link = tmp_path / "link"
+    link.symlink_to("/dev/vg0/b")
+    status = os.stat_result((stat.S_IFBLK | 0o600, *[0] * 9))
+    monkeypatch.setattr("virtd.reach.defined", lambda *_of: status)
+    who = hostinfo.Account("me", "me", os.getuid(), os.getgid(), ())
+    with pytest.raises(errors.InvalidDefinition, match="expected a regular file") as caught:
+        hostinfo.check_files(parse(f'disk = [{{ path = "{link}" }}]'), "web1.toml", who)
+    assert "/dev/vg0/b" in (caught.value.hint or "")
+    hostinfo.check_files(parse('disk = [{ path = "/dev/vg0/b" }]'), "web1.toml", who)
