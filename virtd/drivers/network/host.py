@@ -89,6 +89,11 @@ def sysctl(name: str) -> str | None:
         return None
 
 
+def dotted(name: str) -> str:
+    """A setting's name as sysctl(8) has it, which takes a dot in an interface's name as a slash."""
+    return name.translate(str.maketrans("/.", "./"))
+
+
 def set_sysctl(name: str, value: str) -> None:
     """Write a setting unless it says so already. One that this kernel doesn't have is left out. Raises HostError."""
     if sysctl(name) in (value, None):
@@ -97,7 +102,7 @@ def set_sysctl(name: str, value: str) -> None:
         with open(f"{PROC}/sys/{name}", "w", encoding="ascii") as file:
             file.write(value)
     except OSError as exc:
-        raise errors.HostError(f"Cannot set {name.replace('/', '.')} to {value}: {exc.strerror}") from exc
+        raise errors.HostError(f"Cannot set {dotted(name)} to {value}: {exc.strerror}") from exc
 
 
 def forwarding(key: str) -> str:
@@ -114,7 +119,7 @@ def forwarding_needed(network: Network) -> list[str]:
 
 def written_elsewhere(path: str) -> str:
     """What helps where a setting can't be written from here."""
-    return f"sysctl -w {path.replace('/', '.')}=1 does it, where /proc/sys can be written; or a file in sysctl.d(5)."
+    return f"sysctl -w {dotted(path)}=1 does it, where /proc/sys can be written; or a file in sysctl.d(5)."
 
 
 def allow_forwarding(network: Network) -> list[str]:
@@ -131,14 +136,15 @@ def allow_forwarding(network: Network) -> list[str]:
             # the interface says 2: the host would be off the net.
             with contextlib.suppress(OSError):
                 for interface in os.listdir(f"{PROC}/sys/net/ipv6/conf"):
-                    if interface not in ("all", "lo") and sysctl(f"net/ipv6/conf/{interface}/accept_ra") == "1":
-                        set_sysctl(f"net/ipv6/conf/{interface}/accept_ra", "2")
-                        changed.append(f"net.ipv6.conf.{interface}.accept_ra=2")
+                    accept_ra = f"net/ipv6/conf/{interface}/accept_ra"
+                    if interface not in ("all", "lo") and sysctl(accept_ra) == "1":
+                        set_sysctl(accept_ra, "2")
+                        changed.append(f"{dotted(accept_ra)}=2")
         try:
             set_sysctl(path, "1")
         except errors.HostError as exc:
             raise errors.HostError(exc.message, hint=written_elsewhere(path)) from exc
-        changed.append(f"{path.replace('/', '.')}=1")
+        changed.append(f"{dotted(path)}=1")
     return changed
 
 

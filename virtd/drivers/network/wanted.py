@@ -241,7 +241,7 @@ def _setting(link: Link, key: str, value: int, *, vital: bool = True, new: bool 
     def mend(_kernel: Kernel) -> None:
         host.set_sysctl(path, str(value))
 
-    text = f"{path.replace('/', '.')}: {found} instead of {value}"
+    text = f"{host.dotted(path)}: {found} instead of {value}"
     hint = "Where /proc/sys can be written, sysctl -w NAME=VALUE sets what is named."
     yield Drift(f"{link.name} {key}", text, mend, hint, vital=vital, new=new)
 
@@ -252,7 +252,7 @@ def _host(network: Network) -> Iterator[Drift]:
 
     for path in host.forwarding_needed(network):
         if host.sysctl(path) == "0":
-            yield Drift(path, f"{path.replace('/', '.')}: 0 instead of 1", mend, host.written_elsewhere(path))
+            yield Drift(path, f"{host.dotted(path)}: 0 instead of 1", mend, host.written_elsewhere(path))
 
 
 def _addresses(ground: Ground, seen: Seen) -> Iterator[Drift]:

@@ -135,6 +135,12 @@ def test_forwarding_leaves_the_host_its_own_routes(proc: Path) -> None:
     assert host.allow_forwarding(parse("10.9.0.1/24", six="fd00:2::1/64")) == []
 
 
+def test_settings_are_named_as_sysctl_has_them() -> None:
+    """A dot in an interface's name is a slash there."""
+    assert host.dotted("net/ipv4/ip_forward") == "net.ipv4.ip_forward"
+    assert host.dotted("net/ipv4/conf/br0.100/forwarding") == "net.ipv4.conf.br0/100.forwarding"
+
+
 def message(kind: int, head: bytes, attribute: int, text: str) -> bytes:
     value = text.encode() + b"\0"
     body = head + struct.pack("=HH", 4 + len(value), attribute) + value + bytes(-len(value) % 4)
