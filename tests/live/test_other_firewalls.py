@@ -238,6 +238,25 @@ def test_what_is_let_through_is_not_told(net: Lab) -> None:
                 assert net.virtdctl("status", check=False).returncode == 0
 
 
+def test_other_ways_out(net: Lab) -> None:
+    """Nobody's rules change, but where packets go does, or which interface has the name that they mean."""
+    allowed = base("forward", "forward", 'oifname "up0" accept', 'iifname "up0" accept', OVER_IT)
+    asked = base("input", "input", "iif vd-lab accept", "iif lo accept")
+    with rules(net, table("inet before", STRICT)):
+        net.wait("something that is dropped", lambda: told(net) == {INPUT: "inet before input"}, 60)
+        with rules(net, table("inet filter", allowed, asked)):
+            net.sh("nft delete table inet before")
+            net.wait("nothing", lambda: problems(net) == [], 60)
+            net.sh("ip link add vpn0 type veth peer name vpn1; ip link set vpn0 up; ip link set vpn1 up")
+            try:
+                net.sh("ip route add 0.0.0.0/1 dev vpn0; ip route add 128.0.0.0/1 dev vpn0")
+                net.wait("what is dropped on the new way", lambda: FORWARD in told(net), 60)
+            finally:
+                net.sh("ip link del vpn0")
+            net.sh("ip link del vd-lab")
+            net.wait("what the new bridge's guests can't ask", lambda: INPUT in told(net), 60)
+
+
 def test_ipv6(lab: Lab) -> None:
     six = '[ipv6]\naddress = "fd77:7::1/64"\nfirst = "fd77:7::100"\nlast = "fd77:7::1ff"\n'
     define(lab, network("lab", 7, more=f'{six}[[forward]]\nport = 8080\nto = "fd77:7::9"\n'))

@@ -73,7 +73,7 @@ class Driver(Collection[Net, model.Network]):
         self._peers = peers
         self._shared = Shared(services, self.records, settings, self.published, boot_id(), self._isolation, peers)
         self._prober = Prober(self.nets)
-        self._upkeep = Upkeep(self.nets, publish)
+        self._upkeep = Upkeep(self.nets, publish, self._prober.doubt)
         self._guard = Guard(services, self.nets, self.problems, publish, self._isolation, self._prober, self._upkeep)
 
     async def compare(self, *, repair: bool) -> list[Difference]:

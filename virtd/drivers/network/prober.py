@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """When it is looked for what keeps guests from doing what they do, see obstacles.py: after a start, and when somebody
-has changed rules. It is done in the background, in a thread, and the networks show what was found last.
+has changed rules, the host's default route, or something that was put back. That is done in the background, in a
+thread, and the networks show what was found last.
 """
 
 from __future__ import annotations

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING
 
 from ... import errors, journal
 from ...messages import Message
-from ...model.network import State
+from ...model.network import Mode, State
 from . import wanted
 from .netlink import attributes
 from .netrecord import DRIVER
 from .watch import ALL
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from ..protocol import Publish
     from .net import Net
@@ -38,6 +38,7 @@ SETTLE = 0.2  # seconds in which changes by others count as one
 BUSY = 0.5  # seconds until a network that is being started or stopped is looked at again
 LIMIT, WINDOW = 5, 60.0  # so often in so many seconds a thing is put back
 PAUSE, LONGEST = 60.0, 3600.0  # seconds that it is left then, doubled each time
+FORWARDED = (Mode.NAT, Mode.ROUTED)
 GRACE = 15.0  # seconds in which an interface that went goes off the record too, or comes back
 
 _NEWADDR, _DELADDR, _NEWROUTE, _DELROUTE, _NEWRULE, _DELRULE, _NEWNETCONF = 20, 21, 24, 25, 32, 33, 80
@@ -73,11 +74,12 @@ class Patience:
 
 
 class Upkeep:
-    """One for all networks of the driver."""
+    """One for all networks of the driver. `doubt`: these are to be tried once more, see prober.py."""
 
-    def __init__(self, nets: dict[str, Net], publish: Publish) -> None:
+    def __init__(self, nets: dict[str, Net], publish: Publish, doubt: Callable[[Iterable[str]], None]) -> None:
         self._nets = nets
         self._publish = publish
+        self._doubt = doubt
         self._touched: set[tuple[str, int]] = set()  # interfaces: name and index
         self._subnets: set[tuple[int, int, int]] = set()  # version, address and length of each network's prefixes
         self._patience: dict[str, Patience] = {}
@@ -121,6 +123,9 @@ class Upkeep:
             self.link(_name(number), number)
         elif kind in (_NEWRULE, _DELRULE) or (kind in (_NEWROUTE, _DELROUTE) and self._concerns(body)):
             self.link(ALL)
+        if kind in (_NEWROUTE, _DELROUTE) and _leads_out(body):
+            # What firewalls let through depends on where it goes.
+            self._doubt([net.name for net in self._live() if net.running and net.running.mode in FORWARDED])
 
     def _concerns(self, route: bytes) -> bool:
         """Whether a route is one to a network, or to a part of it; of another table than the main one, any."""
@@ -209,6 +214,8 @@ class Upkeep:
             except errors.VirtdError as exc:
                 log.error("Network %s: %s", net.name, exc)
         self._tell(told, why)
+        if made := [name for name, done in told.items() if done]:
+            self._doubt(made)  # rules of others may name what it was by a number
         return busy
 
     async def _put_back(self, net: Net) -> list[Drift]:
@@ -254,6 +261,12 @@ class Upkeep:
         )  # fmt: skip
         for name in told:
             self._publish("changed", name)
+
+
+def _leads_out(route: bytes) -> bool:
+    """Whether it is one to all the world, or to half of it, as those of VPNs are."""
+    _family, length, _source, _tos, table, *_rest = _ROUTE.unpack_from(route)
+    return bool(length <= 1 and table != _MAIN_AND_LOCAL[1])
 
 
 def _name(number: int) -> str:
