@@ -56,7 +56,7 @@ class FakeKernel:
         self.bridge_tables: dict[str, tuple[str, int]] = {}
         self.addresses: dict[str, set[Address]] = {}
         self.routing: set[RoutingRule] = set()  # rules of policy routing
-        self.routes: dict[str, Way] = {}  # by address, where it isn't the bridge with its prefix
+        self.routes: dict[str, Way | None] = {}  # by address, where it isn't the bridge with its prefix
         self.values: dict[str, dict[str, int]] = {}  # by interface, see kernel.Link
         self.neighbours: set[tuple[str, str]] = set()
         self.refused = ""  # a table that can't be made

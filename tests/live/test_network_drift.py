@@ -36,6 +36,7 @@ AT_ONCE = {
     "bridge link set dev vt-g-0 isolated on": f"vt-g-0: {GUARD}",
     "bridge link set dev vt-g-0 locked off": f"vt-g-0: {GUARD}",
     "bridge link set dev vt-g-0 state 0": "vt-g-0: switched off",
+    "ip link set vt-g-0 down; ip link set vt-g-0 name foo; ip link set foo up": "vt-g-0: renamed to foo",
     "ip link del vd-lab": "vd-lab: gone",
     "ip link set vd-lab down": "vd-lab: down",
     "ip link set vd-lab mtu 1400": "vd-lab: MTU 1400 instead of 1500",
@@ -274,6 +275,10 @@ def test_routes_of_others(lab: Lab) -> None:
             said(lab, "through d0 in table 77, by a rule of policy routing")
             lab.sh("ip rule del priority 1000")
             tidy(lab)
+        lab.sh("ip rule add to 192.168.150.0/24 unreachable priority 1000")
+        said(lab, "what is for 192.168.150.254 is refused by a rule of policy routing")
+        lab.sh("ip rule del priority 1000")
+        tidy(lab)
         # As wg-quick does it: the main table's routes come first, but for the default one.
         lab.sh("ip rule add table main suppress_prefixlength 0 priority 1000; ip rule add lookup 77 priority 1001")
         lab.sh("systemctl reload virtd")

@@ -150,6 +150,12 @@ def join(netlink: Netlink, interface: str, bridge: str, port: Port | None, *, is
     netlink.set_link(interface, up=True)
 
 
+def rename(netlink: Netlink, interface: str, name: str) -> None:
+    """It is down afterwards."""
+    netlink.set_link(interface, up=False)
+    netlink.set_link(interface, rename=name)
+
+
 def guard(netlink: Netlink, interface: str, port: Port | None, *, isolated: bool) -> None:
     """What the bridge itself sees to at a port."""
     locked = port is not None and not port.trusted

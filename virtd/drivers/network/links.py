@@ -10,7 +10,10 @@ import contextlib
 import fcntl
 import os
 import struct
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 CLASS = "/sys/class/net"
 TUN = "/dev/net/tun"
@@ -97,6 +100,13 @@ def ports() -> list[Port]:
         if len(words) == 5 and words[:2] == ["virtd", "network"] and words[3] == "for":
             found.append(Port(name, words[2], words[4]))
     return found
+
+
+def bearing(alias: str, mac: str = "", besides: Collection[str] = ()) -> str:
+    """The interface that carries this alias, and address, whatever it is called; "" for none, and for several."""
+    found = [name for name in all_names() if name not in besides and read(name, "ifalias") == alias]
+    found = [name for name in found if mac in ("", read(name, "address"))]
+    return found[0] if len(found) == 1 else ""
 
 
 def make_tap(name: str, uid: int) -> None:

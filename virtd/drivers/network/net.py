@@ -173,7 +173,10 @@ class Net(NetRecord):
                 f"Network {self.name} is active with a definition that can't be read",
                 hint=f"virtdctl network stop --force {self.name}, then start it.",
             )
-        whole = not await self.standing.differences() and not self.problems.keys() & {"rules", "server"}
+        whole = all(one.gone for one in await self.standing.differences()) and not self.problems.keys() & {
+            "rules",
+            "server",
+        }
         if whole and (not network.serves or self.server.alive) and not await self.rules_lost(network):
             return False
         await self.make(network)

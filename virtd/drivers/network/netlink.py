@@ -144,8 +144,11 @@ class Netlink:
         master: str | None = None,
         alias: str | None = None,
         mac: str | None = None,
+        rename: str | None = None,
     ) -> None:
-        """Change what is given; `master` "" takes the interface out of its bridge."""
+        """Change what is given; `master` "" takes the interface out of its bridge. Most kernels `rename` what is down
+        only.
+        """
         flags = _IFF_UP if up else 0
         body = _LINK.pack(0, 0, self._index(name), flags, 0 if up is None else _IFF_UP)
         if mtu is not None:
@@ -156,6 +159,8 @@ class Netlink:
             body += attribute(_IFLA_IFALIAS, alias.encode()[:255])
         if mac is not None:
             body += attribute(_IFLA_ADDRESS, _mac(mac))
+        if rename is not None:
+            body += attribute(_IFLA_IFNAME, rename.encode() + b"\0")
         self._ask(RTM_NEWLINK, 0, body)
 
     def set_port(self, name: str, *, isolated: bool, locked: bool, learning: bool | None = None) -> None:

@@ -61,8 +61,9 @@ class Standing:
         return PROBLEM in self.net.problems
 
     async def differences(self) -> list[Drift]:
-        """But for interfaces that have gone, whose guests may be about to end. Raises HostError."""
-        return [one for one in await self._compare() if not one.gone]
+        """But for interfaces that have just gone, whose guests may be about to end. Raises HostError."""
+        told = self.net.problems.get(PROBLEM)
+        return [one for one in await self._compare() if not one.gone or (told is not None and one.text in told.text)]
 
     async def settle(self) -> None:
         """Have all as it should be, for a start. Raises HostError when what guests need can't be had."""

@@ -305,6 +305,10 @@ def _port(ground: Ground, port: Port, above: Link, seen: Seen) -> Iterator[Drift
             text = f"{name}: in {above.name}, though it is refused"
             yield Drift(f"{name} refused", text, lambda kernel: bridge.put_out(kernel, port), new=True)
         return
+    if link is None and (other := _renamed(ground, port)):
+        text = f"{name}: renamed to {other}"
+        yield Drift(f"{name} name", text, lambda kernel: bridge.rename(kernel, other, name))
+        return
     if link is None:
         noun = "" if port.user.startswith("qemu/") else "container "
         user = port.user.partition("/")[2]
@@ -372,6 +376,13 @@ def _port(ground: Ground, port: Port, above: Link, seen: Seen) -> Iterator[Drift
         yield Drift(f"{name} up", f"{name}: down", lambda kernel: kernel.set_link(name, up=True), new=new)
 
 
+def _renamed(ground: Ground, port: Port) -> str:
+    """What the port's interface is called by now; "" when it isn't there."""
+    alias = links.alias_of(ground.network.name, port.user)
+    mac = bridge.address_of(port) if port.user.startswith("qemu/") else ""  # a veth has one that the kernel chose
+    return links.bearing(alias, mac, [one.interface for one in ground.ports])
+
+
 def _routes(kernel: Kernel, ground: Ground, there: list[Route]) -> Iterator[Drift]:
     """What the host sends to guests has to leave by the bridge, whatever routes and rules others have."""
     network, name = ground.network, ground.network.bridge_name
@@ -386,7 +397,12 @@ def _routes(kernel: Kernel, ground: Ground, there: list[Route]) -> Iterator[Drif
             if route is not None and route.interface == name:
                 continue
             key = f"{name} {subnet}"
-            if _lacks(route, subnet):
+            rules = "ip rule" if subnet.version == 4 else "ip -6 rule"
+            if route is None and any(one.prefix == subnet and one.interface == name for one in there):
+                text = f"{name}: what is for {address} is refused by a rule of policy routing"
+                hint = f"{rules} shows it. Remove that rule, or choose another prefix."
+                yield Drift(f"{key} wins", text, None, hint)
+            elif _lacks(route, subnet):
                 yield Drift(
                     key, f"{name}: no route to {subnet}",
                     partial(_lead, name, str(subnet), own),
@@ -396,7 +412,7 @@ def _routes(kernel: Kernel, ground: Ground, there: list[Route]) -> Iterator[Drif
                 assert route is not None
                 by = f"{route.prefix or 'a default route'} through {route.interface or 'nowhere'}"
                 table = "" if route.table == MAIN else f" in table {route.table}, by a rule of policy routing"
-                hint = f"ip route get {address} and ip rule show them. Remove that route, or choose another prefix."
+                hint = f"ip route get {address} and {rules} show them. Remove that route, or choose another prefix."
                 yield Drift(f"{key} wins", f"{name}: what is for {address} goes by {by}{table}", None, hint)
             break
 

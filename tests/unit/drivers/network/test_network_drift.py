@@ -6,6 +6,9 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import socket
+import struct
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import AsyncMock
@@ -15,13 +18,13 @@ import pytest
 from tests.doubles.whole_host import ROOT, on_loop, until
 from tests.unit.drivers.network.test_network_restarts import Site
 from virtd.drivers.network import bridge, links, upkeep
+from virtd.drivers.network import host as network_host
 from virtd.drivers.network.kernel import Way
 from virtd.drivers.network.upkeep import LIMIT, PAUSE, WINDOW, Patience
 from virtd.messages import Message
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from virtd.drivers.network.net import Net
     from virtd.host import Host
@@ -88,6 +91,54 @@ async def test_a_route_that_wins_is_a_problem_until_it_goes(site: Site) -> None:
             await host.look()
             assert (await site.info())["problems"] == []
         assert len(site.world.told(Message.NETWORK_BRIDGE_LOST)) == 2
+        await host.networks.stop("lab", force=False, by=ROOT)
+
+
+@on_loop
+async def test_a_route_that_a_rule_refuses(site: Site) -> None:
+    """There is one; to make another would be in vain."""
+    (there := Path(network_host.PROC) / "net").mkdir(parents=True)
+    (there / "route").write_text("Iface\nvd-lab\t0000070A\t0\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0\n")
+    async with site.world.daemon() as host:
+        await site.define()
+        await host.networks.start("lab", by=ROOT)
+        site.kernel.routes["10.7.0.254"] = None
+        await host.look()
+        (problem,) = (await site.info())["problems"]
+        assert "what is for 10.7.0.254 is refused by a rule of policy routing" in problem["text"]
+        assert problem["hint"].startswith("ip rule shows it")
+        site.kernel.routes.clear()
+        await host.look()
+        assert (await site.info())["problems"] == []
+        await host.networks.stop("lab", force=False, by=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("route", "asked"),
+    [
+        ((socket.AF_INET, 0, 0, 0, 254), True),
+        ((socket.AF_INET, 1, 0, 0, 254), True),  # half of the world, as VPNs have it
+        ((socket.AF_INET6, 0, 0, 0, 252), True),
+        ((socket.AF_INET, 24, 0, 0, 254), False),
+        ((socket.AF_INET6, 0, 0, 0, 255), False),
+    ],
+)
+@on_loop
+async def test_who_goes_elsewhere_is_tried_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch, route: tuple[int, ...], *, asked: bool
+) -> None:
+    """Another way out may lead through another firewall's rules, which haven't changed."""
+    async with site.world.daemon() as host:
+        await site.define()
+        await host.networks.start("lab", by=ROOT)
+        doubted: list[str] = []
+        tended = host.networks.driver._upkeep
+        monkeypatch.setattr(tended, "_doubt", doubted.extend)
+        tended.other(24, struct.pack("=8BI", *route, 3, 0, 1, 0))
+        assert doubted == (["lab"] if asked else [])
+        file("mtu", "1400")(site)
+        await host.look()
+        assert doubted[-1:] == ["lab"], "what was put back may be another one to somebody's rules"
         await host.networks.stop("lab", force=False, by=ROOT)
 
 
