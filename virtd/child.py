@@ -7,9 +7,11 @@ The order, and what a crash of the daemon leaves at each point, is told in drive
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import logging
 import os
+import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STDIN, STDOUT, STDERR, CONSOLE_LOG, STDERR_LOG = SLOTS = ("stdin", "stdout", "stderr", "console.log", "log")
+REAPED = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)  # seconds until PID 1 may have waited for a process that has ended
 RENEW_EVERY = 1.0  # seconds between two renewals of one log's slot
 PIPE_SIZE = 1 << 20  # pipe(7): the most that an unprivileged process gets; what a guest may say while we are away
 
@@ -81,6 +84,7 @@ class Child(msgspec.Struct):
     console: LogFile | None = None
     stderr: LogFile | None = None
     lost: list[str] = []
+    seen: process.Seen | None = None  # of its end
     _feeder: Any = None  # a Feeder, for a child with a terminal; not imported unless there is one
     _loop: asyncio.AbstractEventLoop = msgspec.field(default_factory=asyncio.get_running_loop)
     _fresh: dict[str, int] = {}  # new log files whose slots don't have them yet
@@ -235,6 +239,7 @@ class Child(msgspec.Struct):
         self.pid = state.main_pid
         self.start = process.start_time(self.pid)
         self.invocation_id = state.invocation_id
+        self.seen = None
 
     # Taking one back
 
@@ -273,8 +278,9 @@ class Child(msgspec.Struct):
     # While it runs
 
     async def ended(self) -> None:
-        """Wait until the process has ended."""
-        await ended(self.pid, self.start)
+        """Wait until the process has ended; `seen` says how, as far as that can be seen."""
+        if (seen := await ended(self.pid, self.start)) is not None:
+            self.seen = seen
 
     async def verdict(self) -> UnitState | None:
         """How the process ended, from its unit or else from the journal; None when nobody knows.
@@ -284,7 +290,7 @@ class Child(msgspec.Struct):
         from . import witness  # no start of the daemon needs it before there is a bus
 
         units = await self.services.units()
-        return await witness.ended(units, self.unit, self.invocation_id)
+        return await witness.ended(units, self.unit, self.invocation_id, self.seen)
 
     def stdin(self) -> int:
         """The write end of its standard input; stays the store's. Raises MissingSlot."""
@@ -420,16 +426,28 @@ def identities(descriptors: Mapping[str, int]) -> dict[str, str]:
     return found
 
 
-async def ended(pid: int, start: int) -> None:
-    """Wait until the process that was `pid` at `start` has ended."""
+async def ended(pid: int, start: int) -> process.Seen | None:
+    """Wait until the process that was `pid` at `start` has ended: what was seen of that, None if it had before."""
     pidfd = process.open_pidfd(pid, start)
     if pidfd is None:
-        return
+        return None
     loop = asyncio.get_running_loop()
     over = asyncio.Event()
     loop.add_reader(pidfd, over.set)
     try:
         await over.wait()
+        return process.Seen(time.time(), await _status(pidfd))
     finally:
         loop.remove_reader(pidfd)
         os.close(pidfd)
+
+
+async def _status(pidfd: int) -> int | None:
+    """How a process has ended that PID 1 is about to wait for."""
+    with contextlib.suppress(OSError):
+        for pause in REAPED:
+            if (status := process.exit_status(pidfd)) is not None:
+                return status
+            await asyncio.sleep(pause)
+        return process.exit_status(pidfd)
+    return None

@@ -4,7 +4,21 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import struct
+from typing import NamedTuple
+
+_INFO = struct.Struct("=QQ11Ii")  # the 64 bytes of linux/pidfd.h's pidfd_info that every kernel with it has
+_GET_INFO = 3 << 30 | _INFO.size << 16 | 0xFF << 8 | 11  # _IOWR(PIDFS_IOCTL_MAGIC, 11, struct pidfd_info)
+_EXIT = 1 << 3  # PIDFD_INFO_EXIT
+
+
+class Seen(NamedTuple):
+    """What was seen of a process's end: when (seconds since the epoch), and how, as waitpid(2) has it, if known."""
+
+    at: float
+    status: int | None = None
 
 
 def start_time(pid: int) -> int:
@@ -34,6 +48,18 @@ def open_pidfd(pid: int, start: int) -> int | None:
             return fd
         os.close(fd)
     return None
+
+
+def exit_status(pidfd: int) -> int | None:
+    """How the process ended, as waitpid(2) has it; None until its parent has waited for it.
+
+    Raises OSError where the kernel can't tell: before Linux 6.15.
+    """
+    info = bytearray(_INFO.size)
+    _INFO.pack_into(info, 0, _EXIT, *(0,) * 13)
+    fcntl.ioctl(pidfd, _GET_INFO, info)
+    mask, *_, status = _INFO.unpack(info)
+    return int(status) if mask & _EXIT else None
 
 
 def boot_id() -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How a child ended whose unit no longer tells: the journal has it, from PID 1.
+"""How a child ended whose unit doesn't tell: the journal has it, from PID 1, or the kernel's own word for it.
 
 `systemctl reset-failed`, or a stop of a unit by somebody while virtd is away, and systemd forgets the unit with its
 exit status. An ExecStopPost= could write that down, and would make each stop longer by a process in PID 1's way (25
@@ -11,13 +11,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
 
 from . import errors, unitjobs, units
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+    from . import process
 
 PROCESS_EXIT = "98e322203f7a4ed290d09fe03c09fe15"  # "Main process exited, code=killed, status=9/KILL"; failures only
 UNIT_FAILURE = "d9b373ed55a64feb8242e02dbe79a49c"  # "Failed with result 'signal'."
@@ -35,8 +40,10 @@ class Told(NamedTuple):
     fields: Mapping[str, Any]
 
 
-async def ended(manager: units.Units, unit: str, invocation_id: str) -> units.UnitState | None:
-    """As Units.ended; what the unit itself has forgotten, of that very run of it, is looked up.
+async def ended(
+    manager: units.Units, unit: str, invocation_id: str, seen: process.Seen | None = None
+) -> units.UnitState | None:
+    """As Units.ended; what the unit itself doesn't tell of that very run of it is looked up. `seen`: by ourselves.
 
     A state that runs is of a unit that somebody has started again.
     """
@@ -53,21 +60,53 @@ async def ended(manager: units.Units, unit: str, invocation_id: str) -> units.Un
             break
     if _tells(state, invocation_id):
         return state
+    if state is not None and seen is not None and seen.status is not None:
+        return by_status(unit, state, seen.at, seen.status)
     if not invocation_id:  # a crash before it was on record: any run might be meant
-        return state
+        return _known(state)
     for pause in LOOKS:
         await asyncio.sleep(pause)
         try:
             told = await asyncio.to_thread(entries, unit, invocation_id)
         except (ImportError, OSError, ValueError):  # no journal
-            return state
+            break
         if (found := judge(unit, invocation_id, told)) is not None:
             return found
-    return state
+    if seen is not None and seen.status is not None:
+        return by_status(unit, state, seen.at, seen.status)
+    return _known(state)
 
 
 def _tells(state: units.UnitState | None, invocation_id: str) -> bool:
     return state is not None and state.exec_code != 0 and state.invocation_id in ("", invocation_id)
+
+
+def _known(state: units.UnitState | None) -> units.UnitState | None:
+    """None for a unit that has ended and tells nothing of its main process: its "success" is no more than a default.
+
+    One was loaded again from its file after a reset-failed, and never ran. The other is a race in systemd 257 and
+    later. With PrivatePIDs= PID 1 hears of a process from the one that made it; while that has still to end, the new
+    one counts as nobody's child ("Supervising process 4711 which is not our child"). When such a process ends, and
+    its cgroup is seen to be empty before the SIGCHLD comes, its unit is "exited", and the status is thrown away.
+    """
+    if state is not None and not state.running and state.exec_code == 0 and state.result in ("", "success"):
+        return None
+    return state
+
+
+def by_status(unit: str, state: units.UnitState | None, at: float, status: int) -> units.UnitState:
+    """The unit's state with what is known from elsewhere: `status` as waitpid(2) has it."""
+    if os.WIFSIGNALED(status):
+        dumped = os.WCOREDUMP(status)
+        code, number = units.CLD_DUMPED if dumped else units.CLD_KILLED, os.WTERMSIG(status)
+        result = "core-dump" if dumped else "signal"
+    else:
+        code, number = units.CLD_EXITED, os.WEXITSTATUS(status)
+        result = "exit-code" if number else "success"
+    base = state if state is not None else _gone(unit)
+    if base.result not in ("", "success"):
+        result = base.result
+    return msgspec.structs.replace(base, result=result, exec_code=code, exec_status=number, exited_at=at)
 
 
 def judge(unit: str, invocation_id: str, told: Iterable[Told]) -> units.UnitState | None:
@@ -91,18 +130,30 @@ def judge(unit: str, invocation_id: str, told: Iterable[Told]) -> units.UnitStat
                 pass
     if at is None:
         return None
+    return msgspec.structs.replace(
+        _gone(unit),
+        result=result or "failed",
+        invocation_id=invocation_id,
+        exec_code=code,
+        exec_status=status,
+        exited_at=at,
+    )
+
+
+def _gone(unit: str) -> units.UnitState:
+    """One that PID 1 has forgotten."""
     return units.UnitState(
         name=unit,
         load="not-found",
         active="inactive",
         sub="dead",
-        result=result or "failed",
+        result="",
         main_pid=0,
-        invocation_id=invocation_id,
-        exec_code=code,
-        exec_status=status,
+        invocation_id="",
+        exec_code=0,
+        exec_status=0,
         started_at=None,
-        exited_at=at,
+        exited_at=None,
         description="",
     )
 

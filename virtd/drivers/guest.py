@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import msgspec
@@ -18,7 +19,8 @@ from .. import errors, files, journal, untrusted
 from ..child import Child, Services
 from ..messages import Message
 from ..model.state import ALIVE, State
-from ..records import Exit, Record, Records, now
+from ..process import Seen
+from ..records import Exit, Record, Records, now, stamp
 from ..units import UnitState, unit_name
 from . import definitions, ending
 from .collection import D
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 AGAIN = "started again"  # in a record's data: by somebody else
+SEEN = "seen"  # the same: of its end, see process.Seen
 
 
 class Shared(NamedTuple):
@@ -290,7 +293,8 @@ class Guest(Recorded, Generic[D]):
         await self.let_go()
         self.child.identify(unit)
         reason = f"restarted by somebody with systemctl: {self.unit}"
-        self.note(State.RUNNING, reason, data=self.record.data | {AGAIN: True}, **identified(self.child))
+        data = {key: value for key, value in self.record.data.items() if key != SEEN} | {AGAIN: True}
+        self.note(State.RUNNING, reason, data=data, **identified(self.child))
         self._say_again()
         journal.send(
             f"{self.noun.capitalize()} {self.name} was restarted by somebody with systemctl, and has no console",
@@ -329,8 +333,7 @@ class Guest(Recorded, Generic[D]):
         child, record = self.child, self.record
         if child is None or record is None or not self.alive:
             return
-        if self.state is not State.STOPPING:
-            self.note(State.STOPPING, "ending")
+        self._see(child)
         unit = await child.verdict()
         if unit is not None and unit.running:
             await self._started_again(unit)
@@ -353,6 +356,33 @@ class Guest(Recorded, Generic[D]):
         # Until the verdict is on record, all that is left of it is a witness that the next daemon may need.
         self.over.set()
         self._put_away_later()
+
+    def _see(self, child: Child) -> None:
+        """Have on record what was seen of its end, before anybody is asked: this process may not live to hear."""
+        assert self.record is not None
+        if (known := self.seen) is not None:  # by an earlier daemon, or at an earlier try
+            child.seen = known
+            return
+        seen = child.seen or Seen(time.time())
+        data = self.record.data | {SEEN: list(seen)}
+        if self.state is State.STOPPING:
+            self.keep(data=data)
+        else:
+            self.note(State.STOPPING, "ending", data=data)
+
+    @property
+    def seen(self) -> Seen | None:
+        """What was seen of its end that has still to be judged."""
+        match self.record.data.get(SEEN) if self.record is not None else None:
+            case [int() | float() as at, int() | None as status]:
+                return Seen(at, status)
+            case _:
+                return None
+
+    @property
+    def seen_at(self) -> str:
+        """When its end was noticed, as records have it."""
+        return stamp(seen.at) if (seen := self.seen) is not None else now()
 
     @property
     def leftovers(self) -> bool:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from ... import errors, journal, process
 from ...model import container as model
 from ...model.state import State
-from ...records import now
 from ..guest import End, Guest, Shared
 from ..protocol import Problem
 from . import config, ends, exposure, volume
@@ -59,7 +58,7 @@ class Container(Guest[model.Container]):
             self.request,
             command=bool(definition is not None and definition.command),
             host_down=os.path.exists(f"{self.runtime}/host-shutdown"),
-            seen=now(),
+            seen=self.seen_at,
         )
 
     def adopted(self) -> None:

@@ -15,7 +15,6 @@ from ...allowance import Allowance
 from ...messages import Message
 from ...model import domain as model
 from ...model.state import State
-from ...records import now
 from ..guest import AGAIN, End, Guest, Shared
 from ..protocol import Problem
 from ..turns import within
@@ -111,7 +110,7 @@ class Machine(Guest[model.Domain]):
         words = "\n".join(line for line in words.splitlines() if not ends.is_aside(line))
         if not words and self.record is not None and self.record.data.get(AGAIN):
             words = "(nobody heard)"  # one that somebody else has started writes into /dev/null
-        return ends.judge(unit, events, self.request, words, now())
+        return ends.judge(unit, events, self.request, words, self.seen_at)
 
     def _words_from(self) -> int:
         """Where in its log the words of this run begin; after a rotation all of them are."""

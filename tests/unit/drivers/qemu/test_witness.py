@@ -4,18 +4,21 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
+import subprocess
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
 
+from tests.doubles.fake_units import FakeUnits
 from tests.doubles.whole_host import ROOT, World, on_loop, until
-from virtd import witness
+from virtd import process, witness
 from virtd.drivers.qemu import ends
-from virtd.records import stamp
-from virtd.units import CLD_EXITED, CLD_KILLED, UnitState
+from virtd.records import now, stamp
+from virtd.units import CLD_DUMPED, CLD_EXITED, CLD_KILLED, UnitState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,6 +106,110 @@ async def test_reset_failed_at_once(world: World, monkeypatch: pytest.MonkeyPatc
         world.units.process("web1").send_signal(signal.SIGKILL)
         await until(lambda: host.driver.machines["web1"].state == "crashed", "its end")
         assert (await host.info("web1"))["exit"]["signal"] == "SIGKILL"
+
+
+# systemd 257 and later may lose the status of a process with PrivatePIDs=, see witness._known
+
+
+def lost(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What PID 1 says of every unit that has ended is that it has."""
+    real = world.units.state
+
+    async def state(name: str) -> UnitState | None:
+        found = await real(name)
+        if found is None or found.running:
+            return found
+        return msgspec.structs.replace(
+            found, active="active", sub="exited", result="success", exec_code=0, exec_status=0, exited_at=None
+        )
+
+    async def ended(name: str, *args: Any, **more: Any) -> UnitState | None:
+        await FakeUnits.ended(world.units, name, *args, **more)
+        return await state(name)
+
+    monkeypatch.setattr(world.units, "state", state)
+    monkeypatch.setattr(world.units, "ended", ended)
+
+
+async def killed_and_cut_off(world: World, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A guest is killed, and so is the daemon before PID 1 has told it how: what the next one says."""
+    lost(world, monkeypatch)
+    async with world.daemon() as host:
+        await world.run("web1")
+        real = world.units.ended
+
+        async def never(*_args: Any, **_more: Any) -> UnitState | None:
+            await asyncio.Event().wait()
+            return None
+
+        monkeypatch.setattr(world.units, "ended", never)
+        before = now()
+        await asyncio.sleep(0)  # the turn in which it is begun to be watched
+        world.units.process("web1").kill()
+        world.units.process("web1").wait()
+        machine = host.driver.machines["web1"]
+        await until(lambda: machine.seen is not None, "the sight of it")
+    assert world.record("web1").reason == "ending"
+    between = now()
+    monkeypatch.setattr(world.units, "ended", real)
+    async with world.daemon() as host:
+        info = await host.info("web1")
+    assert before <= info["exit"]["at"] <= between
+    assert "seen" not in world.record("web1").data
+    return info
+
+
+@on_loop
+async def test_a_status_that_pid_1_has_lost(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("virtd.process.exit_status", lambda _pidfd: 9)
+    info = await killed_and_cut_off(world, monkeypatch)
+    assert (info["state"], info["exit"]["signal"], info["exit"]["cause"]) == ("crashed", "SIGKILL", "killed")
+
+
+@on_loop
+async def test_a_status_that_nobody_has(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel to ask, before 6.15: nothing is made up, but for when it was there is a witness."""
+
+    def unknown(_pidfd: int) -> int:
+        raise OSError(errno.ENOTTY, "Inappropriate ioctl for device")
+
+    monkeypatch.setattr("virtd.process.exit_status", unknown)
+    info = await killed_and_cut_off(world, monkeypatch)
+    assert (info["state"], info["reason"]) == ("crashed", "ended, and nobody saw how")
+    assert (info["exit"]["signal"], info["exit"]["cause"]) == (None, "unknown")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "number", "result"),
+    [
+        (9, CLD_KILLED, 9, "signal"),
+        (11 | 0x80, CLD_DUMPED, 11, "core-dump"),
+        (3 << 8, CLD_EXITED, 3, "exit-code"),
+        (0, CLD_EXITED, 0, "success"),
+    ],
+)
+def test_what_the_kernel_says(status: int, code: int, number: int, result: str) -> None:
+    found = witness.by_status(UNIT, None, 100.0, status)
+    assert (found.exec_code, found.exec_status, found.result, found.exited_at) == (code, number, result, 100.0)
+
+
+@pytest.mark.parametrize("status", [9, 3 << 8, 0])
+def test_the_kernel_is_asked(status: int) -> None:
+    child = subprocess.Popen(
+        ["sh", "-c", f"kill -9 $$; exit {status >> 8}" if status == 9 else f"exit {status >> 8}"]
+    )
+    pidfd = os.pidfd_open(child.pid)
+    try:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        try:
+            assert process.exit_status(pidfd) is None, "nobody has waited for it"
+            child.wait()
+            assert process.exit_status(pidfd) == status
+        except OSError:
+            pytest.skip("Linux 6.15 or later")
+    finally:
+        child.wait()
+        os.close(pidfd)
 
 
 def test_the_diary_has_the_time() -> None:
