@@ -111,6 +111,9 @@ class Standstill:
         machine = self._machine
         if machine.record is None or self.fault is not None:
             return
+        request = machine.record.data.get("request")
+        if machine.state is State.STOPPING and request and request["verb"] == "stop":
+            return  # the plug is being pulled: whatever its monitor says on the way, it is about to end
         self._begun.set()
         machine.note(
             State.PAUSED, self._reason(fault), data=machine.record.data | {STANDSTILL: msgspec.to_builtins(fault)}

@@ -193,3 +193,19 @@ def test_any_answer_is_understood(blocks: Any) -> None:
 def test_where_a_file_is() -> None:
     space = standstill._space_of("/proc/self/status")
     assert space.place == "/proc"
+
+
+@on_loop
+async def test_none_that_is_being_stopped(world: World, disk: str, free: list[int]) -> None:
+    """The monitor, connected again to say "quit", tells of the standstill once more."""
+    async with world.daemon() as host:
+        await world.run("web1", more=disk)
+        world.type("web1", "full")
+        await problem(host)
+        machine = host.driver.machines["web1"]
+        machine.note(State.STOPPING, "being stopped by root", data=machine.ask("stop", "root"))
+        machine.standstill.seen("io-error")
+        assert machine.state is State.STOPPING
+        assert machine.problems == {}
+        await host.stop("web1", by=ROOT)
+    assert len(world.told(Message.GUEST_STOOD_STILL)) == 1
