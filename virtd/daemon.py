@@ -41,9 +41,9 @@ from . import __version__, errors, fdstore, files, journal, layout, process, sto
 from .api import varlink  # noqa: E402
 from .api.limits import Limits  # noqa: E402
 from .child import Services  # noqa: E402
+from .connections import Connections, give_way  # noqa: E402
 from .drivers import definitions  # noqa: E402
 from .drivers.registry import MODULES  # noqa: E402
-from .drivers.turns import within  # noqa: E402
 from .host import Caller, Host  # noqa: E402
 from .messages import Message  # noqa: E402
 from .model import settings as settings_model  # noqa: E402
@@ -52,25 +52,18 @@ from .pump import Loss, Pump  # noqa: E402
 from .text import plain  # noqa: E402
 
 if TYPE_CHECKING:
-    from .api import dbus
-    from .bus import Bus
     from .units import Units
 
 log = logging.getLogger("virtd")
 
 CODE_ID = "/usr/share/virtd/code-id"
 STORE_MAX = 4096  # FileDescriptorStoreMax= in virtd.service; systemd < 254 doesn't tell
-CLIENT_NAME = "org.virtd1.Client"  # by which the bus's policy knows what nobody may send anything to
-BUS_RETRY = 1.0
-NAME_RETRY = 10.0
 UNIT = "virtd.service"
 LISTENERS = ("varlink", "varlink-root")  # FileDescriptorName= in virtd.socket and virtd-root.socket
-GRACE = 0.05  # seconds after READY=1 in which those who waited for it are answered before D-Bus is brought up
 LAST_LOOK = 0.2  # seconds that the end waits for what guests have just said to be in their logs
 TIDY_EVERY = 2.0
 LOOK_EVERY = 10.0  # seconds between two looks at what guests stand on
 WELL = 5.0  # seconds after which a crash is the first of its kind, see RestartSteps= in virtd.service
-UNITS_LIMIT = 20.0  # seconds that an operation waits for D-Bus to come (back)
 ITSELF = Caller(uid=0, pid=os.getpid(), name="virtd")
 
 
@@ -82,20 +75,14 @@ class Daemon:
         self._store = store
         self._knows_store = knows_store
         self._loop = asyncio.get_running_loop()
-        self._units: Units | None = None
-        self._units_there = asyncio.Event()
-        self._units_wanted = asyncio.Event()
-        self._front_end: dbus.Server | None = None
-        self._served: Bus | None = None
+        self._connections = Connections(self._task)
         self._stopping = asyncio.Event()
         self._limits = Limits()
         self._status_due = False
         self._tasks: list[asyncio.Task[None]] = []
         settings, problem = load_settings(paths)
-        self.pump = Pump(
-            self._loop.call_soon_threadsafe, on_bytes=self._grown, on_drop=self._lost, on_death=_give_way
-        )
-        services = Services(paths, store, self.pump, settings.log, self._get_units)
+        self.pump = Pump(self._loop.call_soon_threadsafe, on_bytes=self._grown, on_drop=self._lost, on_death=give_way)
+        services = Services(paths, store, self.pump, settings.log, self._connections.units)
         self.host = Host(services, settings)
         self._kept = storecheck.Watch(self.host.problems, self._look_at_store)
         if problem is not None:
@@ -128,8 +115,7 @@ class Daemon:
         if last := [asyncio.wrap_future(one) for one in self.pump.drain_all()]:
             await asyncio.wait(last, timeout=LAST_LOOK)
         # For callers only: what has been sent to us is answered, and what comes now waits for our successor.
-        if self._front_end is not None:
-            await self._front_end.close()
+        await self._connections.leave()
 
     # Start-up
 
@@ -160,58 +146,14 @@ class Daemon:
             )
 
     async def _bring_up(self) -> None:
-        """D-Bus and what needs it; again whenever the bus was lost."""
-        from .bus import Bus
-        from .units import Units
+        await self._connections.keep(self.host, self._limits, self._connected)
 
-        # Importing gi holds the interpreter's lock for tens of milliseconds: not before the first listing is out.
-        if self.host.settled():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(GRACE):
-                    await self._units_wanted.wait()
-        first = True
-        while True:
-            try:
-                bus = await Bus.open()
-            except errors.HostError as exc:
-                self.host.problems["bus"] = (exc.message, exc.hint)
-                await asyncio.sleep(BUS_RETRY)
-                continue
-            self.host.problems.pop("bus", None)
-            lost, machines = asyncio.Event(), None
-            bus.on_closed(lost.set)
-            self._units = Units(bus)
-            self._units_there.set()
-            with contextlib.suppress(errors.VirtdError):  # an older policy may be in force
-                await bus.own_name(CLIENT_NAME)
-            try:
-                await self._units.on_reloaded(self._kept.due)
-                if first:
-                    await self._recover()
-                    if lost.is_set():
-                        # What couldn't be asked then would never be asked again by this process.
-                        log.warning("The bus was lost while guests were taken back: the next daemon does it again")
-                        _give_way()
-                    first = False
-                    self._task(self.host.autostart)
-                    self._task(self._be_well)
-                    self._task(self._kept.keep_looking)
-                machines = self._task(self._machined)
-                while not lost.is_set():
-                    if await self._serve_bus(lost):
-                        await lost.wait()
-                    elif await within(lost, NAME_RETRY):
-                        break
-            except errors.VirtdError as exc:
-                self.host.problems["bus"] = (exc.message, exc.hint)
-                log.warning("D-Bus: %s", exc)
-                await asyncio.sleep(BUS_RETRY)
-            finally:
-                self._units_there.clear()
-                if machines is not None:
-                    machines.cancel()
-                await self._leave_bus()
-                await bus.close()
+    async def _connected(self, units: Units, first: bool) -> None:  # noqa: FBT001
+        await units.on_reloaded(self._kept.due)
+        if first:
+            await self._recover()
+            for work in (self.host.autostart, self._be_well, self._kept.keep_looking):
+                self._task(work)
 
     async def _recover(self) -> None:
         """Second step: every record beside its unit. One that fails is a problem of its own."""
@@ -242,66 +184,10 @@ class Daemon:
         """Have systemd start over with counting crashes, so that after the next one it waits for nothing."""
         await asyncio.sleep(WELL)
         with contextlib.suppress(errors.VirtdError):
-            await (await self._get_units()).reset_failed(UNIT)
-
-    async def _serve_bus(self, lost: asyncio.Event) -> bool:
-        """Have org.virtd1 on the bus; False when that can't be: a bus policy that isn't in force yet, most likely.
-
-        It has a connection of its own: what others send to that name must not stand in the way of what systemd
-        answers. `lost` is set when that connection breaks.
-        """
-        from .bus import Bus
-
-        try:
-            from .api import dbus
-
-            await self._leave_bus()
-            self._served = await Bus.open()
-            self._served.on_closed(lost.set)
-            self._front_end = dbus.Server(self.host, self._served, self._limits)
-            await self._front_end.start()
-            self.host.problems.pop("org.virtd1", None)
-            return True
-        except Exception as exc:  # its clients do without then; guests and virtdctl don't
-            log.exception("org.virtd1 is not served")
-            self.host.problems["org.virtd1"] = (
-                f"org.virtd1 is not served on D-Bus: {exc}",
-                "virtdctl works all the same. See: systemctl reload dbus.service.",
-            )
-            return False
-
-    async def _leave_bus(self) -> None:
-        if self._front_end is not None:
-            with contextlib.suppress(errors.VirtdError):
-                await self._front_end.close()
-            self._front_end = None
-        if self._served is not None:
-            await self._served.close()
-            self._served = None
-
-    async def _machined(self) -> None:
-        """Have what runs in `machinectl list`, where there is a machined. Nothing depends on it."""
-        from .host.machined import Registry
-
-        assert self._units is not None
-        with contextlib.suppress(errors.VirtdError):  # the bus was lost
-            await Registry(self.host, self._units).run()
+            await (await self._connections.units()).reset_failed(UNIT)
 
     async def _look_at_store(self) -> storecheck.Problems:
-        return await storecheck.look(self._store, await self._get_units(), UNIT)
-
-    async def _get_units(self) -> Units:
-        if not self._units_there.is_set():
-            self._units_wanted.set()
-            try:
-                async with asyncio.timeout(UNITS_LIMIT):
-                    await self._units_there.wait()
-            except TimeoutError:
-                raise errors.HostError(
-                    "systemd can't be reached over D-Bus", hint="See: systemctl status dbus.service; virtdctl status."
-                ) from None
-        assert self._units is not None
-        return self._units
+        return await storecheck.look(self._store, await self._connections.units(), UNIT)
 
     # While it runs
 
@@ -408,11 +294,6 @@ def announce(paths: Paths) -> None:
         # What an earlier daemon has left there is true of nobody by now.
         with contextlib.suppress(errors.HostError):
             files.remove(path)
-
-
-def _give_way() -> None:
-    """Let the next daemon go on, which costs nobody anything, where this one would be there and of no use."""
-    os._exit(1)
 
 
 def load_settings(paths: Paths) -> tuple[settings_model.Settings, errors.VirtdError | None]:

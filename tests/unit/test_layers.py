@@ -25,7 +25,7 @@ INNER = (
     "virtd.child",
     "virtd.console",
 )
-FRONT = ("virtd.api", "virtd.cli", "virtd.daemon")
+FRONT = ("virtd.api", "virtd.cli", "virtd.connections", "virtd.daemon")
 
 # Package or module -> what it must not import. "virtd" stands for all of virtd that isn't the importer's own.
 FORBIDDEN: dict[str, tuple[str, ...]] = {

@@ -16,7 +16,7 @@ import pytest
 
 from virtd.api.introspection import DOMAIN, INTERFACES, MANAGER
 from virtd.bus import Bus
-from virtd.daemon import CLIENT_NAME
+from virtd.connections import CLIENT_NAME
 from virtd.host.access import RIGHTS, Right
 
 if TYPE_CHECKING:

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The daemon's two connections to D-Bus, made anew whenever they are lost: one to systemd, one that is org.virtd1."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from . import errors
+from .drivers.turns import within
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from .api import dbus
+    from .api.limits import Limits
+    from .bus import Bus
+    from .host import Host
+    from .units import Units
+
+log = logging.getLogger("virtd")
+
+CLIENT_NAME = "org.virtd1.Client"  # by which the bus's policy knows what nobody may send anything to
+BUS_RETRY = 1.0
+NAME_RETRY = 10.0
+GRACE = 0.05  # seconds after READY=1 in which those who waited for it are answered before D-Bus is brought up
+UNITS_LIMIT = 20.0  # seconds that an operation waits for D-Bus to come (back)
+
+
+def give_way() -> NoReturn:
+    """Let the next daemon go on, which costs nobody anything, where this one would be there and of no use."""
+    os._exit(1)
+
+
+class Connections:
+    """`task` starts what runs beside the rest: a function without arguments that makes a coroutine."""
+
+    def __init__(self, task: Callable[[Callable[[], Any]], asyncio.Task[None]]) -> None:
+        self._task = task
+        self._units: Units | None = None
+        self._units_there = asyncio.Event()
+        self._units_wanted = asyncio.Event()
+        self._front_end: dbus.Server | None = None
+        self._served: Bus | None = None
+
+    async def units(self) -> Units:
+        """systemd, as soon as it can be asked. Raises HostError when D-Bus doesn't come."""
+        if not self._units_there.is_set():
+            self._units_wanted.set()
+            try:
+                async with asyncio.timeout(UNITS_LIMIT):
+                    await self._units_there.wait()
+            except TimeoutError:
+                raise errors.HostError(
+                    "systemd can't be reached over D-Bus", hint="See: systemctl status dbus.service; virtdctl status."
+                ) from None
+        assert self._units is not None
+        return self._units
+
+    async def leave(self) -> None:
+        """Answer callers what they have sent, and take nothing more."""
+        if self._front_end is not None:
+            await self._front_end.close()
+
+    async def keep(self, host: Host, limits: Limits, connected: Callable[[Units, bool], Awaitable[None]]) -> None:
+        """Bring up D-Bus and what needs it, again whenever the bus was lost.
+
+        `connected` is awaited before org.virtd1 is served, with whether it is for the first time.
+        """
+        from .bus import Bus
+        from .units import Units
+
+        # Importing gi holds the interpreter's lock for tens of milliseconds: not before the first listing is out.
+        if host.settled():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(GRACE):
+                    await self._units_wanted.wait()
+        first = True
+        while True:
+            try:
+                bus = await Bus.open()
+            except errors.HostError as exc:
+                host.problems["bus"] = (exc.message, exc.hint)
+                await asyncio.sleep(BUS_RETRY)
+                continue
+            host.problems.pop("bus", None)
+            lost, machines = asyncio.Event(), None
+            bus.on_closed(lost.set)
+            self._units = Units(bus)
+            self._units_there.set()
+            with contextlib.suppress(errors.VirtdError):  # an older policy may be in force
+                await bus.own_name(CLIENT_NAME)
+            try:
+                await connected(self._units, first)
+                if first and lost.is_set():
+                    # What couldn't be asked then would never be asked again by this process.
+                    log.warning("The bus was lost while guests were taken back: the next daemon does it again")
+                    give_way()
+                first = False
+                machines = self._machined(host, self._units)
+                while not lost.is_set():
+                    if await self._serve_bus(host, limits, lost):
+                        await lost.wait()
+                    elif await within(lost, NAME_RETRY):
+                        break
+            except errors.VirtdError as exc:
+                host.problems["bus"] = (exc.message, exc.hint)
+                log.warning("D-Bus: %s", exc)
+                await asyncio.sleep(BUS_RETRY)
+            finally:
+                self._units_there.clear()
+                if machines is not None:
+                    machines.cancel()
+                await self._leave_bus()
+                await bus.close()
+
+    async def _serve_bus(self, host: Host, limits: Limits, lost: asyncio.Event) -> bool:
+        """Have org.virtd1 on the bus; False when that can't be: a bus policy that isn't in force yet, most likely.
+
+        It has a connection of its own: what others send to that name must not stand in the way of what systemd
+        answers. `lost` is set when that connection breaks.
+        """
+        from .bus import Bus
+
+        try:
+            from .api import dbus
+
+            await self._leave_bus()
+            self._served = await Bus.open()
+            self._served.on_closed(lost.set)
+            self._front_end = dbus.Server(host, self._served, limits)
+            await self._front_end.start()
+            host.problems.pop("org.virtd1", None)
+            return True
+        except Exception as exc:  # its clients do without then; guests and virtdctl don't
+            log.exception("org.virtd1 is not served")
+            host.problems["org.virtd1"] = (
+                f"org.virtd1 is not served on D-Bus: {exc}",
+                "virtdctl works all the same. See: systemctl reload dbus.service.",
+            )
+            return False
+
+    async def _leave_bus(self) -> None:
+        if self._front_end is not None:
+            with contextlib.suppress(errors.VirtdError):
+                await self._front_end.close()
+            self._front_end = None
+        if self._served is not None:
+            await self._served.close()
+            self._served = None
+
+    def _machined(self, host: Host, units: Units) -> asyncio.Task[None]:
+        """Have what runs in `machinectl list`, where there is a machined. Nothing depends on it."""
+        from .host.machined import Registry
+
+        async def machined() -> None:
+            with contextlib.suppress(errors.VirtdError):  # the bus was lost
+                await Registry(host, units).run()
+
+        return self._task(machined)
