@@ -51,7 +51,7 @@ unit: $(STAMP) ## tests that need no root, JOBS of them at once [JOBS=2]
 	$(PYTHON) -m pytest tests/unit -n $(JOBS)
 
 live: $(STAMP) ## tests in booted systems (root), JOBS of them at once [JOBS=2]
-	$(PYTHON) -m pytest tests/live -m "live and not hard" -o faulthandler_timeout=900 -n $(JOBS) --dist loadfile
+	$(PYTHON) -m tests.again -n $(JOBS) --dist loadfile
 
 hard-days: $(STAMP) ## what people's hosts do to a daemon, all of it (root, a quarter of an hour) [SUITE=trixie]
 	VIRTD_SUITE=$(or $(SUITE),trixie) $(PYTHON) -m pytest tests/live/test_hard_days*.py tests/live/test_bad_days.py \
