@@ -25,6 +25,7 @@ from tests.proof.sweep import scene
 from tests.proof.sweep.operations import Operation, all_operations
 from tests.proof.sweep.others import other_operations
 from tests.proof.sweep.scene import HERE, Broken, Gone, Guest, Refused, until
+from tests.proof.sweep.untidy import untidy_operations
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -126,6 +127,7 @@ class Sweep:
                 file.write(operation.settings)
             scene.systemctl("restart", "virtd.service")
             self.guests.append(Guest("fast", "fast"))
+        sample = min(filter(None, (sample, operation.most)), default=None)
         before = len(self.points)
         started = time.monotonic()
         try:
@@ -272,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--errors", action="store_true", help="have the calls fail instead of killing the daemon")
     parser.add_argument("--no-fsck", action="store_true")
     args = parser.parse_args(argv)
-    chosen = [*all_operations(), *other_operations()]
+    chosen = [*all_operations(), *other_operations(), *untidy_operations()]
     if args.operations:
         by_name = {operation.name: operation for operation in chosen}
         chosen = [by_name[name] for name in args.operations.split(",")]

@@ -35,6 +35,7 @@ class Operation:
     settings = ""  # virtd.toml, for this operation
     agrees = True  # everything agrees when it begins
     mends = False  # a system call that failed is a problem until it is done again, and its caller was told so
+    most = 0  # so many points are tried, chosen by the seed; 0 for all
     calls = ""  # only these system calls; "" for all that change something
 
     def prepare(self) -> None: ...

@@ -29,6 +29,9 @@ RECORDS = "/run/virtd/qemu"
 DEFINITIONS = "/etc/virtd/qemu"
 LOGS = "/var/log/virtd/qemu"
 IMAGES = "/var/lib/virtd/images"
+USER_IDS = "/var/lib/virtd/qemu-ids.json"
+NAMES, KINDS = "/run/userdb", ("user", "group")
+ALIASES = "/run/virtd/paths"
 ARMED = "/run/sweep-armed"
 DROP_IN = "/run/systemd/system/virtd.service.d/sweep.conf"
 SLOTS = {"stdin", "stdout", "stderr", "console.log", "log"}
@@ -347,6 +350,38 @@ def _disagreements() -> Iterator[str]:
     yield from (f"problem: {problem['text']}" for problem in status["problems"])
     if status["budget"]["used"] != len(held):
         yield f"the daemon counts {status['budget']['used']} slots, PID 1 has {len(held)}"
+
+
+def users() -> None:
+    """Each guest that runs has a user of its own, by the table and by name, who has its disk; nobody else has one.
+
+    Nor is there a link for a path of anybody else's. Raises Broken.
+    """
+    domains = {item["name"]: item for item in call("List")["objects"]}
+    alive = {name for name, item in domains.items() if item["state"] in ALIVE}
+    if problems := list(_strangers(domains, alive)):
+        raise Broken("; ".join(problems))
+
+
+def _strangers(domains: dict[str, Any], alive: set[str]) -> Iterator[str]:
+    uids = {name: int(systemctl("show", "-P", "UID", f"virtd-qemu-{name}.service")) for name in alive}
+    for name in domains:
+        if os.path.exists(image(name)) and (owner := os.stat(image(name)).st_uid) != uids.get(name, 0):
+            yield f"the disk of {name} belongs to {owner}, not {uids.get(name, 0)}"
+    if len(set(uids.values())) != len(uids):
+        yield f"guests run as one user: {uids}"
+    with contextlib.suppress(FileNotFoundError), open(USER_IDS) as file:
+        known = json.load(file)["ids"]
+        for name, uid in uids.items():
+            if (noted := known.get(info(name)["uuid"])) != uid:
+                yield f"{name} runs as {uid}, and its user is noted as {noted}"
+    wanted = {f"{who}.{kind}" for name, uid in uids.items() for who in (f"vm-{name}", uid) for kind in KINDS}
+    named = {entry for entry in os.listdir(NAMES) if os.path.realpath(f"{NAMES}/{entry}").startswith(f"{NAMES}/vm-")}
+    if named != wanted:
+        yield f"names of users: {sorted(named)}, needed are {sorted(wanted)}"
+    if left := set(os.listdir(ALIASES)) if os.path.isdir(ALIASES) else set():
+        left -= {f"qemu.{name}" for name in alive}
+        yield from (f"links to what nobody needs: {entry}" for entry in sorted(left))
 
 
 def temporary_files() -> list[str]:

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The sweep's operations on a host that isn't tidy: what others change, and what is odd."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+from typing import TYPE_CHECKING, ClassVar
+
+from tests.proof.sweep import scene
+from tests.proof.sweep.operations import Operation, expect
+from tests.proof.sweep.others import NETWORK, OfNetwork
+from tests.proof.sweep.scene import ALIVE, IMAGES, Broken, Refused, call, info, until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PORTER, ODD = "porter", "odd"
+BRIDGE, TAP = f"vd-{NETWORK}", f"vt-{PORTER}-0"
+# All that virtd has made of the kernel's for a bridge and a port of it, but for what counts up.
+MADE = r"""
+for i in "$0" "$1"; do
+    ip link show $i; ip -o addr show $i; bridge -d link show dev $i
+    cat /sys/class/net/$i/bridge/stp_state /sys/class/net/$i/bridge/forward_delay
+    bridge fdb show dev $i | grep static
+    for f in ipv4 ipv6; do
+        cd /proc/sys/net/$f/conf/$i
+        grep . accept_ra addr_gen_mode arp_ignore autoconf disable_ipv6 forwarding rp_filter
+    done
+done 2>/dev/null | sed 's/^ *[0-9]*: //; s/ tentative//; s/valid_lft.*//; s/^[0-9]*:/-:/'
+{ ip route; ip -6 route; } | sed 's/ linkdown//' | sort; ip rule
+cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding
+"""
+ODD_PATH = f'{IMAGES}/it\'s "odd" 100% $HOME; a\\b ü.img'
+
+
+def run(*command: str) -> str:
+    """What a command says. Raises Broken when it fails."""
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise Broken(f"{command}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def state(name: str) -> str:
+    """A domain's; "" if there is none."""
+    try:
+        return str(info(name)["state"])
+    except Refused as exc:
+        if exc.kind == "NotFound":
+            return ""
+        raise
+
+
+def remove(*names: str) -> None:
+    for name in names:
+        for method in ("Stop", "Undefine"):
+            with contextlib.suppress(Refused):
+                call(method, name=name)
+
+
+def define(name: str, more: str = "") -> None:
+    """A domain with a disk of its own, unless there is one."""
+    if not state(name):
+        scene.make_image(name)
+        call("Define", text=scene.definition(name, more=more), source="sweep")
+
+
+def start(name: str) -> None:
+    if state(name) not in ALIVE:
+        call("Start", name=name)
+
+
+class PutBack(OfNetwork):
+    """Somebody changes what virtd has made of the kernel's for a network, and a guest's port in it."""
+
+    command: ClassVar[tuple[str, ...]] = ()
+    before = ""
+
+    def prepare(self) -> None:
+        super().prepare()
+        call("Network.Start", name=NETWORK)  # nothing is left alone any longer for having been changed so often
+        define(PORTER, more=f'[[nic]]\nnetwork = "{NETWORK}"\n')
+        start(PORTER)
+        self.before = self.before or self.made()
+
+    def made(self) -> str:
+        rules = run("nft", "--stateless", "list", "ruleset")
+        return run("sh", "-c", MADE, BRIDGE, TAP) + rules
+
+    def act(self) -> None:
+        run(*self.command)
+        until("all as before", self.as_before)
+
+    def as_before(self) -> bool:
+        now = self.made()
+        if now != self.before:
+            lines = set(self.before.splitlines()) ^ set(now.splitlines())
+            raise Broken(f"differs: {sorted(lines)[:4]}")
+        return True
+
+    def again(self) -> None:
+        call("Network.Start", name=NETWORK)
+        self.act()
+
+    def agreement(self) -> None:
+        super().agreement()
+        if self.before and state(PORTER) in ALIVE:
+            self.as_before()
+
+    def clear(self) -> None:
+        remove(PORTER)
+        self.before = ""
+        super().clear()
+
+
+class PutBackPort(PutBack):
+    name = "put-back-port"
+    command = ("ip", "link", "set", TAP, "nomaster")
+
+
+class PutBackBridge(PutBack):
+    name = "put-back-bridge"
+    command = ("ip", "link", "del", BRIDGE)
+
+
+class PutBackRules(PutBack):
+    name = "put-back-rules"
+    command = ("nft", "flush", "ruleset")
+
+
+class Probe(PutBack):
+    """Somebody's rules drop what guests send, which is found out by sending it, and go away again."""
+
+    name = "probe"
+    most = 60  # of more than a thousand calls, alike for each packet, and a look takes some seconds
+    drops = "table inet stranger { chain forward { type filter hook forward priority 0; policy drop; }; }"
+
+    def act(self) -> None:
+        run("nft", self.drops)
+        try:
+            until("what is dropped", lambda: call("Network.Info", name=NETWORK)["object"]["problems"])
+        finally:
+            run("nft", "delete table inet stranger")
+
+    def agreement(self) -> None:
+        super().agreement()
+        taps = [name for name in os.listdir("/sys/class/net") if name.startswith("vt--")]
+        expect("taps of probes", taps, [])
+
+
+class Odd(Operation):
+    """A domain with a path that systemd would misread, of a disk that others may read as well."""
+
+    def prepare(self) -> None:
+        if not os.path.exists(ODD_PATH):
+            with open(ODD_PATH, "wb") as file:
+                file.truncate(1 << 20)
+            os.chmod(ODD_PATH, 0o600)
+        path = json.dumps(ODD_PATH, ensure_ascii=False)
+        define(ODD, more=f'[[disk]]\npath = {path}\nformat = "raw"\nreadonly = true\n')
+
+    def agreement(self) -> None:
+        scene.users()
+        alive = state(ODD) in ALIVE
+        expect("links", os.path.lexists(f"/run/virtd/paths/qemu.{ODD}"), alive)
+        with open(ODD_PATH, "rb") as file:
+            listed = "system.posix_acl_access" in os.listxattr(file.fileno())
+            expect("who may read it", listed or os.fstat(file.fileno()).st_uid != 0, alive)
+
+    def clear(self) -> None:
+        remove(ODD)
+        for path in (ODD_PATH, scene.image(ODD)):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+
+class OddStart(Odd):
+    name = "odd-start"
+
+    def prepare(self) -> None:
+        super().prepare()
+        call("Stop", name=ODD)
+
+    def act(self) -> None:
+        call("Start", name=ODD)
+
+    def judge(self) -> None:
+        expect("the domain", state(ODD), "stopped", "running")
+
+    def again(self) -> None:
+        self.act()
+        expect("the domain", state(ODD), "running")
+
+
+class OddStop(Odd):
+    name = "odd-stop"
+
+    def prepare(self) -> None:
+        super().prepare()
+        start(ODD)
+
+    def act(self) -> None:
+        call("Stop", name=ODD)
+
+    def judge(self) -> None:
+        expect("the domain", state(ODD), "stopped", "running")
+
+    def again(self) -> None:
+        self.act()
+        expect("the domain", state(ODD), "stopped")
+
+
+def untidy_operations() -> Iterator[Operation]:
+    for kind in (
+        PutBackPort, PutBackBridge, PutBackRules, Probe, OddStart, OddStop,
+    ):  # fmt: skip
+        yield kind()
