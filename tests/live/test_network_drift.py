@@ -236,9 +236,12 @@ def test_another_bridge_of_its_name(g: Lab) -> None:
     assert "master vd-lab" in g.sh("ip link show vt-g-0")
     # If it does, all is as before, but for the route to what was its bridge.
     number = g.sh("cat /sys/class/net/vd-lab/ifindex")
-    g.sh("ip link set vd-lab down && ip link set vd-lab name br0")
+    g.sh("ip link set vd-lab down && ip link set vd-lab name br0 && ip link set br0 up")
     g.wait("another bridge", lambda: g.sh("cat /sys/class/net/vd-lab/ifindex", check=False) not in ("", number), 20)
-    g.sh("ip link del br0")
+    said(g, "to which the host has a route through br0")
+    hint = "br0 was the network's bridge until it was renamed: ip link delete br0."
+    g.wait("what helps", lambda: [one["hint"] for one in problems(g)] == [hint], 20)
+    g.sh("ip link delete br0")
     g.wait("a tidy status", lambda: problems(g) == [], 20)
     assert "master vd-lab" in g.sh("ip link show vt-g-0")
 

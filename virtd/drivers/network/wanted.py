@@ -389,6 +389,8 @@ def _routes(kernel: Kernel, ground: Ground, there: list[Route]) -> Iterator[Drif
     for _key, subnet in network.subnets():
         if why := routes.in_the_way(subnet, name, there):
             hint = "Remove that route, or choose another prefix. ip route and ip -6 route show it."
+            if other := links.bearing(alias_of(network), ground.mac, [name]):
+                hint = f"{other} was the network's bridge until it was renamed: ip link delete {other}."
             yield Drift(f"{name} {subnet} wins", f"{name}: {why}", None, hint)
             continue
         own = str((network.interface4 if subnet.version == 4 else network.interface6).ip)  # type: ignore[union-attr]
