@@ -32,6 +32,7 @@ from virtd.host import Caller, Host
 from virtd.model.settings import Log, Lxc, Qemu, Settings
 from virtd.paths import Paths
 from virtd.pump import Pump
+from virtd.replies import Defined
 from virtd.stderrlog import StderrLog
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ class World:
             f'name = "{name}"\nmemory = "64M"\n{more}\n[boot]\nkernel = "{self.kernel}"\ncmdline = "fake {cmdline}"\n'
         )
 
-    async def define(self, name: str, cmdline: str = "", more: str = "") -> dict[str, Any]:
+    async def define(self, name: str, cmdline: str = "", more: str = "") -> Defined:
         assert self.host is not None
         return await self.host.define(self.text(name, cmdline, more), "test", check=False, by=ROOT)
 

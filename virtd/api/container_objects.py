@@ -9,13 +9,15 @@ from ..bus import Var
 from .variants import supervised
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ..host import Host
     from .variants import Object
 
 LATE: dict[str, Var] = {"Exit": Var("a{sv}", {}), "Addresses": Var("as", [])}
 
 
-async def listing(host: Host) -> list[Object]:
+async def listing(host: Host) -> Sequence[Object]:
     """The short forms; a host without containers isn't made to import what knows about them."""
     return await host.containers.listing() if "lxc" in host.drivers else []
 

@@ -12,9 +12,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NamedTuple
 
 from ..host import Caller, Host, WithDescriptors
+from ..replies import Reply
 
 Answer = Callable[[Host, Caller, dict[str, Any]], Awaitable[Any]]
-Stream = Callable[[Host, Caller, dict[str, Any]], AsyncIterator[dict[str, Any] | WithDescriptors]]
+Stream = Callable[[Host, Caller, dict[str, Any]], AsyncIterator[Reply | WithDescriptors]]
 
 
 class Method(NamedTuple):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from . import container_objects, domain_objects, network_objects, pool_objects
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from ..bus import Var
     from ..host import Host
@@ -27,7 +27,7 @@ class Kind(NamedTuple):
     segment: str
     interface: str
     driver: str
-    listing: Callable[[Host], Awaitable[list[Object]]]
+    listing: Callable[[Host], Awaitable[Sequence[Object]]]
     info: Callable[[Host, str], Awaitable[Object]]
     properties: Callable[[Object], dict[str, Var]]
     late: dict[str, Var]
@@ -35,7 +35,7 @@ class Kind(NamedTuple):
     manager: str = ""  # the interface of /org/virtd1/<segment> itself, for what a kind offers besides its objects
 
 
-async def _none() -> list[Object]:
+async def _none() -> Sequence[Object]:
     """Of a driver that has nothing, and needn't be imported to say so."""
     return []
 

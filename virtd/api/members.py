@@ -12,6 +12,7 @@ from .variants import dictionary
 
 if TYPE_CHECKING:
     from ..host import Caller, Host
+    from ..replies import Reply
     from .introspection import Method
 
 
@@ -41,7 +42,7 @@ def parameters(method: Method, subject: str | None, args: tuple[Any, ...]) -> di
     return found
 
 
-def _value(reply: dict[str, Any], source: str, signature: str, fds: list[int]) -> Any:
+def _value(reply: Reply | dict[str, Any], source: str, signature: str, fds: list[int]) -> Any:
     if signature == "h":
         return Descriptor(fds.pop(0))
     value: Any = reply

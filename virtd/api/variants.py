@@ -5,18 +5,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from ..bus import Var
+from ..replies import Reply
 from ..text import plain
 from ..units import unit_name
 
-Object = dict[str, Any]
+Object = Reply
 
 INT_END = 1 << 63  # of the largest type that D-Bus has for a number with a sign
 
 
-def dictionary(value: Object) -> dict[str, Var]:
-    """A JSON object as a{sv}. D-Bus has no null: those keys are left out."""
-    return {plain(key): variant(item) for key, item in value.items() if item is not None}
+def dictionary(value: Reply | dict[str, Any]) -> dict[str, Var]:
+    """A reply, or a JSON object, as a{sv}. D-Bus has no null: those keys are left out."""
+    table = value if isinstance(value, dict) else msgspec.structs.asdict(value)
+    return {plain(key): variant(item) for key, item in table.items() if item is not None}
 
 
 def variant(value: Any) -> Var:
@@ -28,7 +32,7 @@ def variant(value: Any) -> Var:
             return Var("x", value)
         case float():
             return Var("d", value)
-        case dict():
+        case dict() | Reply():
             return Var("a{sv}", dictionary(value))
         case list() | tuple() if all(isinstance(item, str) for item in value):
             return Var("as", [plain(item) for item in value])

@@ -31,6 +31,8 @@ from .sharing import Sharing
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable
 
+    from ..replies import Reply
+
 __all__ = ["Connection", "Server", "caller_of"]
 
 log = logging.getLogger(__name__)
@@ -277,14 +279,14 @@ class Connection:
             # The next call is here already; after it no end shows but by looking.
             self._loop.call_later(LOOK, self._look, task)
 
-    async def _stream(self, replies: AsyncIterator[dict[str, Any] | WithDescriptors]) -> None:
+    async def _stream(self, replies: AsyncIterator[Reply | WithDescriptors]) -> None:
         """Send what `replies` yields until it ends or the client hangs up.
 
         A message from the client would be out of turn, and counts as hanging up.
         """
         gone = asyncio.ensure_future(self._receive())
         iterator = aiter(replies)
-        following: asyncio.Future[dict[str, Any] | WithDescriptors] | None = None
+        following: asyncio.Future[Reply | WithDescriptors] | None = None
         try:
             while True:
                 following = asyncio.ensure_future(anext(iterator))
@@ -298,7 +300,7 @@ class Connection:
                 fds = item.fds if isinstance(item, WithDescriptors) else []
                 value = item.value if isinstance(item, WithDescriptors) else item
                 try:
-                    reply = {"parameters": value, "continues": "event" not in value}
+                    reply = {"parameters": value, "continues": value.get("event") is None}
                     await self._send(wire.encode(reply) + b"\0", fds)
                 finally:
                     for fd in fds:
@@ -360,7 +362,9 @@ def _service(method: str, parameters: dict[str, Any]) -> dict[str, Any]:
         case "GetInterfaceDescription":
             wanted = parameters.get("interface")
             if wanted in interfaces.MODULES:
-                return {"description": idl.text(wanted)}
+                from . import types  # nothing else needs it
+
+                return {"description": types.description(wanted)}
             if wanted == SERVICE:
                 return {"description": _SERVICE_TEXT}
             raise Refused(f"{SERVICE}.InterfaceNotFound", {"interface": str(wanted)})

@@ -14,9 +14,9 @@ import msgspec
 from ..text import plainly
 
 
-def encode(reply: dict[str, Any]) -> bytes:
+def encode(reply: Any) -> bytes:
     """As JSON, without the NUL that ends a message."""
     try:
         return msgspec.json.encode(reply)
     except (msgspec.MsgspecError, ValueError, TypeError, OverflowError):
-        return msgspec.json.encode(plainly(reply), enc_hook=str)
+        return msgspec.json.encode(plainly(msgspec.to_builtins(reply, enc_hook=str)), enc_hook=str)

@@ -13,6 +13,7 @@ from .. import errors, files, journal
 from ..messages import Message
 from ..model.domain import canonical_uuid
 from ..paths import listing
+from ..replies import Gone, Reply, Trouble
 from . import definitions
 from .protocol import Difference, Found, Problem
 
@@ -129,7 +130,7 @@ class Collection(Generic[T, D]):
         """What is active is as its new definition says: a change that needn't wait."""
         raise NotImplementedError
 
-    def describe(self, one: T) -> dict[str, Any]:
+    def describe(self, one: T) -> Reply:
         """The short form, as `list --json` has it."""
         raise NotImplementedError
 
@@ -414,9 +415,12 @@ class Collection(Generic[T, D]):
                     return one
         raise errors.NotFound(f"There is no {self.noun} {name}", hint=f"{self.virtdctl} list shows all.")
 
-    def describe_named(self, name: str) -> dict[str, Any]:
+    def describe_named(self, name: str) -> Reply:
         one = self.objects.get(name)
-        return self.describe(one) if one is not None else {"name": name, "driver": self.name}
+        return self.describe(one) if one is not None else Gone(name=name, driver=self.name)
+
+    def troubles_of(self, one: T) -> list[Trouble]:
+        return [Trouble(text=problem.text, hint=problem.hint) for problem in one.problems.values()]
 
     def slots_of(self, name: str) -> list[str]:
         mine = f"{self.name}/{name}/"

@@ -8,12 +8,15 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import msgspec
+
 from .. import errors, files, journal
 from ..child import SLOTS
 from ..messages import Message
 from ..model.state import State, require
 from ..process import boot_id
 from ..records import Record, Records, now
+from ..replies import guests as replies
 from . import definitions, reconcile
 from .collection import Collection, D
 from .guest import Guest, Shared
@@ -196,46 +199,43 @@ class Guests(Collection[G, D]):
 
     # Describing
 
-    def describe(self, machine: G) -> dict[str, Any]:
+    def describe(self, machine: G) -> replies.Guest:
         """The short form, as `list --json` has it."""
         record = machine.record
-        return {
-            "name": machine.name,
-            "driver": self.name,
-            "uuid": machine.uuid,
-            "state": machine.state.value,
-            "reason": machine.reason,
-            "pid": record.main_pid if record is not None and machine.alive and record.main_pid else None,
-            "since": record.since if record is not None else None,
-            "autostart": bool(machine.definition and machine.definition.autostart),
-            "waits": machine.waits is not None,
-            "id": record.id if record is not None and record.id else None,
-        }
+        return replies.Guest(
+            name=machine.name,
+            driver=self.name,
+            uuid=machine.uuid,
+            state=machine.state.value,
+            reason=machine.reason,
+            pid=self.pid_of(machine),
+            since=record.since if record is not None else None,
+            autostart=bool(machine.definition and machine.definition.autostart),
+            waits=machine.waits is not None,
+            id=record.id if record is not None and record.id else None,
+        )
 
-    def describe_fully(self, machine: G) -> dict[str, Any]:
-        """The long form, as `info --json` has it; each driver adds to it."""
+    def pid_of(self, machine: G) -> int | None:
+        """Of what a person takes for the object itself."""
         record = machine.record
+        return record.main_pid if record is not None and machine.alive and record.main_pid else None
+
+    def describe_fully(self, machine: G) -> replies.GuestInfo:
+        """The long form, as `info --json` has it; each driver adds to it."""
         paths = self._services.paths
-        ending = record.exit if record is not None else None
-        return self.describe(machine) | {
-            "unit": machine.unit,
-            "slots": self.slots_of(machine.name),
-            "exit": None
-            if ending is None
-            else {
-                "code": ending.code,
-                "signal": ending.signal,
-                "cause": ending.cause,
-                "at": ending.at,
-                "by": ending.by,
-            },
-            "definition_path": machine.source if machine.definition is not None else None,
-            "pending": machine.pending,
-            "persistent": machine.definition is not None,
-            "log": paths.stderr_log(self.name, machine.name),
-            "console_log": paths.console_log(self.name, machine.name),
-            "problems": [{"text": problem.text, "hint": problem.hint} for problem in machine.problems.values()],
-        }
+        ending = machine.record.exit if machine.record is not None else None
+        return replies.GuestInfo(
+            **msgspec.structs.asdict(self.describe(machine)),
+            unit=machine.unit,
+            slots=self.slots_of(machine.name),
+            exit=replies.Exit(**msgspec.structs.asdict(ending)) if ending is not None else None,
+            definition_path=machine.source if machine.definition is not None else None,
+            pending=machine.pending,
+            persistent=machine.definition is not None,
+            log=paths.stderr_log(self.name, machine.name),
+            console_log=paths.console_log(self.name, machine.name),
+            problems=self.troubles_of(machine),
+        )
 
     def _next_id(self) -> int:
         """A number for a guest that starts, larger than all that are in use, as libvirt's users know it."""

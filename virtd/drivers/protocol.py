@@ -16,6 +16,7 @@ import msgspec
 if TYPE_CHECKING:
     from ..child import Services
     from ..model.settings import Settings
+    from ..replies import Reply
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -114,8 +115,8 @@ class Driver(Protocol):
     def bad_definitions(self) -> list[tuple[str, Problem]]:
         """Those of `troubles` that are about definitions."""
 
-    def describe_named(self, name: str) -> dict[str, Any]:
-        """The short form of an object for events, with "name" and "driver" at least, also when it is gone."""
+    def describe_named(self, name: str) -> Reply:
+        """The short form of an object for events; a Gone when it is gone."""
 
     async def close(self) -> None:
         """Let go of everything in this process; what runs, its slots and records stay."""

@@ -12,7 +12,7 @@ import functools
 import logging
 import os
 import time
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import msgspec
 
@@ -22,6 +22,8 @@ from ..drivers.protocol import Looking, Problem
 from ..drivers.qemu.machine import DRIVER
 from ..drivers.registry import Drivers
 from ..records import now
+from ..replies import Problem as About
+from ..replies import daemon as replies
 from .access import Access
 from .base import Caller, Listener, WithDescriptors
 from .domains import Domains
@@ -231,24 +233,24 @@ class Host(Domains):
 
     # The daemon
 
-    async def status(self) -> dict[str, Any]:
+    async def status(self) -> replies.Status:
         budget = self._services.store.budget()
-        return {
-            "version": __version__,
-            "pid": os.getpid(),
-            "since": self.recovery.since,
-            "recovered": {
-                "objects": self.recovery.objects,
-                "ms": round(self.recovery.ms, 1),
+        return replies.Status(
+            version=__version__,
+            pid=os.getpid(),
+            since=self.recovery.since,
+            recovered=replies.Recovered(
+                objects=self.recovery.objects,
+                ms=round(self.recovery.ms, 1),
                 **self.found(),
-            },
-            "budget": {"used": budget.used, "max": budget.max, "limited_by": str(budget.limited_by)},
-            "domains": self.driver.counts(),
-            "objects": {driver.name: driver.counts() for driver in self.drivers},
-            "jobs": await self.volumes.jobs() if "storage" in self.drivers else [],
-            "problems": self._all_problems(),
-            "degraded": list(self.degraded),
-        }
+            ),
+            budget=replies.Budget(used=budget.used, max=budget.max, limited_by=str(budget.limited_by)),
+            domains=self.driver.counts(),
+            objects={driver.name: driver.counts() for driver in self.drivers},
+            jobs=await self.volumes.jobs() if "storage" in self.drivers else [],
+            problems=self._all_problems(),
+            degraded=list(self.degraded),
+        )
 
     def found(self) -> dict[str, list[str]]:
         """What this start found of every driver; what isn't a domain has its driver before its name."""
@@ -259,20 +261,21 @@ class Host(Domains):
                 names += [f"{prefix}{name}" for name in getattr(driver.found, what)]
         return found
 
-    def _all_problems(self) -> list[dict[str, str]]:
-        found = [{"object": key, "text": text, "hint": hint} for key, (text, hint) in self.problems.items()]
+    def _all_problems(self) -> list[About]:
+        found = [About(object=key, text=text, hint=hint) for key, (text, hint) in self.problems.items()]
         for driver in self.drivers:
             found += [_row(driver.name, *trouble) for trouble in driver.troubles()]
         return found
 
-    async def slots(self) -> list[dict[str, str]]:
+    async def slots(self) -> list[replies.Slot]:
         """See Slots in org.virtd1.varlink."""
         store = self._services.store
         return [
-            {"name": name, "kept_as": store.kept_as(name), "what": _what(store.get(name))} for name in store.names()
+            replies.Slot(name=name, kept_as=store.kept_as(name), what=_what(store.get(name)))
+            for name in store.names()
         ]
 
-    async def check_all(self, *, repair: bool, by: Caller | None) -> dict[str, Any]:
+    async def check_all(self, *, repair: bool, by: Caller | None) -> replies.Checked:
         """Compare what systemd, /run, /etc and virtd tell of every object; with `repair`, mend what can be mended
         without touching what runs.
         """
@@ -282,26 +285,28 @@ class Host(Domains):
             rows = await fsck.compare(self.drivers, self.use, self._services, repair=repair)
         if repair and rows:
             who = by.name if by is not None else "nobody"
-            log.info("fsck for %s: %d of %d differences repaired", who, sum(map(_repaired, rows)), len(rows))
-        return {"differences": rows, "objects": sum(sum(driver.counts().values()) for driver in self.drivers)}
+            log.info("fsck for %s: %d of %d differences repaired", who, sum(row.repaired for row in rows), len(rows))
+        return replies.Checked(
+            differences=rows, objects=sum(sum(driver.counts().values()) for driver in self.drivers)
+        )
 
-    async def reload(self, *, by: Caller) -> dict[str, Any]:
+    async def reload(self, *, by: Caller) -> replies.Reloaded:
         """Read the definitions again, and apply again what others may have removed; nothing that runs is touched."""
         async with self._reloading:
             return await self._reload()
 
-    async def _reload(self) -> dict[str, Any]:
+    async def _reload(self) -> replies.Reloaded:
         for name in self.drivers.wanted():
             self._wake(name)
         changed: list[str] = []
-        problems: list[dict[str, str]] = []
+        problems: list[About] = []
         for driver in self.drivers:
             prefix = "" if driver.name == DRIVER else f"{driver.name}/"
             changed += [f"{prefix}{name}" async for name in _bit_by_bit(driver.read_definitions()) if name]
             await driver.reload()
             problems += [_row(driver.name, *trouble) for trouble in driver.bad_definitions()]
         log.info("Reloaded: %d definitions changed", len(changed))
-        return {"changed": changed, "problems": problems}
+        return replies.Reloaded(changed=changed, problems=problems)
 
 
 async def _bit_by_bit(work: Iterable[T]) -> AsyncIterator[T]:
@@ -322,10 +327,6 @@ def _what(fd: int) -> str:
         return ""
 
 
-def _repaired(row: dict[str, Any]) -> bool:
-    return bool(row["repaired"])
-
-
-def _row(driver: str, name: str, problem: Problem) -> dict[str, str]:
+def _row(driver: str, name: str, problem: Problem) -> About:
     """A problem of the object `name`, as every front end tells it."""
-    return {"object": f"{driver}/{name}" if name else driver, "text": problem.text, "hint": problem.hint}
+    return About(object=f"{driver}/{name}" if name else driver, text=problem.text, hint=problem.hint)

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
 
-Listener = Callable[[str, dict[str, Any]], None]
+from ..replies import Reply
+
+Listener = Callable[[str, Reply], None]
 
 
 class Caller(msgspec.Struct, frozen=True):
@@ -27,5 +28,5 @@ class Caller(msgspec.Struct, frozen=True):
 class WithDescriptors(msgspec.Struct, frozen=True):
     """A reply with descriptors, which the front end passes on and then closes."""
 
-    value: dict[str, Any]
+    value: Reply
     fds: list[int]

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..drivers.protocol import Driver, Startable
     from ..drivers.registry import Drivers
     from ..paths import Paths
+    from ..replies import Reply
     from .arrivals import Arrivals
     from .base import Listener
 
@@ -223,7 +224,7 @@ class Boot:
             self._arrivals = Arrivals(self.nudge)
             self._unsubscribe = self._subscribe(self._changed)
 
-    def _changed(self, _event: str, item: dict[str, Any]) -> None:
+    def _changed(self, _event: str, item: Reply) -> None:
         """A definition was changed, or what one of them stands on was started."""
         if f"{item['driver']}/{item['name']}" not in self._trying:
             self.nudge()

@@ -10,6 +10,8 @@ from .. import errors
 from ..drivers.lxc import execs, operations
 from ..drivers.lxc.container import Container
 from ..model.state import require
+from ..replies import Changed, Named, Reply
+from ..replies import guests as replies
 from .base import WithDescriptors
 from .objects import Objects
 
@@ -38,39 +40,39 @@ class Containers(Objects[Container]):
     def _limit(self, container: Container, timeout: float | None) -> float:
         return container.settings.shutdown_timeout if timeout is None else timeout
 
-    async def start(self, name: str, *, by: Caller) -> dict[str, Any]:
+    async def start(self, name: str, *, by: Caller) -> replies.Started:
         done = await super().start(name, by=by)
-        return done | {"pid": self.driver.find(name).init() or 0}
+        return replies.Started(name=done.name, changed=done.changed, pid=self.driver.find(name).init() or 0)
 
-    async def shutdown(self, name: str, timeout: float | None, *, by: Caller) -> dict[str, Any]:
+    async def shutdown(self, name: str, timeout: float | None, *, by: Caller) -> Changed:
         container = await self.find(name)
         limit = self._limit(container, timeout)
-        return {"name": container.name, "changed": await operations.shutdown(container, limit, by.name)}
+        return Changed(name=container.name, changed=await operations.shutdown(container, limit, by.name))
 
-    async def stop(self, name: str, *, by: Caller) -> dict[str, Any]:
+    async def stop(self, name: str, *, by: Caller) -> Changed:
         container = await self.find(name)
-        return {"name": container.name, "changed": await operations.stop(container, by.name)}
+        return Changed(name=container.name, changed=await operations.stop(container, by.name))
 
-    async def kill(self, name: str, signum: int, *, by: Caller) -> dict[str, Any]:
+    async def kill(self, name: str, signum: int, *, by: Caller) -> Changed:
         container = await self.find(name)
-        return {"name": container.name, "changed": await operations.kill(container, signum, by.name)}
+        return Changed(name=container.name, changed=await operations.kill(container, signum, by.name))
 
-    async def reboot(self, name: str, timeout: float | None, *, by: Caller) -> dict[str, Any]:
+    async def reboot(self, name: str, timeout: float | None, *, by: Caller) -> Changed:
         container = await self.find(name)
         limit = self._limit(container, timeout)
-        return {"name": container.name, "changed": await operations.reboot(container, limit, by.name)}
+        return Changed(name=container.name, changed=await operations.reboot(container, limit, by.name))
 
-    async def freeze(self, name: str, *, by: Caller) -> dict[str, Any]:
+    async def freeze(self, name: str, *, by: Caller) -> Changed:
         container = await self.find(name)
-        return {"name": container.name, "changed": await operations.freeze(container, by.name)}
+        return Changed(name=container.name, changed=await operations.freeze(container, by.name))
 
-    async def thaw(self, name: str, *, by: Caller) -> dict[str, Any]:
+    async def thaw(self, name: str, *, by: Caller) -> Changed:
         container = await self.find(name)
-        return {"name": container.name, "changed": await operations.thaw(container, by.name)}
+        return Changed(name=container.name, changed=await operations.thaw(container, by.name))
 
-    async def create(self, name: str, image: str, ids: int | None = None, *, by: Caller) -> dict[str, Any]:
+    async def create(self, name: str, image: str, ids: int | None = None, *, by: Caller) -> replies.Made:
         container = await self.driver.create(name, image, ids)
-        return {"name": container.name, "uuid": container.uuid, "path": container.source}
+        return replies.Made(name=container.name, uuid=container.uuid, path=container.source)
 
     # Commands in it
 
@@ -83,7 +85,7 @@ class Containers(Objects[Container]):
         terminal: bool = False,
         token: str | None = None,
         by: Caller,
-    ) -> AsyncIterator[dict[str, Any] | WithDescriptors]:
+    ) -> AsyncIterator[Reply | WithDescriptors]:
         """See Execute in org.virtd1.Container.varlink."""
         container = await self.find(name)
         if token is None:
@@ -91,7 +93,7 @@ class Containers(Objects[Container]):
             variables = {key: str(value) for key, value in (environment or {}).items()}
             run = await execs.begin(container, command, variables, terminal=terminal)
             unit = run.unit
-            yield WithDescriptors({"token": unit, "name": container.name}, run.fds)
+            yield WithDescriptors(replies.Opened(token=unit, name=container.name), run.fds)
         elif execs.belongs(token, container):
             unit = token
         else:
@@ -102,17 +104,17 @@ class Containers(Objects[Container]):
         except GeneratorExit:
             container.spawn(self._forget(unit), "forget")  # nobody waits for it any more
             raise
-        yield {"name": container.name, "event": "ended", "code": result.code, "signal": result.signal}
+        yield replies.Ran(name=container.name, event="ended", code=result.code, signal=result.signal)
 
     async def _forget(self, unit: str) -> None:
         units = await self._services.units()
         with contextlib.suppress(errors.VirtdError):
             await execs.result(units, unit)
 
-    async def signal(self, name: str, token: str, signum: int, *, by: Caller) -> dict[str, Any]:
+    async def signal(self, name: str, token: str, signum: int, *, by: Caller) -> Named:
         """Send a signal to a command that Execute has started."""
         container = await self.find(name)
         if not execs.belongs(token, container):
             raise errors.NotFound(f"There is no command {token} in {container.name}")
         await execs.send(await self._services.units(), token, signum)
-        return {"name": container.name}
+        return Named(name=container.name)

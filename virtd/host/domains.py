@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..drivers.qemu import operations
 from ..drivers.qemu.machine import Machine
+from ..replies import Changed
 from .objects import Objects
 
 if TYPE_CHECKING:
@@ -34,31 +35,29 @@ class Domains(Objects[Machine]):
         self._settings = settings
         self.driver = driver
 
-    async def shutdown(self, name: str, timeout: float | None, *, by: Caller) -> dict[str, Any]:
+    async def shutdown(self, name: str, timeout: float | None, *, by: Caller) -> Changed:
         machine = await self.find(name)
         limit = self._settings.shutdown_timeout if timeout is None else timeout
-        return {"name": machine.name, "changed": await operations.shutdown(machine, limit, by.name)}
+        return Changed(name=machine.name, changed=await operations.shutdown(machine, limit, by.name))
 
-    async def stop(self, name: str, *, by: Caller) -> dict[str, Any]:
+    async def stop(self, name: str, *, by: Caller) -> Changed:
         machine = await self.find(name)
-        return {"name": machine.name, "changed": await operations.stop(machine, by.name)}
+        return Changed(name=machine.name, changed=await operations.stop(machine, by.name))
 
-    async def kill(self, name: str, signum: int, *, by: Caller) -> dict[str, Any]:
+    async def kill(self, name: str, signum: int, *, by: Caller) -> Changed:
         machine = await self.find(name)
-        return {"name": machine.name, "changed": await operations.kill(machine, signum, by.name)}
+        return Changed(name=machine.name, changed=await operations.kill(machine, signum, by.name))
 
-    async def reboot(self, name: str, *, force: bool, timeout: float | None, by: Caller) -> dict[str, Any]:
+    async def reboot(self, name: str, *, force: bool, timeout: float | None, by: Caller) -> Changed:
         machine = await self.find(name)
         limit = self._settings.shutdown_timeout if timeout is None else timeout
-        return {
-            "name": machine.name,
-            "changed": await operations.reboot(machine, force=force, timeout=limit, by=by.name),
-        }
+        changed = await operations.reboot(machine, force=force, timeout=limit, by=by.name)
+        return Changed(name=machine.name, changed=changed)
 
-    async def suspend(self, name: str, *, by: Caller) -> dict[str, Any]:
+    async def suspend(self, name: str, *, by: Caller) -> Changed:
         machine = await self.find(name)
-        return {"name": machine.name, "changed": await operations.suspend(machine, by.name)}
+        return Changed(name=machine.name, changed=await operations.suspend(machine, by.name))
 
-    async def resume(self, name: str, *, by: Caller) -> dict[str, Any]:
+    async def resume(self, name: str, *, by: Caller) -> Changed:
         machine = await self.find(name)
-        return {"name": machine.name, "changed": await operations.resume(machine, by.name)}
+        return Changed(name=machine.name, changed=await operations.resume(machine, by.name))

@@ -6,11 +6,12 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import aliases, errors, fifos, files
 from ..drivers.protocol import Comparing, Difference
 from ..drivers.registry import MODULES
+from ..replies import daemon as replies
 from ..text import plain
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ STARTING = 60.0  # seconds that a start may take from the making of its pipes to
 
 async def compare(
     drivers: Drivers, use: Callable[[str], object], services: Services, *, repair: bool
-) -> list[dict[str, Any]]:
-    """The differences as rows: kind, object ("qemu/web1", or "" for none), text, repair, repaired.
+) -> list[replies.Difference]:
+    """The differences.
 
     `use(name)` makes a driver that had nothing to do so far.
     """
@@ -45,14 +46,14 @@ async def compare(
     return rows
 
 
-def _row(difference: Difference, key: str) -> dict[str, Any]:
-    return {
-        "kind": difference.kind,
-        "object": key if difference.object else "",
-        "text": difference.text,
-        "repair": difference.repair,
-        "repaired": difference.repaired,
-    }
+def _row(difference: Difference, key: str) -> replies.Difference:
+    return replies.Difference(
+        kind=difference.kind,
+        object=key if difference.object else "",
+        text=difference.text,
+        repair=difference.repair,
+        repaired=difference.repaired,
+    )
 
 
 async def _strangers(services: Services) -> list[Difference]:

@@ -23,6 +23,7 @@ from ..units import UnitSpec
 
 if TYPE_CHECKING:
     from ..drivers.guests import Guests
+    from ..replies import Reply
     from ..units import Units
     from . import Host
 
@@ -87,7 +88,7 @@ class Registry:
         finally:
             unsubscribe()
 
-    def _event(self, _event: str, item: dict[str, Any]) -> None:
+    def _event(self, _event: str, item: Reply) -> None:
         driver = str(item["driver"])
         if driver not in CLASSES:
             return

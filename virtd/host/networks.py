@@ -7,6 +7,8 @@ import asyncio
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import errors
+from ..replies import Changed, Defined, Named
+from ..replies import networks as replies
 from .objects import known, settled
 
 if TYPE_CHECKING:
@@ -36,13 +38,13 @@ class Networks:
 
     # Reading
 
-    async def listing(self) -> list[dict[str, Any]]:
+    async def listing(self) -> list[replies.Network]:
         if DRIVER not in self._drivers:  # nothing has made it yet, so there is none
             return []
         await settled(self.driver.nets.values())
         return [self.driver.describe(self.driver.nets[name]) for name in sorted(self.driver.nets)]
 
-    async def info(self, name: str) -> dict[str, Any]:
+    async def info(self, name: str) -> replies.NetworkInfo:
         net = await self._find(name)
         await self.driver.look_at(net)
         return self.driver.describe_fully(net)
@@ -55,24 +57,24 @@ class Networks:
             )
         return net.definition_text
 
-    async def leases(self, name: str) -> list[dict[str, Any]]:
+    async def leases(self, name: str) -> list[replies.Lease]:
         return [lease.described() for lease in self.driver.find(name).leases()]
 
     # Definitions
 
-    async def define(self, text: str, source: str, *, check: bool, by: Caller) -> dict[str, Any]:
+    async def define(self, text: str, source: str, *, check: bool, by: Caller) -> Defined:
         """An active network takes the definition over at once, as far as that can be done live."""
         driver = self.driver
         if check:
             network = driver.check(text, source)
             existing = driver.nets.get(network.name)
-            return {
-                "name": network.name,
-                "uuid": network.uuid or (existing.uuid if existing else ""),
-                "created": existing is None,
-                "path": self._path(network.name),
-                "warnings": await driver.warnings(network),
-            }
+            return Defined(
+                name=network.name,
+                uuid=network.uuid or (existing.uuid if existing else ""),
+                created=existing is None,
+                path=self._path(network.name),
+                warnings=await driver.warnings(network),
+            )
         network = driver.check(text, source)
         before = driver.nets.get(network.name)
         kept = before.definition_text if before is not None and before.definition is not None else ""
@@ -83,40 +85,40 @@ class Networks:
             if kept:
                 driver.define(kept, net.source)  # the old one is what is in force
             raise
-        return {
-            "name": net.name,
-            "uuid": net.uuid,
-            "created": created,
-            "path": net.source,
-            "warnings": warnings + await driver.warnings(network),
-        }
+        return Defined(
+            name=net.name,
+            uuid=net.uuid,
+            created=created,
+            path=net.source,
+            warnings=warnings + await driver.warnings(network),
+        )
 
-    async def define_default(self, *, by: Caller) -> dict[str, Any]:
+    async def define_default(self, *, by: Caller) -> Defined:
         """The network "default", if there is none: NAT, with a private range that is free on this host."""
         driver = self.driver
         if (net := driver.nets.get("default")) is not None and net.definition is not None:
-            return {"name": net.name, "uuid": net.uuid, "created": False, "path": net.source, "warnings": []}
+            return Defined(name=net.name, uuid=net.uuid, created=False, path=net.source, warnings=[])
         text = await asyncio.to_thread(driver.default)
         return await self.define(text, "default", check=False, by=by)
 
-    async def undefine(self, name: str, *, by: Caller) -> dict[str, Any]:
+    async def undefine(self, name: str, *, by: Caller) -> Named:
         net = await self._find(name)
         await self.driver.undefine(net.name)
-        return {"name": net.name}
+        return Named(name=net.name)
 
-    async def set_autostart(self, name: str, enable: bool, *, by: Caller) -> dict[str, Any]:  # noqa: FBT001
+    async def set_autostart(self, name: str, enable: bool, *, by: Caller) -> Changed:  # noqa: FBT001
         net = self.driver.find(name)
-        return {"name": net.name, "changed": self.driver.set_autostart(net.name, enable=enable)}
+        return Changed(name=net.name, changed=self.driver.set_autostart(net.name, enable=enable))
 
     # Life
 
-    async def start(self, name: str, *, by: Caller) -> dict[str, Any]:
+    async def start(self, name: str, *, by: Caller) -> Changed:
         net = await self._find(name)
-        return {"name": net.name, "changed": await self.driver.start(net.name, by.name)}
+        return Changed(name=net.name, changed=await self.driver.start(net.name, by.name))
 
-    async def stop(self, name: str, *, force: bool, by: Caller) -> dict[str, Any]:
+    async def stop(self, name: str, *, force: bool, by: Caller) -> Changed:
         net = await self._find(name)
-        return {"name": net.name, "changed": await self.driver.stop(net.name, by.name, force=force)}
+        return Changed(name=net.name, changed=await self.driver.stop(net.name, by.name, force=force))
 
     async def _find(self, name: str) -> Net:
         net = self.driver.find(name)

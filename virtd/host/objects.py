@@ -11,6 +11,8 @@ from .. import errors
 from ..drivers.guest import Guest
 from ..drivers.turns import within
 from ..model.state import State, require
+from ..replies import Changed, Defined, Named, Reply
+from ..replies import guests as replies
 from ..text import span
 from .viewing import Viewers
 
@@ -65,11 +67,11 @@ class Objects(Generic[G]):
 
     # Reading
 
-    async def listing(self) -> list[dict[str, Any]]:
+    async def listing(self) -> list[replies.Guest]:
         await settled(self._guests.machines.values())
         return [self._guests.describe(self._guests.machines[name]) for name in sorted(self._guests.machines)]
 
-    async def info(self, name: str) -> dict[str, Any]:
+    async def info(self, name: str) -> replies.GuestInfo:
         machine = await self.find(name)
         return self._guests.describe_fully(machine)
 
@@ -82,7 +84,7 @@ class Objects(Generic[G]):
             )
         return machine.definition_text
 
-    async def wait(self, name: str, states: list[str], timeout: float | None) -> dict[str, Any]:
+    async def wait(self, name: str, states: list[str], timeout: float | None) -> replies.Guest:
         """Returns the object when it is in one of `states`. Raises TimedOut."""
         for state in states:
             if state not in State.__members__.values():
@@ -109,43 +111,44 @@ class Objects(Generic[G]):
 
     # Definitions
 
-    async def define(self, text: str, source: str, *, check: bool, by: Caller) -> dict[str, Any]:
+    async def define(self, text: str, source: str, *, check: bool, by: Caller) -> Defined:
         if check:
             checked = self._guests.check(text, source)
             existing = self._guests.machines.get(checked.name)
             path = self._services.paths.definition(self._guests.name, checked.name)
-            return {
-                "name": checked.name,
-                "uuid": checked.uuid or (existing.uuid if existing else ""),
-                "created": existing is None,
-                "path": path,
-                "warnings": self._guests.warnings(checked),
-            }
+            return Defined(
+                name=checked.name,
+                uuid=checked.uuid or (existing.uuid if existing else ""),
+                created=existing is None,
+                path=path,
+                warnings=self._guests.warnings(checked),
+            )
         machine, created = self._guests.define(text, source)
         assert machine.definition is not None
-        return {
-            "name": machine.name,
-            "uuid": machine.uuid,
-            "created": created,
-            "path": machine.source,
-            "warnings": self._guests.warnings(machine.definition),
-        }
+        return Defined(
+            name=machine.name,
+            uuid=machine.uuid,
+            created=created,
+            path=machine.source,
+            warnings=self._guests.warnings(machine.definition),
+        )
 
-    async def undefine(self, name: str, *, by: Caller) -> dict[str, Any]:
+    async def undefine(self, name: str, *, by: Caller) -> Named:
         machine = await self.find(name)
         await self._guests.undefine(machine.name)
-        return {"name": machine.name}
+        return Named(name=machine.name)
 
-    async def set_autostart(self, name: str, enable: bool, *, by: Caller) -> dict[str, Any]:  # noqa: FBT001
+    async def set_autostart(self, name: str, enable: bool, *, by: Caller) -> Changed:  # noqa: FBT001
         machine = self._guests.find(name)
-        return {"name": machine.name, "changed": self._guests.set_autostart(machine.name, enable=enable)}
+        return Changed(name=machine.name, changed=self._guests.set_autostart(machine.name, enable=enable))
 
     # Operations
 
-    async def start(self, name: str, *, by: Caller) -> dict[str, Any]:
+    async def start(self, name: str, *, by: Caller) -> replies.Started:
         machine = await self.find(name)
         changed = await self._guests.start(machine.name, by.name)
-        return {"name": machine.name, "changed": changed, "pid": machine.record.main_pid if machine.record else 0}
+        pid = machine.record.main_pid if machine.record else 0
+        return replies.Started(name=machine.name, changed=changed, pid=pid)
 
     # Logs and consoles
 
@@ -157,7 +160,7 @@ class Objects(Generic[G]):
 
     async def open_console(
         self, name: str, *, force: bool = False, token: str | None = None, by: Caller
-    ) -> AsyncIterator[dict[str, Any] | WithDescriptors]:
+    ) -> AsyncIterator[Reply | WithDescriptors]:
         """See OpenConsole in org.virtd1.varlink. Closing the iterator gives the console up."""
         # Who was attached before the daemon's restart must not lose the console to a slow start of ours.
         machine = await self.find(name, DOUBT if token is None else 60.0)

@@ -10,6 +10,8 @@ from .. import console, errors
 from ..child import CONSOLE_LOG, STDERR, STDERR_LOG, STDOUT, Child, Services
 from ..logchain import Cursor
 from ..logfile import LogFile
+from ..replies import Reply
+from ..replies import guests as replies
 from .base import Caller, WithDescriptors
 
 if TYPE_CHECKING:
@@ -68,15 +70,15 @@ class Viewers:
         finally:
             if passing:
                 logfile.close()
-        value = {
-            "file": place.cursor.file,
-            "offset": place.cursor.offset,
-            "more": place.more,
-            "ended": place.ended,
-            "state": viewed.state.value,
-            "missed": place.missed,
-            "refused": place.refused,
-        }
+        value = replies.Place(
+            file=place.cursor.file,
+            offset=place.cursor.offset,
+            more=place.more,
+            ended=place.ended,
+            state=viewed.state.value,
+            missed=place.missed,
+            refused=place.refused,
+        )
         return WithDescriptors(value, [place.fd] if place.fd is not None else [])
 
     def _past_log(self, name: str, which: str) -> LogFile:
@@ -90,7 +92,7 @@ class Viewers:
 
     async def write(
         self, viewed: Viewed, *, force: bool, token: str | None, by: Caller
-    ) -> AsyncGenerator[dict[str, Any] | WithDescriptors]:
+    ) -> AsyncGenerator[Reply | WithDescriptors]:
         """See OpenConsole in org.virtd1.varlink. Closing the iterator gives the console up."""
         if viewed.child is None or viewed.record is None:
             raise errors.InvalidState(f"Cannot attach to the console of {viewed.name}: it is {viewed.state}")
@@ -102,9 +104,9 @@ class Viewers:
         claim = self._writers.claim(viewed.name, kept, force=force, token=token, by=by.name, pid=by.pid)
         viewed.keep_console({"token": claim.token, "by": by.name, "pid": by.pid})
         try:
-            yield WithDescriptors({"token": claim.token, "name": viewed.name}, [os.dup(pipe)])
+            yield WithDescriptors(replies.Opened(token=claim.token, name=viewed.name), [os.dup(pipe)])
             event = await console.write(claim, viewed.over)
-            yield {"name": viewed.name, "event": event, "by": claim.taken_by or None}
+            yield replies.Over(name=viewed.name, event=event, by=claim.taken_by or None)
         finally:
             if self._writers.release(viewed.name, claim):
                 viewed.keep_console(None)

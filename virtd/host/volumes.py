@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..replies import storage as replies
 from .base import WithDescriptors
 
 if TYPE_CHECKING:
@@ -24,13 +25,13 @@ class Volumes:
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
 
-    async def listing(self, pool: str) -> list[dict[str, Any]]:
+    async def listing(self, pool: str) -> list[replies.Volume]:
         return await self.driver.viewing.listing(pool)
 
-    async def info(self, pool: str, name: str) -> dict[str, Any]:
+    async def info(self, pool: str, name: str) -> replies.VolumeInfo:
         return await self.driver.viewing.info(pool, name)
 
-    async def snapshots(self, pool: str, name: str) -> list[dict[str, Any]]:
+    async def snapshots(self, pool: str, name: str) -> list[replies.Snapshot]:
         return await self.driver.viewing.snapshots(pool, name)
 
     async def create(
@@ -45,7 +46,7 @@ class Volumes:
         backing_pool: str | None = None,
         token: str | None = None,
         by: Caller,
-    ) -> dict[str, Any]:
+    ) -> replies.Begun:
         return await _answer(
             self.driver.making.create(
                 pool,
@@ -61,7 +62,7 @@ class Volumes:
 
     async def clone(
         self, pool: str, source: str, name: str, *, to_pool: str | None = None, token: str | None = None, by: Caller
-    ) -> dict[str, Any]:
+    ) -> replies.Begun:
         return await _answer(
             self.driver.making.clone(pool, source, name, to_pool=to_pool, token=token or "", by=by.name)
         )
@@ -77,7 +78,7 @@ class Volumes:
         format: str | None = None,  # noqa: A002
         token: str | None = None,
         by: Caller,
-    ) -> dict[str, Any]:
+    ) -> replies.Begun:
         """Without a file: of what others have put into the pool under that name."""
         if file is None:
             return await _answer(
@@ -100,15 +101,15 @@ class Volumes:
 
     async def resize(
         self, pool: str, name: str, size: str, *, shrink: bool = False, token: str | None = None, by: Caller
-    ) -> dict[str, Any]:
+    ) -> replies.Begun:
         return await _answer(
             self.driver.changing.resize(pool, name, size, shrink=shrink, token=token or "", by=by.name)
         )
 
-    async def wipe(self, pool: str, name: str, *, token: str | None = None, by: Caller) -> dict[str, Any]:
+    async def wipe(self, pool: str, name: str, *, token: str | None = None, by: Caller) -> replies.Begun:
         return await _answer(self.driver.changing.wipe(pool, name, token=token or "", by=by.name))
 
-    async def delete(self, pool: str, name: str, *, by: Caller) -> dict[str, Any]:
+    async def delete(self, pool: str, name: str, *, by: Caller) -> replies.Begun:
         return await _answer(self.driver.changing.delete(pool, name, by=by.name))
 
     async def upload(
@@ -125,27 +126,27 @@ class Volumes:
         answer, fd, there = await self.driver.streams.upload(
             pool, name, format=format, size=size, resume=resume, token=token or "", by=by.name
         )
-        return WithDescriptors({**answer._asdict(), "offset": there}, [fd])
+        return WithDescriptors(replies.Uploading(**answer._asdict(), offset=there), [fd])
 
-    async def uploaded(self, job: str, *, by: Caller) -> dict[str, Any]:
+    async def uploaded(self, job: str, *, by: Caller) -> replies.Begun:
         return await _answer(self.driver.streams.uploaded(job))
 
     async def download(self, pool: str, name: str, *, by: Caller) -> WithDescriptors:
         volume, fd = await self.driver.streams.download(pool, name)
         meta = volume.meta
-        value = {
-            "pool": pool,
-            "volume": volume.name,
-            "format": meta.format.value if meta.format is not None else None,
-        }
+        value = replies.Downloading(
+            pool=pool,
+            volume=volume.name,
+            format=meta.format.value if meta.format is not None else None,
+        )
         return WithDescriptors(value, [fd])
 
     # Jobs
 
-    async def jobs(self) -> list[dict[str, Any]]:
+    async def jobs(self) -> list[replies.Job]:
         return self.driver.jobs.describe()
 
-    async def wait(self, job: str, timeout: float | None) -> dict[str, Any]:
+    async def wait(self, job: str, timeout: float | None) -> replies.Job:
         """The job when it is over, further on than it was, or when the time is up."""
         found = self.driver.jobs.find(job)
         await self.driver.certain()
@@ -161,9 +162,9 @@ class Volumes:
                     break
         return found.describe()
 
-    async def cancel(self, job: str, *, by: Caller) -> dict[str, Any]:
-        return {"job": job, "changed": await self.driver.jobs.find(job).cancel(by.name)}
+    async def cancel(self, job: str, *, by: Caller) -> replies.Cancelled:
+        return replies.Cancelled(job=job, changed=await self.driver.jobs.find(job).cancel(by.name))
 
 
-async def _answer(answer: Awaitable[Answer]) -> dict[str, Any]:
-    return (await answer)._asdict()
+async def _answer(answer: Awaitable[Answer]) -> replies.Begun:
+    return replies.Begun(**(await answer)._asdict())

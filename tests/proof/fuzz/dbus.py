@@ -15,6 +15,7 @@ from virtd.bus import Bus, MethodCall
 from virtd.bus.link import Way
 from virtd.bus.message import Codec
 from virtd.host import Caller
+from virtd.replies import Gone
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -97,7 +98,7 @@ async def _came(message: Any) -> None:
     host: Any = Echo()
     server = Server(host, bus)
     server._sparing = telling = Telling()
-    server._objects["domain"]["web1"] = {"name": "web1"}
+    server._objects["domain"]["web1"] = Gone(name="web1", driver="qemu")
     server._callers |= {ROOT: Caller.of(0, 1), OTHER: Caller.of(1000, 1)}
     bus.serve(None, server._door.admits)
     if bus._sort(message) is Way.LOOP:

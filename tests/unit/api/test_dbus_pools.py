@@ -16,6 +16,7 @@ from virtd.api.introspection import OBJECT_MANAGER, POOL, POOL_MANAGER, PROPERTI
 from virtd.bus import BusError
 from virtd.errors import InvalidDefinition
 from virtd.host import Caller, WithDescriptors
+from virtd.replies.storage import Downloading, Uploading
 
 __all__ = ["shared_bus"]
 
@@ -92,7 +93,7 @@ class FakeVolumes:
         self.asked.append(("upload", pool, name, format, size, resume))
         read, write = os.pipe2(os.O_CLOEXEC)
         self.read = read
-        return WithDescriptors({"job": "job-1", "offset": 5 << 30}, [write])
+        return WithDescriptors(Uploading(pool=pool, volume=name, job="job-1", offset=5 << 30), [write])
 
     async def uploaded(self, job: str, *, by: Caller) -> dict[str, Any]:
         with open(self.read, "rb") as pipe:
@@ -102,7 +103,7 @@ class FakeVolumes:
     async def download(self, pool: str, name: str, *, by: Caller) -> WithDescriptors:
         fd = os.memfd_create(name)
         os.write(fd, b"content")
-        return WithDescriptors({"format": None}, [fd])
+        return WithDescriptors(Downloading(pool=pool, volume=name, format=None), [fd])
 
     async def jobs(self) -> list[dict[str, Any]]:
         return [JOB]

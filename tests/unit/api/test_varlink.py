@@ -20,12 +20,22 @@ from virtd import __version__, errors
 from virtd.api import idl, interfaces, varlink
 from virtd.host import Caller, Host, WithDescriptors
 from virtd.host.access import Access
+from virtd.replies import Reply
+from virtd.replies.guests import Opened
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 ANN = Caller(uid=1000, pid=4711, name="ann")
 ROOT = Caller(uid=0, pid=4711, name="root")
+
+
+class Said(Reply, frozen=True):
+    """Of whatever is asked."""
+
+    text: str = ""
+    file: str = ""
+    offset: int = 0
 
 
 class FakeHost:
@@ -63,7 +73,7 @@ class FakeHost:
         read, write = os.pipe()
         self.console_input = read
         try:
-            yield WithDescriptors({"token": "t", "name": kwargs["name"]}, [write])
+            yield WithDescriptors(Opened(token="t", name=kwargs["name"]), [write])
             while True:
                 event = await self.console_events.get()
                 yield event
@@ -425,12 +435,12 @@ async def test_descriptors_are_passed_and_closed(tmp_path: Any, monkeypatch: pyt
         os.set_inheritable(write, False)
 
         async def follow() -> WithDescriptors:
-            return WithDescriptors({"file": "1:2", "offset": 0}, [write])
+            return WithDescriptors(Said(file="1:2"), [write])
 
         world.host.answers["follow"] = follow
         with world.client() as client:
             reply = await client.call("org.virtd1.Follow", {"name": "a", "log": "console"})
-            assert reply == {"parameters": {"file": "1:2", "offset": 0}}
+            assert reply == {"parameters": {"text": "", "file": "1:2", "offset": 0}}
             assert len(client.fds) == 1
             os.write(client.fds[0], b"through")
             assert os.read(read, 100) == b"through"
@@ -447,7 +457,7 @@ async def test_descriptors_of_a_oneway_call_are_closed(tmp_path: Any, monkeypatc
         read, write = os.pipe()
 
         async def follow() -> WithDescriptors:
-            return WithDescriptors({}, [write])
+            return WithDescriptors(Said(), [write])
 
         world.host.answers["follow"] = follow
         with world.client() as client:
@@ -465,7 +475,7 @@ async def test_a_large_reply_with_a_descriptor(tmp_path: Any, monkeypatch: pytes
     async with serving(tmp_path, monkeypatch) as world:
 
         async def follow() -> WithDescriptors:
-            return WithDescriptors({"text": "x" * 3_000_000}, [os.open("/dev/null", os.O_RDONLY)])
+            return WithDescriptors(Said(text="x" * 3_000_000), [os.open("/dev/null", os.O_RDONLY)])
 
         world.host.answers["follow"] = follow
         with world.client() as client:

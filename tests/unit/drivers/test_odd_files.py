@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from msgspec import to_builtins
 
 from tests.doubles.whole_host import ROOT, World, on_loop
 from virtd import errors, layout, records, strictmodes
 from virtd.drivers import collection, definitions
 from virtd.drivers.registry import MODULES
 from virtd.messages import Message
+from virtd.replies.daemon import Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,13 +73,13 @@ ODD: dict[str, Callable[[str], object]] = {
 }
 
 
-async def works(world: World) -> dict[str, Any]:
+async def works(world: World) -> Status:
     """The daemon answers, and `good` can be had. Its status."""
     assert world.host is not None
     assert "good" in {item["name"] for item in await world.host.listing()}
     status = await world.host.status()
     for row in status["problems"]:
-        for text in row.values():
+        for text in (row.object, row.text, row.hint):
             text.encode()
     return status
 
@@ -313,7 +315,7 @@ async def test_a_byte_order_mark_in_a_file(world: World) -> None:
     _write(path, b"\xef\xbb\xbf" + world.text("good").encode())
     async with world.daemon() as host:
         await works(world)
-        assert (await host.reload(by=ROOT)) == {"changed": [], "problems": []}
+        assert to_builtins(await host.reload(by=ROOT)) == {"changed": [], "problems": []}
         await host.set_autostart("good", True, by=ROOT)
     async with world.daemon() as host:
         (item,) = await host.listing()

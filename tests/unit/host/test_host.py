@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import to_builtins
 
 from tests.doubles.whole_host import ROOT, SLOTS, Killed, World, on_loop, until
 from virtd import errors
 from virtd.api import idl
 from virtd.host import Caller, Host, WithDescriptors
 from virtd.messages import Message
+from virtd.replies import Reply
 
 UUID = "0123abcd-4567-89ab-cdef-0123456789ab"
 ANN = Caller(uid=0, pid=os.getppid(), name="ann")
@@ -121,7 +123,7 @@ async def test_reload(world: World) -> None:
             await world.define(name)
         pid = (await host.start("web2", by=ROOT))["pid"]
         await host.start("web3", by=ROOT)
-        assert (await host.reload(by=ROOT)) == {"changed": [], "problems": []}
+        assert to_builtins(await host.reload(by=ROOT)) == {"changed": [], "problems": []}
         uuid = (await host.info("web1"))["uuid"]
         # Renamed, mended for the worse, removed.
         path_of(world, "new1").write_text(path_of(world, "web1").read_text().replace("web1", "new1"))
@@ -156,7 +158,7 @@ async def test_undefine(world: World) -> None:
             await host.undefine("web1", by=ROOT)
         assert caught.value.hint == "Stop it first: virtdctl stop web1."
         await host.stop("web1", by=ROOT)
-        assert await host.undefine("web1", by=ROOT) == {"name": "web1"}
+        assert to_builtins(await host.undefine("web1", by=ROOT)) == {"name": "web1"}
         assert not path_of(world, "web1").exists()
         assert not os.path.exists(world.paths.record("qemu", "web1"))
         assert await host.listing() == []
@@ -168,12 +170,12 @@ async def test_autostart_is_set_in_the_file(world: World) -> None:
     async with world.daemon() as host:
         await host.define(text, "x", check=False, by=ROOT)
         before = path_of(world, "web1").read_text()
-        assert await host.set_autostart("web1", True, by=ROOT) == {"name": "web1", "changed": True}
-        assert await host.set_autostart("web1", True, by=ROOT) == {"name": "web1", "changed": False}
+        assert to_builtins(await host.set_autostart("web1", True, by=ROOT)) == {"name": "web1", "changed": True}
+        assert to_builtins(await host.set_autostart("web1", True, by=ROOT)) == {"name": "web1", "changed": False}
         # One word changed; comments and order are the person's.
         assert path_of(world, "web1").read_text() == before.replace("autostart = false", "autostart = true")
         assert (await host.info("web1"))["autostart"] is True
-        assert await host.set_autostart("web1", False, by=ROOT) == {"name": "web1", "changed": True}
+        assert to_builtins(await host.set_autostart("web1", False, by=ROOT)) == {"name": "web1", "changed": True}
         assert path_of(world, "web1").read_text() == before
 
 
@@ -209,7 +211,7 @@ async def test_info_and_status(world: World) -> None:
         assert {"name", "driver", "uuid", "state", "reason", "pid", "since", "autostart", "waits", "id"} == set(
             listed
         )
-        assert listed.items() <= info.items()
+        assert dict(listed).items() <= dict(info).items()
         assert {"unit", "slots", "exit", "definition_path", "pending", "memory", "vcpus", "disks", "monitor"} <= set(
             info
         )
@@ -255,7 +257,7 @@ async def test_a_listener_that_fails_harms_nobody(world: World) -> None:
     async with world.daemon() as host:
         seen: list[str] = []
 
-        def broken(_event: str, _item: dict[str, Any]) -> None:
+        def broken(_event: str, _item: Reply) -> None:
             raise RuntimeError
 
         host.subscribe(broken)
@@ -357,7 +359,7 @@ async def test_following_over_rotations(world: World) -> None:
                 os.close(fd)
                 (fd,) = reply.fds
                 files += 1
-            place = reply.value
+            place = dict(reply.value)
             data = os.pread(fd, 300, place["offset"])
             text += data
             place["offset"] += len(data)
@@ -389,12 +391,12 @@ async def test_one_writer_at_a_time(world: World) -> None:
         # Taken over by force: the first is told, and its leaving doesn't take the second one's place away.
         second = host.open_console("web1", force=True, by=ROOT)
         os.close((await anext(second)).fds[0])  # type: ignore[union-attr]
-        assert await anext(first) == {"name": "web1", "event": "taken-over", "by": "root"}
+        assert to_builtins(await anext(first)) == {"name": "web1", "event": "taken-over", "by": "root"}
         await first.aclose()  # type: ignore[attr-defined]
         with pytest.raises(errors.Busy, match="in use by root"):
             await anext(host.open_console("web1", by=ANN))
         world.type("web1", "poweroff")
-        assert await anext(second) == {"name": "web1", "event": "ended", "by": None}
+        assert to_builtins(await anext(second)) == {"name": "web1", "event": "ended", "by": None}
         with pytest.raises(StopAsyncIteration):
             await anext(second)
 

@@ -19,9 +19,10 @@ from tests.doubles.model import ALIVE, NAMES, OPERATIONS, after
 from tests.doubles.whole_host import ROOT, Killed, World, until
 from tests.unit.drivers.lxc.test_container_restarts import Site
 from virtd import errors
+from virtd.replies import Reply
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Sequence
 
 
 class Model(RuleBasedStateMachine):
@@ -50,7 +51,7 @@ class Model(RuleBasedStateMachine):
     async def work(self, operation: str, name: str) -> Any:
         raise NotImplementedError
 
-    async def listing(self) -> list[dict[str, Any]]:
+    async def listing(self) -> Sequence[Reply]:
         raise NotImplementedError
 
     async def certain(self, machine: Any) -> None:
@@ -192,7 +193,7 @@ class Domains(Model):
             return await self.world.define(name)
         return await getattr(self.host, operation)(name, by=ROOT)
 
-    async def listing(self) -> list[dict[str, Any]]:
+    async def listing(self) -> Sequence[Reply]:
         return await self.host.listing()
 
     async def certain(self, machine: Any) -> None:
@@ -212,7 +213,7 @@ class Containers(Model):
         operation = {"suspend": "freeze", "resume": "thaw"}.get(operation, operation)
         return await getattr(self.host.containers, operation)(name, by=ROOT)
 
-    async def listing(self) -> list[dict[str, Any]]:
+    async def listing(self) -> Sequence[Reply]:
         return await self.host.containers.listing()
 
     async def certain(self, machine: Any) -> None:

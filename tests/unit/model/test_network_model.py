@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from msgspec import to_builtins
 
 from tests.unit.test_untrusted import odd_files
 from virtd import errors
@@ -201,7 +202,7 @@ def test_leases_are_read() -> None:
         ("fd00:1::10", "52:54:00:00:00:02", "web1", 2000),
         ("fd00:1::11", "", "", 2000),
     ]
-    assert found[0].described() == {
+    assert to_builtins(found[0].described()) == {
         "address": "192.168.150.9", "family": "ipv4", "mac": "52:54:00:00:00:01", "name": None, "expires": None,
     }  # fmt: skip
 

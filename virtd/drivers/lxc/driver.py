@@ -15,6 +15,7 @@ import msgspec
 from ... import errors
 from ...model import container as model
 from ...model.settings import Lxc
+from ...replies import guests as replies
 from .. import ids
 from ..guests import Guests
 from ..ids import Range
@@ -192,10 +193,10 @@ class Driver(Guests[Container, model.Container]):
     async def go_on(self, machine: Container) -> None:
         await operations.finish(machine)
 
-    def describe(self, machine: Container) -> dict[str, Any]:
-        return super().describe(machine) | {"pid": machine.init() if machine.alive else None}
+    def pid_of(self, machine: Container) -> int | None:
+        return machine.init() if machine.alive else None
 
-    def describe_fully(self, machine: Container) -> dict[str, Any]:
+    def describe_fully(self, machine: Container) -> replies.ContainerInfo:
         container = machine.running_definition
         data = machine.record.data if machine.record is not None else {}
         addresses = machine.addresses() if machine.alive else []
@@ -207,20 +208,21 @@ class Driver(Guests[Container, model.Container]):
                 addresses += [
                     found for found in self._peers("network").addresses_of(network, mac) if found not in addresses
                 ]
-        return super().describe_fully(machine) | {
-            "rootfs": (data.get("root") or _root(container)) if container is not None else None,
-            "volume": msgspec.to_builtins(container.rootfs)
+        return replies.ContainerInfo(
+            **msgspec.structs.asdict(super().describe_fully(machine)),
+            rootfs=(data.get("root") or _root(container)) if container is not None else None,
+            volume=msgspec.to_builtins(container.rootfs)
             if container is not None and isinstance(container.rootfs, model.Root)
             else None,
-            "argv": list(container.argv) if container is not None else [],
-            "hostname": (container.hostname or container.name) if container is not None else None,
-            "privileged": container.privileged if container is not None else None,
-            "ids": data.get("ids"),
-            "limits": _limits(hostinfo.limits(container, self._settings)) if container is not None else {},
-            "used": machine.used() if machine.alive else {},
-            "addresses": addresses,
-            "interfaces": data.get("interfaces", []),
-        }
+            argv=list(container.argv) if container is not None else [],
+            hostname=(container.hostname or container.name) if container is not None else None,
+            privileged=container.privileged if container is not None else None,
+            ids=data.get("ids"),
+            limits=_limits(hostinfo.limits(container, self._settings)) if container is not None else {},
+            used=machine.used() if machine.alive else {},
+            addresses=addresses,
+            interfaces=data.get("interfaces", []),
+        )
 
     def warnings(self, definition: model.Container) -> list[str]:
         from .. import conflicts

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from ...child import Services
     from ...model.settings import Dnsmasq, Settings
+    from ...replies import networks as replies
     from ..conflicts import Holding
     from ..protocol import Difference, Peers, Publish
 
@@ -397,10 +398,10 @@ class Driver(Collection[Net, model.Network]):
         """The same for one network, before it is told of."""
         await self._upkeep.settle({net.name}, why="by somebody else")
 
-    def describe(self, one: Net) -> dict[str, Any]:
+    def describe(self, one: Net) -> replies.Network:
         return describing.short(one)
 
-    def describe_fully(self, net: Net) -> dict[str, Any]:
+    def describe_fully(self, net: Net) -> replies.NetworkInfo:
         return describing.long(net, self.slots_of(net.name), self._services.paths.stderr_log(DRIVER, net.name))
 
     def bad_definitions(self) -> list[tuple[str, Problem]]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import re
 import time
-from typing import Any
 
 import msgspec
 
 from ... import untrusted
 from ...records import stamp
+from ...replies import networks as replies
 
 LIMIT = 16 << 20
 """Bytes that the file may have: more than 65,536 leases of each family, which is dnsmasq's own limit here."""
@@ -31,15 +31,15 @@ class Lease(msgspec.Struct, frozen=True):
     def family(self) -> str:
         return "ipv6" if ":" in self.address else "ipv4"
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> replies.Lease:
         """As `virtdctl network leases --json` has it."""
-        return {
-            "address": self.address,
-            "family": self.family,
-            "mac": self.mac or None,
-            "name": self.name or None,
-            "expires": stamp(self.expires) if self.expires else None,
-        }
+        return replies.Lease(
+            address=self.address,
+            family=self.family,
+            mac=self.mac or None,
+            name=self.name or None,
+            expires=stamp(self.expires) if self.expires else None,
+        )
 
 
 def read(path: str) -> list[Lease]:

@@ -6,9 +6,12 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from ... import errors
 from ...model import domain as model
 from ...model.state import Cause
+from ...replies import guests as replies
 from ..guests import Guests
 from ..protocol import Problem, Use
 from . import command, nics, operations, starting, userdb, users
@@ -128,27 +131,26 @@ class Driver(Guests[Machine, model.Domain]):
         except errors.VirtdError as exc:
             machine.problems["start"] = Problem(f"The restart after a panic failed: {exc.message}", exc.hint)
 
-    def describe_fully(self, machine: Machine) -> dict[str, Any]:
+    def describe_fully(self, machine: Machine) -> replies.DomainInfo:
         domain = machine.running_definition
-        return super().describe_fully(machine) | {
-            "memory": domain.memory_bytes if domain is not None else None,
-            "vcpus": domain.vcpus if domain is not None else None,
-            "machine": domain.machine if domain is not None else None,
-            "disks": [disk.path or f"{disk.pool}/{disk.volume}" for disk in domain.disk]
+        return replies.DomainInfo(
+            **msgspec.structs.asdict(super().describe_fully(machine)),
+            memory=domain.memory_bytes if domain is not None else None,
+            vcpus=domain.vcpus if domain is not None else None,
+            machine=domain.machine if domain is not None else None,
+            disks=[disk.path or f"{disk.pool}/{disk.volume}" for disk in domain.disk]
             + [cdrom.path for cdrom in domain.cdrom if cdrom.path is not None]
             if domain is not None
             else [],
-            "cdroms": [cdrom.path for cdrom in domain.cdrom] if domain is not None else [],
-            "nics": nics.describe(domain, machine.uuid, self._peers, alive=machine.alive)
-            if domain is not None
-            else [],
-            "monitor": machine.monitor.link.value if machine.monitor is not None else None,
-            "standstill": machine.standstill.described() if STANDSTILL in machine.problems else None,
-            "events": {"taken": machine.news.taken, "hung_up": machine.floods},
-            "vnc": command.vnc_socket(machine.runtime)
+            cdroms=[cdrom.path for cdrom in domain.cdrom] if domain is not None else [],
+            nics=nics.describe(domain, machine.uuid, self._peers, alive=machine.alive) if domain is not None else [],
+            monitor=machine.monitor.link.value if machine.monitor is not None else None,
+            standstill=machine.standstill.described() if STANDSTILL in machine.problems else None,
+            events=replies.Events(taken=machine.news.taken, hung_up=machine.floods),
+            vnc=command.vnc_socket(machine.runtime)
             if machine.alive and domain is not None and domain.vnc is not None and domain.vnc.enabled
             else None,
-        }
+        )
 
     def warnings(self, definition: model.Domain) -> list[str]:
         from .. import conflicts

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ... import errors
+from ...replies.guests import Nic
 from . import command
 
 if TYPE_CHECKING:
@@ -102,19 +103,19 @@ async def sweep(alive: set[str], peers: Peers) -> None:
         await peers(NETWORK).sweep(DRIVER, alive)
 
 
-def describe(domain: Domain, uuid: str, peers: Peers, *, alive: bool) -> list[dict[str, Any]]:
+def describe(domain: Domain, uuid: str, peers: Peers, *, alive: bool) -> list[Nic]:
     """The cards as `virtdctl info --json` has them."""
     rows = []
     for index, nic in enumerate(domain.nic):
         mac = _mac(domain, uuid, index)
         connected = nic.network is not None and alive
         rows.append(
-            {
-                "network": nic.network,
-                "mode": "user" if nic.network is None else None,
-                "mac": mac,
-                "interface": interface_name(domain.name, index) if connected else None,
-                "addresses": peers(NETWORK).addresses_of(nic.network, mac) if connected else [],
-            }
+            Nic(
+                network=nic.network,
+                mode="user" if nic.network is None else None,
+                mac=mac,
+                interface=interface_name(domain.name, index) if connected else None,
+                addresses=peers(NETWORK).addresses_of(nic.network, mac) if connected else [],
+            )
         )
     return rows

@@ -20,6 +20,7 @@ from ...allowance import Allowance
 from ...messages import Message
 from ...model.state import State
 from ...records import now
+from ...replies import guests as replies
 from ..nodes import is_device
 from ..protocol import Problem
 from ..turns import within
@@ -244,19 +245,19 @@ class Standstill:
             return Problem(text, f"Extend what it is on, such as an LVM thin pool (lvs shows these), then: {resume}.")
         return Problem(text, f"journalctl -k shows what the host says about it. When that is mended: {resume}.")
 
-    def described(self) -> dict[str, Any] | None:
+    def described(self) -> replies.Standstill | None:
         """As `virtdctl info --json` has it."""
         if (fault := self.fault) is None:
             return None
-        return {
-            "kind": fault.kind,
-            "since": fault.since,
-            "disk": f"disk[{fault.disk}]" if fault.disk is not None else None,
-            "path": self._path(fault) or None,
-            "operation": fault.operation or None,
-            "full": fault.full,
-            "reason": fault.reason or None,
-        }
+        return replies.Standstill(
+            kind=fault.kind,
+            since=fault.since,
+            disk=f"disk[{fault.disk}]" if fault.disk is not None else None,
+            path=self._path(fault) or None,
+            operation=fault.operation or None,
+            full=fault.full,
+            reason=fault.reason or None,
+        )
 
 
 def _told(event: str, data: dict[str, Any]) -> Fault:

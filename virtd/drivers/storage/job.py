@@ -25,6 +25,7 @@ from ... import errors
 from ...child import Child, Services
 from ...paths import names
 from ...records import Record, Records, now
+from ...replies import storage as replies
 from ...units import CLD_EXITED, UnitSpec, signal_name, unit_name
 from .. import ending
 from ..launch import Launch, identified
@@ -144,20 +145,20 @@ class Job:
     def error(self) -> str:
         return str(self.record.data.get("error", "")) if self.record is not None else ""
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> replies.Job:
         record = self.record
-        return {
-            "job": self.name,
-            "verb": self.task.verb,
-            "pool": self.task.pool,
-            "volume": self.task.volume,
-            "state": self.state.value,
-            "progress": self.progress(),
-            "by": self.task.by,
-            "since": record.since if record is not None else None,
-            "pid": record.main_pid if record is not None and record.main_pid and self.alive else None,
-            "error": self.error,
-        }
+        return replies.Job(
+            job=self.name,
+            verb=self.task.verb,
+            pool=self.task.pool,
+            volume=self.task.volume,
+            state=self.state.value,
+            progress=self.progress(),
+            by=self.task.by,
+            since=record.since if record is not None else None,
+            pid=record.main_pid if record is not None and record.main_pid and self.alive else None,
+            error=self.error,
+        )
 
     def progress(self) -> float | None:
         """Percent, as far as the program has told."""

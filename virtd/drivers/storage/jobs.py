@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ... import errors
 from ...child import Child
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ...child import Services
     from ...records import Record, Records
+    from ...replies import storage as replies
     from .pool import StoragePool
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class Jobs:
         """Names of those whose begun volumes must stay."""
         return {job.name for job in self if not job.over.is_set()} | self._reserved
 
-    def describe(self) -> list[dict[str, Any]]:
+    def describe(self) -> list[replies.Job]:
         """Those under way, then the verdicts that are kept, each oldest first."""
         shown = [job for job in self if job.task.verb != TOOL]
         shown.sort(key=lambda job: (not job.alive, _since(job)))

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -15,6 +15,8 @@ from ... import errors, journal
 from ...messages import Message
 from ...model import pool as model
 from ...records import Record, now
+from ...replies import Trouble
+from ...replies import storage as replies
 from ..definitions import text_in_force
 from ..protocol import Problem
 from ..recorded import Recorded
@@ -238,37 +240,38 @@ class StoragePool(Recorded):
             self.capacity = None
             log.warning("Pool %s: %s", self.name, exc)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> replies.Pool:
         pool = None
         with contextlib.suppress(errors.NotFound):
             pool = self.present
         capacity = self.capacity
-        return {
-            "name": self.name,
-            "driver": DRIVER,
-            "uuid": self.uuid,
-            "state": self.state.value,
-            "reason": self.reason,
-            "since": self.record.since if self.record is not None else None,
-            "autostart": bool(self.definition and self.definition.autostart),
-            "waits": self.waits is not None,
-            "type": pool.type.value if pool is not None else "",
-            "path": pool.path if pool is not None else "",
-            "capacity": capacity.capacity if capacity is not None else None,
-            "allocation": capacity.allocation if capacity is not None else None,
-            "available": capacity.available if capacity is not None else None,
-        }
+        return replies.Pool(
+            name=self.name,
+            driver=DRIVER,
+            uuid=self.uuid,
+            state=self.state.value,
+            reason=self.reason,
+            since=self.record.since if self.record is not None else None,
+            autostart=bool(self.definition and self.definition.autostart),
+            waits=self.waits is not None,
+            type=pool.type.value if pool is not None else "",
+            path=pool.path if pool is not None else "",
+            capacity=capacity.capacity if capacity is not None else None,
+            allocation=capacity.allocation if capacity is not None else None,
+            available=capacity.available if capacity is not None else None,
+        )
 
-    def describe_fully(self) -> dict[str, Any]:
+    def describe_fully(self) -> replies.PoolInfo:
         pool = None
         with contextlib.suppress(errors.NotFound):
             pool = self.present
-        return self.describe() | {
-            "source": pool.source if pool is not None else None,
-            "fstype": pool.fstype if pool is not None else None,
-            "options": pool.options if pool is not None else "",
-            "persistent": self.definition is not None,
-            "pending": self.pending,
-            "definition_path": self.source if self.definition is not None else None,
-            "problems": [{"text": problem.text, "hint": problem.hint} for problem in self.problems.values()],
-        }
+        return replies.PoolInfo(
+            **msgspec.structs.asdict(self.describe()),
+            source=pool.source if pool is not None else None,
+            fstype=pool.fstype if pool is not None else None,
+            options=pool.options if pool is not None else "",
+            persistent=self.definition is not None,
+            pending=self.pending,
+            definition_path=self.source if self.definition is not None else None,
+            problems=[Trouble(text=problem.text, hint=problem.hint) for problem in self.problems.values()],
+        )

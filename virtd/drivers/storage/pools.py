@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ... import errors, files
 from ...model import pool as model
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from ...child import Services
     from ...model.settings import Settings
+    from ...replies import storage as replies
     from ..protocol import Peers, Publish
     from .backend import Backend
 
@@ -69,7 +70,7 @@ class Pools(Collection[StoragePool, model.Pool]):
     def left_alone(self, name: str, problem: Problem) -> None:
         self.problems[f"record {name}"] = problem
 
-    def describe(self, one: StoragePool) -> dict[str, Any]:
+    def describe(self, one: StoragePool) -> replies.Pool:
         return one.describe()
 
     def changed(self, pool: StoragePool) -> None:

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from ... import errors
 from ...model.domain import Format
+from ...replies import storage as replies
 from . import chains
 from .directory import Directory
 from .usage import key
@@ -29,69 +30,69 @@ class Viewing:
         self._pools = volumes.pools
         self._jobs = volumes.jobs
 
-    async def listing(self, pool_name: str) -> list[dict[str, Any]]:
+    async def listing(self, pool_name: str) -> list[replies.Volume]:
         pool = await self._volumes.pool(pool_name)
         found = await pool.usable.volumes()
         await pool.measure()
         users = self._volumes.usage.users()
         return [self._describe(pool, volume, users) for volume in found.values()]
 
-    async def refresh(self, pool_name: str) -> dict[str, Any]:
+    async def refresh(self, pool_name: str) -> replies.Refreshed:
         """Look at a pool again: how full it is, and what was left unfinished in it."""
         pool = await self._volumes.pool(pool_name)
         removed = await pool.usable.sweep(self._jobs.unfinished())
         await pool.measure()
-        return {"name": pool.name, "volumes": len(await pool.usable.volumes()), "removed": removed}
+        return replies.Refreshed(name=pool.name, volumes=len(await pool.usable.volumes()), removed=removed)
 
-    async def info(self, pool_name: str, name: str) -> dict[str, Any]:
+    async def info(self, pool_name: str, name: str) -> replies.VolumeInfo:
         pool, volume = await self._volumes.find(pool_name, name)
         described = self._describe(pool, volume, self._volumes.usage.users())
-        chain: list[dict[str, Any]] = []
+        chain: list[replies.Link] = []
         trouble = ""
         try:
             chain = [
-                {
-                    "pool": link.pool.name,
-                    "volume": link.volume.name,
-                    "format": str(link.volume.meta.format),
-                    "path": link.volume.path,
-                }
+                replies.Link(
+                    pool=link.pool.name,
+                    volume=link.volume.name,
+                    format=str(link.volume.meta.format),
+                    path=link.volume.path,
+                )
                 for link in await chains.chain(self._pools, pool, volume)
             ][1:]
         except errors.VirtdError as exc:
             trouble = exc.message
         upper = await chains.dependents(self._pools, self._jobs, pool.name, volume.name)
-        return described | {
-            "chain": chain,
-            "trouble": described["trouble"] or trouble,
-            "snapshots": len(await _snapshots(pool, volume)),
-            "backing_of": [key(*one) for one in upper],
-        }
+        return replies.VolumeInfo(
+            **msgspec.structs.asdict(described) | {"trouble": described.trouble or trouble},
+            chain=chain,
+            snapshots=len(await _snapshots(pool, volume)),
+            backing_of=[key(*one) for one in upper],
+        )
 
-    async def snapshots(self, pool_name: str, name: str) -> list[dict[str, Any]]:
+    async def snapshots(self, pool_name: str, name: str) -> list[replies.Snapshot]:
         return await _snapshots(*await self._volumes.find(pool_name, name))
 
-    def _describe(self, pool: StoragePool, volume: Volume, users: Users) -> dict[str, Any]:
+    def _describe(self, pool: StoragePool, volume: Volume, users: Users) -> replies.Volume:
         backing = volume.meta.backing
-        return {
-            "pool": pool.name,
-            "name": volume.name,
-            "path": volume.path,
-            "format": volume.meta.format.value if volume.meta.format is not None else None,
-            "capacity": volume.capacity,
-            "allocation": volume.allocation,
-            "backing": {"pool": backing.pool, "volume": backing.volume} if backing is not None else None,
-            "used_by": sorted({use.user for use in users.get(volume.identity, ())}),
-            "job": next((job.name for job in self._jobs.on(key(pool.name, volume.name))), None),
-            "trouble": volume.trouble,
-        }
+        return replies.Volume(
+            pool=pool.name,
+            name=volume.name,
+            path=volume.path,
+            format=volume.meta.format.value if volume.meta.format is not None else None,
+            capacity=volume.capacity,
+            allocation=volume.allocation,
+            backing=replies.Backing(pool=backing.pool, volume=backing.volume) if backing is not None else None,
+            used_by=sorted({use.user for use in users.get(volume.identity, ())}),
+            job=next((job.name for job in self._jobs.on(key(pool.name, volume.name))), None),
+            trouble=volume.trouble,
+        )
 
 
-async def _snapshots(pool: StoragePool, volume: Volume) -> list[dict[str, Any]]:
+async def _snapshots(pool: StoragePool, volume: Volume) -> list[replies.Snapshot]:
     backend = pool.usable
     if volume.meta.format is not Format.QCOW2 or not isinstance(backend, Directory):
         return []
     with contextlib.suppress(errors.InvalidState):
         header = await backend.header(volume)
-        return [msgspec.to_builtins(snapshot) for snapshot in header.snapshots]
+        return [replies.Snapshot(**msgspec.structs.asdict(snapshot)) for snapshot in header.snapshots]
     return []

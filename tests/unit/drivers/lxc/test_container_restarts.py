@@ -133,7 +133,7 @@ class Site:
             assert self.world.slots() == [], where
             assert self.world.units.units == {}, where
             assert os.listdir(f"{self.world.paths.run}/lxc") in ([], ["web1.json"]), where
-        return info
+        return dict(info)
 
 
 class Unowned(SteppingOs):
@@ -207,7 +207,7 @@ async def test_killed_at_every_step_of_a_start(cuts: Cuts) -> None:
     async def after(_site: Site, host: Host, info: dict[str, Any], where: str, _pid: int) -> None:
         changed = (await host.containers.start("web1", by=ROOT))["changed"]
         assert changed is (info["state"] == "stopped"), where
-        info |= await host.containers.info("web1")
+        info |= dict(await host.containers.info("web1"))
 
     seen = await each_step(cuts, start, after, running=False)
     assert sum("FDSTORE=1" in step for step in seen) == 5
@@ -227,7 +227,7 @@ async def test_killed_at_every_step_of_a_stop(cuts: Cuts) -> None:
             assert (info["state"], info["exit"]["cause"]) == ("stopped", "stop"), where
             assert site.world.console("web1", "lxc") == "before\n", where
             assert (await host.containers.start("web1", by=ROOT))["changed"] is True, where
-            info |= await host.containers.info("web1")
+            info |= dict(await host.containers.info("web1"))
 
     seen = await each_step(cuts, stop, after)
     assert sum("FDSTOREREMOVE=1" in step for step in seen) == 5

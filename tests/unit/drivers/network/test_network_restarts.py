@@ -21,6 +21,7 @@ from virtd.drivers.network.ports import Ground
 from virtd.drivers.protocol import Problem
 from virtd.fdstore import NotifyFailed, Store
 from virtd.messages import Message
+from virtd.replies import Reply
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -51,18 +52,18 @@ class Site(NamedTuple):
         monkeypatch.setattr("virtd.drivers.network.driver.Driver.grown", lambda _driver, _key: None)
         return cls(world, FakeKernel(world, root, monkeypatch))
 
-    async def define(self, head: str = "", more: str = "") -> dict[str, Any]:
+    async def define(self, head: str = "", more: str = "") -> Reply:
         assert self.world.host is not None
         return await self.world.host.networks.define(text(head, more), "test", check=False, by=ROOT)
 
-    async def info(self) -> dict[str, Any]:
+    async def info(self) -> Reply:
         assert self.world.host is not None
         return await self.world.host.networks.info("lab")
 
     def pid(self) -> int:
         return self.world.units.process("lab", "network").pid
 
-    def whole(self, info: dict[str, Any], where: str) -> None:
+    def whole(self, info: Reply, where: str) -> None:
         """Every piece of an active network is there, once, and is the one that the record tells of."""
         bridge = self.kernel.sysfs / "vd-lab"
         assert [path.name for path in self.kernel.sysfs.iterdir()] == ["vd-lab"], where
@@ -429,7 +430,7 @@ async def test_the_pauses_before_a_dnsmasq_that_dies_is_started_again(
         await host.networks.start("lab", by=ROOT)
         net = host.networks.driver.nets["lab"]
 
-        def listen(event: str, item: dict[str, Any]) -> None:
+        def listen(event: str, item: Reply) -> None:
             if item["driver"] == "network" and "server" in net.problems:
                 said.append(net.problems["server"].hint)
 

@@ -10,6 +10,7 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from msgspec import to_builtins
 
 from tests.doubles.whole_host import ROOT, SLOTS, World, nothing_left, on_loop, until
 from virtd import errors, process
@@ -40,7 +41,7 @@ async def test_start(world: World) -> None:
         assert record.main_start > 0
         assert world.told(Message.STARTED)[0]["VIRTD_PID"] == str(pid)
         # Once more changes nothing.
-        assert await host.start("web1", by=ROOT) == {"name": "web1", "changed": False, "pid": pid}
+        assert to_builtins(await host.start("web1", by=ROOT)) == {"name": "web1", "changed": False, "pid": pid}
 
 
 @on_loop
@@ -282,10 +283,16 @@ async def test_a_file_system_that_refuses(world: World, where: str, monkeypatch:
 async def test_shutdown_by_the_power_button(world: World) -> None:
     async with world.daemon() as host:
         await world.run("web1", "slow-exit=0.05")
-        assert await host.shutdown("web1", None, by=ROOT) == {"name": "web1", "changed": True}
+        assert to_builtins(await host.shutdown("web1", None, by=ROOT)) == {"name": "web1", "changed": True}
         info = await host.info("web1")
         assert (info["state"], info["reason"], info["pid"]) == ("stopped", "shut down by root", None)
-        assert info["exit"] | {"at": ""} == {"code": 0, "signal": None, "cause": "shutdown", "at": "", "by": "root"}
+        assert dict(info["exit"]) | {"at": ""} == {
+            "code": 0,
+            "signal": None,
+            "cause": "shutdown",
+            "at": "",
+            "by": "root",
+        }
         nothing_left(world)
         with pytest.raises(errors.InvalidState, match="Cannot shut down web1: it is stopped"):
             await host.shutdown("web1", None, by=ROOT)
@@ -323,13 +330,13 @@ async def test_a_shutdown_that_was_given_up_does_not_explain_a_later_end(world: 
 async def test_stop(world: World) -> None:
     async with world.daemon() as host:
         await world.run("web1", "deaf print=5000")
-        assert await host.stop("web1", by=ROOT) == {"name": "web1", "changed": True}
+        assert to_builtins(await host.stop("web1", by=ROOT)) == {"name": "web1", "changed": True}
         info = await host.info("web1")
         assert (info["state"], info["exit"]["cause"], info["exit"]["by"]) == ("stopped", "stop", "root")
         nothing_left(world)
         # Its last words are there, all of them.
         assert world.console("web1").splitlines() == [f"line {number}" for number in range(5000)]
-        assert await host.stop("web1", by=ROOT) == {"name": "web1", "changed": False}
+        assert to_builtins(await host.stop("web1", by=ROOT)) == {"name": "web1", "changed": False}
 
 
 @on_loop
@@ -455,15 +462,15 @@ async def test_suspend_and_resume(world: World) -> None:
             await host.suspend("web1", by=ROOT)
         assert caught.value.hint == "Start it first: virtdctl start web1."
         pid = await world.run("web1")
-        assert await host.suspend("web1", by=ROOT) == {"name": "web1", "changed": True}
-        assert await host.suspend("web1", by=ROOT) == {"name": "web1", "changed": False}
+        assert to_builtins(await host.suspend("web1", by=ROOT)) == {"name": "web1", "changed": True}
+        assert to_builtins(await host.suspend("web1", by=ROOT)) == {"name": "web1", "changed": False}
         assert (await host.info("web1"))["state"] == "paused"
         with pytest.raises(errors.InvalidState, match="it is paused"):
             await host.reboot("web1", force=False, timeout=None, by=ROOT)
     async with world.daemon() as host:
         assert (await host.info("web1"))["state"] == "paused"
-        assert await host.resume("web1", by=ROOT) == {"name": "web1", "changed": True}
-        assert await host.resume("web1", by=ROOT) == {"name": "web1", "changed": False}
+        assert to_builtins(await host.resume("web1", by=ROOT)) == {"name": "web1", "changed": True}
+        assert to_builtins(await host.resume("web1", by=ROOT)) == {"name": "web1", "changed": False}
         info = await host.info("web1")
         assert (info["state"], info["pid"]) == ("running", pid)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import to_builtins
 
 from tests.doubles.whole_host import ROOT, World, on_loop, until
 from virtd import errors
@@ -59,7 +60,7 @@ async def test_a_full_disk(world: World, disk: str, free: list[int], tmp_path: P
         assert f"no space left on the file system of {tmp_path}, 0 bytes free" in found["text"]
         assert found["hint"] == "Free some space there, then: virtdctl resume web1."
         info = await host.info("web1")
-        assert info["standstill"] == {
+        assert to_builtins(info["standstill"]) == {
             "kind": "io-error",
             "since": info["since"],
             "disk": "disk[0]",

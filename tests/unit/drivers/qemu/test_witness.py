@@ -18,6 +18,7 @@ from tests.doubles.whole_host import ROOT, World, on_loop, until
 from virtd import process, witness
 from virtd.drivers.qemu import ends
 from virtd.records import now, stamp
+from virtd.replies import Reply
 from virtd.units import CLD_DUMPED, CLD_EXITED, CLD_KILLED, UnitState
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def test_an_id_as_the_journals_reader_gives_it() -> None:
     assert witness.entry_id(None) == ""
 
 
-async def forgotten(world: World, during: Callable[[], None]) -> dict[str, Any]:
+async def forgotten(world: World, during: Callable[[], None]) -> Reply:
     """A guest ends while virtd is away, and systemd forgets its unit: what is said of it afterwards."""
     async with world.daemon():
         await world.run("web1")
@@ -131,7 +132,7 @@ def lost(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(world.units, "ended", ended)
 
 
-async def killed_and_cut_off(world: World, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+async def killed_and_cut_off(world: World, monkeypatch: pytest.MonkeyPatch) -> Reply:
     """A guest is killed, and so is the daemon before PID 1 has told it how: what the next one says."""
     lost(world, monkeypatch)
     async with world.daemon() as host:

@@ -17,6 +17,7 @@ from virtd.child import Child
 from virtd.drivers.storage import host as storage_host
 from virtd.host import Host
 from virtd.records import Record, Records
+from virtd.replies import Reply
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -69,7 +70,7 @@ async def settled(host: Host) -> None:
     await until(lambda: all(j.over.is_set() or j.state == "waiting" for j in host.volumes.driver.jobs))
 
 
-async def done(host: Host, answer: dict[str, Any]) -> None:
+async def done(host: Host, answer: Reply) -> None:
     """Until the job of an answer is over; the error that it ended with is raised."""
     if answer["job"]:
         job = host.volumes.driver.jobs.find(answer["job"])

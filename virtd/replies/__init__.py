@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the operations answer, as every front end tells it: one frozen Struct each, a module for each noun.
+
+A field's second annotation says what it is, with its unit, and GetInterfaceDescription tells it (api/types.py).
+Points of time are ISO 8601 in UTC with microseconds, as in records. Names stay once they are there, for scripts use
+them. Nobody pays for the annotations: they are strings until somebody asks for a description.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+__all__ = ["Changed", "Defined", "Gone", "Named", "Problem", "Reply", "Trouble"]
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """It can be read as a mapping as well, for D-Bus's table speaks of fields by name."""
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self.__struct_fields__:
+            return getattr(self, name)
+        raise KeyError(name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.__struct_fields__
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.__struct_fields__)
+
+    def keys(self) -> Iterable[str]:
+        return self.__struct_fields__
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return getattr(self, name) if name in self.__struct_fields__ else default
+
+
+class Gone(Reply, frozen=True):
+    """What is told of an object that is there no longer."""
+
+    name: str
+    driver: Annotated[str, "qemu, lxc, network or storage"]
+
+
+class Named(Reply, frozen=True):
+    """An operation is done."""
+
+    name: str
+
+
+class Changed(Reply, frozen=True):
+    """An operation that may have had nothing to do is done."""
+
+    name: str
+    changed: Annotated[bool, "false: it was so before"]
+
+
+class Defined(Reply, frozen=True):
+    """A definition was taken, or would be."""
+
+    name: str
+    uuid: Annotated[str, "empty if it is still to be made"]
+    created: Annotated[bool, "false: there was one of that name"]
+    path: Annotated[str, "of the definition's file"]
+    warnings: Annotated[list[str], "what it names and the host doesn't have yet, or what waits for the next start"]
+
+
+class Trouble(Reply, frozen=True):
+    """Something that a person should look at."""
+
+    text: str
+    hint: Annotated[str, "what can be done about it; may be empty"]
+
+
+class Problem(Reply, frozen=True):
+    """The same, with what it is about."""
+
+    object: Annotated[str, 'such as "qemu/web1", or what else of virtd']
+    text: str
+    hint: Annotated[str, "what can be done about it; may be empty"]

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Domains and containers."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from . import Reply, Trouble
+
+
+class Guest(Reply, frozen=True):
+    """What runs as a process of its own, in short."""
+
+    name: str
+    driver: Annotated[str, "qemu or lxc"]
+    uuid: str
+    state: Annotated[str, "stopped, starting, running, paused, stopping or crashed"]
+    reason: Annotated[str, "why, for a person to read"]
+    pid: Annotated[int | None, "of QEMU, or of the container's first program, on the host; null while none runs"]
+    since: Annotated[str | None, "when it came into this state; null if it never was in another"]
+    autostart: Annotated[bool, "whether it is started at boot"]
+    waits: Annotated[bool, "whether its autostart failed, and is tried again"]
+    id: Annotated[int | None, "a number, while it runs; never given twice by one daemon"]
+
+
+class Exit(Reply, frozen=True):
+    """How it ended."""
+
+    code: Annotated[int | None, "the exit status, if it exited"]
+    signal: Annotated[str | None, 'the signal that killed it, such as "SIGKILL"']
+    cause: Annotated[
+        str, "guest-shutdown, shutdown, stop, killed, oom, panic, failed, exited, host-shutdown, unknown"
+    ]
+    at: Annotated[str, "when"]
+    by: Annotated[str | None, "who asked for it"]
+
+
+class GuestInfo(Guest, frozen=True):
+    """All that is known of either kind."""
+
+    unit: Annotated[str, "systemd's"]
+    slots: Annotated[list[str], "what systemd's FD store holds for it, by name"]
+    exit: Annotated[Exit | None, "of the last time that it ran"]
+    definition_path: Annotated[str | None, "the definition's file; null if it was removed while this runs"]
+    pending: Annotated[bool, "whether the definition has changed since the start"]
+    persistent: Annotated[bool, "whether there is a definition"]
+    log: Annotated[str, "the file with QEMU's or LXC's own words"]
+    console_log: Annotated[str, "the file with the console's output"]
+    problems: list[Trouble]
+
+
+class Nic(Reply, frozen=True):
+    """A domain's network card."""
+
+    network: Annotated[str | None, "of virtd; null for user networking"]
+    mode: Annotated[str | None, '"user", or null with a network']
+    mac: str
+    interface: Annotated[str | None, "on the host, while it is connected"]
+    addresses: Annotated[list[str], "as far as they are known"]
+
+
+class Standstill(Reply, frozen=True):
+    """Why the guest stands still though nobody asked for it."""
+
+    kind: Annotated[str, "io-error, guest-panicked, internal-error or watchdog"]
+    since: str
+    disk: Annotated[str | None, 'by its place in the definition: "disk[0]"']
+    path: Annotated[str | None, "of the disk"]
+    operation: Annotated[str | None, "that failed: read or write"]
+    full: Annotated[bool, "whether it is for want of room"]
+    reason: Annotated[str | None, "as QEMU tells it"]
+
+
+class Events(Reply, frozen=True):
+    """What QEMU's monitor has told of."""
+
+    taken: Annotated[int, "that were taken in"]
+    hung_up: Annotated[int, "how often the monitor was hung up on for telling too much"]
+
+
+class DomainInfo(GuestInfo, frozen=True):
+    """All that is known of a domain."""
+
+    memory: Annotated[int | None, "bytes"]
+    vcpus: int | None
+    machine: Annotated[str | None, "QEMU's machine type"]
+    disks: Annotated[list[str], "paths, or POOL/VOLUME"]
+    cdroms: Annotated[list[str | None], "paths; null for an empty one"]
+    nics: list[Nic]
+    monitor: Annotated[str | None, "how the connection to QEMU's monitor is; null while it doesn't run"]
+    standstill: Standstill | None
+    events: Events
+    vnc: Annotated[str | None, "the socket, while there is one"]
+
+
+class ContainerInfo(GuestInfo, frozen=True):
+    """All that is known of a container."""
+
+    rootfs: Annotated[str | None, "the directory; a volume's is known while it is mounted"]
+    volume: Annotated[dict[str, str] | None, "pool and volume, if the root file system is one"]
+    argv: Annotated[list[str], "the first program; empty for /sbin/init"]
+    hostname: str | None
+    privileged: bool | None
+    ids: Annotated[list[int] | None, "the range that its user IDs are mapped to: the first, and how many"]
+    limits: Annotated[dict[str, float | None], "memory in bytes, cpus, pids; null: none"]
+    used: Annotated[dict[str, int], "memory in bytes, pids; at this moment, as far as the kernel tells"]
+    addresses: list[str]
+    interfaces: Annotated[list[str], "on the host"]
+
+
+class Started(Reply, frozen=True):
+    """A start is done."""
+
+    name: str
+    changed: Annotated[bool, "false: it ran before"]
+    pid: Annotated[int, "of QEMU, or of the container's first program, on the host"]
+
+
+class Made(Reply, frozen=True):
+    """A container was made of an archive or a directory."""
+
+    name: str
+    uuid: str
+    path: Annotated[str, "of the definition's file"]
+
+
+class Place(Reply, frozen=True):
+    """A place in a log."""
+
+    file: Annotated[str, "which one it is, for the next call"]
+    offset: Annotated[int, "bytes"]
+    more: bool
+    ended: bool
+    state: str
+    missed: Annotated[int | None, "bytes that were rotated away before they were asked for; -1: unknown"]
+    refused: Annotated[str | None, "why the log can't be written at present"]
+
+
+class Opened(Reply, frozen=True):
+    """A console was attached to, or a command in a container begun; the descriptors come with this."""
+
+    token: Annotated[str, "to claim the place again, or to ask for the command's end"]
+    name: str
+
+
+class Over(Reply, frozen=True):
+    """What ended that for a console."""
+
+    name: str
+    event: Annotated[str, "taken-over or ended"]
+    by: Annotated[str | None, "whom, for a console that was taken over"]
+
+
+class Ran(Reply, frozen=True):
+    """A command in a container has ended."""
+
+    name: str
+    event: str
+    code: int | None
+    signal: str | None

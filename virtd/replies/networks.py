@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Networks."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from . import Reply, Trouble
+
+
+class Network(Reply, frozen=True):
+    """A network in short."""
+
+    name: str
+    driver: Annotated[str, "network"]
+    uuid: str
+    state: Annotated[str, "inactive, starting, active or stopping"]
+    reason: Annotated[str, "why, for a person to read"]
+    pid: Annotated[int | None, "of its dnsmasq"]
+    since: Annotated[str | None, "when it came into this state"]
+    autostart: Annotated[bool, "whether it is started at boot"]
+    waits: Annotated[bool, "whether its autostart failed, and is tried again"]
+    mode: Annotated[str | None, "nat, routed, isolated or bridge, as the definition has it"]
+    bridge: Annotated[str | None, "the interface"]
+    ipv4: Annotated[str | None, "the host's address in it, with the prefix"]
+    ipv6: Annotated[str | None, "the same"]
+
+
+class Port(Reply, frozen=True):
+    """A guest's interface."""
+
+    interface: Annotated[str, "on the host"]
+    user: Annotated[str, "whose it is"]
+    mac: str
+    trusted: bool
+    ipv4: Annotated[list[str], "addresses that it may send from"]
+    refused: Annotated[int, "frames of it that were dropped"]
+
+
+class NetworkInfo(Network, frozen=True):
+    """All that is known of a network."""
+
+    unit: Annotated[str | None, "systemd's, of its dnsmasq"]
+    slots: Annotated[list[str], "what systemd's FD store holds for it, by name"]
+    domain: Annotated[str | None, "of the guests' names"]
+    mtu: Annotated[int | None, "bytes"]
+    ranges: Annotated[list[str], 'addresses that DHCP gives out, "FIRST - LAST"']
+    users: Annotated[list[str], 'guests with an interface in it, such as "qemu/web1"']
+    ports: list[Port]
+    leases: Annotated[int, "how many"]
+    forwards: Annotated[list[str], "ports that are passed on"]
+    persistent: Annotated[bool, "whether there is a definition"]
+    pending: Annotated[bool, "whether a part of the definition waits for the next start"]
+    definition_path: str | None
+    log: Annotated[str | None, "the file with dnsmasq's words"]
+    problems: list[Trouble]
+
+
+class Lease(Reply, frozen=True):
+    """What DHCP has given out."""
+
+    address: str
+    family: Annotated[str, "ipv4 or ipv6"]
+    mac: Annotated[str | None, "null for a DHCPv6 client whose identifier has none"]
+    name: Annotated[str | None, "that the client gave"]
+    expires: Annotated[str | None, "null: never"]
