@@ -237,8 +237,8 @@ def test_what_the_journal_tells(lab: Lab) -> None:
     # The catalogue explains each of them, with the object's name in it.
     explained = lab.run("journalctl", "-q", "-x", "--after-cursor", journal.cursor, "-t", "virtd").stdout
     for words in (
-        'qemu "web1" was started', "virtd has taken its objects back", "runs on and is under control again",
-        'An unfinished start of qemu "web2" was undone', "no room for its descriptors", "has ended: killed",
+        'qemu "web1" was started', "virtd has recovered its objects", "is still running and under control again",
+        'An unfinished start of qemu "web2" was rolled back', "no room for its file descriptors", "has ended: killed",
         "systemd no longer holds qemu/web1/stdin", "bad.toml can't be used", 'record of qemu "web3" can\'t be read',
     ):  # fmt: skip
         assert words in explained, words
