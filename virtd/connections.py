@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import errors
 from .drivers.turns import within
+from .hints import do
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -55,7 +56,8 @@ class Connections:
                     await self._units_there.wait()
             except TimeoutError:
                 raise errors.HostError(
-                    "systemd can't be reached over D-Bus", hint="See: systemctl status dbus.service; virtdctl status."
+                    "systemd can't be reached over D-Bus",
+                    hint="See: systemctl status dbus.service; " + do("status") + ".",
                 ) from None
         assert self._units is not None
         return self._units
@@ -83,7 +85,7 @@ class Connections:
             try:
                 bus = await Bus.open()
             except errors.HostError as exc:
-                host.problems["bus"] = (exc.message, exc.hint)
+                host.problems["bus"] = (exc.message, str(exc.hint))
                 await asyncio.sleep(BUS_RETRY)
                 continue
             host.problems.pop("bus", None)
@@ -107,7 +109,7 @@ class Connections:
                     elif await within(lost, NAME_RETRY):
                         break
             except errors.VirtdError as exc:
-                host.problems["bus"] = (exc.message, exc.hint)
+                host.problems["bus"] = (exc.message, str(exc.hint))
                 log.warning("D-Bus: %s", exc)
                 await asyncio.sleep(BUS_RETRY)
             finally:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from . import errors, process
+from .hints import do
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -130,9 +131,10 @@ class Claim(msgspec.Struct):
 
 
 class Writers:
-    """One writer for each console. `claims` maps an object's name to who has it."""
+    """One writer for each console of objects that are called `noun`. `claims` maps an object's name to who has it."""
 
-    def __init__(self) -> None:
+    def __init__(self, noun: str) -> None:
+        self._noun = noun
         self._claims: dict[str, Claim] = {}
         self._born = time.monotonic()
 
@@ -152,7 +154,11 @@ class Writers:
         if holder and not mine and not force:
             raise errors.Busy(
                 f"The console of {name} is in use by {holder}",
-                hint=f"To watch: virtdctl console --read-only {name}; to take over: virtdctl console --force {name}.",
+                hint="To watch: "
+                + do("console", self._noun, name, read_only=True)
+                + "; to take over: "
+                + do("console", self._noun, name, force=True)
+                + ".",
             )
         if present is not None:
             present.taken_by = by

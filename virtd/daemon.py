@@ -234,7 +234,7 @@ class Daemon:
             log.warning("%s can't be written: %s; its guest's output is dropped from now on", loss.path, loss.reason)
 
     def _settings_problem(self, problem: errors.VirtdError) -> None:
-        self.host.problems["settings"] = (problem.message, problem.hint or "The defaults are used until then.")
+        self.host.problems["settings"] = (problem.message, str(problem.hint) or "The defaults are used until then.")
         journal.send(
             problem.message, message_id=Message.DEFINITION_PROBLEM, level="error", VIRTD_FILE=self._paths.settings
         )

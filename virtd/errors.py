@@ -26,6 +26,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing itself costs virtdctl 3 ms
     from typing import ClassVar
 
+    from .hints import Hint
+
 
 class VirtdError(Exception):
     """The root of the tree.
@@ -35,7 +37,7 @@ class VirtdError(Exception):
 
     details: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, message: str, *, hint: str = "") -> None:
+    def __init__(self, message: str, *, hint: Hint = "") -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
@@ -45,7 +47,9 @@ class VirtdError(Exception):
 
     def fields(self) -> dict[str, str]:
         """What goes over the wire: `message`, `hint` and the class's own `details`, all strings."""
-        return {"message": self.message, "hint": self.hint} | {key: str(getattr(self, key)) for key in self.details}
+        return {"message": self.message, "hint": str(self.hint)} | {
+            key: str(getattr(self, key)) for key in self.details
+        }
 
 
 class InvalidDefinition(VirtdError):
@@ -53,7 +57,7 @@ class InvalidDefinition(VirtdError):
 
     details = ("file", "key", "expected")
 
-    def __init__(self, file: str, key: str, expected: str, *, hint: str = "") -> None:
+    def __init__(self, file: str, key: str, expected: str, *, hint: Hint = "") -> None:
         super().__init__(f"{file}: {key}: {expected}" if key else f"{file}: {expected}", hint=hint)
         self.file = file
         self.key = key

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Container, Iterator
 
     from .bus import Bus, Table
+    from .hints import Hint
 
 SYSTEMD: Final = "org.freedesktop.systemd1"
 MANAGER_PATH: Final = "/org/freedesktop/systemd1"
@@ -156,7 +157,7 @@ class Listed(NamedTuple):
 class StartFailed(errors.StartFailed):
     """systemd could not start the unit; `state` is what is left of it, to be collected (None: nothing is)."""
 
-    def __init__(self, message: str, *, hint: str = "", state: UnitState | None = None) -> None:
+    def __init__(self, message: str, *, hint: Hint = "", state: UnitState | None = None) -> None:
         super().__init__(message, hint=hint)
         self.state = state
 

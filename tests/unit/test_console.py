@@ -257,7 +257,7 @@ def claim(writers: Writers, kept: dict[str, Any] | None = None, **more: Any) -> 
 
 @on_loop
 async def test_one_claim_at_a_time() -> None:
-    writers = Writers()
+    writers = Writers("domain")
     first = claim(writers)
     with pytest.raises(errors.Busy, match=rf"The console of web1 is in use by ann \(PID {os.getpid()}\)"):
         claim(writers, by="ben")
@@ -277,7 +277,7 @@ async def test_one_claim_at_a_time() -> None:
 @on_loop
 async def test_the_same_client_over_a_second_connection() -> None:
     """Its first connection broke and the server doesn't know yet."""
-    writers = Writers()
+    writers = Writers("domain")
     first = claim(writers)
     again = claim(writers, token=first.token)
     assert again.token == first.token
@@ -289,13 +289,13 @@ async def test_the_same_client_over_a_second_connection() -> None:
 async def test_after_a_restart_the_place_is_kept_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = {"token": "secret", "by": "ann", "pid": os.getpid()}
     with pytest.raises(errors.Busy, match="in use by ann"):
-        claim(Writers(), kept, by="ben")
+        claim(Writers("domain"), kept, by="ben")
     with pytest.raises(errors.Busy):
-        claim(Writers(), kept, by="ben", token="guessed")
-    assert claim(Writers(), kept, token="secret").token == "secret"
-    assert claim(Writers(), kept, by="ben", force=True).token != "secret"
+        claim(Writers("domain"), kept, by="ben", token="guessed")
+    assert claim(Writers("domain"), kept, token="secret").token == "secret"
+    assert claim(Writers("domain"), kept, by="ben", force=True).token != "secret"
     monkeypatch.setattr(console, "GRACE", 0.0)
-    assert claim(Writers(), kept, by="ben").by == "ben"
+    assert claim(Writers("domain"), kept, by="ben").by == "ben"
 
 
 @pytest.fixture
@@ -308,12 +308,12 @@ def gone() -> int:
 @on_loop
 async def test_after_a_restart_a_client_that_is_gone_keeps_nobody_out(gone: int) -> None:
     kept = {"token": "secret", "by": "ann", "pid": gone}
-    assert claim(Writers(), kept, by="ben").by == "ben"
+    assert claim(Writers("domain"), kept, by="ben").by == "ben"
 
 
 @on_loop
 async def test_what_ends_a_claim() -> None:
-    writers = Writers()
+    writers = Writers("domain")
     over = asyncio.Event()
     waiting = asyncio.ensure_future(console.write(claim(writers), over))
     await asyncio.sleep(0)

@@ -29,17 +29,22 @@ FRONT = ("virtd.api", "virtd.cli", "virtd.connections", "virtd.daemon")
 
 # Package or module -> what it must not import. "virtd" stands for all of virtd that isn't the importer's own.
 FORBIDDEN: dict[str, tuple[str, ...]] = {
-    "virtd.errors": ("virtd",),
     "virtd.messages": ("virtd",),
     "virtd.fdstore": ("virtd",),
     **dict.fromkeys(INNER, ("virtd.drivers", "virtd.host", *FRONT)),
-    "virtd.drivers": ("virtd.host", *FRONT),
+    "virtd.drivers": ("virtd.host", "virtd.wording", *FRONT),
     "virtd.host": FRONT,
     "virtd.api": ("virtd.cli", "virtd.daemon"),
     "virtd.cli": ("virtd.api", "virtd.daemon", "virtd.host", "virtd.drivers"),
 }
 # The innermost layers: the model knows how to complain, and replies know nothing.
-ALLOWED: dict[str, tuple[str, ...]] = {"virtd.model": ("virtd.errors",), "virtd.replies": ()}
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "virtd.model": ("virtd.errors", "virtd.hints"),
+    "virtd.replies": (),
+    "virtd.errors": ("virtd.hints",),
+    "virtd.hints": ("virtd.wording",),
+    "virtd.wording": ("virtd.text",),
+}
 
 # virtdctl is over before these would have been imported.
 SLOW = ("gi", "pydbus", "msgspec", "asyncio", "systemd", "qemu")

@@ -36,7 +36,7 @@ def give_away(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
 def told(path: Path) -> tuple[str, str]:
     with pytest.raises(errors.HostError) as caught, reached(str(path)):
         pass
-    return caught.value.message, caught.value.hint
+    return caught.value.message, str(caught.value.hint)
 
 
 def test_a_file_in_roots_directories(tmp_path: Path) -> None:

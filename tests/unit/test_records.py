@@ -207,7 +207,7 @@ def test_a_full_file_system_keeps_the_old_record(store: Records, monkeypatch: py
         patch.setattr(os, "write", full)
         with pytest.raises(errors.HostError, match="No space left") as caught:
             store.save(msgspec.structs.replace(FULL, state="stopped"))
-    assert "free some space" in caught.value.hint
+    assert "free some space" in str(caught.value.hint)
     assert store.load().records == {"web1": FULL}
 
 

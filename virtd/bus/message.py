@@ -14,6 +14,8 @@ from ..text import plain
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
 
+    from ..hints import Hint
+
 DBUS: Final = "org.freedesktop.DBus"
 DBUS_PATH: Final = "/org/freedesktop/DBus"
 DISCONNECTED: Final = "org.freedesktop.DBus.Error.Disconnected"
@@ -22,7 +24,7 @@ DISCONNECTED: Final = "org.freedesktop.DBus.Error.Disconnected"
 class BusError(errors.HostError):
     """An error reply. `name` is its D-Bus name, as in org.freedesktop.systemd1.NoSuchUnit."""
 
-    def __init__(self, name: str, message: str, *, hint: str = "") -> None:
+    def __init__(self, name: str, message: str, *, hint: Hint = "") -> None:
         super().__init__(message or name, hint=hint)
         self.name = name
 

@@ -241,5 +241,5 @@ def complain(error: VirtdError, doing: str) -> None:
     print(paint(clean(text), RED, sys.stderr), file=sys.stderr)
     hint = error.hint or ("changing anything needs root: try it with sudo" if isinstance(error, AccessDenied) else "")
     if hint:
-        print(f"Hint: {clean(hint)}", file=sys.stderr)
+        print(f"Hint: {clean(str(hint))}", file=sys.stderr)
     sys.stderr.flush()

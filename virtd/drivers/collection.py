@@ -10,6 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from .. import errors, files, journal
+from ..hints import do
 from ..messages import Message
 from ..model.domain import canonical_uuid
 from ..paths import listing
@@ -85,7 +86,6 @@ class Collection(Generic[T, D]):
 
     name = ""  # of the driver
     noun = ""
-    virtdctl = ""  # the beginning of commands about them
     taken_back = ""  # how one comes back whose record is lost, for a person to read
     states: type[StrEnum]
 
@@ -189,7 +189,7 @@ class Collection(Generic[T, D]):
                 await self._reconciled.wait()
         except TimeoutError:
             raise errors.Busy(
-                "virtd is still finding out what runs", hint="Try again in a moment. See: virtdctl status."
+                "virtd is still finding out what runs", hint="Try again in a moment. See: " + do("status") + "."
             ) from None
 
     # Definitions
@@ -317,10 +317,9 @@ class Collection(Generic[T, D]):
         if one is not None and one.uuid and definition.uuid and definition.uuid != one.uuid:
             raise errors.Exists(
                 f"{source}: uuid: {self.noun} {definition.name} exists with another uuid, {one.uuid}",
-                hint=(
-                    "Leave the uuid out to change the definition, "
-                    f"or undefine it first: {self.virtdctl} undefine {definition.name}."
-                ),
+                hint="Leave the uuid out to change the definition, or undefine it first: "
+                + do("undefine", self.noun, definition.name)
+                + ".",
             )
         return definition
 
@@ -413,14 +412,14 @@ class Collection(Generic[T, D]):
             for one in self.objects.values():
                 if one.uuid == uuid:
                     return one
-        raise errors.NotFound(f"There is no {self.noun} {name}", hint=f"{self.virtdctl} list shows all.")
+        raise errors.NotFound(f"There is no {self.noun} {name}", hint=do("list", self.noun) + " shows all.")
 
     def describe_named(self, name: str) -> Reply:
         one = self.objects.get(name)
         return self.describe(one) if one is not None else Gone(name=name, driver=self.name)
 
     def troubles_of(self, one: T) -> list[Trouble]:
-        return [Trouble(text=problem.text, hint=problem.hint) for problem in one.problems.values()]
+        return [Trouble(text=problem.text, hint=str(problem.hint)) for problem in one.problems.values()]
 
     def slots_of(self, name: str) -> list[str]:
         mine = f"{self.name}/{name}/"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`virtdctl fsck` for a driver that runs processes: what PID 1, /run, /etc and virtd itself say of each object.
+"""fsck for a driver that runs processes: what PID 1, /run, /etc and virtd itself say of each object.
 
 All objects are looked at together first. What seems to differ is looked at again with the object's lock held, since
 much of it may just have been under way. A repair goes through what a start of the daemon does as well (reconcile,

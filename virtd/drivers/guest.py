@@ -17,6 +17,7 @@ import msgspec
 
 from .. import errors, files, journal, untrusted
 from ..child import Child, Services
+from ..hints import do
 from ..messages import Message
 from ..model.state import ALIVE, State
 from ..process import Seen
@@ -73,7 +74,6 @@ class Guest(Recorded, Generic[D]):
 
     driver = ""  # the first part of its slots' and units' names
     noun = ""  # what a person calls it
-    virtdctl = ""  # the beginning of commands about it
     definition_type: type[D]
 
     def __init__(self, shared: Shared, name: str) -> None:
@@ -305,7 +305,7 @@ class Guest(Recorded, Generic[D]):
     def _say_again(self) -> None:
         self.problems["restarted"] = Problem(
             f"{self.unit} was restarted by somebody: {self.name} runs afresh, without a console",
-            f"{self.virtdctl} stop {self.name}, then {self.virtdctl} start {self.name}.",
+            do("stop", self.noun, self.name) + ", then " + do("start", self.noun, self.name) + ".",
         )
 
     async def _roll_back(self, why: str) -> None:

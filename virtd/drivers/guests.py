@@ -12,6 +12,7 @@ import msgspec
 
 from .. import errors, files, journal
 from ..child import SLOTS
+from ..hints import do
 from ..messages import Message
 from ..model.state import State, require
 from ..process import boot_id
@@ -97,7 +98,7 @@ class Guests(Collection[G, D]):
                 await self._rebuild(name, unit=unit, new=name not in known)
             except Exception as exc:  # it costs no other its reconciliation
                 log.exception("%s can't be rebuilt", name)
-                self.left_alone(name, Problem(f"{name} can't be rebuilt: {exc}", "See: virtdctl fsck."))
+                self.left_alone(name, Problem(f"{name} can't be rebuilt: {exc}", "See: " + do("fsck") + "."))
         reconcile.settle(self)
         self._reconciled.set()
 
@@ -181,7 +182,7 @@ class Guests(Collection[G, D]):
     async def undefine(self, name: str) -> None:
         machine = self.find(name)
         async with machine.exclusive("undefine"):
-            require("undefine", machine.name, machine.state, self.virtdctl)
+            require("undefine", machine.name, machine.state, self.noun)
             await machine.over.wait()
             await machine.tidy("undefine")
             # The record first: if that is refused, nothing has changed, and a crash in between leaves one that can

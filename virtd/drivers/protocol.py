@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
+from ..hints import Hint
+
 if TYPE_CHECKING:
     from ..child import Services
     from ..model.settings import Settings
@@ -23,7 +25,7 @@ class Problem(msgspec.Struct, frozen=True):
     """Something that a person should look at."""
 
     text: str
-    hint: str = ""
+    hint: Hint = ""
 
 
 class Found(msgspec.Struct):
@@ -124,7 +126,7 @@ class Driver(Protocol):
 
 @runtime_checkable
 class Comparing(Protocol):
-    """A driver that can be asked by `virtdctl fsck`."""
+    """A driver that can be asked by fsck."""
 
     async def compare(self, *, repair: bool) -> list[Difference]:
         """Compare what there is of its objects in all places. With `repair`, mend what can be mended without touching

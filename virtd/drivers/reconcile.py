@@ -10,6 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..child import Child
+from ..hints import do
 from ..units import object_name
 from .collection import Object
 from .protocol import Problem
@@ -69,7 +70,7 @@ async def recorded(driver: Collection[Any, Any]) -> tuple[dict[str, str], dict[s
         if isinstance(result, BaseException):
             log.error("%s can't be reconciled: %s", one.name, result, exc_info=result)
             text = f"{one.name} can't be made whole: {result}"
-            one.problems["adoption"] = Problem(text, "What there is of it was left alone. See: virtdctl fsck.")
+            one.problems["adoption"] = Problem(text, "What there is of it was left alone. See: " + do("fsck") + ".")
         elif result:
             getattr(driver.found, result.replace(" ", "_")).append(one.name)
             came[one.name] = result

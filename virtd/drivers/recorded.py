@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from enum import StrEnum
 
+    from ..hints import Hint
     from ..records import Record, Records
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class Recorded(Tasks):
         self.waits = failed
         self.shared.publish("changed", self)
 
-    def lost(self, slot: str, what: str, hint: str) -> None:
+    def lost(self, slot: str, what: str, hint: Hint) -> None:
         """A slot that the record tells of isn't in the store; `what`: whose it is, and what that means."""
         text = f"Slot {slot} of {what}"
         self.problems[f"slot {slot}"] = Problem(text, hint)

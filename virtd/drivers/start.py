@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from .. import errors, journal
 from ..child import Child
+from ..hints import do
 from ..messages import Message
 from ..model.state import State
 from ..records import Record, now
@@ -39,7 +40,7 @@ async def start(machine: Guest[D], ready: Callable[[D], Awaitable[Start[Any, D]]
         if definition is None:
             raise errors.NotFound(
                 f"{machine.noun.capitalize()} {machine.name} has no definition",
-                hint=f'{machine.virtdctl} define FILE, with name = "{machine.name}".',
+                hint=do("define", machine.noun, "FILE") + f', with name = "{machine.name}".',
             )
         await (await ready(definition)).run()
         return True
@@ -163,5 +164,5 @@ class Start(Launch, Generic[G, D]):
             return exc
         return errors.StartFailed(
             f"Cannot start {self.machine.name}: {said}",
-            hint=exc.hint or f"See: {self.machine.virtdctl} log --stderr {self.machine.name}",
+            hint=exc.hint or "See: " + do("log", self.machine.noun, self.machine.name, stderr=True),
         )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The operations, once. Every front end is a thin adapter over a Host.
 
-A Host speaks of domains unless a noun says otherwise, as virtdctl does. Each other noun has a module of its own here,
+A Host speaks of domains unless a noun says otherwise. Each other noun has a module of its own here,
 and a property of Host that makes its operations when they are first asked for.
 """
 
@@ -329,4 +329,4 @@ def _what(fd: int) -> str:
 
 def _row(driver: str, name: str, problem: Problem) -> About:
     """A problem of the object `name`, as every front end tells it."""
-    return About(object=f"{driver}/{name}" if name else driver, text=problem.text, hint=problem.hint)
+    return About(object=f"{driver}/{name}" if name else driver, text=problem.text, hint=str(problem.hint))

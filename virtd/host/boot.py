@@ -43,11 +43,18 @@ RATHER_NOT = 3.0  # seconds between two tries, however much arrives
 LIMIT = 1 << 20  # bytes of the record
 
 
+class Told(msgspec.Struct, frozen=True):
+    """A problem, in words."""
+
+    text: str
+    hint: str = ""
+
+
 class Waiting(msgspec.Struct, frozen=True):
     """The record: of which boot, and for each "driver/name" what was wrong at its last try, and what helps."""
 
     boot: str
-    objects: dict[str, Problem] = {}
+    objects: dict[str, Told] = {}
 
 
 class Boot:
@@ -89,7 +96,7 @@ class Boot:
                 self._mark(f"{self._boot} begun\n")
                 break
             except errors.HostError as exc:
-                self._problems["autostart"] = (f"Nothing was autostarted: {exc.message}", exc.hint)
+                self._problems["autostart"] = (f"Nothing was autostarted: {exc.message}", str(exc.hint))
                 if pause is None:
                     return None
                 await asyncio.sleep(pause)
@@ -248,7 +255,7 @@ class Boot:
             driver, _, name = key.partition("/")
             one = next((one for one in self._drivers.get(driver).to_autostart() if one.name == name), None)
             if one is not None and one.waits is not None:
-                objects[key] = one.waits
+                objects[key] = Told(one.waits.text, str(one.waits.hint))
         record = Waiting(self._boot, objects)
         if record == self._written:
             return
@@ -278,7 +285,7 @@ class Boot:
     def _recalled(self) -> list[tuple[Driver, Startable, Problem]]:
         found = self._written.objects
         return [
-            (driver, one, found[key])
+            (driver, one, Problem(found[key].text, found[key].hint))
             for driver in self._drivers
             for one in driver.to_autostart()
             if (key := f"{driver.name}/{one.name}") in found

@@ -89,7 +89,7 @@ class Containers(Objects[Container]):
         """See Execute in org.virtd1.Container.varlink."""
         container = await self.find(name)
         if token is None:
-            require("run a command in", container.name, container.state, container.virtdctl)
+            require("run a command in", container.name, container.state, container.noun)
             variables = {key: str(value) for key, value in (environment or {}).items()}
             run = await execs.begin(container, command, variables, terminal=terminal)
             unit = run.unit

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`virtdctl fsck` over all drivers, and over what belongs to none of them."""
+"""fsck over all drivers, and over what belongs to none of them."""
 
 from __future__ import annotations
 

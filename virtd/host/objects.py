@@ -62,7 +62,7 @@ class Objects(Generic[G]):
     ) -> None:
         self._services = services
         self._guests = driver
-        self._viewers = Viewers(services, driver.name, followers)
+        self._viewers = Viewers(services, driver.name, driver.noun, followers)
         self._subscribe = subscribe
 
     # Reading
@@ -164,7 +164,7 @@ class Objects(Generic[G]):
         """See OpenConsole in org.virtd1.varlink. Closing the iterator gives the console up."""
         # Who was attached before the daemon's restart must not lose the console to a slow start of ours.
         machine = await self.find(name, DOUBT if token is None else 60.0)
-        require("attach to the console of", machine.name, machine.state, self._guests.virtdctl)
+        require("attach to the console of", machine.name, machine.state, self._guests.noun)
         async with contextlib.aclosing(self._viewers.write(machine, force=force, token=token, by=by)) as replies:
             async for reply in replies:
                 yield reply

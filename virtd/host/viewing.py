@@ -40,11 +40,11 @@ class Viewed(Protocol):
 class Viewers:
     """Who reads the logs and who types on the consoles of one driver's objects."""
 
-    def __init__(self, services: Services, driver: str, followers: console.Followers) -> None:
+    def __init__(self, services: Services, driver: str, noun: str, followers: console.Followers) -> None:
         self._services = services
         self._driver = driver
         self._followers = followers
-        self._writers = console.Writers()
+        self._writers = console.Writers(noun)
 
     async def follow(
         self, viewed: Viewed, which: str, file: str | None, offset: int | None, lines: int | None, *, wait: bool

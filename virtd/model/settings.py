@@ -72,7 +72,7 @@ class Dnsmasq(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Lxc(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The LXC driver. `directory` is where `virtdctl container create` puts root file systems.
+    """The LXC driver. `directory` is where new containers' root file systems are put.
 
     `memory` and `pids` limit containers whose definitions don't: a size, or a share of the host's memory; processes
     and threads, 0 for as many as suit the host.

@@ -6,6 +6,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from .. import errors
+from ..hints import do
 
 
 class State(StrEnum):
@@ -55,19 +56,19 @@ _ALLOWED: dict[str, frozenset[State]] = {
 }
 
 
-def require(operation: str, name: str, state: State, virtdctl: str = "virtdctl") -> None:
+def require(operation: str, name: str, state: State, noun: str = "domain") -> None:
     """Raise InvalidState when `operation` (a verb, as in "reboot") makes no sense in `state`.
 
-    `virtdctl` is how commands about the object begin.
+    `noun` is what the object is called.
     """
     if state in _ALLOWED[operation]:
         return
     if state in ALIVE and operation == "undefine":
-        hint = f"Stop it first: {virtdctl} stop {name}."
+        hint = "Stop it first: " + do("stop", noun, name) + "."
     elif state is State.PAUSED:
-        hint = f"Resume it first: {virtdctl} {'resume' if virtdctl == 'virtdctl' else 'thaw'} {name}."
+        hint = "Resume it first: " + do("resume", noun, name) + "."
     elif state in ALIVE:
-        hint = f"Wait until it runs: {virtdctl} info {name} shows how far it is."
+        hint = "Wait until it runs: " + do("info", noun, name) + " shows how far it is."
     else:
-        hint = f"Start it first: {virtdctl} start {name}."
+        hint = "Start it first: " + do("start", noun, name) + "."
     raise errors.InvalidState(f"Cannot {operation} {name}: it is {state}", hint=hint)

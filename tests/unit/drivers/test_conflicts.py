@@ -49,7 +49,7 @@ def test_whoever_runs_has_it() -> None:
         errors.Busy, match=r"Cannot start domain a: MAC address .* in network lab .* by container c"
     ) as e:
         conflicts.require(there, "domain a", [conflicts.mac("br0", MAC.upper(), "nic[0]", "lab")])
-    assert "Stop container c" in e.value.hint
+    assert "Stop container c" in str(e.value.hint)
     for fine in (
         conflicts.mac("br1", MAC),  # another network
         conflicts.mac("br0", "52:54:00:00:00:09"),  # of one that is off

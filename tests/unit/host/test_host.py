@@ -156,7 +156,7 @@ async def test_undefine(world: World) -> None:
         await world.run("web1")
         with pytest.raises(errors.InvalidState, match="Cannot undefine web1: it is running") as caught:
             await host.undefine("web1", by=ROOT)
-        assert caught.value.hint == "Stop it first: virtdctl stop web1."
+        assert str(caught.value.hint) == "Stop it first: virtdctl stop web1."
         await host.stop("web1", by=ROOT)
         assert to_builtins(await host.undefine("web1", by=ROOT)) == {"name": "web1"}
         assert not path_of(world, "web1").exists()
@@ -387,7 +387,7 @@ async def test_one_writer_at_a_time(world: World) -> None:
         await until(lambda: world.console("web1") == "typed\n")
         with pytest.raises(errors.Busy, match=rf"in use by ann \(PID {ANN.pid}\)") as caught:
             await anext(host.open_console("web1", by=ROOT))
-        assert "--force" in caught.value.hint
+        assert "--force" in str(caught.value.hint)
         # Taken over by force: the first is told, and its leaving doesn't take the second one's place away.
         second = host.open_console("web1", force=True, by=ROOT)
         os.close((await anext(second)).fds[0])  # type: ignore[union-attr]

@@ -215,7 +215,7 @@ def test_memory_of_a_wrong_type(memory: str) -> None:
 def test_an_unknown_key(line: str, key: str, hint: str) -> None:
     error = wrong(line + "\n" + GOOD)
     assert (at(error), error.expected) == (key, "unknown key")
-    assert error.hint.startswith(hint)
+    assert str(error.hint).startswith(hint)
 
 
 def test_an_unknown_key_in_a_table() -> None:
@@ -411,8 +411,8 @@ def test_which_operation_makes_sense_when(operation: str, allowed: set[str]) -> 
         with pytest.raises(errors.InvalidState, match=f"Cannot {operation} web1: it is {state}") as caught:
             require(operation, "web1", state)
         # A hint that leads out of it.
-        assert "virtdctl" in caught.value.hint
-        assert ("start" in caught.value.hint) == (state not in ALIVE)
+        assert "virtdctl" in str(caught.value.hint)
+        assert ("start" in str(caught.value.hint)) == (state not in ALIVE)
 
 
 def test_errors_cross_the_wire_whole() -> None:

@@ -37,7 +37,6 @@ class Container(Guest[model.Container]):
 
     driver = DRIVER
     noun = "container"
-    virtdctl = "virtdctl container"
     definition_type = model.Container
 
     def __init__(self, shared: Shared, name: str, settings: Lxc, peers: Peers) -> None:
@@ -80,8 +79,8 @@ class Container(Guest[model.Container]):
                 exposure.check(root, self.source, self.settings.directory)
             except errors.InvalidDefinition as exc:
                 text = f"Others can reach the files of container {self.name}: rootfs: {exc.expected}"
-                hint = f"{exc.hint} It runs on, and won't be started so again."
-                self.problems["root"] = Problem(text, hint.strip())
+                hint = "It runs on, and won't be started so again."
+                self.problems["root"] = Problem(text, exc.hint + " " + hint if exc.hint else hint)
 
     @property
     def privileged(self) -> bool:

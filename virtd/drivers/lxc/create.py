@@ -19,10 +19,10 @@ import tempfile
 from typing import TYPE_CHECKING, NamedTuple
 
 from ... import aliases, errors, files, untrusted
+from ...hints import do
 from ...model import container as model
 from ...model.domain import ENDINGS, NAME, shown
 from ...paths import names
-from ...text import word
 from ...units import UnitSpec
 from ..programs import HOMELESS
 from ..registry import CREATING as MARK
@@ -208,7 +208,7 @@ async def _unpack(job: Job, units: Units) -> None:
             raise errors.StartFailed(
                 f"Cannot create {job.name}: {needed[0]} for the files of {job.image}, and it is to have 0 to "
                 f"{job.ids.count - 1}",
-                hint=f"virtdctl container create {job.name} --ids {count} --image {word(job.image)}",
+                hint=do("create", "container", job.name, ids=str(count), image=job.image),
             )
         how = "it took too long, or was killed" if result.code is None else "unpacking failed"
         raise errors.StartFailed(f"Cannot create {job.name}: {'; '.join(line[:200] for line in said[:2]) or how}")

@@ -49,7 +49,6 @@ class Driver(Guests[Container, model.Container]):
 
     name = DRIVER
     noun = "container"
-    virtdctl = "virtdctl container"
 
     def __init__(
         self, services: Services, settings: Lxc, publish: Publish, peers: Peers, guests: Range = ids.GUESTS

@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ... import errors, reach
+from ...hints import do
 from ...model import container as model
 from ...model import size
 from .. import programs
@@ -20,6 +21,7 @@ from . import config
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ...hints import Hint
     from ...model.settings import Lxc
 
 SECCOMP = ("/usr/share/lxc/config/common.seccomp", "/usr/local/share/lxc/config/common.seccomp")
@@ -115,10 +117,10 @@ def mounts_of(container: model.Container) -> dict[str, str]:
 def check_root(container: model.Container, root: str, source: str) -> None:
     """There is a root file system with the program in it. Raises InvalidDefinition."""
 
-    def refuse(key: str, expected: str, hint: str = "") -> errors.InvalidDefinition:
+    def refuse(key: str, expected: str, hint: Hint = "") -> errors.InvalidDefinition:
         return errors.InvalidDefinition(source, key, expected, hint=hint)
 
-    make = f"virtdctl container create {container.name} --image ROOTFS.tar.xz makes one."
+    make = do("create", "container", container.name, image="ROOTFS.tar.xz") + " makes one."
     if not os.path.exists(root):
         raise refuse("rootfs", f"no such directory: {root}", make)
     if not os.path.isdir(root):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from ... import errors, files
+from ...hints import do
 from ...model import container as model
 from .. import ids
 from ..ids import Range
@@ -196,8 +197,10 @@ class Maps:
 
 
 HINT = (
-    "Each needs IDs of its own: virtdctl container create NEW --image ROOTFS makes a copy that has some, of the root "
-    "file system of a container that doesn't run; or change [idmap] and the files' owners."
+    "Each needs IDs of its own: "
+    + do("create", "container", "NEW", image="ROOTFS")
+    + " makes a copy that has some, of the root file system of a container that doesn't run; or change [idmap] and "
+    "the files' owners."
 )
 
 

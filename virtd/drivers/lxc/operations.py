@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ... import errors
+from ...hints import do, option
 from ...model.state import State, require
 from ...text import span
 from .container import number_of
@@ -29,7 +30,7 @@ async def shutdown(container: Container, timeout: float, by: str) -> bool:
     """Ask its first program to end and wait for it. Raises TimedOut; the container then runs on."""
     deadline = time.monotonic() + timeout
     async with container.exclusive("shut down"):
-        require("shut down", container.name, container.state, container.virtdctl)
+        require("shut down", container.name, container.state, container.noun)
         halt = _halt(container)
         container.note(State.STOPPING, f"asked to shut down by {by}", data=container.ask("shutdown", by))
         with contextlib.suppress(errors.InvalidState):  # it has just ended
@@ -48,7 +49,11 @@ async def shutdown(container: Container, timeout: float, by: str) -> bool:
             )
     raise errors.TimedOut(
         f"{container.name} did not shut down within {span(timeout)}",
-        hint=f"It runs on. Give it more time with --timeout, or end it: virtdctl container stop {container.name}.",
+        hint="It runs on. Give it more time with "
+        + option("timeout")
+        + ", or end it: "
+        + do("stop", container.noun, container.name)
+        + ".",
     )
 
 
@@ -83,7 +88,7 @@ async def kill(container: Container, number: int, by: str) -> bool:
             raise errors.InvalidState(f"Cannot kill {container.name}: there is no signal {number}") from None
         name = f"SIGRTMIN+{number - signal.SIGRTMIN}"
     async with container.exclusive("send a signal to"):
-        require("send a signal to", container.name, container.state, container.virtdctl)
+        require("send a signal to", container.name, container.state, container.noun)
         if name in DYING:
             container.note(container.state, container.reason, data=container.ask("kill", by))
         container.signal_init(name)
@@ -95,7 +100,7 @@ async def kill(container: Container, number: int, by: str) -> bool:
 async def freeze(container: Container, by: str) -> bool:
     """Stop all its processes where they are. False if they were."""
     async with container.exclusive("freeze"):
-        require("freeze", container.name, container.state, container.virtdctl)
+        require("freeze", container.name, container.state, container.noun)
         if container.state is State.PAUSED:
             return False
         await container.freeze(on=True)
@@ -107,7 +112,7 @@ async def freeze(container: Container, by: str) -> bool:
 async def thaw(container: Container, by: str) -> bool:
     """Let its processes go on. False if they did."""
     async with container.exclusive("thaw"):
-        require("thaw", container.name, container.state, container.virtdctl)
+        require("thaw", container.name, container.state, container.noun)
         if container.state is not State.PAUSED:
             return False
         await container.freeze(on=False)
@@ -119,12 +124,12 @@ async def thaw(container: Container, by: str) -> bool:
 async def reboot(container: Container, timeout: float, by: str) -> bool:
     """Ask its first program to reboot, and wait until it has. Raises TimedOut or InvalidState."""
     async with container.exclusive("reboot"):
-        require("reboot", container.name, container.state, container.virtdctl)
+        require("reboot", container.name, container.state, container.noun)
         definition = container.running_definition
         if definition is not None and definition.command:
             raise errors.InvalidState(
                 f"Cannot reboot {container.name}: it runs a command, and no init that could be asked to",
-                hint=f"virtdctl container stop {container.name}, then start it.",
+                hint=do("stop", container.noun, container.name) + ", then start it.",
             )
         container.note(State.RUNNING, f"asked to reboot by {by}", data=container.ask("reboot", by))
         container.started.clear()
@@ -142,7 +147,7 @@ async def reboot(container: Container, timeout: float, by: str) -> bool:
         if not container.started.is_set():
             raise errors.TimedOut(
                 f"{container.name} did not reboot within {span(timeout)}",
-                hint=f"It runs on. virtdctl container stop {container.name} ends it at once.",
+                hint="It runs on. " + do("stop", container.noun, container.name) + " ends it at once.",
             )
         container.note(State.RUNNING, f"rebooted by {by}", data=container.ask("", ""))
         return True

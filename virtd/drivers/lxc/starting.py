@@ -10,8 +10,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from ... import errors, files, layout
+from ...hints import do
 from ...model import container as model
-from ...text import span, word
+from ...text import span
 from ...units import UnitSpec
 from .. import start as starting
 from ..programs import ENVIRONMENT
@@ -243,7 +244,7 @@ class _Start(Start[Container, model.Container]):
             return errors.StartFailed(
                 f"Cannot start {self.machine.name}: {self.host.root} belongs to root, and its file system can't show "
                 "files shifted to other IDs (it has no idmapped mounts)",
-                hint=f"virtdctl container create NEW --image {word(self.host.root)} makes a copy with its own IDs.",
+                hint=do("create", "container", "NEW", image=self.host.root) + " makes a copy with its own IDs.",
             )
         return super().explained(exc)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def short(net: Net) -> replies.Network:
-    """As `virtdctl network list --json` has it."""
+    """The short form, for List."""
     network = net.running or net.definition
     record = net.record
     return replies.Network(
@@ -38,7 +38,7 @@ def short(net: Net) -> replies.Network:
 
 
 def long(net: Net, slots: list[str], log: str) -> replies.NetworkInfo:
-    """As `virtdctl network info --json` has it."""
+    """The long form, for Info."""
     network = net.running or net.definition
     given = [network.range4, network.range6] if network is not None and network.own else []
     return replies.NetworkInfo(
@@ -59,7 +59,7 @@ def long(net: Net, slots: list[str], log: str) -> replies.NetworkInfo:
         pending=net.pending,
         definition_path=net.source if net.definition is not None else None,
         log=log if network is not None and network.serves else None,
-        problems=[Trouble(text=problem.text, hint=problem.hint) for problem in net.problems.values()],
+        problems=[Trouble(text=problem.text, hint=str(problem.hint)) for problem in net.problems.values()],
     )
 
 

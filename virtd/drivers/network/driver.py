@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ... import errors, files, journal
+from ...hints import do
 from ...messages import Message
 from ...model import network as model
 from ...model.network import State
@@ -64,7 +65,6 @@ class Driver(Collection[Net, model.Network]):
 
     name = DRIVER
     noun = "network"
-    virtdctl = "virtdctl network"
     taken_back = "It is put together again from what there is."
     states = State
 
@@ -129,7 +129,7 @@ class Driver(Collection[Net, model.Network]):
                 await self._rebuild(name, unit=unit)
             except Exception as exc:  # it costs no other its reconciliation
                 log.exception("Network %s can't be rebuilt", name)
-                self.left_alone(name, Problem(f"{name} can't be rebuilt: {exc}", "See: virtdctl fsck."))
+                self.left_alone(name, Problem(f"{name} can't be rebuilt: {exc}", "See: " + do("fsck") + "."))
         reconcile.settle(self)
         for net in list(self.nets.values()):
             if net.definition is None and not net.active and not net.problems:
@@ -228,7 +228,7 @@ class Driver(Collection[Net, model.Network]):
             if net.active:
                 raise errors.InvalidState(
                     f"Cannot undefine network {net.name}: it is {net.state}",
-                    hint=f"virtdctl network stop {net.name} first.",
+                    hint=do("stop", self.noun, net.name) + " first.",
                 )
             files.remove(net.source)
             await asyncio.to_thread(files.remove_tree, net.state_directory)
@@ -241,7 +241,7 @@ class Driver(Collection[Net, model.Network]):
     ) -> Connection:
         """Make a tap in `network` for processes of `uid`; the network is started if it isn't active.
 
-        `user` is whose it is, as "qemu/web1": seen in `virtdctl network info`, and the reason why the network isn't
+        `user` is whose it is, as "qemu/web1": seen in the network's Info, and the reason why the network isn't
         stopped. `interface` is the tap's name, at most 15 characters and the caller's to choose and to put on record
         before this is called; `detach` removes it, whatever became of it. The guest may send as `mac` only, unless it
         is `trusted`. Raises a VirtdError, with no tap left.

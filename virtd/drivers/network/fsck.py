@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`virtdctl fsck` for networks: bridge, rules, dnsmasq with its files, unit and slots, and the interfaces of guests.
+"""fsck for networks: bridge, rules, dnsmasq with its files, unit and slots, and the interfaces of guests.
 
 As with guests, what seems to differ is looked at again with the network's lock held. What is missing of an active one
 is made again, as a start does it; what an inactive one left is removed.

@@ -12,6 +12,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from ... import errors, journal
+from ...hints import do
 from ...messages import Message
 from ...model.network import State
 from ..protocol import Problem
@@ -185,7 +186,7 @@ class Guard:
             log.error("%s", exc)
             for name in (name for name, rules in needed.items() if rules):
                 self._nets[name].problems["isolation"] = Problem(
-                    f"It may not be isolated: {exc.message}", f"virtdctl network start {name} tries it again."
+                    f"It may not be isolated: {exc.message}", do("start", "network", name) + " tries it again."
                 )
             return
         for name in needed:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from ...hints import do
 from .probe import ANSWERED, BRIDGED, INPUT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from ...hints import Hint
     from .probe import Trial
 
 SERVICES = {
@@ -47,7 +49,7 @@ class Pass(NamedTuple):
     state: tuple[str, str] = ("", "")
 
 
-def commands(chain: Chain, trials: list[Trial], bridge: str) -> list[str]:
+def commands(chain: Chain, trials: list[Trial], bridge: str) -> list[Hint]:
     """For what is dropped in a chain, all of it on the same way."""
     if chain.whose == "firewalld":
         return [f"firewall-cmd --zone=virtd --change-interface={bridge}"]
@@ -59,8 +61,8 @@ def commands(chain: Chain, trials: list[Trial], bridge: str) -> list[str]:
     if chain.whose == "ufw":
         return [_ufw(one, chain) for one in passes if one.state != ANSWERS]  # these it lets through anyway
     if chain.whose:
-        found = [_iptables(one, chain) for one in passes]
-        return [*found, "virtdctl reload"] if chain.family == "legacy" else found  # its changes are told to nobody
+        found: list[Hint] = [_iptables(one, chain) for one in passes]
+        return [*found, do("reload")] if chain.family == "legacy" else found  # its changes are told to nobody
     if chain.family == "legacy":
         return [f"tc filter show dev {bridge} ingress", "bpftool net show"]
     return [f"nft insert rule {chain.family} {chain.table} {chain.name} '{_nft(one)}'" for one in passes]

@@ -32,7 +32,7 @@ class Lease(msgspec.Struct, frozen=True):
         return "ipv6" if ":" in self.address else "ipv4"
 
     def described(self) -> replies.Lease:
-        """As `virtdctl network leases --json` has it."""
+        """For Leases."""
         return replies.Lease(
             address=self.address,
             family=self.family,

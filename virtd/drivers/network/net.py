@@ -20,6 +20,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from ... import errors, fifos, files, journal
+from ...hints import do, option
 from ...messages import Message
 from ...model import network as model
 from ...model.network import State
@@ -112,7 +113,7 @@ class Net(NetRecord):
             if network is None:
                 raise errors.NotFound(
                     f"Network {self.name} has no definition",
-                    hint=f'virtdctl network define FILE, with name = "{self.name}".',
+                    hint=do("define", "network", "FILE") + f', with name = "{self.name}".',
                 )
             await holdings.require(self, network, self.shared.peers)
             await asyncio.to_thread(routes.check, network, self.source)
@@ -171,7 +172,7 @@ class Net(NetRecord):
         if network is None:
             raise errors.HostError(
                 f"Network {self.name} is active with a definition that can't be read",
-                hint=f"virtdctl network stop --force {self.name}, then start it.",
+                hint=do("stop", "network", self.name, force=True) + ", then start it.",
             )
         whole = all(one.gone for one in await self.standing.differences()) and not self.problems.keys() & {
             "rules",
@@ -206,7 +207,9 @@ class Net(NetRecord):
             if (users := self.users()) and not force:
                 raise errors.Busy(
                     f"Cannot stop network {self.name}: it is in use by {', '.join(users)}",
-                    hint="Stop these first, or cut them off: --force. They are connected again at its next start.",
+                    hint="Stop these first, or cut them off: "
+                    + option("force")
+                    + ". They are connected again at its next start.",
                 )
             self.note(State.STOPPING, f"being stopped by {by}")
             await self._finish(f"stopped by {by}")
@@ -355,7 +358,7 @@ class Net(NetRecord):
             return None
         return Problem(
             f"{', '.join(keys)} can't be changed while network {self.name} is active: the new definition waits",
-            f"virtdctl network stop {self.name} and start it, when its guests can do without it.",
+            do("stop", "network", self.name) + " and start it, when its guests can do without it.",
         )
 
     async def _switch(self, old: model.Network, new: model.Network) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ...hints import joined
 from .. import programs
 from ..protocol import Problem
 from . import firewall, hints, host, trials
@@ -134,7 +135,7 @@ def _problem(chain: Chain, end: str, drops: list[Drop], bridge: str) -> Problem:
     text = f"{what} is dropped by {_named(chain, drops)}"
     if end == BRIDGED and chain.family != "bridge":
         text += ", to which br_netfilter shows what goes over a bridge"
-    return Problem(text, "; ".join(hints.commands(chain, [one.trial for one in drops], bridge)))
+    return Problem(text, joined("; ", hints.commands(chain, [one.trial for one in drops], bridge)))
 
 
 def _named(chain: Chain, drops: list[Drop]) -> str:

@@ -165,7 +165,7 @@ def _tell(net: Net, found: list[Obstacle]) -> None:
 
 def _note(net: Net, generation: int | None) -> None:
     """For the next daemon: what was found, and beside which rules."""
-    found = [[one.problem.text, one.problem.hint, one.unheard] for one in net.obstacles]
+    found = [[one.problem.text, str(one.problem.hint), one.unheard] for one in net.obstacles]
     net.remember(obstacles={"found": found, "generation": generation, "ground": _ground(net)})
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ... import errors, files, journal, layout, untrusted
 from ...child import Child
+from ...hints import do
 from ...messages import Message
 from ...text import span
 from ...units import CLD_EXITED, UnitState, signal_name
@@ -25,6 +26,7 @@ from . import dnsmasq, host
 from .netrecord import DRIVER
 
 if TYPE_CHECKING:
+    from ...hints import Hint
     from ...model.network import Network
     from ...records import Record
     from ...units import UnitSpec
@@ -248,10 +250,10 @@ class Server(Tasks):
         """Seconds until the next try."""
         return BACKOFF[min(self._failures, len(BACKOFF) - 1)]
 
-    def _say(self, text: str, hint: str = "") -> None:
+    def _say(self, text: str, hint: Hint = "") -> None:
         """What the network has to say for itself until its dnsmasq runs."""
         hint = hint or f"See: journalctl VIRTD_DRIVER=network VIRTD_NAME={self.net.name}."
-        self.net.problems["server"] = Problem(text, f"It is started again in {span(self._pause)}. {hint}")
+        self.net.problems["server"] = Problem(text, f"It is started again in {span(self._pause)}. " + hint)
 
     # Taking it back
 
@@ -264,7 +266,7 @@ class Server(Tasks):
             self.net.lost(
                 slot,
                 f"network {self.net.name} is lost: what dnsmasq says is lost from now on",
-                f"It runs on. virtdctl network stop and start {self.net.name} when convenient.",
+                "It runs on. " + do("stop", "network", self.net.name) + " and start it when convenient.",
             )
 
     def recall(self) -> None:

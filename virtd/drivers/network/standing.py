@@ -7,6 +7,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ... import errors, journal
+from ...hints import do, joined
 from ...messages import Message
 from ...model.network import State
 from ..protocol import Problem
@@ -132,12 +133,12 @@ class Standing:
                 net.changed()
             return
         text = f"It isn't as virtd made it: {'; '.join(one.text for one in left)}"
-        hints = dict.fromkeys(one.hint or f"virtdctl network start {net.name} tries it again." for one in left)
-        problem = Problem(text, " ".join(hints))
+        again = do("start", "network", net.name) + " tries it again."
+        problem = Problem(text, joined(" ", dict.fromkeys(one.hint or again for one in left)))
         if problem == before:
             return
         net.problems[PROBLEM] = problem
-        net.keep_data(**{NOTED: [problem.text, problem.hint]})
+        net.keep_data(**{NOTED: [problem.text, str(problem.hint)]})
         journal.send(
             f"Network {net.name}: {text}", message_id=Message.NETWORK_BRIDGE_LOST, level="error", **net.fields()
         )

@@ -18,6 +18,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ... import errors, journal
+from ...hints import do
 from ...messages import Message
 from ...model.network import Mode, State
 from . import wanted
@@ -237,7 +238,7 @@ class Upkeep:
         text = f"{one.text} (put back {LIMIT} times within {WINDOW:g} s, and left now: something sets it again)"
         hint = (
             "Find the program, such as systemd-networkd or NetworkManager, and have it leave the interface alone; "
-            f"then: virtdctl network start {net.name}."
+            "then: " + do("start", "network", net.name) + "."
         )
         return one._replace(text=text, hint=hint)
 

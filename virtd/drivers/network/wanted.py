@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import errors
+from ...hints import do
 from ...model.network import Mode
 from . import bridge, host, links, routes
 from .ethernet import LINK_LOCAL, is_forwarded_to
@@ -22,6 +23,7 @@ from .ports import eui64
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from ...hints import Hint
     from ...model.network import Network
     from .ports import Ground, Port
     from .routes import Route
@@ -47,7 +49,7 @@ class Drift(NamedTuple):
     key: str
     text: str
     mend: Callable[[Kernel], None] | None = None
-    hint: str = ""
+    hint: Hint = ""
     vital: bool = True
     new: bool = False
     quiet: bool = False
@@ -310,9 +312,8 @@ def _port(ground: Ground, port: Port, above: Link, seen: Seen) -> Iterator[Drift
         yield Drift(f"{name} name", text, lambda kernel: bridge.rename(kernel, other, name))
         return
     if link is None:
-        noun = "" if port.user.startswith("qemu/") else "container "
-        user = port.user.partition("/")[2]
-        hint = f"virtdctl {noun}stop {user}, and start it again."
+        noun = "domain" if port.user.startswith("qemu/") else "container"
+        hint = do("stop", noun, port.user.partition("/")[2]) + ", and start it again."
         yield Drift(f"{name} there", f"{name}: gone, {port.user} is cut off", None, hint, gone=True)
         return
     if link.kind == "tun" and link.master == above.name and link.mac != bridge.address_of(port):

@@ -40,7 +40,6 @@ class Driver(Guests[Machine, model.Domain]):
 
     name = DRIVER
     noun = "domain"
-    virtdctl = "virtdctl"
 
     def __init__(self, services: Services, settings: Qemu, publish: Publish, peers: Peers) -> None:
         super().__init__(services, publish)

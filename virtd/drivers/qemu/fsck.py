@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`virtdctl fsck` for what only QEMU's guests have: a user of its own for each."""
+"""fsck for what only QEMU's guests have: a user of its own for each."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ... import errors, reach
+from ...hints import do
 from ...model import domain as model
 from ...model import size
 from ...text import word
@@ -201,8 +202,9 @@ def _check_qcow2(key: str, path: str, source: str) -> None:
             source,
             key,
             f"{path} stands on {model.shown(header.backing)}, which only a volume can",
-            hint="Import both into a pool: virtdctl volume import; "
-            f"or make one image of both: qemu-img convert -O qcow2 {word(path)} NEW.",
+            hint="Import both into a pool: "
+            + do("import", "volume")
+            + f"; or make one image of both: qemu-img convert -O qcow2 {word(path)} NEW.",
         )
 
 

@@ -51,7 +51,6 @@ class Machine(Guest[model.Domain]):
 
     driver = DRIVER
     noun = "domain"
-    virtdctl = "virtdctl"
     definition_type = model.Domain
 
     def __init__(self, shared: Shared, name: str, settings: Qemu, peers: Peers) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ... import errors, untrusted
 from ...allowance import Allowance
+from ...hints import do
 from ...text import span
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ WORDS = 300
 
 
 class Link(StrEnum):
-    """What becomes of the connection, as `virtdctl info` shows it."""
+    """What becomes of the connection, as Info tells it."""
 
     CONNECTING = "connecting"
     CONNECTED = "connected"
@@ -112,7 +113,9 @@ class Monitor:
             self.link = Link.SILENT
             raise errors.MonitorError(
                 f"The QEMU monitor of {self._name} didn't answer within {span(limit)}",
-                hint=f"The guest itself may be fine. virtdctl stop {self._name} ends it without the monitor.",
+                hint="The guest itself may be fine. "
+                + do("stop", "domain", self._name)
+                + " ends it without the monitor.",
             ) from None
         except (QMPError, OSError, EOFError) as exc:
             self.link = Link.CLOSED
@@ -134,8 +137,9 @@ class Monitor:
         text = f"its directory {lost}" if not os.path.lexists(directory) else f"its socket {self._path}"
         return errors.MonitorError(
             f"The QEMU monitor of {self._name} can't be reached any more: {text} was removed",
-            hint="The guest runs on without it. Shut it down from inside, or end it by virtdctl stop "
-            f"{self._name}, and start it again when convenient.",
+            hint="The guest runs on without it. Shut it down from inside, or end it by "
+            + do("stop", "domain", self._name)
+            + ", and start it again when convenient.",
         )
 
     async def _reach(self) -> Client:

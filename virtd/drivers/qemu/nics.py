@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ... import errors
+from ...hints import do
 from ...replies.guests import Nic
 from . import command
 
@@ -76,7 +77,10 @@ def check(domain: Domain, source: str, peers: Peers) -> None:
                 source,
                 f"nic[{index}].network",
                 f"there is no network {nic.network}",
-                hint="virtdctl network define default makes one; virtdctl network list shows those that there are.",
+                hint=do("define", "network", "default")
+                + " makes one; "
+                + do("list", "network")
+                + " shows those that there are.",
             ) from exc
 
 
@@ -104,7 +108,7 @@ async def sweep(alive: set[str], peers: Peers) -> None:
 
 
 def describe(domain: Domain, uuid: str, peers: Peers, *, alive: bool) -> list[Nic]:
-    """The cards as `virtdctl info --json` has them."""
+    """The cards, for Info."""
     rows = []
     for index, nic in enumerate(domain.nic):
         mac = _mac(domain, uuid, index)

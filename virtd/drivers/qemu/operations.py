@@ -14,6 +14,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ... import errors
+from ...hints import do, option
 from ...model.state import State, require
 from ...text import span
 from .machine import REBOOT_GIVEN_UP
@@ -60,7 +61,11 @@ async def shutdown(machine: Machine, timeout: float, by: str) -> bool:
             )
     raise errors.TimedOut(
         f"{machine.name} did not shut down within {span(timeout)}",
-        hint=f"It runs on. Give it more time with --timeout, or end it at once: virtdctl stop {machine.name}.",
+        hint="It runs on. Give it more time with "
+        + option("timeout")
+        + ", or end it at once: "
+        + do("stop", "domain", machine.name)
+        + ".",
     )
 
 
@@ -128,7 +133,7 @@ async def resume(machine: Machine, by: str) -> bool:
             await machine.command("cont")
         except errors.MonitorError as exc:
             if machine.guest_off.is_set():
-                hint = f"It has powered off: virtdctl stop {machine.name}, and start it."
+                hint = "It has powered off: " + do("stop", "domain", machine.name) + ", and start it."
                 raise errors.InvalidState(exc.message, hint=hint) from exc
             raise
         if machine.alive and not machine.standstill.again:
@@ -202,7 +207,7 @@ async def _press_and_reset(machine: Machine, timeout: float, by: str) -> None:
         )
         raise errors.TimedOut(
             f"{machine.name} did not shut down within {span(timeout)} to be rebooted",
-            hint=f"Reset it at once: virtdctl reboot --force {machine.name}.",
+            hint="Reset it at once: " + do("reboot", "domain", machine.name, force=True) + ".",
         ) from None
     await _reset(machine, by)
 

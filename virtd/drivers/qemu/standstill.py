@@ -17,6 +17,7 @@ import msgspec
 
 from ... import errors, journal
 from ...allowance import Allowance
+from ...hints import do
 from ...messages import Message
 from ...model.state import State
 from ...records import now
@@ -227,26 +228,28 @@ class Standstill:
     def _problem(self, fault: Fault, space: Space | None) -> Problem:
         name = self._machine.name
         text = f"{name} stands still since {fault.since[:19]}Z: {self._reason(fault)}"
-        resume, afresh = f"virtdctl resume {name}", f"virtdctl stop {name}, and start it"
+        resume, afresh = do("resume", "domain", name), do("stop", "domain", name) + ", and start it"
         if fault.kind == PANIC:
-            return Problem(text, f"virtdctl log {name} shows its last words. Then: {afresh}.")
+            return Problem(text, do("log", "domain", name) + " shows its last words. Then: " + afresh + ".")
         if fault.kind == WATCHDOG:
-            return Problem(text, f"{resume} lets it go on; or: {afresh}.")
+            return Problem(text, resume + " lets it go on; or: " + afresh + ".")
         if fault.kind != DISK:
-            return Problem(text, f"virtdctl log --stderr {name} shows what QEMU says. Then: {afresh}.")
+            log = do("log", "domain", name, stderr=True)
+            return Problem(text, log + " shows what QEMU says. Then: " + afresh + ".")
         if space is not None:
             free = f"{space.free >> 20} MiB" if space.free >> 20 else f"{space.free} bytes"
             text += f" on the file system of {space.place}, {free} free"
-            return Problem(text, f"Free some space there, then: {resume}.")
+            return Problem(text, "Free some space there, then: " + resume + ".")
         path = self._path(fault)
         if fault.full and path and not path.startswith("/dev/"):  # not looked at yet, or it doesn't answer
-            return Problem(text, f"Free some space on its file system, then: {resume}.")
+            return Problem(text, "Free some space on its file system, then: " + resume + ".")
         if fault.full:
-            return Problem(text, f"Extend what it is on, such as an LVM thin pool (lvs shows these), then: {resume}.")
-        return Problem(text, f"journalctl -k shows what the host says about it. When that is mended: {resume}.")
+            hint = "Extend what it is on, such as an LVM thin pool (lvs shows these), then: "
+            return Problem(text, hint + resume + ".")
+        return Problem(text, "journalctl -k shows what the host says about it. When that is mended: " + resume + ".")
 
     def described(self) -> replies.Standstill | None:
-        """As `virtdctl info --json` has it."""
+        """For Info."""
         if (fault := self.fault) is None:
             return None
         return replies.Standstill(

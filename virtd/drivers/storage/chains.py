@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from ... import errors
+from ...hints import do, option
 from .backend import Backing, Volume
 from .usage import key
 
@@ -68,8 +69,11 @@ def require_format(links: Sequence[Link]) -> None:
         if volume.meta.format is None:
             raise errors.InvalidState(
                 f"The format of volume {volume.name} isn't known: it was put into pool {pool.name} by others",
-                hint=f"Say what it is: virtdctl volume import {pool.name} {volume.name} --from raw (or qcow2), "
-                "or have virtd look: --probe.",
+                hint="Say what it is: "
+                + do("import", "volume", pool.name, volume.name, from_="raw")
+                + " (or qcow2), or have virtd look: "
+                + option("probe")
+                + ".",
             )
         if volume.trouble:
             raise errors.InvalidState(f"Volume {volume.name} of pool {pool.name} can't be used: {volume.trouble}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ... import errors
+from ...hints import option
 from ...model import pool as model
 from ...model import size as sizes
 from ...model.domain import Format
@@ -48,7 +49,7 @@ class Changing:
                 "volume",
                 "size",
                 f"expected at least what it has, {sizes.show(volume.capacity)}, got {sizes.show(number)}",
-                hint="--shrink cuts off what is beyond, for good.",
+                hint=option("shrink") + " cuts off what is beyond, for good.",
             )
         backend = pool.usable
         if volume.meta.format is Format.RAW:

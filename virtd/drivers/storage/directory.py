@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ... import errors, files
+from ...hints import do
 from ...model import pool as model
 from ...model.domain import Format
 from ...reach import Reached, make_directory, opened, reached, require_directory
@@ -106,7 +107,7 @@ class Directory:
     @contextlib.contextmanager
     def _open(self) -> Iterator[int]:
         """The pool's directory, checked: a directory, and nobody's but ours."""
-        path, hint = self.pool.path, f"virtdctl pool build {self.pool.name} makes it."
+        path, hint = self.pool.path, do("build", "pool", self.pool.name) + " makes it."
         try:
             if os.path.islink(path):
                 raise errors.HostError(f"{path} is no directory", hint="A symbolic link isn't followed.")
@@ -172,7 +173,7 @@ class Directory:
             except FileNotFoundError:
                 raise errors.NotFound(
                     f"There is no volume {name} in pool {self.pool.name}",
-                    hint=f"virtdctl volume list {self.pool.name} shows all.",
+                    hint=do("list", "volume", self.pool.name) + " shows all.",
                 ) from None
             except OSError as exc:
                 raise self._refused(f"Cannot read {name} of", exc) from exc
@@ -294,7 +295,7 @@ class Directory:
     def _exists(self, name: str) -> errors.Exists:
         return errors.Exists(
             f"There is a volume {name} in pool {self.pool.name} already",
-            hint=f"virtdctl volume info {self.pool.name} {name}",
+            hint=do("info", "volume", self.pool.name, name),
         )
 
     async def free(self, name: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`virtdctl fsck` for pools and jobs: records, mounts, volumes that were begun, units and slots of jobs.
+"""fsck for pools and jobs: records, mounts, volumes that were begun, units and slots of jobs.
 
 A repair does what a start of the daemon does as well: what a crash left of a volume is removed, what no job's record
 tells of is ended. A pool that lost its mount is started again.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from ... import errors
+from ...hints import option
 from ...model.domain import Format
 from ...reach import Trust, opened, reached
 from .. import qcow2
@@ -55,8 +56,11 @@ async def looked(file: str, told_format: str | None, *, probe: bool) -> AsyncIte
             "image",
             "from",
             f"expected the format of {file}",
-            hint="Say it with --from, or have it probed with --probe. A guest that wrote a header into its raw disk "
-            "could then have it taken for another format.",
+            hint="Say it with "
+            + option("from")
+            + ", or have it probed with "
+            + option("probe")
+            + ". A guest that wrote a header into its raw disk could then have it taken for another format.",
         )
     foreign = await Aside(file)(lambda: _look(file, told_format, file))
     try:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ... import errors
 from ...child import Child
+from ...hints import do
 from ...model.pool import JOB
 from ...units import object_name
 from . import outcome
@@ -58,7 +59,7 @@ class Jobs:
         """Raises NotFound."""
         if (job := self._jobs.get(name)) is not None:
             return job
-        raise errors.NotFound(f"There is no job {name}", hint="virtdctl volume jobs shows all.")
+        raise errors.NotFound(f"There is no job {name}", hint=do("list", "job") + " shows all.")
 
     def on(self, volume: str, *, writing: bool = False) -> Iterator[Job]:
         """Those under way that work on a volume, "POOL/NAME"; with `writing` those that write it."""

@@ -14,6 +14,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from ... import errors
+from ...hints import do
 from ...model import pool as model
 from ...model.domain import Format
 from ...reach import opened, reached
@@ -124,7 +125,7 @@ class Logical:
         except KeyError:
             raise errors.NotFound(
                 f"There is no volume {name} in pool {self.pool.name}",
-                hint=f"virtdctl volume list {self.pool.name} shows all.",
+                hint=do("list", "volume", self.pool.name) + " shows all.",
             ) from None
 
     async def free(self, name: str) -> None:
@@ -132,7 +133,7 @@ class Logical:
         if name in await self._all():
             raise errors.Exists(
                 f"There is a volume {name} in pool {self.pool.name} already",
-                hint=f"virtdctl volume info {self.pool.name} {name}",
+                hint=do("info", "volume", self.pool.name, name),
             )
 
     async def begin(self, job: str, name: str, size: int | None, *, allocate: bool = False) -> str:

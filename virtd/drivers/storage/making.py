@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ... import errors
+from ...hints import do
 from ...model import pool as model
 from ...model.domain import Format
-from ...text import word
 from . import chains, images, programs
 from .backend import Meta
 from .directory import Directory
@@ -181,7 +181,7 @@ class Making:
             raise errors.InvalidState(
                 f"{name} is in {foreign.format} format, which guests aren't given",
                 hint="Convert it into a new volume: "
-                f"virtdctl volume import {pool.name} NEW {word(volume.path)} --from {foreign.format}",
+                + do("import", "volume", pool.name, "NEW", volume.path, from_=foreign.format),
             )
         backing = await images.known_backing(self._pools, volume.path, foreign) if foreign.backing else None
         meta = Meta(Format(foreign.format), backing)

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ... import errors, files, untrusted
+from ...hints import do
 from ...units import mount_unit
 from . import mounts
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from ...hints import Hint
     from ...model import pool as model
     from ...units import Units
 
@@ -84,11 +86,12 @@ class MountPoint:
         except (OSError, msgspec.MsgspecError, ValueError):
             return None
 
-    def _hint(self) -> str:
+    def _hint(self) -> Hint:
         name = self._pool.name
         return (
             "Mount it. Should the pool be in the directory itself from now on: "
-            f"virtdctl pool undefine {name}, and define it again; its volumes stay."
+            + do("undefine", "pool", name)
+            + ", and define it again; its volumes stay."
         )
 
 

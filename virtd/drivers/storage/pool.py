@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from ... import errors, journal
+from ...hints import do
 from ...messages import Message
 from ...model import pool as model
 from ...records import Record, now
@@ -120,7 +121,7 @@ class StoragePool(Recorded):
     def _say_lost(self, lost: str) -> None:
         self.problems[LOST] = Problem(
             f"Pool {self.name} was active and can't be used: {lost}",
-            f"Once that is mended: virtdctl pool start {self.name}.",
+            "Once that is mended: " + do("start", "pool", self.name) + ".",
         )
 
     def parsed(self, _text: str) -> model.Pool | None:
@@ -137,7 +138,8 @@ class StoragePool(Recorded):
                 return model.parse(text, self.source)
         if self.definition is None:
             raise errors.NotFound(
-                f"Pool {self.name} has no definition", hint=f'virtdctl pool define FILE, with name = "{self.name}".'
+                f"Pool {self.name} has no definition",
+                hint=do("define", "pool", "FILE") + f', with name = "{self.name}".',
             )
         return self.definition
 
@@ -153,7 +155,7 @@ class StoragePool(Recorded):
         """The backend of an active pool. Raises InvalidState."""
         if not self.active:
             raise errors.InvalidState(
-                f"Pool {self.name} isn't active", hint=f"Start it first: virtdctl pool start {self.name}."
+                f"Pool {self.name} isn't active", hint="Start it first: " + do("start", "pool", self.name) + "."
             )
         return self.backend
 
@@ -273,5 +275,5 @@ class StoragePool(Recorded):
             persistent=self.definition is not None,
             pending=self.pending,
             definition_path=self.source if self.definition is not None else None,
-            problems=[Trouble(text=problem.text, hint=problem.hint) for problem in self.problems.values()],
+            problems=[Trouble(text=problem.text, hint=str(problem.hint)) for problem in self.problems.values()],
         )

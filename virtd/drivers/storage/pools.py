@@ -9,6 +9,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from ... import errors, files
+from ...hints import do
 from ...model import pool as model
 from ...process import boot_id
 from ...records import Records
@@ -38,7 +39,6 @@ class Pools(Collection[StoragePool, model.Pool]):
 
     name = DRIVER
     noun = "pool"
-    virtdctl = "virtdctl pool"
     taken_back = "A pool is taken back by starting it."
     states = State
 
@@ -89,7 +89,7 @@ class Pools(Collection[StoragePool, model.Pool]):
             if pool.active:
                 raise errors.InvalidState(
                     f"Cannot undefine pool {pool.name}: it is active",
-                    hint=f"Stop it first: virtdctl pool stop {pool.name}. Its volumes stay where they are.",
+                    hint="Stop it first: " + do("stop", "pool", pool.name) + ". Its volumes stay where they are.",
                 )
             files.remove(pool.source)
             with contextlib.suppress(errors.HostError):  # one without a pool means nothing

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ... import errors
+from ...hints import option
 from ...model import pool as model
 from ...model.domain import Format
 from . import images, programs
@@ -53,7 +54,8 @@ class Streams:
                     return Answer(pool.name, name, job.name), fd, there
             if resume:
                 raise errors.NotFound(
-                    f"There is no unfinished upload of {name} to pool {pool.name}", hint="Leave --resume out."
+                    f"There is no unfinished upload of {name} to pool {pool.name}",
+                    hint="Leave " + option("resume") + " out.",
                 )
         wanted = model.volume_format(format or "raw")
         check_format(pool, wanted)

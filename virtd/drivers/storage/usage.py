@@ -7,12 +7,14 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from ... import errors
+from ...hints import do
 from ..protocol import Using
 from .jobs import TOOL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from ...hints import Hint
     from ..protocol import Peers, Use
     from .backend import Volume
     from .jobs import Jobs
@@ -114,5 +116,5 @@ class Usage:
             del self._taken[item]
 
 
-def _wait_for(job: str) -> str:
-    return f"Wait for it, or: virtdctl volume cancel {job}."
+def _wait_for(job: str) -> Hint:
+    return "Wait for it, or: " + do("cancel", "job", job) + "."

@@ -105,7 +105,7 @@ def test_without_a_grant_the_upper_range_is_ours(tmp_path: Path) -> None:
     with pytest.raises(errors.InvalidDefinition) as caught:
         idmaps.check(model.IdMap(100000), "x", etc=etc)
     assert caught.value.key == "idmap"
-    assert "root:100000:65536" in caught.value.hint
+    assert "root:100000:65536" in str(caught.value.hint)
 
 
 def test_what_root_is_granted_counts(tmp_path: Path, containers: Containers) -> None:
@@ -228,7 +228,7 @@ def test_those_that_overlap_already_are_told_of(containers: Containers) -> None:
     assert containers.start("c").first == FIRST + 65536
     with pytest.raises(errors.InvalidDefinition, match="container a") as caught:
         containers.start("b")
-    assert "container create" in caught.value.hint
+    assert "container create" in str(caught.value.hint)
     containers.stop("a")
     containers.start("b")
 

@@ -214,7 +214,7 @@ def test_no_container_without_a_filter(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(host, "SECCOMP", (str(tmp_path / "common.seccomp"),))
     with pytest.raises(errors.HostError, match="seccomp") as caught:
         host.seccomp()
-    assert "liblxc-common" in caught.value.hint
+    assert "liblxc-common" in str(caught.value.hint)
 
 
 def test_names_that_a_container_has_given_its_interfaces(tmp_path: Path) -> None:

@@ -432,7 +432,7 @@ async def test_the_pauses_before_a_dnsmasq_that_dies_is_started_again(
 
         def listen(event: str, item: Reply) -> None:
             if item["driver"] == "network" and "server" in net.problems:
-                said.append(net.problems["server"].hint)
+                said.append(str(net.problems["server"].hint))
 
         host.subscribe(listen)
 

@@ -80,7 +80,7 @@ def found(
         {"family": family, "table": table, "name": name} | ({"hook": hook} if hook else {})
         for family, table, name, hook in chains
     ]
-    return [(one.problem.text, one.problem.hint) for one in obstacles.judged(lost, there, "vd-lab")]
+    return [(one.problem.text, str(one.problem.hint)) for one in obstacles.judged(lost, there, "vd-lab")]
 
 
 def step(where: str, handle: int, verdict: str = "continue", target: str = "") -> Step:

@@ -166,7 +166,7 @@ async def test_the_budget_refuses_before_anything_is_done(make_world: Callable[.
         await world.define("web2")
         with pytest.raises(errors.BudgetExceeded, match="no room") as caught:
             await host.start("web2", by=ROOT)
-        assert "FileDescriptorStoreMax=" in caught.value.hint
+        assert "FileDescriptorStoreMax=" in str(caught.value.hint)
         assert world.slots() == SLOTS
         assert not world.runtime_left("web2")
         assert not os.path.exists(world.paths.record("qemu", "web2"))
@@ -460,7 +460,7 @@ async def test_suspend_and_resume(world: World) -> None:
         await world.define("web1")
         with pytest.raises(errors.InvalidState, match="Cannot suspend web1: it is stopped") as caught:
             await host.suspend("web1", by=ROOT)
-        assert caught.value.hint == "Start it first: virtdctl start web1."
+        assert str(caught.value.hint) == "Start it first: virtdctl start web1."
         pid = await world.run("web1")
         assert to_builtins(await host.suspend("web1", by=ROOT)) == {"name": "web1", "changed": True}
         assert to_builtins(await host.suspend("web1", by=ROOT)) == {"name": "web1", "changed": False}
