@@ -17,7 +17,7 @@ from .. import errors
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from .protocol import Peers
+    from .peers import Peers
 
 
 class Kind(StrEnum):
@@ -70,7 +70,7 @@ def bridges(peers: Peers) -> Callable[[str], str]:
     @functools.cache
     def bridge_of(network: str) -> str:
         try:
-            return str(peers("network").find(network).bridge_name) or network
+            return peers.networks.bridge_of(network) or network
         except errors.NotFound:
             return network
 

@@ -3,13 +3,13 @@
 
 A driver owns the objects of one kind: it takes them back at a start (restore, then reconcile), reads what they shall
 be (load_definitions), and carries out what the host's operations ask of it. It knows child, records and model, and
-never a front end. Drivers that need each other ask the host for a peer by its name.
+never a front end. What drivers ask of each other is in virtd.drivers.peers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..child import Services
     from ..model.settings import Settings
     from ..replies import Reply
+    from .peers import Peers
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -162,16 +163,6 @@ class Using(Protocol):
 
 
 Publish = Callable[[str, str], None]  # (event, name): "added", "removed", "changed", "ended"
-
-
-class Peers(Protocol):
-    """The drivers."""
-
-    def __call__(self, name: str) -> Any:
-        """The driver of that name, made at its first use."""
-
-    def __iter__(self) -> Iterator[Driver]:
-        """Those that are in use."""
 
 
 class Factory(Protocol):

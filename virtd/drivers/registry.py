@@ -7,7 +7,7 @@ A host without containers needn't wait at every start for the modules that know 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ..paths import listing
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from ..child import Services
     from ..model.settings import Settings
+    from .peers import Networks, Volumes
     from .protocol import Driver, Publish
 
 # Name -> module, in the order in which they are restored and autostarted: what others stand on comes first.
@@ -47,9 +48,15 @@ class Drivers:
     def __contains__(self, name: str) -> bool:
         return name in self._made
 
-    def __call__(self, name: str) -> Driver:
-        """`get`, for the drivers themselves: see Peers."""
-        return self.get(name)
+    # For the drivers themselves: see Peers
+
+    @property
+    def networks(self) -> Networks:
+        return cast("Networks", self.get("network"))
+
+    @property
+    def volumes(self) -> Volumes:
+        return cast("Volumes", self.get("storage"))
 
     def get(self, name: str) -> Driver:
         """The driver `name`, made if need be. One that is made late is restored and reconciled by whoever asked."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
     from .conflicts import Holding
-    from .protocol import Peers
+    from .peers import Peers
 
 G = TypeVar("G", bound=Guest[Any])
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from virtd.drivers.protocol import Peers
+    from virtd.drivers.peers import Peers
 
 MAC = "52:54:00:00:00:01"
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ...model.settings import Lxc
     from ...records import Record
     from ...units import UnitState
-    from ..protocol import Peers
+    from ..peers import Peers
 
 log = logging.getLogger(__name__)
 
@@ -110,10 +110,10 @@ class Container(Guest[model.Container]):
             await volume.unmount(record.data["root"], await self.shared.services.units())
         interfaces = record.data.get("interfaces", [])
         if interfaces:
-            network = self.peers("network")
+            networks = self.peers.networks
             for interface in interfaces:
                 with contextlib.suppress(errors.VirtdError, OSError):
-                    await network.detach(interface)
+                    await networks.detach(interface)
 
     async def remove_runtime(self) -> None:
         await super().remove_runtime()

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from ...model.settings import Settings
     from ...units import Units
     from ..conflicts import Holding
-    from ..protocol import Peers, Publish
+    from ..peers import Peers
+    from ..protocol import Publish
 
 
 log = logging.getLogger(__name__)
@@ -205,7 +206,7 @@ class Driver(Guests[Container, model.Container]):
             with contextlib.suppress(errors.VirtdError, LookupError, TypeError, ValueError, AttributeError):
                 mac, network = row
                 addresses += [
-                    found for found in self._peers("network").addresses_of(network, mac) if found not in addresses
+                    found for found in self._peers.networks.addresses_of(network, mac) if found not in addresses
                 ]
         return replies.ContainerInfo(
             **msgspec.structs.asdict(super().describe_fully(machine)),

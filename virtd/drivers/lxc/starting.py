@@ -93,9 +93,9 @@ class _Start(Start[Container, model.Container]):
         names = interface_names(self.machine.uuid, len(nics))
         for index, nic in enumerate(nics):
             assert nic.network is not None
-            network = self.machine.peers("network")
+            networks = self.machine.peers.networks
             mac = (nic.mac or mac_of(self.machine.uuid, index)).lower()
-            bridge = await network.reserve(
+            bridge = await networks.reserve(
                 nic.network, user=self.machine.key, interface=names[index], mac=mac, trusted=nic.trusted
             )
             self.links.append(config.Link(names[index], bridge.bridge, nic.name or f"eth{index}", mac))
@@ -116,7 +116,7 @@ class _Start(Start[Container, model.Container]):
         except BaseException:
             for link in self.links:
                 with contextlib.suppress(errors.VirtdError):
-                    await asyncio.shield(self.machine.peers("network").detach(link.host))
+                    await asyncio.shield(self.machine.peers.networks.detach(link.host))
             if not isinstance(self.definition.rootfs, str):
                 await asyncio.shield(self._unmount())
             raise
@@ -220,9 +220,9 @@ class _Start(Start[Container, model.Container]):
             await asyncio.gather(started, ended, return_exceptions=True)
         container.know_init()
         self._look_at_inotify()
-        for index, link in enumerate(self.links):
-            network = self.definition.nic[index].network
-            await container.peers("network").add_port(network, user=container.key, interface=link.host)
+        networks = [nic.network for nic in self.definition.nic if nic.network is not None]
+        for network, link in zip(networks, self.links, strict=True):
+            await container.peers.networks.add_port(network, user=container.key, interface=link.host)
 
     def _look_at_inotify(self) -> None:
         """A system without any says "Failed to allocate manager object" on its console, and ends."""

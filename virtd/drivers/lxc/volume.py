@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ...model import container as model
     from ...units import Units
-    from ..protocol import Peers
+    from ..peers import Peers
 
 log = logging.getLogger(__name__)
 
@@ -45,14 +45,14 @@ def place(run: str, name: str) -> str:
 
 async def mount(root: model.Root, where: str, peers: Peers, units: Units, source: str, by: str) -> Mounted:
     """Have the volume mounted. Raises a VirtdError."""
-    storage = peers("storage")
+    volumes = peers.volumes
     try:
-        path, form, _, after = await storage.for_guest(root.pool, root.volume, writes=True, by=by)
+        path, form, _, after = await volumes.for_guest(root.pool, root.volume, writes=True, by=by)
     except errors.NotFound as exc:
         raise errors.InvalidDefinition(source, "rootfs", exc.message, hint=exc.hint) from exc
     if form is not Format.RAW:
         raise errors.InvalidDefinition(source, "rootfs", f"expected a raw volume, got {root.volume}, which is {form}")
-    require_free = await storage.require_unused(root.pool, root.volume)
+    require_free = await volumes.require_unused(root.pool, root.volume)
     await unmount(where, units)  # a start that was cut off has left it
     try:
         files.make_directory(os.path.dirname(where), 0o700)

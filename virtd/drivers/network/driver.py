@@ -12,8 +12,6 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from ... import errors, files, journal
 from ...hints import do
 from ...messages import Message
@@ -24,6 +22,7 @@ from ...process import boot_id
 from ...records import Record, Records, now
 from .. import reconcile
 from ..collection import Collection
+from ..peers import Connection
 from ..protocol import Problem
 from . import bridge, describing, host, links, routes
 from .guard import Guard
@@ -40,20 +39,12 @@ if TYPE_CHECKING:
     from ...model.settings import Dnsmasq, Settings
     from ...replies import networks as replies
     from ..conflicts import Holding
-    from ..protocol import Difference, Peers, Publish
+    from ..peers import Peers
+    from ..protocol import Difference, Publish
 
 log = logging.getLogger(__name__)
 
 DEFAULT = "default"
-
-
-class Connection(msgspec.Struct, frozen=True):
-    """How a guest is connected: the interface of the host's, the bridge it is in, and the MTU of both."""
-
-    network: str
-    interface: str
-    bridge: str
-    mtu: int
 
 
 def make(services: Services, settings: Settings, publish: Publish, peers: Peers) -> Driver:
@@ -72,7 +63,9 @@ class Driver(Collection[Net, model.Network]):
         super().__init__(services, Records(services.paths, DRIVER), publish)
         self._isolation = Isolation(self.nets)
         self._peers = peers
-        self._shared = Shared(services, self.records, settings, self.published, boot_id(), self._isolation, peers)
+        self._shared = Shared(
+            services, self.records, settings, self.published, boot_id(), self._isolation, peers, self.nets
+        )
         self._prober = Prober(self.nets)
         self._upkeep = Upkeep(self.nets, publish, self._prober.doubt)
         self._guard = Guard(services, self.nets, self.problems, publish, self._isolation, self._prober, self._upkeep)
@@ -234,18 +227,14 @@ class Driver(Collection[Net, model.Network]):
             await asyncio.to_thread(files.remove_tree, net.state_directory)
             self.forget(net.name)
 
-    # For other drivers
+    # For other drivers: see peers.Networks
+
+    def bridge_of(self, network: str) -> str:
+        return self.find(network).bridge_name
 
     async def attach(
         self, network: str, *, user: str, interface: str, mac: str, uid: int, trusted: bool = False
     ) -> Connection:
-        """Make a tap in `network` for processes of `uid`; the network is started if it isn't active.
-
-        `user` is whose it is, as "qemu/web1": seen in the network's Info, and the reason why the network isn't
-        stopped. `interface` is the tap's name, at most 15 characters and the caller's to choose and to put on record
-        before this is called; `detach` removes it, whatever became of it. The guest may send as `mac` only, unless it
-        is `trusted`. Raises a VirtdError, with no tap left.
-        """
         made = await self.reserve(network, user=user, interface=interface, mac=mac, trusted=trusted)
         net = self.find(network)
         port = net.connections.port(interface)
@@ -261,17 +250,11 @@ class Driver(Collection[Net, model.Network]):
     async def reserve(
         self, network: str, *, user: str, interface: str, mac: str, trusted: bool = False
     ) -> Connection:
-        """For whoever makes the interface in one go with its place in the bridge (lxc.net.0.link): rules are there
-        before it is.
-
-        It should be told of by `add_port` afterwards: an interface without our alias counts as a stranger's.
-        """
         net = await self._used(network, user)
         await net.connections.connect(interface, user=user, mac=mac, trusted=trusted)
         return Connection(net.name, interface, net.bridge_name, links.mtu(net.bridge_name))
 
     async def add_port(self, network: str, *, user: str, interface: str) -> Connection:
-        """Put an interface that is there, and was reserved, into the network: the host's end of a veth, say."""
         net = await self._used(network, user)
         name = net.bridge_name
         alias = links.alias_of(net.name, user)
@@ -282,7 +265,6 @@ class Driver(Collection[Net, model.Network]):
         return Connection(net.name, interface, name, links.mtu(name))
 
     async def detach(self, interface: str) -> bool:
-        """Delete an interface that `attach` made, and forget one that was reserved; False when it isn't there."""
         gone = await asyncio.to_thread(bridge.remove, interface)
         await self._disconnect(interface)
         return gone
@@ -293,7 +275,6 @@ class Driver(Collection[Net, model.Network]):
                 await net.connections.disconnect(interface)
 
     async def sweep(self, driver: str, alive: set[str]) -> list[str]:
-        """Delete the interfaces of a driver's objects that aren't `alive`, which a crash may have left."""
         gone = []
         for port in links.ports():
             owner, _, name = port.user.partition("/")
@@ -308,7 +289,6 @@ class Driver(Collection[Net, model.Network]):
         return gone
 
     def addresses_of(self, network: str, mac: str) -> list[str]:
-        """The addresses that DHCP gave to this MAC."""
         net = self.nets.get(network)
         return [lease.address for lease in net.leases() if lease.mac == mac.lower()] if net is not None else []
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from ...model.network import Forward, Network
-    from ..protocol import Peers
+    from ..peers import Peers
     from .ports import Port
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,15 @@ class Owner(Protocol):
     def mac(self) -> str: ...
     @property
     def ports(self) -> tuple[Port, ...]: ...
+
+
+class Beside(Protocol):
+    """Whoever else may have something."""
+
+    @property
+    def peers(self) -> Peers: ...
+    @property
+    def nets(self) -> Mapping[str, Owner]: ...
 
 
 def of(network: Network, mac: str) -> Iterator[Holding]:
@@ -61,17 +70,17 @@ def all_of(nets: Mapping[str, Owner], *, running: bool) -> Iterator[tuple[str, H
                 yield from ((f"network {net.name}", one) for one in of(network, mac))
 
 
-async def require(net: Owner, network: Network, peers: Peers) -> None:
+async def require(net: Owner, network: Network, beside: Beside) -> None:
     """Raise Busy when somebody has what `network` is to have and isn't in force yet."""
     before = net.running.forward if net.running is not None else ()
     await _require_unserved(net.name, network.forward, before)
-    require_free(net, network, peers)
+    require_free(net, network, beside)
 
 
-def require_free(net: Owner, network: Network, peers: Peers) -> None:
+def require_free(net: Owner, network: Network, beside: Beside) -> None:
     """The same as far as nobody has to be waited for: other networks."""
-    conflicts.require(peers, f"network {net.name}", of(network, net.mac if network.own else ""))
-    for other in peers("network").nets.values():
+    conflicts.require(beside.peers, f"network {net.name}", of(network, net.mac if network.own else ""))
+    for other in beside.nets.values():
         theirs = other.running
         if other is net or theirs is None or not (network.own and theirs.own):
             continue

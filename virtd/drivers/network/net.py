@@ -115,7 +115,7 @@ class Net(NetRecord):
                     f"Network {self.name} has no definition",
                     hint=do("define", "network", "FILE") + f', with name = "{self.name}".',
                 )
-            await holdings.require(self, network, self.shared.peers)
+            await holdings.require(self, network, self.shared)
             await asyncio.to_thread(routes.check, network, self.source)
             await asyncio.to_thread(host.check_bridge, network, self.source, bridge.mac_of(self.uuid))
             record = Record(
@@ -130,7 +130,7 @@ class Net(NetRecord):
                 | {"mac": bridge.mac_of(self.uuid)}
                 | self._still_connected(),
             )
-            holdings.require_free(self, network, self.shared.peers)  # others may have had their turn since
+            holdings.require_free(self, network, self.shared)  # others may have had their turn since
             self.put(record)
             self.shared.publish("changed", self)
             try:
@@ -365,7 +365,7 @@ class Net(NetRecord):
         from . import holdings
 
         if new.own:
-            await holdings.require(self, new, self.shared.peers)
+            await holdings.require(self, new, self.shared)
             if self.rules_stale(new):
                 await self._allow_forwarding(new)
                 await self.apply_rules(new)

@@ -18,13 +18,14 @@ from . import bridge, leases
 from . import ports as ports_
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from contextlib import AbstractAsyncContextManager
 
     from ...child import Services
     from ...model.settings import Dnsmasq
     from ...records import Records
-    from ..protocol import Peers
+    from ..peers import Peers
+    from .holdings import Owner
     from .isolation import Isolation
     from .ports import Port
 
@@ -42,6 +43,7 @@ class Shared(NamedTuple):
     boot_id: str
     isolation: Isolation
     peers: Peers
+    nets: Mapping[str, Owner]
 
 
 class NetRecord(Recorded):

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from ...model.settings import Qemu, Settings
     from ...units import UnitState
     from ..conflicts import Holding
-    from ..protocol import Difference, Peers, Publish
+    from ..peers import Peers
+    from ..protocol import Difference, Publish
 
 log = logging.getLogger(__name__)
 

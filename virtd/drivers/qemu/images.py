@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ...model import domain as model
-    from ..protocol import Peers
+    from ..peers import Peers
 
 
 class Image(msgspec.Struct, frozen=True):
@@ -51,9 +51,9 @@ async def resolve(domain: model.Domain, source: str, peers: Peers, by: str) -> l
             continue
         assert disk.pool is not None
         assert disk.volume is not None
-        storage = peers("storage")
+        volumes = peers.volumes
         try:
-            path, known, backing, after = await storage.for_guest(
+            path, known, backing, after = await volumes.for_guest(
                 disk.pool, disk.volume, writes=not disk.readonly, by=by
             )
         except errors.NotFound as exc:
@@ -70,7 +70,7 @@ def require_free(images: list[Image], peers: Peers) -> None:
     """Raise Busy when a job has come between since `resolve`. Doesn't wait: the record follows in the same step."""
     for image in images:
         if image.pool:
-            peers("storage").require_for_guest(image.pool, image.volume, writes=not image.readonly)
+            peers.volumes.require_for_guest(image.pool, image.volume, writes=not image.readonly)
 
 
 def opened(domain: model.Domain, images: list[Image]) -> Iterator[tuple[str, bool]]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ...records import Record
     from ...units import UnitState
     from ..conflicts import Holding
-    from ..protocol import Peers
+    from ..peers import Peers
     from .standstill import Standstill
 
 log = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ class Machine(Guest[model.Domain]):
         self.floods, self._pause = 0, 0.0
         for nic in record.data.get("nics", []):
             with contextlib.suppress(errors.HostError):
-                await self.peers("network").detach(nic["interface"])
+                await self.peers.networks.detach(nic["interface"])
         old = hostinfo.account(self.settings).uid if record.data.get("owners") else 0
         ownership.give_back(ownership.recorded(record.data, old))
 

@@ -20,7 +20,7 @@ from . import command
 
 if TYPE_CHECKING:
     from ...model.domain import Domain
-    from ..protocol import Peers
+    from ..peers import Peers
 
 DRIVER = "qemu"
 PREFIX = "vt-"
@@ -71,7 +71,7 @@ def check(domain: Domain, source: str, peers: Peers) -> None:
         if nic.network is None:
             continue
         try:
-            peers(NETWORK).find(nic.network)
+            peers.networks.bridge_of(nic.network)
         except errors.NotFound as exc:
             raise errors.InvalidDefinition(
                 source,
@@ -87,7 +87,7 @@ def check(domain: Domain, source: str, peers: Peers) -> None:
 async def connect(name: str, planned: list[Planned], uid: int, peers: Peers) -> None:
     """Make the taps; networks that aren't active are started. Raises a VirtdError."""
     for nic in planned:
-        await peers(NETWORK).attach(
+        await peers.networks.attach(
             nic.network,
             user=f"{DRIVER}/{name}",
             interface=nic.interface,
@@ -104,7 +104,7 @@ async def sweep(alive: set[str], peers: Peers) -> None:
     except OSError:
         return
     if found:
-        await peers(NETWORK).sweep(DRIVER, alive)
+        await peers.networks.sweep(DRIVER, alive)
 
 
 def describe(domain: Domain, uuid: str, peers: Peers, *, alive: bool) -> list[Nic]:
@@ -112,14 +112,14 @@ def describe(domain: Domain, uuid: str, peers: Peers, *, alive: bool) -> list[Ni
     rows = []
     for index, nic in enumerate(domain.nic):
         mac = _mac(domain, uuid, index)
-        connected = nic.network is not None and alive
+        network = nic.network if alive else None
         rows.append(
             Nic(
                 network=nic.network,
                 mode="user" if nic.network is None else None,
                 mac=mac,
-                interface=interface_name(domain.name, index) if connected else None,
-                addresses=peers(NETWORK).addresses_of(nic.network, mac) if connected else [],
+                interface=interface_name(domain.name, index) if network is not None else None,
+                addresses=peers.networks.addresses_of(network, mac) if network is not None else [],
             )
         )
     return rows

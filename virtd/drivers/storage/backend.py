@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from ... import errors
 from ...model.domain import Format
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
     from ...model.pool import Pool
+    from ..qcow2 import Header
 
 
 class Capacity(msgspec.Struct, frozen=True):
@@ -70,6 +72,14 @@ class Backend(Protocol):
     """One pool. Every method may take its time and raises a VirtdError."""
 
     pool: Pool
+    files: bool  # whether its volumes are files: of any format, and growing as they are written
+
+    @property
+    def mount(self) -> str:
+        """The mount unit that a pool has which is a file system, or ""."""
+
+    async def build(self) -> bool:
+        """Make what the pool is in; False if it is there. Raises InvalidState when only a person can."""
 
     async def start(self) -> None:
         """Make the pool usable. Idempotent; whatever fails leaves it as it was."""
@@ -98,6 +108,12 @@ class Backend(Protocol):
     async def free(self, name: str) -> None:
         """Raises Exists when the name is taken."""
 
+    async def reflink(self, source: Volume, job: str) -> bool:
+        """Have the begun volume share the blocks of a file; False where that can't be."""
+
+    async def header(self, volume: Volume) -> Header:
+        """What a qcow2 volume says of itself. Raises InvalidState."""
+
     async def commit(self, job: str, name: str, meta: Meta) -> None:
         """Make a finished one the volume `name`. Raises Exists. Safe to repeat after a crash."""
 
@@ -124,3 +140,11 @@ class Backend(Protocol):
 
     async def delete(self, volume: Volume) -> None:
         """Idempotent."""
+
+
+def not_built(pool: Pool) -> errors.InvalidState:
+    """What `build` raises where there is nothing for it."""
+    return errors.InvalidState(
+        f"Pool {pool.name} is a {pool.type} pool: there is no directory to make",
+        hint="A file system is made with mkfs, a volume group with vgcreate.",
+    )

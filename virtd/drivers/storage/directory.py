@@ -48,6 +48,8 @@ class Directory:
     """See Backend. `uid` and `gid`: the guests' user and group; `mountpoint`: of the file system that it
     must be on."""
 
+    files = True
+
     def __init__(self, pool: model.Pool, uid: int, gid: int, mountpoint: MountPoint | None = None) -> None:
         self.pool = pool
         self._mountpoint = mountpoint
@@ -76,8 +78,11 @@ class Directory:
             return exc.message
         return ""
 
+    @property
+    def mount(self) -> str:
+        return ""
+
     async def build(self) -> bool:
-        """Make the directory; False when it is there."""
         if self._mountpoint is not None:
             await self._mountpoint.require()
         return await self._aside(self._build)
@@ -241,7 +246,6 @@ class Directory:
                 raise self._refused("Cannot make a volume in", exc) from exc
 
     async def reflink(self, source: Volume, job: str) -> bool:
-        """Have the begun volume share the blocks of `source`; False where the file system can't."""
         return await self._aside(lambda: self._reflink(source.path, f"{OURS}/{NEW}/{job}"), limit=600)
 
     def _reflink(self, source: str, target: str) -> bool:

@@ -8,7 +8,7 @@ import functools
 from typing import TYPE_CHECKING
 
 from ...model import pool as model
-from ...units import mount_unit
+from ..peers import Disk
 from ..protocol import Problem
 from . import chains
 from .host import Account
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ...child import Services
-    from ...model.domain import Format
     from ...model.settings import Settings
     from ...records import Record
-    from ..protocol import Difference, Peers, Publish
+    from ..peers import Peers
+    from ..protocol import Difference, Publish
     from .changing import Changing
     from .making import Making
     from .streams import Streams
@@ -114,16 +114,9 @@ class Driver(Pools):
     async def close(self) -> None:
         await asyncio.gather(self.jobs.close(), *(pool.end_tasks() for pool in self.pools.values()))
 
-    # Guests
+    # For other drivers: see peers.Volumes
 
-    async def for_guest(
-        self, pool_name: str, name: str, *, writes: bool, by: str
-    ) -> tuple[str, Format, tuple[tuple[str, Format], ...], str]:
-        """A volume that a guest is to have, its pool started if need be.
-
-        Its path and format, what it stands on (the nearest first), and the unit of the mount that it is on, or "".
-        Raises NotFound, or why it can't be had.
-        """
+    async def for_guest(self, pool_name: str, name: str, *, writes: bool, by: str) -> Disk:
         await self.certain()
         if not self.find(pool_name).active:
             await self.start(pool_name, by)
@@ -136,11 +129,10 @@ class Driver(Pools):
         self.usage.require_unmounted(volume)  # domains look at each other by themselves
         for link in links[1:]:
             self.usage.require_no_job("use", link.key, writes=False)
-        after = mount_unit(pool.present.path) if pool.present.type is model.Type.FILESYSTEM else ""
-        return volume.path, links[0].format, tuple(link.pair for link in links[1:]), after
+        after = pool.backend.mount
+        return Disk(volume.path, links[0].format, tuple(link.pair for link in links[1:]), after)
 
     async def require_unused(self, pool_name: str, name: str) -> Callable[[], None]:
-        """Raise Busy when anybody uses it, reading or writing; what asks again, without waiting for anything."""
         pool, volume = await self.volumes.find(pool_name, name)
 
         def again() -> None:
@@ -150,5 +142,4 @@ class Driver(Pools):
         return again
 
     def require_for_guest(self, pool: str, name: str, *, writes: bool) -> None:
-        """Raise Busy while a job works on it."""
         self.usage.require_no_job("use", key(pool, name), writes=writes)

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from ... import errors
 from ...reach import look, make_directory, opened
 from ...text import word
+from ...units import mount_unit
 from . import mounts
+from .backend import not_built
 from .directory import Directory
 
 if TYPE_CHECKING:
@@ -31,6 +33,13 @@ class Filesystem(Directory):
         self._units = units
         assert pool.source is not None
         self._source = pool.source
+
+    @property
+    def mount(self) -> str:
+        return mount_unit(self.pool.path)
+
+    async def build(self) -> bool:
+        raise not_built(self.pool)
 
     async def start(self) -> None:
         path = self.pool.path

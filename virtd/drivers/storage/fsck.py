@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from ... import errors
 from ...model import pool as model
 from ...paths import names as names_in
-from ...units import mount_unit
 from ..fsck import (
     Seen,
     clear_away,
@@ -151,17 +150,17 @@ async def _findings(pools: Pools, name: str, pool: StoragePool | None) -> list[D
         if pool.active:
             if lost := await pool.backend.lost():
                 # What else can be lost (a directory, a volume group) nobody but a person can give back.
-                unmounted = pool.present.type is model.Type.FILESYSTEM and mounts.mounted(pool.present.path) is None
+                unmounted = pool.backend.mount and mounts.mounted(pool.present.path) is None
                 text = f"{name} is active, and {lost}"
                 return [*found, Difference("pool", name, text, "mount it again" if unmounted else "")]
             for stale in await pool.backend.stale(pools.jobs.unfinished()):
                 text = f"{pool.present.path}/{stale} was begun, and no job fills it"
                 found.append(Difference("volume", name, text, "remove it"))
-        elif pool.definition is not None and pool.definition.type is model.Type.FILESYSTEM:
+        elif pool.definition is not None and (mount := pool.backend.mount):
             where = pool.definition.path
             units = await pools.services.units()
             if mounts.mounted(where) is not None and await mounts.is_ours(units, where):
-                text = f"{mount_unit(where)} is mounted by virtd, and {name} isn't active"
+                text = f"{mount} is mounted by virtd, and {name} isn't active"
                 found.append(Difference("mount", name, text, "unmount it"))
     except errors.VirtdError as exc:
         found.append(Difference("pool", name, f"{name} can't be looked at: {exc.message}"))

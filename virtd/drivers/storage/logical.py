@@ -20,11 +20,13 @@ from ...model.domain import Format
 from ...reach import opened, reached
 from . import host, sandbox
 from .aside import Aside
-from .backend import Capacity, Meta, Volume
+from .backend import Capacity, Meta, Volume, not_built
 from .job import Program
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection
+
+    from ..qcow2 import Header
 
 NEW = "virtd_new"
 DAMAGED = "virtd_damaged"
@@ -36,6 +38,8 @@ PLAIN = frozenset("-oOsVmMrR")
 
 class Logical:
     """See Backend. `run_tool(pool, program)` gives what the program wrote."""
+
+    files = False
 
     def __init__(self, pool: model.Pool, uid: int, run_tool: Callable[[str, Program], Awaitable[str]]) -> None:
         self.pool = pool
@@ -63,6 +67,13 @@ class Logical:
         return rows
 
     # The pool
+
+    @property
+    def mount(self) -> str:
+        return ""
+
+    async def build(self) -> bool:
+        raise not_built(self.pool)
 
     async def start(self) -> None:
         await self._report("vgs", "vg_name")
@@ -153,6 +164,13 @@ class Logical:
 
     def begun(self, _job: str, name: str) -> str:
         return f"{self.pool.path}/{name}"
+
+    async def reflink(self, source: Volume, job: str) -> bool:
+        del source, job
+        return False
+
+    async def header(self, volume: Volume) -> Header:
+        raise errors.InvalidState(f"Volume {volume.name} of pool {self.pool.name} is raw")
 
     async def commit(self, job: str, name: str, meta: Meta) -> None:
         found = (await self._all()).get(name)

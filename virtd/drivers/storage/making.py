@@ -11,7 +11,6 @@ from ...model import pool as model
 from ...model.domain import Format
 from . import chains, images, programs
 from .backend import Meta
-from .directory import Directory
 from .job import Task
 from .usage import key
 from .volumes import Answer, check_format, check_room
@@ -64,7 +63,7 @@ class Making:
         if wanted is Format.RAW and allocate is model.Preallocation.METADATA:
             raise errors.InvalidDefinition("volume", "preallocation", 'expected "off", "falloc" or "full" for raw')
         meta = Meta(wanted, chain[0].backing if chain else None, token=token)
-        logical = pool.present.type is model.Type.LOGICAL  # which has all of its space from the start
+        logical = not pool.backend.files  # which has all of its space from the start
         full = allocate is model.Preallocation.FULL
         quick = wanted is Format.RAW and (allocate is model.Preallocation.OFF or (logical and not full))
         reads = tuple(link.key for link in chain)
@@ -106,7 +105,7 @@ class Making:
 
         async def reflink(job: str) -> bool:
             old, new = pool.backend, target.backend
-            return isinstance(old, Directory) and isinstance(new, Directory) and await new.reflink(volume, job)
+            return old.files and await new.reflink(volume, job)
 
         def program(path: str) -> Program:
             return programs.copy(self._volumes.account, volume.path, path)
@@ -168,7 +167,7 @@ class Making:
         if (known := self._volumes.repeated(pool, name, token)) is not None:
             return known
         backend = pool.usable
-        if not isinstance(backend, Directory):
+        if not backend.files:
             raise errors.InvalidState(f"The volumes of pool {pool.name} are always raw")
         self._usage.require("import", pool.name, volume, writes=True)
         async with images.looked(volume.path, source_format, probe=probe) as foreign:

@@ -16,7 +16,6 @@ from ...records import Records
 from ..collection import Collection
 from ..protocol import Problem
 from . import backends
-from .directory import Directory
 from .job import DRIVER
 from .jobs import Jobs
 from .pool import LOST, Shared, State, StoragePool
@@ -28,7 +27,8 @@ if TYPE_CHECKING:
     from ...child import Services
     from ...model.settings import Settings
     from ...replies import storage as replies
-    from ..protocol import Peers, Publish
+    from ..peers import Peers
+    from ..protocol import Publish
     from .backend import Backend
 
 log = logging.getLogger(__name__)
@@ -176,11 +176,5 @@ class Pools(Collection[StoragePool, model.Pool]):
     async def build(self, name: str) -> bool:
         """Make the directory of a directory pool; False if it is there."""
         pool = self.find(name)
-        backend = pool.backend
-        if not isinstance(backend, Directory) or pool.present.type is not model.Type.DIRECTORY:
-            raise errors.InvalidState(
-                f"Pool {pool.name} is a {pool.present.type} pool: there is no directory to make",
-                hint="A file system is made with mkfs, a volume group with vgcreate.",
-            )
         async with pool.exclusive("build"):
-            return await backend.build()
+            return await pool.backend.build()

@@ -14,7 +14,6 @@ from ...model import pool as model
 from ...model.domain import Format
 from . import images, programs
 from .backend import Meta, Volume
-from .directory import Directory
 from .job import State, Task
 from .usage import key
 from .volumes import Answer, check_format, check_room
@@ -94,7 +93,7 @@ class Streams:
         try:
             return await images.open_begun(backend, job.name, task.volume)
         except errors.NotFound:
-            await backend.begin(job.name, task.volume, None if isinstance(backend, Directory) else task.size)
+            await backend.begin(job.name, task.volume, None if backend.files else task.size)
         return await images.open_begun(backend, job.name, task.volume)
 
     async def uploaded(self, job_name: str) -> Answer:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ...hints import Hint
-    from ..protocol import Peers, Use
+    from ..peers import Peers
+    from ..protocol import Use
     from .backend import Volume
     from .jobs import Jobs
     from .pool import StoragePool

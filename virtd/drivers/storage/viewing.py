@@ -12,7 +12,6 @@ from ... import errors
 from ...model.domain import Format
 from ...replies import storage as replies
 from . import chains
-from .directory import Directory
 from .usage import key
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ class Viewing:
 
 async def _snapshots(pool: StoragePool, volume: Volume) -> list[replies.Snapshot]:
     backend = pool.usable
-    if volume.meta.format is not Format.QCOW2 or not isinstance(backend, Directory):
+    if volume.meta.format is not Format.QCOW2 or not backend.files:
         return []
     with contextlib.suppress(errors.InvalidState):
         header = await backend.header(volume)

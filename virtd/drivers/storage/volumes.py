@@ -137,7 +137,7 @@ class Volumes:
 
 def check_format(pool: StoragePool, wanted: Format) -> None:
     """Raise InvalidDefinition for a format that the pool's volumes can't have."""
-    if pool.present.type is model.Type.LOGICAL and wanted is not Format.RAW:
+    if not pool.backend.files and wanted is not Format.RAW:
         raise errors.InvalidDefinition(
             "volume", "format", f'expected "raw" in pool {pool.name}, whose volumes are logical volumes'
         )

@@ -331,5 +331,5 @@ def test_a_link_to_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     who = hostinfo.Account("me", "me", os.getuid(), os.getgid(), ())
     with pytest.raises(errors.InvalidDefinition, match="expected a regular file") as caught:
         hostinfo.check_files(parse(f'disk = [{{ path = "{link}" }}]'), "web1.toml", who)
-    assert "/dev/vg0/b" in (caught.value.hint or "")
+    assert "/dev/vg0/b" in str(caught.value.hint)
     hostinfo.check_files(parse('disk = [{ path = "/dev/vg0/b" }]'), "web1.toml", who)
