@@ -343,27 +343,15 @@ def _disagreements() -> Iterator[str]:
     if defined != set(domains):
         yield f"definitions of {sorted(defined)}, but virtdctl lists {sorted(domains)}"
     yield from (f"left over: {path}" for path in temporary_files())
-    for name in domains:
-        if os.path.exists(image(name)) and (os.stat(image(name)).st_uid == 0) == (name in alive):
-            yield f"the disk of {name} belongs to {os.stat(image(name)).st_uid}"
+    yield from _users(domains, alive)
     status = call("Status")["status"]
     yield from (f"problem: {problem['text']}" for problem in status["problems"])
     if status["budget"]["used"] != len(held):
         yield f"the daemon counts {status['budget']['used']} slots, PID 1 has {len(held)}"
 
 
-def users() -> None:
-    """Each guest that runs has a user of its own, by the table and by name, who has its disk; nobody else has one.
-
-    Nor is there a link for a path of anybody else's. Raises Broken.
-    """
-    domains = {item["name"]: item for item in call("List")["objects"]}
-    alive = {name for name, item in domains.items() if item["state"] in ALIVE}
-    if problems := list(_strangers(domains, alive)):
-        raise Broken("; ".join(problems))
-
-
-def _strangers(domains: dict[str, Any], alive: set[str]) -> Iterator[str]:
+def _users(domains: dict[str, Any], alive: set[str]) -> Iterator[str]:
+    """Each guest that runs has a user of its own, by the table and by name, who has its disk; nobody else has one."""
     uids = {name: int(systemctl("show", "-P", "UID", f"virtd-qemu-{name}.service")) for name in alive}
     for name in domains:
         if os.path.exists(image(name)) and (owner := os.stat(image(name)).st_uid) != uids.get(name, 0):

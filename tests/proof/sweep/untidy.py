@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The sweep's operations on a host that isn't tidy: what others change, and what is odd."""
+"""The sweep's operations on a host that isn't tidy: what others change, what comes late, is odd or taken."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, ClassVar
 from tests.proof.sweep import scene
 from tests.proof.sweep.operations import Operation, expect
 from tests.proof.sweep.others import NETWORK, OfNetwork
+from tests.proof.sweep.others import state as state_of
 from tests.proof.sweep.scene import ALIVE, IMAGES, Broken, Refused, call, info, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PORTER, ODD = "porter", "odd"
+PORTER, ODD, LATE, FIRST, RIVAL = "porter", "odd", "late", "first", "rival"
 BRIDGE, TAP = f"vd-{NETWORK}", f"vt-{PORTER}-0"
 # All that virtd has made of the kernel's for a bridge and a port of it, but for what counts up.
 MADE = r"""
@@ -34,6 +35,7 @@ done 2>/dev/null | sed 's/^ *[0-9]*: //; s/ tentative//; s/valid_lft.*//; s/^[0-
 cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding
 """
 ODD_PATH = f'{IMAGES}/it\'s "odd" 100% $HOME; a\\b ü.img'
+AT_BOOT = 45.0  # seconds in which what waits is surely tried once more
 
 
 def run(*command: str) -> str:
@@ -163,7 +165,6 @@ class Odd(Operation):
         define(ODD, more=f'[[disk]]\npath = {path}\nformat = "raw"\nreadonly = true\n')
 
     def agreement(self) -> None:
-        scene.users()
         alive = state(ODD) in ALIVE
         expect("links", os.path.lexists(f"/run/virtd/paths/qemu.{ODD}"), alive)
         with open(ODD_PATH, "rb") as file:
@@ -213,8 +214,107 @@ class OddStop(Odd):
         expect("the domain", state(ODD), "stopped")
 
 
+class LateAutostart(Operation):
+    """The first start of the daemon after a boot, at which a guest's disk isn't there yet; then it comes."""
+
+    name = "autostart-late"
+    start = True
+
+    def prepare(self) -> None:
+        self.clear()
+        call("Define", text=scene.definition(LATE, more="autostart = true"), source="sweep")
+
+    def held(self) -> None:
+        for mark in ("/var/lib/virtd/autostarted", "/run/virtd/autostarted"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(mark)
+
+    def act(self) -> None:
+        until("it waits", self.waits)
+        scene.make_image(LATE)
+        # That a file is there tells nobody; that an interface is does.
+        run("ip", "link", "add", "sweep0", "type", "bridge")
+        run("ip", "link", "del", "sweep0")
+        self.runs()
+
+    def waits(self) -> bool:
+        with open("/var/lib/virtd/waiting.json") as file:
+            on_record = json.load(file)["objects"]
+        return bool(info(LATE)["waits"]) and f"qemu/{LATE}" in on_record
+
+    def runs(self) -> None:
+        until("its start", lambda: state(LATE) == "running", AT_BOOT)
+
+    def judge(self) -> None:
+        self.runs()
+        expect("it waits", info(LATE)["waits"], False)
+
+    def again(self) -> None:
+        self.clear()
+
+    def agreement(self) -> None:
+        expect("what waits is on record", os.path.exists("/var/lib/virtd/waiting.json"), False)
+
+    def clear(self) -> None:
+        remove(LATE)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(scene.image(LATE))
+
+
+class Conflict(OfNetwork):
+    """A start that is refused, for another has what it needs: a guest's disk, a network's port of the host."""
+
+    name = "conflict"
+
+    def prepare(self) -> None:
+        super().prepare()
+        call("Network.Stop", name=NETWORK, force=True)
+        define(FIRST)
+        start(FIRST)
+        if not state(RIVAL):
+            call("Define", text=scene.definition(FIRST).replace(f'"{FIRST}"', f'"{RIVAL}"'), source="sweep")
+        for name, number in ((FIRST, 8), (RIVAL, 9)):
+            if not state_of("Network", name):
+                text = f'name = "{name}"\ndns = false\n[ipv4]\naddress = "10.211.{number}.1/24"\ndhcp = false\n'
+                text += f'[[forward]]\nport = 8080\nto = "10.211.{number}.9"\nto_port = 80\n'
+                call("Network.Define", text=text, source="sweep")
+        call("Network.Start", name=FIRST)
+
+    def act(self) -> None:
+        for method in ("Start", "Network.Start"):
+            with self.refused():
+                call(method, name=RIVAL)
+
+    @contextlib.contextmanager
+    def refused(self) -> Iterator[None]:
+        try:
+            yield
+        except Refused as exc:
+            if "in use by" not in str(exc):
+                raise
+        else:
+            raise Broken("two have what only one can have")
+
+    def judge(self) -> None:
+        expect("the rival", (state(RIVAL), state_of("Network", RIVAL)), ("stopped", "inactive"))
+        expect("the first", (state(FIRST), state_of("Network", FIRST)), ("running", "active"))
+        expect("the rival's bridge", os.path.exists(f"/sys/class/net/vd-{RIVAL}"), False)
+
+    def again(self) -> None:
+        self.act()
+        self.judge()
+
+    def clear(self) -> None:
+        remove(RIVAL, FIRST)
+        for name in (RIVAL, FIRST):
+            for method, more in (("Stop", {"force": True}), ("Undefine", {})):
+                with contextlib.suppress(Refused):
+                    call(f"Network.{method}", name=name, **more)
+        super().clear()
+
+
 def untidy_operations() -> Iterator[Operation]:
     for kind in (
-        PutBackPort, PutBackBridge, PutBackRules, Probe, OddStart, OddStop,
+        PutBackPort, PutBackBridge, PutBackRules, Probe, OddStart, OddStop, LateAutostart, Conflict,
     ):  # fmt: skip
         yield kind()
