@@ -84,7 +84,7 @@ class FakeUnits:
             raise errors.Exists(f"there is a unit {spec.name} already")
         program = FAKE_DNSMASQ if spec.name.startswith("virtd-network-") else FAKE_QEMU
         # A job of a storage pool is what it says, and so is what starts LXC; every other child is made up.
-        real = spec.name.startswith(("virtd-storage-", "virtd-lxc-", "virtd-create-"))
+        real = spec.name.startswith(("virtd-storage-", "virtd-lxc-", "virtd-create-", "virtd-toy-"))
         with contextlib.ExitStack() as files:
             stdin, stdout, stderr = (
                 one if isinstance(one, int) else files.enter_context(open(one, mode, buffering=0))

@@ -201,7 +201,7 @@ def test_each_slot_is_documented(slot: str) -> None:
 
 def test_the_bus_is_documented() -> None:
     text = section(page("virtd.8"), "INTERFACES")
-    assert all(f"*{name}*" in text for name in (introspection.MANAGER, *(kind.interface for kind in KINDS)))
+    assert all(f"*{name}*" in text for name in (introspection.MANAGER, *(kind.interface for kind in KINDS.values())))
 
 
 # Links and examples

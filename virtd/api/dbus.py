@@ -55,9 +55,6 @@ NO_USER: Final = (1 << 32) - 1
 COST: Final = 2.0  # a call, as compared to one on Varlink
 GRACE: Final = 0.25  # seconds
 
-BY_SEGMENT: Final = {kind.segment: kind for kind in KINDS}
-BY_DRIVER: Final = {kind.driver: kind for kind in KINDS}
-
 
 class Refused(Exception):
     """A call that doesn't fit the interface; `name` follows org.freedesktop.DBus.Error."""
@@ -78,7 +75,7 @@ class Server:
         self._sparing = Sparing(log)
         self._door = Door(self._refuse)
         # The objects of each kind as the bus was last told of them: changes are sent as the difference to this.
-        self._objects: dict[str, dict[str, Object]] = {kind.segment: {} for kind in KINDS}
+        self._objects: dict[str, dict[str, Object]] = {segment: {} for segment in KINDS}
         self._running = 0
         self._callers: dict[str, Caller] = {}
         self._lookups: dict[str, asyncio.Task[Caller | None]] = {}
@@ -88,7 +85,7 @@ class Server:
 
     async def start(self, lost: Callable[[], None] | None = None) -> None:
         """Serve, and take the name; `lost` is called if the bus takes it away. Raises Exists or HostError."""
-        for kind in KINDS:
+        for kind in KINDS.values():
             self._objects[kind.segment] = {item["name"]: item for item in await kind.listing(self._host)}
         self._running = self._count_running()
         self._unsubscribe = self._host.subscribe(self._event)
@@ -276,7 +273,7 @@ class Server:
     async def _managed(self) -> dict[str, dict[str, dict[str, Var]]]:
         """All objects with their properties; one that is gone by the time it is asked for isn't among them."""
         found = {}
-        for kind in KINDS:
+        for kind in KINDS.values():
             names = sorted(self._objects[kind.segment])
             infos = await asyncio.gather(*(kind.info(self._host, name) for name in names), return_exceptions=True)
             for name, info in zip(names, infos, strict=True):
@@ -330,7 +327,7 @@ class Server:
         return (*([kind.manager] if kind.manager else []), INTROSPECTABLE, PEER)
 
     def _children(self, path: str) -> Iterable[str]:
-        fixed = {"/": ["org"], "/org": ["virtd1"], ROOT: list(BY_SEGMENT)}
+        fixed = {"/": ["org"], "/org": ["virtd1"], ROOT: list(KINDS)}
         if path in fixed:
             return fixed[path]
         kind, name = self._at(path)
@@ -339,7 +336,7 @@ class Server:
     def _at(self, path: str) -> tuple[Kind, str | None]:
         """The kind and name of the object at `path`; no name for the place above a kind's objects."""
         segment, _, label = path.removeprefix(f"{ROOT}/").partition("/")
-        if path.startswith(f"{ROOT}/") and (kind := BY_SEGMENT.get(segment)) is not None:
+        if path.startswith(f"{ROOT}/") and (kind := KINDS.get(segment)) is not None:
             if not label and not path.endswith("/"):
                 return kind, None
             try:
@@ -363,7 +360,7 @@ class Server:
     # Events
 
     def _event(self, event: str, item: Object) -> None:
-        kind = BY_DRIVER.get(item["driver"])
+        kind = next((kind for kind in KINDS.values() if kind.driver == item["driver"]), None)
         if kind is None:
             return
         known, name = self._objects[kind.segment], item["name"]

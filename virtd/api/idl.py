@@ -8,9 +8,12 @@ says and what is accepted can't differ.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import re
 from typing import Any, NamedTuple
+
+from .interfaces import MODULES
 
 _METHOD = re.compile(r"^method (\w+)\(([^)]*)\) ->", re.MULTILINE)
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -43,7 +46,11 @@ class Parameter(NamedTuple):
 
 @functools.cache
 def text(interface: str) -> str:
-    with open(os.path.join(os.path.dirname(__file__), f"{interface}.varlink"), encoding="utf-8") as file:
+    """The file beside the module that answers for it."""
+    found = importlib.util.find_spec(MODULES[interface])
+    assert found is not None
+    assert found.origin is not None
+    with open(os.path.join(os.path.dirname(found.origin), f"{interface}.varlink"), encoding="utf-8") as file:
         return file.read()
 
 

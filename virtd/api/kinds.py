@@ -40,8 +40,8 @@ async def _none() -> Sequence[Object]:
     return []
 
 
-KINDS: tuple[Kind, ...] = (
-    Kind(
+KINDS: dict[str, Kind] = {
+    "domain": Kind(
         segment="domain",
         interface="org.virtd1.Domain",
         driver="qemu",
@@ -51,7 +51,7 @@ KINDS: tuple[Kind, ...] = (
         late=domain_objects.LATE,
         ended=True,
     ),
-    Kind(
+    "network": Kind(
         segment="network",
         interface="org.virtd1.Network",
         driver="network",
@@ -61,7 +61,7 @@ KINDS: tuple[Kind, ...] = (
         late={},
         manager="org.virtd1.NetworkManager",
     ),
-    Kind(
+    "container": Kind(
         segment="container",
         interface="org.virtd1.Container",
         driver="lxc",
@@ -72,7 +72,7 @@ KINDS: tuple[Kind, ...] = (
         ended=True,
         manager="org.virtd1.ContainerManager",
     ),
-    Kind(
+    "pool": Kind(
         segment="pool",
         interface="org.virtd1.Pool",
         driver="storage",
@@ -82,4 +82,4 @@ KINDS: tuple[Kind, ...] = (
         late={},
         manager="org.virtd1.PoolManager",
     ),
-)
+}

@@ -128,14 +128,9 @@ def _create_options(parser: Parser) -> None:
     )
 
 
-def _named(parser: Parser) -> None:
-    parser.name(NOUN)
-    parser.json()
-
-
 OPTIONS: dict[str, Callable[[Parser], None]] = {
     "list": show.list_options,
-    "info": _named,
+    "info": partial(show.named, noun=NOUN),
     "start": domains.names,
     "shutdown": domains.shutdown_options,
     "stop": domains.names,
@@ -150,7 +145,7 @@ OPTIONS: dict[str, Callable[[Parser], None]] = {
     "create": _create_options,
     "define": domains.define_options,
     "undefine": domains.names,
-    "dump": _named,
+    "dump": partial(show.named, noun=NOUN),
     "autostart": domains.autostart_options,
 }
 RUN: dict[str, Callable[[argparse.Namespace, Session], int]] = {

@@ -67,6 +67,11 @@ Options:
 See virtdctl(1) for details."""
 
 
+def whole(module: str) -> str:
+    """The name to import a command's module by: they are here, but for those of others."""
+    return module if "." in module else f"virtd.cli.{module}"
+
+
 def help_text(noun: str = "") -> str:
     """What `virtdctl [NOUN] --help` prints: the commands by group, as systemctl shows its own."""
     commands = commands_of(noun)
@@ -92,9 +97,7 @@ def commands_of(noun: str) -> dict[str, tuple[str, str, str, str, str]]:
         return COMMANDS
     import importlib
 
-    commands: dict[str, tuple[str, str, str, str, str]] = importlib.import_module(
-        f"virtd.cli.{NOUNS[noun][0]}"
-    ).COMMANDS
+    commands: dict[str, tuple[str, str, str, str, str]] = importlib.import_module(whole(NOUNS[noun][0])).COMMANDS
     return commands
 
 
@@ -182,7 +185,7 @@ def _run(noun: str, command: str, words: list[str]) -> int:
     from virtd.cli.output import complain
 
     module_name, _group, _arguments, summary, doing = commands_of(noun)[command]
-    module = importlib.import_module(f"virtd.cli.{module_name}")
+    module = importlib.import_module(whole(module_name))
     parser = Parser(f"{noun} {command}".strip(), summary + ".")
     module.OPTIONS[command](parser)
     parser.common()

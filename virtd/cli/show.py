@@ -41,6 +41,12 @@ STATES = ("stopped", "starting", "running", "paused", "stopping", "crashed")
 DRIVER = "qemu"  # what virtdctl calls a domain; the other drivers' objects have nouns of their own
 
 
+def named(parser: Parser, noun: str) -> None:
+    """The options of what shows one object, or its definition."""
+    parser.name(noun)
+    parser.json()
+
+
 def listing(
     method: str = "List", driver: str = DRIVER, noun: str = "domain"
 ) -> Callable[[argparse.Namespace, Session], int]:

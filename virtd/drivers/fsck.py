@@ -224,7 +224,7 @@ async def _findings(guests: Supervising, name: str, seen: Seen) -> list[Differen
             return found  # it ended while systemd was asked, and is put away
         found += _process(machine, unit)
         found += slot_differences(guests.services, machine.child, seen)
-        if not os.path.isdir(machine.runtime):
+        if machine.housed and not os.path.isdir(machine.runtime):
             text = f"{machine.runtime} is gone, which {name} needs while it runs"
             found.append(Difference("directory", name, text))
     else:

@@ -74,6 +74,7 @@ class Guest(Recorded, Generic[D]):
 
     driver = ""  # the first part of its slots' and units' names
     noun = ""  # what a person calls it
+    housed = True  # whether it has a directory below /run while it runs
     definition_type: type[D]
 
     def __init__(self, shared: Shared, name: str) -> None:

@@ -54,6 +54,10 @@ class Guests(Collection[G, D]):
         """Start it; False if it was running. Raises a VirtdError, with nothing left behind."""
         raise NotImplementedError
 
+    async def stop(self, name: str, by: str) -> bool:
+        """End it at once; False if it wasn't running. Raises TimedOut."""
+        raise NotImplementedError
+
     def put_in_force(self, one: G, definition: D, text: str) -> None:
         assert one.record is not None
         one.note(one.state, one.reason, data=one.record.data | definitions.in_force(definition, text))

@@ -12,7 +12,7 @@ import functools
 import logging
 import os
 import time
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
 
@@ -27,12 +27,14 @@ from ..replies import daemon as replies
 from .access import Access
 from .base import Caller, Listener, WithDescriptors
 from .domains import Domains
+from .objects import Objects
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
 
     from ..child import Services
     from ..drivers import lxc, qemu, storage
+    from ..drivers.guests import Guests
     from ..drivers.protocol import Driver
     from ..model.settings import Settings
     from ..pump import Loss
@@ -65,6 +67,7 @@ class Host(Domains):
 
     def __init__(self, services: Services, settings: Settings) -> None:
         self._listeners: list[Listener] = []
+        self._supervised: dict[str, Objects[Any]] = {}
         self.drivers = Drivers(services, settings, self._publisher)
         self.followers = console.Followers(services.pump)
         domains = cast("qemu.driver.Driver", self.drivers.get(DRIVER))
@@ -91,6 +94,13 @@ class Host(Domains):
         from .containers import Containers
 
         return Containers(self.services, cast("lxc.driver.Driver", self.use("lxc")), self.followers, self.subscribe)
+
+    def supervised(self, driver: str) -> Objects[Any]:
+        """What can be asked of any driver whose objects are processes."""
+        if driver not in self._supervised:
+            guests = cast("Guests[Any, Any]", self.use(driver))
+            self._supervised[driver] = Objects(self.services, guests, self.followers, self.subscribe)
+        return self._supervised[driver]
 
     @functools.cached_property
     def boot(self) -> Boot:

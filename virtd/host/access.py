@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 from .. import errors
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from .base import Caller
 
 PATIENCE: Final = 120.0  # seconds for an authority's answer; a person may have to type a password
@@ -30,6 +32,12 @@ class Right(StrEnum):
     CHANGE = "change"
 
 
+# What any object that runs as a process can be asked.
+SUPERVISED: Final = {
+    Right.LOOK: "List Info Dump Wait",
+    Right.OVERHEAR: "Follow OpenConsole",
+    Right.CHANGE: "Define Undefine Start Stop Autostart",
+}
 _RIGHTS: Final = {
     "org.virtd1": {
         Right.LOOK: "Status List Info Dump Check Slots Wait",
@@ -60,11 +68,15 @@ _RIGHTS: Final = {
     # Nothing can be set: who tries is told so.
     "org.freedesktop.DBus.Properties": {Right.LOOK: "Get GetAll Set"},
 }
+
+
+def rights(interface: str, table: Mapping[Right, str]) -> dict[str, Right]:
+    """By the operations' whole names."""
+    return {f"{interface}.{name}": right for right, names in table.items() for name in names.split()}
+
+
 RIGHTS: Final[dict[str, Right]] = {
-    f"{interface}.{name}": right
-    for interface, rights in _RIGHTS.items()
-    for right, names in rights.items()
-    for name in names.split()
+    name: right for interface, table in _RIGHTS.items() for name, right in rights(interface, table).items()
 }
 
 

@@ -49,10 +49,6 @@ class Containers(Objects[Container]):
         limit = self._limit(container, timeout)
         return Changed(name=container.name, changed=await operations.shutdown(container, limit, by.name))
 
-    async def stop(self, name: str, *, by: Caller) -> Changed:
-        container = await self.find(name)
-        return Changed(name=container.name, changed=await operations.stop(container, by.name))
-
     async def kill(self, name: str, signum: int, *, by: Caller) -> Changed:
         container = await self.find(name)
         return Changed(name=container.name, changed=await operations.kill(container, signum, by.name))

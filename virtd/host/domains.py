@@ -40,10 +40,6 @@ class Domains(Objects[Machine]):
         limit = self._settings.shutdown_timeout if timeout is None else timeout
         return Changed(name=machine.name, changed=await operations.shutdown(machine, limit, by.name))
 
-    async def stop(self, name: str, *, by: Caller) -> Changed:
-        machine = await self.find(name)
-        return Changed(name=machine.name, changed=await operations.stop(machine, by.name))
-
     async def kill(self, name: str, signum: int, *, by: Caller) -> Changed:
         machine = await self.find(name)
         return Changed(name=machine.name, changed=await operations.kill(machine, signum, by.name))

@@ -150,6 +150,10 @@ class Objects(Generic[G]):
         pid = machine.record.main_pid if machine.record else 0
         return replies.Started(name=machine.name, changed=changed, pid=pid)
 
+    async def stop(self, name: str, *, by: Caller) -> Changed:
+        machine = await self.find(name)
+        return Changed(name=machine.name, changed=await self._guests.stop(machine.name, by.name))
+
     # Logs and consoles
 
     async def follow(

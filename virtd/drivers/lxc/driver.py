@@ -120,6 +120,9 @@ class Driver(Guests[Container, model.Container]):
         await self.certain()
         return await starting.start(container, self.maps, by)
 
+    async def stop(self, name: str, by: str) -> bool:
+        return await operations.stop(self.find(name), by)
+
     async def create(self, name: str, image: str, ids: int | None = None) -> Container:
         """Make a root file system of `image`, and define the container, with so many IDs. Raises a VirtdError, with
         nothing left.

@@ -14,6 +14,8 @@ from ... import errors
 from ...hints import do, option
 from ...model.state import State, require
 from ...text import span
+from .. import power
+from ..turns import within
 from .container import number_of
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ async def shutdown(container: Container, timeout: float, by: str) -> bool:
         with contextlib.suppress(errors.InvalidState):  # it has just ended
             container.signal_init(halt)
     while (left := deadline - time.monotonic()) > 0:
-        if await _over(container, min(left, ASK_AGAIN)):
+        if await within(container.over, min(left, ASK_AGAIN)):
             return True
         # One that was still starting has missed it. systemd takes a second SIGRTMIN+3 for the first; others may not.
         if container.state is State.STOPPING and halt.startswith("SIGRTMIN"):
@@ -59,23 +61,21 @@ async def shutdown(container: Container, timeout: float, by: str) -> bool:
 
 async def stop(container: Container, by: str) -> bool:
     """End everything in it at once. False if it wasn't running."""
-    async with container.exclusive("stop"):
-        if not container.alive:
-            container.wait_for(None)
-            return False
-        container.note(State.STOPPING, f"being stopped by {by}", data=container.ask("stop", by))
+
+    async def end_first() -> bool:
         # With the first program of a PID namespace the kernel ends all others in it; LXC then tidies up.
         with contextlib.suppress(errors.VirtdError):
             container.signal_init("SIGKILL")
-            if await _over(container, KILL_LIMIT):
-                return True
-        units = await container.shared.services.units()
-        with contextlib.suppress(errors.NotFound):
-            await units.kill(container.unit, signal.SIGKILL, whole=True)
-        if await _over(container, KILL_LIMIT):
-            return True
-    raise errors.TimedOut(
-        f"{container.name} could not be ended, not even by SIGKILL", hint="Is a file system of its hanging?"
+            return await within(container.over, KILL_LIMIT)
+        return False
+
+    return await power.stop(
+        container,
+        by,
+        gently=end_first,
+        ladder=((signal.SIGKILL, KILL_LIMIT),),
+        whole=True,
+        hanging="Is a file system of its hanging?",
     )
 
 
@@ -93,7 +93,7 @@ async def kill(container: Container, number: int, by: str) -> bool:
             container.note(container.state, container.reason, data=container.ask("kill", by))
         container.signal_init(name)
     if number == signal.SIGKILL:
-        await _over(container, 2.0)
+        await within(container.over, 2.0)
     return True
 
 
@@ -173,13 +173,3 @@ def _halt(container: Container) -> str:
     name = str(container.record.data.get("halt", "SIGPWR")) if container.record is not None else "SIGPWR"
     number_of(name)
     return name
-
-
-async def _over(container: Container, limit: float) -> bool:
-    """Whether it ended within `limit` seconds."""
-    try:
-        async with asyncio.timeout(limit):
-            await container.over.wait()
-    except TimeoutError:
-        return False
-    return True

@@ -113,6 +113,9 @@ class Driver(Guests[Machine, model.Domain]):
         others = [other for other in self.machines.values() if other is not machine]
         return await starting.start(machine, others, self.users, by)
 
+    async def stop(self, name: str, by: str) -> bool:
+        return await operations.stop(self.find(name), by)
+
     async def go_on(self, machine: Machine) -> None:
         await operations.finish(machine)
 

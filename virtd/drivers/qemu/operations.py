@@ -17,6 +17,8 @@ from ... import errors
 from ...hints import do, option
 from ...model.state import State, require
 from ...text import span
+from .. import power
+from ..turns import within
 from .machine import REBOOT_GIVEN_UP
 
 if TYPE_CHECKING:
@@ -25,9 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 QUIT_LIMIT = 5.0  # seconds for QEMU to flush its disks and exit when told to
-TERM_LIMIT = 5.0
 PRESS_AGAIN = 5.0
-KILL_LIMIT = 10.0
 
 SHUTDOWN_GIVEN_UP = "shutdown given up"
 
@@ -47,7 +47,7 @@ async def shutdown(machine: Machine, timeout: float, by: str) -> bool:
                 machine.note(was, "could not be asked to shut down", data=machine.ask(SHUTDOWN_GIVEN_UP, by))
                 raise
     while (left := deadline - time.monotonic()) > 0:
-        if await _over(machine, min(left, PRESS_AGAIN)):
+        if await within(machine.over, min(left, PRESS_AGAIN)):
             return True
         # A guest that is still booting, or dozes, misses the first press.
         with contextlib.suppress(errors.MonitorError):
@@ -71,24 +71,14 @@ async def shutdown(machine: Machine, timeout: float, by: str) -> bool:
 
 async def stop(machine: Machine, by: str) -> bool:
     """End it at once, as pulling the plug does, but with QEMU's own buffers written. False if it wasn't running."""
-    async with machine.exclusive("stop"):
-        if not machine.alive:
-            machine.wait_for(None)
-            return False
-        machine.note(State.STOPPING, f"being stopped by {by}", data=machine.ask("stop", by))
+
+    async def leave() -> bool:
         with contextlib.suppress(errors.MonitorError):
             await machine.command("quit", limit=2.0)
-            if await _over(machine, QUIT_LIMIT):
-                return True
-        units = await machine.shared.services.units()
-        for number, limit in ((signal.SIGTERM, TERM_LIMIT), (signal.SIGKILL, KILL_LIMIT)):
-            with contextlib.suppress(errors.NotFound):
-                await units.kill(machine.unit, number)
-            if await _over(machine, limit):
-                return True
-    raise errors.TimedOut(
-        f"{machine.name} could not be ended, not even by SIGKILL", hint="Is its disk's storage hanging?"
-    )
+            return await within(machine.over, QUIT_LIMIT)
+        return False
+
+    return await power.stop(machine, by, gently=leave, hanging="Is its disk's storage hanging?")
 
 
 async def kill(machine: Machine, number: int, by: str) -> bool:
@@ -104,7 +94,7 @@ async def kill(machine: Machine, number: int, by: str) -> bool:
         units = await machine.shared.services.units()
         await units.kill(machine.unit, number)
     if number == signal.SIGKILL:
-        await _over(machine, 2.0)
+        await within(machine.over, 2.0)
     return True
 
 
@@ -237,13 +227,3 @@ async def _reset(machine: Machine, by: str) -> None:
     if machine.alive:
         data = await machine.another_life()
         machine.note(State.RUNNING, f"rebooted by {by}", data=data | {"request": None})
-
-
-async def _over(machine: Machine, limit: float) -> bool:
-    """Whether it ended within `limit` seconds."""
-    try:
-        async with asyncio.timeout(limit):
-            await machine.over.wait()
-    except TimeoutError:
-        return False
-    return True

@@ -15,11 +15,9 @@ import pytest
 
 from tests.doubles import fake_lxc
 from tests.doubles.whole_host import ROOT, SLOTS, SteppingOs, World, nothing_left, on_loop, until
-from virtd import errors
 from virtd.drivers.lxc import container, create, starting, unpack
 from virtd.drivers.lxc import host as hostinfo
 from virtd.drivers.lxc.container import Container
-from virtd.records import Record, Records
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -197,41 +195,6 @@ async def each_step(
 def _is_finished(machine: Container) -> bool:
     """Whether the next daemon goes on with what was asked."""
     return machine.request is not None and machine.request.verb != "reboot"
-
-
-@on_loop
-async def test_killed_at_every_step_of_a_start(cuts: Cuts) -> None:
-    async def start(host: Host) -> None:
-        await host.containers.start("web1", by=ROOT)
-
-    async def after(_site: Site, host: Host, info: dict[str, Any], where: str, _pid: int) -> None:
-        changed = (await host.containers.start("web1", by=ROOT))["changed"]
-        assert changed is (info["state"] == "stopped"), where
-        info |= dict(await host.containers.info("web1"))
-
-    seen = await each_step(cuts, start, after, running=False)
-    assert sum("FDSTORE=1" in step for step in seen) == 5
-    assert f"start {UNIT}" in seen
-    assert any(step.startswith("mkdir ") for step in seen)
-
-
-@on_loop
-async def test_killed_at_every_step_of_a_stop(cuts: Cuts) -> None:
-    async def stop(host: Host) -> None:
-        await host.containers.stop("web1", by=ROOT)
-
-    async def after(site: Site, host: Host, info: dict[str, Any], where: str, pid: int) -> None:
-        if info["state"] == "running":
-            assert info["pid"] == pid, where
-        else:
-            assert (info["state"], info["exit"]["cause"]) == ("stopped", "stop"), where
-            assert site.world.console("web1", "lxc") == "before\n", where
-            assert (await host.containers.start("web1", by=ROOT))["changed"] is True, where
-            info |= dict(await host.containers.info("web1"))
-
-    seen = await each_step(cuts, stop, after)
-    assert sum("FDSTOREREMOVE=1" in step for step in seen) == 5
-    assert {"signal SIGKILL", f"collect {UNIT}", "rmtree web1"} <= set(seen)
 
 
 @on_loop
@@ -438,45 +401,3 @@ async def test_an_old_systemd_hangs_up_no_terminal(tmp_path: Path, monkeypatch: 
         site.world.close()
         for fd in held:
             os.close(fd)
-
-
-@on_loop
-async def test_a_start_leaves_a_witness_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the verdict isn't on record, the unit of the container that ended is all that tells of it."""
-    site = Site(tmp_path, monkeypatch)
-    world = site.world
-    write = Records.save
-    try:
-        async with world.daemon() as host:
-            await site.define(host)
-            await host.containers.start("web1", by=ROOT)
-            await site.says("before")
-            machine = host.containers.driver.find("web1")
-            ended = machine.child
-            with monkeypatch.context() as full:
-                full.setattr(Records, "save", refuse)
-                process = world.units.process("web1", "lxc")
-                process.kill()
-                await until(lambda: not machine.alive, "its end")
-                with pytest.raises(errors.HostError, match="Cannot start web1 yet: Cannot write web1"):
-                    await host.containers.start("web1", by=ROOT)
-                assert world.units.process("web1", "lxc") is process
-                assert machine.child is ended
-                assert world.slots() == CONTAINER_SLOTS
-                # It can be written again, which nobody has tried yet.
-                full.setattr(Records, "save", write)
-                with pytest.raises(errors.HostError, match="Cannot start web1 yet: Cannot write web1"):
-                    await host.containers.start("web1", by=ROOT)
-                assert machine.child is ended
-                machine.save()
-            assert (await host.containers.start("web1", by=ROOT))["changed"] is True
-            assert machine.child is not ended
-            await site.says("after")
-            await host.containers.stop("web1", by=ROOT)
-            nothing_left(world, driver="lxc")
-    finally:
-        site.world.close()
-
-
-def refuse(_records: Records, record: Record) -> None:
-    raise errors.HostError(f"Cannot write {record.name}: No space left on device")

@@ -14,6 +14,7 @@ from msgspec import to_builtins
 
 from tests.doubles.whole_host import ROOT, SLOTS, World, nothing_left, on_loop, until
 from virtd import errors, process
+from virtd.drivers import power
 from virtd.drivers.qemu import operations
 from virtd.drivers.qemu.machine import REBOOT_GIVEN_UP
 from virtd.drivers.qemu.monitor import Link
@@ -346,7 +347,7 @@ async def test_stop_without_the_monitors_help(world: World, monkeypatch: pytest.
     async with world.daemon() as host:
         pid = await world.run("web1")
         os.kill(pid, signal.SIGSTOP)
-        monkeypatch.setattr(operations, "TERM_LIMIT", 0.2)
+        monkeypatch.setattr(power, "LADDER", ((signal.SIGTERM, 0.2), (signal.SIGKILL, 10.0)))
         assert (await host.stop("web1", by=ROOT))["changed"] is True
         info = await host.info("web1")
         assert (info["state"], info["exit"]["signal"], info["exit"]["cause"]) == ("stopped", "SIGKILL", "stop")

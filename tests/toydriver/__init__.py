@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A fifth driver: programs with a console, supervised as guests are. What it takes to add one, and nothing more."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tests.toydriver import objects
+from virtd.api import interfaces, introspection, kinds
+from virtd.cli import main
+from virtd.drivers import registry
+from virtd.host import access
+
+if TYPE_CHECKING:
+    import pytest
+
+
+def register(patch: pytest.MonkeyPatch) -> None:
+    """What a driver of virtd's own has in these tables."""
+    patch.setitem(registry.MODULES, "toy", "tests.toydriver.driver")
+    patch.setitem(interfaces.MODULES, "org.virtd1.Toy", "tests.toydriver.api")
+    for operation, right in access.rights("org.virtd1.Toy", access.SUPERVISED).items():
+        patch.setitem(access.RIGHTS, operation, right)
+    patch.setitem(kinds.KINDS, "toy", objects.KIND)
+    patch.setitem(introspection.INTERFACES, objects.KIND.interface, objects.INTERFACE)
+    patch.setitem(main.NOUNS, "toy", ("tests.toydriver.cli", "Run programs with a console"))

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""org.virtd1.Toy on Varlink."""
+
+from __future__ import annotations
+
+from virtd.api import supervised
+
+METHODS = supervised.methods(lambda host: host.supervised("toy"))
