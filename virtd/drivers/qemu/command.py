@@ -69,14 +69,15 @@ def argv(domain: Domain, uuid: str, host: Host, images: Sequence[Image] | None =
         "-sandbox", SANDBOX,
         # The guest's end shows in the exit status, whether or not virtd is there.
         "-action", f"panic={_panic(domain)},shutdown={_poweroff(domain)},reboot={_reboot(domain)}",
-        "-chardev", f"socket,id=monitor,path={_escape(monitor_socket(host.runtime))},server=on,wait=off",
-        "-mon", "chardev=monitor,mode=control",
-        "-chardev", f"socket,id=shutdown,path={_escape(shutdown_socket(host.runtime))},server=on,wait=off",
-        "-mon", "chardev=shutdown,mode=control",
         # What ends it is a line on stderr as well, whether or not anybody is connected: see ends.py. (A pattern, for
         # which a QEMU that was built without such lines doesn't complain.)
         "-trace", "qemu_system_shutdown_request*",
         "-trace", "qemu_system_powerdown_request*",
+        *_boot(domain),
+        "-chardev", f"socket,id=monitor,path={_escape(monitor_socket(host.runtime))},server=on,wait=off",
+        "-mon", "chardev=monitor,mode=control",
+        "-chardev", f"socket,id=shutdown,path={_escape(shutdown_socket(host.runtime))},server=on,wait=off",
+        "-mon", "chardev=shutdown,mode=control",
         # A UART and no virtconsole: when the pipe is full a UART makes the guest wait, while QEMU drops what a
         # virtconsole writes then (hw/char/virtio-console.c, flush_buf). Ten times as fast, and not worth a byte.
         "-chardev", "stdio,id=serial0,signal=off",
@@ -87,12 +88,6 @@ def argv(domain: Domain, uuid: str, host: Host, images: Sequence[Image] | None =
         arguments += ["-device", "pvpanic"]
     if domain.rng:
         arguments += ["-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng0"]
-    if domain.boot.kernel is not None:
-        arguments += ["-kernel", domain.boot.kernel]
-        if domain.boot.initrd is not None:
-            arguments += ["-initrd", domain.boot.initrd]
-        if domain.boot.cmdline:
-            arguments += ["-append", domain.boot.cmdline]
     for index, image in enumerate(plain(domain) if images is None else images):
         arguments += [
             *_blockdevs(index, image),
@@ -121,6 +116,12 @@ def argv(domain: Domain, uuid: str, host: Host, images: Sequence[Image] | None =
     if domain.vnc is not None and domain.vnc.enabled:
         arguments += ["-device", "VGA", "-vnc", f"unix:{_escape(vnc_socket(host.runtime))}"]
     return arguments
+
+
+def _boot(domain: Domain) -> list[str]:
+    boot = domain.boot
+    options = (("-kernel", boot.kernel), ("-initrd", boot.initrd), ("-append", boot.cmdline))
+    return [word for option, value in options if value for word in (option, value)]
 
 
 def _blockdevs(index: int, image: Image) -> list[str]:

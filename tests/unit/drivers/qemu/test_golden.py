@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a dozen definitions come to: QEMU's arguments and the unit's settings, kept in golden/.
+
+A change there is a change of hardware, or of the sandbox, for guests that there are. To renew the files, and see in
+the diff what has become of them:
+
+    VIRTD_GOLDEN=renew .venv/bin/python -m pytest tests/unit/drivers/qemu/test_golden.py
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from virtd.drivers.hardening import HARDENED
+from virtd.drivers.qemu import command, images, nics, sandbox
+from virtd.drivers.qemu import host as hostinfo
+from virtd.model import domain as model
+from virtd.model.domain import Format
+
+HERE = Path(__file__).parent / "golden"
+TOPLEVEL = ["bin", "boot", "dev", "etc", "home", "proc", "root", "run", "srv", "sys", "tmp", "usr", "var"]
+# What a pool's driver would tell of its volumes.
+VOLUMES = {
+    ("images", "root"): images.Image(
+        "/srv/images/root", Format.QCOW2, backing=(("/srv/images/base", Format.RAW),), after="srv-images.mount"
+    ),
+    ("vg0", "data"): images.Image("/dev/vg0/data"),
+}
+
+
+def outcome(domain: model.Domain) -> str:
+    assert domain.uuid is not None
+    runtime = f"/run/virtd/qemu/{domain.name}"
+    taps = {nic.index: nic.interface for nic in nics.plan(domain, domain.uuid)}
+    host = command.Host("/usr/bin/qemu-system-x86_64", kvm=False, runtime=runtime, taps=taps)
+    named = iter(images.plain(domain))
+    disks = [
+        next(named) if disk.pool is None or disk.volume is None else VOLUMES[disk.pool, disk.volume]
+        for disk in domain.disk
+    ]
+    arguments = command.argv(domain, domain.uuid, host, disks)
+    properties = sandbox.properties(
+        domain,
+        runtime,
+        toplevel=TOPLEVEL,
+        devices=hostinfo.devices(kvm=False, tap=bool(taps), vhost=False),
+        stop_after=60,
+        images=disks,
+        memory_overhead=0,
+    )
+    lines = [
+        *arguments,
+        "",
+        *(f"{name} {value!r}" for name, kind, value in properties if (name, kind, value) not in HARDENED),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("definition", sorted(HERE.glob("*.toml")), ids=lambda path: path.stem)
+def test_as_in_the_golden_file(definition: Path) -> None:
+    golden = definition.with_suffix(".args")
+    found = outcome(model.parse(definition.read_text(), str(definition)))
+    if os.environ.get("VIRTD_GOLDEN") == "renew":
+        golden.write_text(found)
+    assert found == golden.read_text()
+
+
+def test_there_are_a_dozen() -> None:
+    assert len(list(HERE.glob("*.toml"))) >= 12
+    assert {path.stem for path in HERE.glob("*.args")} == {path.stem for path in HERE.glob("*.toml")}
