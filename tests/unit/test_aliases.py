@@ -15,6 +15,7 @@ from virtd.drivers.lxc import sandbox as lxc
 from virtd.drivers.network import dnsmasq
 from virtd.drivers.qemu import images
 from virtd.drivers.qemu import sandbox as qemu
+from virtd.drivers.qemu.devices import assembly
 from virtd.drivers.storage import sandbox as storage
 from virtd.model import container, domain
 from virtd.units import UnitSpec, transient_properties
@@ -70,7 +71,8 @@ def everything() -> Iterator[list[Property]]:
     backed = [images.Image("/srv/v 1", domain.Format.QCOW2, backing=(("/srv/below'", domain.Format.RAW),))]
     device = [images.Image("/dev/disk/by-path/pci-0000:00:1f.2", after="srv-my\\x20docs.mount")]
     for disks in (None, backed, device):
-        yield qemu.properties(guest, "/run/virtd/qemu/g", toplevel=toplevel, devices=[], stop_after=60, images=disks)
+        has = assembly.assemble(guest, "", disks=disks)
+        yield qemu.properties(guest, "/run/virtd/qemu/g", toplevel=toplevel, devices=[], stop_after=60, has=has)
     host = config.Host("/run/virtd/lxc/c", "/run/virtd/lxc/c", ODD[0], None, False, "", "", "", False, "")
     box = container.Container(
         name="c",

@@ -134,8 +134,8 @@ class Domain(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
         return size.parse(self.memory)
 
     @property
-    def has_ide(self) -> bool:
-        """Whether its machine has CD-ROM drives; others get a disk."""
+    def is_pc(self) -> bool:
+        """Whether its machine is a PC: it has CD-ROM drives, where others get a disk, and pvpanic."""
         return self.machine.startswith(("q35", "pc"))
 
 
@@ -193,7 +193,7 @@ def check(domain: Domain, source: str) -> None:
             raise refuse(key, f"{path} is {seen[path]} already")
         seen.setdefault(path, key)
     for index, cdrom in enumerate(domain.cdrom):
-        if cdrom.path is None and not domain.has_ide:
+        if cdrom.path is None and not domain.is_pc:
             raise refuse(f"cdrom[{index}].path", f"expected a path: with {domain.machine} no drive can be empty")
     _check_volumes(domain, refuse)
     macs: dict[str, str] = {}

@@ -15,6 +15,24 @@ KNOWN = frozenset({"qmp.sock", "shutdown.sock", "vnc.sock", "events.in", "events
 MODE = 0o710
 
 
+def monitor_socket(runtime: str) -> str:
+    return f"{runtime}/qmp.sock"
+
+
+def shutdown_socket(runtime: str) -> str:
+    """A second monitor, for the unit's ExecStop: a QMP monitor talks to one client at a time, and that is us."""
+    return f"{runtime}/shutdown.sock"
+
+
+def vnc_socket(runtime: str) -> str:
+    return f"{runtime}/vnc.sock"
+
+
+def events(runtime: str) -> str:
+    """The stem of two files, `.in` and `.out`, through which QEMU wrote every event, when virtd 0.1.0 was young."""
+    return f"{runtime}/events"
+
+
 def is_open(path: str) -> bool:
     """Whether it is still another's; one that isn't there is not."""
     try:

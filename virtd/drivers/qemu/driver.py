@@ -14,7 +14,7 @@ from ...model.state import Cause
 from ...replies import guests as replies
 from ..guests import Guests
 from ..protocol import Problem, Use
-from . import command, nics, operations, starting, userdb, users
+from . import directory, nics, operations, starting, userdb, users
 from . import host as hostinfo
 from .machine import DRIVER, Machine
 from .news import LOST, STANDSTILL
@@ -150,7 +150,7 @@ class Driver(Guests[Machine, model.Domain]):
             monitor=machine.monitor.link.value if machine.monitor is not None else None,
             standstill=machine.standstill.described() if STANDSTILL in machine.problems else None,
             events=replies.Events(taken=machine.news.taken, hung_up=machine.floods),
-            vnc=command.vnc_socket(machine.runtime)
+            vnc=directory.vnc_socket(machine.runtime)
             if machine.alive and domain is not None and domain.vnc is not None and domain.vnc.enabled
             else None,
         )

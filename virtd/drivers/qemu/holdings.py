@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from .. import conflicts
 from ..conflicts import Holding, Kind
-from . import command
 from . import host as hostinfo
+from .devices import assembly
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def of_images(images: dict[tuple[int, int], tuple[str, bool]]) -> Iterator[Holding]:
-    """What is opened, as images.identified() has it."""
+    """What is opened, as opened.identified() has it."""
     for identity, (path, writes) in images.items():
         yield Holding(Kind.IMAGE, identity, "", path, shared=not writes)
 
@@ -34,20 +34,8 @@ def of_cards(nics: Iterable[Planned], bridge_of: Callable[[str], str]) -> Iterat
 
 def defined(domain: Domain, uuid: str, bridge_of: Callable[[str], str]) -> Iterator[Holding]:
     """What a definition wants; without a `uuid` yet, those addresses only that it names."""
-    for index, disk in enumerate(domain.disk):
-        key = f"disk[{index}]"
-        if disk.path is not None:
-            yield Holding(Kind.FILE, (disk.path,), key, disk.path, disk.readonly)
-        elif disk.pool is not None and disk.volume is not None:
-            name = f"volume {disk.volume} of pool {disk.pool}"
-            yield Holding(Kind.VOLUME, (disk.pool, disk.volume), key, name, disk.readonly)
-    for index, cdrom in enumerate(domain.cdrom):
-        if cdrom.path is not None:
-            yield Holding(Kind.FILE, (cdrom.path,), f"cdrom[{index}]", cdrom.path, shared=True)
-    for index, nic in enumerate(domain.nic):
-        if nic.network is not None and (nic.mac or uuid):
-            address = (nic.mac or command.mac_of(uuid, index)).lower()
-            yield conflicts.mac(bridge_of(nic.network), address, f"nic[{index}]", nic.network)
+    for device in assembly.assemble(domain, uuid):
+        yield from device.holdings(bridge_of)
 
 
 def here(domain: Domain) -> Iterator[Holding]:

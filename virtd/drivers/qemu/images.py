@@ -3,18 +3,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from ... import errors
 from ...model.domain import Format
 from .. import nodes
-from . import host as hostinfo
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from ...model import domain as model
     from ..peers import Peers
 
@@ -36,9 +33,12 @@ class Image(msgspec.Struct, frozen=True):
 
 
 def plain(domain: model.Domain) -> list[Image]:
-    """The disks that are named by their paths."""
+    """The disks as the definition has them: of one in a pool nobody has asked yet where it is."""
     return [
-        Image(disk.path, disk.format or Format.RAW, disk.readonly) for disk in domain.disk if disk.path is not None
+        Image(
+            disk.path or "", disk.format or Format.RAW, disk.readonly, pool=disk.pool or "", volume=disk.volume or ""
+        )
+        for disk in domain.disk
     ]
 
 
@@ -71,36 +71,3 @@ def require_free(images: list[Image], peers: Peers) -> None:
     for image in images:
         if image.pool:
             peers.volumes.require_for_guest(image.pool, image.volume, writes=not image.readonly)
-
-
-def opened(domain: model.Domain, images: list[Image]) -> Iterator[tuple[str, bool]]:
-    """Every image's path, and whether it is written."""
-    for image in images:
-        yield image.path, not image.readonly
-        for path, _format in image.backing:
-            yield path, False
-    for cdrom in domain.cdrom:
-        if cdrom.path is not None:
-            yield cdrom.path, False
-
-
-def identified(domain: model.Domain, images: list[Image]) -> dict[tuple[int, int], tuple[str, bool]]:
-    """The same by identity, so that two names of one file are one; what is opened twice is written if one does."""
-    found: dict[tuple[int, int], tuple[str, bool]] = {}
-    for path, writes in opened(domain, images):
-        if (identity := hostinfo.identity(path)) is not None:
-            found[identity] = (path, writes or found.get(identity, ("", False))[1])
-    return found
-
-
-def recorded(uses: dict[tuple[int, int], tuple[str, bool]]) -> list[list[Any]]:
-    """As a guest's record has them."""
-    return [[path, *identity, writes] for identity, (path, writes) in uses.items()]
-
-
-def taken(data: dict[str, Any], domain: model.Domain | None) -> dict[tuple[int, int], tuple[str, bool]]:
-    """What a guest has open, by its record's data; an older virtd's has no list, and its definition tells."""
-    rows = data.get("images")
-    if isinstance(rows, list):
-        return {(int(dev), int(ino)): (str(path), bool(writes)) for path, dev, ino, writes in rows}
-    return identified(domain, plain(domain)) if domain is not None else {}

@@ -18,7 +18,7 @@ from ...model.state import State
 from ..guest import AGAIN, End, Guest, Shared
 from ..protocol import Problem
 from ..turns import within
-from . import command, directory, ends, images, nics, ownership, userdb
+from . import directory, ends, nics, opened, ownership, userdb
 from . import host as hostinfo
 from .monitor import Link, Monitor
 from .news import STANDSTILL, News
@@ -77,7 +77,7 @@ class Machine(Guest[model.Domain]):
         """What the guest has open, by device and inode: the path, and whether it writes. Nothing when it is off."""
         if not self.alive or self.record is None:
             return {}
-        return images.taken(self.record.data, self.running_definition)
+        return opened.taken(self.record.data, self.running_definition)
 
     @functools.cached_property
     def standstill(self) -> Standstill:
@@ -101,7 +101,7 @@ class Machine(Guest[model.Domain]):
             await self.monitor.hear_out(LAST_WORDS)
 
     def judge(self, unit: UnitState | None) -> End:
-        if not (events := ends.read_events(command.events(self.runtime))):
+        if not (events := ends.read_events(directory.events(self.runtime))):
             words = self.last_words(self._words_from(), ends.TAIL)
             events = ends.latest(ends.traced(words), list(self.news.last))
         else:
@@ -227,7 +227,7 @@ class Machine(Guest[model.Domain]):
         child = self.child
         monitor = Monitor(
             self.name,
-            command.monitor_socket(self.runtime),
+            directory.monitor_socket(self.runtime),
             lambda: (child.pid, child.start) if child is not None else (0, 0),
             self.news.on_event,
             lambda: self._lost(monitor),

@@ -16,7 +16,7 @@ import msgspec
 from ... import errors
 from ...hints import do
 from ...replies.guests import Nic
-from . import command
+from .devices import assembly
 
 if TYPE_CHECKING:
     from ...model.domain import Domain
@@ -46,8 +46,9 @@ def interface_name(domain: str, index: int) -> str:
 
 def plan(domain: Domain, uuid: str) -> list[Planned]:
     """What is needed for the domain's cards."""
+    cards = assembly.cards(domain, uuid)
     return [
-        Planned(index, nic.network, interface_name(domain.name, index), _mac(domain, uuid, index), nic.trusted)
+        Planned(index, nic.network, interface_name(domain.name, index), cards[index].mac, nic.trusted)
         for index, nic in enumerate(domain.nic)
         if nic.network is not None
     ]
@@ -59,10 +60,6 @@ def recorded(data: dict[str, Any]) -> list[Planned]:
         return msgspec.convert(data.get("nics", []), list[Planned])
     except msgspec.ValidationError:
         return []
-
-
-def _mac(domain: Domain, uuid: str, index: int) -> str:
-    return (domain.nic[index].mac or command.mac_of(uuid, index)).lower()
 
 
 def check(domain: Domain, source: str, peers: Peers) -> None:
@@ -110,8 +107,8 @@ async def sweep(alive: set[str], peers: Peers) -> None:
 def describe(domain: Domain, uuid: str, peers: Peers, *, alive: bool) -> list[Nic]:
     """The cards, for Info."""
     rows = []
-    for index, nic in enumerate(domain.nic):
-        mac = _mac(domain, uuid, index)
+    for index, nic in enumerate(assembly.cards(domain, uuid)):
+        mac = nic.mac
         network = nic.network if alive else None
         rows.append(
             Nic(

@@ -10,15 +10,15 @@ import os
 from typing import TYPE_CHECKING
 
 from ..hardening import HARDENED, KEPT, LIBRARIES, Property
-from . import command
-from .images import plain
+from . import directory
+from .devices import assembly
 from .limits import memory_max, tasks_max
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from ...model.domain import Domain
-    from .images import Image
+    from .devices.device import Device
 
 RESOLVER = ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf")
 PRIVATE_PIDS_SINCE = 257  # systemd
@@ -44,7 +44,7 @@ def properties(
     devices: list[str],
     stop_after: float,
     program: Sequence[str] = (),
-    images: list[Image] | None = None,
+    has: Sequence[Device] | None = None,
     own_user: bool = True,
     systemd: int = PRIVATE_PIDS_SINCE,
     kvm: bool = False,
@@ -54,19 +54,18 @@ def properties(
     """Properties for StartTransientUnit.
 
     `toplevel`: the names in `/`; `program`: what QEMU itself needs of what is hidden of these; `devices`: those it
-    may open besides its disks; `stop_after`: seconds that host shutdown gives it; `images`: the disks' files, as the
-    definition has them unless given; `own_user`: it runs as a user that nobody else runs as; `systemd`: its version;
-    the overheads are those of virtd.toml.
+    may open besides its disks; `stop_after`: seconds that host shutdown gives it; `has`: the guest's own devices, as
+    the definition has them unless given; `own_user`: it runs as a user that nobody else runs as; `systemd`: its
+    version; the overheads are those of virtd.toml.
     """
-    images = plain(domain) if images is None else images
-    network = any(nic.network is None for nic in domain.nic)
+    has = assembly.assemble(domain, "") if has is None else has
+    network = any(device.uses_ip for device in has)
+    files = [file for device in has for file in device.files()]
     covered = [(f"/{name}", "ro,mode=0755") for name in hidden(toplevel)]
     read_only = [path for path in (domain.boot.kernel, domain.boot.initrd) if path]
-    read_only += [image.path for image in images if image.readonly]
-    read_only += [cdrom.path for cdrom in domain.cdrom if cdrom.path is not None]
-    read_only += sorted({path for image in images for path, _format in image.backing})
-    writable = [image.path for image in images if not image.readonly]
-    disks = [os.path.realpath(image.path) for image in images if image.is_device]
+    read_only += dict.fromkeys(file.path for file in files if not file.writes)
+    writable = [file.path for file in files if file.writes]
+    disks = [path for device in has for path in device.host_devices()]
     optional = (*LIBRARIES, *(RESOLVER if network else ()), stop_helper(runtime))
     families = ["AF_UNIX", "AF_INET", "AF_INET6"] if network else ["AF_UNIX"]
     found: list[Property] = [
@@ -112,7 +111,7 @@ def properties(
         found += [("MemoryMax", "t", memory)]
     if (tasks := tasks_max(domain, overhead=tasks_overhead)) is not None:
         found += [("TasksMax", "t", tasks)]
-    if after := sorted({image.after for image in images if image.after}):
+    if after := sorted({unit for device in has for unit in device.after()}):
         found += [("After", "as", after)]
     if devices:
         found += [("DevicePolicy", "s", "closed")]
@@ -141,7 +140,7 @@ def stop_helper(runtime: str) -> str:
 
 def _stop_command(runtime: str, seconds: float) -> tuple[str, list[str], bool]:
     helper = "/usr/libexec/virtd-guest-stop"
-    socket = command.shutdown_socket(runtime)
+    socket = directory.shutdown_socket(runtime)
     # systemd runs ExecStop for a process that has ended by itself too, then without $MAINPID: nothing to do, and no
     # time to spend on a Python start. When the package is erased under running guests, its scriptlet leaves them a
     # copy of the helper. (Neither "$" nor ";" nor quotes here: systemd 252 escapes them in the unit's file,

@@ -15,8 +15,9 @@ from ...units import EXIT_GROUP, EXIT_USER, StartFailed, UnitSpec, mount_units
 from .. import start as starting
 from ..programs import ENVIRONMENT
 from ..start import Start
-from . import access, command, ends, images, nics, ownership, sandbox, userdb
+from . import access, command, ends, images, nics, opened, ownership, sandbox, userdb
 from . import host as hostinfo
+from .devices import assembly
 from .machine import DRIVER, Machine
 from .users import Living
 
@@ -69,13 +70,14 @@ class _Start(Start[Machine, model.Domain]):
         self.systemd = 0
         self.nics = nics.plan(domain, machine.uuid)
         self.vhost = bool(self.nics) and hostinfo.has_vhost(self.account)
-        self.host = command.Host(
+        host = self.host = command.Host(
             hostinfo.binary(self.settings),
             hostinfo.has_kvm(),
             machine.runtime,
             {nic.index: nic.interface for nic in self.nics},
             self.vhost,
         )
+        self.devices = assembly.assemble(domain, machine.uuid, host, disks)
         self.given: list[ownership.Given] = []
         self.shown: list[str] = []
 
@@ -91,12 +93,15 @@ class _Start(Start[Machine, model.Domain]):
         from .. import conflicts
         from . import holdings  # no start of the daemon needs it
 
-        yield from holdings.of_images(images.identified(self.definition, self.disks))
+        yield from holdings.of_images(opened.identified(self.devices))
         yield from holdings.of_cards(self.nics, conflicts.bridges(self.peers))
 
     def data(self) -> dict[str, Any]:
         images.require_free(self.disks, self.machine.peers)
-        files = [*images.opened(self.definition, self.disks), *((path, False) for path in self.definition.boot.files)]
+        files = [
+            *(file for device in self.devices for file in device.files()),
+            *((path, False) for path in self.definition.boot.files),
+        ]
         running = {other.user.uid for other in self.others if other.user is not None}
         self.given = ownership.needed(files, self.account, self.users.leftovers(running))
         assert self.child.stderr is not None
@@ -104,7 +109,7 @@ class _Start(Start[Machine, model.Domain]):
             # Where its own words begin, among them what ends it.
             "words_from": {"file": self.child.stderr.file, "offset": self.words_from},
             "disks": [disk.path for disk in self.disks],
-            "images": images.recorded(images.identified(self.definition, self.disks)),
+            "images": opened.recorded(opened.identified(self.devices)),
             "given": ownership.to_record(self.given),
             "nics": [msgspec.to_builtins(nic) for nic in self.nics],
             **({"account": self.user._asdict()} if self.user is not None else {}),
@@ -140,7 +145,7 @@ class _Start(Start[Machine, model.Domain]):
             description=f"Domain {machine.name}",
             slice=f"virtd-{DRIVER}.slice",
             once=True,
-            argv=tuple(command.argv(self.definition, machine.uuid, self.host, self.disks)),
+            argv=tuple(command.argv(self.definition, machine.uuid, self.host, self.devices)),
             environment=ENVIRONMENT,
             # By number where it is its own: no name that somebody else has too can come to mean another user.
             user=self.account.user if self.user is None else str(self.account.uid),
@@ -154,7 +159,7 @@ class _Start(Start[Machine, model.Domain]):
                     program=self.shown,
                     devices=hostinfo.devices(kvm=self.host.kvm, tap=bool(self.nics), vhost=self.vhost),
                     stop_after=self.definition.host_shutdown_timeout or self.settings.host_shutdown_timeout,
-                    images=self.disks,
+                    has=self.devices,
                     own_user=self.account.own,
                     systemd=self.systemd,
                     kvm=self.host.kvm,
@@ -167,8 +172,8 @@ class _Start(Start[Machine, model.Domain]):
 
     def _files(self) -> set[str]:
         """Every file that the guest is shown, those of its volumes included."""
-        named = {path for _key, path in model.paths(self.definition)}
-        return named | {path for path, _writes in images.opened(self.definition, self.disks)}
+        files = (file.path for device in self.devices for file in device.files())
+        return {*self.definition.boot.files, *files}
 
     async def come_up(self) -> None:
         """Wait until QEMU answers its monitor, or ends."""
@@ -185,7 +190,7 @@ class _Start(Start[Machine, model.Domain]):
                 raise errors.StartFailed(f"Cannot start {machine.name}: {self.host.binary} {how}")
             if (problem := machine.problems.pop("monitor", None)) is not None:
                 raise errors.StartFailed(problem.text)
-            ownership.check_shown(self.child.pid, images.taken(machine.record.data, None))
+            ownership.check_shown(self.child.pid, opened.taken(machine.record.data, None))
         finally:
             for task in (attaching, ended):
                 task.cancel()

@@ -15,6 +15,7 @@ import pytest
 from virtd import errors
 from virtd.drivers.qemu import command, nics, sandbox
 from virtd.drivers.qemu import host as hostinfo
+from virtd.drivers.qemu.devices import assembly
 from virtd.model import domain as model
 
 if TYPE_CHECKING:
@@ -155,12 +156,12 @@ def test_networks() -> None:
     assert [fields(value)["id"] for value in values(DISKS, "-netdev")] == ["net0", "net1"]
     cards = [fields(value) for value in values(DISKS, "-device") if value.startswith("virtio-net")]
     assert [card["netdev"] for card in cards] == ["net0", "net1"]
-    assert cards[0]["mac"] == command.mac_of(UUID, 0) == "52:54:00:67:89:ab"
+    assert cards[0]["mac"] == assembly.mac_of(UUID, 0) == "52:54:00:67:89:ab"
     assert cards[1]["mac"] == "52:54:00:aa:bb:cc"
 
 
 def test_made_up_macs_are_stable_distinct_and_never_overflow() -> None:
-    macs = [command.mac_of("0" * 26 + "ffffff", index) for index in range(3)]
+    macs = [assembly.mac_of("0" * 26 + "ffffff", index) for index in range(3)]
     assert macs == ["52:54:00:ff:ff:ff", "52:54:00:00:00:00", "52:54:00:00:00:01"]
 
 

@@ -17,6 +17,7 @@ import pytest
 from virtd.drivers.hardening import HARDENED
 from virtd.drivers.qemu import command, images, nics, sandbox
 from virtd.drivers.qemu import host as hostinfo
+from virtd.drivers.qemu.devices import assembly
 from virtd.model import domain as model
 from virtd.model.domain import Format
 
@@ -36,19 +37,16 @@ def outcome(domain: model.Domain) -> str:
     runtime = f"/run/virtd/qemu/{domain.name}"
     taps = {nic.index: nic.interface for nic in nics.plan(domain, domain.uuid)}
     host = command.Host("/usr/bin/qemu-system-x86_64", kvm=False, runtime=runtime, taps=taps)
-    named = iter(images.plain(domain))
-    disks = [
-        next(named) if disk.pool is None or disk.volume is None else VOLUMES[disk.pool, disk.volume]
-        for disk in domain.disk
-    ]
-    arguments = command.argv(domain, domain.uuid, host, disks)
+    disks = [VOLUMES.get((image.pool, image.volume), image) for image in images.plain(domain)]
+    devices = assembly.assemble(domain, domain.uuid, host, disks)
+    arguments = command.argv(domain, domain.uuid, host, devices)
     properties = sandbox.properties(
         domain,
         runtime,
         toplevel=TOPLEVEL,
         devices=hostinfo.devices(kvm=False, tap=bool(taps), vhost=False),
         stop_after=60,
-        images=disks,
+        has=devices,
         memory_overhead=0,
     )
     lines = [

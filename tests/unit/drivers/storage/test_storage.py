@@ -20,8 +20,9 @@ from tests.doubles.whole_host import on_loop
 from virtd import errors
 from virtd.cli.output import rounded
 from virtd.drivers import nodes, qcow2
-from virtd.drivers.qemu import command, images
 from virtd.drivers.qemu import host as qemu_host
+from virtd.drivers.qemu import images
+from virtd.drivers.qemu.devices.disk import Disk
 from virtd.drivers.storage import host as storage_host
 from virtd.drivers.storage import images as storage_images
 from virtd.drivers.storage import mounts, programs, worker
@@ -570,11 +571,8 @@ def test_disks_that_cant_be(disk: str, expected: str) -> None:
 
 
 def test_qemu_is_told_what_an_image_stands_on() -> None:
-    domain = domain_model.parse('name = "d"\nmemory = "64M"\n[[disk]]\npool = "p"\nvolume = "v"\n', "d.toml")
     image = images.Image("/p/top", Format.QCOW2, backing=(("/p/mid", Format.QCOW2), ("/p/base", Format.RAW)))
-    argv = command.argv(
-        domain, "00000000-0000-0000-0000-000000000001", command.Host("qemu", False, "/run/d"), [image]
-    )
+    argv = Disk(image=image).arguments()
     nodes = [argv[at + 1] for at, word in enumerate(argv) if word == "-blockdev"]
     names = [json.loads(node) for node in nodes]
     assert [(node["node-name"], node.get("backing", "")) for node in names] == [
@@ -583,7 +581,7 @@ def test_qemu_is_told_what_an_image_stands_on() -> None:
     ]  # fmt: skip
     assert [node["read-only"] for node in names] == [True, True, True, True, False, False]
     assert [node["driver"] for node in names] == ["file", "raw", "file", "qcow2", "file", "qcow2"]
-    device = command.argv(domain, "0" * 32, command.Host("qemu", False, "/run/d"), [images.Image("/dev/vg0/v")])
+    device = Disk(image=images.Image("/dev/vg0/v")).arguments()
     node = json.loads(device[device.index("-blockdev") + 1])
     assert (node["driver"], node["filename"]) == ("host_device", "/dev/vg0/v")
 
@@ -608,11 +606,14 @@ def test_nothing_is_left_to_what_an_image_says(path: str, lower: tuple[tuple[str
     assert check(node) == 1 + len(lower)
     assert node["file"]["filename"] == path
     argv = [
-        word for index in (0, 1) for word in command._blockdevs(index, images.Image(path, Format.QCOW2, False, lower))
+        word
+        for index in (0, 1)
+        for word in Disk(number=index, image=images.Image(path, Format.QCOW2, False, lower)).arguments()
     ]
-    for node in map(json.loads, argv[1::2]):
+    blockdevs = [json.loads(argv[at + 1]) for at, word in enumerate(argv) if word == "-blockdev"]
+    for node in blockdevs:
         assert ("backing" in node) == (node["driver"] == "qcow2")
-    assert sum(node.get("backing", "") is None for node in map(json.loads, argv[1::2])) == (
+    assert sum(node.get("backing", "") is None for node in blockdevs) == (
         0 if lower and lower[-1][1] is Format.RAW else 2
     )
 

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Disks and CD-ROM drives."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from ... import nodes
+from ...conflicts import Holding, Kind
+from .device import Device, File
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from ..images import Image
+
+
+class Disk(Device, frozen=True, kw_only=True):
+    """A virtio-blk disk. `boot`: its turn among what the firmware boots from; 0: it isn't asked."""
+
+    image: Image
+    boot: int = 0
+
+    def arguments(self) -> list[str]:
+        name = f"disk{self.number}"
+        device = f"virtio-blk-pci,drive={name},id=virtio-{name}{_order(self.boot)}{self.address}"
+        return [*self._nodes(), "-device", device]
+
+    def _nodes(self) -> list[str]:
+        """What it stands on, the lowest first, and then itself."""
+        image, number = self.image, self.number
+        found: list[nodes.Node] = []
+        below: str | None = None
+        for depth in range(len(image.backing), 0, -1):
+            path, kind = image.backing[depth - 1]
+            name = f"{number}b{depth}"
+            found += [
+                nodes.file(path, **{"node-name": f"file{name}", "read-only": True, "auto-read-only": False}),
+                nodes.over(kind.value, f"file{name}", below, **{"node-name": f"disk{name}", "read-only": True}),
+            ]
+            below = f"disk{name}"
+        common = {"read-only": image.readonly}
+        file = {"node-name": f"file{number}", "auto-read-only": False, "locking": "auto"}
+        disk = {"node-name": f"disk{number}", "discard": "unmap"}
+        found += [
+            nodes.file(image.path, **file, **common),
+            nodes.over(image.format.value, f"file{number}", below, **disk, **common),
+        ]
+        return _blockdevs(found)
+
+    def files(self) -> Iterator[File]:
+        if self.image.path:  # where one in a pool is, is asked at the start
+            yield File(self.image.path, not self.image.readonly)
+        for path, _format in self.image.backing:
+            yield File(path, writes=False)
+
+    def host_devices(self) -> Iterator[str]:
+        if self.image.is_device:
+            yield os.path.realpath(self.image.path)
+
+    def after(self) -> Iterator[str]:
+        if self.image.after:
+            yield self.image.after
+
+    def holdings(self, _bridge_of: Callable[[str], str]) -> Iterator[Holding]:
+        image = self.image
+        if image.pool:
+            name = f"volume {image.volume} of pool {image.pool}"
+            yield Holding(Kind.VOLUME, (image.pool, image.volume), self.key, name, image.readonly)
+        else:
+            yield Holding(Kind.FILE, (image.path,), self.key, image.path, image.readonly)
+
+
+class Cdrom(Device, frozen=True, kw_only=True):
+    """A CD-ROM drive, with an ISO image in it or `path` None; a machine without IDE has a disk in its place."""
+
+    path: str | None
+    ide: bool = True
+    boot: int = 0
+
+    def arguments(self) -> list[str]:
+        name = f"cd{self.number}"
+        drive = f",drive={name}" if self.path is not None else ""
+        model = "ide-cd" if self.ide else "virtio-blk-pci"
+        device = f"{model}{drive},id=cdrom{self.number}{_order(self.boot)}{self.address}"
+        if self.path is None:
+            return ["-device", device]
+        file, common = f"cdfile{self.number}", {"read-only": True}
+        medium = [
+            nodes.file(self.path, **{"node-name": file}, **common),
+            nodes.over("raw", file, None, **{"node-name": name}, **common),
+        ]
+        return [*_blockdevs(medium), "-device", device]
+
+    def files(self) -> Iterator[File]:
+        if self.path is not None:
+            yield File(self.path, writes=False)
+
+    def holdings(self, _bridge_of: Callable[[str], str]) -> Iterator[Holding]:
+        if self.path is not None:
+            yield Holding(Kind.FILE, (self.path,), self.key, self.path, shared=True)
+
+
+def _blockdevs(found: list[nodes.Node]) -> list[str]:
+    return [word for node in found for word in ("-blockdev", nodes.text(node))]
+
+
+def _order(turn: int) -> str:
+    return f",bootindex={turn}" if turn else ""

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Network cards."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ... import conflicts
+from .device import Device, escape
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from ...conflicts import Holding
+
+
+class Nic(Device, frozen=True, kw_only=True):
+    """A virtio-net card: in a `network` of virtd's, at interface `tap`, or behind QEMU's own NAT.
+
+    `mac` is "" as long as its guest has no uuid.
+    """
+
+    mac: str
+    network: str | None = None
+    tap: str | None = None
+    vhost: bool = False
+
+    def arguments(self) -> list[str]:
+        backend = "user"
+        if self.tap is not None:
+            # It is there already, and the guest's user's to open: QEMU needs no privilege for it, and no script.
+            vhost = ",vhost=on" if self.vhost else ""
+            backend = f"tap,ifname={escape(self.tap)},script=no,downscript=no{vhost}"
+        net = f"net{self.number}"
+        # No option ROM: nobody boots from the network here, and each costs the firmware a tenth of a second.
+        card = f"virtio-net-pci,netdev={net},id=nic{self.number},mac={self.mac},romfile={self.address}"
+        return ["-netdev", f"{backend},id={net}", "-device", card]
+
+    def holdings(self, bridge_of: Callable[[str], str]) -> Iterator[Holding]:
+        if self.network is not None and self.mac:
+            yield conflicts.mac(bridge_of(self.network), self.mac, self.key, self.network)
+
+    @property
+    def uses_ip(self) -> bool:
+        return self.network is None

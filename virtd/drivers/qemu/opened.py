@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The files that a guest has open, by what they are: so that two names of one file are one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import host as hostinfo
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ...model import domain as model
+    from .devices.device import Device
+
+# By device and inode: a path, and whether it is written.
+Opened = dict[tuple[int, int], tuple[str, bool]]
+
+
+def identified(devices: Iterable[Device]) -> Opened:
+    """What they need; what is opened twice is written if one does."""
+    found: Opened = {}
+    for device in devices:
+        for path, writes in device.files():
+            if (identity := hostinfo.identity(path)) is not None:
+                found[identity] = (path, writes or found.get(identity, ("", False))[1])
+    return found
+
+
+def recorded(opened: Opened) -> list[list[Any]]:
+    """As a guest's record has them."""
+    return [[path, *identity, writes] for identity, (path, writes) in opened.items()]
+
+
+def taken(data: dict[str, Any], domain: model.Domain | None) -> Opened:
+    """What a guest has open, by its record's data; an older virtd's has no list, and its definition tells."""
+    rows = data.get("images")
+    if isinstance(rows, list):
+        return {(int(dev), int(ino)): (str(path), bool(writes)) for path, dev, ino, writes in rows}
+    if domain is None:
+        return {}
+    from .devices import assembly  # few have such a record
+
+    return identified(assembly.disks_of(domain, None))
