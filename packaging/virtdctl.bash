@@ -194,7 +194,7 @@ _virtdctl_volume() {
 _virtdctl() {
     local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]} command='' second='' word skip=0 options
     local -r commands='list info start shutdown stop kill reboot suspend resume wait console log
-        define undefine dump autostart status fsck slots reload container network pool volume help'
+        define undefine dump upgrade-machine autostart status fsck slots reload container network pool volume help'
     local -r common='--help --daemon-timeout --address'
     local -r with_value='--address --env -e --image --daemon-timeout --escape --lines -n --signal -s --state --timeout
         --backing --backing-pool --format --from --preallocation --size --to-pool'
@@ -290,7 +290,7 @@ _virtdctl() {
             ;;
         suspend) _virtdctl_reply "$(_virtdctl_domains --state running)" ;;
         resume) _virtdctl_reply "$(_virtdctl_domains --state paused)" ;;
-        info | log | dump | wait | undefine | autostart)
+        info | log | dump | wait | undefine | upgrade-machine | autostart)
             _virtdctl_reply "$(_virtdctl_domains)"
             ;;
     esac

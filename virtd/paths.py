@@ -79,6 +79,10 @@ class Paths:
         """What couldn't be autostarted in this boot yet; where the mark is that nobody clears by chance."""
         return f"{self.lib}/waiting.json"
 
+    def hardware(self, domain: str) -> str:
+        """What a domain's guest sees of its machine."""
+        return f"{self.lib}/qemu/{domain}.json"
+
     def mountpoint(self, pool: str) -> str:
         """Which file system a directory pool was on when it was last active."""
         return f"{self.lib}/storage/{pool}.json"

@@ -94,7 +94,11 @@ static void obey(struct monitor *monitor, const char *command)
     member(command, "id", id, sizeof id);
     if (!strcmp(verb, "\"qmp_capabilities\""))
         monitor->ready = 1;
-    const char *value = strcmp(verb, "\"query-status\"") ? "{}" : "{\"status\": \"running\", \"running\": true}";
+    const char *value = "{}";
+    if (!strcmp(verb, "\"query-status\""))
+        value = "{\"status\": \"running\", \"running\": true}";
+    if (!strcmp(verb, "\"qom-get\"")) /* asked of the machine's type only */
+        value = "\"pc-q35-10.0-machine\"";
     snprintf(reply, sizeof reply, "{\"return\": %s%s%s}", value, *id ? ", \"id\": " : "", id);
     tell(monitor->client, reply);
     if (!strcmp(verb, "\"quit\""))

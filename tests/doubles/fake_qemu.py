@@ -8,6 +8,8 @@ It takes virtd's own command line. The kernel's command line (-append) steers it
     silent             take connections to the monitor and never say a word
     untold             say nothing on stderr of what ends it
     deaf               ignore the power button
+    newest=VERSION     what "q35" and "pc" stand for, "10.0" unless given
+    oldest             know no machine type by its version
     slow-exit=SECONDS  be that long about an end by `quit` or the power button
 
 A line on its console is obeyed: `echo WORD`, `burst N` (N lines, and then it powers off), `poweroff`, `reset`,
@@ -32,6 +34,7 @@ Message = dict[str, Any]
 GREETING: Message = {
     "QMP": {"version": {"qemu": {"micro": 0, "minor": 0, "major": 10}, "package": ""}, "capabilities": []}
 }
+ALIASES = {"q35": "pc-q35-{}", "pc": "pc-i440fx-{}"}
 # ShutdownCause of QEMU's qapi/run-state.json
 REASONS = (
     "none", "host-error", "host-qmp-quit", "host-qmp-system-reset", "host-signal", "host-ui",
@@ -104,6 +107,7 @@ class Machine:
     def __init__(self, arguments: list[str]) -> None:
         self.selector = selectors.DefaultSelector()
         self.actions: dict[str, str] = {}
+        self.machine = ""
         self.words: dict[str, str] = {}
         self.status = "running"
         self.still_full = False
@@ -115,7 +119,9 @@ class Machine:
         for option, value in itertools.pairwise(arguments):
             fields = dict(field.partition("=")[::2] for field in value.replace(",,", "\0").split(","))
             fields = {key: text.replace("\0", ",") for key, text in fields.items()}
-            if option == "-action":
+            if option == "-machine":
+                self.machine = value.partition(",")[0]
+            elif option == "-action":
                 self.actions = fields
             elif option == "-append":
                 self.words = dict(word.partition("=")[::2] for word in value.split())
@@ -123,6 +129,9 @@ class Machine:
                 paths.append(fields["path"])
             elif option == "-trace":
                 self.traced.append(value.rstrip("*"))
+        if "oldest" in self.words and self.machine not in ALIASES:
+            self.complain(f'unsupported machine type: "{self.machine}"')
+            sys.exit(1)
         if "fail" in self.words:
             self.complain("cannot set up guest memory 'pc.ram': Cannot allocate memory")
             sys.exit(int(self.words["fail"]))
@@ -238,6 +247,11 @@ class Machine:
                 self.event("RESUME")
                 if again:
                     self.full("again")
+            case "qom-get" if arguments["property"] == "type":
+                newest = self.words.get("newest") or "10.0"
+                return {"return": f"{ALIASES.get(self.machine, self.machine).format(newest)}-machine"}
+            case "query-cpu-model-expansion":
+                return {"return": {"model": {"name": "base", "props": {"family": 6, "sse2": True, "la57": False}}}}
             case "query-block":
                 disks = [f"/machine/peripheral/virtio-disk{index}/virtio-backend" for index in (1, 0)]
                 blocks = zip(disks, ("ok", "nospace"), strict=True)

@@ -27,6 +27,7 @@ METHODS: dict[str, Method] = {
     ),
     "Suspend": Method(lambda host, by, p: host.suspend(p["name"], by=by)),
     "Resume": Method(lambda host, by, p: host.resume(p["name"], by=by)),
+    "UpgradeMachine": Method(lambda host, by, p: host.upgrade_machine(p["name"], by=by)),
     "Check": _shared(lambda host, by, p: host.check_all(repair=False, by=by)),
     "Repair": Method(lambda host, by, p: host.check_all(repair=True, by=by)),
     "Slots": _shared(lambda host, by, p: under("slots", host.slots())),

@@ -148,6 +148,7 @@ INTERFACES: Final[dict[str, Interface]] = {
             Reboot=("Reboot", "force:b", "changed:b"),
             Suspend=("Suspend", "", "changed:b"),
             Resume=("Resume", "", "changed:b"),
+            UpgradeMachine=("UpgradeMachine", "", "changed:b"),
         ),
         properties=SUPERVISED
         | {

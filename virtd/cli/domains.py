@@ -288,6 +288,7 @@ OPTIONS: dict[str, Callable[[Parser], None]] = {
     "resume": names,
     "define": define_options,
     "undefine": names,
+    "upgrade-machine": names,
     "autostart": autostart_options,
     "reload": _reload_options,
 }
@@ -301,6 +302,7 @@ RUN: dict[str, Callable[[argparse.Namespace, Session], int]] = {
     "resume": plain("resume", "Resume"),
     "define": defining(),
     "undefine": undefining(),
+    "upgrade-machine": plain("upgrade the machine of", "UpgradeMachine"),
     "autostart": autostarting(),
     "reload": reload,
 }

@@ -41,6 +41,7 @@ COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
     "define": ("domains", "Definitions", "FILE|-...", "Define domains, or change their definitions", ""),
     "undefine": ("domains", "Definitions", "NAME...", "Remove the definitions of domains", ""),
     "dump": ("show", "Definitions", "NAME", "Print a domain's definition", "print the definition of {name}"),
+    "upgrade-machine": ("domains", "Definitions", "NAME...", "Give domains newer hardware at their next start", ""),
     "autostart": ("domains", "Definitions", "NAME...", "Start domains when the host boots, or no longer", ""),
     "status": ("show", "The daemon", "", "Show the state of virtd, and what it recovered", "get the status of virtd"),
     "fsck": ("fsck", "The daemon", "", "Compare all that is known of each object", "compare"),

@@ -130,12 +130,21 @@ def _details(item: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("Memory", size(item.get("memory"))),
         ("vCPUs", text(item.get("vcpus"))),
+        ("Machine", _hardware(item.get("hardware"))),
         ("Disks", "\n".join([*map(_part, item.get("disks") or []), *_empty(item.get("cdroms") or [])])),
         ("NICs", "\n".join(map(_nic, item.get("nics") or []))),
         ("VNC", text(item.get("vnc"))),
         ("Monitor", text(item.get("monitor"))),
         ("Events", _events(item.get("events"))),
     ]
+
+
+def _hardware(hardware: dict[str, Any] | None) -> str:
+    """The machine type that is on record."""
+    if not hardware or not hardware.get("machine"):
+        return ""
+    renew = ", upgraded at the next start" if hardware.get("renew") else ""
+    return f"{hardware['machine']}{renew}"
 
 
 def _empty(cdroms: list[str | None]) -> list[str]:

@@ -24,6 +24,8 @@ from .guest import Guest, Shared
 from .protocol import Problem
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..child import Services
     from ..units import UnitState
     from .protocol import Difference, Publish
@@ -72,6 +74,10 @@ class Guests(Collection[G, D]):
 
     def after_end(self, machine: G) -> None:
         """One with a definition has ended, and all is put away."""
+
+    def forget_beside(self, _machine: G) -> Callable[[], None]:
+        """Remove what is kept beside its definition; the result puts it back. Raises HostError."""
+        return lambda: None
 
     def warnings(self, definition: D) -> list[str]:
         """What a definition names and the host hasn't got yet: no error before the start."""
@@ -193,9 +199,13 @@ class Guests(Collection[G, D]):
             # be undefined again.
             if machine.record is not None:
                 self.records.remove(machine.name)
+            put_back: Callable[[], None] = lambda: None  # noqa: E731
             try:
+                put_back = self.forget_beside(machine)
                 files.remove(machine.source)
             except errors.HostError:
+                with contextlib.suppress(errors.HostError):
+                    put_back()
                 if machine.record is not None:
                     with contextlib.suppress(errors.HostError):  # fsck tells
                         self.records.save(machine.record)

@@ -41,8 +41,8 @@ class Found(msgspec.Struct):
 class Difference(msgspec.Struct, frozen=True):
     """Where units, slots, records, definitions and files don't tell the same.
 
-    `kind` is a word: unit, process, slot, record, definition, directory, file, busy; of networks also bridge, rules,
-    interface; of pools pool, mount, volume. `object` is the object's name,
+    `kind` is a word: unit, process, slot, record, definition, directory, file, busy; of domains also user and
+    hardware; of networks bridge, rules, interface; of pools pool, mount, volume. `object` is the object's name,
     or "" for what is no object's. `repair` says what a repair does about it; empty if only a person can. `repaired`:
     it did.
     """

@@ -42,7 +42,8 @@ _RIGHTS: Final = {
     "org.virtd1": {
         Right.LOOK: "Status List Info Dump Check Slots Wait",
         Right.OVERHEAR: "Follow OpenConsole",
-        Right.CHANGE: "Define Undefine Start Shutdown Stop Kill Reboot Suspend Resume Autostart Repair Reload",
+        Right.CHANGE: "Define Undefine Start Shutdown Stop Kill Reboot Suspend Resume Autostart Repair Reload "
+        "UpgradeMachine",
     },
     "org.virtd1.Container": {
         Right.LOOK: "List Info Dump Wait",

@@ -54,6 +54,10 @@ class Domains(Objects[Machine]):
         machine = await self.find(name)
         return Changed(name=machine.name, changed=await operations.suspend(machine, by.name))
 
+    async def upgrade_machine(self, name: str, *, by: Caller) -> Changed:
+        machine = await self.find(name)
+        return Changed(name=machine.name, changed=await operations.upgrade_machine(machine))
+
     async def resume(self, name: str, *, by: Caller) -> Changed:
         machine = await self.find(name)
         return Changed(name=machine.name, changed=await operations.resume(machine, by.name))

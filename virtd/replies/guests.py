@@ -78,12 +78,31 @@ class Events(Reply, frozen=True):
     hung_up: Annotated[int, "how often the monitor was hung up on for telling too much"]
 
 
+class Device(Reply, frozen=True):
+    """A domain's device, as the guest finds it."""
+
+    id: Annotated[str, 'its own for as long as it is defined, such as "disk0"']
+    what: Annotated[str, "a path, POOL/VOLUME, an address or a network; empty where there is only one"]
+    bus: Annotated[str | None, "in QEMU's words; null: QEMU chooses the place"]
+    slot: Annotated[int | None, "PCI slot, or unit on an IDE bus"]
+
+
+class Hardware(Reply, frozen=True):
+    """What a guest sees of its machine, from its first start on."""
+
+    machine: Annotated[str | None, 'the type with its version, such as "pc-q35-10.0"; null until QEMU has told']
+    cpu: Annotated[str | None, "as QEMU's option -cpu; null until QEMU has told"]
+    renew: Annotated[bool, "whether the next start takes what QEMU has by then"]
+    devices: list[Device]
+
+
 class DomainInfo(GuestInfo, frozen=True):
     """All that is known of a domain."""
 
     memory: Annotated[int | None, "bytes"]
     vcpus: int | None
-    machine: Annotated[str | None, "QEMU's machine type"]
+    machine: Annotated[str | None, "QEMU's machine type, as the definition has it"]
+    hardware: Annotated[Hardware | None, "what is on record; null before the first start"]
     disks: Annotated[list[str], "paths, or POOL/VOLUME"]
     cdroms: Annotated[list[str | None], "paths; null for an empty one"]
     nics: list[Nic]

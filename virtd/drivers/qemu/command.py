@@ -17,17 +17,26 @@ Host = assembly.Host
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
-def argv(domain: Domain, uuid: str, host: Host, devices: Sequence[Device] | None = None) -> list[str]:
-    """The whole command line, the program first. `devices`: its own; None: as the definition has them."""
-    machine = f"{domain.machine},accel={'kvm' if host.kvm else 'tcg'}"
-    cpu = domain.cpu or ("host" if host.kvm else "max")
+def argv(
+    domain: Domain,
+    uuid: str,
+    host: Host,
+    devices: Sequence[Device] | None = None,
+    *,
+    machine: str = "",
+    cpu: str = "",
+) -> list[str]:
+    """The whole command line, the program first.
+
+    `devices`: its own; None: as the definition has them. `machine` and `cpu`: as they are on record, if they are.
+    """
     # fmt: off
     arguments = [
         host.binary,
         "-name", f"guest={domain.name},debug-threads=on",
         "-uuid", uuid,
-        "-machine", machine,
-        "-cpu", cpu,
+        "-machine", f"{machine or domain.machine},accel={'kvm' if host.kvm else 'tcg'}",
+        "-cpu", cpu or domain.cpu or ("host" if host.kvm else "max"),
         "-m", f"size={max(domain.memory_bytes >> 10, 1)}k",
         "-smp", f"{domain.vcpus}",
         "-nodefaults", "-no-user-config",

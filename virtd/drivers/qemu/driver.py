@@ -14,13 +14,13 @@ from ...model.state import Cause
 from ...replies import guests as replies
 from ..guests import Guests
 from ..protocol import Problem, Use
-from . import directory, nics, operations, starting, userdb, users
+from . import directory, nics, operations, userdb, users
 from . import host as hostinfo
 from .machine import DRIVER, Machine
 from .news import LOST, STANDSTILL
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from ...child import Services
     from ...model.settings import Qemu, Settings
@@ -69,6 +69,7 @@ class Driver(Guests[Machine, model.Domain]):
         found = await super().compare(repair=repair) + await fsck.users(
             self.machines, self.users, self.see_to_names, repair=repair
         )
+        found += fsck.hardware(self.machines, repair=repair)
         return found + await openfiles.differences(self.machines.values())
 
     async def look(self) -> None:
@@ -108,6 +109,8 @@ class Driver(Guests[Machine, model.Domain]):
                 log.warning("The name of user %s stays: %s", user.name, exc)
 
     async def start(self, name: str, by: str) -> bool:
+        from . import starting  # no start of the daemon needs it
+
         machine = self.find(name)
         await self.certain()
         others = [other for other in self.machines.values() if other is not machine]
@@ -134,6 +137,9 @@ class Driver(Guests[Machine, model.Domain]):
         except errors.VirtdError as exc:
             machine.problems["start"] = Problem(f"The restart after a panic failed: {exc.message}", exc.hint)
 
+    def forget_beside(self, machine: Machine) -> Callable[[], None]:
+        return machine.hardware.forget()
+
     def describe_fully(self, machine: Machine) -> replies.DomainInfo:
         domain = machine.running_definition
         return replies.DomainInfo(
@@ -141,12 +147,17 @@ class Driver(Guests[Machine, model.Domain]):
             memory=domain.memory_bytes if domain is not None else None,
             vcpus=domain.vcpus if domain is not None else None,
             machine=domain.machine if domain is not None else None,
+            hardware=machine.hardware.shown(),
             disks=[disk.path or f"{disk.pool}/{disk.volume}" for disk in domain.disk]
             + [cdrom.path for cdrom in domain.cdrom if cdrom.path is not None]
             if domain is not None
             else [],
             cdroms=[cdrom.path for cdrom in domain.cdrom] if domain is not None else [],
-            nics=nics.describe(domain, machine.uuid, self._peers, alive=machine.alive) if domain is not None else [],
+            nics=nics.describe(
+                domain, machine.uuid, machine.hardware.placed(domain), self._peers, alive=machine.alive
+            )
+            if domain is not None
+            else [],
             monitor=machine.monitor.link.value if machine.monitor is not None else None,
             standstill=machine.standstill.described() if STANDSTILL in machine.problems else None,
             events=replies.Events(taken=machine.news.taken, hung_up=machine.floods),
@@ -158,11 +169,16 @@ class Driver(Guests[Machine, model.Domain]):
     def warnings(self, definition: model.Domain) -> list[str]:
         from .. import conflicts
         from . import holdings  # no start of the daemon needs it
+        from .devices import placing
 
         found = [f"{key}: {text}" for key, text in hostinfo.missing_files(definition)]
         known = self.machines.get(definition.name)
         uuid = definition.uuid or (known.uuid if known is not None else "")
-        mine = [*holdings.defined(definition, uuid, conflicts.bridges(self._peers)), *holdings.here(definition)]
+        placed = known.hardware.placed(definition) if known is not None else placing.place(definition)
+        mine = [
+            *holdings.defined(definition, uuid, placed, conflicts.bridges(self._peers)),
+            *holdings.here(definition),
+        ]
         return found + conflicts.warnings(self._peers, f"domain {definition.name}", mine)
 
     def holdings(self, *, running: bool) -> Iterator[tuple[str, Holding]]:
@@ -176,7 +192,9 @@ class Driver(Guests[Machine, model.Domain]):
                 for one in holdings.running(machine, bridge_of):
                     yield owner, one
             if not running and machine.definition is not None:
-                yield from ((owner, one) for one in holdings.defined(machine.definition, machine.uuid, bridge_of))
+                placed = machine.hardware.placed(machine.definition)
+                for one in holdings.defined(machine.definition, machine.uuid, placed, bridge_of):
+                    yield owner, one
 
     def images(self) -> list[Use]:
         """See protocol.Using."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""fsck for what only QEMU's guests have: a user of its own for each."""
+"""fsck for what only QEMU's guests have: a user of its own for each, and hardware on record."""
 
 from __future__ import annotations
 
@@ -17,6 +17,27 @@ if TYPE_CHECKING:
 
     from .machine import Machine
     from .users import Users
+
+
+def hardware(machines: Mapping[str, Machine], *, repair: bool) -> list[Difference]:
+    """What guests see of their machines: each has a record that can be read. (One that is left of a definition that
+    somebody removed is kept, for it may come back.)
+    """
+    found = []
+    for name, machine in machines.items():
+        what, running = "", machine.hardware.running
+        try:
+            # Where nothing is known of it yet, QEMU is being asked.
+            if machine.hardware.read_again() is None and running is not None and running.known:
+                what = f"{machine.hardware.path} doesn't say what hardware {name} has, which runs"
+        except errors.HostError as exc:
+            what = exc.message
+        if not what:
+            continue
+        mend = "write it anew, as it runs" if running is not None else ""
+        one = Difference("hardware", name, what, mend)
+        found.append(told(one, repaired=machine.hardware.restore()) if repair and mend else one)
+    return found
 
 
 async def users(

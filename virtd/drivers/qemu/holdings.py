@@ -11,9 +11,10 @@ from . import host as hostinfo
 from .devices import assembly
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from ...model.domain import Domain
+    from .devices.placing import Placed
     from .machine import Machine
     from .nics import Planned
 
@@ -32,9 +33,11 @@ def of_cards(nics: Iterable[Planned], bridge_of: Callable[[str], str]) -> Iterat
         yield Holding(Kind.INTERFACE, (nic.interface,), key, f"interface {nic.interface}")
 
 
-def defined(domain: Domain, uuid: str, bridge_of: Callable[[str], str]) -> Iterator[Holding]:
+def defined(
+    domain: Domain, uuid: str, placed: Sequence[Placed], bridge_of: Callable[[str], str]
+) -> Iterator[Holding]:
     """What a definition wants; without a `uuid` yet, those addresses only that it names."""
-    for device in assembly.assemble(domain, uuid):
+    for device in assembly.assemble(domain, uuid, placed=placed):
         yield from device.holdings(bridge_of)
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ...units import UnitState
     from ..conflicts import Holding
     from ..peers import Peers
+    from .kept import Kept
     from .standstill import Standstill
 
 log = logging.getLogger(__name__)
@@ -95,6 +96,32 @@ class Machine(Guest[model.Domain]):
     def cards(self) -> list[nics.Planned]:
         """Its network cards that are in networks, while it runs."""
         return nics.recorded(self.record.data) if self.alive and self.record is not None else []
+
+    @functools.cached_property
+    def hardware(self) -> Kept:
+        """What the guest sees of its machine."""
+        from .kept import Kept  # no start of the daemon needs it
+
+        return Kept(self)
+
+    async def _learn_hardware(self, monitor: Monitor) -> None:
+        """See that it is on record, also of one that an older virtd started."""
+        known = self.record.data.get("hardware") if self.record is not None else None
+        if isinstance(known, dict) and known.get("type") and known.get("model"):
+            return
+        if not await self.hardware.learn(monitor.execute):
+            self.spawn(self._learn_later(), "hardware")
+
+    async def _learn_later(self) -> None:
+        """Until it is on record; a disk that is full, say, is so for a while."""
+        pause = LINK_AGAIN
+        while not await self.ended_within(pause):
+            pause = min(2 * pause, LINK_AGAIN_AT_MOST)
+            if self.monitor is None or not self.answers:
+                return  # and asked when it is connected again
+            if await self.hardware.learn(self.monitor.execute):
+                self.shared.publish("changed", self)
+                return
 
     async def hear_out(self) -> None:
         if self.monitor is not None:
@@ -241,6 +268,7 @@ class Machine(Guest[model.Domain]):
                 await self._close_runtime()
                 self.news.take_status(await monitor.status())
                 await self._resettle(monitor)
+                await self._learn_hardware(monitor)
             self.problems.pop("monitor", None)
         except errors.MonitorError as exc:
             if self.alive and child is not None and child.alive():

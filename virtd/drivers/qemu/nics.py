@@ -16,11 +16,13 @@ import msgspec
 from ... import errors
 from ...hints import do
 from ...replies.guests import Nic
-from .devices import assembly
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ...model.domain import Domain
     from ..peers import Peers
+    from .devices.placing import Placed
 
 DRIVER = "qemu"
 PREFIX = "vt-"
@@ -44,9 +46,11 @@ def interface_name(domain: str, index: int) -> str:
     return name if len(name) <= 15 else f"{PREFIX}{zlib.crc32(domain.encode()):08x}-{index}"
 
 
-def plan(domain: Domain, uuid: str) -> list[Planned]:
-    """What is needed for the domain's cards."""
-    cards = assembly.cards(domain, uuid)
+def plan(domain: Domain, uuid: str, placed: Sequence[Placed]) -> list[Planned]:
+    """What is needed for the domain's cards; `placed`: which is which."""
+    from .devices import assembly  # no start of the daemon needs it
+
+    cards = assembly.cards(domain, uuid, placed)
     return [
         Planned(index, nic.network, interface_name(domain.name, index), cards[index].mac, nic.trusted)
         for index, nic in enumerate(domain.nic)
@@ -104,10 +108,12 @@ async def sweep(alive: set[str], peers: Peers) -> None:
         await peers.networks.sweep(DRIVER, alive)
 
 
-def describe(domain: Domain, uuid: str, peers: Peers, *, alive: bool) -> list[Nic]:
+def describe(domain: Domain, uuid: str, placed: Sequence[Placed], peers: Peers, *, alive: bool) -> list[Nic]:
     """The cards, for Info."""
+    from .devices import assembly  # no start of the daemon needs it
+
     rows = []
-    for index, nic in enumerate(assembly.cards(domain, uuid)):
+    for index, nic in enumerate(assembly.cards(domain, uuid, placed)):
         mac = nic.mac
         network = nic.network if alive else None
         rows.append(

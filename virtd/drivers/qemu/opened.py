@@ -41,4 +41,4 @@ def taken(data: dict[str, Any], domain: model.Domain | None) -> Opened:
         return {}
     from .devices import assembly  # few have such a record
 
-    return identified(assembly.disks_of(domain, None))
+    return identified(assembly.assemble(domain, ""))

@@ -133,6 +133,12 @@ async def resume(machine: Machine, by: str) -> bool:
         return True
 
 
+async def upgrade_machine(machine: Machine) -> bool:
+    """Have its next start take the machine type and the CPU that QEMU has by then. False if it would anyway."""
+    async with machine.exclusive("upgrade the machine of"):
+        return machine.hardware.renew()
+
+
 async def _know(machine: Machine) -> None:
     """Whoever asks for a state shall not be told that it is there because it was when QEMU last answered."""
     if not machine.answers:

@@ -37,7 +37,7 @@ LOOK = 10.0  # seconds that a file system may take to say how full it is
 ENOUGH = 64 << 10  # bytes; with less free a guest that writes would stand still again at once
 RELAPSE = 1.0  # seconds after which it counts as running on: QEMU tries what failed again in a few milliseconds
 WORDS = 120  # characters of QEMU's own reason that are repeated
-NODE = r"disk([0-9]{1,4})"  # command.py names nodes and devices by the disk's index; CD-ROMs never stop a guest
+NODE = r"disk([0-9]{1,4})"  # what a disk is called, see devices/disk.py; CD-ROMs never stop a guest
 DEVICE = r".*/virtio-disk([0-9]{1,4})(?:/.*)?"
 OTHERS = {
     PANIC: "the guest's kernel panicked",
@@ -202,18 +202,24 @@ class Standstill:
         machine = self._machine
         if fault.disk is None or machine.record is None:
             return ""
+        index = self._index(fault.disk)
         kept = machine.record.data.get("disks")
-        if isinstance(kept, list) and fault.disk < len(kept):
-            return str(kept[fault.disk])
+        if isinstance(kept, list) and index < len(kept):
+            return str(kept[index])
         domain = machine.running_definition
         disks = domain.disk if domain is not None else ()
-        return (disks[fault.disk].path or "") if fault.disk < len(disks) else ""
+        return (disks[index].path or "") if index < len(disks) else ""
+
+    def _index(self, number: int) -> int:
+        """Where in its definition the disk is that QEMU calls by `number`; an older virtd's are called by that."""
+        numbers = self._machine.record.data.get("numbers") if self._machine.record is not None else None
+        return numbers.index(number) if isinstance(numbers, list) and number in numbers else number
 
     def _disk(self, fault: Fault) -> str:
         if fault.disk is None:
             return "one of its disks"
         path = self._path(fault)
-        return f"disk[{fault.disk}]{f', {path}' if path else ''}"
+        return f"disk[{self._index(fault.disk)}]{f', {path}' if path else ''}"
 
     def _reason(self, fault: Fault) -> str:
         if fault.kind != DISK:
@@ -255,7 +261,7 @@ class Standstill:
         return replies.Standstill(
             kind=fault.kind,
             since=fault.since,
-            disk=f"disk[{fault.disk}]" if fault.disk is not None else None,
+            disk=f"disk[{self._index(fault.disk)}]" if fault.disk is not None else None,
             path=self._path(fault) or None,
             operation=fault.operation or None,
             full=fault.full,

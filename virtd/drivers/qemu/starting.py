@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ... import errors, files, layout
+from ...hints import do
 from ...model import domain as model
 from ...units import EXIT_GROUP, EXIT_USER, StartFailed, UnitSpec, mount_units
 from .. import start as starting
 from ..programs import ENVIRONMENT
 from ..start import Start
-from . import access, command, ends, images, nics, opened, ownership, sandbox, userdb
+from . import access, command, ends, hardware, images, nics, opened, ownership, sandbox, userdb
 from . import host as hostinfo
-from .devices import assembly
+from .devices import assembly, placing
 from .machine import DRIVER, Machine
 from .users import Living
 
@@ -35,7 +36,11 @@ async def start(machine: Machine, others: list[Machine], users: Users, by: str) 
     async def ready(domain: model.Domain) -> _Start:
         disks = await images.resolve(domain, machine.source, machine.peers, by)
         account = await users.account(machine.name, machine.uuid, [_living(one) for one in (machine, *others)])
-        return _Start(machine, domain, disks, others, users, account, by)
+        try:
+            before = machine.hardware.on_record()
+        except errors.HostError as exc:
+            raise hardware.damaged(exc, machine.name) from exc
+        return _Start(machine, domain, disks, before, others, users, account, by)
 
     return await starting.start(machine, ready)
 
@@ -55,6 +60,7 @@ class _Start(Start[Machine, model.Domain]):
         machine: Machine,
         domain: model.Domain,
         disks: list[images.Image],
+        before: hardware.Hardware | None,
         others: list[Machine],
         users: Users,
         account: hostinfo.Account,
@@ -68,20 +74,24 @@ class _Start(Start[Machine, model.Domain]):
         self.account = account
         self.user = userdb.Named(account.user, account.uid) if account.own else None
         self.systemd = 0
-        self.nics = nics.plan(domain, machine.uuid)
+        kvm = hostinfo.has_kvm()
+        self.hardware = hardware.settle(before, domain, machine.uuid, kvm=kvm)
+        placed = self.hardware.devices
+        self.nics = nics.plan(domain, machine.uuid, placed)
         self.vhost = bool(self.nics) and hostinfo.has_vhost(self.account)
         host = self.host = command.Host(
             hostinfo.binary(self.settings),
-            hostinfo.has_kvm(),
+            kvm,
             machine.runtime,
             {nic.index: nic.interface for nic in self.nics},
             self.vhost,
         )
-        self.devices = assembly.assemble(domain, machine.uuid, host, disks)
+        self.devices = assembly.assemble(domain, machine.uuid, host, disks, placed)
         self.given: list[ownership.Given] = []
         self.shown: list[str] = []
 
     def check(self) -> None:
+        hardware.require_places(self.hardware, self.definition, self.machine.source)
         hostinfo.check_files(self.definition, self.machine.source, self.account)
         access.require_devices(self.account, kvm=self.host.kvm, tap=bool(self.nics))
         hidden = sandbox.hidden(_toplevel())
@@ -109,7 +119,9 @@ class _Start(Start[Machine, model.Domain]):
             # Where its own words begin, among them what ends it.
             "words_from": {"file": self.child.stderr.file, "offset": self.words_from},
             "disks": [disk.path for disk in self.disks],
+            "numbers": [disk.number for disk in placing.of_kind(self.hardware.devices, placing.DISK)],
             "images": opened.recorded(opened.identified(self.devices)),
+            "hardware": msgspec.to_builtins(self.hardware),
             "given": ownership.to_record(self.given),
             "nics": [msgspec.to_builtins(nic) for nic in self.nics],
             **({"account": self.user._asdict()} if self.user is not None else {}),
@@ -119,6 +131,8 @@ class _Start(Start[Machine, model.Domain]):
         self.systemd = await (await self.services.units()).version()
 
     def prepare(self, _ends: Ends) -> None:
+        if self.hardware.known:  # else QEMU is asked first, see Kept.learn
+            self.machine.hardware.keep(self.hardware)
         if self.user is not None:
             userdb.add(self.services.paths.userdb, self.user, self.machine.name)
         ownership.hand_over(self.given, self.account)
@@ -145,7 +159,7 @@ class _Start(Start[Machine, model.Domain]):
             description=f"Domain {machine.name}",
             slice=f"virtd-{DRIVER}.slice",
             once=True,
-            argv=tuple(command.argv(self.definition, machine.uuid, self.host, self.devices)),
+            argv=tuple(self._argv()),
             environment=ENVIRONMENT,
             # By number where it is its own: no name that somebody else has too can come to mean another user.
             user=self.account.user if self.user is None else str(self.account.uid),
@@ -169,6 +183,10 @@ class _Start(Start[Machine, model.Domain]):
             ),
             after=tuple(sorted({unit for path in self._files() for unit in mount_units(path)})),
         )
+
+    def _argv(self) -> list[str]:
+        kind, model = self.hardware.type, self.hardware.model
+        return command.argv(self.definition, self.machine.uuid, self.host, self.devices, machine=kind, cpu=model)
 
     def _files(self) -> set[str]:
         """Every file that the guest is shown, those of its volumes included."""
@@ -208,7 +226,11 @@ class _Start(Start[Machine, model.Domain]):
                     "guests run as one user, which is less secure."
                 ),
             )
-        return super().explained(exc)
+        told = super().explained(exc)
+        if (kind := self.hardware.type) and f'"{kind}"' in told.message:
+            hint = do("upgrade-machine", "domain", self.machine.name) + " takes what this QEMU has instead."
+            return errors.StartFailed(f"{told.message}: the machine that it has had so far", hint=hint)
+        return told
 
     def own_words(self, words: str) -> str:
         """QEMU's last lines without the program's name before each."""

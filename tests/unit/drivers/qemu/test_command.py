@@ -182,7 +182,7 @@ def test_what_is_done_when(text: str, panic: str, shutdown: str, reboot: str) ->
 
 def test_small_things() -> None:
     assert "pvpanic" in values(KERNEL, "-device")
-    assert "virtio-rng-pci,rng=rng0" in values(KERNEL, "-device")
+    assert "virtio-rng-pci,rng=rng0,bus=pcie.0,addr=0x1" in values(KERNEL, "-device")
     bare = parse('rng = false\nmachine = "microvm"\nboot = { kernel = "/k" }')
     assert values(bare, "-device") == []
     assert fields(values(DISKS, "-vnc")[0]) == {f"unix:{RUNTIME}/vnc.sock": ""}

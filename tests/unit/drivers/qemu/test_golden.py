@@ -17,7 +17,7 @@ import pytest
 from virtd.drivers.hardening import HARDENED
 from virtd.drivers.qemu import command, images, nics, sandbox
 from virtd.drivers.qemu import host as hostinfo
-from virtd.drivers.qemu.devices import assembly
+from virtd.drivers.qemu.devices import assembly, placing
 from virtd.model import domain as model
 from virtd.model.domain import Format
 
@@ -35,7 +35,7 @@ VOLUMES = {
 def outcome(domain: model.Domain) -> str:
     assert domain.uuid is not None
     runtime = f"/run/virtd/qemu/{domain.name}"
-    taps = {nic.index: nic.interface for nic in nics.plan(domain, domain.uuid)}
+    taps = {nic.index: nic.interface for nic in nics.plan(domain, domain.uuid, placing.place(domain))}
     host = command.Host("/usr/bin/qemu-system-x86_64", kvm=False, runtime=runtime, taps=taps)
     disks = [VOLUMES.get((image.pool, image.volume), image) for image in images.plain(domain)]
     devices = assembly.assemble(domain, domain.uuid, host, disks)

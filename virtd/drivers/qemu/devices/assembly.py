@@ -9,6 +9,7 @@ import msgspec
 
 from .. import directory
 from ..images import Image, plain
+from . import placing
 from .builtin import Console, Display, Monitor, Panic, Rng
 from .disk import Cdrom, Disk
 from .nic import Nic
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from ....model.domain import Domain
     from .device import Device
+    from .placing import Placed
 
 
 class Host(msgspec.Struct, frozen=True):
@@ -39,12 +41,29 @@ def mac_of(uuid: str, number: int) -> str:
     return "52:54:00:" + ":".join(f"{tail >> shift & 255:02x}" for shift in (16, 8, 0))
 
 
-def assemble(domain: Domain, uuid: str, host: Host = NONE, disks: Sequence[Image] | None = None) -> list[Device]:
-    """Every device. `disks` are the disks' files; None: as the definition has them."""
-    return [*builtin(domain, host), *disks_of(domain, disks), *cards(domain, uuid, host), *screen(domain, host)]
+def assemble(
+    domain: Domain,
+    uuid: str,
+    host: Host = NONE,
+    disks: Sequence[Image] | None = None,
+    placed: Sequence[Placed] | None = None,
+) -> list[Device]:
+    """Every device.
+
+    `disks` are the disks' files, as the definition has them unless given; `placed` says which device is which, see
+    `placing.place`, as if there had been none before unless given.
+    """
+    placed = placing.place(domain) if placed is None else placed
+    return [
+        *builtin(domain, host, placed),
+        *drives(domain, disks, placed),
+        *cards(domain, uuid, placed, host),
+        *screen(host, placed),
+    ]
 
 
-def builtin(domain: Domain, host: Host) -> list[Device]:
+def builtin(domain: Domain, host: Host, placed: Sequence[Placed]) -> list[Device]:
+    """What every guest has."""
     found: list[Device] = [
         Monitor(name="monitor", path=directory.monitor_socket(host.runtime)),
         Monitor(name="shutdown", path=directory.shutdown_socket(host.runtime)),
@@ -52,41 +71,42 @@ def builtin(domain: Domain, host: Host) -> list[Device]:
     ]
     if domain.is_pc:
         found.append(Panic())
-    if domain.rng:
-        found.append(Rng())
+    found += [Rng(number=at.number, address=at.address) for at in placing.of_kind(placed, placing.RNG)]
     return found
 
 
-def disks_of(domain: Domain, disks: Sequence[Image] | None) -> list[Device]:
+def drives(domain: Domain, disks: Sequence[Image] | None, placed: Sequence[Placed]) -> list[Device]:
     """What the guest keeps its data on, in the order of the definition, which is that of booting."""
     files = plain(domain) if disks is None else disks
     boots = domain.boot.kernel is None
-    found: list[Device] = [
-        Disk(number=index, key=f"disk[{index}]", image=image, boot=index + 1 if boots else 0)
-        for index, image in enumerate(files)
-    ]
-    for index, cdrom in enumerate(domain.cdrom):
+    found: list[Device] = []
+    for index, (image, at) in enumerate(zip(files, placing.of_kind(placed, placing.DISK), strict=True)):
+        turn = index + 1 if boots else 0
+        found.append(Disk(number=at.number, key=f"disk[{index}]", address=at.address, image=image, boot=turn))
+    for index, (cdrom, at) in enumerate(zip(domain.cdrom, placing.of_kind(placed, placing.CDROM), strict=True)):
         turn = len(domain.disk) + index + 1 if boots else 0
-        found.append(Cdrom(number=index, key=f"cdrom[{index}]", path=cdrom.path, ide=domain.is_pc, boot=turn))
+        key, ide = f"cdrom[{index}]", domain.is_pc
+        found.append(Cdrom(number=at.number, key=key, address=at.address, path=cdrom.path, ide=ide, boot=turn))
     return found
 
 
-def cards(domain: Domain, uuid: str, host: Host = NONE) -> list[Nic]:
+def cards(domain: Domain, uuid: str, placed: Sequence[Placed], host: Host = NONE) -> list[Nic]:
     """The network cards."""
     return [
         Nic(
-            number=index,
+            number=at.number,
             key=f"nic[{index}]",
-            mac=(nic.mac or (mac_of(uuid, index) if uuid else "")).lower(),
+            address=at.address,
+            mac=(nic.mac or (mac_of(uuid, at.number) if uuid else "")).lower(),
             network=nic.network,
             tap=host.taps.get(index),
             vhost=host.vhost,
         )
-        for index, nic in enumerate(domain.nic)
+        for index, (nic, at) in enumerate(zip(domain.nic, placing.of_kind(placed, placing.NIC), strict=True))
     ]
 
 
-def screen(domain: Domain, host: Host) -> list[Device]:
-    if domain.vnc is None or not domain.vnc.enabled:
-        return []
-    return [Display(path=directory.vnc_socket(host.runtime))]
+def screen(host: Host, placed: Sequence[Placed]) -> list[Device]:
+    """What there is to look at."""
+    path = directory.vnc_socket(host.runtime)
+    return [Display(number=at.number, address=at.address, path=path) for at in placing.of_kind(placed, placing.VIDEO)]

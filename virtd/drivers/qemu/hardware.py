@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a guest sees of its machine, on record beside its definition: the same at every start until a person asks.
+
+`/var/lib/virtd/qemu/NAME.json`: the machine type as this QEMU calls it for good ("pc-q35-10.0", where "q35" is
+another with each QEMU), the CPU, the uuid, which device is which and where each sits. It is written before a guest
+may run; at the first start, as soon as QEMU has answered, and the record in /run has the rest until then.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ... import errors, files, untrusted
+from ...hints import do
+from ...model.domain import MACHINE
+from .devices import placing
+from .devices.placing import Placed
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from ...model.domain import Domain
+
+    Ask = Callable[[str, dict[str, Any]], Awaitable[Any]]  # one QMP command and its arguments
+
+log = logging.getLogger(__name__)
+
+LIMIT = 1 << 18
+MACHINE_PATH, CPU_PATH = "/machine", "/machine/unattached/device[0]"
+# What query-cpu-model-expansion says 0 of, for "max", whatever it is (QEMU 10.0 and 11.1, TCG).
+MISTOLD = ("family", "model", "stepping")
+FEATURES = 1024  # QEMU 11 knows some 400
+
+
+class Hardware(msgspec.Struct, frozen=True):
+    """One guest's.
+
+    `machine` and `cpu` are what was asked for, by the definition or by default, such as "q35" and "max"; `type` and
+    `model` what that is, as QEMU's arguments -machine and -cpu have it, each "" until QEMU has told. `renew`: a
+    person wants what the next QEMU makes of it.
+    """
+
+    uuid: str
+    machine: str
+    cpu: str
+    type: str = ""
+    model: str = ""
+    devices: tuple[Placed, ...] = ()
+    renew: bool = False
+    schema: int = 1
+
+    @property
+    def known(self) -> bool:
+        return bool(self.type and self.model)
+
+
+def read(path: str) -> Hardware | None:
+    """What is on record; None if nothing is. Raises HostError when it can't be read."""
+    try:
+        return msgspec.json.decode(untrusted.read(path, LIMIT), type=Hardware)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as exc:
+        raise errors.HostError(f"{path} can't be read: {exc}") from exc
+
+
+def write(path: str, hardware: Hardware) -> None:
+    """Raises HostError; what is on record is then as before."""
+    try:
+        files.make_directory(os.path.dirname(path), 0o700)
+    except OSError as exc:
+        raise errors.HostError(f"Cannot write {path}: {exc.strerror}", hint=files.hint(exc)) from exc
+    files.write(path, msgspec.json.format(msgspec.json.encode(hardware), indent=1) + b"\n")
+
+
+def settle(before: Hardware | None, domain: Domain, uuid: str, *, kvm: bool) -> Hardware:
+    """What a start gives to the guest; `before`: what is on record."""
+    if before is not None and before.uuid != uuid:
+        before = None  # of another guest that had the name
+    cpu = domain.cpu or ("host" if kvm else "max")
+    kind = model = ""
+    if before is not None and not before.renew:
+        kind = before.type if before.machine == domain.machine else ""
+        model = before.model if kind and before.cpu == cpu else ""
+    placed = placing.place(domain, before.devices if before is not None else ())
+    return Hardware(uuid, domain.machine, cpu, kind, model, tuple(placed))
+
+
+def require_places(hardware: Hardware, domain: Domain, source: str) -> None:
+    """Raise InvalidDefinition for a device more than the machine takes."""
+    if (one := placing.lacks_place(domain, hardware.devices)) is not None:
+        index = placing.of_kind(hardware.devices, one.kind).index(one)
+        hint = "Take something out of the definition."
+        raise errors.InvalidDefinition(
+            source, f"{one.kind}[{index}]", f"{domain.machine} has no place left for it", hint=hint
+        )
+
+
+def damaged(exc: errors.HostError, name: str) -> errors.HostError:
+    """The error of a start without the record: other hardware than the guest's is nothing to start it with."""
+    hint = do("upgrade-machine", "domain", name) + " puts it on record anew; the guest may see other hardware then."
+    return errors.HostError(f"What hardware {name} has isn't known: {exc.message}", hint=hint)
+
+
+async def learn(hardware: Hardware, ask: Ask) -> Hardware:
+    """With what only the QEMU that runs it can tell. Raises MonitorError.
+
+    It may be in the hands of its guest: what it says is checked, and is for this guest alone.
+    """
+    kind, model = hardware.type, hardware.model
+    if not kind:
+        said = await ask("qom-get", {"path": MACHINE_PATH, "property": "type"})
+        kind = said.removesuffix("-machine") if isinstance(said, str) else ""
+        if not re.fullmatch(MACHINE, kind):
+            raise errors.MonitorError(f"QEMU says that its machine is of no type: {str(said)[:80]!r}")
+    if not model:
+        model = await _expanded(hardware.cpu, ask)
+    return msgspec.structs.replace(hardware, type=kind, model=model)
+
+
+async def _expanded(cpu: str, ask: Ask) -> str:
+    """A CPU that is another with each QEMU, in features that aren't; others are as their names and the machine type
+    say, or, "host", what the host has.
+    """
+    name, _, given = cpu.partition(",")
+    if name != "max":
+        return cpu
+    try:
+        said = await ask("query-cpu-model-expansion", {"type": "static", "model": {"name": name}})
+        props = dict(said["model"]["props"]) if said["model"]["name"] == "base" else {}
+        for prop in (prop for prop in MISTOLD if props.get(prop) == 0):
+            props[prop] = await ask("qom-get", {"path": CPU_PATH, "property": prop})
+    except (errors.MonitorError, KeyError, TypeError, ValueError) as exc:
+        log.info("CPU %s can't be told by its features: %s", cpu, exc)
+        return cpu
+    features = _spelled(props)
+    return ",".join(["base", *features, *([given] if given else [])]) if features else cpu
+
+
+def _spelled(props: Mapping[str, Any]) -> list[str]:
+    """Properties as -cpu takes them; none if any isn't what a CPU may have."""
+    found: list[str] = []
+    for name, value in sorted(props.items()):
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name) or len(found) > FEATURES:
+            return []
+        if value is True:
+            found.append(f"{name}=on")
+        elif isinstance(value, int) and not isinstance(value, bool):
+            found.append(f"{name}={value}")
+        elif isinstance(value, str) and len(value) <= 48 and value.isascii() and value.isprintable():
+            found.append(f"{name}={value.replace(',', ',,')}")
+        elif value is not False:
+            return []
+    return found

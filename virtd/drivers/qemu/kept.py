@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One guest's hardware on record: read, written, asked for, and shown."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+
+from ... import errors, files
+from ...model.state import State
+from ...replies import guests as replies
+from ..protocol import Problem
+from . import hardware
+from . import host as hostinfo
+from .devices import placing
+from .hardware import Hardware
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ...model.domain import Domain
+    from ...records import Record
+    from ..guest import Shared
+    from .devices.placing import Placed
+
+log = logging.getLogger(__name__)
+
+
+class Owner(Protocol):
+    """The machine, as it is seen from here."""
+
+    name: str
+    shared: Shared
+    record: Record | None
+    problems: dict[str, Problem]
+
+    @property
+    def alive(self) -> bool: ...
+    @property
+    def uuid(self) -> str: ...
+    @property
+    def running_definition(self) -> Domain | None: ...
+    def keep(self, **changes: Any) -> None: ...
+
+
+class Kept:
+    """The file, and beside it what the record of a guest that runs has of the same."""
+
+    def __init__(self, machine: Owner) -> None:
+        self._machine = machine
+        self._read: tuple[str, Hardware | None] | None = None  # by uuid: what the file has
+        self._placed: tuple[Domain, Hardware | None, list[Placed]] | None = None
+
+    @property
+    def path(self) -> str:
+        return self._machine.shared.services.paths.hardware(self._machine.name)
+
+    def on_record(self) -> Hardware | None:
+        """What is on record, if anything is. Raises HostError when that can't be read."""
+        uuid = self._machine.uuid
+        if self._read is None or self._read[0] != uuid:
+            found = hardware.read(self.path)
+            self._read = (uuid, found if found is not None and found.uuid == uuid else None)
+        return self._read[1]
+
+    def read_again(self) -> Hardware | None:
+        """The same, as the file has it by now."""
+        self._read = None
+        return self.on_record()
+
+    @property
+    def running(self) -> Hardware | None:
+        """What its record says that it was started with; nothing where an older virtd started it, or it is off."""
+        machine = self._machine
+        data = machine.record.data.get("hardware") if machine.alive and machine.record is not None else None
+        with contextlib.suppress(msgspec.ValidationError):
+            return msgspec.convert(data, Hardware)
+        return None
+
+    def keep(self, found: Hardware) -> None:
+        """Put it on record, unless it is. Raises HostError."""
+        with contextlib.suppress(errors.HostError):
+            if self.on_record() == found:
+                return
+        hardware.write(self.path, found)
+        self._read = (found.uuid, found)
+
+    def restore(self) -> bool:
+        """Put on record again what it runs with; whether that could be done."""
+        with contextlib.suppress(errors.HostError):
+            if (found := self.running) is not None:
+                self.keep(found)
+                return True
+        return False
+
+    def renew(self) -> bool:
+        """Have the next start ask QEMU anew. False if it would anyway. Raises HostError."""
+        try:
+            found = self.read_again()
+        except errors.HostError:  # of no use to anybody
+            found = self.running
+            if found is None:
+                self.forget()
+                return True
+        if found is None or found.renew:
+            return False
+        self.keep(msgspec.structs.replace(found, renew=True))
+        return True
+
+    def forget(self) -> Callable[[], None]:
+        """Remove it; the result puts it back. Both raise HostError."""
+        found = None
+        with contextlib.suppress(errors.HostError):
+            found = self.read_again()
+        self._read = None
+        files.remove(self.path)
+        return lambda: self.keep(found) if found is not None else None
+
+    def placed(self, domain: Domain) -> list[Placed]:
+        """Which device of `domain`, a definition of its own, is which."""
+        before = None
+        with contextlib.suppress(errors.HostError):  # fsck tells, and a start
+            before = self.on_record()
+        if self._placed is None or self._placed[0] is not domain or self._placed[1] is not before:
+            self._placed = (domain, before, placing.place(domain, before.devices if before is not None else ()))
+        return self._placed[2]
+
+    def shown(self) -> replies.Hardware | None:
+        """For Info; None while nothing is on record."""
+        found = None
+        with contextlib.suppress(errors.HostError):
+            found = self.on_record()
+        if found is None:
+            return None
+        return replies.Hardware(
+            machine=found.type or None,
+            cpu=found.model or None,
+            renew=found.renew,
+            devices=[
+                replies.Device(id=one.id, what=one.what, bus=one.bus or None, slot=one.slot if one.bus else None)
+                for one in found.devices
+            ],
+        )
+
+    async def learn(self, ask: hardware.Ask) -> bool:
+        """Put on record what it runs with: what only QEMU can tell, and what an older virtd hasn't.
+
+        False if that has to be tried again; it is a problem until then.
+        """
+        machine = self._machine
+        found, domain = self.running, machine.running_definition
+        if found is None:
+            with contextlib.suppress(errors.HostError):  # fsck tells
+                if self.on_record() is None and domain is not None and machine.uuid:
+                    found = hardware.settle(None, domain, machine.uuid, kvm=hostinfo.has_kvm())
+        if found is None:
+            return True
+        try:
+            found = await hardware.learn(found, ask)
+            self.keep(found)
+            if machine.alive and (record := machine.record) is not None:
+                data = record.data | {"hardware": msgspec.to_builtins(found)}
+                if record.state == State.STARTING:  # its next state is put on record in a moment
+                    machine.record = msgspec.structs.replace(record, data=data)
+                else:
+                    machine.keep(data=data)
+            machine.problems.pop("hardware", None)
+            return True
+        except errors.VirtdError as exc:
+            text = f"What hardware {machine.name} has isn't on record: {exc.message}"
+            machine.problems["hardware"] = Problem(text, exc.hint)
+            log.warning("%s", text)
+            return False
