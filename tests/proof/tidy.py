@@ -166,7 +166,11 @@ def verdict(lab: Lab) -> list[str]:
     status = lab.virtdctl("status", check=False)
     if status.returncode:
         found.append(f"status exits with {status.returncode}: {status.stdout}{status.stderr}")
-    found += [f"fsck: {one}" for one in json.loads(lab.virtdctl("fsck", "--json", check=False).stdout)["differences"]]
+    fsck = lab.virtdctl("fsck", "--json", check=False)
+    if fsck.stdout:
+        found += [f"fsck: {one}" for one in json.loads(fsck.stdout)["differences"]]
+    else:
+        found.append(f"fsck exits with {fsck.returncode}: {fsck.stderr}")
     if failed := lab.sh("systemctl list-units --failed --plain --no-legend 'virtd*'"):
         found.append(f"failed units: {failed}")
     return found
@@ -194,13 +198,15 @@ def main() -> int:
                 step()
             except Failed as exc:
                 failed = f"{step.__name__}: {exc}"
+                say(failed)
             count[step.__name__] += 1
         say(", ".join(f"{name} {number}" for name, number in sorted(count.items())))
         if host.version != "0.1.0":
             host.upgrade()
-        found = [*([failed] if failed else []), *verdict(lab)]
+        found = verdict(lab)
         for one in found:
             say(one)
+        found += [failed] if failed else []
         say("somebody was told of what isn't wrong" if found else f"nothing to tell after {args.minutes:g} minutes")
         return 1 if found else 0
     finally:
