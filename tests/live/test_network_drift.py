@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from tests.harness import definition
 from tests.live.networks import define, guest, info, lease, neighbour, run
 from tests.live.tools import Journal
+from tests.proof.survival import containers as small
 from virtd.messages import Message
 
 if TYPE_CHECKING:
@@ -103,6 +105,33 @@ for _ in range(20):
                 raise SystemExit
     except TimeoutError:
         pass
+"""
+
+
+MAC = "52:54:00:00:00:0b"
+BRIDGE = "vd-lab"
+# The first program of a container, which has it rebooted when it is told to.
+REBOOTS = (
+    "import ctypes, signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1]); "
+    "signal.sigwait([signal.SIGUSR1]); ctypes.CDLL(None).reboot(0x1234567)"
+)
+# How often the host answers who asks from a MAC address whether an address of its own is taken (RFC 5227).
+HEARD = """
+import socket, sys
+mac, times = bytes.fromhex(sys.argv[1].replace(":", "")), int(sys.argv[2])
+one = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x806))
+one.bind(("eth0", 0))
+one.settimeout(1)
+ask = bytes.fromhex("08060001080006040001") + mac + bytes(10) + bytes([192, 168, 150, 1])
+heard = 0
+for _ in range(times):
+    one.send(b"\\xff" * 6 + mac + ask)
+    try:
+        while True:
+            heard += one.recv(2000)[20:22] == bytes([0, 2])
+    except TimeoutError:
+        pass
+print(heard > 0)
 """
 
 
@@ -327,6 +356,58 @@ def test_answers_with_whole_checksums(lab: Lab, *, offload: bool) -> None:
     lab.write("/root/raw.py", RAW)
     with neighbour(lab, "b", "vd-lab", "192.168.150.51/24", "192.168.150.1"):
         assert lab.sh("ip netns exec b python3 /root/raw.py") == f"{not offload}\n"
+
+
+def test_a_container_that_reboots_itself(lab: Lab) -> None:
+    """LXC makes its interface anew: it is in the bridge again, and guarded, and nobody is said to have changed it."""
+    define(lab, NET)
+    lab.sh(small.MAKE)
+    lab.write("/root/heard.py", HEARD)
+    usr = '[[mount]]\nsource = "/usr"\ntarget = "/usr"\nreadonly = true\n'
+    nic = f'[[nic]]\nnetwork = "lab"\nmac = "{MAC}"\n'
+    text = f'name = "c"\nrootfs = "{small.ROOT}"\ncommand = {json.dumps(["/usr/bin/python3", "-c", REBOOTS])}\n'
+    lab.virtdctl("container", "define", "-", stdin=text + usr + nic)
+    lab.virtdctl("container", "start", "c")
+    try:
+        name = lab.json("container", "info", "c")["interfaces"][0]
+        about = f"bridge -d link show dev {name}; bridge fdb show dev {name} | grep static"
+        about += f"; cat /sys/class/net/{name}/ifalias"
+
+        def seen() -> str:
+            """Its number differs, and that of its other end."""
+            return re.sub(rf"(?m)^\d+: |(?<={name})@\S+|link-netnsid \d+", "", lab.sh(about, check=False))
+
+        def index() -> str:
+            return lab.sh(f"cat /sys/class/net/{name}/ifindex", check=False)
+
+        def first() -> int | None:
+            pid: int | None = lab.json("container", "info", "c")["pid"]
+            return pid
+
+        before = seen()
+        assert f"master {BRIDGE}" in before
+        assert "locked on" in before
+        assert MAC in before
+        journal = Journal.now(lab)
+        for _ in range(3):
+            number, pid = index(), first()
+            lab.sh(f"kill -USR1 {pid}")
+            lab.wait("another first process", lambda pid=pid: first() not in (None, pid), 60)
+            lab.wait("its interface, guarded", lambda: seen() == before, 30)
+            assert index() != number
+            # By its own address it is heard, by another's not.
+            asks = f"nsenter -n -t {first()} python3 /root/heard.py"
+            assert lab.sh(f"{asks} {MAC} 10") == "True\n"
+            assert lab.sh(f"{asks} 52:54:00:00:00:0c 2") == "False\n"
+        assert lab.json("container", "info", "c")["interfaces"] == [name]
+        assert any(port["refused"] for port in info(lab, "lab")["ports"])
+        tidy(lab)
+        assert lab.json("fsck")["differences"] == []
+        assert journal.entries(PUT_BACK) == []
+    finally:
+        lab.virtdctl("container", "stop", "c", check=False)
+        lab.virtdctl("container", "undefine", "c", check=False)
+        lab.sh("rm -f /var/log/virtd/lxc/*")
 
 
 def test_settings_that_cannot_be_written(lab: Lab) -> None:
