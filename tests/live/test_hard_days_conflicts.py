@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.harness import Lab, definition
 from tests.live.networks import define, network
+from tests.live.tools import Journal
 from tests.proof.survival import containers as small
+from virtd.messages import Message
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -144,3 +147,36 @@ def test_a_forward_of_what_the_host_serves(lab: Lab) -> None:
         lab.sh("systemctl restart virtd.service")
         assert lab.json("network", "info", "one")["state"] == "active"
         lab.virtdctl("network", "start", "one")
+
+
+def test_who_comes_to_listen_on_a_forwarded_port(lab: Lab) -> None:
+    """A problem while he does, and said once; also of UDP, and of IPv6."""
+    more = "".join(
+        f'[[forward]]\nport = {port}\nto = "{to}"\nprotocol = "{protocol}"\n'
+        for port, to, protocol in ((2222, "10.77.50.9", "tcp"), (2223, "10.77.50.9", "udp"), (2224, "fd77::9", "tcp"))
+    )
+    define(lab, network("one", 50, more=f'[ipv6]\naddress = "fd77::1/64"\n{more}'))
+
+    def told() -> list[str]:
+        status = json.loads(lab.virtdctl("status", "--json", check=False).stdout)
+        return [problem["text"] for problem in status["problems"]]
+
+    for number, (family, kind, address, port) in enumerate(
+        ((V4, TCP, "0.0.0.0", 2222), (V4, UDP, "0.0.0.0", 2223), (V6, TCP, "::", 2224))
+    ):
+        journal = Journal.now(lab)
+        with listening(lab, family, kind, address, port):
+            (text,) = lab.wait("the problem", told, 60)
+            assert text.startswith(f"forward[{number}]: ")
+            assert "is served by python3" in text
+            assert "listener.service" in text
+            (problem,) = lab.json("network", "info", "one")["problems"]
+            assert "systemctl stop listener.service" in problem["hint"]
+            lab.sh("systemctl restart virtd.service")
+            assert lab.wait("the problem, again", told, 60) == [text]
+        lab.wait("the end of it", lambda: told() == [], 60)
+        entries = journal.entries(f"MESSAGE_ID={Message.NETWORK_PORT_SERVED}")
+        assert [entry["VIRTD_NAME"] for entry in entries] == ["one"]
+    for family, kind, address, port in ((V4, TCP, "127.0.0.1", 2222), (V4, TCP, "0.0.0.0", 2223)):
+        with listening(lab, family, kind, address, port):
+            assert lab.json("network", "info", "one")["problems"] == []

@@ -17,6 +17,8 @@ from virtd.drivers.conflicts import Holding, Kind
 from virtd.drivers.network import host as hostinfo
 from virtd.drivers.network import listening
 from virtd.drivers.network.host import Account
+from virtd.drivers.network.newcomers import LASTING, Newcomers
+from virtd.messages import Message
 from virtd.model.network import Forward, Protocol
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from virtd.drivers.peers import Peers
+    from virtd.host import Host
 
 MAC = "52:54:00:00:00:01"
 
@@ -195,6 +198,50 @@ async def test_a_forward_of_what_the_host_serves(world: World, monkeypatch: pyte
         served[0] = served[0]._replace(text="tcp port 23")
         monkeypatch.setattr(listening, "served", lambda forwards: served if forwards else [])
         await network(world, "one", 7, forward(23, 7) + '[[host]]\nmac = "52:54:00:00:00:02"\nipv4 = "10.7.0.9"\n')
+
+
+@on_loop
+async def test_who_comes_to_serve_what_is_forwarded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """He is a problem while he is there, and said once, however many daemons see him."""
+    served: list[listening.Served] = []
+    now = [100.0]
+    monkeypatch.setattr(listening, "served", lambda _forwards: served)
+
+    async def problems(host: Host) -> list[str]:
+        await host.look()
+        return [problem["text"] for problem in (await host.networks.info("one"))["problems"]]
+
+    async with world.daemon() as host:
+        host.networks.driver._newcomers = Newcomers(clock=lambda: now[0])
+        await network(world, "one", 7, forward(22, 7))
+        await host.networks.start("one", by=ROOT)
+        served.append(listening.Served(0, "tcp port 22 is served by sshd", "Do something.", "tcp", 7))
+        said = [
+            "forward[0]: tcp port 22 is served by sshd, which nobody reaches from outside while the port is forwarded"
+        ]
+        assert await problems(host) == said
+        assert await problems(host) == said
+    async with world.daemon() as host:
+        assert [problem.text for problem in host.networks.driver.nets["one"].problems.values()] == said
+        assert await problems(host) == said
+        assert len(world.told(Message.NETWORK_PORT_SERVED)) == 1
+        served.clear()
+        assert await problems(host) == []
+        # A client's socket isn't there for long, another one has another number.
+        host.networks.driver._newcomers = Newcomers(clock=lambda: now[0])
+        for inode in (8, 9):
+            served[:] = [listening.Served(0, "udp port 22 is served by a client", "", "udp", inode)]
+            assert await problems(host) == []
+            now[0] += LASTING
+        assert len(await problems(host)) == 1
+        assert len(world.told(Message.NETWORK_PORT_SERVED)) == 2
+    async with world.daemon() as host:
+        assert len(await problems(host)) == 1
+        assert len(world.told(Message.NETWORK_PORT_SERVED)) == 2
+        await network(world, "one", 7)  # forwards nothing any more
+        assert await problems(host) == []
+        await host.networks.stop("one", by=ROOT, force=False)
+        assert await problems(host) == []
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from .prober import Prober
 from .upkeep import Upkeep
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from ...child import Services
     from ...model.settings import Dnsmasq, Settings
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ..conflicts import Holding
     from ..peers import Peers
     from ..protocol import Difference, Publish
+    from .newcomers import Newcomers
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class Driver(Collection[Net, model.Network]):
         )
         self._prober = Prober(self.nets)
         self._upkeep = Upkeep(self.nets, publish, self._prober.doubt)
+        self._newcomers: Newcomers | None = None
         self._guard = Guard(services, self.nets, self.problems, publish, self._isolation, self._prober, self._upkeep)
 
     async def compare(self, *, repair: bool) -> list[Difference]:
@@ -373,10 +375,19 @@ class Driver(Collection[Net, model.Network]):
     async def look(self) -> None:
         """See what is there, also of what the kernel tells nobody."""
         await self._upkeep.settle(set(self.nets), why="by somebody else")
+        await self._look_for_newcomers(self.nets.values())
 
     async def look_at(self, net: Net) -> None:
         """The same for one network, before it is told of."""
         await self._upkeep.settle({net.name}, why="by somebody else")
+        await self._look_for_newcomers([net])
+
+    async def _look_for_newcomers(self, nets: Iterable[Net]) -> None:
+        if self._newcomers is None:
+            from .newcomers import Newcomers  # no start of the daemon needs it
+
+            self._newcomers = Newcomers()
+        await self._newcomers.look(nets)
 
     def describe(self, one: Net) -> replies.Network:
         return describing.short(one)

@@ -57,11 +57,16 @@ class Process(NamedTuple):
 
 
 class Served(NamedTuple):
-    """A forward of a port on which somebody listens: which of them, who, as a sentence, and what can be done."""
+    """A forward of a port on which somebody listens: which of them, who, as a sentence, and what can be done.
+
+    `protocol` and `inode` are the socket's.
+    """
 
     number: int
     text: str
     hint: str
+    protocol: str = "tcp"
+    inode: int = 0
 
 
 def served(forwards: Iterable[Forward]) -> list[Served]:
@@ -100,7 +105,8 @@ def _sentence(index: int, one: Listener, who: Process | None) -> Served:
         if who.pid == INIT:
             name, hint = "a socket unit of systemd's", "systemctl list-sockets shows which"
     text = f"{one.protocol} port {one.port} of the host is served by {name} at {place}:{one.port}"
-    return Served(index, text, f"Forward another port, or end what listens there ({hint}).")
+    hint = f"Forward another port, or end what listens there ({hint})."
+    return Served(index, text, hint, one.protocol, one.inode)
 
 
 def listening() -> list[Listener]:

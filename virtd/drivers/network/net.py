@@ -402,6 +402,10 @@ class Net(NetRecord):
             self.server.recall()
         if (waiting := self._waiting()) is not None:
             self.problems["pending"] = waiting
+        if self.record_has("served"):
+            from . import newcomers  # no start of the daemon needs it otherwise
+
+            newcomers.recall(self)
 
     async def reconcile(self, *, unit_exists: bool) -> str:
         """Second step: whole again, whatever a crash cut off. Returns "adopted", "ended", "rolled back" or ""."""

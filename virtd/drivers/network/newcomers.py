@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Who has come to listen on a port of the host's that is forwarded already: nobody from outside reaches him.
+
+A start is refused where somebody listens, see holdings.py. Of sockets the kernel tells nobody, so it is looked now
+and then. Sockets of UDP also belong to clients, who have any port for a moment: they count after a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from ... import journal
+from ...messages import Message
+from ...model.network import State
+from ..protocol import Problem
+from . import listening
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from .listening import Served
+    from .netrecord import NetRecord
+
+LASTING = 5.0  # seconds until a socket of UDP is taken for a server's
+KEY = "served "  # how these problems' keys begin
+NOTED = "served"  # where the record has them
+log = logging.getLogger(__name__)
+
+
+class Newcomers:
+    """On the ports of all networks."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._since: dict[int, float] = {}  # when a socket was seen first, by its inode
+
+    async def look(self, nets: Iterable[NetRecord]) -> None:
+        """At these networks: what was found is their problem for as long as it is there."""
+        for net in list(nets):
+            network = net.running if net.state is State.ACTIVE else None
+            if network is None:
+                continue
+            try:
+                found = await asyncio.to_thread(listening.served, network.forward) if network.forward else []
+            except OSError as exc:
+                log.debug("Which ports the host serves isn't known: %s", exc.strerror)
+                continue
+            if net.state is State.ACTIVE and net.running is network:
+                said = _said(net)
+                _tell(net, [_problem(one) for one in found if self._lasts(one) or _problem(one).text in said])
+
+    def _lasts(self, one: Served) -> bool:
+        now = self._clock()
+        self._since = {inode: at for inode, at in self._since.items() if now - at < 3600.0}
+        return one.protocol == "tcp" or now - self._since.setdefault(one.inode, now) >= LASTING
+
+
+def recall(net: NetRecord) -> None:
+    """Tell what an earlier daemon has found, until it is looked again."""
+    net.problems |= _keyed([Problem(text, hint) for text, hint in _said(net).items()])
+
+
+def _said(net: NetRecord) -> dict[str, str]:
+    """What is told of a network already, by an earlier daemon perhaps: texts with their hints."""
+    said = net.record.data.get(NOTED) if net.record is not None else None
+    return {str(text): str(hint) for text, hint in said.items()} if isinstance(said, dict) else {}
+
+
+def _keyed(found: list[Problem]) -> dict[str, Problem]:
+    return {f"{KEY}{number}": problem for number, problem in enumerate(found)}
+
+
+def _tell(net: NetRecord, found: list[Problem]) -> None:
+    new = _keyed(found)
+    old = {key: problem for key, problem in net.problems.items() if key.startswith(KEY)}
+    said = _said(net)
+    if new == old:
+        return
+    for key in old:
+        del net.problems[key]
+    net.problems |= new
+    for problem in found:
+        if problem.text not in said:
+            journal.send(
+                f"Network {net.name}: {problem.text}", message_id=Message.NETWORK_PORT_SERVED, level="warning",
+                **net.fields(),
+            )  # fmt: skip
+    net.keep_data(**{NOTED: {problem.text: problem.hint for problem in found}})
+    net.changed()
+
+
+def _problem(one: Served) -> Problem:
+    text = f"forward[{one.number}]: {one.text}, which nobody reaches from outside while the port is forwarded"
+    return Problem(text, one.hint)
