@@ -374,6 +374,7 @@ class Driver(Collection[Net, model.Network]):
 
     async def look(self) -> None:
         """See what is there, also of what the kernel tells nobody."""
+        self._prober.look()
         await self._upkeep.settle(set(self.nets), why="by somebody else")
         await self._look_for_newcomers(self.nets.values())
 

@@ -28,8 +28,8 @@ ANSWERS, FORWARDED = ("ct state established,related", "RELATED,ESTABLISHED"), ("
 class Chain(NamedTuple):
     """A base chain in which packets are dropped.
 
-    `family` "legacy" and no table: what drops them isn't nftables. `whose`: "docker", "ufw", "firewalld", "iptables",
-    if that is known, or how the tool of legacy iptables is called.
+    `family` "legacy": what drops them isn't nftables, and without a table not iptables either. `whose`: "docker",
+    "ufw", "firewalld", "iptables", if that is known, or how the tool of legacy iptables is called.
     """
 
     family: str

@@ -14,7 +14,7 @@ from .. import programs
 from ..protocol import Problem
 from . import firewall, hints, host, trials
 from .hints import Chain
-from .probe import BRIDGED, FORWARD, INPUT, Probe
+from .probe import BRIDGED, FORWARD, INPUT, LEGACY, Probe
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -116,9 +116,11 @@ def _not_nftables(lost: Lost) -> Drop | None:
     if not lost.hook or lost.through:
         return None  # its way ended elsewhere: there is no route, say
     four = lost.trial.version == 4
-    tool = "iptables-legacy" if four else "ip6tables-legacy"
-    whose = tool if host.legacy_tables("ip_tables_names" if four else "ip6_tables_names") else ""
-    return Drop(Chain("legacy", "", lost.hook.upper(), lost.hook, whose), "", "", lost.trial)
+    there = host.legacy_tables("ip_tables_names" if four else "ip6_tables_names")
+    left = [name for name, (_, hooks) in LEGACY.items() if lost.hook in hooks and name not in lost.passed]
+    table = next((name for name in left if name in there), "")
+    whose = ("iptables-legacy" if four else "ip6tables-legacy") if table else ""
+    return Drop(Chain("legacy", table, lost.hook.upper(), lost.hook, whose), "", "", lost.trial)
 
 
 def _listed(words: Iterable[str]) -> str:
@@ -141,7 +143,8 @@ def _problem(chain: Chain, end: str, drops: list[Drop], bridge: str) -> Problem:
 def _named(chain: Chain, drops: list[Drop]) -> str:
     if chain.family == "legacy":
         if chain.whose:
-            return f"legacy iptables, in its chain {chain.name}"
+            where = f" of the table {chain.table}" if chain.table != "filter" else ""
+            return f"legacy iptables, in its chain {chain.name}{where}"
         return f"something that is neither nftables nor iptables, at the hook {chain.hook}: a BPF program, say"
     name = f"the chain {chain.family} {chain.table} {chain.name}"
     rules = [f"“{one.rule}”{f' in {one.within}' if one.within != chain.name else ''}" for one in drops if one.rule]

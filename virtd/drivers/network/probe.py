@@ -42,6 +42,14 @@ LIMIT = 0.25  # seconds for packets to get to their end; it takes microseconds, 
 log = logging.getLogger(__name__)
 
 TAKE_OUT = ("meta nftrace set 1", "drop")
+# Where legacy iptables has its tables at the hooks: NF_IP_PRI_* of linux/netfilter_ipv4.h, and of ..._ipv6.h.
+_ENDS = ("input", "forward", "output")
+LEGACY: dict[str, tuple[int, tuple[str, ...]]] = {
+    "raw": (-300, ("prerouting", "output")),
+    "mangle": (-150, ("prerouting", *_ENDS, "postrouting")),
+    "filter": (0, _ENDS),
+    "security": (50, _ENDS),
+}
 FORWARDING = "3"  # a bridge's port, BR_STATE_FORWARDING of linux/if_bridge.h
 _IFF_TAP, _IFF_NO_PI, _TUNSETIFF = 0x0002, 0x1000, 0x400454CA  # linux/if_tun.h
 
@@ -72,13 +80,15 @@ class Trial(NamedTuple):
 class Lost(NamedTuple):
     """A trial of which nothing arrived, and all that nftables did with the first way's packet.
 
-    `hook`: the last one that it came to, "" for none; `through`: whether it got through that.
+    `hook`: the last one that it came to, "" for none; `through`: whether it got through that, or which of LEGACY's
+    places there it has `passed`.
     """
 
     trial: Trial
     steps: tuple[Step, ...]
     hook: str
     through: bool
+    passed: frozenset[str] = frozenset()
 
 
 class Tap:
@@ -219,8 +229,9 @@ class Probe:
         marks = [step.chain.partition("_") for step in steps if step.table == firewall.PROBE and "_" in step.chain]
         marks = [mark for mark in marks if mark[0] != "last"]
         hook, through = (marks[-1][2], marks[-1][0] == "behind") if marks else ("", False)
+        passed = frozenset(mark[0] for mark in marks if mark[2] == hook)
         theirs = tuple(step for step in steps if step.table != firewall.PROBE)
-        return Lost(trial, theirs, hook, through) if number is not None else None
+        return Lost(trial, theirs, hook, through, passed) if number is not None else None
 
     def _send(self, way: Callable[[int], bytes], trial: Trial) -> int | None:
         """Its number; None when all of them are used."""
@@ -269,6 +280,9 @@ class Probe:
             for hook in ("prerouting", "input", "forward", "output", "postrouting")
             # After those that have it traced, and before the last that takes it out.
             for where, priority in (("before", FIRST + 1), ("behind", LAST - 1))
+        ]
+        chains += [
+            _chain(f"{table}_{hook}", hook, at + 1, []) for table, (at, hooks) in LEGACY.items() for hook in hooks
         ]
         for version in (4, 6):
             lines = [f'iifname "{via}" {self._ours(version)} meta nftrace set 1' for via in self._outer]

@@ -33,7 +33,7 @@ SETTLE = 0.2  # seconds in which changes count as one
 PAUSE = 2.0  # seconds between two looks at the least: on some hosts rules change all the time
 SHARE = 4  # and so many times as long as the last one took
 _GETGEN, _GEN_ID = 10 << 8 | 16, 1  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETGEN; NFTA_GEN_ID
-AGAIN = (10.0, 20.0, 40.0, 80.0, 160.0, 300.0)  # while something is wrong whose mending nobody tells
+AGAIN = (10.0, 20.0, 40.0, 80.0, 160.0, 300.0)  # where rules, or what mends something, change without a word
 
 
 class Prober:
@@ -45,6 +45,7 @@ class Prober:
         self._running: asyncio.Task[None] | None = None
         self._again: asyncio.TimerHandle | None = None
         self._times = 0  # that it was looked again without a word from anybody
+        self._legacy = _legacy()
         self._next = 0.0
         self._trying: tuple[str, asyncio.Future[list[Obstacle]]] | None = None  # in which network
         self._over = threading.Event()  # tells the thread
@@ -53,6 +54,12 @@ class Prober:
         """Somebody's rules have changed, or these networks have just come up: look, in a moment."""
         self._times = 0
         self._look_at(names)
+
+    def look(self) -> None:
+        """That there are other tables of legacy iptables than before is all that can be seen of it for nothing."""
+        before, self._legacy = self._legacy, _legacy()
+        if self._legacy != before:
+            self.doubt(net.name for net in self._nets.values() if net.active)
 
     def recall(self) -> None:
         """First step of a start: what an earlier daemon has found is told."""
@@ -64,7 +71,7 @@ class Prober:
         """Second step: it is looked at again where it may have changed."""
         now = _generation()
         for net in self._nets.values():
-            if net.active and not (_is_same(net, now) and _is_heard()):
+            if net.active and not (_is_same(net, now) and not self._legacy):
                 self._look_at([net.name])
 
     def _look_at(self, names: Iterable[str]) -> None:
@@ -137,7 +144,11 @@ class Prober:
         if self._again is not None:
             self._again.cancel()
             self._again = None
-        names = [net.name for net in self._nets.values() if any(one.unheard for one in net.obstacles)]
+        names = [
+            net.name
+            for net in self._nets.values()
+            if any(one.unheard for one in net.obstacles) or (self._legacy and net.active)
+        ]
         if names:
             pause = AGAIN[min(self._times, len(AGAIN) - 1)]
             self._times += 1
@@ -215,6 +226,7 @@ def _generation() -> int | None:
         return None
 
 
-def _is_heard() -> bool:
-    """Whether the kernel tells of all that may drop packets: of legacy iptables it doesn't."""
-    return not any(map(host.legacy_tables, ("ip_tables_names", "ip6_tables_names")))
+def _legacy() -> list[list[str]]:
+    """The tables of legacy iptables, of whose rules the kernel tells nobody; [] where there are none."""
+    found = [sorted(host.legacy_tables(file)) for file in ("ip_tables_names", "ip6_tables_names")]
+    return found if any(found) else []

@@ -379,6 +379,19 @@ async def test_other_peoples_rules_are_looked_at_now_and_then(site: Site, monkey
         await until(lambda: net.problems)
         found.clear()
         await until(lambda: not net.problems)
+        # What drops packets comes without a word as well, where there is legacy iptables at all.
+        await until(lambda: looking._running is None)
+        looks.clear()
+        await host.look()
+        assert (looking._running is None, looks) == (True, [])
+        (site.kernel.sysfs.parent / "proc/net").mkdir(parents=True, exist_ok=True)
+        names = site.kernel.sysfs.parent / "proc/net/ip_tables_names"
+        names.write_text("filter\n")
+        await host.look()
+        await until(lambda: len(looks) > 2)
+        found.append(Obstacle(Problem("dropped by legacy iptables"), unheard=True))
+        await until(lambda: net.problems)
+        names.unlink()
 
 
 @on_loop

@@ -171,6 +171,20 @@ def test_what_isnt_nftables_and_what_is_nobodys(monkeypatch: pytest.MonkeyPatch)
     assert text == f"{OUT} (IPv4) is dropped by legacy iptables, in its chain FORWARD"
     assert hint.startswith("iptables-legacy -I FORWARD -i vd-lab -j ACCEPT; iptables-legacy -I FORWARD -o vd-lab ")
     assert hint.endswith("; virtdctl reload")
+    # By how far it came at that hook: not to the chain of the table that comes next.
+    monkeypatch.setattr(host, "legacy_tables", lambda _file: ["security", "filter", "mangle", "raw"])
+    for passed, table in ((set(), "mangle"), ({"mangle"}, "filter"), ({"mangle", "filter"}, "security")):
+        ((text, hint),) = found(monkeypatch, [lost._replace(passed=frozenset(passed))], [])
+        where, option = ("", "") if table == "filter" else (f" of the table {table}", f"-t {table} ")
+        assert text == f"{OUT} (IPv4) is dropped by legacy iptables, in its chain FORWARD{where}"
+        assert hint.startswith(f"iptables-legacy {option}-I FORWARD -i vd-lab -j ACCEPT; ")
+    early = lost._replace(hook="prerouting", trial=trial("DNS", INPUT, 6))
+    ((text, hint),) = found(monkeypatch, [early], [])
+    assert text.endswith("by legacy iptables, in its chain PREROUTING of the table raw")
+    assert hint == "ip6tables-legacy -t raw -I PREROUTING -i vd-lab -j ACCEPT; virtdctl reload"
+    ((text, _),) = found(monkeypatch, [lost._replace(passed=frozenset({"mangle", "filter", "security"}))], [])
+    assert "neither nftables nor iptables" in text
+    monkeypatch.setattr(host, "legacy_tables", lambda file: ["filter"] if file == "ip_tables_names" else [])
     ((text, _),) = found(monkeypatch, [lost._replace(trial=trial(OUT, FORWARD, 6))], [])
     assert "neither nftables nor iptables, at the hook forward" in text
     # It got through the last hook that it came to, came to none, or is dropped by what is ours: nobody's firewall.
