@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.harness import Lab
-from tests.proof.survival import containers as small
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = pytest.mark.live
 
+FIRST = 0x62000000  # IDs of which no other test has any
 ODD = '/srv/it\'s "odd" 100% $HOME; a\\b ü'
 # What a command's run or a process is, and no setting.
 RUNS = ("ExecStart", "ExecStartEx", "ExecStop", "ExecStopEx", "CPUUsageNSec", "TasksCurrent", "MemoryCurrent",
@@ -117,7 +117,7 @@ path = {path('c"d.iso')}
 def test_a_container_with_odd_paths_ends_in_order_after_a_reload(odd: Lab) -> None:
     root = f"{ODD}/root"
     odd.run("mkdir", f"{ODD}/da:ta")
-    odd.run("sh", "-c", MAKE, root, str(small.FIRST))
+    odd.run("sh", "-c", MAKE, root, str(FIRST))
     text = f"""name = "odd"
 rootfs = {json.dumps(root, ensure_ascii=False)}
 command = ["/waits", "a b", "$HOME;'"]

@@ -11,7 +11,7 @@ import pytest
 
 from tests.harness import definition
 from tests.live.networks import define, guest, info, lease, neighbour, run
-from tests.live.tools import Journal
+from tests.live.tools import Journal, away
 from tests.proof.survival import containers as small
 from virtd.messages import Message
 
@@ -194,10 +194,11 @@ def test_what_it_does_not_tell_of(g: Lab) -> None:
 def test_what_was_changed_while_virtd_was_away(g: Lab) -> None:
     before = g.sh(EVERYTHING)
     journal = Journal.now(g)
-    g.sh(
-        "systemctl stop virtd.socket virtd; ip link set vt-g-0 master br9; ip addr flush dev vd-lab; "
-        "sysctl -qw net.ipv4.ip_forward=0; ip addr add 192.168.77.1/28 dev vt-g-0; systemctl start virtd.socket virtd"
-    )
+    with away(g):
+        g.sh(
+            "ip link set vt-g-0 master br9; ip addr flush dev vd-lab; sysctl -qw net.ipv4.ip_forward=0; "
+            "ip addr add 192.168.77.1/28 dev vt-g-0"
+        )
     entries = journal.await_entries(PUT_BACK)
     assert len(entries) == 1
     assert "while virtd was away" in entries[0]["MESSAGE"]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tests.harness import Attached, Lab, check
+from virtd.messages import Message
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,6 +75,21 @@ def drop_in(lab: Lab, text: str) -> Iterator[None]:
         yield
     finally:
         lab.sh(f"rm -rf {DROP_INS}; systemctl daemon-reload && systemctl restart virtd.service")
+
+
+@contextlib.contextmanager
+def away(lab: Lab) -> Iterator[None]:
+    """The daemon stands still for a while, and is killed and back in the end.
+
+    One that is stopped would lose its store under systemd 252.
+    """
+    lab.sh("kill -STOP $(systemctl show -P MainPID virtd.service)")
+    journal = Journal.now(lab)
+    try:
+        yield
+    finally:
+        lab.sh(KILL)
+    journal.await_entries(f"MESSAGE_ID={Message.RECOVERED}")
 
 
 @dataclass(frozen=True)
