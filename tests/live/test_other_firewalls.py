@@ -54,6 +54,10 @@ DROPPING: dict[str, tuple[str, dict[str, str]]] = {
         table("ip filter", base("FORWARD", "forward")),
         {FORWARD: "ip filter FORWARD", OVER: "ip filter FORWARD"},
     ),
+    "what belongs to a connection alone": (
+        table("inet filter", base("forward", "forward", ANSWERS)),
+        {FORWARD: "inet filter forward", OVER: "inet filter forward"},
+    ),
     "a reject at the end": (
         table("ip filter", base("FORWARD", "forward", "reject", policy="accept")),
         {FORWARD: "ip filter FORWARD", OVER: "ip filter FORWARD"},

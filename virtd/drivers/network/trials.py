@@ -163,7 +163,7 @@ def _sent_out(ground: Ground, guests: list[Guest]) -> Iterator[Trial]:
 
 
 def _answers(ground: Ground, out: Outside, guest: str) -> Iterator[Trial]:
-    port, to_port = 40053, 53
+    port, to_port = 40054, 53  # of no other trial's packets: they would belong to the connection as well
     mine = out.host if ground.network.mode is Mode.NAT else guest
     way = partial(packets.udp, Way(MACS[0], out.to, OUTER, mine), source=to_port, to=port)
     connection = Connection(guest, mine, out.to, port, to_port)
