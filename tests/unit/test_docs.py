@@ -242,8 +242,15 @@ def test_the_readme_is_read_in_five_minutes_and_leads_to_all_else() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 200, "details belong in docs/ or in a man page"
     linked = set(re.findall(r"\]\(([^)\s#]+)", text))
-    there = {name for name in markdown() if re.fullmatch(r"docs/.*|[^/]*", name)} - {"README.md"}
+    there = {name for name in markdown() if re.fullmatch(r"(docs/)?[^/]*", name)} - {"README.md"}
     assert not (there | {f"packaging/man/{name}.rst" for name in pages()}) - linked
+
+
+def test_architecture_is_read_in_twenty_minutes_and_leads_to_the_details() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    assert len(text.split()) <= 4500, "details belong in docs/internals"
+    linked = set(re.findall(r"\]\(([^)\s#]+)", text))
+    assert {name for name in markdown() if name.startswith("docs/internals/")} <= linked
 
 
 def test_pages_refer_to_pages_that_there_are() -> None:
