@@ -255,11 +255,14 @@ def test_a_stop_while_virtd_is_away_has_its_time(web1: Lab) -> None:
 
 @pytest.mark.parametrize("away", [True, False], ids=["away", "there"])
 def test_an_exit_status_that_systemd_has_forgotten(web1: Lab, *, away: bool) -> None:
+    """Where PID 1 has lost it, see witness._known, the unit is active, and only who saw the end may know."""
     pid = state_of(web1)[1]
-    kill = f"kill -9 {pid}; until systemctl is-failed -q {UNIT}; do :; done; systemctl reset-failed {UNIT}"
-    web1.sh(f"{STOP}; {kill}; {START}" if away else f"{kill} || :")
+    over = f"while test $(systemctl show -P MainPID {UNIT}) = {pid}; do sleep 0.05; done"
+    kill = f"kill -9 {pid}; {over}; systemctl is-active {UNIT}; systemctl reset-failed {UNIT} || :"
+    became = web1.sh(f"{STOP}; {kill}; {START}" if away else kill).strip()
     info = web1.wait("its end", lambda: (i := web1.info("web1"))["exit"] and i, 20)
-    assert (info["state"], info["exit"]["signal"]) == ("crashed", "SIGKILL")
+    known = ("crashed", "SIGKILL"), ("crashed", None)
+    assert (info["state"], info["exit"]["signal"]) in (known if became == "active" else known[:1])
     nothing_wrong(web1)
 
 
