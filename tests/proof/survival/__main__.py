@@ -37,6 +37,7 @@ def main() -> int:
         if (event.quick or not options.quick)
         and (not options.only or any(text.lower() in event.title.lower() for text in options.only))
     ]
+    titles = [event.title for event in EVENTS]
     packages = {version: build_rpm(version) for version in ("0.1.0", "0.1.1")}
     results = table.load() if options.write else Results({}, {})
 
@@ -44,17 +45,17 @@ def main() -> int:
         def told(subject: str, event: Event, cell: Cell) -> None:
             results.put(subject, event.title, name, cell)
             if options.write:
-                table.save(results)  # half an hour of results isn't lost by an interruption
+                table.save(results, titles)  # half an hour of results isn't lost by an interruption
 
         results.systemd[name] = runner.run(name, packages, told, events)
 
     names = options.suite or list(runner.SUITES)
     with ThreadPoolExecutor(len(names) if options.parallel else 1) as pool:
         list(pool.map(suite, names))
-    made = table.markdown(results, [event.title for event in EVENTS], runner.plurals())
+    made = table.markdown(results, titles, runner.plurals())
     print(made)
     if options.write:
-        table.save(results)
+        table.save(results, titles)
         table.write_readme(made)
     cells = [cell for rows in results.cells.values() for row in rows.values() for cell in row.values()]
     return 1 if any(cell.verdict is Verdict.LOST for cell in cells) else 0

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tests.harness import LAB
 from tests.proof.survival.scene import DAEMON, DROP_INS, KILL, Scene
+from tests.proof.survival.untidy import meddled_with, stands_still
 
 CLOCK = Path(__file__).with_name("clock.c")
 CRASHES = 50
@@ -290,6 +291,10 @@ EVENTS = (
     Event("FileDescriptorStoreMax= lowered below what is stored, and raised again", lowered_and_raised),
     Event("`systemctl stop virtd`, 60 s, `start`", stop_and_start(60), asks=False),
     Event("`daemon-reexec`, SIGKILL, `stop`, `start`", reexec_and_more, asks=False),
+    Event(
+        "a bridge deleted and a guest's port taken out of another, while virtd is stopped", meddled_with, asks=False
+    ),
+    Event("a guest that stands still for a full disk: `restart`, SIGKILL, room, `resume`", stands_still),
     Event("`systemctl soft-reboot`", soft_reboot, asks=False, attached=False, since=254, quick=True),
     Event("FileDescriptorStoreMax= lowered, `restart`", lowered),
 )

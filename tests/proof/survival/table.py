@@ -77,8 +77,12 @@ def load(path: Path = RESULTS) -> Results:
     return Results(stored["systemd"], cells)
 
 
-def save(results: Results, path: Path = RESULTS) -> None:
-    path.write_text(json.dumps({"systemd": results.systemd, "cells": results.cells}, indent=1) + "\n")
+def save(results: Results, titles: Sequence[str], path: Path = RESULTS) -> None:
+    """Keep what is known of these events, in this order."""
+    cells = {
+        subject: {title: rows[title] for title in titles if title in rows} for subject, rows in results.cells.items()
+    }
+    path.write_text(json.dumps({"systemd": results.systemd, "cells": cells}, indent=1) + "\n")
 
 
 def together(cells: Mapping[str, Cell | None], plurals: Mapping[str, str]) -> str:

@@ -82,8 +82,12 @@ def test_what_is_stored_comes_back(tmp_path: Path) -> None:
     results = Results({"trixie": "257", "bookworm": "252"}, {})
     results.put("guest", TITLES[0], "trixie", Cell(Verdict.KEPT))
     results.put("guest", TITLES[0], "bookworm", Cell(Verdict.DEGRADED, "no console"))
-    table.save(results, tmp_path / "results.json")
+    results.put("guest", TITLES[1], "trixie", Cell(Verdict.KEPT))
+    table.save(results, TITLES[1::-1], tmp_path / "results.json")
     assert table.load(tmp_path / "results.json") == results
+    assert list(table.load(tmp_path / "results.json").cells["guest"]) == TITLES[1::-1]
+    table.save(results, TITLES[:1], tmp_path / "results.json")
+    results = table.load(tmp_path / "results.json")
     made = table.markdown(results, TITLES, PLURALS).splitlines()
     assert made[0] == "| Event | systemd 252 | systemd 257 |"
     assert made[2:] == [f"| {TITLES[0]} | degraded (no console) | kept |"]
