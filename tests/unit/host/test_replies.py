@@ -76,7 +76,8 @@ def gives(operation: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", BEFORE)
 def test_fields_are_called_as_they_were(name: str) -> None:
-    assert " ".join(types.structs()[name].__struct_fields__) == BEFORE[name]
+    fields = types.structs()[name].__struct_fields__
+    assert [field for field in fields if field in BEFORE[name].split()] == BEFORE[name].split()
 
 
 @pytest.mark.parametrize("name", SPELT)
