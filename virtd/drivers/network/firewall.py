@@ -231,7 +231,8 @@ def listing(name: str, family: str = FAMILY) -> str:
     items = _items(family, name)
     for item in items:
         if (found := item.get("set")) is not None and found["name"] in ethernet.FILLED:
-            found.pop("elem", None)
+            for key in ("elem", "count"):  # how many there are nft 1.1.7 tells, if not earlier
+                found.pop(key, None)
     return json.dumps(items, sort_keys=True) if items else ""
 
 

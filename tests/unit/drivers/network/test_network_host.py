@@ -12,7 +12,7 @@ import pytest
 
 from tests.doubles.whole_host import until
 from virtd import errors
-from virtd.drivers.network import firewalld, guard, host, links, routes, watch
+from virtd.drivers.network import firewall, firewalld, guard, host, links, routes, watch
 from virtd.model import network as model
 
 if TYPE_CHECKING:
@@ -235,3 +235,18 @@ def test_whose_an_interface_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (tmp_path / name).mkdir()
         (tmp_path / name / "ifalias").write_text(alias + "\n")
     assert links.ports() == [links.Port("vt-web1-0", "lab", "qemu/web1")]
+
+
+def test_what_the_kernel_fills_is_no_change_of_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the elements nor, from nft 1.1.7 (or earlier) on, how many there are."""
+    empty = {"family": "bridge", "name": "dropped", "table": "virtd-lab", "type": "ifname", "size": 65536}
+    filled = empty | {"count": 1, "elem": [{"elem": {"val": "vt-a-0", "counter": {"packets": 3, "bytes": 180}}}]}
+    there: list[dict[str, Any]] = []
+    monkeypatch.setattr(firewall, "_listed", lambda _what: [{"set": dict(one)} for one in there])
+    listings = set()
+    for found in (empty, filled, filled | {"count": 2}):
+        there[:] = [found]
+        listings.add(firewall.listing("lab", "bridge"))
+    assert len(listings) == 1
+    there[:] = [filled | {"name": "macs"}]
+    assert "vt-a-0" in firewall.listing("lab", "bridge")
