@@ -30,8 +30,8 @@ def lab(request: pytest.FixtureRequest) -> Iterator[BareLab]:
     with bare_lab("units", request.param) as lab:
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w") as archive:
-            for module in (ROOT / "virtd").glob("*.py"):
-                archive.add(module, f"virtd/{module.name}")
+            for module in (ROOT / "virtd").rglob("*.py"):
+                archive.add(module, str(module.relative_to(ROOT)))
             archive.add(PROBE, PROBE.name)
         lab.run("mkdir", "-p", "/opt/units")
         lab.run("tar", "-x", "-C", "/opt/units", "--no-same-owner", stdin=buffer.getvalue())
