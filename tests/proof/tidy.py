@@ -199,6 +199,7 @@ def main() -> int:
             except Failed as exc:
                 failed = f"{step.__name__}: {exc}"
                 say(failed)
+                print(lab.sh("journalctl -q -b -o short-precise -n 200 | cut -c1-300", check=False), flush=True)
             count[step.__name__] += 1
         say(", ".join(f"{name} {number}" for name, number in sorted(count.items())))
         if host.version != "0.1.0":
