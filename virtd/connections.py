@@ -10,17 +10,17 @@ import os
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import errors
-from .drivers.turns import within
 from .hints import do
+from .objects.turns import within
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from .api import dbus
     from .api.limits import Limits
-    from .bus import Bus
     from .host import Host
-    from .units import Units
+    from .systemd.bus import Bus
+    from .systemd.units import Units
 
 log = logging.getLogger("virtd")
 
@@ -72,8 +72,8 @@ class Connections:
 
         `connected` is awaited before org.virtd1 is served, with whether it is for the first time.
         """
-        from .bus import Bus
-        from .units import Units
+        from .systemd.bus import Bus
+        from .systemd.units import Units
 
         # Importing gi holds the interpreter's lock for tens of milliseconds: not before the first listing is out.
         if host.settled():
@@ -125,7 +125,7 @@ class Connections:
         It has a connection of its own: what others send to that name must not stand in the way of what systemd
         answers. `lost` is set when that connection breaks.
         """
-        from .bus import Bus
+        from .systemd.bus import Bus
 
         try:
             from .api import dbus
@@ -156,10 +156,10 @@ class Connections:
 
     def _machined(self, host: Host, units: Units) -> asyncio.Task[None]:
         """Have what runs in `machinectl list`, where there is a machined. Nothing depends on it."""
-        from .host.machined import Registry
+        from .host.machined import Registrar
 
         async def machined() -> None:
             with contextlib.suppress(errors.VirtdError):  # the bus was lost
-                await Registry(host, units).run()
+                await Registrar(host, units).run()
 
         return self._task(machined)

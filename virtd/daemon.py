@@ -37,22 +37,23 @@ from typing import TYPE_CHECKING, Any  # noqa: E402
 
 import msgspec  # noqa: E402
 
-from . import __version__, errors, fdstore, files, journal, layout, process, storecheck  # noqa: E402
+from . import __version__, errors, fdstore, files, journal, layout, process  # noqa: E402
 from .api import varlink  # noqa: E402
 from .api.limits import Limits  # noqa: E402
-from .child import Services  # noqa: E402
+from .children.child import Services  # noqa: E402
 from .connections import Connections, give_way  # noqa: E402
-from .drivers import definitions  # noqa: E402
-from .drivers.registry import MODULES  # noqa: E402
+from .drivers.loader import MODULES  # noqa: E402
 from .host import Caller, Host  # noqa: E402
+from .logs.pump import Loss, Pump  # noqa: E402
 from .messages import Message  # noqa: E402
 from .model import settings as settings_model  # noqa: E402
+from .objects import definitions  # noqa: E402
 from .paths import Paths  # noqa: E402
-from .pump import Loss, Pump  # noqa: E402
+from .systemd import storecheck  # noqa: E402
 from .text import plain  # noqa: E402
 
 if TYPE_CHECKING:
-    from .units import Units
+    from .systemd.units import Units
 
 log = logging.getLogger("virtd")
 

@@ -15,10 +15,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from .peers import MEDIUM, Virtd, name_of
+from tests.bench.peers import MEDIUM, Virtd, name_of
 
 if TYPE_CHECKING:
-    from .peers import Peer
+    from tests.bench.peers import Peer
 
 AT_ONCE = 8
 TICK = os.sysconf("SC_CLK_TCK")

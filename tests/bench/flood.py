@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .peers import Peer
+    from tests.bench.peers import Peer
 
 LOGS = "/var/log/virtd/qemu"
 QUIET, LOUD = "bench-quiet", "bench-loud"

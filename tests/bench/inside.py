@@ -7,9 +7,9 @@ import json
 import sys
 from typing import Any
 
-from . import children, container, flood, memory, network, restart, start, storage
-from . import list as listing
-from .peers import peers
+from tests.bench import children, container, flood, memory, network, restart, start, storage
+from tests.bench import list as listing
+from tests.bench.peers import peers
 
 MEASURES: dict[str, Any] = {
     "restart": restart.measure,

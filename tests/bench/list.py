@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .peers import Peer
+    from tests.bench.peers import Peer
 
 
 def measure(peers: list[Peer], *, quick: bool) -> dict[str, Any]:

@@ -89,8 +89,8 @@ def consume_readwrite(path: str, fds: list[int]) -> None:
 
 def consume_pump(path: str, fds: list[int], limit: int, *, watched: bool = False) -> None:
     """The daemon's pump and log."""
-    from virtd.logfile import LogFile
-    from virtd.pump import Pump
+    from virtd.logs.logfile import LogFile
+    from virtd.logs.pump import Pump
 
     over = Event()
     left = set(range(len(fds)))
@@ -115,8 +115,8 @@ def consumer(kind: str, path: str, count: int, limit: int) -> None:
     fds = list(range(10, 10 + count))
     if kind == "pump":
         # The imports are start-up, not the log path.
-        import virtd.logfile
-        import virtd.pump  # noqa: F401
+        import virtd.logs.logfile
+        import virtd.logs.pump  # noqa: F401
     before = cpu_seconds()
     match kind:
         case "bare":

@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .peers import Peer
+    from tests.bench.peers import Peer
 
 XML = (
     "<network><name>{name}</name><forward mode='nat'/><bridge name='{name}'/><ip address='10.{second}.{third}.1' "

@@ -12,10 +12,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from .peers import MEDIUM, MEMORY_MIB, name_of
+from tests.bench.peers import MEDIUM, MEMORY_MIB, name_of
 
 if TYPE_CHECKING:
-    from .peers import Peer
+    from tests.bench.peers import Peer
 
 
 def measure(peers: list[Peer], *, quick: bool) -> dict[str, Any]:

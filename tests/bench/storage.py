@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .peers import Peer
+    from tests.bench.peers import Peer
 
 TOP = "/srv/bench"
 POOL = "bench"

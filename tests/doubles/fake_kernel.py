@@ -22,10 +22,10 @@ from virtd.drivers.network import (
     firewall,
     firewalld,
     guard,
-    host,
     isolation,
     links,
     listening,
+    prerequisites,
     prober,
     wanted,
 )
@@ -66,7 +66,7 @@ class FakeKernel:
         self.between: Callable[[], None] = lambda: None  # somebody else's turn, while virtd looks and changes
         self.watches: list[FakeWatch] = []
         monkeypatch.setattr(links, "CLASS", str(self.sysfs))
-        monkeypatch.setattr(host, "PROC", str(root / "proc"))
+        monkeypatch.setattr(prerequisites, "PROC", str(root / "proc"))
         monkeypatch.setattr(bridge, "Netlink", lambda: FakeNetlink(self))
         monkeypatch.setattr(isolation, "Netlink", lambda: FakeNetlink(self))
         monkeypatch.setattr(listening, "listening", list)  # the host that the tests run on serves what it likes

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""PID 1's transient units in memory, with real children: what virtd.units does over D-Bus, without systemd.
+"""PID 1's transient units in memory, with real children: what virtd.systemd.units does over D-Bus, without systemd.
 
 Like PID 1 it outlives the daemon: a test keeps one FakeUnits over any number of Hosts.
 """
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from virtd import errors
 from virtd.fdstore import StoredEntry
-from virtd.units import CLD_EXITED, CLD_KILLED, Listed, Stdio, StoreEntries, UnitSpec, UnitState
+from virtd.systemd.units import CLD_EXITED, CLD_KILLED, Listed, Stdio, StoreEntries, UnitSpec, UnitState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container
@@ -64,7 +64,7 @@ class Unit:
 
 
 class FakeUnits:
-    """The methods of virtd.units.Units that virtd's core calls. `old`: a systemd before 254, which can't dump."""
+    """What virtd's core calls of virtd.systemd.units.Units. `old`: before systemd 254, which can't dump."""
 
     def __init__(self, pid1: FakePid1, *, old: bool = False) -> None:
         self.units: dict[str, Unit] = {}

@@ -21,19 +21,20 @@ from typing import TYPE_CHECKING, Any, ParamSpec, cast
 
 from tests.doubles.fake_pid1 import FakePid1
 from tests.doubles.fake_units import FakeUnits
-from virtd import fifos, files, records
-from virtd.child import Services
+from virtd import files, records
+from virtd.children import fifos
+from virtd.children.child import Services
 from virtd.drivers.qemu import userdb
-from virtd.drivers.qemu.host import Account
 from virtd.drivers.qemu.monitor import Monitor
+from virtd.drivers.qemu.prerequisites import Account
 from virtd.fdstore import Store
 from virtd.fdstore.notify import connect
 from virtd.host import Caller, Host
+from virtd.logs.pump import Pump
+from virtd.logs.stderrlog import StderrLog
 from virtd.model.settings import Log, Lxc, Qemu, Settings
 from virtd.paths import Paths
-from virtd.pump import Pump
 from virtd.replies import Defined
-from virtd.stderrlog import StderrLog
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
     import pytest
 
-    from virtd.drivers.guests import Guests
+    from virtd.guests.driver import GuestDriver
 
 ROOT = Caller(uid=0, pid=os.getpid(), name="root")
 P = ParamSpec("P")
@@ -99,11 +100,11 @@ class World:
         if os.geteuid() != 0:  # who can't give files to guests' users
             monkeypatch.setattr(os, "chown", lambda *_args: None)
             monkeypatch.setattr(os, "fchown", lambda *_args: None)
-        monkeypatch.setattr("virtd.drivers.qemu.host.account", lambda _settings: me)
-        monkeypatch.setattr("virtd.drivers.qemu.host.has_kvm", lambda: False)
+        monkeypatch.setattr("virtd.drivers.qemu.prerequisites.account", lambda _settings: me)
+        monkeypatch.setattr("virtd.drivers.qemu.prerequisites.has_kvm", lambda: False)
         monkeypatch.setattr("virtd.journal.send", self._journal)
-        monkeypatch.setattr("virtd.witness.entries", lambda unit, _invocation: self.journal.get(unit, []))
-        monkeypatch.setattr("virtd.witness.LOOKS", (0.0,))
+        monkeypatch.setattr("virtd.children.witness.entries", lambda unit, _invocation: self.journal.get(unit, []))
+        monkeypatch.setattr("virtd.children.witness.LOOKS", (0.0,))
         defaults = StderrLog.__init__.__kwdefaults__
         assert defaults is not None
         monkeypatch.setitem(defaults, "send", self._journal)
@@ -197,9 +198,9 @@ class World:
         assert child is not None
         os.write(child.stdin(), f"{line}\n".encode())
 
-    def guests(self, driver: str) -> Guests[Any, Any]:
+    def guests(self, driver: str) -> GuestDriver[Any, Any]:
         assert self.host is not None
-        return cast("Guests[Any, Any]", self.host.use(driver))
+        return cast("GuestDriver[Any, Any]", self.host.use(driver))
 
     # One run of the daemon
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .state import LabError
+from tests.lab.state import LabError
 
 _BEGAN = time.monotonic()
 

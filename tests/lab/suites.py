@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .state import LabError
+from tests.lab.state import LabError
 
 DEFAULT = "trixie"
 

@@ -12,14 +12,14 @@ import os
 import subprocess
 from typing import TYPE_CHECKING
 
-from virtd.bus import Bus
-from virtd.drivers import hardening
+from virtd.children import hardening
 from virtd.drivers.lxc import sandbox as lxc
 from virtd.drivers.storage import sandbox
-from virtd.units import Units, UnitSpec
+from virtd.systemd.bus import Bus
+from virtd.systemd.units import Units, UnitSpec
 
 if TYPE_CHECKING:
-    from virtd.drivers.hardening import Property
+    from virtd.children.hardening import Property
 
 NO_STDIO = (os.devnull, os.devnull, os.devnull)
 

@@ -201,7 +201,7 @@ def test_a_reload_changes_no_unit(odd: Lab) -> None:
 MOUNT = r"""
 import asyncio, os, subprocess
 from virtd import units
-from virtd.bus import Bus
+from virtd.systemd.bus import Bus
 from virtd.drivers.storage import mounts
 RUNS = ("ExecMount", "ExecUnmount", "SourcePath", "CPUUsageNSec", "TasksCurrent", "MemoryCurrent", "MemoryPeak")
 def settings(name):

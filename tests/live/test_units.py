@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""virtd.units on real systemds. The checks themselves are in units_probe.py, which runs inside the lab."""
+"""virtd.systemd.units on real systemds. The checks themselves are in units_probe.py, which runs inside the lab."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Runs inside a lab: what virtd.units promises, tried on that lab's systemd. `test_units` picks a check by its name.
+"""Runs inside a lab: what virtd.systemd.units promises, tried on its systemd. `test_units` picks a check by name.
 
 Status 77 means that the check can't be made there.
 """
@@ -16,9 +16,11 @@ import tempfile
 import time
 from typing import TYPE_CHECKING, Any
 
-from virtd import errors, fifos, units
-from virtd.bus import Bus, BusError
-from virtd.units import CLD_EXITED, CLD_KILLED, Units, UnitSpec, unit_name
+from virtd import errors
+from virtd.children import fifos
+from virtd.systemd import units
+from virtd.systemd.bus import Bus, BusError
+from virtd.systemd.units import CLD_EXITED, CLD_KILLED, Units, UnitSpec, unit_name
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tests.toydriver import objects
 from virtd.api import interfaces, introspection, kinds
 from virtd.cli import main
-from virtd.drivers import registry
+from virtd.drivers import loader
 from virtd.host import access
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def register(patch: pytest.MonkeyPatch) -> None:
     """What a driver of virtd's own has in these tables."""
-    patch.setitem(registry.MODULES, "toy", "tests.toydriver.driver")
+    patch.setitem(loader.MODULES, "toy", "tests.toydriver.driver")
     patch.setitem(interfaces.MODULES, "org.virtd1.Toy", "tests.toydriver.api")
     for operation, right in access.rights("org.virtd1.Toy", access.SUPERVISED).items():
         patch.setitem(access.RIGHTS, operation, right)

@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from virtd import errors
-from virtd.drivers import start as starting
-from virtd.drivers.guest import End, Guest
-from virtd.drivers.guests import Guests
-from virtd.drivers.hardening import TOOL
-from virtd.drivers.power import stop
+from virtd.children.hardening import TOOL
+from virtd.guests import start as starting
+from virtd.guests.driver import GuestDriver
+from virtd.guests.guest import End, Guest
+from virtd.guests.power import stop
 from virtd.model import document
 from virtd.model.domain import canonical_uuid
 from virtd.model.state import Cause, State
 from virtd.records import Exit, now, stamp
-from virtd.units import CLD_EXITED, UnitSpec, UnitState, signal_name
+from virtd.systemd.units import CLD_EXITED, UnitSpec, UnitState, signal_name
 
 if TYPE_CHECKING:
-    from virtd.child import Services
-    from virtd.drivers.peers import Peers
-    from virtd.drivers.protocol import Publish
+    from virtd.children.child import Services
     from virtd.model.settings import Settings
+    from virtd.objects.peers import Peers
+    from virtd.objects.protocol import Publish
 
 
 class Toy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -91,7 +91,7 @@ class Start(starting.Start[Machine, Toy]):
         )
 
 
-class Driver(Guests[Machine, Toy]):
+class Driver(GuestDriver[Machine, Toy]):
     """All toys."""
 
     name = "toy"

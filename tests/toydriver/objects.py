@@ -6,7 +6,7 @@ from __future__ import annotations
 from virtd.api.introspection import SUPERVISED, Args, Interface, Method
 from virtd.api.kinds import Kind
 from virtd.api.variants import supervised
-from virtd.bus import Var
+from virtd.systemd.bus import Var
 
 INTERFACE = Interface(
     methods={

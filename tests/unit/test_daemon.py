@@ -22,7 +22,7 @@ from virtd.daemon import announce, load_settings
 from virtd.fdstore import Store
 from virtd.model.settings import Settings
 from virtd.paths import Paths, names
-from virtd.storecheck import dropped
+from virtd.systemd.storecheck import dropped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -21,9 +21,10 @@ import msgspec
 import pytest
 
 from tests.examples import calls, mentions
-from virtd import child, errors, messages
+from virtd import errors, messages
 from virtd.api import introspection
 from virtd.api.kinds import KINDS
+from virtd.children import child
 from virtd.cli import exits, main, options
 from virtd.model import container, document, domain, network, pool, settings
 from virtd.model.state import Cause, State

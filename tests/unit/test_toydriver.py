@@ -20,8 +20,8 @@ from tests.unit.api.test_dbus_api import Client as Caller
 from tests.unit.api.test_varlink import Client
 from virtd.api import dbus, varlink
 from virtd.api.introspection import PROPERTIES
-from virtd.bus import Bus
 from virtd.cli import main
+from virtd.systemd.bus import Bus
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..bus import Var
+from ..systemd.bus import Var
 from .variants import supervised
 
 if TYPE_CHECKING:

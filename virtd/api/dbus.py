@@ -16,10 +16,10 @@ import logging
 from typing import TYPE_CHECKING, Any, Final
 
 from .. import __version__, errors
-from ..bus import DBUS, DBUS_PATH, Bus, BusError, MethodCall, Var
 from ..host import Caller
 from ..sparing import Sparing
-from ..units import escape_label, unescape_label
+from ..systemd.bus import DBUS, DBUS_PATH, Bus, BusError, MethodCall, Var
+from ..systemd.units import escape_label, unescape_label
 from . import interfaces, members
 from .door import KNOWN, LIMITS_EXCEEDED, Door
 from .introspection import (

@@ -16,7 +16,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from ..allowance import Bucket
-from ..bus.message import NO_REPLY_EXPECTED
+from ..systemd.bus.message import NO_REPLY_EXPECTED
 from .introspection import PEER
 
 if TYPE_CHECKING:

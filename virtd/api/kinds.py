@@ -10,8 +10,8 @@ from . import container_objects, domain_objects, network_objects, pool_objects
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from ..bus import Var
     from ..host import Host
+    from ..systemd.bus import Var
     from .variants import Object
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..bus import Descriptor
 from ..host import WithDescriptors
+from ..systemd.bus import Descriptor
 from . import idl, interfaces
 from .variants import dictionary
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import msgspec
 
-from ..bus import Var
 from ..replies import Reply
+from ..systemd.bus import Var
+from ..systemd.units import unit_name
 from ..text import plain
-from ..units import unit_name
 
 Object = Reply
 

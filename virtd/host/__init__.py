@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
 
-from .. import __version__, console
-from ..child import sweep
-from ..drivers.protocol import Looking, Problem
-from ..drivers.qemu.machine import DRIVER
-from ..drivers.registry import Drivers
+from .. import __version__
+from ..children.child import sweep
+from ..drivers.loader import Drivers
+from ..drivers.qemu.guest import DRIVER
+from ..guests import console
+from ..objects.protocol import Looking, Problem
 from ..records import now
 from ..replies import Problem as About
 from ..replies import daemon as replies
@@ -32,12 +33,12 @@ from .objects import Objects
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
 
-    from ..child import Services
+    from ..children.child import Services
     from ..drivers import lxc, qemu, storage
-    from ..drivers.guests import Guests
-    from ..drivers.protocol import Driver
+    from ..guests.driver import GuestDriver
+    from ..logs.pump import Loss
     from ..model.settings import Settings
-    from ..pump import Loss
+    from ..objects.protocol import Driver
     from .boot import Boot
     from .containers import Containers
     from .networks import Networks
@@ -98,7 +99,7 @@ class Host(Domains):
     def supervised(self, driver: str) -> Objects[Any]:
         """What can be asked of any driver whose objects are processes."""
         if driver not in self._supervised:
-            guests = cast("Guests[Any, Any]", self.use(driver))
+            guests = cast("GuestDriver[Any, Any]", self.use(driver))
             self._supervised[driver] = Objects(self.services, guests, self.followers, self.subscribe)
         return self._supervised[driver]
 

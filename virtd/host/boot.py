@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from .. import errors, files, journal, untrusted
-from ..drivers.protocol import Problem
-from ..drivers.turns import within
 from ..messages import Message
+from ..objects.protocol import Problem
+from ..objects.turns import within
 from ..process import boot_id
 from ..text import span
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..drivers.protocol import Driver, Startable
-    from ..drivers.registry import Drivers
+    from ..drivers.loader import Drivers
+    from ..objects.protocol import Driver, Startable
     from ..paths import Paths
     from ..replies import Reply
     from .arrivals import Arrivals

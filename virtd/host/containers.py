@@ -18,9 +18,9 @@ from .objects import Objects
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from ..child import Services
-    from ..console import Followers
+    from ..children.child import Services
     from ..drivers.lxc.driver import Driver
+    from ..guests.console import Followers
     from .base import Caller, Listener
 
 

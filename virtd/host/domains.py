@@ -6,21 +6,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..drivers.qemu import operations
-from ..drivers.qemu.machine import Machine
+from ..drivers.qemu.guest import QemuGuest
 from ..replies import Changed
 from .objects import Objects
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..child import Services
-    from ..console import Followers
+    from ..children.child import Services
     from ..drivers.qemu.driver import Driver
+    from ..guests.console import Followers
     from ..model.settings import Qemu
     from .base import Caller, Listener
 
 
-class Domains(Objects[Machine]):
+class Domains(Objects[QemuGuest]):
     """What can be asked of virtd about domains."""
 
     def __init__(

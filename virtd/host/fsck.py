@@ -8,17 +8,19 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from .. import aliases, errors, fifos, files
-from ..drivers.protocol import Comparing, Difference
-from ..drivers.registry import MODULES
+from .. import errors, files
+from ..children import fifos
+from ..drivers.loader import MODULES
+from ..objects.protocol import Comparing, Difference
 from ..replies import daemon as replies
+from ..systemd import aliases
 from ..text import plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..child import Services
-    from ..drivers.registry import Drivers
+    from ..children.child import Services
+    from ..drivers.loader import Drivers
 
 STARTING = 60.0  # seconds that a start may take from the making of its pipes to its unit
 

@@ -17,14 +17,14 @@ import os
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from .. import errors
-from ..bus import DBUS, DBUS_PATH, BusError
-from ..drivers.hardening import TOOL
-from ..units import UnitSpec
+from ..children.hardening import TOOL
+from ..systemd.bus import DBUS, DBUS_PATH, BusError
+from ..systemd.units import UnitSpec
 
 if TYPE_CHECKING:
-    from ..drivers.guests import Guests
+    from ..guests.driver import GuestDriver
     from ..replies import Reply
-    from ..units import Units
+    from ..systemd.units import Units
     from . import Host
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def name_of(driver: str, name: str, uuid: str) -> str:
     return (whole if len(whole) <= NAME_MAX else f"{whole[: NAME_MAX - 9]}-{uuid[:8]}").rstrip(".-")
 
 
-class Registry:
+class Registrar:
     """Runs for as long as one connection to the bus."""
 
     def __init__(self, host: Host, units: Units) -> None:
@@ -77,7 +77,7 @@ class Registry:
             await self._bus.subscribe(DBUS, DBUS, "NameOwnerChanged", DBUS_PATH, self._owner_changed, arg0=MACHINED)
             for driver in self._host.drivers:
                 if driver.name in CLASSES:
-                    for machine in cast("Guests[Any, Any]", driver).machines.values():
+                    for machine in cast("GuestDriver[Any, Any]", driver).machines.values():
                         self._event("", driver.describe_named(machine.name))
             while True:
                 with contextlib.suppress(TimeoutError):

@@ -14,9 +14,9 @@ from .objects import known, settled
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ..drivers.loader import Drivers
     from ..drivers.network.driver import Driver
     from ..drivers.network.net import Net
-    from ..drivers.registry import Drivers
     from ..paths import Paths
     from .base import Caller
 

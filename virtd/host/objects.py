@@ -8,9 +8,9 @@ import contextlib
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from .. import errors
-from ..drivers.guest import Guest
-from ..drivers.turns import within
+from ..guests.guest import Guest
 from ..model.state import State, require
+from ..objects.turns import within
 from ..replies import Changed, Defined, Named, Reply
 from ..replies import guests as replies
 from ..text import span
@@ -19,9 +19,9 @@ from .viewing import Viewers
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
 
-    from ..child import Services
-    from ..console import Followers
-    from ..drivers.guests import Guests
+    from ..children.child import Services
+    from ..guests.console import Followers
+    from ..guests.driver import GuestDriver
     from .base import Caller, Listener, WithDescriptors
 
 G = TypeVar("G", bound=Guest[Any])
@@ -56,7 +56,7 @@ class Objects(Generic[G]):
     def __init__(
         self,
         services: Services,
-        driver: Guests[G, Any],
+        driver: GuestDriver[G, Any],
         followers: Followers,
         subscribe: Callable[[Listener], Callable[[], None]],
     ) -> None:

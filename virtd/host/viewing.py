@@ -6,10 +6,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .. import console, errors
-from ..child import CONSOLE_LOG, STDERR, STDERR_LOG, STDOUT, Child, Services
-from ..logchain import Cursor
-from ..logfile import LogFile
+from .. import errors
+from ..children.child import CONSOLE_LOG, STDERR, STDERR_LOG, STDOUT, Child, Services
+from ..guests import console
+from ..logs.chain import Cursor
+from ..logs.logfile import LogFile
 from ..replies import Reply
 from ..replies import guests as replies
 from .base import Caller, WithDescriptors

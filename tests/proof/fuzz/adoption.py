@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from virtd import journal
-from virtd.child import Services
-from virtd.drivers.registry import MODULES, Drivers
+from virtd.children.child import Services
+from virtd.drivers.loader import MODULES, Drivers
 from virtd.fdstore import Store
+from virtd.logs.pump import Pump
 from virtd.model.settings import Log, Settings
 from virtd.paths import Paths
-from virtd.pump import Pump
 
 if TYPE_CHECKING:
-    from virtd.drivers.collection import Collection
+    from virtd.objects.inventory import Inventory
 
 DRIVERS = tuple(sorted(MODULES))
 BRIEF = 150
@@ -104,7 +104,7 @@ async def _restore(paths: Paths, name: str, raw: bytes) -> None:
     pump = Pump(loop.call_soon_threadsafe)
     services = Services(paths, store, pump, Log(), _no_units)
     drivers = Drivers(services, Settings(), lambda _driver: lambda _event, _name: None)
-    driver = cast("Collection[Any, Any]", drivers.get(name))
+    driver = cast("Inventory[Any, Any]", drivers.get(name))
     try:
         driver.restore_records()
         driver.load_definitions()

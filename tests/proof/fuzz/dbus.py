@@ -11,11 +11,11 @@ from typing import Any
 
 from tests.proof.fuzz.varlink import Echo, Telling
 from virtd.api.dbus import Refused, Server
-from virtd.bus import Bus, MethodCall
-from virtd.bus.link import Way
-from virtd.bus.message import Codec
 from virtd.host import Caller
 from virtd.replies import Gone
+from virtd.systemd.bus import Bus, MethodCall
+from virtd.systemd.bus.link import Way
+from virtd.systemd.bus.message import Codec
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

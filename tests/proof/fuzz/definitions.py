@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from virtd import errors
-from virtd.drivers import definitions
 from virtd.drivers.lxc import config
 from virtd.drivers.network import dnsmasq, firewall
 from virtd.drivers.network.ports import Ground
 from virtd.model import container, domain, network, pool, settings
+from virtd.objects import definitions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,7 +110,7 @@ WORDS = (
     b"[[nic]]\n", b"[[",
 )  # fmt: skip
 FILES = dnsmasq.files_in("/run/virtd/network/default", "/var/lib/virtd/network/default")
-HOST = config.Host("/p", "/p/box", "/srv/box", None, False, "", "SIGPWR", "", False, "lxc-start")
+HOST = config.HostFacts("/p", "/p/box", "/srv/box", None, False, "", "SIGPWR", "", False, "lxc-start")
 
 
 def target(data: bytes) -> None:

@@ -10,11 +10,11 @@ from typing import cast
 
 import msgspec
 
-from virtd.drivers.qemu.machine import Machine
+from virtd.drivers.qemu.guest import QemuGuest
 from virtd.drivers.storage import job
-from virtd.logchain import Cursor
-from virtd.logfile import LogFile
-from virtd.stderrlog import StderrLog
+from virtd.logs.chain import Cursor
+from virtd.logs.logfile import LogFile
+from virtd.logs.stderrlog import StderrLog
 
 SEEDS = (
     b"    (0.00/100%)\r    (12.50/100%)\r    (100.00/100%)\r",
@@ -48,4 +48,4 @@ def target(data: bytes) -> None:
 
 
 def _sort(text: str) -> str | None:
-    return Machine.sort_line(cast("Machine", None), text)
+    return QemuGuest.sort_line(cast("QemuGuest", None), text)

@@ -49,7 +49,7 @@ class Guests(Supervised):
         return "" if told == ("crashed", "SIGKILL", "killed") else ", ".join(map(str, told))
 
     def _nobody_knows(self) -> bool:
-        """Whether PID 1 has lost the status, as 257 and later may: see virtd.witness."""
+        """Whether PID 1 has lost the status, as 257 and later may: see virtd.children.witness."""
         record = json.loads(self.lab.sh(f"cat /run/virtd/qemu/{self.victim}.json"))
         run = f"UNIT={record['unit'] or f'virtd-qemu-{self.victim}.service'} INVOCATION_ID={record['invocation_id']}"
         said = self.lab.sh(f"journalctl -q -b -o cat _PID=1 {run}")

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.doubles.private_bus import PrivateBus, private_bus
-from virtd import __version__, errors, units
+from virtd import __version__, errors
 from virtd.api.dbus import NAME, ROOT, Server, path_of
 from virtd.api.introspection import DOMAIN, INTERFACES, INTROSPECTABLE, MANAGER, OBJECT_MANAGER, PROPERTIES
-from virtd.bus import DBUS, DBUS_PATH, Bus, BusError, Var
 from virtd.host import Caller
 from virtd.host.access import RIGHTS, Access, Right
+from virtd.systemd import units
+from virtd.systemd.bus import DBUS, DBUS_PATH, Bus, BusError, Var
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator

@@ -13,8 +13,8 @@ from tests.unit.api.test_dbus_api import Client, shared_bus
 from tests.unit.drivers.lxc.test_container_restarts import Site
 from virtd.api.dbus import NAME, ROOT, Server
 from virtd.api.introspection import OBJECT_MANAGER, PROPERTIES
-from virtd.bus import Bus, BusError
 from virtd.host import Caller
+from virtd.systemd.bus import Bus, BusError
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,7 +13,7 @@ from tests.unit.api.test_dbus_api import WEB, serving
 from virtd import errors
 from virtd.api import door
 from virtd.api.introspection import DOMAIN, MANAGER, OBJECT_MANAGER, PEER
-from virtd.bus import Bus, BusError
+from virtd.systemd.bus import Bus, BusError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

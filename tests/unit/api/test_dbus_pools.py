@@ -13,10 +13,10 @@ from tests.doubles.private_bus import PrivateBus
 from tests.unit.api.test_dbus_api import FakeHost, serving, shared_bus
 from virtd.api.dbus import ROOT
 from virtd.api.introspection import OBJECT_MANAGER, POOL, POOL_MANAGER, PROPERTIES
-from virtd.bus import BusError
 from virtd.errors import InvalidDefinition
 from virtd.host import Caller, WithDescriptors
 from virtd.replies.storage import Downloading, Uploading
+from virtd.systemd.bus import BusError
 
 __all__ = ["shared_bus"]
 

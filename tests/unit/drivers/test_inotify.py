@@ -10,7 +10,7 @@ import pytest
 
 from virtd.drivers import inotify
 from virtd.drivers.network import server
-from virtd.drivers.network.host import Account
+from virtd.drivers.network.prerequisites import Account
 
 
 def test_counting_and_trying() -> None:

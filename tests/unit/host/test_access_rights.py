@@ -16,9 +16,9 @@ from tests.unit.api.test_varlink import serving as on_varlink
 from virtd import errors
 from virtd.api import idl, interfaces, introspection
 from virtd.api.limits import ALL_RUNNING
-from virtd.bus import BusError
 from virtd.host import Caller
 from virtd.host.access import RIGHTS, Access, Right
+from virtd.systemd.bus import BusError
 
 __all__ = ["shared_bus"]
 

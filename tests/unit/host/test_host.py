@@ -431,7 +431,7 @@ async def test_a_console_outlives_the_daemon(world: World, monkeypatch: pytest.M
     with pytest.raises(Killed):
         await other.aclose()  # type: ignore[attr-defined]
     # Later than that after a restart, nobody waits for those who didn't come back.
-    monkeypatch.setattr("virtd.console.GRACE", 0.0)
+    monkeypatch.setattr("virtd.guests.console.GRACE", 0.0)
     async with world.daemon() as host:
         late = host.open_console("web1", by=ANN)
         os.close((await anext(late)).fds[0])  # type: ignore[union-attr]
@@ -492,7 +492,7 @@ async def test_a_definition_that_is_gone_takes_its_domain_along(
 async def test_a_record_that_could_not_be_written_is_tried_again(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("virtd.drivers.recorded.SAVE_AGAIN", 0.01)
+    monkeypatch.setattr("virtd.objects.persistent.SAVE_AGAIN", 0.01)
     async with world.daemon() as host:
         await world.run("web1")
         machine = host.driver.machines["web1"]

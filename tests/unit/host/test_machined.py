@@ -11,15 +11,15 @@ import pytest
 
 from tests.doubles.private_bus import PrivateBus, private_bus
 from tests.doubles.whole_host import until
-from virtd.bus import Bus, MethodCall, Var
 from virtd.host import machined
-from virtd.host.machined import MACHINED, Registry, name_of
+from virtd.host.machined import MACHINED, Registrar, name_of
+from virtd.systemd.bus import Bus, MethodCall, Var
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
     from virtd.host import Host
-    from virtd.units import Units
+    from virtd.systemd.units import Units
 
 pytestmark = pytest.mark.filterwarnings("ignore::ImportWarning")
 
@@ -109,7 +109,7 @@ def item(driver: str, pid: int | None, state: str = "running") -> dict[str, Any]
 async def running(private: PrivateBus, world: World) -> AsyncIterator[Bus]:
     """A registry at work; the bus is one that a machined may come up on."""
     client, service = await Bus.open(private.address), await Bus.open(private.address)
-    task = asyncio.create_task(Registry(cast("Host", world), cast("Units", FakeUnits(client))).run())
+    task = asyncio.create_task(Registrar(cast("Host", world), cast("Units", FakeUnits(client))).run())
     try:
         yield service
     finally:

@@ -15,9 +15,9 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from virtd.api.introspection import DOMAIN, INTERFACES, MANAGER
-from virtd.bus import Bus
 from virtd.connections import CLIENT_NAME
 from virtd.host.access import RIGHTS, Right
+from virtd.systemd.bus import Bus
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -26,7 +26,7 @@ class Link(NamedTuple):
     mac: str
 
 
-class Host(NamedTuple):
+class HostFacts(NamedTuple):
     """What is known of the host when a container is started. `tty` is "" without a terminal."""
 
     path: str  # lxcpath: the directory that has the container's own directory, see Container.secret_path
@@ -42,7 +42,7 @@ class Host(NamedTuple):
     descriptors: int = DESCRIPTORS  # that a process of the container may have open at most
 
 
-def text(container: model.Container, host: Host, links: list[Link]) -> str:
+def text(container: model.Container, host: HostFacts, links: list[Link]) -> str:
     """The file."""
     lines = [
         f"lxc.uts.name = {container.hostname or container.name.replace('_', '-').replace('.', '-')[:63].strip('-')}",
@@ -83,7 +83,7 @@ def text(container: model.Container, host: Host, links: list[Link]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _kernel(container: model.Container, host: Host) -> list[str]:
+def _kernel(container: model.Container, host: HostFacts) -> list[str]:
     """The kernel's own file systems. A /sys shows a network: who doesn't own that may not mount one, and has the
     host's, with a group hierarchy of its own over the host's.
     """
@@ -127,7 +127,7 @@ def quoted(words: tuple[str, ...]) -> str:
     return " ".join("'" + word.replace("'", "'\\''") + "'" for word in words)
 
 
-def start_script(container: model.Container, host: Host, *, held: bool = False) -> str:
+def start_script(container: model.Container, host: HostFacts, *, held: bool = False) -> str:
     """What the unit runs.
 
     Its standard error becomes LXC's log, which tells when the container's first program runs, reboots and ends.
@@ -147,7 +147,7 @@ def start_script(container: model.Container, host: Host, *, held: bool = False) 
     return f"{suid}exec 3>&{0 if held else 2} {'<&1 ' if host.tty else ''}2>&1 && exec {quoted(lxc)}\n"
 
 
-def stop_script(container: model.Container, host: Host, stop: str, seconds: float) -> str:
+def stop_script(container: model.Container, host: HostFacts, stop: str, seconds: float) -> str:
     """ExecStop: what ends the container when the host goes down, with or without the daemon.
 
     systemd runs it after an end of the container's own as well, then without $MAINPID.

@@ -11,17 +11,17 @@ import signal
 from typing import TYPE_CHECKING
 
 from ... import errors, journal, process
+from ...guests.guest import End, Guest, Shared
 from ...model import container as model
 from ...model.state import State
-from ..guest import End, Guest, Shared
-from ..protocol import Problem
+from ...objects.protocol import Problem
 from . import config, ends, exposure, volume
 
 if TYPE_CHECKING:
     from ...model.settings import Lxc
+    from ...objects.peers import Peers
     from ...records import Record
-    from ...units import UnitState
-    from ..peers import Peers
+    from ...systemd.units import UnitState
 
 log = logging.getLogger(__name__)
 

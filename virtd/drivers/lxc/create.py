@@ -18,23 +18,23 @@ import re
 import tempfile
 from typing import TYPE_CHECKING, NamedTuple
 
-from ... import aliases, errors, files, untrusted
+from ... import errors, files, untrusted
+from ...children.programs import HOMELESS
 from ...hints import do
 from ...model import container as model
 from ...model.domain import ENDINGS, NAME, shown
 from ...paths import names
-from ...units import UnitSpec
-from ..programs import HOMELESS
-from ..registry import CREATING as MARK
-from . import execs, sandbox, unpack
-from . import host as hostinfo
+from ...systemd import aliases
+from ...systemd.units import UnitSpec
+from ..loader import CREATING as MARK
+from . import execs, prerequisites, sandbox, unpack
 from .container import DRIVER
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from io import BufferedReader
 
-    from ...units import Units
+    from ...systemd.units import Units
     from .container import Container
 
 log = logging.getLogger(__name__)
@@ -186,10 +186,10 @@ async def _unpack(job: Job, units: Units) -> None:
             name=job.unit,
             description=f"Making container {job.name}",
             slice=f"virtd-{DRIVER}.slice",
-            argv=hostinfo.unpacker(json.dumps(task._asdict())),
+            argv=prerequisites.unpacker(json.dumps(task._asdict())),
             environment=HOMELESS,
             properties=tuple(
-                sandbox.making(job.building, job.image if directory else "", toplevel=hostinfo.toplevel())
+                sandbox.making(job.building, job.image if directory else "", toplevel=prerequisites.toplevel())
             ),
             aliases=job.aliases,
         )

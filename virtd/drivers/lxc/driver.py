@@ -13,28 +13,27 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ... import errors
+from ...guests.driver import GuestDriver
 from ...model import container as model
 from ...model.settings import Lxc
+from ...objects.protocol import Problem, Use
 from ...replies import guests as replies
 from .. import ids
-from ..guests import Guests
 from ..ids import Range
-from ..protocol import Problem, Use
 from . import create as creating
-from . import execs, exposure, operations, starting, volume
-from . import host as hostinfo
+from . import execs, exposure, operations, prerequisites, starting, volume
 from .container import DRIVER, Container
 from .idmaps import HINT, Maps
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator
 
-    from ...child import Services
+    from ...children.child import Services
     from ...model.settings import Settings
-    from ...units import Units
-    from ..conflicts import Holding
-    from ..peers import Peers
-    from ..protocol import Publish
+    from ...objects.conflicts import Holding
+    from ...objects.peers import Peers
+    from ...objects.protocol import Publish
+    from ...systemd.units import Units
 
 
 log = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ def make(services: Services, settings: Settings, publish: Publish, peers: Peers)
     return Driver(services, settings.lxc, publish, peers, guests)
 
 
-class Driver(Guests[Container, model.Container]):
+class Driver(GuestDriver[Container, model.Container]):
     """`publish(event, name)` is told "added", "removed", "changed" and "ended"."""
 
     name = DRIVER
@@ -221,17 +220,17 @@ class Driver(Guests[Container, model.Container]):
             hostname=(container.hostname or container.name) if container is not None else None,
             privileged=container.privileged if container is not None else None,
             ids=data.get("ids"),
-            limits=_limits(hostinfo.limits(container, self._settings)) if container is not None else {},
+            limits=_limits(prerequisites.limits(container, self._settings)) if container is not None else {},
             used=machine.used() if machine.alive else {},
             addresses=addresses,
             interfaces=data.get("interfaces", []),
         )
 
     def warnings(self, definition: model.Container) -> list[str]:
-        from .. import conflicts
+        from ...objects import conflicts
         from . import holdings  # no start of the daemon needs it
 
-        found = [f"{key}: {text}" for key, text in hostinfo.missing(definition)]
+        found = [f"{key}: {text}" for key, text in prerequisites.missing(definition)]
         known = self.machines.get(definition.name)
         uuid = definition.uuid or (known.uuid if known is not None else "")
         mine = holdings.defined(definition, uuid, conflicts.bridges(self._peers))
@@ -239,14 +238,14 @@ class Driver(Guests[Container, model.Container]):
         if isinstance(definition.rootfs, model.Root):
             return found
         try:
-            hostinfo.check_root(definition, definition.rootfs.rstrip("/"), "")
+            prerequisites.check_root(definition, definition.rootfs.rstrip("/"), "")
             exposure.check(definition.rootfs.rstrip("/"), "", self._settings.directory)
         except errors.InvalidDefinition as exc:
             found.append(f"{exc.key}: {exc.expected}")
         return found
 
     def holdings(self, *, running: bool) -> Iterator[tuple[str, Holding]]:
-        from .. import conflicts
+        from ...objects import conflicts
         from . import holdings
 
         bridge_of = conflicts.bridges(self._peers)

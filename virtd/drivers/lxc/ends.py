@@ -6,10 +6,10 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from ...guests.guest import End, Request
 from ...model.state import Cause, State
 from ...records import Exit, stamp
-from ...units import CLD_EXITED, UnitState, signal_name
-from ..guest import End, Request
+from ...systemd.units import CLD_EXITED, UnitState, signal_name
 
 # lxc-start web1 20261124035119.773 NOTICE   start - ../src/lxc/start.c:post_start:2217 - Started "/sbin/init" with
 # pid "243"

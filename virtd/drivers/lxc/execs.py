@@ -13,18 +13,18 @@ import os
 import signal
 from typing import TYPE_CHECKING, NamedTuple
 
-from ... import aliases, errors, process
-from ...child import ended
-from ...units import CLD_EXITED, UnitSpec, signal_name
-from ..programs import HOMELESS
-from . import config, sandbox
-from . import host as hostinfo
+from ... import errors, process
+from ...children.child import ended
+from ...children.programs import HOMELESS
+from ...systemd import aliases
+from ...systemd.units import CLD_EXITED, UnitSpec, signal_name
+from . import config, prerequisites, sandbox
 from .container import DRIVER, Container, status_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from ...units import Units
+    from ...systemd.units import Units
 
 PREFIX = "virtd-exec-lxc-"  # of the units; not the driver's own prefix, for they are no containers
 UNCLAIMED = 60.0  # seconds that an exit status waits for a client which has lost its daemon
@@ -48,7 +48,7 @@ async def begin(
     """Start `command`. Raises a VirtdError, with nothing left behind."""
     if not command or not all(word and "\0" not in word for word in (*command[:1], *environment)):
         raise errors.InvalidState(f"Cannot run a command in {container.name}: there is none")
-    attach = hostinfo.program("lxc-attach")
+    attach = prerequisites.program("lxc-attach")
     units = await container.shared.services.units()
     number = os.urandom(4).hex()
     unit, script = f"{PREFIX}{container.name}-{number}.service", f"{container.runtime}/exec-{number}"
@@ -70,7 +70,7 @@ async def begin(
         argv=("/bin/sh", script),
         environment=HOMELESS,
         properties=tuple(
-            sandbox.entering(container.runtime, privileged=container.privileged, toplevel=hostinfo.toplevel())
+            sandbox.entering(container.runtime, privileged=container.privileged, toplevel=prerequisites.toplevel())
         ),
         aliases=f"{script}.paths",
     )

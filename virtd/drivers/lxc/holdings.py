@@ -9,8 +9,8 @@ import stat
 from typing import TYPE_CHECKING, Any
 
 from ...model import container as model
-from .. import conflicts
-from ..conflicts import Holding, Kind
+from ...objects import conflicts
+from ...objects.conflicts import Holding, Kind
 from .container import interface_names, mac_of
 
 if TYPE_CHECKING:

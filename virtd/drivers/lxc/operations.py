@@ -11,11 +11,11 @@ import time
 from typing import TYPE_CHECKING
 
 from ... import errors
+from ...guests import power
 from ...hints import do, option
 from ...model.state import State, require
+from ...objects.turns import within
 from ...text import span
-from .. import power
-from ..turns import within
 from .container import number_of
 
 if TYPE_CHECKING:

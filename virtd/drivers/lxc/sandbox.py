@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..hardening import HARDENED, KEPT, LIBRARIES, Property
+from ...children.hardening import HARDENED, KEPT, LIBRARIES, Property
 from . import config
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def entering(runtime: str, *, privileged: bool, toplevel: list[str]) -> list[Pro
     return found
 
 
-def needed(container: model.Container, host: config.Host) -> tuple[str, ...]:
+def needed(container: model.Container, host: config.HostFacts) -> tuple[str, ...]:
     """What LXC needs to make an unprivileged container. Inside it has none of them: there the kernel gives it all of
     a user namespace's own, and with these it makes most of the container.
 
@@ -133,7 +133,12 @@ def _bits(names: Iterable[str]) -> int:
 
 
 def properties(
-    container: model.Container, host: config.Host, limits: model.Limits, *, toplevel: list[str], stop_after: float
+    container: model.Container,
+    host: config.HostFacts,
+    limits: model.Limits,
+    *,
+    toplevel: list[str],
+    stop_after: float,
 ) -> list[Property]:
     """Properties for StartTransientUnit.
 

@@ -10,23 +10,22 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from ... import errors, files, layout
+from ...children.programs import ENVIRONMENT
+from ...guests import start as starting
+from ...guests.start import Start
 from ...hints import do
 from ...model import container as model
+from ...objects.protocol import Problem
+from ...systemd.units import UnitSpec
 from ...text import span
-from ...units import UnitSpec
-from .. import start as starting
-from ..programs import ENVIRONMENT
-from ..protocol import Problem
-from ..start import Start
-from . import config, ends, exposure, sandbox, volume
-from . import host as hostinfo
+from . import config, ends, exposure, prerequisites, sandbox, volume
 from .container import DRIVER, Container, interface_names, mac_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ...child import Ends
-    from ..conflicts import Holding
+    from ...children.child import Ends
+    from ...objects.conflicts import Holding
     from .idmaps import Maps
 
 log = logging.getLogger(__name__)
@@ -35,7 +34,7 @@ TTY_GROUP = 5  # "tty" of every distribution, to which a terminal belongs
 
 
 async def start(container: Container, maps: Maps, by: str) -> bool:
-    """See drivers/start.py. `maps`: who has which IDs."""
+    """See guests/start.py. `maps`: who has which IDs."""
 
     async def ready(definition: model.Container) -> _Start:
         return _Start(container, definition, maps, by)
@@ -54,33 +53,33 @@ class _Start(Start[Container, model.Container]):
         self.mounted: volume.Mounted | None = None
 
     def check(self) -> None:
-        hostinfo.check_host(self.definition, self.machine.source)
+        prerequisites.check_host(self.definition, self.machine.source)
         if isinstance(self.definition.rootfs, str):
             self._check_root(self.definition.rootfs.rstrip("/"))
 
     def _check_root(self, root: str) -> None:
         """With the root there, what it holds and whose it is."""
         definition, source = self.definition, self.machine.source
-        hostinfo.check_root(definition, root, source)
+        prerequisites.check_root(definition, root, source)
         exposure.check(root, source, self.settings.directory)
         ids, shifted = self.maps.reserve(self.machine, definition, root, source)
-        self.stop = hostinfo.program("lxc-stop")
-        self.host = config.Host(
+        self.stop = prerequisites.program("lxc-stop")
+        self.host = config.HostFacts(
             path=self.machine.secret_path(),
             runtime=self.machine.runtime,
             root=root,
             ids=ids,
             shifted=shifted,
             tty="",
-            halt=hostinfo.halt_signal(definition, root),
-            seccomp=hostinfo.seccomp(),
-            apparmor=hostinfo.apparmor(),
-            start=hostinfo.program("lxc-execute" if definition.command else "lxc-start"),
-            descriptors=hostinfo.descriptors(),
+            halt=prerequisites.halt_signal(definition, root),
+            seccomp=prerequisites.seccomp(),
+            apparmor=prerequisites.apparmor(),
+            start=prerequisites.program("lxc-execute" if definition.command else "lxc-start"),
+            descriptors=prerequisites.descriptors(),
         )
 
     def holdings(self) -> Iterator[Holding]:
-        from .. import conflicts
+        from ...objects import conflicts
         from . import holdings  # no start of the daemon needs it
 
         return holdings.to_start(self.definition, self.machine.uuid, conflicts.bridges(self.peers))
@@ -185,8 +184,8 @@ class _Start(Start[Container, model.Container]):
                 sandbox.properties(
                     self.definition,
                     self.host,
-                    hostinfo.limits(self.definition, self.settings),
-                    toplevel=hostinfo.toplevel(),
+                    prerequisites.limits(self.definition, self.settings),
+                    toplevel=prerequisites.toplevel(),
                     stop_after=self.settings.host_shutdown_timeout,
                 )
             ),

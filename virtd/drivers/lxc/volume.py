@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ...model import container as model
-    from ...units import Units
-    from ..peers import Peers
+    from ...objects.peers import Peers
+    from ...systemd.units import Units
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from ... import errors
-from . import host, links
+from . import links, prerequisites
 from .netlink import Netlink
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def join(netlink: Netlink, interface: str, bridge: str, port: Port | None, *, is
         family, _, what = key.partition("/")
         # Where /proc/sys is read-only, a guest does without: see wanted.py, which tells of it.
         with contextlib.suppress(errors.HostError):
-            host.set_sysctl(f"net/{family}/conf/{interface}/{what}", str(value))
+            prerequisites.set_sysctl(f"net/{family}/conf/{interface}/{what}", str(value))
     # First the MTU: a bridge whose own wasn't set takes the smallest of its ports'.
     netlink.set_link(interface, mtu=links.mtu(bridge))
     if port is not None and links.is_tap(interface):

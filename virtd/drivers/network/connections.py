@@ -12,7 +12,7 @@ import msgspec
 from ... import errors, journal
 from ...messages import Message
 from ...model.network import State
-from ..protocol import Problem
+from ...objects.protocol import Problem
 from . import bridge, links, ports
 
 if TYPE_CHECKING:

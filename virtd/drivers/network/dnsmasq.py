@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from ...children.hardening import HARDENED, Property
+from ...children.programs import ENVIRONMENT
 from ...model.network import Mode
-from ...units import UnitSpec
-from ..hardening import HARDENED, Property
-from ..programs import ENVIRONMENT
+from ...systemd.units import UnitSpec
 from . import leases
 
 if TYPE_CHECKING:
     from ...model.network import Network
-    from .host import Account
     from .ports import Port
+    from .prerequisites import Account
 
 READY = b"started, version"  # what it writes when its sockets are open
 

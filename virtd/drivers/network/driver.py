@@ -17,14 +17,14 @@ from ...hints import do
 from ...messages import Message
 from ...model import network as model
 from ...model.network import State
+from ...objects import recovery
+from ...objects.inventory import Inventory
+from ...objects.peers import Connection
+from ...objects.protocol import Problem
 from ...paths import listing
 from ...process import boot_id
 from ...records import Record, Records, now
-from .. import reconcile
-from ..collection import Collection
-from ..peers import Connection
-from ..protocol import Problem
-from . import bridge, describing, host, links, routes
+from . import bridge, describing, links, prerequisites, routes
 from .guard import Guard
 from .isolation import Isolation
 from .net import Net
@@ -35,12 +35,12 @@ from .upkeep import Upkeep
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from ...child import Services
+    from ...children.child import Services
     from ...model.settings import Dnsmasq, Settings
+    from ...objects.conflicts import Holding
+    from ...objects.peers import Peers
+    from ...objects.protocol import Difference, Publish
     from ...replies import networks as replies
-    from ..conflicts import Holding
-    from ..peers import Peers
-    from ..protocol import Difference, Publish
     from .newcomers import Newcomers
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def make(services: Services, settings: Settings, publish: Publish, peers: Peers)
     return Driver(services, settings.dnsmasq, publish, peers)
 
 
-class Driver(Collection[Net, model.Network]):
+class Driver(Inventory[Net, model.Network]):
     """All networks."""
 
     name = DRIVER
@@ -97,7 +97,7 @@ class Driver(Collection[Net, model.Network]):
         self.recall()
         self._prober.recall()
         self._sweep_leases()
-        reconcile.doubt(self)
+        recovery.doubt(self)
         for net in self.nets.values():
             if net.record is None and net.definition is not None and self._has_bridge(net):
                 net.settled.clear()
@@ -115,7 +115,7 @@ class Driver(Collection[Net, model.Network]):
 
     async def reconcile(self) -> None:
         """Second step: compare with systemd and the kernel, finish what a crash cut off."""
-        _, others = await reconcile.recorded(self)
+        _, others = await recovery.recorded(self)
         for net in self.nets.values():
             if net.record is None and net.definition is not None and self._has_bridge(net):
                 others.setdefault(net.name, False)
@@ -125,7 +125,7 @@ class Driver(Collection[Net, model.Network]):
             except Exception as exc:  # it costs no other its reconciliation
                 log.exception("Network %s can't be rebuilt", name)
                 self.left_alone(name, Problem(f"{name} can't be rebuilt: {exc}", "See: " + do("fsck") + "."))
-        reconcile.settle(self)
+        recovery.settle(self)
         for net in list(self.nets.values()):
             if net.definition is None and not net.active and not net.problems:
                 self.forget(net.name)
@@ -326,7 +326,7 @@ class Driver(Collection[Net, model.Network]):
         if net is None or not net.active:
             routes.check(network, source)
             if network.own:  # a bridge of the host's may come up later
-                host.check_bridge(network, source, bridge.mac_of(uuid) if uuid else "")
+                prerequisites.check_bridge(network, source, bridge.mac_of(uuid) if uuid else "")
         return network
 
     def check_beside(self, definition: model.Network, other: Net, source: str) -> None:

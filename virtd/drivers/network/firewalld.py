@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ... import errors
-from ...bus import BusError
+from ...systemd.bus import BusError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from ...bus import Bus
-    from ...units import Units
+    from ...systemd.bus import Bus
+    from ...systemd.units import Units
 
 NAME = "org.fedoraproject.FirewallD1"
 PATH = "/org/fedoraproject/FirewallD1"

@@ -12,8 +12,7 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from ... import errors, files, records
-from ...paths import names as names_in
-from ..fsck import (
+from ...guests.fsck import (  # fmt: skip
     Seen,
     clear_away,
     look,
@@ -26,8 +25,9 @@ from ..fsck import (
     strays,
     told,
     traces,
-)  # fmt: skip
-from ..protocol import Difference
+)
+from ...objects.protocol import Difference
+from ...paths import names as names_in
 from . import bridge, dnsmasq, firewall, links
 from .netrecord import DRIVER
 from .server import content
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from ...model.network import Network
-    from ..collection import Collection
+    from ...objects.inventory import Inventory
     from .net import Net
 
-    Nets = Collection[Net, Network]
+    Nets = Inventory[Net, Network]
     Detach = Callable[[str], Awaitable[object]]  # the interface of a guest
 
 

@@ -15,7 +15,7 @@ from ... import errors, journal
 from ...hints import do
 from ...messages import Message
 from ...model.network import State
-from ..protocol import Problem
+from ...objects.protocol import Problem
 from . import firewall, firewalld, isolation
 from .netrecord import DRIVER
 from .watch import ALL, Watch
@@ -23,8 +23,8 @@ from .watch import ALL, Watch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ...child import Services
-    from ..protocol import Publish
+    from ...children.child import Services
+    from ...objects.protocol import Publish
     from .isolation import Isolation
     from .net import Net
     from .prober import Prober

@@ -8,15 +8,15 @@ import logging
 from typing import TYPE_CHECKING, Protocol
 
 from ... import errors
-from .. import conflicts
-from ..conflicts import Holding, Kind
+from ...objects import conflicts
+from ...objects.conflicts import Holding, Kind
 from . import links, listening
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from ...model.network import Forward, Network
-    from ..peers import Peers
+    from ...objects.peers import Peers
     from .ports import Port
 
 log = logging.getLogger(__name__)

@@ -19,15 +19,16 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from ... import errors, fifos, files, journal
+from ... import errors, files, journal
+from ...children import ending, fifos
 from ...hints import do, option
 from ...messages import Message
 from ...model import network as model
 from ...model.network import State
+from ...objects import definitions
+from ...objects.protocol import Problem
 from ...records import Record, now
-from .. import definitions, ending
-from ..protocol import Problem
-from . import bridge, firewall, firewalld, host, links, routes, wanted
+from . import bridge, firewall, firewalld, links, prerequisites, routes, wanted
 from . import ports as ports_
 from .connections import Connections
 from .netrecord import DRIVER, NetRecord, Shared
@@ -117,7 +118,7 @@ class Net(NetRecord):
                 )
             await holdings.require(self, network, self.shared)
             await asyncio.to_thread(routes.check, network, self.source)
-            await asyncio.to_thread(host.check_bridge, network, self.source, bridge.mac_of(self.uuid))
+            await asyncio.to_thread(prerequisites.check_bridge, network, self.source, bridge.mac_of(self.uuid))
             record = Record(
                 driver=DRIVER,
                 name=self.name,
@@ -150,7 +151,7 @@ class Net(NetRecord):
     async def make(self, network: model.Network) -> None:
         """Every piece; those that are there already stay as they are."""
         if not network.own:
-            await asyncio.to_thread(host.check_bridge, network, self.source, self.mac)
+            await asyncio.to_thread(prerequisites.check_bridge, network, self.source, self.mac)
             await self.apply_rules(network)
             await self.standing.settle()
             return
@@ -310,7 +311,7 @@ class Net(NetRecord):
         return {"ports": kept} if self.record is not None and (kept := self.record.data.get("ports")) else {}
 
     async def _allow_forwarding(self, network: model.Network) -> None:
-        for setting in await asyncio.to_thread(host.allow_forwarding, network):
+        for setting in await asyncio.to_thread(prerequisites.allow_forwarding, network):
             text = f"Network {self.name}: the host forwards from now on: {setting}"
             journal.send(text, level="notice", **self.fields())
 

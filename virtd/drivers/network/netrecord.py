@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ... import errors
 from ...model import network as model
 from ...model.network import State
-from ...units import unit_name
-from .. import definitions
-from ..recorded import Recorded
-from ..turns import Turns
+from ...objects import definitions
+from ...objects.persistent import Persistent
+from ...objects.turns import Turns
+from ...systemd.units import unit_name
 from . import bridge, leases
 from . import ports as ports_
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from contextlib import AbstractAsyncContextManager
 
-    from ...child import Services
+    from ...children.child import Services
     from ...model.settings import Dnsmasq
+    from ...objects.peers import Peers
     from ...records import Records
-    from ..peers import Peers
     from .holdings import Owner
     from .isolation import Isolation
     from .ports import Port
@@ -46,7 +46,7 @@ class Shared(NamedTuple):
     nets: Mapping[str, Owner]
 
 
-class NetRecord(Recorded):
+class NetRecord(Persistent):
     """A network without its pieces; see net.Net."""
 
     def __init__(self, shared: Shared, name: str) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ... import journal
 from ...messages import Message
 from ...model.network import State
-from ..protocol import Problem
+from ...objects.protocol import Problem
 from . import listening
 
 if TYPE_CHECKING:

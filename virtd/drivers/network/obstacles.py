@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ...children import programs
 from ...hints import joined
-from .. import programs
-from ..protocol import Problem
-from . import firewall, hints, host, trials
+from ...objects.protocol import Problem
+from . import firewall, hints, prerequisites, trials
 from .hints import Chain
 from .probe import BRIDGED, FORWARD, INPUT, LEGACY, Probe
 
@@ -116,7 +116,7 @@ def _not_nftables(lost: Lost) -> Drop | None:
     if not lost.hook or lost.through:
         return None  # its way ended elsewhere: there is no route, say
     four = lost.trial.version == 4
-    there = host.legacy_tables("ip_tables_names" if four else "ip6_tables_names")
+    there = prerequisites.legacy_tables("ip_tables_names" if four else "ip6_tables_names")
     left = [name for name, (_, hooks) in LEGACY.items() if lost.hook in hooks and name not in lost.passed]
     table = next((name for name in left if name in there), "")
     whose = ("iptables-legacy" if four else "ip6tables-legacy") if table else ""

@@ -25,7 +25,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from ... import errors
-from . import firewall, host, links, packets, uplink
+from . import firewall, links, packets, prerequisites, uplink
 from .netlink import Netlink
 from .trace import Step, Tracer
 
@@ -99,7 +99,7 @@ class Tap:
         self._fd = os.open(links.TUN, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             fcntl.ioctl(self._fd, _TUNSETIFF, struct.pack("=16sH22x", self.name.encode(), _IFF_TAP | _IFF_NO_PI))
-            host.set_sysctl(f"net/ipv6/conf/{self.name}/disable_ipv6", "1")
+            prerequisites.set_sysctl(f"net/ipv6/conf/{self.name}/disable_ipv6", "1")
             if via:
                 with Netlink() as netlink:
                     netlink.set_link(self.name, mac=OUTER, up=True)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from ... import errors, journal
 from ...messages import Message
 from ...model.network import State
-from ..protocol import Problem
-from . import firewall, host
+from ...objects.protocol import Problem
+from . import firewall, prerequisites
 from .netlink import Netlink, attributes
 from .watch import NETLINK_NETFILTER
 
@@ -228,5 +228,5 @@ def _generation() -> int | None:
 
 def _legacy() -> list[list[str]]:
     """The tables of legacy iptables, of whose rules the kernel tells nobody; [] where there are none."""
-    found = [sorted(host.legacy_tables(file)) for file in ("ip_tables_names", "ip6_tables_names")]
+    found = [sorted(prerequisites.legacy_tables(file)) for file in ("ip_tables_names", "ip6_tables_names")]
     return found if any(found) else []

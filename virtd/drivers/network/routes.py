@@ -12,7 +12,7 @@ import struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import errors
-from . import host
+from . import prerequisites
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -39,7 +39,7 @@ def routes(most: int | None = None) -> list[Route]:
 def _routes4(most: int | None) -> Iterator[Route]:
     import ipaddress
 
-    for line in host.lines("net/route", most, skip=1):
+    for line in prerequisites.lines("net/route", most, skip=1):
         fields = line.split()
         # Eight hexadecimal digits each, in the byte order of the machine.
         address, gateway, mask = (struct.pack("=I", int(fields[at], 16)) for at in (1, 2, 7))
@@ -51,7 +51,7 @@ def _routes4(most: int | None) -> Iterator[Route]:
 def _routes6(most: int | None) -> Iterator[Route]:
     import ipaddress
 
-    for line in host.lines("net/ipv6_route", most):
+    for line in prerequisites.lines("net/ipv6_route", most):
         fields = line.split()
         flags = int(fields[8], 16)
         prefix = ipaddress.IPv6Network((bytes.fromhex(fields[0]), int(fields[1], 16)), strict=False)

@@ -12,24 +12,24 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from ... import errors, files, journal, layout, untrusted
-from ...child import Child
+from ...children import ending
+from ...children.child import Child
+from ...children.launch import Launch, identified
+from ...guests.repeating import Repeater
 from ...hints import do
 from ...messages import Message
+from ...objects.persistent import Tasks
+from ...objects.protocol import Problem
+from ...systemd.units import CLD_EXITED, UnitState, signal_name
 from ...text import span
-from ...units import CLD_EXITED, UnitState, signal_name
-from .. import ending
-from ..launch import Launch, identified
-from ..protocol import Problem
-from ..recorded import Tasks
-from ..repeating import Repeater
-from . import dnsmasq, host
+from . import dnsmasq, prerequisites
 from .netrecord import DRIVER
 
 if TYPE_CHECKING:
     from ...hints import Hint
     from ...model.network import Network
     from ...records import Record
-    from ...units import UnitSpec
+    from ...systemd.units import UnitSpec
     from .netrecord import NetRecord
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class Server(Tasks):
     def _write(self, network: Network) -> set[str]:
         """Bring its files up to date: the paths of those that were changed. In a thread."""
         mine = self.files
-        account = host.account(self.net.shared.settings)
+        account = prerequisites.account(self.net.shared.settings)
         changed = set()
         try:
             layout.ensure(self.net.shared.services.paths)
@@ -155,7 +155,7 @@ class Server(Tasks):
                 changed.add(path)
         return changed
 
-    def _lease_file(self, account: host.Account) -> None:
+    def _lease_file(self, account: prerequisites.Account) -> None:
         """The one file that dnsmasq may write, which it changes in place, in a directory that isn't its own: one that
         was taken over can fill neither. (Before, the directory was dnsmasq's.) Raises OSError.
         """
@@ -328,7 +328,10 @@ class _Launch(Launch):
         self.network = network
 
     def require(self) -> None:
-        self.account, self.binary = host.account(self.net.shared.settings), host.dnsmasq(self.net.shared.settings)
+        self.account, self.binary = (
+            prerequisites.account(self.net.shared.settings),
+            prerequisites.dnsmasq(self.net.shared.settings),
+        )
 
     def remember(self, promise: dict[str, Any]) -> None:
         self.net.save(**promise)
@@ -406,7 +409,7 @@ def _read(net: NetRecord, since: int) -> bytes:
         return b""
 
 
-def _explained(words: str, account: host.Account) -> tuple[str, str] | None:
+def _explained(words: str, account: prerequisites.Account) -> tuple[str, str] | None:
     """Of what it says that isn't about its configuration: more about it, and a hint."""
     if "create inotify: Too many open files" not in words:
         return None

@@ -10,7 +10,7 @@ from ... import errors, journal
 from ...hints import do, joined
 from ...messages import Message
 from ...model.network import State
-from ..protocol import Problem
+from ...objects.protocol import Problem
 from . import wanted
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...model.network import Mode, Protocol
-from . import firewall, host, links, packets, ports, routes
+from . import firewall, links, packets, ports, prerequisites, routes
 from .netlink import Netlink
 from .packets import SYN, Way
 from .probe import ANSWERED, BRIDGED, FORWARD, INPUT, MACS, OUTER, Trial
@@ -74,14 +74,15 @@ def _filters_output() -> bool:
     """Whether anybody has a say in what the host itself sends."""
     places = [(one.get("hook"), one.get("type")) for one in firewall.chains() if not firewall.is_ours(one["table"])]
     return any(hook == "output" and kind != "nat" for hook, kind in places) or bool(
-        host.legacy_tables("ip_tables_names")
+        prerequisites.legacy_tables("ip_tables_names")
     )
 
 
 def is_filtered(bridge: str) -> bool:
     """Whether the host's rules for IP see what goes over a bridge (br_netfilter)."""
     return any(
-        "1" in (host.sysctl(f"net/bridge/bridge-nf-call-{tool}"), links.read(bridge, f"bridge/nf_call_{tool}"))
+        "1"
+        in (prerequisites.sysctl(f"net/bridge/bridge-nf-call-{tool}"), links.read(bridge, f"bridge/nf_call_{tool}"))
         for tool in ("iptables", "ip6tables")
     )
 

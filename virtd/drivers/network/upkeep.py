@@ -29,7 +29,7 @@ from .watch import ALL
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from ..protocol import Publish
+    from ...objects.protocol import Publish
     from .net import Net
     from .wanted import Drift
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ... import errors
 from ...hints import do
 from ...model.network import Mode
-from . import bridge, host, links, routes
+from . import bridge, links, prerequisites, routes
 from .ethernet import LINK_LOCAL, is_forwarded_to
 from .kernel import MAIN, Kernel, Link, Way, checksums, set_checksums
 from .netlink import Address
@@ -212,11 +212,11 @@ def _bridge(ground: Ground, link: Link) -> Iterator[Drift]:
             f"{name} mtu", f"{name}: MTU {link.mtu} instead of {mtu}", lambda kernel: kernel.set_link(name, mtu=mtu)
         )
     six = network.ipv6 is not None
-    for key, value in host.calm(six).items():
+    for key, value in prerequisites.calm(six).items():
         yield from _setting(link, key, value, vital=six)
     for key, needed in (("ipv4/forwarding", network.ipv4), ("ipv6/forwarding", network.ipv6)):
         # What is off for all is told of once.
-        if forwards and needed is not None and host.sysctl(host.forwarding(key)) != "0":
+        if forwards and needed is not None and prerequisites.sysctl(prerequisites.forwarding(key)) != "0":
             yield from _setting(link, key, 1)
     if not link.up:
         yield Drift(f"{name} up", f"{name}: down", lambda kernel: kernel.set_link(name, up=True))
@@ -241,26 +241,28 @@ def _setting(link: Link, key: str, value: int, *, vital: bool = True, new: bool 
     path = f"net/{family}/conf/{link.name}/{what}"
 
     def mend(_kernel: Kernel) -> None:
-        host.set_sysctl(path, str(value))
+        prerequisites.set_sysctl(path, str(value))
 
-    text = f"{host.dotted(path)}: {found} instead of {value}"
+    text = f"{prerequisites.dotted(path)}: {found} instead of {value}"
     hint = "Where /proc/sys can be written, sysctl -w NAME=VALUE sets what is named."
     yield Drift(f"{link.name} {key}", text, mend, hint, vital=vital, new=new)
 
 
 def _host(network: Network) -> Iterator[Drift]:
     def mend(_kernel: Kernel) -> None:
-        host.allow_forwarding(network)
+        prerequisites.allow_forwarding(network)
 
-    for path in host.forwarding_needed(network):
-        if host.sysctl(path) == "0":
-            yield Drift(path, f"{host.dotted(path)}: 0 instead of 1", mend, host.written_elsewhere(path))
+    for path in prerequisites.forwarding_needed(network):
+        if prerequisites.sysctl(path) == "0":
+            yield Drift(
+                path, f"{prerequisites.dotted(path)}: 0 instead of 1", mend, prerequisites.written_elsewhere(path)
+            )
 
 
 def _addresses(ground: Ground, seen: Seen) -> Iterator[Drift]:
     network = ground.network
     name = network.bridge_name
-    wanted = {Address(*one) for one in host.addresses(network)}
+    wanted = {Address(*one) for one in prerequisites.addresses(network)}
     there = {one for one in seen.addresses.get(name, set()) if not _is_link_local(one)}
     if network.ipv6 is not None:
         # Which router advertisements come from. The kernel gives it with IPv6, and not again.

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 
 from ... import errors, reach
 from ...text import word
-from . import host as hostinfo
+from . import prerequisites
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-def shown(program: str, hidden: Iterable[str], who: hostinfo.Account) -> list[str]:
+def shown(program: str, hidden: Iterable[str], who: prerequisites.Account) -> list[str]:
     """What of a QEMU of somebody's own has to be shown to guests: its directory, or the one above its bin, for its
     libraries and firmware are there; nothing where it can be seen anyway. `hidden`: the names in `/` that can't.
 
@@ -36,7 +36,7 @@ def shown(program: str, hidden: Iterable[str], who: hostinfo.Account) -> list[st
             raise errors.HostError(
                 f"{program} is on a file system that is mounted noexec", hint="See qemu.binary in virtd.toml."
             )
-        if not hostinfo.may(file.status, who, os.X_OK):
+        if not prerequisites.may(file.status, who, os.X_OK):
             raise errors.HostError(f"{who.user} may not execute {program}", hint=f"chmod o+rx {word(program)}")
     found = []
     for path in paths:
@@ -48,7 +48,7 @@ def shown(program: str, hidden: Iterable[str], who: hostinfo.Account) -> list[st
     return found
 
 
-def require_passable(files: Iterable[str], hidden: Iterable[str], who: hostinfo.Account) -> None:
+def require_passable(files: Iterable[str], hidden: Iterable[str], who: prerequisites.Account) -> None:
     """Raise HostError when a file is in a directory that the guest's user may not pass, and can see.
 
     Where the host's directories are hidden only the file itself is shown, and what is above it is systemd's.
@@ -60,12 +60,12 @@ def require_passable(files: Iterable[str], hidden: Iterable[str], who: hostinfo.
             _check_passable(real, "/", who)
 
 
-def _check_passable(path: str, place: str, who: hostinfo.Account) -> None:
+def _check_passable(path: str, place: str, who: prerequisites.Account) -> None:
     """The guest's user has to pass from `place` to what is at `path`. Raises HostError."""
     below = path
     while len(path := os.path.dirname(path)) >= len(place) and path != "/":
         status = os.stat(path)
-        if not hostinfo.may(status, who, os.X_OK):
+        if not prerequisites.may(status, who, os.X_OK):
             raise errors.HostError(
                 f"{who.user}, as whom the guest runs, may not pass {path} to {below}: it is {_owners(status)}'s, "
                 f"with mode {stat.S_IMODE(status.st_mode):04o}",
@@ -73,16 +73,16 @@ def _check_passable(path: str, place: str, who: hostinfo.Account) -> None:
             )
 
 
-def require_devices(who: hostinfo.Account, *, kvm: bool, tap: bool) -> None:
+def require_devices(who: prerequisites.Account, *, kvm: bool, tap: bool) -> None:
     """Raise HostError when the guest's user may not open what it is to use: QEMU would only say that it can't."""
-    for device, needed in ((hostinfo.KVM, kvm), (hostinfo.TUN, tap)):
+    for device, needed in ((prerequisites.KVM, kvm), (prerequisites.TUN, tap)):
         if not needed:
             continue
         try:
             status = os.stat(device)
         except OSError as exc:
             raise errors.HostError(f"There is no {device}: {exc.strerror}", hint="modprobe tun makes it.") from exc
-        if not hostinfo.may_use(status, who):
+        if not prerequisites.may_use(status, who):
             mode = stat.S_IMODE(status.st_mode)
             raise errors.HostError(
                 f"{who.user}, as whom the guest runs, may not open {device}: it is {_owners(status)}'s, "
@@ -103,7 +103,7 @@ def _owners(status: os.stat_result) -> str:
 
 def _hint(device: str) -> str:
     name = os.path.basename(device)
-    if device == hostinfo.TUN:
+    if device == prerequisites.TUN:
         # Who opens it still needs a tap that is his.
         return f'chmod 666 {device}; for good by a rule of udev\'s: KERNEL=="{name}", MODE="0666".'
     make = ""

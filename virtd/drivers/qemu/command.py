@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
     from .devices.device import Device
 
-Host = assembly.Host
+HostFacts = assembly.HostFacts
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
 def argv(
     domain: Domain,
     uuid: str,
-    host: Host,
+    host: HostFacts,
     devices: Sequence[Device] | None = None,
     *,
     machine: str = "",

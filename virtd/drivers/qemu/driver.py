@@ -9,25 +9,24 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ... import errors
+from ...guests.driver import GuestDriver
 from ...model import domain as model
 from ...model.state import Cause
+from ...objects.protocol import Problem, Use
 from ...replies import guests as replies
-from ..guests import Guests
-from ..protocol import Problem, Use
-from . import directory, nics, operations, userdb, users
-from . import host as hostinfo
-from .machine import DRIVER, Machine
+from . import directory, nics, operations, prerequisites, userdb, users
+from .guest import DRIVER, QemuGuest
 from .news import LOST, STANDSTILL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ...child import Services
+    from ...children.child import Services
     from ...model.settings import Qemu, Settings
-    from ...units import UnitState
-    from ..conflicts import Holding
-    from ..peers import Peers
-    from ..protocol import Difference, Publish
+    from ...objects.conflicts import Holding
+    from ...objects.peers import Peers
+    from ...objects.protocol import Difference, Publish
+    from ...systemd.units import UnitState
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ def make(services: Services, settings: Settings, publish: Publish, peers: Peers)
     return Driver(services, settings.qemu, publish, peers)
 
 
-class Driver(Guests[Machine, model.Domain]):
+class Driver(GuestDriver[QemuGuest, model.Domain]):
     """`publish(event, name)` is told "added", "removed", "changed" and "ended"."""
 
     name = DRIVER
@@ -48,8 +47,8 @@ class Driver(Guests[Machine, model.Domain]):
         self._peers = peers
         self.users = users.Users(services.paths, settings)
 
-    def make(self, name: str) -> Machine:
-        return Machine(self._shared, name, self._settings, self._peers)
+    def make(self, name: str) -> QemuGuest:
+        return QemuGuest(self._shared, name, self._settings, self._peers)
 
     def parse(self, text: str, source: str) -> model.Domain:
         return model.parse(text, source)
@@ -59,7 +58,7 @@ class Driver(Guests[Machine, model.Domain]):
         nics.check(domain, source, self._peers)
         return domain
 
-    def found_out(self, machine: Machine, unit: UnitState) -> dict[str, Any]:
+    def found_out(self, machine: QemuGuest, unit: UnitState) -> dict[str, Any]:
         user = self.users.seen(machine.name, unit.main_pid)
         return {"account": user._asdict()} if user is not None else {}
 
@@ -119,10 +118,10 @@ class Driver(Guests[Machine, model.Domain]):
     async def stop(self, name: str, by: str) -> bool:
         return await operations.stop(self.find(name), by)
 
-    async def go_on(self, machine: Machine) -> None:
+    async def go_on(self, machine: QemuGuest) -> None:
         await operations.finish(machine)
 
-    def after_end(self, machine: Machine) -> None:
+    def after_end(self, machine: QemuGuest) -> None:
         panicked = (
             machine.record is not None
             and machine.record.exit is not None
@@ -131,16 +130,16 @@ class Driver(Guests[Machine, model.Domain]):
         if panicked and machine.definition is not None and machine.definition.on_crash is model.OnCrash.RESTART:
             machine.spawn(self._restart(machine), "restart-after-panic")
 
-    async def _restart(self, machine: Machine) -> None:
+    async def _restart(self, machine: QemuGuest) -> None:
         try:
             await self.start(machine.name, "on_crash")
         except errors.VirtdError as exc:
             machine.problems["start"] = Problem(f"The restart after a panic failed: {exc.message}", exc.hint)
 
-    def forget_beside(self, machine: Machine) -> Callable[[], None]:
+    def forget_beside(self, machine: QemuGuest) -> Callable[[], None]:
         return machine.hardware.forget()
 
-    def describe_fully(self, machine: Machine) -> replies.DomainInfo:
+    def describe_fully(self, machine: QemuGuest) -> replies.DomainInfo:
         domain = machine.running_definition
         return replies.DomainInfo(
             **msgspec.structs.asdict(super().describe_fully(machine)),
@@ -167,11 +166,11 @@ class Driver(Guests[Machine, model.Domain]):
         )
 
     def warnings(self, definition: model.Domain) -> list[str]:
-        from .. import conflicts
+        from ...objects import conflicts
         from . import holdings  # no start of the daemon needs it
         from .devices import placing
 
-        found = [f"{key}: {text}" for key, text in hostinfo.missing_files(definition)]
+        found = [f"{key}: {text}" for key, text in prerequisites.missing_files(definition)]
         known = self.machines.get(definition.name)
         uuid = definition.uuid or (known.uuid if known is not None else "")
         placed = known.hardware.placed(definition) if known is not None else placing.place(definition)
@@ -182,7 +181,7 @@ class Driver(Guests[Machine, model.Domain]):
         return found + conflicts.warnings(self._peers, f"domain {definition.name}", mine)
 
     def holdings(self, *, running: bool) -> Iterator[tuple[str, Holding]]:
-        from .. import conflicts
+        from ...objects import conflicts
         from . import holdings
 
         bridge_of = conflicts.bridges(self._peers)

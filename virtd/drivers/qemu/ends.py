@@ -13,10 +13,10 @@ import re
 from typing import Any
 
 from ... import untrusted
+from ...guests.guest import End, Request
 from ...model.state import Cause, State
 from ...records import Exit, stamp
-from ...units import CLD_EXITED, UnitState, signal_name
-from ..guest import End, Request
+from ...systemd.units import CLD_EXITED, UnitState, signal_name
 
 # QEMU's own words on stderr. Who it was it can't see from a PID namespace of its own.
 TERMINATING = r"terminating on signal (\d+)(?: from pid (\d+) \((.*)\))?"

@@ -7,19 +7,19 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from ... import errors
-from ..fsck import told
-from ..protocol import Difference
+from ...guests.fsck import told
+from ...objects.protocol import Difference
 from . import userdb
 from .users import known_as
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from .machine import Machine
+    from .guest import QemuGuest
     from .users import Users
 
 
-def hardware(machines: Mapping[str, Machine], *, repair: bool) -> list[Difference]:
+def hardware(machines: Mapping[str, QemuGuest], *, repair: bool) -> list[Difference]:
     """What guests see of their machines: each has a record that can be read. (One that is left of a definition that
     somebody removed is kept, for it may come back.)
     """
@@ -41,7 +41,7 @@ def hardware(machines: Mapping[str, Machine], *, repair: bool) -> list[Differenc
 
 
 async def users(
-    machines: Mapping[str, Machine], known: Users, see_to_names: Callable[[], None], *, repair: bool
+    machines: Mapping[str, QemuGuest], known: Users, see_to_names: Callable[[], None], *, repair: bool
 ) -> list[Difference]:
     """Names and IDs of guests' users: each is known by its own name, to one guest, and none is left over."""
     found = _names(machines, known.directory)
@@ -55,7 +55,7 @@ async def users(
     return found + await _ids(machines, known)
 
 
-def _names(machines: Mapping[str, Machine], directory: str) -> list[Difference]:
+def _names(machines: Mapping[str, QemuGuest], directory: str) -> list[Difference]:
     needed = {user: machine for machine in machines.values() if (user := machine.user) is not None}
     wrong = f"in {directory} aren't as they should be"
     found = [
@@ -70,7 +70,7 @@ def _names(machines: Mapping[str, Machine], directory: str) -> list[Difference]:
     ]
 
 
-async def _ids(machines: Mapping[str, Machine], users: Users) -> list[Difference]:
+async def _ids(machines: Mapping[str, QemuGuest], users: Users) -> list[Difference]:
     found = []
     try:
         users.read()

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .. import conflicts
-from ..conflicts import Holding, Kind
-from . import host as hostinfo
+from ...objects import conflicts
+from ...objects.conflicts import Holding, Kind
+from . import prerequisites
 from .devices import assembly
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from ...model.domain import Domain
     from .devices.placing import Placed
-    from .machine import Machine
+    from .guest import QemuGuest
     from .nics import Planned
 
 
@@ -44,11 +44,11 @@ def defined(
 def here(domain: Domain) -> Iterator[Holding]:
     """Those of its files that are there already, by what they are: another may have them under other names."""
     for index, disk in enumerate(domain.disk):
-        if disk.path is not None and (identity := hostinfo.identity(disk.path)) is not None:
+        if disk.path is not None and (identity := prerequisites.identity(disk.path)) is not None:
             yield Holding(Kind.IMAGE, identity, f"disk[{index}]", disk.path, disk.readonly)
 
 
-def running(machine: Machine, bridge_of: Callable[[str], str]) -> list[Holding]:
+def running(machine: QemuGuest, bridge_of: Callable[[str], str]) -> list[Holding]:
     """What one that runs has, by its record: made once, for every start of another asks for it."""
     opened = machine.record.data.get("images") if machine.record is not None else None
     if opened is None or machine.held is None or machine.held[0] is not opened:

@@ -13,7 +13,7 @@ from .. import nodes
 
 if TYPE_CHECKING:
     from ...model import domain as model
-    from ..peers import Peers
+    from ...objects.peers import Peers
 
 
 class Image(msgspec.Struct, frozen=True):

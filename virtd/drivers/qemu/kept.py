@@ -11,19 +11,18 @@ import msgspec
 
 from ... import errors, files
 from ...model.state import State
+from ...objects.protocol import Problem
 from ...replies import guests as replies
-from ..protocol import Problem
-from . import hardware
-from . import host as hostinfo
+from . import hardware, prerequisites
 from .devices import placing
 from .hardware import Hardware
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ...guests.guest import Shared
     from ...model.domain import Domain
     from ...records import Record
-    from ..guest import Shared
     from .devices.placing import Placed
 
 log = logging.getLogger(__name__)
@@ -155,7 +154,7 @@ class Kept:
         if found is None:
             with contextlib.suppress(errors.HostError):  # fsck tells
                 if self.on_record() is None and domain is not None and machine.uuid:
-                    found = hardware.settle(None, domain, machine.uuid, kvm=hostinfo.has_kvm())
+                    found = hardware.settle(None, domain, machine.uuid, kvm=prerequisites.has_kvm())
         if found is None:
             return True
         try:

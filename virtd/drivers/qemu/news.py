@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import asyncio
     from enum import StrEnum
 
-    from ..protocol import Problem
+    from ...objects.protocol import Problem
     from .qmp import Event
 
 CHANGES, CHANGES_RATE = 20, 1.0  # changes of state at once, and a second
@@ -47,7 +47,7 @@ class Stopping(Protocol):
 
 
 class Subject(Protocol):
-    """The domain that news are of; see machine.Machine."""
+    """The domain that news are of; see guest.QemuGuest."""
 
     name: str
     problems: dict[str, Problem]

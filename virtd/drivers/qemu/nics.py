@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ...model.domain import Domain
-    from ..peers import Peers
+    from ...objects.peers import Peers
     from .devices.placing import Placed
 
 DRIVER = "qemu"

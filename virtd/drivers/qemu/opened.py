@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import host as hostinfo
+from . import prerequisites
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -22,7 +22,7 @@ def identified(devices: Iterable[Device]) -> Opened:
     found: Opened = {}
     for device in devices:
         for path, writes in device.files():
-            if (identity := hostinfo.identity(path)) is not None:
+            if (identity := prerequisites.identity(path)) is not None:
                 found[identity] = (path, writes or found.get(identity, ("", False))[1])
     return found
 

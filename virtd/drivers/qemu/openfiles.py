@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from ... import journal
 from ...messages import Message
-from ..protocol import Difference, Problem
+from ...objects.protocol import Difference, Problem
 from .news import LOST
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from .machine import Machine
+    from .guest import QemuGuest
 
 LOOK = 10.0  # seconds that a file system may take; one that hangs mustn't hold up more than this
 HINT = "Copy what is in it, from inside the guest or with QEMU's drive-backup, before the guest is stopped."
@@ -40,14 +40,14 @@ def missing(images: Iterable[tuple[tuple[int, int], str]]) -> list[str]:
     return found
 
 
-def opened(machine: Machine) -> list[tuple[tuple[int, int], str]]:
+def opened(machine: QemuGuest) -> list[tuple[tuple[int, int], str]]:
     """By its record; an older virtd's has no list, and what its definition names by now proves nothing."""
     if machine.record is None or not isinstance(machine.record.data.get("images"), list):
         return []
     return [(identity, path) for identity, (path, _writes) in machine.images().items()]
 
 
-async def look(machines: Iterable[Machine]) -> None:
+async def look(machines: Iterable[QemuGuest]) -> None:
     """Have each guest's lost files among its problems, and in the journal when they are new."""
     wanted = {machine.name: (machine, opened(machine)) for machine in machines if machine.alive}
     found = await asyncio.to_thread(lambda: {name: missing(images) for name, (_, images) in wanted.items()})
@@ -65,24 +65,24 @@ async def look(machines: Iterable[Machine]) -> None:
             machine.problems.pop(LOST, None)
 
 
-def recall(machine: Machine) -> None:
+def recall(machine: QemuGuest) -> None:
     """Tell what an earlier daemon has found, until it is looked again."""
     if text := _recorded(machine):
         machine.problems[LOST] = Problem(text, HINT)
 
 
-def _recorded(machine: Machine) -> str:
+def _recorded(machine: QemuGuest) -> str:
     """What was found last: on record, so that the next daemon tells of it at once, and not as of something new."""
     return str(machine.record.data.get(LOST, "")) if machine.record is not None else ""
 
 
-def _record(machine: Machine, text: str) -> None:
+def _record(machine: QemuGuest, text: str) -> None:
     assert machine.record is not None
     data = {key: value for key, value in machine.record.data.items() if key != LOST}
     machine.keep(data=data | ({LOST: text} if text else {}))
 
 
-async def differences(machines: Iterable[Machine]) -> list[Difference]:
+async def differences(machines: Iterable[QemuGuest]) -> list[Difference]:
     """The same for fsck."""
     running = [machine for machine in machines if machine.alive]
     try:

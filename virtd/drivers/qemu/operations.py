@@ -14,15 +14,15 @@ import time
 from typing import TYPE_CHECKING
 
 from ... import errors
+from ...guests import power
 from ...hints import do, option
 from ...model.state import State, require
+from ...objects.turns import within
 from ...text import span
-from .. import power
-from ..turns import within
-from .machine import REBOOT_GIVEN_UP
+from .guest import REBOOT_GIVEN_UP
 
 if TYPE_CHECKING:
-    from .machine import Machine
+    from .guest import QemuGuest
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ PRESS_AGAIN = 5.0
 SHUTDOWN_GIVEN_UP = "shutdown given up"
 
 
-async def shutdown(machine: Machine, timeout: float, by: str) -> bool:
+async def shutdown(machine: QemuGuest, timeout: float, by: str) -> bool:
     """Press the power button and wait for the end. Raises TimedOut; the guest then runs on."""
     deadline = time.monotonic() + timeout
     async with machine.exclusive("shut down"):
@@ -69,7 +69,7 @@ async def shutdown(machine: Machine, timeout: float, by: str) -> bool:
     )
 
 
-async def stop(machine: Machine, by: str) -> bool:
+async def stop(machine: QemuGuest, by: str) -> bool:
     """End it at once, as pulling the plug does, but with QEMU's own buffers written. False if it wasn't running."""
 
     async def leave() -> bool:
@@ -81,7 +81,7 @@ async def stop(machine: Machine, by: str) -> bool:
     return await power.stop(machine, by, gently=leave, hanging="Is its disk's storage hanging?")
 
 
-async def kill(machine: Machine, number: int, by: str) -> bool:
+async def kill(machine: QemuGuest, number: int, by: str) -> bool:
     """Send a signal to QEMU."""
     try:
         name = signal.Signals(number).name
@@ -98,7 +98,7 @@ async def kill(machine: Machine, number: int, by: str) -> bool:
     return True
 
 
-async def suspend(machine: Machine, by: str) -> bool:
+async def suspend(machine: QemuGuest, by: str) -> bool:
     """Stop its CPUs. False if they were."""
     async with machine.exclusive("suspend"):
         require("suspend", machine.name, machine.state)
@@ -111,7 +111,7 @@ async def suspend(machine: Machine, by: str) -> bool:
         return True
 
 
-async def resume(machine: Machine, by: str) -> bool:
+async def resume(machine: QemuGuest, by: str) -> bool:
     """Let its CPUs go on. False if they did."""
     async with machine.exclusive("resume"):
         require("resume", machine.name, machine.state)
@@ -133,19 +133,19 @@ async def resume(machine: Machine, by: str) -> bool:
         return True
 
 
-async def upgrade_machine(machine: Machine) -> bool:
+async def upgrade_machine(machine: QemuGuest) -> bool:
     """Have its next start take the machine type and the CPU that QEMU has by then. False if it would anyway."""
     async with machine.exclusive("upgrade the machine of"):
         return machine.hardware.renew()
 
 
-async def _know(machine: Machine) -> None:
+async def _know(machine: QemuGuest) -> None:
     """Whoever asks for a state shall not be told that it is there because it was when QEMU last answered."""
     if not machine.answers:
         await machine.ask_state()
 
 
-async def reboot(machine: Machine, *, force: bool, timeout: float, by: str) -> bool:
+async def reboot(machine: QemuGuest, *, force: bool, timeout: float, by: str) -> bool:
     """Restart the guest inside the same QEMU: by its power button, or with `force` by the reset button."""
     async with machine.exclusive("reboot"):
         require("reboot", machine.name, machine.state)
@@ -164,7 +164,7 @@ async def reboot(machine: Machine, *, force: bool, timeout: float, by: str) -> b
         return True
 
 
-async def finish(machine: Machine) -> None:
+async def finish(machine: QemuGuest) -> None:
     """After a restart of the daemon: what was asked of the guest before is done, whatever stage it was in."""
     request = machine.request
     if request is None or not machine.alive:
@@ -182,7 +182,7 @@ async def finish(machine: Machine) -> None:
         log.warning("What a restart of virtd cut off: %s", exc)
 
 
-async def _press_and_reset(machine: Machine, timeout: float, by: str) -> None:
+async def _press_and_reset(machine: QemuGuest, timeout: float, by: str) -> None:
     """There is no reboot button: the guest is shut down with QEMU told to stay, and then reset. Raises TimedOut."""
     # One whose reboot was cut off may be off, or waiting for its reset, or may never have heard of it.
     if await machine.ask_state() == "shutdown":
@@ -208,7 +208,7 @@ async def _press_and_reset(machine: Machine, timeout: float, by: str) -> None:
     await _reset(machine, by)
 
 
-async def _off_or_over(machine: Machine, limit: float) -> None:
+async def _off_or_over(machine: QemuGuest, limit: float) -> None:
     """Wait, `limit` seconds at most, until the guest is off and QEMU waits. Raises InvalidState if all has ended."""
     events = [asyncio.ensure_future(event.wait()) for event in (machine.guest_off, machine.over)]
     try:
@@ -220,7 +220,7 @@ async def _off_or_over(machine: Machine, limit: float) -> None:
         raise errors.InvalidState(f"{machine.name} ended instead of rebooting: {machine.reason}")
 
 
-async def _reset(machine: Machine, by: str) -> None:
+async def _reset(machine: QemuGuest, by: str) -> None:
     await machine.command("system_reset")
     await machine.command("set-action", {"shutdown": machine.at_poweroff})
     for _ in range(100):

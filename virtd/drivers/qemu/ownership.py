@@ -20,14 +20,14 @@ from ... import errors, files
 from ...reach import Trust, reached
 from ...text import word
 from . import acl
-from .host import may
+from .prerequisites import may
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from ...reach import Reached
     from ..ids import Range
-    from .host import Account
+    from .prerequisites import Account
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from ..hardening import HARDENED, KEPT, LIBRARIES, Property
+from ...children.hardening import HARDENED, KEPT, LIBRARIES, Property
 from . import directory
 from .devices import assembly
 from .limits import memory_max, tasks_max

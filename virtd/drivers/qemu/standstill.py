@@ -20,17 +20,17 @@ from ...allowance import Allowance
 from ...hints import do
 from ...messages import Message
 from ...model.state import State
+from ...objects.protocol import Problem
+from ...objects.turns import within
 from ...records import now
 from ...replies import guests as replies
 from ..nodes import is_device
-from ..protocol import Problem
-from ..turns import within
 from .news import DISK, INTERNAL, PANIC, STANDSTILL, WATCHDOG, Subject
 
 if TYPE_CHECKING:
     from ...model.domain import Domain
+    from ...objects.persistent import Shared
     from ...records import Record
-    from ..recorded import Shared
 
 TOLD, TOLD_RATE = 10, 1 / 60  # lines in the journal of one guest at once, and a second
 LOOK = 10.0  # seconds that a file system may take to say how full it is
@@ -67,7 +67,7 @@ class Space(msgspec.Struct, frozen=True):
 
 
 class Stopped(Subject, Protocol):
-    """The domain that it is of; see machine.Machine."""
+    """The domain that it is of; see guest.QemuGuest."""
 
     record: Record | None
 

@@ -10,28 +10,27 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ... import errors, files, layout
+from ...children.programs import ENVIRONMENT
+from ...guests import start as starting
+from ...guests.start import Start
 from ...hints import do
 from ...model import domain as model
-from ...units import EXIT_GROUP, EXIT_USER, StartFailed, UnitSpec, mount_units
-from .. import start as starting
-from ..programs import ENVIRONMENT
-from ..start import Start
-from . import access, command, ends, hardware, images, nics, opened, ownership, sandbox, userdb
-from . import host as hostinfo
+from ...systemd.units import EXIT_GROUP, EXIT_USER, StartFailed, UnitSpec, mount_units
+from . import access, command, ends, hardware, images, nics, opened, ownership, prerequisites, sandbox, userdb
 from .devices import assembly, placing
-from .machine import DRIVER, Machine
+from .guest import DRIVER, QemuGuest
 from .users import Living
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ...child import Ends
-    from ..conflicts import Holding
+    from ...children.child import Ends
+    from ...objects.conflicts import Holding
     from .users import Users
 
 
-async def start(machine: Machine, others: list[Machine], users: Users, by: str) -> bool:
-    """See drivers/start.py. `others`: the driver's other machines; `users`: whom each runs as."""
+async def start(machine: QemuGuest, others: list[QemuGuest], users: Users, by: str) -> bool:
+    """See guests/start.py. `others`: the driver's other machines; `users`: whom each runs as."""
 
     async def ready(domain: model.Domain) -> _Start:
         disks = await images.resolve(domain, machine.source, machine.peers, by)
@@ -50,20 +49,20 @@ def _toplevel() -> list[str]:
     return sorted(entry.name for entry in os.scandir("/") if entry.is_dir(follow_symlinks=False))
 
 
-def _living(machine: Machine) -> Living:
+def _living(machine: QemuGuest) -> Living:
     return Living(machine.uuid, machine.user.uid if machine.user is not None else None)
 
 
-class _Start(Start[Machine, model.Domain]):
+class _Start(Start[QemuGuest, model.Domain]):
     def __init__(
         self,
-        machine: Machine,
+        machine: QemuGuest,
         domain: model.Domain,
         disks: list[images.Image],
         before: hardware.Hardware | None,
-        others: list[Machine],
+        others: list[QemuGuest],
         users: Users,
-        account: hostinfo.Account,
+        account: prerequisites.Account,
         by: str,
     ) -> None:
         super().__init__(machine, domain, machine.peers, by)
@@ -74,13 +73,13 @@ class _Start(Start[Machine, model.Domain]):
         self.account = account
         self.user = userdb.Named(account.user, account.uid) if account.own else None
         self.systemd = 0
-        kvm = hostinfo.has_kvm()
+        kvm = prerequisites.has_kvm()
         self.hardware = hardware.settle(before, domain, machine.uuid, kvm=kvm)
         placed = self.hardware.devices
         self.nics = nics.plan(domain, machine.uuid, placed)
-        self.vhost = bool(self.nics) and hostinfo.has_vhost(self.account)
-        host = self.host = command.Host(
-            hostinfo.binary(self.settings),
+        self.vhost = bool(self.nics) and prerequisites.has_vhost(self.account)
+        host = self.host = command.HostFacts(
+            prerequisites.binary(self.settings),
             kvm,
             machine.runtime,
             {nic.index: nic.interface for nic in self.nics},
@@ -92,7 +91,7 @@ class _Start(Start[Machine, model.Domain]):
 
     def check(self) -> None:
         hardware.require_places(self.hardware, self.definition, self.machine.source)
-        hostinfo.check_files(self.definition, self.machine.source, self.account)
+        prerequisites.check_files(self.definition, self.machine.source, self.account)
         access.require_devices(self.account, kvm=self.host.kvm, tap=bool(self.nics))
         hidden = sandbox.hidden(_toplevel())
         self.shown = access.shown(self.host.binary, hidden, self.account)
@@ -100,7 +99,7 @@ class _Start(Start[Machine, model.Domain]):
         nics.check(self.definition, self.machine.source, self.machine.peers)
 
     def holdings(self) -> Iterator[Holding]:
-        from .. import conflicts
+        from ...objects import conflicts
         from . import holdings  # no start of the daemon needs it
 
         yield from holdings.of_images(opened.identified(self.devices))
@@ -171,7 +170,7 @@ class _Start(Start[Machine, model.Domain]):
                     machine.runtime,
                     toplevel=_toplevel(),
                     program=self.shown,
-                    devices=hostinfo.devices(kvm=self.host.kvm, tap=bool(self.nics), vhost=self.vhost),
+                    devices=prerequisites.devices(kvm=self.host.kvm, tap=bool(self.nics), vhost=self.vhost),
                     stop_after=self.definition.host_shutdown_timeout or self.settings.host_shutdown_timeout,
                     has=self.devices,
                     own_user=self.account.own,

@@ -23,8 +23,7 @@ from ... import errors, files
 from ...text import span
 from .. import ids
 from ..ids import Range
-from . import host as hostinfo
-from . import ownership, userdb
+from . import ownership, prerequisites, userdb
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -69,18 +68,18 @@ class Users:
 
     def leftovers(self, running: set[int]) -> ownership.Leftovers:
         """Whose files to take for what a power cut has left; `running`: the IDs of other guests that run."""
-        return ownership.Leftovers(self.within, running, hostinfo.group_of(self._settings))
+        return ownership.Leftovers(self.within, running, prerequisites.group_of(self._settings))
 
-    async def account(self, name: str, uuid: str, domains: Iterable[Living]) -> hostinfo.Account:
+    async def account(self, name: str, uuid: str, domains: Iterable[Living]) -> prerequisites.Account:
         """Whom a domain's guest shall run as. `domains`: all of them.
 
         Raises HostError when there is no such user, or no ID left.
         """
         if self._settings.user:
-            return hostinfo.account(self._settings)
+            return prerequisites.account(self._settings)
         async with self._lock:
             uid = await self._assigned(uuid, list(domains))
-        return hostinfo.own(userdb.name_of(name), uid)
+        return prerequisites.own(userdb.name_of(name), uid)
 
     def seen(self, name: str, pid: int) -> userdb.Named | None:
         """The user of its own that a domain's process has, or had; None if it hasn't one."""

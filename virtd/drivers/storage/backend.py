@@ -82,7 +82,7 @@ class Backend(Protocol):
         """Make what the pool is in; False if it is there. Raises InvalidState when only a person can."""
 
     async def start(self) -> None:
-        """Make the pool usable. Idempotent; whatever fails leaves it as it was."""
+        """Make the pool usable. Idempotent; whatever fails leaves it was."""
 
     async def stop(self) -> None:
         """Idempotent."""

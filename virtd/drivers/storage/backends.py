@@ -6,12 +6,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...model.pool import Type
-from . import host
+from . import prerequisites
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from ...child import Services
+    from ...children.child import Services
     from ...model import pool as model
     from ...model.settings import Settings
     from .backend import Backend
@@ -28,12 +28,12 @@ def make(pool: model.Pool, services: Services, settings: Settings, run_tool: Run
             from .mountpoint import MountPoint
 
             mountpoint = MountPoint(pool, services.paths.mountpoint(pool.name), services.units)
-            return Directory(pool, *host.account(settings), mountpoint)
+            return Directory(pool, *prerequisites.account(settings), mountpoint)
         case Type.FILESYSTEM:
             from .filesystem import Filesystem
 
-            return Filesystem(pool, *host.account(settings), services.units)
+            return Filesystem(pool, *prerequisites.account(settings), services.units)
         case Type.LOGICAL:
             from .logical import Logical
 
-            return Logical(pool, host.account(settings)[0], run_tool)
+            return Logical(pool, prerequisites.account(settings)[0], run_tool)

@@ -8,22 +8,22 @@ import functools
 from typing import TYPE_CHECKING
 
 from ...model import pool as model
-from ..peers import Disk
-from ..protocol import Problem
+from ...objects.peers import Disk
+from ...objects.protocol import Problem
 from . import chains
-from .host import Account
 from .pools import Pools
+from .prerequisites import Account
 from .usage import key
 from .volumes import Volumes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ...child import Services
+    from ...children.child import Services
     from ...model.settings import Settings
+    from ...objects.peers import Peers
+    from ...objects.protocol import Difference, Publish
     from ...records import Record
-    from ..peers import Peers
-    from ..protocol import Difference, Publish
     from .changing import Changing
     from .making import Making
     from .streams import Streams

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from ... import errors
 from ...reach import look, make_directory, opened
+from ...systemd.units import mount_unit
 from ...text import word
-from ...units import mount_unit
 from . import mounts
 from .backend import not_built
 from .directory import Directory
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from ...model import pool as model
-    from ...units import Units
+    from ...systemd.units import Units
 
 # Images are files that QEMU reads: nothing else in there should have any power.
 OPTIONS = "nodev,nosuid,noexec"

@@ -11,9 +11,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from ... import errors
-from ...model import pool as model
-from ...paths import names as names_in
-from ..fsck import (
+from ...guests.fsck import (  # fmt: skip
     Seen,
     clear_away,
     look,
@@ -26,13 +24,15 @@ from ..fsck import (
     strays,
     told,
     traces,
-)  # fmt: skip
-from ..protocol import Difference
+)
+from ...model import pool as model
+from ...objects.protocol import Difference
+from ...paths import names as names_in
 from . import mounts
 from .job import DRIVER, State
 
 if TYPE_CHECKING:
-    from ...child import Services
+    from ...children.child import Services
     from ...records import Records
     from .job import Job
     from .jobs import Jobs

@@ -22,22 +22,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from ... import errors
-from ...child import Child, Services
+from ...children import ending
+from ...children.child import Child, Services
+from ...children.launch import Launch, identified
+from ...children.programs import ENVIRONMENT
 from ...paths import names
 from ...records import Record, Records, now
 from ...replies import storage as replies
-from ...units import CLD_EXITED, UnitSpec, signal_name, unit_name
-from .. import ending
-from ..launch import Launch, identified
-from ..programs import ENVIRONMENT
+from ...systemd.units import CLD_EXITED, UnitSpec, signal_name, unit_name
 from .backend import Meta
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from ...child import Ends
+    from ...children.child import Ends
     from ...paths import Paths
-    from ...units import UnitState
+    from ...systemd.units import UnitState
 
 log = logging.getLogger(__name__)
 

@@ -10,17 +10,17 @@ import secrets
 from typing import TYPE_CHECKING
 
 from ... import errors
-from ...child import Child
+from ...children.child import Child
 from ...hints import do
 from ...model.pool import JOB
-from ...units import object_name
+from ...systemd.units import object_name
 from . import outcome
 from .job import DRIVER, KEPT, Job, Program, Shared, State, Task, logged, remove_logs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ...child import Services
+    from ...children.child import Services
     from ...records import Record, Records
     from ...replies import storage as replies
     from .pool import StoragePool

@@ -18,7 +18,7 @@ from ...hints import do
 from ...model import pool as model
 from ...model.domain import Format
 from ...reach import opened, reached
-from . import host, sandbox
+from . import prerequisites, sandbox
 from .aside import Aside
 from .backend import Capacity, Meta, Volume, not_built
 from .job import Program
@@ -49,7 +49,7 @@ class Logical:
         self._aside = Aside(f"Pool {pool.name} ({pool.path})")
 
     async def _lvm(self, tool: str, *arguments: str) -> str:
-        argv = (host.program(tool, "lvm2"), *arguments)
+        argv = (prerequisites.program(tool, "lvm2"), *arguments)
         return await self._run_tool(self.pool.name, Program(argv, tuple(sandbox.privileged())))
 
     async def _report(self, tool: str, fields: str) -> list[dict[str, str]]:

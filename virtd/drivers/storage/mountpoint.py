@@ -15,7 +15,7 @@ import msgspec
 
 from ... import errors, files, untrusted
 from ...hints import do
-from ...units import mount_unit
+from ...systemd.units import mount_unit
 from . import mounts
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ...hints import Hint
     from ...model import pool as model
-    from ...units import Units
+    from ...systemd.units import Units
 
 log = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ import re
 from typing import TYPE_CHECKING
 
 from ... import errors
-from ...bus import BusError
+from ...systemd.bus import BusError
+from ...systemd.units import FINAL_TARGETS, GROUND, mount_unit
 from ...text import word
-from ...units import FINAL_TARGETS, GROUND, mount_unit
 
 if TYPE_CHECKING:
-    from ...units import Units
+    from ...systemd.units import Units
 
 TRANSIENT = "/run/systemd/transient"  # where systemd writes down what it was told of by programs
 MOUNT_INFO = "/proc/self/mountinfo"

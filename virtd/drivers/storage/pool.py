@@ -15,13 +15,13 @@ from ... import errors, journal
 from ...hints import do
 from ...messages import Message
 from ...model import pool as model
+from ...objects.definitions import text_in_force
+from ...objects.persistent import Persistent
+from ...objects.protocol import Problem
+from ...objects.turns import Turns
 from ...records import Record, now
 from ...replies import Trouble
 from ...replies import storage as replies
-from ..definitions import text_in_force
-from ..protocol import Problem
-from ..recorded import Recorded
-from ..turns import Turns
 from .job import DRIVER
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Shared(NamedTuple):
     make: Callable[[model.Pool], Backend]
 
 
-class StoragePool(Recorded):
+class StoragePool(Persistent):
     """A pool. Without a definition only the record of an active one is left of it, and it goes when it is stopped."""
 
     def __init__(self, shared: Shared, name: str) -> None:

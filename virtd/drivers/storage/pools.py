@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from ... import errors, files
 from ...hints import do
 from ...model import pool as model
+from ...objects.inventory import Inventory
+from ...objects.protocol import Problem
 from ...process import boot_id
 from ...records import Records
-from ..collection import Collection
-from ..protocol import Problem
 from . import backends
 from .job import DRIVER
 from .jobs import Jobs
@@ -24,17 +24,17 @@ from .usage import Usage
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from ...child import Services
+    from ...children.child import Services
     from ...model.settings import Settings
+    from ...objects.peers import Peers
+    from ...objects.protocol import Publish
     from ...replies import storage as replies
-    from ..peers import Peers
-    from ..protocol import Publish
     from .backend import Backend
 
 log = logging.getLogger(__name__)
 
 
-class Pools(Collection[StoragePool, model.Pool]):
+class Pools(Inventory[StoragePool, model.Pool]):
     """With the jobs that work in them, and who uses their volumes."""
 
     name = DRIVER

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING
 
 from ...model.domain import Format
 from .. import nodes
-from . import host, sandbox
+from . import prerequisites, sandbox
 from .job import Program
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ...model.pool import Preallocation
-    from .host import Account
+    from .prerequisites import Account
 
 
 STDIN = "/proc/self/fd/0"
 
 
 def _qemu_img() -> str:
-    return host.program("qemu-img", "qemu-utils (Fedora: qemu-img)")
+    return prerequisites.program("qemu-img", "qemu-utils (Fedora: qemu-img)")
 
 
 def _program(
@@ -76,8 +76,8 @@ def copy(who: Account, source: str | int, target: str, *, check: bool = False) -
     """
     then = ("--", *_check(target)) if check else ()
     if isinstance(source, int):
-        return _program(who, host.worker("copy", STDIN, target, *then), [], [target], source=source)
-    return _program(who, host.worker("copy", source, target, *then), [source], [target])
+        return _program(who, prerequisites.worker("copy", STDIN, target, *then), [], [target], source=source)
+    return _program(who, prerequisites.worker("copy", source, target, *then), [source], [target])
 
 
 def check(who: Account, path: str) -> Program:
@@ -108,4 +108,4 @@ def resize(who: Account, path: str, size: int, backing: Sequence[tuple[str, Form
 def wipe(who: Account, path: str, size: int, format: Format, backing: tuple[str, Format] | None) -> Program:  # noqa: A002
     """Overwrite it; a qcow2 image is made anew after that, for zeros aren't one."""
     again = () if format is Format.RAW else ("--", *_create(path, size, "off", format, backing))
-    return _program(who, host.worker("wipe", path, *again), [], [path])
+    return _program(who, prerequisites.worker("wipe", path, *again), [], [path])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..hardening import FILTERED, HARDENED, KEPT, LIBRARIES, Property
+from ...children.hardening import FILTERED, HARDENED, KEPT, LIBRARIES, Property
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 from ... import errors
 from ...hints import do
-from ..protocol import Using
+from ...objects.protocol import Using
 from .jobs import TOOL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ...hints import Hint
-    from ..peers import Peers
-    from ..protocol import Use
+    from ...objects.peers import Peers
+    from ...objects.protocol import Use
     from .backend import Volume
     from .jobs import Jobs
     from .pool import StoragePool

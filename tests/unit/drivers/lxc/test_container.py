@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from virtd import errors
-from virtd.drivers.guest import Request
-from virtd.drivers.lxc import config, container, ends, host, sandbox
+from virtd.drivers.lxc import config, container, ends, prerequisites, sandbox
+from virtd.guests.guest import Request
 from virtd.model import container as model
 from virtd.model import domain as domains
 from virtd.model.state import Cause, State
-from virtd.units import CLD_EXITED, CLD_KILLED, UnitState
+from virtd.systemd.units import CLD_EXITED, CLD_KILLED, UnitState
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -117,16 +117,16 @@ def test_a_root_that_can_be_none(rootfs: str) -> None:
 def test_apparmor_takes_a_kernel_that_has_it_and_a_parser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither is on the machines that this is tested on: what LXC is told is all that can be looked at here."""
     enabled, parser = tmp_path / "enabled", tmp_path / "apparmor_parser"
-    monkeypatch.setattr(host, "APPARMOR", str(enabled))
-    monkeypatch.setattr(host, "PARSERS", (str(parser),))
-    assert not host.apparmor()
+    monkeypatch.setattr(prerequisites, "APPARMOR", str(enabled))
+    monkeypatch.setattr(prerequisites, "PARSERS", (str(parser),))
+    assert not prerequisites.apparmor()
     enabled.write_text("Y\n")
-    assert not host.apparmor()
+    assert not prerequisites.apparmor()
     parser.write_text("")
     parser.chmod(0o755)
-    assert host.apparmor()
+    assert prerequisites.apparmor()
     enabled.write_text("N\n")
-    assert not host.apparmor()
+    assert not prerequisites.apparmor()
     assert "lxc.apparmor.profile = unconfined" in config.text(parse(), on_host(), [])
     assert "lxc.apparmor.profile = generated" in config.text(parse(), on_host(apparmor=True), [])
 
@@ -148,21 +148,21 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_links_are_followed_inside(root: Path) -> None:
-    assert host.inside(str(root), "/sbin/init") == f"{root}/usr/lib/systemd/systemd"
+    assert prerequisites.inside(str(root), "/sbin/init") == f"{root}/usr/lib/systemd/systemd"
     (root / "out").symlink_to("../../../../../../usr")
-    assert host.inside(str(root), "/out/bin/sh") == f"{root}/usr/bin/sh"
+    assert prerequisites.inside(str(root), "/out/bin/sh") == f"{root}/usr/bin/sh"
     (root / "loop").symlink_to("loop")
     with pytest.raises(OSError, match="Too many levels"):
-        host.inside(str(root), "/loop")
+        prerequisites.inside(str(root), "/loop")
 
 
 def test_a_root_with_its_program(root: Path) -> None:
-    host.check_root(parse(), str(root), "x")
-    host.check_root(parse('command = ["sh", "-c", "true"]\n'), str(root), "x")
-    assert host.halt_signal(parse(), str(root)) == "SIGRTMIN+3"
-    assert host.halt_signal(parse('command = ["sh"]\n'), str(root)) == "SIGTERM"
-    assert host.halt_signal(parse('init = "/bin/sh"\n'), str(root)) == "SIGPWR"
-    assert host.halt_signal(parse('shutdown_signal = "SIGINT"\n'), str(root)) == "SIGINT"
+    prerequisites.check_root(parse(), str(root), "x")
+    prerequisites.check_root(parse('command = ["sh", "-c", "true"]\n'), str(root), "x")
+    assert prerequisites.halt_signal(parse(), str(root)) == "SIGRTMIN+3"
+    assert prerequisites.halt_signal(parse('command = ["sh"]\n'), str(root)) == "SIGTERM"
+    assert prerequisites.halt_signal(parse('init = "/bin/sh"\n'), str(root)) == "SIGPWR"
+    assert prerequisites.halt_signal(parse('shutdown_signal = "SIGINT"\n'), str(root)) == "SIGINT"
 
 
 def test_what_a_mount_shows_is_looked_at(root: Path, tmp_path: Path) -> None:
@@ -172,13 +172,13 @@ def test_what_a_mount_shows_is_looked_at(root: Path, tmp_path: Path) -> None:
     (thin / "bin").symlink_to("usr/bin")
     (thin / "sbin").symlink_to("/usr/bin")
     mount = f'[[mount]]\nsource = "{root}/usr/"\ntarget = "/usr/"\n'
-    host.check_root(parse(f'command = ["sh"]\n{mount}'), str(thin), "x")
-    host.check_root(parse(mount), str(thin), "x")
-    assert host.halt_signal(parse(mount), str(thin)) == "SIGRTMIN+3"
+    prerequisites.check_root(parse(f'command = ["sh"]\n{mount}'), str(thin), "x")
+    prerequisites.check_root(parse(mount), str(thin), "x")
+    assert prerequisites.halt_signal(parse(mount), str(thin)) == "SIGRTMIN+3"
     with pytest.raises(errors.InvalidDefinition, match="nothing"):
-        host.check_root(parse(f'command = ["nothing"]\n{mount}'), str(thin), "x")
+        prerequisites.check_root(parse(f'command = ["nothing"]\n{mount}'), str(thin), "x")
     with pytest.raises(errors.InvalidDefinition):
-        host.check_root(parse('command = ["sh"]\n'), str(thin), "x")
+        prerequisites.check_root(parse('command = ["sh"]\n'), str(thin), "x")
 
 
 def test_a_root_that_is_none(root: Path, tmp_path: Path) -> None:
@@ -193,26 +193,26 @@ def test_a_root_that_is_none(root: Path, tmp_path: Path) -> None:
         (parse('command = ["nothing"]\n'), str(root), "command[0]"),
     ):
         with pytest.raises(errors.InvalidDefinition) as caught:
-            host.check_root(definition, where, "x")
+            prerequisites.check_root(definition, where, "x")
         assert caught.value.key == key
 
 
 def test_mounts_and_devices_have_to_be_there(tmp_path: Path) -> None:
     mount = f'[[mount]]\nsource = "{tmp_path}/none"\ntarget = "/mnt"\n'
     with pytest.raises(errors.InvalidDefinition) as caught:
-        host.check_host(parse(mount), "x")
+        prerequisites.check_host(parse(mount), "x")
     assert caught.value.key == "mount[0].source"
     with pytest.raises(errors.InvalidDefinition) as caught:
-        host.check_host(parse('[[device]]\npath = "/dev/fd"\n'), "x")
+        prerequisites.check_host(parse('[[device]]\npath = "/dev/fd"\n'), "x")
     assert caught.value.key == "device[0].path"
     with pytest.raises(errors.InvalidDefinition, match="what the host has"):
-        host.check_host(parse('[limits]\nmemory = "60T"\n'), "x")
+        prerequisites.check_host(parse('[limits]\nmemory = "60T"\n'), "x")
 
 
 # LXC's configuration
 
 
-def on_host(**changes: object) -> config.Host:
+def on_host(**changes: object) -> config.HostFacts:
     usual: dict[str, object] = {
         "path": "/run/virtd/lxc",
         "runtime": "/run/virtd/lxc/web1",
@@ -225,7 +225,7 @@ def on_host(**changes: object) -> config.Host:
         "apparmor": False,
         "start": "/usr/bin/lxc-start",
     }
-    return config.Host(**(usual | changes))  # type: ignore[arg-type]
+    return config.HostFacts(**(usual | changes))  # type: ignore[arg-type]
 
 
 def test_the_configuration() -> None:
@@ -378,14 +378,14 @@ def test_a_mount_that_others_could_exchange_is_refused(tmp_path: Path) -> None:
     """They would have something else of the host given to the container."""
     (tmp_path / "open/data").mkdir(parents=True)
     definition = parse(f'[[mount]]\nsource = "{tmp_path}/open/data"\ntarget = "/mnt"\n')
-    host.check_host(definition, "x")
-    assert host.missing(definition) == []
+    prerequisites.check_host(definition, "x")
+    assert prerequisites.missing(definition) == []
     (tmp_path / "open").chmod(0o777)
     with pytest.raises(errors.InvalidDefinition, match="could exchange data") as caught:
-        host.check_host(definition, "x")
+        prerequisites.check_host(definition, "x")
     assert caught.value.key == "mount[0].source"
     assert "chmod o-w" in str(caught.value.hint)
-    ((key, _text),) = host.missing(definition)
+    ((key, _text),) = prerequisites.missing(definition)
     assert key == "mount[0].source"
 
 

@@ -15,8 +15,7 @@ import pytest
 
 from tests.doubles import fake_lxc
 from tests.doubles.whole_host import ROOT, SLOTS, SteppingOs, World, nothing_left, on_loop, until
-from virtd.drivers.lxc import container, create, starting, unpack
-from virtd.drivers.lxc import host as hostinfo
+from virtd.drivers.lxc import container, create, prerequisites, starting, unpack
 from virtd.drivers.lxc.container import Container
 
 if TYPE_CHECKING:
@@ -54,10 +53,10 @@ class Site:
                 "sys.exit(unpack.run(unpack.Job(**json.loads(sys.argv[1]) | {'ids': [], 'shifted': []})))\n"
             )
         here = (sys.executable, "-I", f"{programs}/unpack.py")
-        patch.setattr(hostinfo, "unpacker", lambda job: (*here, job))
-        patch.setattr("virtd.drivers.programs.PLACES", (programs,))
+        patch.setattr(prerequisites, "unpacker", lambda job: (*here, job))
+        patch.setattr("virtd.children.programs.PLACES", (programs,))
         self._program(f"{programs}/common.seccomp", "")
-        patch.setattr(hostinfo, "SECCOMP", (f"{programs}/common.seccomp",))
+        patch.setattr(prerequisites, "SECCOMP", (f"{programs}/common.seccomp",))
         # No namespace of PIDs: the monitor's child is believed to be the first of one.
         real = container.status_of
         patch.setattr(container, "status_of", lambda pid: real(pid) | {"NSpid": f"{pid} 1"})

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from virtd import errors, files
-from virtd.drivers.lxc import container, create, host, sandbox, unpack
+from virtd.drivers.lxc import container, create, prerequisites, sandbox, unpack
 from virtd.model import container as model
 
 if TYPE_CHECKING:
@@ -211,9 +211,9 @@ def test_its_unit_sees_nothing_else() -> None:
 
 def test_no_container_without_a_filter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was left out in silence."""
-    monkeypatch.setattr(host, "SECCOMP", (str(tmp_path / "common.seccomp"),))
+    monkeypatch.setattr(prerequisites, "SECCOMP", (str(tmp_path / "common.seccomp"),))
     with pytest.raises(errors.HostError, match="seccomp") as caught:
-        host.seccomp()
+        prerequisites.seccomp()
     assert "liblxc-common" in str(caught.value.hint)
 
 

@@ -18,7 +18,7 @@ import pytest
 from tests.doubles.whole_host import ROOT, on_loop, until
 from tests.unit.drivers.network.test_network_restarts import Site
 from virtd.drivers.network import bridge, links, upkeep
-from virtd.drivers.network import host as network_host
+from virtd.drivers.network import prerequisites as network_host
 from virtd.drivers.network.kernel import Way
 from virtd.drivers.network.upkeep import LIMIT, PAUSE, WINDOW, Patience
 from virtd.messages import Message

@@ -12,14 +12,14 @@ import pytest
 
 from tests.doubles.whole_host import until
 from virtd import errors
-from virtd.drivers.network import firewall, firewalld, guard, host, links, routes, watch
+from virtd.drivers.network import firewall, firewalld, guard, links, prerequisites, routes, watch
 from virtd.model import network as model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from virtd.bus import Bus
+    from virtd.systemd.bus import Bus
 
 ROUTES = """Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT
 eth0\t00000000\t0100000A\t0003\t0\t0\t0\t00000000\t0\t0\t0
@@ -36,7 +36,7 @@ fd000001000000000000000000000001 80 00000000000000000000000000000000 00 {zero} 0
 
 @pytest.fixture
 def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(host, "PROC", str(tmp_path))
+    monkeypatch.setattr(prerequisites, "PROC", str(tmp_path))
     (tmp_path / "net").mkdir()
     (tmp_path / "net/route").write_text(ROUTES)
     (tmp_path / "net/ipv6_route").write_text(ROUTES6.format(zero="0" * 32))
@@ -126,19 +126,19 @@ def test_a_free_prefix(proc: Path) -> None:
 
 
 def test_forwarding_leaves_the_host_its_own_routes(proc: Path) -> None:
-    assert host.allow_forwarding(parse("10.9.0.1/24", mode="isolated")) == []
-    assert host.allow_forwarding(parse("10.9.0.1/24")) == ["net.ipv4.ip_forward=1"]
-    changed = host.allow_forwarding(parse("10.9.0.1/24", six="fd00:2::1/64"))
+    assert prerequisites.allow_forwarding(parse("10.9.0.1/24", mode="isolated")) == []
+    assert prerequisites.allow_forwarding(parse("10.9.0.1/24")) == ["net.ipv4.ip_forward=1"]
+    changed = prerequisites.allow_forwarding(parse("10.9.0.1/24", six="fd00:2::1/64"))
     # Before it forwards: a kernel that does takes no more advertisements unless told so.
     assert changed == ["net.ipv6.conf.eth0.accept_ra=2", "net.ipv6.conf.all.forwarding=1"]
     assert (proc / "sys/net/ipv6/conf/eth1/accept_ra").read_text() == "0"
-    assert host.allow_forwarding(parse("10.9.0.1/24", six="fd00:2::1/64")) == []
+    assert prerequisites.allow_forwarding(parse("10.9.0.1/24", six="fd00:2::1/64")) == []
 
 
 def test_settings_are_named_as_sysctl_has_them() -> None:
     """A dot in an interface's name is a slash there."""
-    assert host.dotted("net/ipv4/ip_forward") == "net.ipv4.ip_forward"
-    assert host.dotted("net/ipv4/conf/br0.100/forwarding") == "net.ipv4.conf.br0/100.forwarding"
+    assert prerequisites.dotted("net/ipv4/ip_forward") == "net.ipv4.ip_forward"
+    assert prerequisites.dotted("net/ipv4/conf/br0.100/forwarding") == "net.ipv4.conf.br0/100.forwarding"
 
 
 def message(kind: int, head: bytes, attribute: int, text: str) -> bytes:

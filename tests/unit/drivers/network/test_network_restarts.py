@@ -14,13 +14,13 @@ import pytest
 from tests.doubles.fake_kernel import FakeKernel
 from tests.doubles.whole_host import ROOT, World, on_loop, until
 from virtd import errors
-from virtd.drivers.network import firewall, guard, host, isolation, prober, server
-from virtd.drivers.network.host import Account
+from virtd.drivers.network import firewall, guard, isolation, prerequisites, prober, server
 from virtd.drivers.network.obstacles import Obstacle
 from virtd.drivers.network.ports import Ground
-from virtd.drivers.protocol import Problem
+from virtd.drivers.network.prerequisites import Account
 from virtd.fdstore import NotifyFailed, Store
 from virtd.messages import Message
+from virtd.objects.protocol import Problem
 from virtd.replies import Reply
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ class Site(NamedTuple):
         world = World(root, monkeypatch)
         for directory in (world.paths.etc, world.paths.run, world.paths.log, world.paths.lib):
             os.makedirs(f"{directory}/network")
-        monkeypatch.setattr(host, "account", lambda _settings: Account("me", os.getuid(), os.getgid()))
-        monkeypatch.setattr(host, "dnsmasq", lambda _settings: "/usr/sbin/dnsmasq")
+        monkeypatch.setattr(prerequisites, "account", lambda _settings: Account("me", os.getuid(), os.getgid()))
+        monkeypatch.setattr(prerequisites, "dnsmasq", lambda _settings: "/usr/sbin/dnsmasq")
         # What dnsmasq says would be on record at any moment: steps have to come in the same order each time.
         monkeypatch.setattr("virtd.drivers.network.driver.Driver.grown", lambda _driver, _key: None)
         return cls(world, FakeKernel(world, root, monkeypatch))
@@ -555,7 +555,7 @@ async def test_slots_that_could_not_be_dropped_are_later(site: Site, monkeypatch
 @on_loop
 async def test_a_stop_that_cannot_be_put_on_record_is_later(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full /run doesn't keep it from being stopped, and the next daemon knows as soon as there is room."""
-    monkeypatch.setattr("virtd.drivers.recorded.SAVE_AGAIN", 0.01)
+    monkeypatch.setattr("virtd.objects.persistent.SAVE_AGAIN", 0.01)
     async with site.world.daemon() as host:
         await site.define()
         await host.networks.start("lab", by=ROOT)
@@ -612,7 +612,7 @@ async def test_a_stop_that_is_held_up_is_finished(site: Site, monkeypatch: pytes
 @on_loop
 async def test_how_far_the_journal_has_its_words_is_on_record(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when there was no room for it at first: else it would have them twice, and fsck a difference."""
-    monkeypatch.setattr("virtd.drivers.recorded.SAVE_AGAIN", 0.01)
+    monkeypatch.setattr("virtd.objects.persistent.SAVE_AGAIN", 0.01)
     async with site.world.daemon() as host:
         await site.define()
         await host.networks.start("lab", by=ROOT)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any
 
-from virtd.drivers.network import firewall, host, obstacles, packets, trace
+from virtd.drivers.network import firewall, obstacles, packets, prerequisites, trace
 from virtd.drivers.network.packets import SYN, Way
 from virtd.drivers.network.probe import ANSWERED, BRIDGED, FORWARD, INPUT, Lost, Trial
 from virtd.drivers.network.trace import Step
@@ -74,7 +74,7 @@ def found(
     monkeypatch: pytest.MonkeyPatch, lost: list[Lost], chains: list[tuple[str, str, str, str]], *programs: str
 ) -> list[tuple[str, str]]:
     """The problems of a bridge vd-lab."""
-    monkeypatch.setattr("virtd.drivers.programs.find", lambda name: name if name in programs else None)
+    monkeypatch.setattr("virtd.children.programs.find", lambda name: name if name in programs else None)
     monkeypatch.setattr(firewall, "rule", lambda _family, _table, _chain, handle: f"rule {handle}")
     there: list[dict[str, Any]] = [
         {"family": family, "table": table, "name": name} | ({"hook": hook} if hook else {})
@@ -166,13 +166,13 @@ def test_what_comes_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_isnt_nftables_and_what_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
     lost = Lost(trial(OUT, FORWARD), (step("ip filter FORWARD", 5, "accept"),), "forward", through=False)
-    monkeypatch.setattr(host, "legacy_tables", lambda file: ["filter"] if file == "ip_tables_names" else [])
+    monkeypatch.setattr(prerequisites, "legacy_tables", lambda file: ["filter"] if file == "ip_tables_names" else [])
     ((text, hint),) = found(monkeypatch, [lost], [])
     assert text == f"{OUT} (IPv4) is dropped by legacy iptables, in its chain FORWARD"
     assert hint.startswith("iptables-legacy -I FORWARD -i vd-lab -j ACCEPT; iptables-legacy -I FORWARD -o vd-lab ")
     assert hint.endswith("; virtdctl reload")
     # By how far it came at that hook: not to the chain of the table that comes next.
-    monkeypatch.setattr(host, "legacy_tables", lambda _file: ["security", "filter", "mangle", "raw"])
+    monkeypatch.setattr(prerequisites, "legacy_tables", lambda _file: ["security", "filter", "mangle", "raw"])
     for passed, table in ((set(), "mangle"), ({"mangle"}, "filter"), ({"mangle", "filter"}, "security")):
         ((text, hint),) = found(monkeypatch, [lost._replace(passed=frozenset(passed))], [])
         where, option = ("", "") if table == "filter" else (f" of the table {table}", f"-t {table} ")
@@ -184,7 +184,7 @@ def test_what_isnt_nftables_and_what_is_nobodys(monkeypatch: pytest.MonkeyPatch)
     assert hint == "ip6tables-legacy -t raw -I PREROUTING -i vd-lab -j ACCEPT; virtdctl reload"
     ((text, _),) = found(monkeypatch, [lost._replace(passed=frozenset({"mangle", "filter", "security"}))], [])
     assert "neither nftables nor iptables" in text
-    monkeypatch.setattr(host, "legacy_tables", lambda file: ["filter"] if file == "ip_tables_names" else [])
+    monkeypatch.setattr(prerequisites, "legacy_tables", lambda file: ["filter"] if file == "ip_tables_names" else [])
     ((text, _),) = found(monkeypatch, [lost._replace(trial=trial(OUT, FORWARD, 6))], [])
     assert "neither nftables nor iptables, at the hook forward" in text
     # It got through the last hook that it came to, came to none, or is dropped by what is ours: nobody's firewall.

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 
 from virtd import errors
-from virtd.drivers.network import host as networks
-from virtd.drivers.qemu import access, ownership
-from virtd.drivers.qemu import host as hostinfo
-from virtd.drivers.qemu.host import Account
+from virtd.drivers.network import prerequisites as networks
+from virtd.drivers.qemu import access, ownership, prerequisites
 from virtd.drivers.qemu.ownership import Given
+from virtd.drivers.qemu.prerequisites import Account
 from virtd.model.settings import Dnsmasq
 
 WHO = Account("vm-web1", "vm-web1", 2013265920, 2013265920, (), own=True)
@@ -28,9 +27,9 @@ def device(monkeypatch: pytest.MonkeyPatch, mode: int, gid: int = 0) -> None:
     monkeypatch.setattr(os, "stat", lambda _path: status)
 
 
-@pytest.mark.parametrize("path", [hostinfo.KVM, hostinfo.TUN])
+@pytest.mark.parametrize("path", [prerequisites.KVM, prerequisites.TUN])
 def test_devices_that_are_not_for_guests(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    use = {"kvm": path == hostinfo.KVM, "tap": path == hostinfo.TUN}
+    use = {"kvm": path == prerequisites.KVM, "tap": path == prerequisites.TUN}
     for mode, gid, whose in ((0o600, 0, "root:root"), (0o660, NAMELESS, f"root:{NAMELESS}"), (0o060, 0, "root:root")):
         device(monkeypatch, mode, gid)
         with pytest.raises(errors.HostError, match=f"vm-web1.* may not open {path}: it is {whose}'s") as caught:

@@ -13,8 +13,7 @@ import msgspec
 import pytest
 
 from virtd import errors
-from virtd.drivers.qemu import command, nics, sandbox
-from virtd.drivers.qemu import host as hostinfo
+from virtd.drivers.qemu import command, nics, prerequisites, sandbox
 from virtd.drivers.qemu.devices import assembly
 from virtd.model import domain as model
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 UUID = "0123abcd-4567-89ab-cdef-0123456789ab"
 RUNTIME = "/run/virtd/qemu/web1"
-HOST = command.Host("/usr/bin/qemu-system-x86_64", kvm=True, runtime=RUNTIME)
+HOST = command.HostFacts("/usr/bin/qemu-system-x86_64", kvm=True, runtime=RUNTIME)
 
 
 def parse(text: str) -> model.Domain:
@@ -42,7 +41,7 @@ DISKS = parse(
 )
 
 
-def options(domain: model.Domain, host: command.Host = HOST) -> list[tuple[str, str]]:
+def options(domain: model.Domain, host: command.HostFacts = HOST) -> list[tuple[str, str]]:
     """The command line as (option, value) pairs."""
     arguments = command.argv(domain, UUID, host)
     assert arguments[0] == host.binary
@@ -54,7 +53,7 @@ def options(domain: model.Domain, host: command.Host = HOST) -> list[tuple[str, 
     return found
 
 
-def values(domain: model.Domain, option: str, host: command.Host = HOST) -> list[str]:
+def values(domain: model.Domain, option: str, host: command.HostFacts = HOST) -> list[str]:
     return [value for name, value in options(domain, host) if name == option]
 
 
@@ -73,7 +72,7 @@ def test_who_it_is() -> None:
 
 @pytest.mark.parametrize(("kvm", "accel", "cpu"), [(True, "kvm", "host"), (False, "tcg", "max")])
 def test_with_and_without_kvm(kvm: bool, accel: str, cpu: str) -> None:
-    host = command.Host(HOST.binary, kvm, RUNTIME)
+    host = command.HostFacts(HOST.binary, kvm, RUNTIME)
     assert fields(values(KERNEL, "-machine", host)[0])["accel"] == accel
     assert values(KERNEL, "-cpu", host) == [cpu]
     assert values(parse('cpu = "qemu64,-svm"\ncdrom = [{ path = "/c" }]'), "-cpu", host) == ["qemu64,-svm"]
@@ -113,7 +112,7 @@ def test_two_monitors_and_a_console() -> None:
 
 
 def test_a_comma_in_a_path_is_a_comma() -> None:
-    host = command.Host("/q", kvm=True, runtime="/run/a,id=x")
+    host = command.HostFacts("/q", kvm=True, runtime="/run/a,id=x")
     assert fields(values(KERNEL, "-chardev", host)[0])["path"] == "/run/a,id=x/qmp.sock"
     nodes = {node["node-name"]: node for node in map(json.loads, values(DISKS, "-blockdev"))}
     assert nodes["file0"]["filename"] == "/a,b/c=d.qcow2"
@@ -194,7 +193,7 @@ def test_small_things() -> None:
 
 def properties(domain: model.Domain, *, kvm: bool = True, tap: bool = False, vhost: bool = False) -> dict[str, Any]:
     toplevel = ["bin", "boot", "dev", "etc", "home", "proc", "root", "run", "srv", "sys", "tmp", "usr", "var"]
-    devices = hostinfo.devices(kvm=kvm, tap=tap, vhost=vhost)
+    devices = prerequisites.devices(kvm=kvm, tap=tap, vhost=vhost)
     found = sandbox.properties(domain, RUNTIME, toplevel=toplevel, devices=devices, stop_after=60)
     names = [name for name, _, _ in found]
     assert {name for name in names if names.count(name) > 1} == {"SystemCallFilter"}  # what is allowed, less some
@@ -269,20 +268,20 @@ def test_devices() -> None:
 
 def test_vhost_where_the_guests_may_open_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = tmp_path / "vhost-net"
-    monkeypatch.setattr(hostinfo, "VHOST", str(device))
-    mine = hostinfo.Account("me", "me", os.getuid(), os.getgid(), ())
-    other = hostinfo.Account("other", "other", os.getuid() + 1, os.getgid() + 1, ())
+    monkeypatch.setattr(prerequisites, "VHOST", str(device))
+    mine = prerequisites.Account("me", "me", os.getuid(), os.getgid(), ())
+    other = prerequisites.Account("other", "other", os.getuid() + 1, os.getgid() + 1, ())
     in_group = msgspec.structs.replace(other, groups=(grp.getgrgid(os.getgid()).gr_name,))
-    assert not hostinfo.has_vhost(mine)
+    assert not prerequisites.has_vhost(mine)
     device.touch()
     for mode, able in ((0o600, [mine]), (0o660, [mine, in_group]), (0o666, [mine, in_group, other])):
         device.chmod(mode)
-        assert [who for who in (mine, in_group, other) if hostinfo.has_vhost(who)] == able
+        assert [who for who in (mine, in_group, other) if prerequisites.has_vhost(who)] == able
 
 
 def test_cards_in_networks() -> None:
     domain = parse('boot = { kernel = "/k" }\nnic = [{}, { network = "lab" }]')
-    host = command.Host("/q", True, RUNTIME, {1: "vt-web1-1"}, True)
+    host = command.HostFacts("/q", True, RUNTIME, {1: "vt-web1-1"}, True)
     arguments = command.argv(domain, UUID, host)
     assert values(domain, "-netdev")[0] == "user,id=net0"
     assert "tap,ifname=vt-web1-1,script=no,downscript=no,vhost=on,id=net1" in arguments
@@ -329,8 +328,8 @@ def test_a_link_to_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     link.symlink_to("/dev/vg0/b")
     status = os.stat_result((stat.S_IFBLK | 0o600, *[0] * 9))
     monkeypatch.setattr("virtd.reach.defined", lambda *_of: status)
-    who = hostinfo.Account("me", "me", os.getuid(), os.getgid(), ())
+    who = prerequisites.Account("me", "me", os.getuid(), os.getgid(), ())
     with pytest.raises(errors.InvalidDefinition, match="expected a regular file") as caught:
-        hostinfo.check_files(parse(f'disk = [{{ path = "{link}" }}]'), "web1.toml", who)
+        prerequisites.check_files(parse(f'disk = [{{ path = "{link}" }}]'), "web1.toml", who)
     assert "/dev/vg0/b" in str(caught.value.hint)
-    hostinfo.check_files(parse('disk = [{ path = "/dev/vg0/b" }]'), "web1.toml", who)
+    prerequisites.check_files(parse('disk = [{ path = "/dev/vg0/b" }]'), "web1.toml", who)

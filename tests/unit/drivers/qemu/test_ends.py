@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.test_untrusted import odd_files
-from virtd.drivers.guest import Request
 from virtd.drivers.qemu.ends import TAIL, judge, read_events, traced
+from virtd.guests.guest import Request
 from virtd.records import stamp
-from virtd.units import UnitState
+from virtd.systemd.units import UnitState
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from virtd.drivers.hardening import HARDENED
-from virtd.drivers.qemu import command, images, nics, sandbox
-from virtd.drivers.qemu import host as hostinfo
+from virtd.children.hardening import HARDENED
+from virtd.drivers.qemu import command, images, nics, prerequisites, sandbox
 from virtd.drivers.qemu.devices import assembly, placing
 from virtd.model import domain as model
 from virtd.model.domain import Format
@@ -36,7 +35,7 @@ def outcome(domain: model.Domain) -> str:
     assert domain.uuid is not None
     runtime = f"/run/virtd/qemu/{domain.name}"
     taps = {nic.index: nic.interface for nic in nics.plan(domain, domain.uuid, placing.place(domain))}
-    host = command.Host("/usr/bin/qemu-system-x86_64", kvm=False, runtime=runtime, taps=taps)
+    host = command.HostFacts("/usr/bin/qemu-system-x86_64", kvm=False, runtime=runtime, taps=taps)
     disks = [VOLUMES.get((image.pool, image.volume), image) for image in images.plain(domain)]
     devices = assembly.assemble(domain, domain.uuid, host, disks)
     arguments = command.argv(domain, domain.uuid, host, devices)
@@ -44,7 +43,7 @@ def outcome(domain: model.Domain) -> str:
         domain,
         runtime,
         toplevel=TOPLEVEL,
-        devices=hostinfo.devices(kvm=False, tap=bool(taps), vhost=False),
+        devices=prerequisites.devices(kvm=False, tap=bool(taps), vhost=False),
         stop_after=60,
         has=devices,
         memory_overhead=0,

@@ -15,7 +15,7 @@ import pytest
 from virtd import errors
 from virtd.drivers import ids
 from virtd.drivers.qemu import acl, limits, ownership, userdb, users
-from virtd.drivers.qemu.host import Account
+from virtd.drivers.qemu.prerequisites import Account
 from virtd.drivers.qemu.userdb import Named
 from virtd.drivers.qemu.users import Living, Table, Users
 from virtd.model import domain as model
@@ -142,7 +142,7 @@ def test_the_table_is_written_before_the_id_is_used(
 
 def test_one_for_all_when_asked_for(make: Callable[..., Users], monkeypatch: pytest.MonkeyPatch) -> None:
     one = Account("ann", "staff", 1000, 50, ())
-    monkeypatch.setattr("virtd.drivers.qemu.host.account", lambda _settings: one)
+    monkeypatch.setattr("virtd.drivers.qemu.prerequisites.account", lambda _settings: one)
     assert asyncio.run(make(user="ann").account("a", "a", living("a"))) is one
 
 

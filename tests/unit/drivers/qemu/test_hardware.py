@@ -126,7 +126,7 @@ def first_start(domain: model.Domain, answers: Mapping[str, Any]) -> Hardware:
 
 
 def options(domain: model.Domain, found: Hardware) -> dict[str, str]:
-    argv = command.argv(domain, UUID, command.Host("q"), machine=found.type, cpu=found.model)
+    argv = command.argv(domain, UUID, command.HostFacts("q"), machine=found.type, cpu=found.model)
     return {name: argv[argv.index(name) + 1] for name in ("-machine", "-cpu")}
 
 
@@ -311,7 +311,7 @@ async def test_what_cannot_be_written_is_tried_again(world: World, monkeypatch: 
     def full(path: str, _found: Hardware) -> None:
         raise errors.HostError(f"Cannot write {path}: No space left on device")
 
-    monkeypatch.setattr("virtd.drivers.qemu.machine.LINK_AGAIN", 0.01)
+    monkeypatch.setattr("virtd.drivers.qemu.guest.LINK_AGAIN", 0.01)
     async with world.daemon() as host:
         with monkeypatch.context() as patch:
             patch.setattr(hardware, "write", full)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.doubles.whole_host import ROOT, World, on_loop, until
 from virtd.allowance import Allowance
-from virtd.drivers.qemu import machine as machines
+from virtd.drivers.qemu import guest as machines
 from virtd.drivers.qemu import news as module
 from virtd.drivers.qemu.monitor import Link
 from virtd.drivers.qemu.standstill import Standstill
@@ -21,11 +21,11 @@ from virtd.messages import Message
 from virtd.model.state import State
 
 if TYPE_CHECKING:
-    from virtd.drivers.qemu.machine import Machine
+    from virtd.drivers.qemu.guest import QemuGuest
     from virtd.records import Record
 
 
-def of(world: World) -> Machine:
+def of(world: World) -> QemuGuest:
     assert world.host is not None
     return world.host.driver.machines["web1"]
 

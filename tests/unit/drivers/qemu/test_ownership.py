@@ -11,7 +11,7 @@ import pytest
 
 from virtd import errors
 from virtd.drivers.qemu import ownership
-from virtd.drivers.qemu.host import Account
+from virtd.drivers.qemu.prerequisites import Account
 
 WHO = Account("guest", "guest", 4321, 4321, ())
 

@@ -20,12 +20,12 @@ from tests.doubles.whole_host import on_loop
 from virtd import errors
 from virtd.cli.output import rounded
 from virtd.drivers import nodes, qcow2
-from virtd.drivers.qemu import host as qemu_host
 from virtd.drivers.qemu import images
+from virtd.drivers.qemu import prerequisites as qemu_host
 from virtd.drivers.qemu.devices.disk import Disk
-from virtd.drivers.storage import host as storage_host
 from virtd.drivers.storage import images as storage_images
 from virtd.drivers.storage import mounts, programs, worker
+from virtd.drivers.storage import prerequisites as storage_host
 from virtd.drivers.storage.aside import Aside
 from virtd.drivers.storage.backend import Backing, Meta
 from virtd.drivers.storage.directory import Directory

@@ -13,8 +13,8 @@ import pytest
 from tests.doubles import fake_qemu_img
 from tests.doubles.whole_host import ROOT, SteppingOs, World, on_loop, until
 from virtd import errors
-from virtd.child import Child
-from virtd.drivers.storage import host as storage_host
+from virtd.children.child import Child
+from virtd.drivers.storage import prerequisites as storage_host
 from virtd.host import Host
 from virtd.records import Record, Records
 from virtd.replies import Reply
@@ -274,7 +274,7 @@ async def test_a_pools_stop_that_cannot_be_put_on_record_is_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A full /run doesn't keep it from being stopped, and the next daemon knows as soon as there is room."""
-    monkeypatch.setattr("virtd.drivers.recorded.SAVE_AGAIN", 0.01)
+    monkeypatch.setattr("virtd.objects.persistent.SAVE_AGAIN", 0.01)
     with hosted(tmp_path, monkeypatch) as world:
         async with world.daemon() as host:
             await host.pools.start("p", by=ROOT)
@@ -304,7 +304,7 @@ async def test_a_job_that_systemd_cannot_be_told_of_is_put_away_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bus broke off: the result counts at once, and what is left goes as soon as there is a bus."""
-    monkeypatch.setattr("virtd.drivers.ending.AGAIN", 0.01)
+    monkeypatch.setattr("virtd.children.ending.AGAIN", 0.01)
     children = Children()
     monkeypatch.setattr("virtd.drivers.storage.job.Child", children)
     refused: list[str] = []

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .placing import Placed
 
 
-class Host(msgspec.Struct, frozen=True):
+class HostFacts(msgspec.Struct, frozen=True):
     """What QEMU's arguments depend on besides the definition."""
 
     binary: str = ""
@@ -32,7 +32,7 @@ class Host(msgspec.Struct, frozen=True):
     vhost: bool = False
 
 
-NONE = Host()
+NONE = HostFacts()
 
 
 def mac_of(uuid: str, number: int) -> str:
@@ -44,7 +44,7 @@ def mac_of(uuid: str, number: int) -> str:
 def assemble(
     domain: Domain,
     uuid: str,
-    host: Host = NONE,
+    host: HostFacts = NONE,
     disks: Sequence[Image] | None = None,
     placed: Sequence[Placed] | None = None,
 ) -> list[Device]:
@@ -62,7 +62,7 @@ def assemble(
     ]
 
 
-def builtin(domain: Domain, host: Host, placed: Sequence[Placed]) -> list[Device]:
+def builtin(domain: Domain, host: HostFacts, placed: Sequence[Placed]) -> list[Device]:
     """What every guest has."""
     found: list[Device] = [
         Monitor(name="monitor", path=directory.monitor_socket(host.runtime)),
@@ -90,7 +90,7 @@ def drives(domain: Domain, disks: Sequence[Image] | None, placed: Sequence[Place
     return found
 
 
-def cards(domain: Domain, uuid: str, placed: Sequence[Placed], host: Host = NONE) -> list[Nic]:
+def cards(domain: Domain, uuid: str, placed: Sequence[Placed], host: HostFacts = NONE) -> list[Nic]:
     """The network cards."""
     return [
         Nic(
@@ -106,7 +106,7 @@ def cards(domain: Domain, uuid: str, placed: Sequence[Placed], host: Host = NONE
     ]
 
 
-def screen(host: Host, placed: Sequence[Placed]) -> list[Device]:
+def screen(host: HostFacts, placed: Sequence[Placed]) -> list[Device]:
     """What there is to look at."""
     path = directory.vnc_socket(host.runtime)
     return [Display(number=at.number, address=at.address, path=path) for at in placing.of_kind(placed, placing.VIDEO)]

@@ -10,7 +10,7 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ...conflicts import Holding
+    from ....objects.conflicts import Holding
 
 
 class File(NamedTuple):

@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from ....objects.conflicts import Holding, Kind
 from ... import nodes
-from ...conflicts import Holding, Kind
 from .device import Device, File
 
 if TYPE_CHECKING:

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ... import conflicts
+from ....objects import conflicts
 from .device import Device, escape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ...conflicts import Holding
+    from ....objects.conflicts import Holding
 
 
 class Nic(Device, frozen=True, kw_only=True):

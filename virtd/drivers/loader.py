@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The drivers that there are, each imported when there is something for it.
+
+A host without containers needn't wait at every start for the modules that know about them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, cast
+
+from ..paths import listing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from ..children.child import Services
+    from ..model.settings import Settings
+    from ..objects.peers import Networks, Volumes
+    from ..objects.protocol import Driver, Publish
+
+# Name -> module, in the order in which they are restored and autostarted: what others stand on comes first.
+MODULES: dict[str, str] = {
+    "network": "virtd.drivers.network.driver",
+    "storage": "virtd.drivers.storage.driver",
+    "qemu": "virtd.drivers.qemu.driver",
+    "lxc": "virtd.drivers.lxc.driver",
+}
+CREATING = ".creating"  # how a driver marks, in /run/virtd/NAME, what is being made and isn't defined yet
+
+
+class Drivers:
+    """The drivers that are in use, by name.
+
+    `publisher(name)` makes the function that a driver is given to tell of its events.
+    """
+
+    def __init__(self, services: Services, settings: Settings, publisher: Callable[[str], Publish]) -> None:
+        self._services = services
+        self._settings = settings
+        self._publisher = publisher
+        self._made: dict[str, Driver] = {}
+
+    def __iter__(self) -> Iterator[Driver]:
+        """Those in use, in the order of MODULES."""
+        return iter([self._made[name] for name in MODULES if name in self._made])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._made
+
+    # For the drivers themselves: see Peers
+
+    @property
+    def networks(self) -> Networks:
+        return cast("Networks", self.get("network"))
+
+    @property
+    def volumes(self) -> Volumes:
+        return cast("Volumes", self.get("storage"))
+
+    def get(self, name: str) -> Driver:
+        """The driver `name`, made if need be. One that is made late is restored and reconciled by whoever asked."""
+        if name not in self._made:
+            module = importlib.import_module(MODULES[name])
+            self._made[name] = module.make(self._services, self._settings, self._publisher(name), self)
+        return self._made[name]
+
+    def wanted(self) -> list[str]:
+        """The drivers that have definitions, records or slots, and aren't in use yet."""
+        paths = self._services.paths
+        held = {slot.partition("/")[0] for slot in self._services.store.names()}
+        return [
+            name
+            for name in MODULES
+            if name not in self._made
+            and (name in held or _something(f"{paths.etc}/{name}", ".toml") or _unfinished(f"{paths.run}/{name}"))
+        ]
+
+
+def _unfinished(run: str) -> bool:
+    """Whether there are records, or marks of objects that were being made."""
+    return _something(run, ".json") or _something(run, CREATING)
+
+
+def _something(directory: str, suffix: str) -> bool:
+    """Whether the directory has such files, or something is wrong with it: the driver will say what."""
+    return any(listing(directory, suffix))

@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One domain: a guest under QEMU, with its monitor."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from ... import errors, journal
+from ...allowance import Allowance
+from ...guests.guest import AGAIN, End, Guest, Shared
+from ...messages import Message
+from ...model import domain as model
+from ...model.state import State
+from ...objects.protocol import Problem
+from ...objects.turns import within
+from . import directory, ends, nics, opened, ownership, prerequisites, userdb
+from .monitor import Link, Monitor
+from .news import STANDSTILL, News
+from .users import running_as
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from enum import StrEnum
+
+    from ...model.settings import Qemu
+    from ...objects.conflicts import Holding
+    from ...objects.peers import Peers
+    from ...records import Record
+    from ...systemd.units import UnitState
+    from .kept import Kept
+    from .standstill import Standstill
+
+log = logging.getLogger(__name__)
+
+DRIVER = "qemu"
+REBOOT_GIVEN_UP = "reboot given up"  # a request, see operations.reboot
+LAST_WORDS = 1.0  # seconds for its monitor to hang up, once QEMU has ended
+GREETING_LIMIT = 5.0  # seconds for the monitor of a guest that runs already
+LINK_AGAIN = 1.0  # seconds until a link that was refused, or broke, is tried again ...
+LINK_AGAIN_AT_MOST = 64.0  # ... and, doubled each time, the most that this becomes
+CALM = 60.0  # seconds after which a link counts as one that holds
+
+
+class QemuGuest(Guest[model.Domain]):
+    """A domain."""
+
+    driver = DRIVER
+    noun = "domain"
+    definition_type = model.Domain
+
+    def __init__(self, shared: Shared, name: str, settings: Qemu, peers: Peers) -> None:
+        super().__init__(shared, name)
+        self.settings = settings
+        self.peers = peers
+        self.monitor: Monitor | None = None
+        # QEMU told that the guest has powered off, and waits (see operations.reboot).
+        self.guest_off = asyncio.Event()
+        self.news = News(self)
+        self.held: tuple[Any, list[Holding]] | None = None  # see holdings.running
+        self.floods = 0  # how often its monitor was hung up on, for all its events
+        self._linking = asyncio.Lock()  # held while the monitor is being connected
+        self._linked_at = 0.0
+        self._askers = 0
+        self._attaching = False
+        self._pause = 0.0  # seconds until a link that broke is made again
+        self._flood_told = Allowance(1, 1 / 3600)
+
+    def parse(self, text: str, source: str) -> model.Domain:
+        return model.parse(text, source)
+
+    def images(self) -> dict[tuple[int, int], tuple[str, bool]]:
+        """What the guest has open, by device and inode: the path, and whether it writes. Nothing when it is off."""
+        if not self.alive or self.record is None:
+            return {}
+        return opened.taken(self.record.data, self.running_definition)
+
+    @functools.cached_property
+    def standstill(self) -> Standstill:
+        from .standstill import Standstill  # few ever come to one
+
+        return Standstill(self)
+
+    def note(self, state: StrEnum, reason: str, **changes: Any) -> None:
+        """See Persistent. One that isn't paused any more has no standstill either."""
+        if state is not State.PAUSED and self.record is not None and STANDSTILL in self.record.data:
+            changes["data"] = self.standstill.resumed(changes.get("data", self.record.data))
+        super().note(state, reason, **changes)
+
+    @property
+    def cards(self) -> list[nics.Planned]:
+        """Its network cards that are in networks, while it runs."""
+        return nics.recorded(self.record.data) if self.alive and self.record is not None else []
+
+    @functools.cached_property
+    def hardware(self) -> Kept:
+        """What the guest sees of its machine."""
+        from .kept import Kept  # no start of the daemon needs it
+
+        return Kept(self)
+
+    async def _learn_hardware(self, monitor: Monitor) -> None:
+        """See that it is on record, also of one that an older virtd started."""
+        known = self.record.data.get("hardware") if self.record is not None else None
+        if isinstance(known, dict) and known.get("type") and known.get("model"):
+            return
+        if not await self.hardware.learn(monitor.execute):
+            self.spawn(self._learn_later(), "hardware")
+
+    async def _learn_later(self) -> None:
+        """Until it is on record; a disk that is full, say, is so for a while."""
+        pause = LINK_AGAIN
+        while not await self.ended_within(pause):
+            pause = min(2 * pause, LINK_AGAIN_AT_MOST)
+            if self.monitor is None or not self.answers:
+                return  # and asked when it is connected again
+            if await self.hardware.learn(self.monitor.execute):
+                self.shared.publish("changed", self)
+                return
+
+    async def hear_out(self) -> None:
+        if self.monitor is not None:
+            await self.monitor.hear_out(LAST_WORDS)
+
+    def judge(self, unit: UnitState | None) -> End:
+        if not (events := ends.read_events(directory.events(self.runtime))):
+            words = self.last_words(self._words_from(), ends.TAIL)
+            events = ends.latest(ends.traced(words), list(self.news.last))
+        else:
+            words = self.last_words()
+        words = "\n".join(line for line in words.splitlines() if not ends.is_aside(line))
+        if not words and self.record is not None and self.record.data.get(AGAIN):
+            words = "(nobody heard)"  # one that somebody else has started writes into /dev/null
+        return ends.judge(unit, events, self.request, words, self.seen_at)
+
+    def _words_from(self) -> int:
+        """Where in its log the words of this run begin; after a rotation all of them are."""
+        begun = self.record.data.get("words_from") if self.record is not None else None
+        log_file = self.child.stderr if self.child is not None else None
+        return int(begun["offset"]) if begun and log_file is not None and log_file.file == begun["file"] else 0
+
+    async def another_life(self) -> dict[str, Any]:
+        """The guest was reset: the record's data, with what QEMU has said until now as of the life before."""
+        assert self.record is not None
+        if self.child is None or self.child.stderr is None:
+            return self.record.data
+        await self.child.move_words()
+        self.news.last.clear()
+        log_file = self.child.stderr
+        return self.record.data | {"words_from": {"file": log_file.file, "offset": log_file.size}}
+
+    def sort_line(self, text: str) -> str | None:
+        return None if ends.is_aside(text) else "warning"
+
+    def recall(self) -> None:
+        super().recall()
+        if self.alive and self.record is not None and STANDSTILL in self.record.data:
+            self.standstill.recall()
+
+    def adopted(self) -> None:
+        if self.record is not None and STANDSTILL in self.record.data:
+            self.spawn(self.standstill.look(), STANDSTILL)
+        self._attach_later()
+
+    async def let_go(self) -> None:
+        if self.monitor is not None:
+            await self.monitor.close()
+            self.monitor = None
+
+    async def give_back(self, record: Record) -> None:
+        self.guest_off.clear()
+        self.news.forget()
+        self.floods, self._pause = 0, 0.0
+        for nic in record.data.get("nics", []):
+            with contextlib.suppress(errors.HostError):
+                await self.peers.networks.detach(nic["interface"])
+        old = prerequisites.account(self.settings).uid if record.data.get("owners") else 0
+        ownership.give_back(ownership.recorded(record.data, old))
+
+    @property
+    def user(self) -> userdb.Named | None:
+        """The user that it has for itself, from before its start until all of it is put away."""
+        return running_as(self.record.data) if self.record is not None else None
+
+    async def forgotten(self, record: Record) -> None:
+        if (user := running_as(record.data)) is not None:
+            userdb.remove(self.shared.services.paths.userdb, user)
+
+    def name_user(self) -> None:
+        """See that its user has a name: its unit's ExecStop= can't be run otherwise."""
+        if (user := self.user) is not None:
+            try:
+                userdb.add(self.shared.services.paths.userdb, user, self.name)
+                self.problems.pop("user", None)
+            except errors.HostError as exc:
+                self.problems["user"] = Problem(exc.message, exc.hint)
+
+    def meaning(self, slot: str) -> str:
+        match slot:
+            case "stdin":
+                return "its serial console takes no input any more"
+            case "stdout":
+                return "its serial console's output is lost from now on"
+            case "stderr":
+                return "QEMU's messages are lost from now on"
+            case _:
+                return "the log was opened again by its name"
+
+    # The monitor
+
+    async def attach(self, limit: float) -> None:
+        """Connect the monitor of a guest that runs, and see what it does.
+
+        What fails is a problem, not the guest's end.
+        """
+        async with self._linking:
+            if self.monitor is None or self.monitor.link is not Link.CONNECTED:
+                if self.monitor is not None:
+                    await self.monitor.close()
+                await self._connect(limit)
+
+    def _attach_later(self) -> None:
+        """Nobody tells us of its events until then."""
+        if self.alive and not self._attaching:
+            self._attaching = True
+            self.spawn(self._stay_attached(), "attach")
+
+    async def _stay_attached(self) -> None:
+        """Until there is a link. Without one nobody tells what becomes of a command that was answered too late."""
+        try:
+            while self.alive:
+                if await self.ended_within(self._pause):
+                    return
+                self._pause = min(max(LINK_AGAIN, 2 * self._pause), LINK_AGAIN_AT_MOST)
+                await self.attach(GREETING_LIMIT)
+                if "events" in self.problems:
+                    await self.ended_within(CALM)
+                if self.monitor is None or self.monitor.link in (Link.CONNECTED, Link.GONE):
+                    self.problems.pop("events", None)
+                    return
+        finally:
+            self._attaching = False
+
+    async def ended_within(self, seconds: float) -> bool:
+        """A pause that its end cuts short; whether it did."""
+        return await within(self.over, seconds)
+
+    async def _connect(self, limit: float) -> None:
+        child = self.child
+        monitor = Monitor(
+            self.name,
+            directory.monitor_socket(self.runtime),
+            lambda: (child.pid, child.start) if child is not None else (0, 0),
+            self.news.on_event,
+            lambda: self._lost(monitor),
+            lambda: self._askers > 0,
+        )
+        self.monitor = monitor
+        try:
+            with self._asking():
+                await monitor.connect(limit, made=self.state is not State.STARTING)
+                self._linked_at = time.monotonic()
+                await self._close_runtime()
+                self.news.take_status(await monitor.status())
+                await self._resettle(monitor)
+                await self._learn_hardware(monitor)
+            self.problems.pop("monitor", None)
+        except errors.MonitorError as exc:
+            if self.alive and child is not None and child.alive():
+                problem = Problem(exc.message, exc.hint)
+                if self.problems.get("monitor") != problem:
+                    log.warning("%s: %s", self.name, exc)
+                self.problems["monitor"] = problem
+
+    async def _resettle(self, monitor: Monitor) -> None:
+        """What a reboot has set and couldn't take back, for QEMU didn't answer."""
+        if self.request is not None and self.request.verb == REBOOT_GIVEN_UP:
+            await monitor.execute("set-action", {"shutdown": self.at_poweroff})
+
+    @property
+    def at_poweroff(self) -> str:
+        """What QEMU is to do when its guest powers off, as its set-action has it."""
+        domain = self.running_definition
+        return "pause" if domain is not None and domain.on_poweroff is model.OnPoweroff.KEEP else "poweroff"
+
+    async def _close_runtime(self) -> None:
+        if directory.is_open(self.runtime):
+            try:
+                await asyncio.to_thread(directory.close, self.runtime)
+            except OSError as exc:
+                log.warning("%s: its directory can't be taken back: %s", self.name, exc)
+
+    def _lost(self, monitor: Monitor) -> None:
+        """The link broke by itself."""
+        if monitor is not self.monitor or not self.alive:
+            return
+        if time.monotonic() - self._linked_at > CALM:
+            self._pause = 0.0
+        self._pause = max(LINK_AGAIN, self._pause)
+        if monitor.link is Link.FLOODED:
+            self.floods += 1
+            text = f"{self.name} makes QEMU send more events than virtd takes"
+            hint = "virtd listens to it for a moment each minute: what is shown of it may be that old."
+            self.problems["events"] = Problem(text, hint)
+            if self._flood_told.take():
+                journal.send(text, message_id=Message.EVENTS_HELD_BACK, level="warning", **self.fields())
+        self._attach_later()
+
+    async def command(self, name: str, arguments: dict[str, Any] | None = None, *, limit: float = 5.0) -> Any:
+        """One QMP command, and what QEMU answers, which may be anything; a link that broke is made again first.
+
+        Raises MonitorError.
+        """
+        with self._asking():
+            monitor = await self._linked(limit)
+            try:
+                return await monitor.execute(name, arguments, limit=limit)
+            finally:
+                if monitor.link in (Link.CLOSED, Link.SILENT) and self.monitor is monitor:
+                    self._pause = max(LINK_AGAIN, self._pause)
+                    self._attach_later()
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        """From the link to the answer nobody hangs up on QEMU, however many its events are."""
+        self._askers += 1
+        try:
+            yield
+        finally:
+            self._askers -= 1
+
+    @property
+    def answers(self) -> bool:
+        """Whether what is known of its state is of now: its monitor is there and has answered all that was asked."""
+        return self.monitor is not None and self.monitor.link is Link.CONNECTED
+
+    async def ask_state(self) -> str:
+        """What the guest's CPUs do, as QMP's query-status has it; taken note of. Raises MonitorError."""
+        with self._asking():
+            status = await (await self._linked(GREETING_LIMIT)).status()
+        if self.alive:
+            self.news.take_status(status)
+        return status
+
+    async def _linked(self, limit: float) -> Monitor:
+        async with self._linking:
+            if self.monitor is None or not self.monitor.usable:
+                if self.monitor is not None:
+                    await self.monitor.close()
+                await self._connect(min(GREETING_LIMIT, limit))
+            monitor = self.monitor
+        if monitor is None:  # it ended meanwhile
+            raise errors.MonitorError(f"{self.name} has ended")
+        if monitor.link is not Link.CONNECTED and (why := self.problems.get("monitor")) is not None:
+            raise errors.MonitorError(why.text, hint=why.hint)
+        return monitor

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the QEMU driver must know of the host: the program, KVM, the guests' user, the files that a guest is given."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import grp
+import os
+import stat
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ... import errors, reach
+from ...children import programs
+from ...hints import do
+from ...model import domain as model
+from ...model import size
+from ...text import word
+from ..nodes import is_device
+
+if TYPE_CHECKING:
+    from ...model.settings import Qemu
+
+KVM, VHOST, TUN = "/dev/kvm", "/dev/vhost-net", "/dev/net/tun"
+# uname's names and QEMU's differ for some (docs/system/targets).
+ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64", "i686": "i386"}
+
+
+class Account(msgspec.Struct, frozen=True):
+    """Whom a guest runs as. `own`: it is nobody else's, and known by name only while it is needed."""
+
+    user: str
+    group: str
+    uid: int
+    gid: int
+    groups: tuple[str, ...]  # more groups: those that may open KVM, VHOST and TUN
+    own: bool = False
+
+
+def own(name: str, uid: int) -> Account:
+    """A user and group of a guest's own."""
+    return Account(name, name, uid, uid, _device_groups(uid), own=True)
+
+
+def account(settings: Qemu) -> Account:
+    """The one user for all guests, which they have if virtd.toml says so, and had with older versions of virtd.
+
+    Raises HostError when there is no such user or group.
+    """
+    hint = "Run systemd-sysusers, or set qemu.user and qemu.group in virtd.toml."
+    uid, gid = programs.ids(settings.shared_user, settings.shared_group, "guests", hint)
+    if uid == 0:
+        raise errors.HostError(
+            "QEMU doesn't run as root", hint="Set qemu.user in virtd.toml to an unprivileged user."
+        )
+    return Account(settings.shared_user, settings.shared_group, uid, gid, _device_groups(gid))
+
+
+def group_of(settings: Qemu) -> int:
+    """The group of jobs on volumes, which may read a pool's; root's where there is none."""
+    try:
+        return grp.getgrnam(settings.shared_group).gr_gid
+    except KeyError:
+        return 0
+
+
+def _device_groups(gid: int) -> tuple[str, ...]:
+    """The groups that may open KVM, VHOST and TUN, unless that is `gid` or root's."""
+    groups: list[str] = []
+    for device in (KVM, VHOST, TUN):
+        with contextlib.suppress(OSError, KeyError):
+            owner = os.stat(device).st_gid
+            if owner not in (0, gid) and (name := grp.getgrgid(owner).gr_name) not in groups:
+                groups.append(name)
+    return tuple(groups)
+
+
+def binary(settings: Qemu) -> str:
+    """The QEMU to run. Raises HostError when it is missing or not executable."""
+    if settings.binary:
+        candidates = [settings.binary]
+    else:
+        machine = os.uname().machine
+        name = f"qemu-system-{ARCHITECTURES.get(machine, machine)}"
+        candidates = [f"{place}/{name}" for place in programs.PLACES] + ["/usr/libexec/qemu-kvm"]
+    for candidate in candidates:
+        if os.path.isfile(candidate):
+            if os.access(candidate, os.X_OK):
+                return candidate
+            raise errors.HostError(f"{candidate} is not executable", hint="See qemu.binary in virtd.toml.")
+    raise errors.HostError(
+        f"QEMU is missing: no {candidates[0]}",
+        hint="Install qemu-system (Fedora: qemu-kvm), or set qemu.binary in virtd.toml.",
+    )
+
+
+def has_kvm() -> bool:
+    """Whether the kernel offers KVM: the device is there and opens."""
+    try:
+        os.close(os.open(KVM, os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
+def has_vhost(who: Account) -> bool:
+    """Whether the kernel takes packets from a guest by itself: the device opens, and is the guests' to open as well.
+
+    QEMU refuses to start when it is told to use what it can't open.
+    """
+    try:
+        os.close(os.open(VHOST, os.O_RDWR | os.O_CLOEXEC))  # which has the kernel load its module
+        return may_use(os.stat(VHOST), who)
+    except OSError:
+        return False
+
+
+def may_use(status: os.stat_result, who: Account) -> bool:
+    """Whether the guest's user may open a device, as far as its mode tells."""
+    groups = {who.gid}
+    for name in who.groups:
+        with contextlib.suppress(KeyError):
+            groups.add(grp.getgrnam(name).gr_gid)
+    wanted = 0o600 if status.st_uid == who.uid else 0o060 if status.st_gid in groups else 0o006
+    return status.st_mode & wanted == wanted
+
+
+def devices(*, kvm: bool, tap: bool, vhost: bool) -> list[str]:
+    """What QEMU opens in /dev, besides what everybody may."""
+    wanted = ((KVM, kvm), (TUN, tap), (VHOST, vhost))
+    return [path for path, needed in wanted if needed]
+
+
+def missing_files(domain: model.Domain) -> list[tuple[str, str]]:
+    """What the definition names and the host doesn't have, or can't be given to a guest, as (key, text)."""
+    found = [(key, reach.trouble(path)) for key, path in model.paths(domain)]
+    return [(key, text) for key, text in found if text]
+
+
+def check_files(domain: model.Domain, source: str, who: Account) -> None:
+    """Every file is there, of the right kind, and readable for the guest's user. Raises InvalidDefinition."""
+    read_only = {f"disk[{index}].path" for index, disk in enumerate(domain.disk) if disk.readonly}
+    images = {f"disk[{index}].path" for index, disk in enumerate(domain.disk) if disk.format is model.Format.QCOW2}
+    for key, path in model.paths(domain):
+        try:
+            status = reach.defined(path, source, key)
+        except errors.InvalidDefinition as exc:
+            if not key.startswith("cdrom") or os.path.lexists(path):
+                raise
+            hint = "Put it back there, or take the path out of [[cdrom]]: a drive may be without a medium."
+            raise errors.InvalidDefinition(source, key, exc.expected, hint=hint) from exc
+        device = key.startswith("disk") and stat.S_ISBLK(status.st_mode)
+        if not stat.S_ISREG(status.st_mode) and not (device and is_device(path)):
+            hint = f"Name the device by its path in /dev: {os.path.realpath(path)}, say." if device else ""
+            raise errors.InvalidDefinition(source, key, f"expected a regular file: {path}", hint=hint)
+        written = key.startswith("disk") and key not in read_only
+        if written and stat.S_ISREG(status.st_mode) and os.statvfs(path).f_flag & os.ST_RDONLY:
+            raise errors.InvalidDefinition(
+                source,
+                key,
+                f"the guest writes to it, and its file system is mounted read-only: {path}",
+                hint="Set readonly = true for it, mount the file system writable, or use a copy.",
+            )
+        if stat.S_ISBLK(status.st_mode) and key not in read_only and claimed(path):
+            raise errors.Busy(
+                f"{source}: {key}: {path} is in use by the host, which has it mounted or in a volume group",
+                hint="Unmount it first, or have the guest only read it: readonly = true.",
+            )
+        if key in images:
+            _check_qcow2(key, path, source)
+        # A user of its own is granted what it may not read, beside others who are.
+        if key.startswith("boot") and not who.own and not may(status, who, os.R_OK):
+            raise errors.InvalidDefinition(
+                source, key, f"{path} is not readable for {who.user}", hint=f"chmod o+r {word(path)}, or use a copy."
+            )
+    if domain.memory_bytes > (total := memory_total()):
+        raise errors.InvalidDefinition(
+            source,
+            "memory",
+            f"expected at most what the host has, {size.show(total >> 20 << 20)}, got {domain.memory}",
+        )
+
+
+def _check_qcow2(key: str, path: str, source: str) -> None:
+    """Raise InvalidDefinition for an image that is more than this one file: QEMU isn't to go by what it names."""
+    from .. import qcow2  # no start of the daemon needs it
+
+    with reach.reached(path) as file:
+        fd = os.open(file.itself, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        header = qcow2.read(fd, path)
+    except errors.InvalidState:
+        return  # QEMU says what is wrong with it
+    finally:
+        os.close(fd)
+    if wrong := qcow2.unusable(header):
+        raise errors.InvalidDefinition(source, key, f"{path} can't be used: {wrong}")
+    if header.backing:
+        raise errors.InvalidDefinition(
+            source,
+            key,
+            f"{path} stands on {model.shown(header.backing)}, which only a volume can",
+            hint="Import both into a pool: "
+            + do("import", "volume")
+            + f"; or make one image of both: qemu-img convert -O qcow2 {word(path)} NEW.",
+        )
+
+
+def claimed(path: str) -> bool:
+    """Whether the kernel uses a block device itself: O_EXCL is refused then, see open(2)."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK))
+    except OSError as exc:
+        return exc.errno == errno.EBUSY
+    return False
+
+
+def may(status: os.stat_result, who: Account, wanted: int) -> bool:
+    """Whether the guests' user may open a file, as far as its mode tells."""
+    shift = 6 if status.st_uid == who.uid else 3 if status.st_gid == who.gid else 0
+    return (status.st_mode >> shift) & wanted == wanted
+
+
+def memory_total() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def identity(path: str) -> tuple[int, int] | None:
+    """Which file a path leads to, so that two names of one disk are seen as one."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino)

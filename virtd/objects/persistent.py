@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""An object's record: what is so, in memory for certain, and on disk as soon as the file system lets us."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+
+from .. import errors, journal
+from ..messages import Message
+from ..records import now
+from .protocol import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from enum import StrEnum
+
+    from ..hints import Hint
+    from ..records import Record, Records
+
+log = logging.getLogger(__name__)
+
+SAVE_AGAIN = 1.0  # seconds until a record that couldn't be written is tried again
+
+
+class Shared(Protocol):
+    """What the objects of a driver share."""
+
+    @property
+    def records(self) -> Records: ...
+    @property
+    def publish(self) -> Callable[[str, Any], None]: ...
+
+
+class Tasks:
+    """Tasks of the object `name`. One that fails is a problem of the object's."""
+
+    def __init__(self, name: str, problems: dict[str, Problem]) -> None:
+        self.name = name
+        self.problems = problems
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def spawn(self, work: Any, name: str) -> None:
+        """A task of this object's; it is cancelled by `end_tasks`."""
+        task: asyncio.Task[None] = asyncio.create_task(work, name=f"{name}-{self.name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            log.error("%s: %s failed: %s", self.name, task.get_name(), exc, exc_info=exc)
+            self.problems["internal"] = Problem(
+                f"{task.get_name()} failed: {exc}", "This is a bug: see journalctl -u virtd."
+            )
+
+    async def end_tasks(self) -> None:
+        """Cancel them, but for the one that asks, and wait for their ends."""
+        mine = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in mine:
+            task.cancel()
+        await asyncio.gather(*mine, return_exceptions=True)
+
+
+class Persistent(Tasks):
+    """What has a definition, a record, or both."""
+
+    shared: Shared
+    definition: Any
+    settled: asyncio.Event
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, {})
+        self.record: Record | None = None
+        self.on_record = asyncio.Event()  # cleared while the record on disk is older than the one in memory
+        self.on_record.set()
+        self.waits: Problem | None = None  # see Startable
+
+    @property
+    def active(self) -> bool:
+        raise NotImplementedError
+
+    def fields(self) -> dict[str, str]:
+        """The journal fields of this object."""
+        raise NotImplementedError
+
+    def recall(self) -> None:
+        """First step of a start, once definitions are read: have those problems that its record tells of.
+
+        Whoever asks right after a restart is told no less than right before; nothing is looked at for it.
+        """
+
+    def wait_for(self, failed: Problem | None) -> None:
+        """Have it wait to be autostarted, for the reason why its start failed; None: no longer."""
+        if failed is None:
+            if self.waits is None:
+                return
+            self.problems.pop("start", None)
+        else:
+            self.problems["start"] = Problem(f"Autostart failed: {failed.text}; it is tried again", failed.hint)
+        self.waits = failed
+        self.shared.publish("changed", self)
+
+    def lost(self, slot: str, what: str, hint: Hint) -> None:
+        """A slot that the record tells of isn't in the store; `what`: whose it is, and what that means."""
+        text = f"Slot {slot} of {what}"
+        self.problems[f"slot {slot}"] = Problem(text, hint)
+        journal.send(text, message_id=Message.SLOT_LOST, level="warning", VIRTD_SLOT=slot, **self.fields())
+
+    @property
+    def reason(self) -> str:
+        """Why it is in the state that it is in, for a person to read."""
+        if self.waits is not None and not self.active:
+            return f"waits to be autostarted: {self.waits.text}"
+        if self.record is not None:
+            return self.record.reason
+        return "not started since boot" if self.settled.is_set() else "not known yet: virtd is looking"
+
+    @property
+    def uuid(self) -> str:
+        if self.definition is not None and self.definition.uuid is not None:
+            return str(self.definition.uuid)
+        return self.record.uuid if self.record is not None else ""
+
+    def save(self, **changes: Any) -> None:
+        """Change the record and write it. Raises HostError; what is in memory is then as before."""
+        assert self.record is not None
+        self.put(msgspec.structs.replace(self.record, **changes))
+
+    def put(self, record: Record) -> None:
+        """Write a record in place of what there is. Raises HostError; what is in memory is then as before."""
+        self.shared.records.save(record)
+        self.record = record
+        self._recorded()
+
+    def note(self, state: StrEnum, reason: str, **changes: Any) -> None:
+        """Go into a state that came about by itself: in memory for certain, on record if the file system lets us."""
+        assert self.record is not None
+        if (state.value, reason) == (self.record.state, self.record.reason) and not changes:
+            return
+        changes.setdefault("since", now() if state.value != self.record.state else self.record.since)
+        self.keep(state=state.value, reason=reason, **changes)
+        if self.active:
+            self.wait_for(None)
+        self.shared.publish("changed", self)
+
+    def keep(self, **changes: Any) -> None:
+        """Change the record, as `note` does, by what nobody is told of."""
+        assert self.record is not None
+        self.record = msgspec.structs.replace(self.record, **changes)
+        try:
+            self.shared.records.save(self.record)
+            self._recorded()
+        except errors.HostError as exc:
+            self.problems["record"] = Problem(exc.message, exc.hint)
+            log.warning("%s: %s", self.name, exc)
+            if self.on_record.is_set():
+                self.on_record.clear()
+                self.spawn(self._save_again(), "save")
+
+    def _recorded(self) -> None:
+        self.problems.pop("record", None)
+        self.on_record.set()
+
+    async def _save_again(self) -> None:
+        """Until the record says what is so: the next daemon will go by it."""
+        while self.record is not None and not self.on_record.is_set():
+            await asyncio.sleep(SAVE_AGAIN)
+            if self.record is not None and not self.on_record.is_set():
+                with contextlib.suppress(errors.HostError):
+                    self.save()
+                    self.shared.publish("changed", self)

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Whether systemd still keeps what virtd has given it, and would start virtd with it.
+
+A daemon-reload may change virtd.service under a running daemon, and drop descriptors or make the next start
+impossible. As long as this process runs it has them all; only the next one would miss them. So it is said now.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING
+
+from .. import errors, fdstore, journal
+from ..messages import Message
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from .units import Units
+
+log = logging.getLogger(__name__)
+
+AGAIN, AGAIN_AT_MOST = 1.0, 64.0  # seconds until what couldn't be seen is looked at again, doubled each time
+LOOKS = 4  # at what systemd has of the store's entries, before one counts as dropped
+BEFORE = "before virtd is stopped or restarted"
+
+Problems = dict[str, tuple[str, str]]  # by key: text and hint
+
+
+class Watch:
+    """Looks when it is due, once for however many times that it was meanwhile, and again where nothing could be seen.
+
+    What `look` finds is put into `problems`, and told when it is new.
+    """
+
+    def __init__(self, problems: Problems, look: Callable[[], Awaitable[Problems]]) -> None:
+        self._problems = problems
+        self._look = look
+        self._due = asyncio.Event()
+        self._due.set()
+        self._failed = 0  # times in a row
+
+    def due(self) -> None:
+        """systemd has read its units again, or just has been found."""
+        self._due.set()
+
+    async def keep_looking(self) -> None:
+        while True:
+            pause = min(AGAIN * 2 ** (self._failed - 1), AGAIN_AT_MOST) if self._failed else None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._due.wait()
+            self._due.clear()
+            try:
+                found = await self._look()
+            except (errors.VirtdError, fdstore.StoreError) as exc:
+                self._failed += 1
+                if self._failed == 1:
+                    log.warning("Whether systemd still has all descriptors can't be seen: %s", exc)
+                continue
+            if self._failed:
+                log.info("What systemd has can be seen again, after %d looks that failed", self._failed)
+                self._failed = 0
+            before = {key: self._problems.pop(key) for key in KEYS if key in self._problems}
+            self._problems |= found
+            tell(before, found)
+
+
+def headroom(soft: int) -> int:
+    """Half of the open files are for slots: to each guest's five there are two logs, a pidfd, a monitor, clients."""
+    return max(fdstore.HEADROOM, soft // 2)
+
+
+async def dropped(
+    store: fdstore.Store, count: Callable[[], Awaitable[int]], *, give: bool = True, looks: int = LOOKS
+) -> tuple[int, int]:
+    """How many of the store's entries systemd doesn't take, though it was given them again; and of how many.
+
+    `count` says how many it has. Children start and end meanwhile, so a few looks have to agree that one is missing.
+    `give` false: it would take none, and tell of each in the journal.
+    """
+    wanted = kept = 0
+    for look in range(looks):
+        if look == 1 and give:
+            await asyncio.to_thread(store.send_again)
+        if look:
+            await asyncio.to_thread(store.barrier)
+        wanted = store.budget().entries
+        kept = await count()
+        wanted = min(wanted, store.budget().entries)
+        if kept >= wanted:
+            return 0, wanted
+    return wanted - kept, wanted
+
+
+async def look(store: fdstore.Store, units: Units, unit: str) -> Problems:
+    """Compare with systemd, and give it back what it has dropped: what is wrong now.
+
+    Raises VirtdError or StoreError.
+    """
+    unit_max = int(await units.service_property(unit, "FileDescriptorStoreMax"))
+    soft = int(await units.service_property(unit, "LimitNOFILESoft"))
+    store.resize(unit_max, *files(soft))
+    found: Problems = {}
+    load = str(await units.unit_property(unit, "LoadState"))
+    loaded = load in ("loaded", "")
+    missing, wanted = await dropped(
+        store,
+        lambda: units.store_count(unit),
+        give=loaded and store.budget().entries <= unit_max,
+        looks=LOOKS if loaded else 1,  # each but the first is a message to a unit that gets none
+    )
+    if missing:
+        text = f"systemd has dropped {missing} of {wanted} entries of the FD store, which guests need"
+        found["store"] = (text, f"Raise FileDescriptorStoreMax= of {unit} (now {unit_max}) {BEFORE}.")
+    if load == "masked":
+        text = f"{unit} is masked: systemd has dropped what it kept for guests" if missing else f"{unit} is masked"
+        found["store"] = (text, f"systemctl unmask {unit} {BEFORE}, or their consoles are lost.")
+    elif not loaded:
+        what = "is gone" if load == "not-found" else f"can't be used ({load})"
+        found["store"] = (
+            f"The file of {unit} {what}, and virtd could not be started again",
+            f"See: systemctl status {unit}. Put it right, then systemctl daemon-reload, {BEFORE}.",
+        )
+    if load == "loaded" and await keeps(units, unit) is False:
+        found["preserve"] = (
+            f"FileDescriptorStorePreserve= of {unit} isn't yes: when virtd is stopped, guests' consoles are lost",
+            "See: systemctl cat virtd.service. Remove what changes it, then systemctl daemon-reload.",
+        )
+    budget = store.budget()
+    if budget.files_max is not None and budget.used > budget.files_max:
+        found["files"] = (
+            f"LimitNOFILE= of {unit} is {soft}: too little for the {budget.used} descriptors kept for guests",
+            f"Raise it to {2 * budget.used + 1024} or more, then systemctl daemon-reload, {BEFORE}.",
+        )
+    return found
+
+
+def files(soft: int) -> tuple[int | None, int]:
+    """RLIMIT_NOFILE as the store wants it, and the headroom; `soft` as systemd has it, with 2^64 - 1 for none."""
+    limit = soft if soft < 1 << 63 else None
+    return limit, headroom(limit or 0)
+
+
+async def keeps(units: Units, unit: str) -> bool | None:
+    """Whether the store outlives a stop; None with a systemd that can't do that in any case, or doesn't say."""
+    try:
+        return bool(await units.service_property(unit, "FileDescriptorStorePreserve") == "yes")
+    except errors.VirtdError:
+        return None
+
+
+KEYS = ("store", "preserve", "files")
+
+
+def tell(before: Problems, found: Problems) -> None:
+    """Say in the journal what is wrong that wasn't before, and what is well again."""
+    for key in KEYS:
+        if key in found and found[key] != before.get(key):
+            text, hint = found[key]
+            journal.send(f"{text}. {hint}", message_id=Message.STORE_AT_RISK, level="error")
+        elif key in before and key not in found:
+            log.info("systemd keeps virtd's descriptors as it should again: %s", key)
