@@ -24,7 +24,7 @@ from ..messages import Message
 from ..model.state import ALIVE, State
 from ..objects import definitions
 from ..objects.inventory import D
-from ..objects.persistent import Persistent
+from ..objects.persistent import WAITS, Persistent
 from ..objects.protocol import Problem
 from ..objects.turns import Turns
 from ..process import Seen
@@ -454,7 +454,7 @@ class Guest(Persistent, Generic[D]):
             # Only now is the object whole again: until here a crash, or another try, finds the unit's name.
             self.note(self.state, self.reason, data={}, id=0, **ending.GONE)
             self.problems = {
-                key: value for key, value in self.problems.items() if key in ("definition", "internal", "record")
+                key: value for key, value in self.problems.items() if key in ("definition", "internal", "record", WAITS)
             }
         self.over.set()
         self.settled.set()

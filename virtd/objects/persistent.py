@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+WAITS = "autostart"  # among problems: that it waits to be autostarted, for as long as it does
 SAVE_AGAIN = 1.0  # seconds until a record that couldn't be written is tried again
 
 
@@ -99,9 +100,9 @@ class Persistent(Tasks):
         if failed is None:
             if self.waits is None:
                 return
-            self.problems.pop("start", None)
+            self.problems.pop(WAITS, None)
         else:
-            self.problems["start"] = Problem(f"Autostart failed: {failed.text}; it is tried again", failed.hint)
+            self.problems[WAITS] = Problem(f"Autostart failed: {failed.text}; it is tried again", failed.hint)
         self.waits = failed
         self.shared.publish("changed", self)
 

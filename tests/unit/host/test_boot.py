@@ -79,6 +79,23 @@ async def test_what_fails_is_tried_until_it_works(world: World, monkeypatch: pyt
 
 
 @on_loop
+async def test_what_waits_is_told_of_all_the_while(world: World) -> None:
+    """Also while it is being tried, and when a further try fails in the same words."""
+    told: list[str] = []
+    async with world.daemon() as host:
+        await world.define("web1", "fail=1", "autostart = true")
+        await host.autostart()
+        tries = world.units.history.count
+
+        def tried() -> bool:
+            told.append(" ".join(problem.text for _name, problem in host.driver.troubles()))
+            return tries("start virtd-qemu-web1.service") > 5
+
+        await until(tried)
+        assert all("it is tried again" in text for text in told), told
+
+
+@on_loop
 async def test_a_file_that_comes_late(world: World, tmp_path_factory: pytest.TempPathFactory) -> None:
     """What the definition names may be on a disk that isn't there yet: that is no bad definition."""
     disk = tmp_path_factory.mktemp("late") / "disk.raw"
