@@ -12,7 +12,7 @@ import signal
 import time
 from pathlib import Path
 
-from tests.lab.state import LabError
+from .state import LabError
 
 
 def host_has_systemd() -> bool:

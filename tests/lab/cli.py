@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.lab import enter, machine, root, setup
-from tests.lab.paths import Lab, all_labs
-from tests.lab.say import say
-from tests.lab.state import LabError, leader_of, read_state
-from tests.lab.suites import DEFAULT, SUITES, suite_named
+from . import enter, machine, root, setup
+from .paths import Lab, all_labs
+from .say import say
+from .state import LabError, leader_of, read_state
+from .suites import DEFAULT, SUITES, suite_named
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.lab.say import run, say
+from .say import run, say
 
 _PACKAGES = ("systemd", "systemd-sysv", "dbus", "iproute2", "procps")
 

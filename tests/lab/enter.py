@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from typing import NoReturn
 
-from tests.lab.state import LabError, directory_of, leader_of, read_state
+from .state import LabError, directory_of, leader_of, read_state
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 

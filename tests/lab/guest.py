@@ -12,10 +12,10 @@ import lzma
 import shutil
 from pathlib import Path
 
-from tests.lab.cpio import Archive
-from tests.lab.paths import SOURCE
-from tests.lab.say import in_root, run, say
-from tests.lab.state import LabError
+from .cpio import Archive
+from .paths import SOURCE
+from .say import in_root, run, say
+from .state import LabError
 
 # What the guest may meet in QEMU, by the modules' file names; what these depend on is found in modules.dep. A kernel
 # may have any of them built in.

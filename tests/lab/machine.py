@@ -15,11 +15,11 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.lab import cgroups, enter, root
-from tests.lab.paths import CHECKOUT, Lab
-from tests.lab.say import run, say
-from tests.lab.state import LabError, leader_of, read_state, recorded, start_time, write_state
-from tests.lab.suites import Suite
+from . import cgroups, enter, root
+from .paths import CHECKOUT, Lab
+from .say import run, say
+from .state import LabError, leader_of, read_state, recorded, start_time, write_state
+from .suites import Suite
 
 _BOOT_SECONDS = 90.0
 

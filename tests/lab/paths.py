@@ -7,7 +7,7 @@ import os
 import zlib
 from pathlib import Path
 
-from tests.lab.state import directory_of, labs_directory
+from .state import directory_of, labs_directory
 
 SOURCE = Path(__file__).resolve().parent
 CHECKOUT = SOURCE.parent.parent

@@ -8,9 +8,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from tests.lab import container, guest, stubs
-from tests.lab.say import in_root, run, say
-from tests.lab.suites import Suite
+from . import container, guest, stubs
+from .say import in_root, run, say
+from .suites import Suite
 
 # Units that would only cost time at boot or do something of their own while a test measures.
 _MASKED = (

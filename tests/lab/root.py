@@ -12,11 +12,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.lab import recipe
-from tests.lab.paths import SOURCE, all_labs, cache_dir
-from tests.lab.say import say
-from tests.lab.state import LabError, read_state
-from tests.lab.suites import Suite
+from . import recipe
+from .paths import SOURCE, all_labs, cache_dir
+from .say import say
+from .state import LabError, read_state
+from .suites import Suite
 
 # Files whose text decides what a root holds. The rest of the lab may change without costing anybody a new root.
 _INPUTS = (

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.lab.state import LabError
+from .state import LabError
 
 _BEGAN = time.monotonic()
 

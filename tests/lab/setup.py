@@ -8,8 +8,8 @@ import shutil
 import subprocess
 import sys
 
-from tests.lab.say import say
-from tests.lab.state import LabError
+from .say import say
+from .state import LabError
 
 # Program: its package on Debian and its kin, and on Fedora and its kin.
 _NEEDS = {

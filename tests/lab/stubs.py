@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tests.lab.say import in_root, run
+from .say import in_root, run
 
 # Fedora's name: the Debian package that holds the same. Debian's own names are provided as well.
 _FEDORA = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tests.lab.state import LabError
+from .state import LabError
 
 DEFAULT = "trixie"
 

@@ -454,7 +454,9 @@ class Guest(Persistent, Generic[D]):
             # Only now is the object whole again: until here a crash, or another try, finds the unit's name.
             self.note(self.state, self.reason, data={}, id=0, **ending.GONE)
             self.problems = {
-                key: value for key, value in self.problems.items() if key in ("definition", "internal", "record", WAITS)
+                key: value
+                for key, value in self.problems.items()
+                if key in ("definition", "internal", "record", WAITS)
             }
         self.over.set()
         self.settled.set()
