@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.unit.logs.pump_under_fire import count
+from virtd.logs import channel as channel_module
+from virtd.logs import mover
 from virtd.logs import pump as pump_module
 from virtd.logs.logfile import LogFile
 from virtd.logs.pump import Loss, Pump
@@ -185,7 +187,7 @@ def test_what_is_removed_is_left_alone(rig: Rig) -> None:
 
 
 def test_a_drain_ends_a_nap_and_tells_the_end_first(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pump_module, "NAP", 3_600_000)
+    monkeypatch.setattr(mover, "NAP", 3_600_000)
     write = rig.add("guest")
     os.write(write, b"first\n")
     wait_until(lambda: rig.logs["guest"].size == 6)
@@ -209,7 +211,7 @@ def test_a_drain_that_nobody_waits_for_any_more(rig: Rig) -> None:
         rig.pump.drain("guest").result(PATIENCE)
         assert len(rig.content("guest")) == 1000 * (number + 1)
     rig.pump.remove("guest").cancel()
-    wait_until(lambda: not rig.pump._by_fd)
+    wait_until(lambda: not rig.pump._schedule.channels)
 
 
 def test_a_drain_of_a_flood_has_an_end(rig: Rig) -> None:
@@ -267,10 +269,10 @@ def test_its_death_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCa
     dead = threading.Event()
     pump = Pump(print, on_death=dead.set)
 
-    def broken(_tick: int) -> None:
+    def broken() -> bool:
         raise OSError(errno.EINVAL, "no such clock")
 
-    monkeypatch.setattr(pump, "_rise", broken)
+    monkeypatch.setattr(pump._schedule, "wait", broken)
     pump.start()
     pump._post(print)
     assert dead.wait(PATIENCE)
@@ -300,7 +302,7 @@ def test_silent_guests_cost_nothing(rig: Rig) -> None:
     for write in writes:
         os.write(write, b"hello\n")
     wait_until(lambda: all(log.size == 6 for log in rig.logs.values()))
-    wait_until(lambda: all(channel.armed for channel in rig.pump._by_fd.values()))
+    wait_until(lambda: all(channel.armed for channel in rig.pump._schedule.channels.values()))
     time.sleep(0.05)
     before = wakes()
     time.sleep(0.5)
@@ -308,7 +310,7 @@ def test_silent_guests_cost_nothing(rig: Rig) -> None:
 
 
 def test_a_nap_leaves_bytes_in_the_pipe_until_somebody_watches(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pump_module, "NAP", 3_600_000)
+    monkeypatch.setattr(mover, "NAP", 3_600_000)
     write = rig.add("guest")
     os.write(write, b"1")
     wait_until(lambda: rig.logs["guest"].size == 1)
@@ -340,7 +342,7 @@ def test_a_follower_is_told_of_every_line(rig: Rig) -> None:
 
 
 def test_a_follower_of_a_flood_is_not_flooded(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pump_module, "NAP_WATCHED", 50)
+    monkeypatch.setattr(mover, "NAP_WATCHED", 50)
     write = rig.add("guest", limit=1 << 20, backups=1)
     rig.pump.watch("guest")
     begin = time.monotonic()
@@ -402,7 +404,7 @@ class Stubborn(LogFile):
 
 
 def test_a_full_disk_blocks_no_guest_and_is_said_once(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pump_module, "RETRY", 0.05)
+    monkeypatch.setattr(mover, "RETRY", 0.05)
     log = Stubborn(rig.directory / "full.log")
     write = rig.add("guest", log)
     os.write(write, b"before\n")
@@ -431,7 +433,7 @@ def test_a_full_disk_blocks_no_guest_and_is_said_once(rig: Rig, monkeypatch: pyt
 
 
 def test_a_full_disk_with_little_to_say_loses_nothing(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pump_module, "RETRY", 0.02)
+    monkeypatch.setattr(mover, "RETRY", 0.02)
     log = Stubborn(rig.directory / "full.log")
     log.full = True
     write = rig.add("guest", log)
@@ -447,8 +449,8 @@ def test_a_full_disk_with_little_to_say_loses_nothing(rig: Rig, monkeypatch: pyt
 
 
 def test_last_words_for_a_full_disk_are_waited_for_not_for_ever(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pump_module, "RETRY", 0.02)
-    monkeypatch.setattr(pump_module, "LAST_WORDS", 0.1)
+    monkeypatch.setattr(mover, "RETRY", 0.02)
+    monkeypatch.setattr(channel_module, "LAST_WORDS", 0.1)
     log = Stubborn(rig.directory / "full.log")
     log.full = True
     write = rig.add("guest", log)
@@ -463,7 +465,7 @@ def test_last_words_for_a_full_disk_are_waited_for_not_for_ever(rig: Rig, monkey
 
 
 def test_a_real_limit_of_the_kernel(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pump_module, "RETRY", 0.02)
+    monkeypatch.setattr(mover, "RETRY", 0.02)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     write = rig.add("guest", limit=0)
     data = b"".join(b"%07d\n" % number for number in range(1 << 20))
@@ -552,13 +554,13 @@ def test_with_many_guests_a_wake_serves_those_who_spoke(rig: Rig, monkeypatch: p
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, many * 3 + 300), hard))
     monkeypatch.setattr(pump_module, "PIPE_SIZE", 1 << 16)
     served: list[str] = []
-    serve = rig.pump._serve
+    serve = rig.pump._mover.serve
 
     def counting(channel: Any, now: float) -> None:
         served.append(channel.key)
         serve(channel, now)
 
-    rig.pump._serve = counting  # type: ignore[method-assign]
+    rig.pump._mover.serve = counting  # type: ignore[method-assign]
     try:
         writes = {str(number): rig.add(str(number)) for number in range(many)}
         for key, write in writes.items():
@@ -566,13 +568,13 @@ def test_with_many_guests_a_wake_serves_those_who_spoke(rig: Rig, monkeypatch: p
         for key in writes:
             rig.pump.drain(key).result(PATIENCE)
             assert rig.content(key) == f"hello from {key}\n".encode()
-        wait_until(lambda: all(channel.armed for channel in rig.pump._by_fd.values()))
+        wait_until(lambda: all(channel.armed for channel in rig.pump._schedule.channels.values()))
         served.clear()
         os.write(writes["7"], b"again\n")
         wait_until(lambda: rig.logs["7"].size == 19)
         assert set(served) == {"7"}
         for key in writes:
             rig.pump.remove(key).result(PATIENCE)
-        assert not rig.pump._by_fd
+        assert not rig.pump._schedule.channels
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
