@@ -20,6 +20,9 @@ from typing import IO, Any
 TOP = Path(__file__).resolve().parent.parent
 LAB = str(TOP / "tests/lab/lab")
 
+# A limit is there for what never comes. On a machine with other things to do all takes its time.
+PATIENCE = 3
+
 _LINE = re.compile(rb"line (\d{10}) ([a-z]{60}) \.\r?")
 _ALPHABET = b"abcdefghijklmnopqrstuvwxyz"
 
@@ -216,7 +219,8 @@ class Lab:
         return int(self.sh("systemctl show -P MainPID virtd.service"))
 
     def wait(self, what: str, condition: Any, timeout: float = 30) -> Any:
-        """Call `condition` until it is true; its value. Failed after `timeout` seconds."""
+        """Call `condition` until it is true; its value. Failed after `timeout` seconds of an idle machine's."""
+        timeout *= PATIENCE
         deadline, pause = time.monotonic() + timeout, 0.05
         while True:
             if value := condition():
@@ -234,8 +238,14 @@ class Lab:
         """
         ready = f"cat /var/log/virtd/qemu/{domain}.console.log* 2>/dev/null | grep -ac 'virtd-lab ready'"
         script = f"until [ $({ready}) -ge {boots} ]; do sleep 0.1; done"
+        timeout *= PATIENCE
         if self.run("timeout", f"{timeout:g}", "sh", "-c", script, check=False, timeout=timeout + 60).returncode:
             raise Failed(f"{domain}'s boot did not come about within {timeout:g} s")
+
+    def wait_lines(self, domain: str, more_than: int = 20, timeout: float = 180) -> None:
+        """Until the guest has booted, and said more than so many numbered lines."""
+        self.wait_ready(domain, timeout=timeout)
+        self.wait(f"{domain}'s lines", lambda: check(self.console(domain)).lines > more_than, timeout)
 
     def forget_log(self, domain: str) -> None:
         """Remove a stopped domain's console log, so that the next start begins with an empty one."""

@@ -309,7 +309,7 @@ SPOILT: dict[str, Callable[[str], str] | None] = {
 
 def test_records_that_are_spoilt(lab: Lab, victim: str) -> None:
     pid = lab.info(victim)["pid"]
-    lab.wait("the victim's lines", lambda: check(lab.console(victim)).lines > 20, 180)
+    lab.wait_lines(victim, 20)
     for what, change in SPOILT.items():
         journal = Journal.now(lab)
         spoil(lab, change)
@@ -356,7 +356,7 @@ def meddle(lab: Lab, *words: str) -> None:
 
 def test_a_store_that_lacks_slots(lab: Lab, victim: str) -> None:
     pid = lab.info(victim)["pid"]
-    lab.wait("the victim's lines", lambda: check(lab.console(victim)).lines > 20, 180)
+    lab.wait_lines(victim, 20)
     journal = Journal.now(lab)
     meddle(lab, "remove qemu/victim/stdin", "remove qemu/victim/console.log")
     info = lab.wait("the monitor", lambda: (i := lab.info(victim))["monitor"] == "connected" and i, 20)
@@ -395,7 +395,7 @@ def test_a_store_that_has_slots_nobody_knows(lab: Lab, victim: str) -> None:
     assert (info["pid"], info["state"]) == (pid, "running")
     assert [entry["VIRTD_NAME"] for entry in journal.await_entries(f"MESSAGE_ID={Message.ROLLED_BACK}")] == ["ghost"]
     assert {item["name"] for item in lab.json("list")} == {"bystander", "victim"}
-    lab.wait("the victim's lines", lambda: check(lab.console(victim)).lines > 20, 180)
+    lab.wait_lines(victim, 20)
     console = lab.virtdctl("console", "--timeout", "2", victim, stdin="echo the-right-pipe\n")
     assert "the-right-pipe" in console.stdout
     degraded = "the FD store holds what this version doesn't know: hologram/x/y, nonsense"

@@ -226,7 +226,7 @@ def test_readers_that_do_not_read(lab: Lab, other: str) -> None:
     with settings(lab, '[log]\nmax_size = "1M"\nbackups = 40\n'), contextlib.ExitStack() as stack:
         lab.define("flood", cmdline="virtd.rate=3000", start=True)
         pids = {name: lab.info(name)["pid"] for name in ("flood", other)}
-        lab.wait("lines", lambda: check(lab.console("flood")).lines > 100, 60)
+        lab.wait_lines("flood", 100)
         before = used(lab)
         readers = {
             "console": stack.enter_context(spawn(lab, "virtdctl", "console", "flood")),

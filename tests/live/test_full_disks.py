@@ -39,7 +39,7 @@ def full_run(lab: Lab) -> Iterator[None]:
 def test_run_is_full(lab: Lab) -> None:
     lab.define("web1", cmdline="virtd.rate=200", start=True)
     lab.define("web2")
-    lab.wait("lines", lambda: check(lab.console("web1")).lines > 20, 60)
+    lab.wait_lines("web1", 20)
     pid = lab.info("web1")["pid"]
     with full_run(lab):
         refused = lab.virtdctl("start", "web2", check=False)
@@ -79,7 +79,7 @@ def small_log(lab: Lab) -> Iterator[None]:
 def test_var_log_is_full(lab: Lab) -> None:
     # Fast enough to fill its pipe's half in less than two seconds.
     lab.define("web1", cmdline="virtd.rate=4000", start=True)
-    lab.wait("lines", lambda: check(lab.console("web1")).lines > 100, 60)
+    lab.wait_lines("web1", 100)
     pid = lab.info("web1")["pid"]
     lab.sh("cat /dev/zero >/var/log/virtd/filler 2>/dev/null", check=False)
     shown = lab.wait("the problem", lambda: [p for p in problems(lab) if "can't be written" in p["text"]], 30)

@@ -31,7 +31,7 @@ DIRECTORIES = "qemu network lxc storage"
 def web1(lab: Lab) -> Iterator[Lab]:
     """A guest that runs, and afterwards a host on which nothing is wrong."""
     lab.define("web1", cmdline="virtd.rate=100", start=True)
-    lab.wait("its lines", lambda: check(lab.console("web1")).lines > 10, 180)
+    lab.wait_lines("web1", 10)
     yield lab
     lab.virtdctl("stop", "web1", check=False)
     lab.sh("rm -rf /var/log/virtd/qemu/web1.* /run/virtd/quarantine/*")

@@ -68,7 +68,7 @@ def lab(packages: dict[str, Path]) -> Iterator[Lab]:
                 "define", "-", stdin=f'name = "{name}"\nmemory = "32M"\nhost_shutdown_timeout = {limit}\n{disk}'
             )
             lab.virtdctl("start", name)
-        lab.wait("the lines", lambda: check(lab.console("polite")).lines > 20, 60)
+        lab.wait_lines("polite", 20)
         yield lab
     finally:
         lab.down()

@@ -33,7 +33,7 @@ def suite(request: pytest.FixtureRequest, packages: dict[str, Path]) -> Iterator
         version = int(lab.sh("systemctl --version").split()[1])
         assert version >= SYSTEMD[request.param]
         lab.define("web1", cmdline="virtd.rate=500", start=True)
-        lab.wait("numbered lines", lambda: check(lab.console("web1")).lines > 50, 90)
+        lab.wait_lines("web1", 50)
         yield lab
     finally:
         lab.down()

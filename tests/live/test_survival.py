@@ -38,7 +38,7 @@ SLOTS = ["console.log", "log", "stderr", "stdin", "stdout"]
 def guest(lab: Lab) -> str:
     """A guest that prints 500 numbered lines a second and has booted."""
     lab.define("web1", cmdline="virtd.rate=500", start=True)
-    lab.wait("numbered lines", lambda: check(lab.console("web1")).lines > 50, 60)
+    lab.wait_lines("web1", 50)
     return "web1"
 
 
@@ -128,7 +128,7 @@ def test_two_hundred_kills_under_load(lab: Lab) -> None:
     try:
         lab.define("flood", cmdline="virtd.rate=max", start=True)
         pid = lab.info("flood")["pid"]
-        lab.wait("the flood", lambda: check(lab.console("flood")).lines > 1000, 60)
+        lab.wait_lines("flood", 1000)
         # The kill comes at a random moment of the daemon's life: from the middle of its start-up to long after it.
         lab.sh(
             "python3 - <<'END'\n"

@@ -103,7 +103,7 @@ class Bystander:
     @classmethod
     def started(cls, lab: Lab) -> Bystander:
         lab.define(cls.name, cmdline="virtd.rate=200", start=True)
-        lab.wait("the bystander's lines", lambda: check(lab.console(cls.name)).lines > 20, 180)
+        lab.wait_lines(cls.name, 20)
         return cls(lab, lab.info(cls.name)["pid"])
 
     def check(self) -> None:
