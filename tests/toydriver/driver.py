@@ -11,8 +11,9 @@ from virtd import errors
 from virtd.children.hardening import TOOL
 from virtd.guests import start as starting
 from virtd.guests.driver import GuestDriver
-from virtd.guests.guest import End, Guest
+from virtd.guests.guest import Guest
 from virtd.guests.power import stop
+from virtd.guests.verdict import End
 from virtd.model import document
 from virtd.model.domain import canonical_uuid
 from virtd.model.state import Cause, State

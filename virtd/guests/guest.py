@@ -13,8 +13,6 @@ import os
 import time
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
-import msgspec
-
 from .. import errors, files, journal, untrusted
 from ..children import ending
 from ..children.child import Child, Services
@@ -28,9 +26,10 @@ from ..objects.persistent import WAITS, Persistent
 from ..objects.protocol import Problem
 from ..objects.turns import Turns
 from ..process import Seen
-from ..records import Exit, Record, Records, now, stamp
+from ..records import Record, Records, now, stamp
 from ..systemd.units import UnitState, unit_name
 from .repeating import Repeater
+from .verdict import End, Request
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -49,22 +48,6 @@ class Shared(NamedTuple):
     publish: Callable[[str, Any], None]
     next_id: Callable[[], int]
     boot_id: str
-
-
-class Request(msgspec.Struct, frozen=True):
-    """What a person asked for last: `verb` (shutdown, stop, kill, reboot), `by` whom, `at` when."""
-
-    verb: str
-    by: str
-    at: str
-
-
-class End(msgspec.Struct, frozen=True):
-    """The verdict, ready for the record."""
-
-    state: State
-    reason: str
-    exit: Exit
 
 
 class Guest(Persistent, Generic[D]):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import msgspec
 
 from virtd.drivers.lxc import ends
-from virtd.guests.guest import Request
+from virtd.guests.verdict import Request
 from virtd.systemd.units import CLD_EXITED, CLD_KILLED, UnitState
 
 PREFIX = b"lxc-start web1 20261124035119.773 NOTICE   start - ../src/lxc/start.c:post_start:2217 - "

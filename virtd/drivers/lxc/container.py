@@ -11,13 +11,14 @@ import signal
 from typing import TYPE_CHECKING
 
 from ... import errors, journal, process
-from ...guests.guest import End, Guest, Shared
+from ...guests.guest import Guest, Shared
 from ...model import container as model
 from ...model.state import State
 from ...objects.protocol import Problem
 from . import config, ends, exposure, volume
 
 if TYPE_CHECKING:
+    from ...guests.verdict import End
     from ...model.settings import Lxc
     from ...objects.peers import Peers
     from ...records import Record

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from ...guests.guest import End, Request
+from ...guests import verdict
 from ...model.state import Cause, State
-from ...records import Exit, stamp
-from ...systemd.units import CLD_EXITED, UnitState, signal_name
+from ...systemd.units import signal_name
+
+if TYPE_CHECKING:
+    from ...guests.verdict import End, Request
+    from ...systemd.units import UnitState
 
 # lxc-start web1 20261124035119.773 NOTICE   start - ../src/lxc/start.c:post_start:2217 - Started "/sbin/init" with
 # pid "243"
@@ -71,6 +74,48 @@ def first(words: str, pid: int) -> First | None:
     return None
 
 
+class Evidence(verdict.Evidence, frozen=True, kw_only=True):
+    """The same, of a container.
+
+    `first` is what its first program is to a person, `signal` the number of the signal by which that one ended,
+    `lxc_killed` whether LXC itself was killed, and `host_down` whether the unit's ExecStop= has run.
+    """
+
+    first: str
+    signal: int | None
+    lxc_killed: bool
+    host_down: bool
+
+
+R = verdict.Rule
+RULES: tuple[verdict.Rule[Evidence], ...] = (
+    R("out of memory", lambda e: e.out_of_memory,
+      State.CRASHED, Cause.OOM, "killed: out of memory"),
+    R("stop", lambda e: e.asked == "stop",
+      State.STOPPED, Cause.STOP, "stopped by {e.by}", credit=True),
+    R("kill", lambda e: e.asked == "kill" and e.killer is not None,
+      State.CRASHED, Cause.KILLED, "killed by {e.by}", credit=True),
+    R("shutdown", lambda e: e.asked == "shutdown" and not e.lxc_killed,
+      State.STOPPED, Cause.SHUTDOWN, "shut down by {e.by}", credit=True),
+    R("host shutdown", lambda e: e.host_down,
+      State.STOPPED, Cause.HOST_SHUTDOWN, "shut down with the host"),
+    R("LXC killed", lambda e: e.lxc_killed,
+      State.CRASHED, Cause.KILLED, "LXC was killed by {e.killer}"),
+    R("signal", lambda e: e.killer is not None,
+      State.CRASHED, Cause.KILLED, "{e.first} was killed by {e.killer}"),
+    R("power-off", lambda e: e.signal == INT,
+      State.STOPPED, Cause.GUEST_SHUTDOWN, "powered off by itself"),
+    R("reboot", lambda e: e.signal == HUP,
+      State.STOPPED, Cause.GUEST_SHUTDOWN, "rebooted itself"),
+    R("failure", lambda e: bool(e.code),
+      State.CRASHED, Cause.FAILED, "exited with status {e.code}"),
+    R("unseen", lambda e: e.unseen,
+      State.CRASHED, Cause.UNKNOWN, "ended, and nobody saw how"),
+    R("exit", verdict.otherwise,
+      State.STOPPED, Cause.EXITED, "{e.first} ended"),
+)  # fmt: skip
+
+
 def judge(
     unit: UnitState | None,
     words: str,
@@ -81,49 +126,44 @@ def judge(
     host_down: bool,
     seen: str,
 ) -> End:
-    """The end of a container.
+    """The end of a container; see `evidence`."""
+    known = evidence(unit, words, pid, request, command=command, host_down=host_down, seen=seen)
+    return verdict.deciding(RULES, known).verdict(known)
 
-    `unit` None: systemd knows nothing of it any more; `words`: the last that LXC wrote; `pid`: its first program;
-    `host_down`: the unit's ExecStop has run; `seen`: when we noticed.
+
+def evidence(
+    unit: UnitState | None,
+    words: str,
+    pid: int,
+    request: Request | None,
+    *,
+    command: bool,
+    host_down: bool,
+    seen: str,
+) -> Evidence:
+    """What the rules decide on.
+
+    `unit` is None once systemd has forgotten it; `words` are the last that LXC wrote; `pid` is its first program's,
+    which is a `command` or else an init; `host_down`: the unit's ExecStop= has run; `seen` is when virtd noticed the
+    end.
     """
-    at = stamp(unit.exited_at) if unit is not None and unit.exited_at else seen
-    asked = request.verb if request is not None else ""
-    by = request.by if request is not None else None
-    code: int | None = None
-    killer: str | None = None
-
-    def end(state: State, reason: str, cause: Cause, who: str | None = None) -> End:
-        return End(state, reason, Exit(cause=cause.value, at=at, code=code, signal=killer, by=who))
-
-    lxc = unit.exec_status if unit is not None and unit.exec_code not in (0, CLD_EXITED) else 0
     how = first(words, pid)
-    if how is not None:
+    killer = verdict.fatal_signal(unit)
+    lxc_killed = killer is not None
+    code: int | None = None
+    if how is not None and not lxc_killed:
         code = how.code
         killer = signal_name(how.signal) if how.signal not in (None, HUP, INT) else None
-    elif unit is not None and unit.exec_code == CLD_EXITED:
-        code = unit.exec_status
-    if lxc:
-        killer, code = signal_name(lxc), None
-    if unit is not None and unit.result == "oom-kill":
-        return end(State.CRASHED, "killed: out of memory", Cause.OOM)
-    if asked == "stop":
-        return end(State.STOPPED, f"stopped by {by}", Cause.STOP, by)
-    if asked == "kill" and killer is not None:
-        return end(State.CRASHED, f"killed by {by}", Cause.KILLED, by)
-    if asked == "shutdown" and not lxc:
-        return end(State.STOPPED, f"shut down by {by}", Cause.SHUTDOWN, by)
-    if host_down:
-        return end(State.STOPPED, "shut down with the host", Cause.HOST_SHUTDOWN)
-    if lxc:
-        return end(State.CRASHED, f"LXC was killed by {killer}", Cause.KILLED)
-    if killer is not None:
-        return end(State.CRASHED, f"{'its command' if command else 'its init'} was killed by {killer}", Cause.KILLED)
-    if how is not None and how.signal == INT:
-        return end(State.STOPPED, "powered off by itself", Cause.GUEST_SHUTDOWN)
-    if how is not None and how.signal == HUP:
-        return end(State.STOPPED, "rebooted itself", Cause.GUEST_SHUTDOWN)
-    if code:
-        return end(State.CRASHED, f"exited with status {code}", Cause.FAILED)
-    if unit is None or unit.unknown:
-        return end(State.CRASHED, "ended, and nobody saw how", Cause.UNKNOWN)
-    return end(State.STOPPED, "its command ended" if command else "its init ended", Cause.EXITED)
+    elif not lxc_killed:
+        code = verdict.exit_status(unit)
+    return Evidence(
+        unit=unit,
+        request=request,
+        at=verdict.exited_at(unit, seen),
+        code=code,
+        killer=killer,
+        first="its command" if command else "its init",
+        signal=how.signal if how is not None else None,
+        lxc_killed=lxc_killed,
+        host_down=host_down,
+    )

@@ -10,13 +10,17 @@ is no diary of all events, for which there was a file once: a guest can make 5 M
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ... import untrusted
-from ...guests.guest import End, Request
+from ...guests import verdict
 from ...model.state import Cause, State
-from ...records import Exit, stamp
-from ...systemd.units import CLD_EXITED, UnitState, signal_name
+from ...records import stamp
+from ...systemd.units import signal_name
+
+if TYPE_CHECKING:
+    from ...guests.verdict import End, Request
+    from ...systemd.units import UnitState
 
 # QEMU's own words on stderr. Who it was it can't see from a PID namespace of its own.
 TERMINATING = r"terminating on signal (\d+)(?: from pid (\d+) \((.*)\))?"
@@ -94,79 +98,114 @@ def read_events(stem: str) -> list[dict[str, Any]]:
     return found
 
 
+class Evidence(verdict.Evidence, frozen=True, kw_only=True):
+    """The same, of a QEMU.
+
+    `events` are the names of its events since the guest's last reset, `why` the reason of the last SHUTDOWN or "",
+    `sender` " from NAME (PID N)" if QEMU said who sent the signal, and `silent` whether it left no words.
+    """
+
+    events: tuple[str, ...]
+    why: str
+    sender: str
+    silent: bool
+
+    @property
+    def by_guest(self) -> bool:
+        """Whether the guest itself asked QEMU to end."""
+        return self.why.startswith("guest-")
+
+
+R = verdict.Rule
+RULES: tuple[verdict.Rule[Evidence], ...] = (
+    R("out of memory", lambda e: e.out_of_memory,
+      State.CRASHED, Cause.OOM, "killed: out of memory"),
+    R("stop", lambda e: e.asked == "stop" and e.killer in (None, "SIGTERM", "SIGKILL"),
+      State.STOPPED, Cause.STOP, "stopped by {e.by}", credit=True),
+    R("kill", lambda e: e.asked == "kill" and e.killer is not None,
+      State.CRASHED, Cause.KILLED, "killed by {e.by}", credit=True),
+    R("signal", lambda e: e.killer is not None,
+      State.CRASHED, Cause.KILLED, "killed by {e.killer}{e.sender}"),
+    # -action panic=exit-failure exits with 1 and says nothing; whatever else makes QEMU exit so, it has words for.
+    R("silent panic", lambda e: not e.events and e.code == 1 and e.silent,
+      State.CRASHED, Cause.PANIC, "the guest's kernel panicked"),
+    R("panic", lambda e: "GUEST_PANICKED" in e.events and (e.why == "guest-panic" or e.code not in (0, None)),
+      State.CRASHED, Cause.PANIC, "the guest's kernel panicked"),
+    R("quit", lambda e: e.why == "host-qmp-quit" and e.asked != "shutdown",
+      State.STOPPED, Cause.HOST_SHUTDOWN, "ended through its monitor"),
+    R("failure", lambda e: e.code not in (0, None),
+      State.CRASHED, Cause.FAILED, "QEMU exited with status {e.code}"),
+    R("shutdown", lambda e: e.by_guest and e.asked == "shutdown",
+      State.STOPPED, Cause.SHUTDOWN, "shut down by {e.by}", credit=True),
+    # The power button, and virtd didn't press it: the unit's ExecStop= did, while the host goes down.
+    R("host shutdown", lambda e: e.by_guest and not e.asked and "POWERDOWN" in e.events,
+      State.STOPPED, Cause.HOST_SHUTDOWN, "shut down with the host"),
+    R("reboot", lambda e: e.why == "guest-reset",
+      State.STOPPED, Cause.GUEST_SHUTDOWN, "rebooted itself"),
+    # Slow to react to the button, or somebody inside a week later: nobody can tell.
+    R("late shutdown", lambda e: e.by_guest and e.asked == "shutdown given up",
+      State.STOPPED, Cause.GUEST_SHUTDOWN, "powered off after the shutdown that {e.by} asked for had timed out"),
+    R("power-off", lambda e: e.by_guest,
+      State.STOPPED, Cause.GUEST_SHUTDOWN, "powered off by itself"),
+    R("unseen", lambda e: e.unseen,
+      State.CRASHED, Cause.UNKNOWN, "ended, and nobody saw how"),
+    R("no status", lambda e: e.code != 0,
+      State.STOPPED, Cause.UNKNOWN, "ended"),
+    # From here on it ended in good order, and no more than that is known.
+    R("quiet shutdown", lambda e: e.asked == "shutdown",
+      State.STOPPED, Cause.SHUTDOWN, "shut down by {e.by}", credit=True),
+    # Left alone, the unit would have stayed active after its process exited.
+    R("stopped unit", lambda e: e.unit is not None and e.unit.active != "active",
+      State.STOPPED, Cause.HOST_SHUTDOWN, "shut down with the host"),
+    R("quiet end", verdict.otherwise,
+      State.STOPPED, Cause.GUEST_SHUTDOWN, "powered off or rebooted by itself"),
+)  # fmt: skip
+
+
 def judge(
     unit: UnitState | None, events: list[dict[str, Any]], request: Request | None, words: str, seen: str
 ) -> End:
-    """The end of a guest.
+    """The end of a guest; see `evidence`."""
+    known = evidence(unit, events, request, words, seen)
+    return verdict.deciding(RULES, known).verdict(known)
 
-    `unit` None: systemd knows nothing of it any more; `words`: the last that QEMU wrote to stderr in this run,
-    without the lines that `traced` reads; `seen`: when we noticed.
+
+def evidence(
+    unit: UnitState | None, events: list[dict[str, Any]], request: Request | None, words: str, seen: str
+) -> Evidence:
+    """What the rules decide on.
+
+    `unit` is None once systemd has forgotten it; `words` are the last that QEMU wrote to stderr in this run, without
+    the lines that `traced` reads; `seen` is when virtd noticed the end.
     """
     names = [event["event"] for event in events]
-    if "RESET" in names:  # what was before the last reset is another life of the guest
+    if "RESET" in names:  # what came before the last reset is another life of the guest
         last = len(names) - 1 - names[::-1].index("RESET")
         events, names = events[last + 1 :], names[last + 1 :]
     shutdown = next((event for event in reversed(events) if event["event"] == "SHUTDOWN"), None)
     why = str((shutdown or {}).get("data", {}).get("reason", ""))
-    at = stamp(unit.exited_at) if unit is not None and unit.exited_at else _last(events, seen)
-    code = unit.exec_status if unit is not None and unit.exec_code == CLD_EXITED else None
-    killer, sender = _signal(unit), ""
+    killer, sender = verdict.fatal_signal(unit), ""
     if killer is None and (why == "host-signal" or not why):
         # QEMU catches SIGTERM, SIGINT and SIGHUP and exits with status 0: only its own words tell which it was.
         said = re.search(TERMINATING, words)
         killer = signal_name(int(said[1])) if said else "SIGTERM" if why else None
         sender = f" from {said[3]} (PID {said[2]})" if said and said[2] else ""
-    asked = request.verb if request is not None else ""
-    by = request.by if request is not None else None
-
-    def end(state: State, reason: str, cause: Cause, who: str | None = None) -> End:
-        return End(state, reason, Exit(cause=cause.value, at=at, code=code, signal=killer, by=who))
-
-    if unit is not None and unit.result == "oom-kill":
-        return end(State.CRASHED, "killed: out of memory", Cause.OOM)
-    if asked == "stop" and (killer in (None, "SIGTERM", "SIGKILL")):
-        return end(State.STOPPED, f"stopped by {by}", Cause.STOP, by)
-    if asked == "kill" and killer is not None:
-        return end(State.CRASHED, f"killed by {by}", Cause.KILLED, by)
-    if killer is not None:
-        return end(State.CRASHED, f"killed by {killer}{sender}", Cause.KILLED)
-    if not events and code == 1 and not words:
-        # As -action panic=exit-failure has it; whatever else makes it exit so, it has words for.
-        return end(State.CRASHED, "the guest's kernel panicked", Cause.PANIC)
-    if "GUEST_PANICKED" in names and (why == "guest-panic" or code not in (0, None)):
-        return end(State.CRASHED, "the guest's kernel panicked", Cause.PANIC)
-    if why == "host-qmp-quit" and asked != "shutdown":
-        return end(State.STOPPED, "ended through its monitor", Cause.HOST_SHUTDOWN)
-    if code not in (0, None):
-        return end(State.CRASHED, f"QEMU exited with status {code}", Cause.FAILED)
-    if asked == "shutdown" and why.startswith("guest-"):
-        return end(State.STOPPED, f"shut down by {by}", Cause.SHUTDOWN, by)
-    if why.startswith("guest-") and "POWERDOWN" in names and not asked:
-        # The power button, and not by us: the unit's ExecStop, while the host goes down.
-        return end(State.STOPPED, "shut down with the host", Cause.HOST_SHUTDOWN)
-    if why == "guest-reset":
-        return end(State.STOPPED, "rebooted itself", Cause.GUEST_SHUTDOWN)
-    if why.startswith("guest-") and asked == "shutdown given up":
-        # Slow to hear the button, or somebody inside a week later: nobody can tell.
-        reason = f"powered off after the shutdown that {by} asked for had timed out"
-        return end(State.STOPPED, reason, Cause.GUEST_SHUTDOWN)
-    if why.startswith("guest-"):
-        return end(State.STOPPED, "powered off by itself", Cause.GUEST_SHUTDOWN)
-    if unit is None or unit.unknown:
-        return end(State.CRASHED, "ended, and nobody saw how", Cause.UNKNOWN)
-    if code != 0:
-        return end(State.STOPPED, "ended", Cause.UNKNOWN)
-    # In good order, and no more than that is known of it.
-    if asked == "shutdown":
-        return end(State.STOPPED, f"shut down by {by}", Cause.SHUTDOWN, by)
-    if unit.active != "active":  # by itself it would have stayed there, and told that it has exited
-        return end(State.STOPPED, "shut down with the host", Cause.HOST_SHUTDOWN)
-    return end(State.STOPPED, "powered off or rebooted by itself", Cause.GUEST_SHUTDOWN)
+    return Evidence(
+        unit=unit,
+        request=request,
+        at=verdict.exited_at(unit, _last(events, seen)),
+        code=verdict.exit_status(unit),
+        killer=killer,
+        events=tuple(names),
+        why=why,
+        sender=sender,
+        silent=not words,
+    )
 
 
 def how(unit: UnitState | None) -> str:
-    """How a process ended, for one of which nothing else is known."""
-    if (killer := _signal(unit)) is not None:
+    """How a process ended of which nothing else is known."""
+    if (killer := verdict.fatal_signal(unit)) is not None:
         return f"was killed by {killer}"
     return "ended at once" if unit is None else f"exited with status {unit.exec_status}"
 
@@ -180,9 +219,3 @@ def _last(events: list[dict[str, Any]], seen: str) -> str:
             case _:
                 pass
     return seen
-
-
-def _signal(unit: UnitState | None) -> str | None:
-    if unit is None or unit.exec_code in (0, CLD_EXITED) or not unit.exec_status:
-        return None
-    return signal_name(unit.exec_status)

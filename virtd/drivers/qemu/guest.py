@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ... import errors, journal
 from ...allowance import Allowance
-from ...guests.guest import AGAIN, End, Guest, Shared
+from ...guests.guest import AGAIN, Guest, Shared
 from ...messages import Message
 from ...model import domain as model
 from ...model.state import State
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from enum import StrEnum
 
+    from ...guests.verdict import End
     from ...model.settings import Qemu
     from ...objects.conflicts import Holding
     from ...objects.peers import Peers

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.unit.guests.test_verdict import documented
 from virtd import errors
 from virtd.drivers.lxc import config, container, ends, prerequisites, sandbox
-from virtd.guests.guest import Request
+from virtd.guests.verdict import Request, deciding
 from virtd.model import container as model
 from virtd.model import domain as domains
 from virtd.model.state import Cause, State
@@ -315,34 +316,63 @@ OFF, BAD = State.STOPPED, State.CRASHED
 ASKED = {verb: Request(verb, "root", "") for verb in ("stop", "shutdown", "kill", "gave up")}
 
 
-@pytest.mark.parametrize(
-    ("state_of", "words", "asked", "command", "down", "state", "cause", "code", "signal"),
-    [
-        (unit(), "signal Interrupt(2)", None, False, False, OFF, Cause.GUEST_SHUTDOWN, None, None),
-        (unit(), "signal Interrupt(2)", "shutdown", False, False, OFF, Cause.SHUTDOWN, None, None),
-        (unit(), "signal Interrupt(2)", "gave up", False, False, OFF, Cause.GUEST_SHUTDOWN, None, None),
-        (unit(), "signal Interrupt(2)", None, False, True, OFF, Cause.HOST_SHUTDOWN, None, None),
-        (unit(), "signal Killed(9)", "stop", False, False, OFF, Cause.STOP, None, "SIGKILL"),
-        (unit(), "signal Killed(9)", None, False, False, BAD, Cause.KILLED, None, "SIGKILL"),
-        (unit(), "signal Killed(9)", "kill", False, False, BAD, Cause.KILLED, None, "SIGKILL"),
-        (unit(), "error (3)", None, True, False, BAD, Cause.FAILED, 3, None),
-        (unit(status=3), "", None, True, False, BAD, Cause.FAILED, 3, None),
-        (unit(), "", None, True, False, OFF, Cause.EXITED, 0, None),
-        (unit(), "Child <6> ended on error (3)", None, True, False, OFF, Cause.EXITED, 0, None),
-        (unit(CLD_KILLED, 9, "signal"), "", None, False, False, BAD, Cause.KILLED, None, "SIGKILL"),
-        (unit(CLD_KILLED, 9, "oom-kill"), "", None, False, False, BAD, Cause.OOM, None, "SIGKILL"),
-        (None, "", None, False, False, BAD, Cause.UNKNOWN, None, None),
-    ],
-)  # fmt: skip
+ENDS: list[tuple[UnitState | None, str, str | None, bool, bool, State, Cause, int | None, str | None]] = [
+    (unit(), "signal Interrupt(2)", None, False, False, OFF, Cause.GUEST_SHUTDOWN, None, None),
+    (unit(), "signal Interrupt(2)", "shutdown", False, False, OFF, Cause.SHUTDOWN, None, None),
+    (unit(), "signal Interrupt(2)", "gave up", False, False, OFF, Cause.GUEST_SHUTDOWN, None, None),
+    (unit(), "signal Interrupt(2)", None, False, True, OFF, Cause.HOST_SHUTDOWN, None, None),
+    (unit(), "signal Hangup(1)", None, False, False, OFF, Cause.GUEST_SHUTDOWN, None, None),
+    (unit(), "signal Killed(9)", "stop", False, False, OFF, Cause.STOP, None, "SIGKILL"),
+    (unit(), "signal Killed(9)", None, False, False, BAD, Cause.KILLED, None, "SIGKILL"),
+    (unit(), "signal Killed(9)", "kill", False, False, BAD, Cause.KILLED, None, "SIGKILL"),
+    (unit(), "error (3)", None, True, False, BAD, Cause.FAILED, 3, None),
+    (unit(status=3), "", None, True, False, BAD, Cause.FAILED, 3, None),
+    (unit(), "", None, True, False, OFF, Cause.EXITED, 0, None),
+    (unit(), "Child <6> ended on error (3)", None, True, False, OFF, Cause.EXITED, 0, None),
+    (unit(CLD_KILLED, 9, "signal"), "", None, False, False, BAD, Cause.KILLED, None, "SIGKILL"),
+    (unit(CLD_KILLED, 9, "oom-kill"), "", None, False, False, BAD, Cause.OOM, None, "SIGKILL"),
+    (None, "", None, False, False, BAD, Cause.UNKNOWN, None, None),
+]  # fmt: skip
+
+
+def said(words: str) -> str:
+    return log(words if not words or words.startswith("Child") else f"Child <7> ended on {words}")
+
+
+@pytest.mark.parametrize(("state_of", "words", "asked", "command", "down", "state", "cause", "code", "signal"), ENDS)
 def test_why_it_ended(
     state_of: UnitState | None, words: str, asked: str | None, command: bool, down: bool,
     state: State, cause: Cause, code: int | None, signal: str | None,
 ) -> None:  # fmt: skip
     request = ASKED[asked] if asked else None
-    said = log(words if not words or words.startswith("Child") else f"Child <7> ended on {words}")
-    end = ends.judge(state_of, said, 7, request, command=command, host_down=down, seen="later")
+    end = ends.judge(state_of, said(words), 7, request, command=command, host_down=down, seen="later")
     assert (end.state, end.exit.cause, end.exit.code, end.exit.signal) == (state, cause.value, code, signal)
     assert end.exit.by == ("root" if end.exit.cause in ("stop", "shutdown", "killed") and asked else None)
+
+
+def test_every_rule_decides_one_of_the_examples() -> None:
+    decided = [
+        deciding(
+            ends.RULES,
+            ends.evidence(
+                state_of,
+                said(words),
+                7,
+                ASKED[asked] if asked else None,
+                command=command,
+                host_down=down,
+                seen="later",
+            ),
+        ).name
+        for state_of, words, asked, command, down, *_ in ENDS
+    ]
+    names = [rule.name for rule in ends.RULES]
+    assert set(decided) == set(names)
+    assert len(set(names)) == len(names)
+
+
+def test_the_documented_rules_are_those_of_the_code() -> None:
+    assert documented("containers.md") == [(rule.name, rule.state.value, rule.cause.value) for rule in ends.RULES]
 
 
 def test_what_a_failed_start_was_about() -> None:

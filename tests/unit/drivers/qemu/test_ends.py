@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.guests.test_verdict import documented
 from tests.unit.test_untrusted import odd_files
-from virtd.drivers.qemu.ends import TAIL, judge, read_events, traced
-from virtd.guests.guest import Request
+from virtd.drivers.qemu.ends import RULES, TAIL, evidence, judge, read_events, traced
+from virtd.guests.verdict import Request, deciding
 from virtd.records import stamp
 from virtd.systemd.units import UnitState
 
@@ -61,75 +62,76 @@ UNSEEN = "qemu-system-x86_64: terminating on signal 2"
 OFF = "SHUTDOWN:guest-shutdown"
 
 
-@pytest.mark.parametrize(
-    ("unit", "happened", "verb", "words", "state", "cause", "reason", "by"),
-    [
-        # By itself
-        (EXIT_0, [OFF], "", "", "stopped", "guest-shutdown", "powered off by itself", None),
-        (EXIT_0, ["SHUTDOWN:guest-reset"], "", "", "stopped", "guest-shutdown", "rebooted itself", None),
-        (None, [OFF], "", "", "stopped", "guest-shutdown", "powered off by itself", None),
-        (EXIT_0, ["STOP", "RESUME", OFF], "", "", "stopped", "guest-shutdown", "powered off by itself", None),
-        # The power button
-        (EXIT_0, ["POWERDOWN", OFF], "shutdown", "", "stopped", "shutdown", "shut down by ann", "ann"),
-        (None, ["POWERDOWN", OFF], "shutdown", "", "stopped", "shutdown", "shut down by ann", "ann"),
-        (EXIT_0, ["POWERDOWN", OFF], "", "", "stopped", "host-shutdown", "shut down with the host", None),
-        (EXIT_0, ["POWERDOWN", OFF], "reboot given up", "", "stopped", "guest-shutdown", "powered off", None),
-        (
-            EXIT_0, ["POWERDOWN", OFF], "shutdown given up", "",
-            "stopped", "guest-shutdown", "powered off after the shutdown that ann asked for had timed out", None,
-        ),
-        (KILL, ["POWERDOWN"], "shutdown given up", "", "crashed", "killed", "killed by SIGKILL", None),
-        # The button was pressed in another life of the guest.
-        (EXIT_0, ["POWERDOWN", OFF, "RESET", "RESUME", OFF], "", "", "stopped", "guest-shutdown", "powered", None),
-        # Stopped
-        (EXIT_0, ["SHUTDOWN:host-qmp-quit"], "stop", "", "stopped", "stop", "stopped by ann", "ann"),
-        (KILL, [], "stop", "", "stopped", "stop", "stopped by ann", "ann"),
-        (TERM, [], "stop", "", "stopped", "stop", "stopped by ann", "ann"),
-        (EXIT_0, ["SHUTDOWN:host-signal"], "stop", SAID, "stopped", "stop", "stopped by ann", "ann"),
-        (None, [], "stop", "", "stopped", "stop", "stopped by ann", "ann"),
-        (SEGV, ["SHUTDOWN:host-qmp-quit"], "stop", "", "crashed", "killed", "killed by SIGSEGV", None),
-        # Killed
-        (KILL, [], "", "", "crashed", "killed", "killed by SIGKILL", None),
-        (SEGV, [], "", "", "crashed", "killed", "killed by SIGSEGV", None),
-        (KILL, [], "kill", "", "crashed", "killed", "killed by ann", "ann"),
-        (KILL, ["POWERDOWN"], "shutdown", "", "crashed", "killed", "killed by SIGKILL", None),
-        (EXIT_0, ["SHUTDOWN:host-signal"], "kill", SAID, "crashed", "killed", "killed by ann", "ann"),
-        (
-            EXIT_0, ["SHUTDOWN:host-signal"], "", SAID,
-            "crashed", "killed", "killed by SIGTERM from systemctl (PID 4711)", None,
-        ),
-        (EXIT_0, ["SHUTDOWN:host-signal"], "", "", "crashed", "killed", "killed by SIGTERM", None),
-        # In a PID namespace of its own it doesn't see who did it.
-        (EXIT_0, ["SHUTDOWN:host-signal"], "", UNSEEN, "crashed", "killed", "killed by SIGINT", None),
-        (unit(2, 64, "signal"), [], "", "", "crashed", "killed", "killed by SIGRTMAX", None),
-        # A signal that was asked for, and did nothing; the end came later.
-        (EXIT_0, [OFF], "kill", "", "stopped", "guest-shutdown", "powered off by itself", None),
-        # Out of memory, whatever was asked
-        (OOM, [], "", "", "crashed", "oom", "killed: out of memory", None),
-        (OOM, [], "stop", "", "crashed", "oom", "killed: out of memory", None),
-        # Panic
-        (EXIT_1, ["GUEST_PANICKED", "SHUTDOWN:guest-panic"], "", "", "crashed", "panic", "the guest's kernel", None),
-        (EXIT_1, ["GUEST_PANICKED"], "", "", "crashed", "panic", "the guest's kernel panicked", None),
-        (None, ["GUEST_PANICKED", "SHUTDOWN:guest-panic"], "", "", "crashed", "panic", "the guest's kernel", None),
-        (EXIT_1, ["GUEST_PANICKED", "SHUTDOWN:guest-panic"], "shutdown", "", "crashed", "panic", "the guest's", None),
-        # It panicked, was reset, and then ended well.
-        (EXIT_0, ["GUEST_PANICKED", "STOP", "RESET", OFF], "", "", "stopped", "guest-shutdown", "powered off", None),
-        # The host's shutdown, when the guest didn't react to the button
-        (EXIT_0, ["POWERDOWN", "SHUTDOWN:host-qmp-quit"], "", "", "stopped", "host-shutdown", "ended through", None),
-        # Failures
-        (EXIT_1, [], "", "qemu: no memory", "crashed", "failed", "QEMU exited with status 1", None),
-        (unit(1, 203), [], "", "", "crashed", "failed", "QEMU exited with status 203", None),
-        # Nobody knows
-        (None, [], "", "", "crashed", "unknown", "ended, and nobody saw how", None),
-        # A QEMU that doesn't tell, and nobody listened
-        (EXIT_0, [], "", "", "stopped", "guest-shutdown", "powered off or rebooted by itself", None),
-        (EXIT_0, [], "shutdown", "", "stopped", "shutdown", "shut down by ann", "ann"),
-        (EXIT_0, [], "stop", "", "stopped", "stop", "stopped by ann", "ann"),
-        (EXIT_1, [], "", "", "crashed", "panic", "the guest's kernel panicked", None),
-        (EXIT_1, [], "stop", "", "stopped", "stop", "stopped by ann", "ann"),
-        (GONE_0, [], "", "", "stopped", "host-shutdown", "shut down with the host", None),
-    ],
-)  # fmt: skip
+EXAMPLES: list[tuple[UnitState | None, list[str], str, str, str, str, str, str | None]] = [
+    # By itself
+    (EXIT_0, [OFF], "", "", "stopped", "guest-shutdown", "powered off by itself", None),
+    (EXIT_0, ["SHUTDOWN:guest-reset"], "", "", "stopped", "guest-shutdown", "rebooted itself", None),
+    (None, [OFF], "", "", "stopped", "guest-shutdown", "powered off by itself", None),
+    (EXIT_0, ["STOP", "RESUME", OFF], "", "", "stopped", "guest-shutdown", "powered off by itself", None),
+    # The power button
+    (EXIT_0, ["POWERDOWN", OFF], "shutdown", "", "stopped", "shutdown", "shut down by ann", "ann"),
+    (None, ["POWERDOWN", OFF], "shutdown", "", "stopped", "shutdown", "shut down by ann", "ann"),
+    (EXIT_0, ["POWERDOWN", OFF], "", "", "stopped", "host-shutdown", "shut down with the host", None),
+    (EXIT_0, ["POWERDOWN", OFF], "reboot given up", "", "stopped", "guest-shutdown", "powered off", None),
+    (
+        EXIT_0, ["POWERDOWN", OFF], "shutdown given up", "",
+        "stopped", "guest-shutdown", "powered off after the shutdown that ann asked for had timed out", None,
+    ),
+    (KILL, ["POWERDOWN"], "shutdown given up", "", "crashed", "killed", "killed by SIGKILL", None),
+    # The button was pressed in another life of the guest.
+    (EXIT_0, ["POWERDOWN", OFF, "RESET", "RESUME", OFF], "", "", "stopped", "guest-shutdown", "powered", None),
+    # Stopped
+    (EXIT_0, ["SHUTDOWN:host-qmp-quit"], "stop", "", "stopped", "stop", "stopped by ann", "ann"),
+    (KILL, [], "stop", "", "stopped", "stop", "stopped by ann", "ann"),
+    (TERM, [], "stop", "", "stopped", "stop", "stopped by ann", "ann"),
+    (EXIT_0, ["SHUTDOWN:host-signal"], "stop", SAID, "stopped", "stop", "stopped by ann", "ann"),
+    (None, [], "stop", "", "stopped", "stop", "stopped by ann", "ann"),
+    (SEGV, ["SHUTDOWN:host-qmp-quit"], "stop", "", "crashed", "killed", "killed by SIGSEGV", None),
+    # Killed
+    (KILL, [], "", "", "crashed", "killed", "killed by SIGKILL", None),
+    (SEGV, [], "", "", "crashed", "killed", "killed by SIGSEGV", None),
+    (KILL, [], "kill", "", "crashed", "killed", "killed by ann", "ann"),
+    (KILL, ["POWERDOWN"], "shutdown", "", "crashed", "killed", "killed by SIGKILL", None),
+    (EXIT_0, ["SHUTDOWN:host-signal"], "kill", SAID, "crashed", "killed", "killed by ann", "ann"),
+    (
+        EXIT_0, ["SHUTDOWN:host-signal"], "", SAID,
+        "crashed", "killed", "killed by SIGTERM from systemctl (PID 4711)", None,
+    ),
+    (EXIT_0, ["SHUTDOWN:host-signal"], "", "", "crashed", "killed", "killed by SIGTERM", None),
+    # In a PID namespace of its own it doesn't see who did it.
+    (EXIT_0, ["SHUTDOWN:host-signal"], "", UNSEEN, "crashed", "killed", "killed by SIGINT", None),
+    (unit(2, 64, "signal"), [], "", "", "crashed", "killed", "killed by SIGRTMAX", None),
+    # A signal that was asked for, and did nothing; the end came later.
+    (EXIT_0, [OFF], "kill", "", "stopped", "guest-shutdown", "powered off by itself", None),
+    # Out of memory, whatever was asked
+    (OOM, [], "", "", "crashed", "oom", "killed: out of memory", None),
+    (OOM, [], "stop", "", "crashed", "oom", "killed: out of memory", None),
+    # Panic
+    (EXIT_1, ["GUEST_PANICKED", "SHUTDOWN:guest-panic"], "", "", "crashed", "panic", "the guest's kernel", None),
+    (EXIT_1, ["GUEST_PANICKED"], "", "", "crashed", "panic", "the guest's kernel panicked", None),
+    (None, ["GUEST_PANICKED", "SHUTDOWN:guest-panic"], "", "", "crashed", "panic", "the guest's kernel", None),
+    (EXIT_1, ["GUEST_PANICKED", "SHUTDOWN:guest-panic"], "shutdown", "", "crashed", "panic", "the guest's", None),
+    # It panicked, was reset, and then ended well.
+    (EXIT_0, ["GUEST_PANICKED", "STOP", "RESET", OFF], "", "", "stopped", "guest-shutdown", "powered off", None),
+    # The host's shutdown, when the guest didn't react to the button
+    (EXIT_0, ["POWERDOWN", "SHUTDOWN:host-qmp-quit"], "", "", "stopped", "host-shutdown", "ended through", None),
+    # Failures
+    (EXIT_1, [], "", "qemu: no memory", "crashed", "failed", "QEMU exited with status 1", None),
+    (unit(1, 203), [], "", "", "crashed", "failed", "QEMU exited with status 203", None),
+    # Nobody knows
+    (None, [], "", "", "crashed", "unknown", "ended, and nobody saw how", None),
+    (unit(0, 0), [], "", "", "stopped", "unknown", "ended", None),
+    # A QEMU that doesn't tell, and nobody listened
+    (EXIT_0, [], "", "", "stopped", "guest-shutdown", "powered off or rebooted by itself", None),
+    (EXIT_0, [], "shutdown", "", "stopped", "shutdown", "shut down by ann", "ann"),
+    (EXIT_0, [], "stop", "", "stopped", "stop", "stopped by ann", "ann"),
+    (EXIT_1, [], "", "", "crashed", "panic", "the guest's kernel panicked", None),
+    (EXIT_1, [], "stop", "", "stopped", "stop", "stopped by ann", "ann"),
+    (GONE_0, [], "", "", "stopped", "host-shutdown", "shut down with the host", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("unit", "happened", "verb", "words", "state", "cause", "reason", "by"), EXAMPLES)
 def test_the_verdict(
     unit: UnitState | None,
     happened: list[str],
@@ -150,6 +152,23 @@ def test_the_verdict(
     killed = unit is not None and unit.exec_code in (2, 3)
     # QEMU catches some signals and exits with status 0, and says so.
     assert (end.exit.signal is not None) == (killed or "SHUTDOWN:host-signal" in happened)
+
+
+def test_every_rule_decides_one_of_the_examples() -> None:
+    decided = {
+        deciding(
+            RULES, evidence(unit, events(*happened), Request(verb, "ann", "") if verb else None, words, SEEN)
+        ).name
+        for unit, happened, verb, words, *_ in EXAMPLES
+    }
+    names = [rule.name for rule in RULES]
+    assert decided == set(names)
+    assert len(names) == len(decided)
+
+
+def test_the_documented_rules_are_those_of_the_code() -> None:
+    """In their order, which is part of their meaning."""
+    assert documented("machine.md") == [(rule.name, rule.state.value, rule.cause.value) for rule in RULES]
 
 
 def test_the_signal_that_qemu_caught_is_on_record() -> None:
