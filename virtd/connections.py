@@ -9,7 +9,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from . import errors
+from . import errors, later
 from .hints import do
 from .objects.turns import within
 
@@ -80,6 +80,7 @@ class Connections:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(GRACE):
                     await self._units_wanted.wait()
+        later.catch_up()
         first = True
         while True:
             try:

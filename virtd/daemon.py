@@ -15,16 +15,12 @@ import time
 
 STARTED = time.monotonic()
 
-import sys  # noqa: E402
+from . import later  # noqa: E402
 
-# asyncio does without ssl where there is none, and so do we: 8 ms of a restart and 2 MB for something never used.
-_ssl = sys.modules.pop("ssl", None)
-sys.modules["ssl"] = None  # type: ignore[assignment]
-import asyncio  # noqa: E402
+with later.put_off():
+    import asyncio
 
-del sys.modules["ssl"]
-if _ssl is not None:
-    sys.modules["ssl"] = _ssl
+    import msgspec
 
 import contextlib  # noqa: E402
 import gc  # noqa: E402
@@ -33,11 +29,10 @@ import os  # noqa: E402
 import resource  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
+import sys  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
-import msgspec  # noqa: E402
-
-from . import __version__, errors, fdstore, files, journal, layout, process  # noqa: E402
+from . import __version__, errors, fdstore, files, journal, layout, process, signals  # noqa: E402
 from .api import varlink  # noqa: E402
 from .api.limits import Limits  # noqa: E402
 from .children.child import Services  # noqa: E402
@@ -94,9 +89,14 @@ class Daemon:
         layout.ensure(self._paths)
         self.host.restore(STARTED)
         self.pump.start()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._loop.add_signal_handler(number, self._stopping.set)
-        self._loop.add_signal_handler(signal.SIGHUP, self._task, self._reload)
+        signals.listen(
+            self._loop,
+            {
+                signal.SIGTERM: self._stopping.set,
+                signal.SIGINT: self._stopping.set,
+                signal.SIGHUP: lambda: self._task(self._reload),
+            },
+        )
         server = varlink.Server(self.host, *self._listeners(), limits=self._limits)
         server.start()
         self._degraded()

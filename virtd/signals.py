@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Signals as events of the loop: what asyncio's add_signal_handler() does, but without importing inspect for it."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Mapping
+
+
+def listen(loop: asyncio.AbstractEventLoop, actions: Mapping[signal.Signals, Callable[[], object]]) -> None:
+    """From now on each of these signals calls its action, in the loop. For the main thread, once in a process."""
+    ours, kernels = socket.socketpair()
+    ours.setblocking(False)
+    kernels.setblocking(False)
+
+    def come() -> None:
+        for number in map(signal.Signals, ours.recv(4096)):
+            if number in actions:
+                actions[number]()
+
+    loop.add_reader(ours, come)
+    # The interpreter writes each signal's number there, whichever thread the kernel has chosen for it.
+    signal.set_wakeup_fd(kernels.detach(), warn_on_full_buffer=False)
+    for number in actions:
+        signal.signal(number, lambda *_: None)
+        signal.siginterrupt(number, False)
