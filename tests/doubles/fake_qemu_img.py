@@ -10,9 +10,10 @@ import struct
 import sys
 
 
-def header(size: int) -> bytes:
-    first = struct.pack(">4sIQIIQIIQQIIQ", b"QFI\xfb", 3, 0, 0, 16, size, 0, 0, 0, 0, 0, 0, 0)
-    return (first + struct.pack(">QQQII", 0, 0, 0, 4, 104)).ljust(4096, b"\0")
+def header(size: int, backing: bytes = b"") -> bytes:
+    where = 112 if backing else 0
+    first = struct.pack(">4sIQIIQIIQQIIQ", b"QFI\xfb", 3, where, len(backing), 16, size, 0, 0, 0, 0, 0, 0, 0)
+    return ((first + struct.pack(">QQQII", 0, 0, 0, 4, 104)).ljust(112, b"\0") + backing).ljust(4096, b"\0")
 
 
 def write(path: str, size: int) -> None:

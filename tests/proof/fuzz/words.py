@@ -11,7 +11,7 @@ from typing import cast
 import msgspec
 
 from virtd.drivers.qemu.guest import QemuGuest
-from virtd.drivers.storage import job
+from virtd.drivers.storage import joblog
 from virtd.logs.chain import Cursor
 from virtd.logs.logfile import LogFile
 from virtd.logs.stderrlog import StderrLog
@@ -30,7 +30,7 @@ def target(data: bytes) -> None:
         path = os.path.join(directory, "log")
         with open(path, "wb") as file:
             file.write(data)
-        found = re.findall(job._PROGRESS, job._tail(path, 1024))
+        found = re.findall(joblog.PROGRESS, joblog.tail(path, 1024))
         if found:
             msgspec.json.encode(float(found[-1]))
         log = LogFile(path)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ...model import pool as model
     from ...model.settings import Settings
     from .backend import Backend
-    from .job import Program
+    from .task import Program
 
     RunTool = Callable[[str, Program], Awaitable[str]]
 

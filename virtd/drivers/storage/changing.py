@@ -14,7 +14,7 @@ from ...model import pool as model
 from ...model import size as sizes
 from ...model.domain import Format
 from . import chains, programs
-from .job import Task
+from .task import Task
 from .usage import key
 from .volumes import Answer, check_room
 

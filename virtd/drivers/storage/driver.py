@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from ...model import pool as model
 from ...objects.peers import Disk
-from ...objects.protocol import Problem
 from . import chains
 from .pools import Pools
 from .prerequisites import Account
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from ...children.child import Services
     from ...model.settings import Settings
     from ...objects.peers import Peers
-    from ...objects.protocol import Difference, Publish
+    from ...objects.protocol import Difference, Problem, Publish
     from ...records import Record
     from .changing import Changing
     from .making import Making
@@ -109,7 +108,7 @@ class Driver(Pools):
         """Nobody watches a job's output."""
 
     def troubles(self) -> list[tuple[str, Problem]]:
-        return super().troubles() + [(job.name, Problem(job.problem)) for job in self.jobs if job.problem]
+        return super().troubles() + [(job.name, problem) for job in self.jobs for problem in job.problems.values()]
 
     async def close(self) -> None:
         await asyncio.gather(self.jobs.close(), *(pool.end_tasks() for pool in self.pools.values()))

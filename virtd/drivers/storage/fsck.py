@@ -29,11 +29,11 @@ from ...model import pool as model
 from ...objects.protocol import Difference
 from ...paths import names as names_in
 from . import mounts
-from .job import DRIVER, State
+from .task import DRIVER, State
 
 if TYPE_CHECKING:
     from ...children.child import Services
-    from ...records import Records
+    from ...records import Record, Records
     from .job import Job
     from .jobs import Jobs
     from .pool import StoragePool
@@ -68,7 +68,7 @@ class _Jobs:
     def findings(self, name: str, seen: Seen) -> list[Difference]:
         job = self._jobs.get(name)
         path = self._services.paths.record(DRIVER, name)
-        found = record_differences(path, name, job.record if job is not None else None)
+        found = record_differences(path, name, _kept(job))
         if job is not None and not job.over.is_set():
             return found + _running(job, seen)
         if unit := seen.units.get(name):
@@ -101,7 +101,12 @@ class _Jobs:
                 await mend_slots(self._services, job.child, seen)
         else:
             await clear_away(self._services, seen, DRIVER, name)
-        save_or_remove(self._records, name, job.record if job is not None else None)
+        save_or_remove(self._records, name, _kept(job))
+
+
+def _kept(job: Job | None) -> Record | None:
+    """The record that is on disk, if all is well."""
+    return job.record if job is not None and job.recorded else None
 
 
 def _running(job: Job, seen: Seen) -> list[Difference]:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from .backend import Backend, Backing, Meta, Volume
-    from .job import Task
     from .pools import Pools
+    from .task import Task
 
 FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vhdx", "vpc")
 
@@ -128,9 +128,9 @@ async def open_begun(backend: Backend, job: str, name: str) -> tuple[int, int]:
     try:
         return await Aside(path)(work)
     except FileNotFoundError:
-        raise errors.NotFound(f"What was to become {name} has gone") from None
+        raise errors.NotFound(f"The unfinished volume {name} has disappeared") from None
     except OSError as exc:
-        raise errors.HostError(f"Cannot open what is to become {name}: {exc.strerror}") from exc
+        raise errors.HostError(f"Cannot open the unfinished volume {name}: {exc.strerror}") from exc
 
 
 async def open_whole(backend: Backend, volume: Volume) -> int:

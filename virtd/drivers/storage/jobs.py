@@ -13,9 +13,12 @@ from ... import errors
 from ...children.child import Child
 from ...hints import do
 from ...model.pool import JOB
+from ...objects.protocol import Problem
 from ...systemd.units import object_name
-from . import outcome
-from .job import DRIVER, KEPT, Job, Program, Shared, State, Task, logged, remove_logs
+from . import launching, outcome
+from .job import Job, Shared
+from .joblog import JobLog, logged
+from .task import DRIVER, TOOL, Data, State, Task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,10 +27,11 @@ if TYPE_CHECKING:
     from ...records import Record, Records
     from ...replies import storage as replies
     from .pool import StoragePool
+    from .task import Program
 
 log = logging.getLogger(__name__)
 
-TOOL = "tool"  # the verb of a short program that no person has asked for
+KEPT = 32  # verdicts that are kept for later questions
 
 
 class Jobs:
@@ -42,7 +46,6 @@ class Jobs:
         changed: Callable[[str], None],
     ) -> None:
         self._services = services
-        self._records = records
         self._find_pool = find_pool
         self._changed = changed
         self._shared = Shared(services, records, boot_id, self._concluded, self._published)
@@ -95,16 +98,21 @@ class Jobs:
             self._reserved.discard(name)
 
     def new(self, task: Task, name: str = "") -> Job:
-        job = Job(self._shared, name or _new_name(), task)
+        job = Job(self._shared, name or _new_name(), Data(task))
         self._jobs[job.name] = job
         return job
 
     async def run(self, job: Job, program: Program) -> None:
-        """Start it; one that can't be is forgotten again. Raises VirtdError."""
+        """Start its program. If that fails a new job is forgotten, and one that waited for its client waits again.
+
+        Raises VirtdError.
+        """
+        new = not job.recorded
         try:
-            await job.run(program)
+            await launching.launch(job, program)
         except BaseException:
-            self._jobs.pop(job.name, None)
+            if new:
+                self._jobs.pop(job.name, None)
             raise
 
     async def run_tool(self, pool: str, program: Program) -> str:
@@ -113,16 +121,14 @@ class Jobs:
         await self.run(job, program)
         await job.over.wait()
         self.forget(job)
-        if job.error:
-            raise errors.HostError(f"{program.argv[0].rpartition('/')[2]}: {job.error}")
+        if job.data.error:
+            raise errors.HostError(f"{program.argv[0].rpartition('/')[2]}: {job.data.error}")
         return job.result
 
     def forget(self, job: Job) -> None:
-        """A verdict that is kept no longer, or one that came to nothing before it began."""
+        """Drop a verdict that is kept no longer, or a job that never began."""
         self._jobs.pop(job.name, None)
-        with contextlib.suppress(errors.HostError):
-            self._records.remove(job.name)
-        job.record = None  # nor is it to be written once more
+        job.forget()
 
     async def _concluded(self, job: Job, ok: bool) -> None:  # noqa: FBT001
         if job.task.verb != TOOL:
@@ -146,12 +152,12 @@ class Jobs:
         try:
             result = await job.reconcile()
             if job.state is State.WAITING and await self._is_committed(job):
-                await job.conclude(ok=True)  # its client had come to the end, and was only not told so
+                await job.conclude()  # its client was done, and only the answer is missing
                 result = "ended"
         except Exception as exc:
             log.exception("%s can't be reconciled", job.name)
-            job.problem = f"{job.name} can't be reconciled: {exc}"
-            job.spawn(_again(job))
+            job.problems["reconcile"] = Problem(f"{job.name} can't be reconciled: {exc}")
+            job.spawn(_again(job), "reconcile")
             return ""
         return result
 
@@ -180,7 +186,7 @@ class Jobs:
                 await units.collect(f"virtd-{DRIVER}-{name}.service")
             await Child(self._services, DRIVER, name).release()
         for name in logged(self._services.paths) - known:
-            remove_logs(self._services.paths, name)
+            JobLog(self._services.paths, name).remove()
         return strangers
 
     async def close(self) -> None:
@@ -194,8 +200,8 @@ async def _again(job: Job) -> None:
         with contextlib.suppress(errors.VirtdError):
             await job.reconcile()
             if job.alive:
-                return
-    job.problem = ""
+                break
+    job.problems.pop("reconcile", None)
 
 
 def _new_name() -> str:
@@ -203,4 +209,4 @@ def _new_name() -> str:
 
 
 def _since(job: Job) -> str:
-    return job.record.since if job.record is not None else ""
+    return job.record.since

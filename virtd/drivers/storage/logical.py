@@ -21,7 +21,7 @@ from ...reach import opened, reached
 from . import prerequisites, sandbox
 from .aside import Aside
 from .backend import Capacity, Meta, Volume, not_built
-from .job import Program
+from .task import Program
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection
@@ -175,7 +175,7 @@ class Logical:
     async def commit(self, job: str, name: str, meta: Meta) -> None:
         found = (await self._all()).get(name)
         if found is None or f"{JOB}{job}" not in found[1]:
-            raise errors.HostError(f"What was to become volume {name} has gone")
+            raise errors.HostError(f"The unfinished volume {name} has disappeared")
         if NEW in found[1]:
             await self._aside(lambda: _flush(found[0].path), limit=None)
             await self.take(name)
@@ -239,7 +239,7 @@ def _await(path: str) -> None:
         if os.path.exists(path):
             return
         time.sleep(0.1)
-    raise errors.HostError(f"{path} didn't come about", hint="Is udev running?")
+    raise errors.HostError(f"{path} did not appear", hint="Is udev running?")
 
 
 def _own(path: str, uid: int, gid: int) -> None:

@@ -11,13 +11,13 @@ from ...model import pool as model
 from ...model.domain import Format
 from . import chains, images, programs
 from .backend import Meta
-from .job import Task
+from .task import Task
 from .usage import key
 from .volumes import Answer, check_format, check_room
 
 if TYPE_CHECKING:
-    from .job import Program
     from .pool import StoragePool
+    from .task import Program
     from .volumes import Volumes
 
 

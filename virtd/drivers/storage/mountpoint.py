@@ -47,8 +47,8 @@ class MountPoint:
 
     async def require(self) -> None:
         """Raise HostError while what the pool is on isn't mounted."""
-        if gone := self.gone():
-            raise errors.HostError(gone, hint=self._hint())
+        if missing := self.missing():
+            raise errors.HostError(missing, hint=self._hint())
         units, there = await self._units(), mounts.table()
         for where in above(os.path.realpath(self._pool.path)):
             unit = mount_unit(where)
@@ -58,7 +58,7 @@ class MountPoint:
                     hint=f"systemctl start '{unit}' mounts it.",
                 )
 
-    def gone(self) -> str:
+    def missing(self) -> str:
         """Why the pool isn't where it was the last time, or ""."""
         stood = self._stood()
         if stood is None or stood.path != self._pool.path or not stood.mountpoint:

@@ -22,7 +22,7 @@ from ...objects.turns import Turns
 from ...records import Record, now
 from ...replies import Trouble
 from ...replies import storage as replies
-from .job import DRIVER
+from .task import DRIVER
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -16,9 +16,9 @@ from ...objects.protocol import Problem
 from ...process import boot_id
 from ...records import Records
 from . import backends
-from .job import DRIVER
 from .jobs import Jobs
 from .pool import LOST, Shared, State, StoragePool
+from .task import DRIVER
 from .usage import Usage
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ...model.domain import Format
 from .. import nodes
 from . import prerequisites, sandbox
-from .job import Program
+from .task import Program
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,7 +14,7 @@ from ...model import pool as model
 from ...model.domain import Format
 from . import images, programs
 from .backend import Meta, Volume
-from .job import State, Task
+from .task import Data, State, Task
 from .usage import key
 from .volumes import Answer, check_format, check_room
 
@@ -106,13 +106,13 @@ class Streams:
         try:
             meta, path = await images.received(self._pools, pool.usable, job.name, job.task)
         except errors.VirtdError as exc:
-            await job.conclude(ok=False, error=exc.message)
+            await job.conclude(exc.message)
             raise
-        job.task = msgspec.structs.replace(job.task, meta=meta)
+        job.data = Data(msgspec.structs.replace(job.task, meta=meta))
         if meta.format is Format.QCOW2:
-            await job.run(programs.check(self._volumes.account, path))
+            await self._jobs.run(job, programs.check(self._volumes.account, path))
         else:
-            await job.conclude(ok=True)
+            await job.conclude()
         return answer
 
     async def download(self, pool_name: str, name: str) -> tuple[Volume, int]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ... import errors
 from ...hints import do
 from ...objects.protocol import Using
-from .jobs import TOOL
+from .task import TOOL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

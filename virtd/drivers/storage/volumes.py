@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from .backend import Volume
-    from .job import Program, Task
     from .jobs import Jobs
     from .pool import StoragePool
     from .pools import Pools
     from .prerequisites import Account
+    from .task import Program, Task
     from .usage import Usage
 
 

@@ -38,6 +38,10 @@ class Children(list[Child]):
 
     adopt = staticmethod(Child.adopt)
 
+    def follow(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for module in ("job", "launching"):
+            monkeypatch.setattr(f"virtd.drivers.storage.{module}.Child", self)
+
     def close(self) -> None:
         for child in self:
             for file in (child.console, child.stderr):
@@ -55,7 +59,8 @@ def hosted(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     (directory / "pool").mkdir(mode=0o755)
     with open(f"{world.paths.etc}/storage/p.toml", "w") as file:
         file.write(f'name = "p"\npath = "{directory}/pool"\n')
-    monkeypatch.setattr("virtd.drivers.storage.directory.os", SteppingOs(world))
+    for module in ("place", "entries", "unfinished"):
+        monkeypatch.setattr(f"virtd.drivers.storage.{module}.os", SteppingOs(world))
     monkeypatch.setattr(storage_host, "account", lambda _settings: (os.getuid(), os.getgid()))
     monkeypatch.setattr(storage_host, "program", lambda _name, _package: fake_qemu_img.__file__)
     try:
@@ -75,8 +80,8 @@ async def done(host: Host, answer: Reply) -> None:
     if answer["job"]:
         job = host.volumes.driver.jobs.find(answer["job"])
         await job.over.wait()
-        if job.error:
-            raise errors.HostError(job.error)
+        if job.data.error:
+            raise errors.HostError(job.data.error)
 
 
 async def create(host: Host, name: str = "new") -> None:
@@ -177,7 +182,7 @@ async def each_step(
         children = Children()
         with hosted(root, patch) as world:
             pool = root / "pool"
-            patch.setattr("virtd.drivers.storage.job.Child", children)
+            children.follow(patch)
             async with world.daemon() as host:
                 await prepare(host, root)
                 await cuts.cut(world, work(host))
@@ -306,7 +311,7 @@ async def test_a_job_that_systemd_cannot_be_told_of_is_put_away_later(
     """The bus broke off: the result counts at once, and what is left goes as soon as there is a bus."""
     monkeypatch.setattr("virtd.children.ending.AGAIN", 0.01)
     children = Children()
-    monkeypatch.setattr("virtd.drivers.storage.job.Child", children)
+    children.follow(monkeypatch)
     refused: list[str] = []
 
     def step(what: str) -> None:
@@ -357,3 +362,23 @@ async def test_an_upload_whose_check_did_not_begin_waits_for_its_client_again(
             await done(host, await host.volumes.uploaded(found.value["job"], by=ROOT))
             assert (tmp_path / "host/pool/new").read_bytes() == image
             nothing_unfinished(world, tmp_path / "host/pool")
+
+
+@on_loop
+async def test_the_backing_volume_of_an_uploaded_image_is_on_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon that finishes the upload may be another one than that which looked at the image."""
+    (tmp_path / "host").mkdir()
+    image = fake_qemu_img.header(1 << 20, b"source")
+    with hosted(tmp_path / "host", monkeypatch) as world:
+        async with world.daemon() as host:
+            await prepare(host, tmp_path / "host")
+            found = await host.volumes.upload("p", "new", format="qcow2", size=len(image), token="t", by=ROOT)
+            os.pwrite(found.fds[0], image, 0)
+            os.close(found.fds[0])
+            answer = await host.volumes.uploaded(found.value["job"], by=ROOT)
+            task = world.record(answer["job"], "storage").data["task"]
+            assert task["meta"]["backing"] == {"pool": "p", "volume": "source", "format": "raw"}
+            await done(host, answer)
+            assert (await host.volumes.info("p", "new"))["backing"] == {"pool": "p", "volume": "source"}
