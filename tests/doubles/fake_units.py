@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING
 
 from virtd import errors
 from virtd.fdstore import StoredEntry
-from virtd.systemd.units import CLD_EXITED, CLD_KILLED, Listed, Stdio, StoreEntries, UnitSpec, UnitState
+from virtd.systemd.dumps import StoreEntries
+from virtd.systemd.state import CLD_EXITED, CLD_KILLED, Listed, UnitState
+from virtd.systemd.transient import Stdio, UnitSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container
@@ -102,6 +104,9 @@ class FakeUnits:
 
     async def version(self) -> int:
         return 252 if self._old else 257
+
+    async def preserves_stores(self) -> bool:
+        return not self._old
 
     async def state(self, name: str) -> UnitState | None:
         self.step(f"state {name}")

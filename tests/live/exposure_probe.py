@@ -16,7 +16,8 @@ from virtd.children import hardening
 from virtd.drivers.lxc import sandbox as lxc
 from virtd.drivers.storage import sandbox
 from virtd.systemd.bus import Bus
-from virtd.systemd.units import Units, UnitSpec
+from virtd.systemd.transient import UnitSpec
+from virtd.systemd.units import Units
 
 if TYPE_CHECKING:
     from virtd.children.hardening import Property

@@ -200,7 +200,7 @@ def test_a_reload_changes_no_unit(odd: Lab) -> None:
 # As a pool has it, of what a lab can mount; it says which settings are others after a reload.
 MOUNT = r"""
 import asyncio, os, subprocess
-from virtd import units
+from virtd.systemd import names, units
 from virtd.systemd.bus import Bus
 from virtd.drivers.storage import mounts
 RUNS = ("ExecMount", "ExecUnmount", "SourcePath", "CPUUsageNSec", "TasksCurrent", "MemoryCurrent", "MemoryPeak")
@@ -214,9 +214,9 @@ async def main():
     for where in ("/srv/a b/m nt", "/srv/it's/\"q\" 100% %n $H", "/srv/back\\slash\\/x\\", "/srv/co:lon;/ü #x"):
         os.makedirs(where)
         await mounts.mount(systemd, "/dev/disk/by-label/my 'odd' \"label\" 100% %n $x", where, "tmpfs", "size=1M")
-        before = settings(units.mount_unit(where))
+        before = settings(names.mount_unit(where))
         subprocess.run(["systemctl", "daemon-reload"], check=True)
-        print(*sorted(settings(units.mount_unit(where)) ^ before), sep="\n", end="")
+        print(*sorted(settings(names.mount_unit(where)) ^ before), sep="\n", end="")
         await mounts.unmount(systemd, where)
         assert mounts.mounted(where) is None
         os.removedirs(where)

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from virtd import errors
 from virtd.children import fifos
-from virtd.systemd import units
+from virtd.systemd import names
 from virtd.systemd.bus import Bus, BusError
-from virtd.systemd.units import CLD_EXITED, CLD_KILLED, Units, UnitSpec, unit_name
+from virtd.systemd.state import CLD_EXITED, CLD_KILLED, StartFailed
+from virtd.systemd.transient import UnitSpec
+from virtd.systemd.units import Units
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -29,7 +31,7 @@ NO_STDIO = (os.devnull, os.devnull, os.devnull)
 
 
 def spec(name: str, *argv: str, **more: Any) -> UnitSpec:
-    return UnitSpec(unit_name("qemu", name), f"probe {name}", "virtd-qemu.slice", argv, **more)
+    return UnitSpec(names.unit_name("qemu", name), f"probe {name}", "virtd-qemu.slice", argv, **more)
 
 
 async def failure_of(operation: Awaitable[object]) -> errors.VirtdError:
@@ -124,7 +126,7 @@ async def check_success_stays_readable(systemd: Units) -> None:
 
 
 async def check_signals(systemd: Units) -> None:
-    name = unit_name("qemu", "killed")
+    name = names.unit_name("qemu", "killed")
     await systemd.start(spec("killed", "/bin/sleep", "1000"), NO_STDIO)
     assert isinstance(await failure_of(systemd.collect(name)), errors.Busy)
     await systemd.kill(name, signal.SIGKILL)
@@ -152,7 +154,7 @@ async def check_out_of_memory(systemd: Units) -> None:
 
 async def check_stop(systemd: Units) -> None:
     await systemd.start(spec("stopped", "/bin/sleep", "1000"), NO_STDIO)
-    name = unit_name("qemu", "stopped")
+    name = names.unit_name("qemu", "stopped")
     await systemd.stop(name)
     assert await systemd.state(name) is None
     await systemd.stop(name)
@@ -167,7 +169,7 @@ async def check_failed_starts(systemd: Units) -> None:
     ]
     for wrong, words in cases:
         failed = await failure_of(systemd.start(wrong, NO_STDIO))
-        assert isinstance(failed, units.StartFailed), failed
+        assert isinstance(failed, StartFailed), failed
         assert words in failed.message, failed.message
         assert failed.state is not None
         assert failed.state.active == "failed"
@@ -193,7 +195,7 @@ async def check_fifty_at_once(systemd: Units) -> None:
 async def check_names_with_odd_characters(systemd: Units) -> None:
     for name in ("a-b_c.d", ".hidden", "-", "x" * 64, "1.service"):
         state = await systemd.start(spec(name, "/bin/sleep", "1000"), NO_STDIO)
-        assert units.object_name("qemu", state.name) == name
+        assert names.object_name("qemu", state.name) == name
         assert state.running
         await systemd.stop(state.name)
 
@@ -242,7 +244,7 @@ async def check_odd_paths_mean_the_same_after_a_reload(systemd: Units) -> None:
         "odd", "/bin/sh", "-c", f"sh {directory}/run.sh start; exec sleep 1000; $1 'a' \"b\" %n \\", "\\",
         properties=properties,
         environment=(("PATH", os.environ["PATH"]),),
-        after=units.mount_units(f"{top}/a:b/c"),
+        after=names.mount_units(f"{top}/a:b/c"),
         aliases="/run/virtd-probe/qemu.odd",
     )  # fmt: skip
     state = await systemd.start(probe, NO_STDIO)
@@ -252,16 +254,16 @@ async def check_odd_paths_mean_the_same_after_a_reload(systemd: Units) -> None:
     async def settings() -> dict[str, object]:
         # What has a time in it is the run of a command, and no setting.
         found = {}
-        for interface, names in ((units.SERVICE, SETTINGS), (units.UNIT, ("After", "Description", "LoadState"))):
-            for name in names:
+        for interface, properties in ((names.SERVICE, SETTINGS), (names.UNIT, ("After", "Description", "LoadState"))):
+            for name in properties:
                 (value,) = await systemd.bus.call(
-                    units.SYSTEMD, units.object_path(state.name), units.PROPERTIES, "Get", "ss", (interface, name)
+                    names.SYSTEMD, names.object_path(state.name), names.PROPERTIES, "Get", "ss", (interface, name)
                 )
                 found[name] = sorted(value) if isinstance(value, list) else value
         return found
 
     before = await settings()
-    await systemd.bus.call(units.SYSTEMD, units.MANAGER_PATH, units.MANAGER, "Reload", "", ())
+    await systemd.bus.call(names.SYSTEMD, names.MANAGER_PATH, names.MANAGER, "Reload", "", ())
     assert await settings() == before
     await systemd.stop(state.name)
     await systemd.collect(state.name)

@@ -18,13 +18,14 @@ from virtd.model import document
 from virtd.model.domain import canonical_uuid
 from virtd.model.state import Cause, State
 from virtd.records import Exit, now, stamp
-from virtd.systemd.units import CLD_EXITED, UnitSpec, UnitState, signal_name
+from virtd.systemd.transient import UnitSpec
 
 if TYPE_CHECKING:
     from virtd.children.child import Services
     from virtd.model.settings import Settings
     from virtd.objects.peers import Peers
     from virtd.objects.protocol import Publish
+    from virtd.systemd.state import UnitState
 
 
 class Toy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -60,9 +61,7 @@ class Machine(Guest[Toy]):
     def judge(self, unit: UnitState | None) -> End:
         asked = self.request
         at = stamp(unit.exited_at) if unit is not None and unit.exited_at else now()
-        exited = unit is not None and unit.exec_code == CLD_EXITED
-        code = unit.exec_status if unit is not None and exited else None
-        killer = signal_name(unit.exec_status) if unit is not None and not exited and unit.exec_status else None
+        code, killer = (unit.exit_code, unit.killed_by) if unit is not None else (None, None)
 
         def end(state: State, reason: str, cause: Cause, by: str | None = None) -> End:
             return End(state, reason, Exit(cause=cause.value, at=at, code=code, signal=killer, by=by))

@@ -19,7 +19,7 @@ from .. import __version__, errors
 from ..host import Caller
 from ..sparing import Sparing
 from ..systemd.bus import DBUS, DBUS_PATH, Bus, BusError, MethodCall, Var
-from ..systemd.units import escape_label, unescape_label
+from ..systemd.names import escape_label, unescape_label
 from . import interfaces, members
 from .door import KNOWN, LIMITS_EXCEEDED, Door
 from .introspection import (

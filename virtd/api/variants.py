@@ -9,7 +9,7 @@ import msgspec
 
 from ..replies import Reply
 from ..systemd.bus import Var
-from ..systemd.units import unit_name
+from ..systemd.names import unit_name
 from ..text import plain
 
 Object = Reply

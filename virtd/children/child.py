@@ -19,6 +19,7 @@ import msgspec
 from .. import errors, fdstore, process
 from ..logs.logfile import LogFile
 from ..systemd import aliases
+from ..systemd.names import unit_name
 from . import fifos
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from ..model.settings import Log
     from ..paths import Paths
     from ..records import Record
-    from ..systemd.units import Units, UnitSpec, UnitState
+    from ..systemd.state import UnitState
+    from ..systemd.transient import UnitSpec
+    from ..systemd.units import Units
 
 log = logging.getLogger(__name__)
 
@@ -106,8 +109,6 @@ class Child(msgspec.Struct):
 
     @property
     def unit(self) -> str:
-        from ..systemd.units import unit_name  # no start of the daemon needs it before there is a bus
-
         return unit_name(self.driver, self.name)
 
     def slot(self, name: str) -> str:

@@ -24,14 +24,13 @@ from typing import TYPE_CHECKING, Any
 
 from .. import errors, fdstore, journal
 from ..messages import Message
-from ..systemd.units import STORE_SINCE
 from . import ending
 from .child import Child, identities
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ..systemd.units import UnitSpec
+    from ..systemd.transient import UnitSpec
     from .child import Ends
 
 log = logging.getLogger(__name__)
@@ -125,7 +124,7 @@ class Launch:
         units = await self.services.units()
         await units.collect(child.unit)  # before there is anything to undo: what runs there isn't ours to end
         await self.reach()
-        forgets = self.terminal and await units.version() < STORE_SINCE
+        forgets = self.terminal and not await units.preserves_stores()
         ends, descriptors = child.prepare(terminal=self.terminal, forgets=forgets)
         try:
             assert child.stderr is not None

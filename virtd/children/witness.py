@@ -18,17 +18,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from .. import errors
-from ..systemd import jobs, units
+from ..systemd.jobs import Patience
+from ..systemd.state import CLD_DUMPED, CLD_EXITED, CLD_KILLED, UnitState
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from .. import process
+    from ..systemd.units import Units
 
 PROCESS_EXIT = "98e322203f7a4ed290d09fe03c09fe15"  # "Main process exited, code=killed, status=9/KILL"; failures only
 UNIT_FAILURE = "d9b373ed55a64feb8242e02dbe79a49c"  # "Failed with result 'signal'."
 UNIT_SUCCESS = "7ad2d189f7e94e70a38c781354912448"  # "Deactivated successfully."
-CODES = {"exited": units.CLD_EXITED, "killed": units.CLD_KILLED, "dumped": units.CLD_DUMPED}
+CODES = {"exited": CLD_EXITED, "killed": CLD_KILLED, "dumped": CLD_DUMPED}
 RESTART_LIMIT = 10.0  # seconds
 LOOKS = (0.0, 0.05, 0.2, 0.5)  # seconds before each look: what was just said may not be written yet
 
@@ -41,14 +43,12 @@ class Told(NamedTuple):
     fields: Mapping[str, Any]
 
 
-async def ended(
-    manager: units.Units, unit: str, invocation_id: str, seen: process.Seen | None = None
-) -> units.UnitState | None:
+async def ended(manager: Units, unit: str, invocation_id: str, seen: process.Seen | None = None) -> UnitState | None:
     """As Units.ended; what the unit itself doesn't tell of that very run of it is looked up. `seen`: by ourselves.
 
     A state that runs is of a unit that somebody has started again.
     """
-    patience = jobs.Patience(RESTART_LIMIT, f"{unit} is still being stopped")
+    patience = Patience(RESTART_LIMIT, f"{unit} is still being stopped")
     while (state := await manager.ended(unit, invocation_id)) is not None:
         if state.running:
             return state
@@ -78,11 +78,11 @@ async def ended(
     return _known(state)
 
 
-def _tells(state: units.UnitState | None, invocation_id: str) -> bool:
+def _tells(state: UnitState | None, invocation_id: str) -> bool:
     return state is not None and state.exec_code != 0 and state.invocation_id in ("", invocation_id)
 
 
-def _known(state: units.UnitState | None) -> units.UnitState | None:
+def _known(state: UnitState | None) -> UnitState | None:
     """None for a unit that has ended and tells nothing of its main process: its "success" is no more than a default.
 
     One was loaded again from its file after a reset-failed, and never ran. The other is a race in systemd 257 and
@@ -95,14 +95,14 @@ def _known(state: units.UnitState | None) -> units.UnitState | None:
     return state
 
 
-def by_status(unit: str, state: units.UnitState | None, at: float, status: int) -> units.UnitState:
+def by_status(unit: str, state: UnitState | None, at: float, status: int) -> UnitState:
     """The unit's state with what is known from elsewhere: `status` as waitpid(2) has it."""
     if os.WIFSIGNALED(status):
         dumped = os.WCOREDUMP(status)
-        code, number = units.CLD_DUMPED if dumped else units.CLD_KILLED, os.WTERMSIG(status)
+        code, number = CLD_DUMPED if dumped else CLD_KILLED, os.WTERMSIG(status)
         result = "core-dump" if dumped else "signal"
     else:
-        code, number = units.CLD_EXITED, os.WEXITSTATUS(status)
+        code, number = CLD_EXITED, os.WEXITSTATUS(status)
         result = "exit-code" if number else "success"
     base = state if state is not None else _gone(unit)
     if base.result not in ("", "success"):
@@ -110,7 +110,7 @@ def by_status(unit: str, state: units.UnitState | None, at: float, status: int) 
     return msgspec.structs.replace(base, result=result, exec_code=code, exec_status=number, exited_at=at)
 
 
-def judge(unit: str, invocation_id: str, told: Iterable[Told]) -> units.UnitState | None:
+def judge(unit: str, invocation_id: str, told: Iterable[Told]) -> UnitState | None:
     """What these entries say of the end of the unit's main process; None when they say nothing.
 
     A "success" may be an exit status of 0, or a SIGTERM: `exec_code` is 0 then, for nobody knows.
@@ -141,9 +141,9 @@ def judge(unit: str, invocation_id: str, told: Iterable[Told]) -> units.UnitStat
     )
 
 
-def _gone(unit: str) -> units.UnitState:
+def _gone(unit: str) -> UnitState:
     """One that PID 1 has forgotten."""
-    return units.UnitState(
+    return UnitState(
         name=unit,
         load="not-found",
         active="inactive",

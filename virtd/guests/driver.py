@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from ..children.child import Services
     from ..objects.protocol import Difference, Publish
-    from ..systemd.units import UnitState
+    from ..systemd.state import UnitState
 
 log = logging.getLogger(__name__)
 

@@ -16,14 +16,14 @@ from .. import errors, fdstore, files, records
 from ..children.child import CONSOLE_LOG, STDERR_LOG
 from ..objects.protocol import Difference
 from ..paths import names as names_in
-from ..systemd.units import object_name
+from ..systemd.names import object_name
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from ..children.child import Child, Services
     from ..records import Record, Records
-    from ..systemd.units import Listed, UnitState
+    from ..systemd.state import Listed, UnitState
     from .guest import Guest
 
 S = TypeVar("S")  # what was seen in all places

@@ -27,12 +27,14 @@ from ..objects.protocol import Problem
 from ..objects.turns import Turns
 from ..process import Seen
 from ..records import Record, Records, now, stamp
-from ..systemd.units import UnitState, unit_name
+from ..systemd.names import unit_name
 from .repeating import Repeater
 from .verdict import End, Request
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+
+    from ..systemd.state import UnitState
 
 log = logging.getLogger(__name__)
 

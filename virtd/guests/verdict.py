@@ -13,7 +13,7 @@ import msgspec
 
 from ..model.state import Cause, State
 from ..records import Exit, stamp
-from ..systemd.units import CLD_EXITED, UnitState, signal_name
+from ..systemd.state import CLD_EXITED, UnitState, signal_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from .. import errors
 from ..children.hardening import TOOL
 from ..systemd.bus import DBUS, DBUS_PATH, BusError
-from ..systemd.units import UnitSpec
+from ..systemd.transient import UnitSpec
 
 if TYPE_CHECKING:
     from ..guests.driver import GuestDriver

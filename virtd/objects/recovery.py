@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..children.child import Child
 from ..hints import do
-from ..systemd.units import object_name
+from ..systemd.names import object_name
 from .inventory import Object
 from .protocol import Problem
 

@@ -4,9 +4,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any
 
 from .. import errors
 from ..text import span
+from .bus import BusError
+from .names import MANAGER, MANAGER_PATH, SYSTEMD
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from .bus import Bus
 
 
 class Jobs:
@@ -31,6 +40,53 @@ class Jobs:
         except TimeoutError as exc:
             raise errors.TimedOut(f"systemd's job for {self._unit} did not end within {span(timeout)}") from exc
         return next(iter(self._results.values())) if job is None else self._results[job]
+
+
+class JobSignals:
+    """systemd's signals about the ends of jobs, for those who wait for one."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._watchers: dict[str, list[Jobs]] = {}
+        self._subscribing: asyncio.Future[None] | None = None
+        self._unsubscribe: Callable[[], Awaitable[None]] | None = None
+
+    @contextlib.asynccontextmanager
+    async def of(self, unit: str) -> AsyncIterator[Jobs]:
+        """Note how a unit's jobs end from now on: the signal can be here before the job's path is known."""
+        jobs = Jobs(unit)
+        watchers = self._watchers.setdefault(unit, [])
+        watchers.append(jobs)
+        try:
+            await self.subscribe()
+            yield jobs
+        finally:
+            watchers.remove(jobs)
+            if not watchers:
+                self._watchers.pop(unit, None)
+
+    async def subscribe(self) -> None:
+        """Have systemd send its signals; asked for once, however many starts come at the same time."""
+        if self._subscribing is None or (self._subscribing.done() and self._subscribing.exception() is not None):
+            self._subscribing = asyncio.ensure_future(self._subscribe())
+        # Shielded: the first caller may be cancelled while others wait for the same thing.
+        await asyncio.shield(self._subscribing)
+
+    async def close(self) -> None:
+        """Idempotent. The Bus stays open."""
+        if self._unsubscribe is not None:
+            await self._unsubscribe()
+            self._unsubscribe = None
+
+    async def _subscribe(self) -> None:
+        self._unsubscribe = await self._bus.subscribe(SYSTEMD, MANAGER, "JobRemoved", MANAGER_PATH, self._removed)
+        with contextlib.suppress(BusError):  # AlreadySubscribed
+            await self._bus.call(SYSTEMD, MANAGER_PATH, MANAGER, "Subscribe", "", ())
+
+    def _removed(self, _path: str, _interface: str, _member: str, args: tuple[Any, ...]) -> None:
+        _number, job, unit, result = args
+        for jobs in self._watchers.get(unit, ()):
+            jobs.removed(job, result)
 
 
 class Patience:

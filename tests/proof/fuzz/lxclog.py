@@ -7,7 +7,7 @@ import msgspec
 
 from virtd.drivers.lxc import ends
 from virtd.guests.verdict import Request
-from virtd.systemd.units import CLD_EXITED, CLD_KILLED, UnitState
+from virtd.systemd.state import CLD_EXITED, CLD_KILLED, UnitState
 
 PREFIX = b"lxc-start web1 20261124035119.773 NOTICE   start - ../src/lxc/start.c:post_start:2217 - "
 SEEDS = (

@@ -19,8 +19,8 @@ from virtd.api.dbus import NAME, ROOT, Server, path_of
 from virtd.api.introspection import DOMAIN, INTERFACES, INTROSPECTABLE, MANAGER, OBJECT_MANAGER, PROPERTIES
 from virtd.host import Caller
 from virtd.host.access import RIGHTS, Access, Right
-from virtd.systemd import units
 from virtd.systemd.bus import DBUS, DBUS_PATH, Bus, BusError, Var
+from virtd.systemd.state import StartFailed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -169,7 +169,7 @@ class FakeHost:
         raise errors.InvalidState(f"Cannot suspend {name}: it is stopped", hint="Start it first.")
 
     async def resume(self, name: str, *, by: Caller) -> dict[str, Any]:
-        raise units.StartFailed("a subclass of an error crosses as its parent")
+        raise StartFailed("a subclass of an error crosses as its parent")
 
     async def undefine(self, name: str, *, by: Caller) -> dict[str, Any]:
         self.remove(name)

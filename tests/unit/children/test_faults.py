@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tests.doubles.whole_host import World
-    from virtd.systemd.units import UnitSpec
+    from virtd.systemd.transient import UnitSpec
 
 REFUSED = BusError("org.freedesktop.systemd1.UnitMasked", "Unit virtd-qemu.slice is masked.")
 TIMED_OUT = errors.TimedOut("org.freedesktop.systemd1 did not answer StartTransientUnit within 60 s")

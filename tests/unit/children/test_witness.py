@@ -20,7 +20,7 @@ from virtd.children import witness
 from virtd.drivers.qemu import ends
 from virtd.records import now, stamp
 from virtd.replies import Reply
-from virtd.systemd.units import CLD_DUMPED, CLD_EXITED, CLD_KILLED, UnitState
+from virtd.systemd.state import CLD_DUMPED, CLD_EXITED, CLD_KILLED, UnitState
 
 if TYPE_CHECKING:
     from collections.abc import Callable

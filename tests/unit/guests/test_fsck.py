@@ -15,7 +15,7 @@ from tests.doubles.whole_host import ROOT, SLOTS, World, nothing_left, on_loop, 
 from virtd.drivers.qemu import userdb
 from virtd.fdstore import NotifyFailed
 from virtd.systemd import aliases
-from virtd.systemd.units import UnitSpec
+from virtd.systemd.transient import UnitSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable

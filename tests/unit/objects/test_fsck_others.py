@@ -16,7 +16,7 @@ from tests.doubles.whole_host import ROOT, on_loop
 from tests.unit.drivers.network.test_network_restarts import Site
 from tests.unit.guests.test_fsck import check, edit, lose, plant, write
 from virtd.drivers.network.netlink import Address
-from virtd.systemd.units import UnitSpec
+from virtd.systemd.transient import UnitSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -20,7 +20,7 @@ from virtd.drivers.qemu.devices import assembly
 from virtd.drivers.storage import sandbox as storage
 from virtd.model import container, domain
 from virtd.systemd import aliases
-from virtd.systemd.units import UnitSpec, transient_properties
+from virtd.systemd.transient import UnitSpec, transient_properties
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ...model.settings import Lxc
     from ...objects.peers import Peers
     from ...records import Record
-    from ...systemd.units import UnitState
+    from ...systemd.state import UnitState
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from ...model import container as model
 from ...model.domain import ENDINGS, NAME, shown
 from ...paths import names
 from ...systemd import aliases
-from ...systemd.units import UnitSpec
+from ...systemd.transient import UnitSpec
 from ..loader import CREATING as MARK
 from . import execs, prerequisites, sandbox, unpack
 from .container import DRIVER

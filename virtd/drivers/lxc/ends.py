@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ...guests import verdict
 from ...model.state import Cause, State
-from ...systemd.units import signal_name
+from ...systemd.state import signal_name
 
 if TYPE_CHECKING:
     from ...guests.verdict import End, Request
-    from ...systemd.units import UnitState
+    from ...systemd.state import UnitState
 
 # lxc-start web1 20261124035119.773 NOTICE   start - ../src/lxc/start.c:post_start:2217 - Started "/sbin/init" with
 # pid "243"

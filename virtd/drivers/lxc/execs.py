@@ -17,7 +17,8 @@ from ... import errors, process
 from ...children.child import ended
 from ...children.programs import HOMELESS
 from ...systemd import aliases
-from ...systemd.units import CLD_EXITED, UnitSpec, signal_name
+from ...systemd.state import CLD_EXITED, signal_name
+from ...systemd.transient import UnitSpec
 from . import config, prerequisites, sandbox
 from .container import DRIVER, Container, status_of
 

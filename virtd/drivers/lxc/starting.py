@@ -16,7 +16,7 @@ from ...guests.start import Start
 from ...hints import do
 from ...model import container as model
 from ...objects.protocol import Problem
-from ...systemd.units import UnitSpec
+from ...systemd.transient import UnitSpec
 from ...text import span
 from . import config, ends, exposure, prerequisites, sandbox, volume
 from .container import DRIVER, Container, interface_names, mac_of

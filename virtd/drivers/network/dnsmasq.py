@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ...children.hardening import HARDENED, Property
 from ...children.programs import ENVIRONMENT
 from ...model.network import Mode
-from ...systemd.units import UnitSpec
+from ...systemd.transient import UnitSpec
 from . import leases
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from ...model.network import State
 from ...objects import definitions
 from ...objects.persistent import Persistent
 from ...objects.turns import Turns
-from ...systemd.units import unit_name
+from ...systemd.names import unit_name
 from . import bridge, leases
 from . import ports as ports_
 

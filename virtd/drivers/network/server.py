@@ -20,7 +20,7 @@ from ...hints import do
 from ...messages import Message
 from ...objects.persistent import Tasks
 from ...objects.protocol import Problem
-from ...systemd.units import CLD_EXITED, UnitState, signal_name
+from ...systemd.state import CLD_EXITED, UnitState, signal_name
 from ...text import span
 from . import dnsmasq, prerequisites
 from .netrecord import DRIVER
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ...hints import Hint
     from ...model.network import Network
     from ...records import Record
-    from ...systemd.units import UnitSpec
+    from ...systemd.transient import UnitSpec
     from .netrecord import NetRecord
 
 log = logging.getLogger(__name__)

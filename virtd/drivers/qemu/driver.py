@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ...objects.conflicts import Holding
     from ...objects.peers import Peers
     from ...objects.protocol import Difference, Publish
-    from ...systemd.units import UnitState
+    from ...systemd.state import UnitState
 
 log = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ from ... import untrusted
 from ...guests import verdict
 from ...model.state import Cause, State
 from ...records import stamp
-from ...systemd.units import signal_name
+from ...systemd.state import signal_name
 
 if TYPE_CHECKING:
     from ...guests.verdict import End, Request
-    from ...systemd.units import UnitState
+    from ...systemd.state import UnitState
 
 # QEMU's own words on stderr. Who it was it can't see from a PID namespace of its own.
 TERMINATING = r"terminating on signal (\d+)(?: from pid (\d+) \((.*)\))?"

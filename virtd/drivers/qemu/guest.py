@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ...objects.conflicts import Holding
     from ...objects.peers import Peers
     from ...records import Record
-    from ...systemd.units import UnitState
+    from ...systemd.state import UnitState
     from .kept import Kept
     from .standstill import Standstill
 

@@ -15,7 +15,9 @@ from ...guests import start as starting
 from ...guests.start import Start
 from ...hints import do
 from ...model import domain as model
-from ...systemd.units import EXIT_GROUP, EXIT_USER, StartFailed, UnitSpec, mount_units
+from ...systemd.names import mount_units
+from ...systemd.state import EXIT_GROUP, EXIT_USER, StartFailed
+from ...systemd.transient import UnitSpec
 from . import access, command, ends, hardware, images, nics, opened, ownership, prerequisites, sandbox, userdb
 from .devices import assembly, placing
 from .guest import DRIVER, QemuGuest

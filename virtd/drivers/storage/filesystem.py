@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ... import errors
 from ...reach import look, make_directory, opened
-from ...systemd.units import mount_unit
+from ...systemd.names import mount_unit
 from ...text import word
 from . import mounts
 from .backend import not_built

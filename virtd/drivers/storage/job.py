@@ -26,7 +26,7 @@ from ...objects.persistent import Tasks
 from ...objects.protocol import Problem
 from ...records import Record, Records, now
 from ...replies import storage as replies
-from ...systemd.units import unit_name
+from ...systemd.names import unit_name
 from .joblog import JobLog
 from .task import DRIVER, TOOL, Data, State, Task
 from .verdict import why_failed

@@ -14,7 +14,7 @@ from ...children.child import Child
 from ...hints import do
 from ...model.pool import JOB
 from ...objects.protocol import Problem
-from ...systemd.units import object_name
+from ...systemd.names import object_name
 from . import launching, outcome
 from .job import Job, Shared
 from .joblog import JobLog, logged

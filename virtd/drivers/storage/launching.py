@@ -9,7 +9,7 @@ from ...children.child import Child
 from ...children.launch import Launch
 from ...children.programs import ENVIRONMENT
 from ...objects.protocol import Problem
-from ...systemd.units import UnitSpec
+from ...systemd.transient import UnitSpec
 from .task import DRIVER, State
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import msgspec
 
 from ... import errors, files, untrusted
 from ...hints import do
-from ...systemd.units import mount_unit
+from ...systemd.names import mount_unit
 from . import mounts
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ... import errors
 from ...systemd.bus import BusError
-from ...systemd.units import FINAL_TARGETS, GROUND, mount_unit
+from ...systemd.names import FINAL_TARGETS, GROUND, mount_unit
 from ...text import word
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ...systemd.units import CLD_EXITED, signal_name
+from ...systemd.state import CLD_EXITED, signal_name
 
 if TYPE_CHECKING:
-    from ...systemd.units import UnitState
+    from ...systemd.state import UnitState
 
 # qemu-img(1), exit statuses of "check". Leaked clusters cost space, and nothing else.
 CORRUPT = 2

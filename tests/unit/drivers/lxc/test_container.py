@@ -15,7 +15,7 @@ from virtd.guests.verdict import Request, deciding
 from virtd.model import container as model
 from virtd.model import domain as domains
 from virtd.model.state import Cause, State
-from virtd.systemd.units import CLD_EXITED, CLD_KILLED, UnitState
+from virtd.systemd.state import CLD_EXITED, CLD_KILLED, UnitState
 
 if TYPE_CHECKING:
     from pathlib import Path

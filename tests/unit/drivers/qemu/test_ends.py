@@ -17,7 +17,7 @@ from tests.unit.test_untrusted import odd_files
 from virtd.drivers.qemu.ends import RULES, TAIL, evidence, judge, read_events, traced
 from virtd.guests.verdict import Request, deciding
 from virtd.records import stamp
-from virtd.systemd.units import UnitState
+from virtd.systemd.state import UnitState
 
 if TYPE_CHECKING:
     from pathlib import Path

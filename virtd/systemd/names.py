@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The names that things have in systemd and on the bus: units, their D-Bus paths, mount units, targets."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Final
+
+SYSTEMD: Final = "org.freedesktop.systemd1"
+MANAGER_PATH: Final = "/org/freedesktop/systemd1"
+MANAGER: Final = "org.freedesktop.systemd1.Manager"
+UNIT: Final = "org.freedesktop.systemd1.Unit"
+SERVICE: Final = "org.freedesktop.systemd1.Service"
+PROPERTIES: Final = "org.freedesktop.DBus.Properties"
+
+MAX_UNIT_NAME: Final = 255
+
+# Where the end of the host is the end of a child as well. Not shutdown.target, which stops every other service: a
+# soft reboot comes by there too, and children live through that.
+FINAL_TARGETS: Final = ("poweroff.target", "reboot.target", "halt.target", "kexec.target")
+# When the host goes down, all that is Before= this target stays until the children have ended: virtd itself,
+# networks, mounts. See units/virtd-guests-pre.target.
+GROUND: Final = "virtd-guests-pre.target"
+
+
+def unit_name(driver: str, name: str) -> str:
+    """The unit of an object. Names of objects (letters, digits, `.`, `_`, `-`) need no escaping in a unit's name."""
+    unit = f"virtd-{driver}-{name}.service"
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or len(unit) > MAX_UNIT_NAME:
+        raise ValueError(f"{name!r} can't be part of a unit's name")
+    return unit
+
+
+def object_name(driver: str, unit: str) -> str | None:
+    """The inverse of `unit_name`; None for a unit that isn't of this driver."""
+    match = re.fullmatch(rf"virtd-{re.escape(driver)}-([A-Za-z0-9._-]+)\.service", unit)
+    return match[1] if match else None
+
+
+def object_path(unit: str) -> str:
+    """The unit's D-Bus path, escaped as sd_bus_path_encode(3) does it."""
+    return f"{MANAGER_PATH}/unit/{escape_label(unit)}"
+
+
+def escape_label(text: str) -> str:
+    """One element of a D-Bus path: `_` and two hex digits for each byte but letters and, later than first, digits."""
+    return "_" if not text else re.sub(rb"[^A-Za-z0-9]|^[0-9]", lambda m: b"_%02x" % m[0][0], text.encode()).decode()
+
+
+def unescape_label(label: str) -> str:
+    """The inverse of `escape_label`; ValueError for what it can't have made."""
+    text = (
+        ""
+        if label == "_"
+        else re.sub(rb"_([0-9a-f]{2})", lambda m: bytes([int(m[1], 16)]), label.encode()).decode(errors="replace")
+    )
+    if escape_label(text) != label:
+        raise ValueError(f"{label!r} is not an escaped name")
+    return text
+
+
+def mount_units(path: str) -> list[str]:
+    """The mount units that `path` may be on, if they exist: one for each directory above it, systemd.mount(5)."""
+    parts = path.strip("/").split("/")[:-1]
+    return [mount_unit("/".join(parts[:count])) for count in range(1, len(parts) + 1)]
+
+
+def mount_unit(path: str) -> str:
+    """The unit of a mount point, systemd.unit(5): "/" becomes "-", and what would be ambiguous \\xNN."""
+    escaped = re.sub(rb"[^A-Za-z0-9:_./]|^\.", lambda match: b"\\x%02x" % match[0][0], os.fsencode(path.strip("/")))
+    return f"{escaped.replace(b'/', b'-').decode() or '-'}.mount"
