@@ -103,6 +103,26 @@ class Container(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
         """What runs as the container's first program."""
         return self.command or (self.init or "/sbin/init",)
 
+    @property
+    def directory(self) -> str | None:
+        """The directory that is its root file system, without a final "/"; None when that is in a volume."""
+        return self.rootfs.rstrip("/") if isinstance(self.rootfs, str) else None
+
+    @property
+    def volume(self) -> Root | None:
+        """The volume that its root file system is in."""
+        return self.rootfs if isinstance(self.rootfs, Root) else None
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The networks that its interfaces are in, in their order."""
+        return tuple(nic.network for nic in self.nic if nic.network is not None)
+
+    @property
+    def shares_network(self) -> bool:
+        """Whether it has the host's network and none of its own."""
+        return any(nic.mode == "host" for nic in self.nic)
+
 
 def parse(text: str, source: str) -> Container:
     """The definition that `text` (TOML) holds. `source` is the file's name in errors.

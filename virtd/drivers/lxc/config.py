@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from ...model import container as model
+if TYPE_CHECKING:
+    from ...model import container as model
 
 # What a privileged container must not do to the host's kernel: the list of LXC's own common.conf.
 DROPPED = ("mac_admin", "mac_override", "sys_module", "sys_rawio", "sys_time")
@@ -87,13 +88,13 @@ def _kernel(container: model.Container, host: HostFacts) -> list[str]:
     """The kernel's own file systems. A /sys shows a network: who doesn't own that may not mount one, and has the
     host's, with a group hierarchy of its own over the host's.
     """
-    if host.ids is not None and any(nic.mode == "host" for nic in container.nic):
+    if host.ids is not None and container.shares_network:
         return ["lxc.mount.auto = proc:mixed cgroup:mixed", "lxc.mount.entry = /sys sys none rbind,ro 0 0"]
     return ["lxc.mount.auto = proc:mixed sys:mixed cgroup:mixed"]
 
 
 def _network(container: model.Container, links: list[Link]) -> list[str]:
-    if any(nic.mode == "host" for nic in container.nic):
+    if container.shares_network:
         return ["lxc.net.0.type = none"]
     if not links:
         return ["lxc.net.0.type = empty"]
@@ -143,7 +144,7 @@ def start_script(container: model.Container, host: HostFacts, *, held: bool = Fa
         lxc = (*lxc, "--", *container.command)
     # A volume is mounted nosuid. What is changed here is the unit's own view of it.
     mount = quoted(("mount", "-o", "remount,bind,rw,nodev,suid", host.root))
-    suid = f"{mount} || exit 1\n" if isinstance(container.rootfs, model.Root) else ""
+    suid = f"{mount} || exit 1\n" if container.volume is not None else ""
     return f"{suid}exec 3>&{0 if held else 2} {'<&1 ' if host.tty else ''}2>&1 && exec {quoted(lxc)}\n"
 
 

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import os
 import stat
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -148,14 +148,14 @@ class Driver(GuestDriver[Container, model.Container]):
             Use(
                 machine.key,
                 f"{self.noun} {machine.name}",
-                str(path),
-                (int(dev), int(ino)),
-                bool(writes),
+                image.path,
+                (image.dev, image.ino),
+                image.writes,
                 mounted=True,
             )
             for machine in self.machines.values()
-            if machine.alive and machine.record is not None
-            for path, dev, ino, writes in machine.record.data.get("images", [])
+            if machine.alive
+            for image in machine.kept.images
         ]
 
     @property
@@ -171,7 +171,7 @@ class Driver(GuestDriver[Container, model.Container]):
         await volume.sweep(self._run, units, alive)
         self._begin(execs.clear(units), "clear-execs")
 
-    def _begin(self, work: Coroutine[Any, Any, None], name: str) -> None:
+    def _begin(self, work: Coroutine[object, None, None], name: str) -> None:
         self._tasks.add(task := asyncio.create_task(work, name=name))
         task.add_done_callback(self._tasks.discard)
 
@@ -200,30 +200,25 @@ class Driver(GuestDriver[Container, model.Container]):
 
     def describe_fully(self, machine: Container) -> replies.ContainerInfo:
         container = machine.running_definition
-        data = machine.record.data if machine.record is not None else {}
+        kept = machine.kept
         addresses = machine.addresses() if machine.alive else []
-        kept = data.get("macs")
-        for row in kept if isinstance(kept, list) else []:
-            # A record can be damaged: a row that is no pair tells of nothing.
-            with contextlib.suppress(errors.VirtdError, LookupError, TypeError, ValueError, AttributeError):
-                mac, network = row
-                addresses += [
-                    found for found in self._peers.networks.addresses_of(network, mac) if found not in addresses
-                ]
+        for card in kept.cards:
+            with contextlib.suppress(errors.VirtdError, LookupError):
+                leased = self._peers.networks.addresses_of(card.network, card.mac)
+                addresses += [address for address in leased if address not in addresses]
         return replies.ContainerInfo(
             **msgspec.structs.asdict(super().describe_fully(machine)),
-            rootfs=(data.get("root") or _root(container)) if container is not None else None,
-            volume=msgspec.to_builtins(container.rootfs)
-            if container is not None and isinstance(container.rootfs, model.Root)
-            else None,
+            # The directory that a volume is mounted at is known while it is.
+            rootfs=(kept.root or container.directory) if container is not None else None,
+            volume=msgspec.to_builtins(container.volume) if container is not None else None,
             argv=list(container.argv) if container is not None else [],
             hostname=(container.hostname or container.name) if container is not None else None,
             privileged=container.privileged if container is not None else None,
-            ids=data.get("ids"),
+            ids=[kept.ids.first, kept.ids.count] if kept.ids is not None else None,
             limits=_limits(prerequisites.limits(container, self._settings)) if container is not None else {},
             used=machine.used() if machine.alive else {},
             addresses=addresses,
-            interfaces=data.get("interfaces", []),
+            interfaces=kept.interfaces,
         )
 
     def warnings(self, definition: model.Container) -> list[str]:
@@ -235,11 +230,11 @@ class Driver(GuestDriver[Container, model.Container]):
         uuid = definition.uuid or (known.uuid if known is not None else "")
         mine = holdings.defined(definition, uuid, conflicts.bridges(self._peers))
         found += conflicts.warnings(self._peers, f"container {definition.name}", mine)
-        if isinstance(definition.rootfs, model.Root):
+        if (root := definition.directory) is None:
             return found
         try:
-            prerequisites.check_root(definition, definition.rootfs.rstrip("/"), "")
-            exposure.check(definition.rootfs.rstrip("/"), "", self._settings.directory)
+            prerequisites.check_root(definition, root, "")
+            exposure.check(root, "", self._settings.directory)
         except errors.InvalidDefinition as exc:
             found.append(f"{exc.key}: {exc.expected}")
         return found
@@ -257,10 +252,5 @@ class Driver(GuestDriver[Container, model.Container]):
                 yield from ((owner, one) for one in holdings.defined(machine.definition, machine.uuid, bridge_of))
 
 
-def _limits(limits: model.Limits) -> dict[str, Any]:
+def _limits(limits: model.Limits) -> dict[str, float | None]:
     return {"memory": limits.memory_bytes, "cpus": limits.cpus, "pids": limits.pids}
-
-
-def _root(container: model.Container) -> str | None:
-    """The directory; a volume's is only known while it is mounted."""
-    return container.rootfs if isinstance(container.rootfs, str) else None

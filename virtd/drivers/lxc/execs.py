@@ -20,7 +20,8 @@ from ...systemd import aliases
 from ...systemd.state import CLD_EXITED, signal_name
 from ...systemd.transient import UnitSpec
 from . import config, prerequisites, sandbox
-from .container import DRIVER, Container, status_of
+from .container import DRIVER, Container
+from .first import children_of, status_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -71,7 +72,9 @@ async def begin(
         argv=("/bin/sh", script),
         environment=HOMELESS,
         properties=tuple(
-            sandbox.entering(container.runtime, privileged=container.privileged, toplevel=prerequisites.toplevel())
+            sandbox.entering(
+                container.runtime, privileged=container.kept.privileged, toplevel=prerequisites.toplevel()
+            )
         ),
         aliases=f"{script}.paths",
     )
@@ -138,12 +141,7 @@ async def send(units: Units, unit: str, number: int) -> None:
     if state is None or not state.running:
         raise errors.NotFound("The command has ended")
     main = state.main_pid
-    try:
-        with open(f"/proc/{main}/task/{main}/children", encoding="ascii") as file:
-            children = [int(word) for word in file.read().split()]
-    except (OSError, ValueError):
-        children = []
-    inside = [pid for pid in children if len(status_of(pid).get("NSpid", "").split()) > 1]
+    inside = [pid for pid in children_of(main) if len(status_of(pid).get("NSpid", "").split()) > 1]
     for pid in inside:
         with contextlib.suppress(OSError):
             pidfd = os.pidfd_open(pid)

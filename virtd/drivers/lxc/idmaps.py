@@ -21,6 +21,7 @@ from ...hints import do
 from ...model import container as model
 from .. import ids
 from ..ids import Range
+from .kept import Kept
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -161,8 +162,8 @@ class Maps:
             roots.add(root)
             if name == besides:
                 continue
-            if one.alive and one.record is not None and (kept := one.record.data.get("ids")):
-                found.append(_claim(name, model.IdMap(*kept), root_of(one.running_definition), active=True))
+            if one.alive and (mapped := Kept.of(one.record).ids) is not None:
+                found.append(_claim(name, mapped, root_of(one.running_definition), active=True))
             if (defined := defined_ids(one.definition)) is not None:
                 found.append(_claim(name, defined, root, active=False))
         for path, owner in _owners(self._directory):
@@ -221,17 +222,19 @@ def defined_ids(definition: model.Container | None) -> model.IdMap | None:
     if definition.idmap is not None:
         return definition.idmap
     try:
-        owner = os.lstat(definition.rootfs.rstrip("/")).st_uid if isinstance(definition.rootfs, str) else 0
+        owner = os.lstat(definition.directory).st_uid if definition.directory is not None else 0
     except OSError:
         return None
     return model.IdMap(owner) if owner else None
 
 
 def root_of(definition: model.Container | None) -> str:
+    """What its root file system is: a directory, or POOL/VOLUME."""
     if definition is None:
         return ""
-    root = definition.rootfs
-    return os.path.realpath(root) if isinstance(root, str) else f"{root.pool}/{root.volume}"
+    if (root := definition.volume) is not None:
+        return f"{root.pool}/{root.volume}"
+    return os.path.realpath(definition.directory or "")
 
 
 def _claim(name: str, found: model.IdMap, root: str, *, active: bool) -> Claim:

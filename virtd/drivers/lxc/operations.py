@@ -16,7 +16,7 @@ from ...hints import do, option
 from ...model.state import State, require
 from ...objects.turns import within
 from ...text import span
-from .container import number_of
+from .first import number_of
 
 if TYPE_CHECKING:
     from .container import Container
@@ -169,7 +169,7 @@ async def finish(container: Container) -> None:
 
 
 def _halt(container: Container) -> str:
-    """What asks it to end: chosen at its start, when its root file system was looked at."""
-    name = str(container.record.data.get("halt", "SIGPWR")) if container.record is not None else "SIGPWR"
+    """The signal that asks it to end. Raises InvalidState when there is none of that name."""
+    name = container.kept.halt
     number_of(name)
     return name

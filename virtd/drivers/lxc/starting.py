@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ... import errors, files, layout
 from ...children.programs import ENVIRONMENT
@@ -19,7 +19,9 @@ from ...objects.protocol import Problem
 from ...systemd.transient import UnitSpec
 from ...text import span
 from . import config, ends, exposure, prerequisites, sandbox, volume
-from .container import DRIVER, Container, interface_names, mac_of
+from .container import DRIVER, Container
+from .kept import Image
+from .links import interface_names, mac_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,13 +51,13 @@ class _Start(Start[Container, model.Container]):
         self.maps = maps
         self.links: list[config.Link] = []
         self.terminal = definition.terminal
-        self.images: list[list[Any]] = []  # volumes, as a domain's record has them
+        self.images: list[Image] = []
         self.mounted: volume.Mounted | None = None
 
     def check(self) -> None:
         prerequisites.check_host(self.definition, self.machine.source)
-        if isinstance(self.definition.rootfs, str):
-            self._check_root(self.definition.rootfs.rstrip("/"))
+        if self.definition.directory is not None:
+            self._check_root(self.definition.directory)
 
     def _check_root(self, root: str) -> None:
         """With the root there, what it holds and whose it is."""
@@ -86,16 +88,15 @@ class _Start(Start[Container, model.Container]):
 
     async def reach(self) -> None:
         """Have the networks that it is to be in, and its root, before anything of it is there."""
-        if isinstance(self.definition.rootfs, model.Root):
-            await self._mount(self.definition.rootfs)
-        nics = [nic for nic in self.definition.nic if nic.network is not None]
-        names = interface_names(self.machine.uuid, len(nics))
-        for index, nic in enumerate(nics):
-            assert nic.network is not None
-            networks = self.machine.peers.networks
-            mac = (nic.mac or mac_of(self.machine.uuid, index)).lower()
-            bridge = await networks.reserve(
-                nic.network, user=self.machine.key, interface=names[index], mac=mac, trusted=nic.trusted
+        definition, machine = self.definition, self.machine
+        if definition.volume is not None:
+            await self._mount(definition.volume)
+        names = interface_names(machine.uuid, len(definition.networks))
+        # Either all its interfaces are in networks, or the only one is the host's network.
+        for index, (nic, network) in enumerate(zip(definition.nic, definition.networks, strict=False)):
+            mac = (nic.mac or mac_of(machine.uuid, index)).lower()
+            bridge = await machine.peers.networks.reserve(
+                network, user=machine.key, interface=names[index], mac=mac, trusted=nic.trusted
             )
             self.links.append(config.Link(names[index], bridge.bridge, nic.name or f"eth{index}", mac))
 
@@ -106,17 +107,17 @@ class _Start(Start[Container, model.Container]):
         self.mounted = await volume.mount(root, where, machine.peers, units, machine.source, self.by)
         self._check_root(where)
         status = os.stat(self.mounted.path)
-        self.images = [[self.mounted.path, status.st_dev, status.st_ino, True]]
+        self.images = [Image(self.mounted.path, status.st_dev, status.st_ino, writes=True)]
 
     async def run(self) -> None:
-        """See Start; what fails before there is a record hasn't got one that tells of the mount."""
+        """See Start. Before the record exists nothing remembers interfaces and mount, so they are undone here."""
         try:
             await super().run()
         except BaseException:
             for link in self.links:
                 with contextlib.suppress(errors.VirtdError):
                     await asyncio.shield(self.machine.peers.networks.detach(link.host))
-            if not isinstance(self.definition.rootfs, str):
+            if self.definition.volume is not None:
                 await asyncio.shield(self._unmount())
             raise
         finally:
@@ -128,7 +129,7 @@ class _Start(Start[Container, model.Container]):
             await volume.unmount(volume.place(run, self.machine.name), await self.services.units())
         volume.forget(run, self.machine.name)
 
-    def data(self) -> dict[str, Any]:
+    def data(self) -> dict[str, object]:
         from . import holdings
 
         ids = self.host.ids
@@ -136,11 +137,11 @@ class _Start(Start[Container, model.Container]):
             self.mounted.require_free()
         return {
             "interfaces": [link.host for link in self.links],
-            "macs": [[link.mac, nic.network] for link, nic in zip(self.links, self.definition.nic, strict=False)],
+            "macs": [[link.mac, network] for link, network in zip(self.links, self.definition.networks, strict=True)],
             "halt": self.host.halt,
             "ids": [ids.first, ids.count] if ids is not None else None,
             "root": self.host.root,
-            "images": self.images,
+            "images": [list(image) for image in self.images],
             "held": [identity for _path, identity in holdings.disks(self.definition)],
         }
 
@@ -219,8 +220,7 @@ class _Start(Start[Container, model.Container]):
             await asyncio.gather(started, ended, return_exceptions=True)
         container.know_init()
         self._look_at_inotify()
-        networks = [nic.network for nic in self.definition.nic if nic.network is not None]
-        for network, link in zip(networks, self.links, strict=True):
+        for network, link in zip(self.definition.networks, self.links, strict=True):
             await container.peers.networks.add_port(network, user=container.key, interface=link.host)
 
     def _look_at_inotify(self) -> None:

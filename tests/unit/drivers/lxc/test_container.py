@@ -10,7 +10,7 @@ import pytest
 
 from tests.unit.guests.test_verdict import documented
 from virtd import errors
-from virtd.drivers.lxc import config, container, ends, prerequisites, sandbox
+from virtd.drivers.lxc import config, ends, first, links, prerequisites, sandbox
 from virtd.guests.verdict import Request, deciding
 from virtd.model import container as model
 from virtd.model import domain as domains
@@ -386,22 +386,22 @@ def test_what_a_failed_start_was_about() -> None:
 def test_signals_by_name() -> None:
     import signal
 
-    assert container.number_of("SIGRTMIN+3") == signal.SIGRTMIN + 3
-    assert container.number_of("SIGTERM") == 15
+    assert first.number_of("SIGRTMIN+3") == signal.SIGRTMIN + 3
+    assert first.number_of("SIGTERM") == 15
     with pytest.raises(errors.InvalidState):
-        container.number_of("SIGNOTHING")
+        first.number_of("SIGNOTHING")
 
 
 def test_addresses_come_from_the_kernel() -> None:
-    assert container.addresses("/nonexistent") == []
-    assert not any(address.startswith("127.") for address in container.addresses(f"/proc/{os.getpid()}/net"))
+    assert links.addresses("/nonexistent") == []
+    assert not any(address.startswith("127.") for address in links.addresses(f"/proc/{os.getpid()}/net"))
 
 
 def test_names_of_interfaces_are_short_and_its_own() -> None:
-    names = container.interface_names("7429a786-a9dc-4fdb-8246-3a60296f6f46", 12)
+    names = links.interface_names("7429a786-a9dc-4fdb-8246-3a60296f6f46", 12)
     assert len(set(names)) == 12
     assert all(len(name) <= 15 for name in names)
-    assert container.mac_of("7429a786", 0) != container.mac_of("7429a786", 1)
+    assert links.mac_of("7429a786", 0) != links.mac_of("7429a786", 1)
 
 
 def test_a_mount_that_others_could_exchange_is_refused(tmp_path: Path) -> None:

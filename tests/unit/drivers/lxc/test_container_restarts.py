@@ -15,7 +15,7 @@ import pytest
 
 from tests.doubles import fake_lxc
 from tests.doubles.whole_host import ROOT, SLOTS, SteppingOs, World, nothing_left, on_loop, until
-from virtd.drivers.lxc import container, create, prerequisites, starting, unpack
+from virtd.drivers.lxc import cgroup, create, first, prerequisites, starting, unpack
 from virtd.drivers.lxc.container import Container
 
 if TYPE_CHECKING:
@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 UNIT = "virtd-lxc-web1.service"
 CONTAINER_SLOTS = [slot.replace("qemu/", "lxc/") for slot in SLOTS]
 ENDING = "systemd/systemd"  # what an init is called that knows SIGRTMIN+3 and SIGRTMIN+5
+
+
+def frozen(group: cgroup.Group) -> bool:
+    """As soon as it is asked for: there is no kernel behind it."""
+    with open(f"{group.path}/cgroup.freeze") as file:
+        return file.read() == "1"
 
 
 class Site:
@@ -58,11 +64,11 @@ class Site:
         self._program(f"{programs}/common.seccomp", "")
         patch.setattr(prerequisites, "SECCOMP", (f"{programs}/common.seccomp",))
         # No namespace of PIDs: the monitor's child is believed to be the first of one.
-        real = container.status_of
-        patch.setattr(container, "status_of", lambda pid: real(pid) | {"NSpid": f"{pid} 1"})
+        real = first.status_of
+        patch.setattr(first, "status_of", lambda pid: real(pid) | {"NSpid": f"{pid} 1"})
         self._groups = f"{directory}/group"
-        patch.setattr(Container, "cgroup", lambda machine: self._group(machine))
-        patch.setattr(Container, "frozen", lambda machine: self.frozen(machine))
+        patch.setattr(cgroup, "of", self._group)
+        patch.setattr(cgroup.Group, "frozen", frozen)
         signal_init, freeze = Container.signal_init, Container.freeze
 
         def signalled(machine: Container, name: str) -> None:
@@ -83,22 +89,16 @@ class Site:
             file.write(f"#!/bin/sh\n{script}")
         os.chmod(path, 0o755)
 
-    def _group(self, machine: Container) -> str | None:
+    def _group(self, monitor: int, _unit: str) -> cgroup.Group | None:
         """A control group for each process: each has one of its own when it starts."""
-        if machine.child is None or not machine.child.pid:
+        if not monitor:
             return None
-        path = f"{self._groups}-{machine.child.pid}"
+        path = f"{self._groups}-{monitor}"
         if not os.path.exists(path):
             os.mkdir(path)
             with open(f"{path}/cgroup.freeze", "w") as file:
                 file.write("0")
-        return path
-
-    def frozen(self, machine: Container) -> bool:
-        if (group := self._group(machine)) is None:
-            return False
-        with open(f"{group}/cgroup.freeze") as file:
-            return file.read() == "1"
+        return cgroup.Group(path)
 
     async def define(self, host: Host, more: str = "", name: str = "web1") -> None:
         text = f'name = "{name}"\nrootfs = "{self.root}"\nprivileged = true\n{more}'
@@ -123,7 +123,7 @@ class Site:
             info = await host.containers.info("web1")
             assert machine.child is not None
             assert machine.child.pid == self.world.units.process("web1", "lxc").pid, where
-            assert info["pid"] == machine._find_init(), where
+            assert info["pid"] == first.find(machine.monitor), where
             assert os.listdir(f"{self.world.paths.run}/lxc/web1"), where
         else:
             assert info["state"] in ("stopped", "crashed"), where
@@ -239,7 +239,7 @@ async def test_killed_at_every_step_of_a_freeze(cuts: Cuts, on: bool) -> None:
         await (host.containers.freeze if on else host.containers.thaw)("web1", by=ROOT)
 
     async def after(site: Site, host: Host, info: dict[str, Any], where: str, pid: int) -> None:
-        frozen = site.frozen(host.containers.driver.find("web1"))
+        frozen = host.containers.driver.find("web1").frozen()
         assert info["state"] == ("paused" if frozen else "running"), where
         assert info["pid"] == pid, where
 
@@ -325,7 +325,7 @@ async def test_a_container_does_not_notice_restarts(tmp_path: Path, monkeypatch:
                 assert (await host.containers.info("web1"))["pid"] == pid
                 await site.says(str(number))
         os.kill(pid, signal.SIGHUP)
-        await until(lambda: container.status_of(pid).get("State") is None, "its end")
+        await until(lambda: first.status_of(pid).get("State") is None, "its end")
         async with site.world.daemon() as host:
             await tidied(host)
             await until(lambda: host.containers.driver.find("web1").init() not in (None, pid), "another life")
@@ -354,7 +354,7 @@ async def test_lxc_is_faster_than_systemds_answer(tmp_path: Path, monkeypatch: p
         async with site.world.daemon() as host:
             await site.define(host)
             pid = (await host.containers.start("web1", by=ROOT))["pid"]
-            assert pid == host.containers.driver.find("web1")._find_init() != 0
+            assert pid == first.find(host.containers.driver.find("web1").monitor) != 0
             await host.containers.stop("web1", by=ROOT)
     finally:
         site.world.close()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from virtd import errors, files
-from virtd.drivers.lxc import container, create, prerequisites, sandbox, unpack
+from virtd.drivers.lxc import create, links, prerequisites, sandbox, unpack
 from virtd.model import container as model
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def test_names_that_a_container_has_given_its_interfaces(tmp_path: Path) -> None
         + b"garbage\nzz 01 02 03 04 eth0\n\n"
     )
     (tmp_path / "fib_trie").write_bytes(b"  |-- 192.0.2.7\n     /32 host LOCAL\n |--\n  |-- \xff\n /32 host LOCAL\n")
-    found = container.addresses(str(tmp_path))
+    found = links.addresses(str(tmp_path))
     assert "fd00::" in found
     assert "fd00::3" in found
     assert "fd00::4" not in found
@@ -239,7 +239,7 @@ def test_addresses_without_number(tmp_path: Path) -> None:
         b"|-- 10.%d.%d.%d\n/32 host LOCAL\n" % (a, b, c) for a in range(9) for b in range(99) for c in range(99)
     )
     (tmp_path / "fib_trie").write_bytes(rows)
-    assert len(container.addresses(str(tmp_path))) == container.ADDRESSES
+    assert len(links.addresses(str(tmp_path))) == links.ADDRESSES
 
 
 def test_what_tar_says_of_ids_that_there_are_not(tmp_path: Path) -> None:

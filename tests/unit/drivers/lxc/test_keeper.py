@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from virtd.drivers.lxc import container, keeper
+from virtd.drivers.lxc import cgroup, keeper
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,6 +85,6 @@ def test_after_reboots(tmp_path: Path) -> None:
     assert keeper.payload(str(tmp_path)) == f"{tmp_path}/payload"
     above = f"/virtd.slice/virtd-lxc.slice/{unit}"
     for deeper in ("", "/lxc.pivot", "/lxc.pivot/lxc.pivot"):
-        assert container.payload_of(f"{above}{deeper}/monitor", unit) == f"{container.CGROUPS}{above}{deeper}/payload"
-    assert container.payload_of(above, unit) is None
-    assert container.payload_of("/user.slice/monitor", unit) is None
+        assert cgroup.payload_of(f"{above}{deeper}/monitor", unit) == f"{cgroup.CGROUPS}{above}{deeper}/payload"
+    assert cgroup.payload_of(above, unit) is None
+    assert cgroup.payload_of("/user.slice/monitor", unit) is None
