@@ -29,8 +29,9 @@ from virtd.drivers.network import (
     prober,
     wanted,
 )
-from virtd.drivers.network.kernel import Link, Way
-from virtd.drivers.network.netlink import Address, NetlinkError, RoutingRule
+from virtd.drivers.network.kernel import Address, Link, LinkChanged, Way
+from virtd.drivers.network.netlink import NetlinkError
+from virtd.drivers.network.rtnetlink import RoutingRule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     import pytest
 
     from tests.doubles.whole_host import World
+    from virtd.drivers.network.kernel import Change
 
 
 class FakeKernel:
@@ -68,12 +70,12 @@ class FakeKernel:
         monkeypatch.setattr(links, "CLASS", str(self.sysfs))
         monkeypatch.setattr(prerequisites, "PROC", str(root / "proc"))
         monkeypatch.setattr(bridge, "Netlink", lambda: FakeNetlink(self))
-        monkeypatch.setattr(isolation, "Netlink", lambda: FakeNetlink(self))
+        monkeypatch.setattr(isolation, "Kernel", lambda: FakeNetlink(self))
         monkeypatch.setattr(listening, "listening", list)  # the host that the tests run on serves what it likes
         monkeypatch.setattr(wanted, "checksums", lambda _name: None)
         monkeypatch.setattr(wanted, "Kernel", lambda: FakeNetlink(self))
         monkeypatch.setattr(firewall, "_run", self._nft)
-        monkeypatch.setattr(guard, "Watch", lambda *calls: FakeWatch(self, *calls))
+        monkeypatch.setattr(guard, "Watch", lambda table, change: FakeWatch(self, table, change))
         monkeypatch.setattr(links, "make_tap", self._make_tap)
         monkeypatch.setattr(guard.Guard, "_follow_firewalld", _nothing)
         monkeypatch.setattr(firewalld, "adopt", _nothing)
@@ -179,7 +181,7 @@ class FakeKernel:
 
 
 class FakeNetlink:
-    """What networks call of Netlink, and of Kernel."""
+    """What networks call of Netlink and Kernel."""
 
     def __init__(self, kernel: FakeKernel) -> None:
         self.kernel = kernel
@@ -289,12 +291,15 @@ class FakeNetlink:
 
 
 class FakeWatch:
-    """Tells what a test has it tell, by `link` and the others."""
+    """Reports what a test has it report, by `table`, `change` and `link`."""
 
-    def __init__(self, kernel: FakeKernel, *calls: Callable[..., None]) -> None:
-        self.table, self.link, self.routing, self.other = calls
+    def __init__(self, kernel: FakeKernel, table: Callable[[str], None], change: Callable[[Change], None]) -> None:
+        self.table, self.change = table, change
         kernel.watches.append(self)
         self._watches = kernel.watches
+
+    def link(self, name: str, number: int) -> None:
+        self.change(LinkChanged(name, number))
 
     def close(self) -> None:
         self._watches.remove(self)

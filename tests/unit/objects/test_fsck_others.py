@@ -15,7 +15,7 @@ from tests.doubles.fake_units import Unit
 from tests.doubles.whole_host import ROOT, on_loop
 from tests.unit.drivers.network.test_network_restarts import Site
 from tests.unit.guests.test_fsck import check, edit, lose, plant, write
-from virtd.drivers.network.netlink import Address
+from virtd.drivers.network.kernel import Address
 from virtd.systemd.transient import UnitSpec
 
 if TYPE_CHECKING:

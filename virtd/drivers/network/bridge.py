@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ... import errors
 from . import links, prerequisites
-from .netlink import Netlink
+from .rtnetlink import Netlink
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -17,6 +17,7 @@ from ...messages import Message
 from ...model.network import State
 from ...objects.protocol import Problem
 from . import firewall, firewalld, isolation
+from .kernel import RuleChanged
 from .netrecord import DRIVER
 from .watch import ALL, Watch
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ...children.child import Services
     from ...objects.protocol import Publish
     from .isolation import Isolation
+    from .kernel import Change
     from .net import Net
     from .prober import Prober
     from .upkeep import Upkeep
@@ -68,7 +70,7 @@ class Guard:
             return
         if self._watch is None:
             try:
-                self._watch = Watch(self._touched, self._upkeep.link, self._routing_changed, self._upkeep.other)
+                self._watch = Watch(self._touched, self._changed)
                 self._problems.pop("watch", None)
                 self._upkeep.link(ALL)  # or has happened before
             except OSError as exc:
@@ -162,9 +164,10 @@ class Guard:
 
     # Isolation
 
-    def _routing_changed(self) -> None:
-        """Somebody, perhaps we ourselves, removed a rule of policy routing."""
-        if self._settling is None:
+    def _changed(self, change: Change) -> None:
+        """Somebody, perhaps we ourselves, changed something of the kernel's routing."""
+        self._upkeep.heard(change)
+        if isinstance(change, RuleChanged) and change.removed and self._settling is None:
             self._settling = asyncio.create_task(self._settle(), name="look-at-routing")
 
     async def _settle(self) -> None:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from ... import errors
 from ...model.network import Mode
-from .netlink import PROHIBIT, TO_TABLE, Netlink, RoutingRule
+from .kernel import Kernel
+from .rtnetlink import PROHIBIT, TO_TABLE, RoutingRule
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -50,12 +51,12 @@ def settle(networks: Iterable[Network], *, remove: bool = True) -> set[RoutingRu
     needed = set[RoutingRule]().union(*map(wanted, networks))
     missing = set()
     try:
-        with Netlink() as netlink:
-            there = netlink.routing_rules(PROTOCOL)
+        with Kernel() as kernel:
+            there = kernel.routing_rules(PROTOCOL)
             # Those that let the host through come first, by their priority.
             for rule in sorted(needed - there):
                 try:
-                    netlink.add_routing_rule(rule, PROTOCOL)
+                    kernel.add_routing_rule(rule, PROTOCOL)
                     missing.add(rule)
                 except OSError as exc:
                     if exc.errno == errno.EEXIST:
@@ -65,7 +66,7 @@ def settle(networks: Iterable[Network], *, remove: bool = True) -> set[RoutingRu
                     raise
             for rule in there - needed if remove else ():
                 try:
-                    netlink.delete_routing_rule(rule, PROTOCOL)
+                    kernel.delete_routing_rule(rule, PROTOCOL)
                 except OSError as exc:
                     if exc.errno != errno.ENOENT:
                         raise

@@ -14,7 +14,7 @@ import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...text import word
-from .netlink import Netlink, attributes
+from .netlink import SOCK_DIAG, Message, Requests
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,7 +26,6 @@ OURS = "virtd-network-"  # how the units of dnsmasq begin
 INIT = 1
 
 # linux/sock_diag.h, linux/inet_diag.h
-_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
 _REQUEST = struct.Struct("=BBBxI48x")  # inet_diag_req_v2: family, protocol, more that is wanted, states, socket
 _ANSWER = struct.Struct("=BBBB HH 16s16sI8x IIIII")  # inet_diag_msg; the ports are in network byte order
@@ -120,26 +119,27 @@ def listening() -> list[Listener]:
     return found
 
 
-class Diag(Netlink):
+class Diag(Requests):
     """A socket for questions about sockets."""
 
     def __init__(self) -> None:
-        super().__init__(_SOCK_DIAG)
+        super().__init__(SOCK_DIAG)
 
     def listeners(self, family: int, protocol: int) -> list[Listener]:
         request = _REQUEST.pack(family, protocol, 0, _STATES[protocol])
-        found = [self._listener(protocol, body) for body in self.dump(_SOCK_DIAG_BY_FAMILY, request)]
+        found = [_listener(protocol, message) for message in self.dump(_SOCK_DIAG_BY_FAMILY, request)]
         return [one for one in found if one is not None]
 
-    def _listener(self, protocol: int, body: bytes) -> Listener | None:
-        try:
-            family, _, _, _, port, _, packed, *_, inode = _ANSWER.unpack_from(body)
-            address = socket.inet_ntop(family, packed[: 4 if family == socket.AF_INET else 16])
-        except (struct.error, ValueError, OSError):
-            return None
-        only6 = dict(attributes(body[_ANSWER.size :])).get(_SKV6ONLY) == b"\1"
-        name = "tcp" if protocol == socket.IPPROTO_TCP else "udp"
-        return Listener(name, _versions(address, only6=only6), address, socket.ntohs(port), inode)
+
+def _listener(protocol: int, message: Message) -> Listener | None:
+    try:
+        family, _, _, _, port, _, packed, *_, inode = message.head(_ANSWER)
+        address = socket.inet_ntop(family, packed[: 4 if family == socket.AF_INET else 16])
+    except (struct.error, ValueError, OSError):
+        return None
+    only6 = message.attributes(_ANSWER).number(_SKV6ONLY) == 1
+    name = "tcp" if protocol == socket.IPPROTO_TCP else "udp"
+    return Listener(name, _versions(address, only6=only6), address, socket.ntohs(port), inode)
 
 
 def _versions(address: str, *, only6: bool) -> frozenset[int]:

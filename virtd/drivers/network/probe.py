@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 from ... import errors
 from . import firewall, links, packets, prerequisites, uplink
-from .netlink import Netlink
+from .rtnetlink import Netlink
 from .trace import Step, Tracer
 
 if TYPE_CHECKING:

@@ -17,8 +17,7 @@ from ...messages import Message
 from ...model.network import State
 from ...objects.protocol import Problem
 from . import firewall, prerequisites
-from .netlink import Netlink, attributes
-from .watch import NETLINK_NETFILTER
+from .netlink import NETFILTER, NFGEN, NFTABLES, Requests
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,7 +31,7 @@ log = logging.getLogger(__name__)
 SETTLE = 0.2  # seconds in which changes count as one
 PAUSE = 2.0  # seconds between two looks at the least: on some hosts rules change all the time
 SHARE = 4  # and so many times as long as the last one took
-_GETGEN, _GEN_ID = 10 << 8 | 16, 1  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETGEN; NFTA_GEN_ID
+_GETGEN, _GEN_ID = NFTABLES | 16, 1  # NFT_MSG_GETGEN, NFTA_GEN_ID
 AGAIN = (10.0, 20.0, 40.0, 80.0, 160.0, 300.0)  # where rules, or what mends something, change without a word
 
 
@@ -219,9 +218,9 @@ def _find(ground: Ground, over: threading.Event) -> list[Obstacle]:
 def _generation() -> int | None:
     """A number that is another one after each change of nftables' rules; None where that isn't known."""
     try:
-        with Netlink(NETLINK_NETFILTER) as netlink:
-            answer = netlink.answer(_GETGEN, bytes(4))
-        return int.from_bytes(dict(attributes(answer[4:]))[_GEN_ID], "big")
+        with Requests(NETFILTER) as netlink:
+            answer = netlink.answer(_GETGEN, NFGEN.pack(0, 0, 0))
+        return int.from_bytes(answer.attributes(NFGEN)[_GEN_ID], "big")
     except (OSError, LookupError):
         return None
 

@@ -8,22 +8,17 @@ nf_tables.h's.
 from __future__ import annotations
 
 import contextlib
-import errno
-import socket
 import struct
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import packets
-from .netlink import attributes
-from .watch import NETLINK_NETFILTER
+from .netlink import NETFILTER, NFGEN, NFTABLES, Message, Multicast
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _GROUP = 9  # NFNLGRP_NFTRACE
-SOL_NETLINK, NETLINK_ADD_MEMBERSHIP = 270, 1
-_TRACE = 10 << 8 | 17  # NFNL_SUBSYS_NFTABLES, NFT_MSG_TRACE
-_HEADER = struct.Struct("=IHHII")
+_TRACE = NFTABLES | 17  # NFT_MSG_TRACE
 _TABLE, _CHAIN, _RULE, _VERDICT, _ID, _NETWORK_HEADER, _POLICY = 1, 2, 3, 5, 6, 8, 16
 _VERDICT_CODE, _VERDICT_CHAIN = 1, 2
 _FAMILIES = {1: "inet", 2: "ip", 3: "arp", 5: "netdev", 7: "bridge", 10: "ip6"}
@@ -48,80 +43,46 @@ class Step(NamedTuple):
     target: str
 
 
-class Tracer:
+class Tracer(Multicast):
     """Hears of all packets that are traced in this network namespace. Close it, or use it in a with statement."""
 
     def __init__(self) -> None:
-        kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+        super().__init__(NETFILTER, _GROUP)
         self._numbers: dict[int, int] = {}
-        self._socket = socket.socket(socket.AF_NETLINK, kind, NETLINK_NETFILTER)
-        try:
-            self._socket.bind((0, 0))
-            self._socket.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, _GROUP)
-        except BaseException:
-            self._socket.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self._socket.close()
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
 
     def steps(self) -> Iterator[Step]:
         """What has been told by now."""
-        while True:
-            try:
-                data = self._socket.recv(1 << 16)
-            except BlockingIOError:
-                return
-            except OSError as exc:
-                if exc.errno == errno.ENOBUFS:  # somebody traces a lot; what is missing is taken for not seen
-                    continue
-                raise
-            for step in parse(data):
-                # The packet's header comes with the first step in each place only.
-                if step.number:
-                    self._numbers[step.packet] = step.number
-                yield step._replace(number=self._numbers.get(step.packet, 0))
+        for message in self.heard():
+            # Where somebody traces a lot and messages are lost, what is missing is taken for not seen.
+            if message is None or (step := parse(message)) is None:
+                continue
+            # The packet's header comes with the first step in each place only.
+            if step.number:
+                self._numbers[step.packet] = step.number
+            yield step._replace(number=self._numbers.get(step.packet, 0))
 
 
-def parse(data: bytes) -> Iterator[Step]:
-    """The steps in what a netlink socket has received; what can't be read is passed over."""
-    while len(data) >= _HEADER.size:
-        length, kind, *_rest = _HEADER.unpack_from(data)
-        if length < _HEADER.size:
-            return
-        if kind == _TRACE:
-            with contextlib.suppress(struct.error, LookupError):
-                yield _step(data[_HEADER.size : length])
-        data = data[length + 3 & ~3 :]
+def parse(message: Message) -> Step | None:
+    """The step that a message reports; None for another message, or one that can't be read."""
+    if message.kind != _TRACE:
+        return None
+    with contextlib.suppress(struct.error, LookupError):
+        return _step(message)
+    return None
 
 
-def _step(body: bytes) -> Step:
-    found = dict(attributes(body[4:]))  # after struct nfgenmsg
-    verdict = found.get(_VERDICT, b"")
-    if verdict:
-        inner = dict(attributes(verdict))
-        code = int.from_bytes(inner[_VERDICT_CODE], "big", signed=True)
-        target = _text(inner.get(_VERDICT_CHAIN, b""))
-    else:
-        code, target = int.from_bytes(found[_POLICY], "big", signed=True), ""
+def _step(message: Message) -> Step:
+    family, found = message.head(NFGEN)[0], message.attributes(NFGEN)
+    verdict = found.within(_VERDICT)
+    code = int.from_bytes(verdict[_VERDICT_CODE] if verdict else found[_POLICY], "big", signed=True)
     words = {_DROP: "drop", _ACCEPT: "accept", _JUMP: "jump", _GOTO: "jump"}
     return Step(
-        int.from_bytes(found.get(_ID, b""), "big"),
+        found.number(_ID, "big"),
         packets.number_of(found.get(_NETWORK_HEADER, b"")),
-        _FAMILIES.get(body[0], str(body[0])),
-        _text(found[_TABLE]),
-        _text(found[_CHAIN]),
-        int.from_bytes(found.get(_RULE, b""), "big"),
+        _FAMILIES.get(family, str(family)),
+        found.text(_TABLE),
+        found.text(_CHAIN),
+        found.number(_RULE, "big"),
         words.get(code if code < 0 else code & 0xFF, "continue"),
-        target,
+        verdict.text(_VERDICT_CHAIN),
     )
-
-
-def _text(data: bytes) -> str:
-    return data.rstrip(b"\0").decode(errors="replace")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ...model.network import Mode, Protocol
 from . import firewall, links, packets, ports, prerequisites, routes
-from .netlink import Netlink
+from .kernel import Kernel
 from .packets import SYN, Way
 from .probe import ANSWERED, BRIDGED, FORWARD, INPUT, MACS, OUTER, Trial
 from .uplink import Connection
@@ -205,12 +205,12 @@ def _outside(ground: Ground, version: int, source: str) -> Outside | None:
         for at in (1, 2, -2)
         if route.prefix.num_addresses > 2
     ]
-    with Netlink() as netlink:
+    with Kernel() as kernel:
         for to in [FAR[version], *(address for _interface, address in near[:16])]:
             with contextlib.suppress(OSError):
-                away = netlink.route(to, source=source, iif=bridge).interface
+                away = kernel.route(to, source=source, iif=bridge).interface
                 if away not in ("", bridge):
-                    mine = netlink.route(to).source
+                    mine = kernel.route(to).source
                     beside = [address for interface, address in near if interface == away and address != mine]
                     return Outside(version, to, away, mine, tuple(beside[:3]))
     return None
@@ -223,8 +223,8 @@ def _sent_over(ground: Ground, guests: list[Guest]) -> Iterator[Trial]:
     if network.interface4 is not None:
         pairs.append(_pair(network.interface4))
     elif not network.own:
-        with Netlink() as netlink, contextlib.suppress(OSError):
-            for address in netlink.addresses(network.bridge_name):
+        with Kernel() as kernel, contextlib.suppress(OSError):
+            for address in kernel.addresses(network.bridge_name):
                 if ":" not in address.address:
                     pairs.append(_pair(ipaddress.IPv4Interface(f"{address.address}/{address.prefix}")))
         pairs += ANYWHERE if not pairs else ()

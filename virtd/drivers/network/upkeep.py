@@ -11,9 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import socket
-import struct
-import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -22,14 +19,16 @@ from ...hints import do
 from ...messages import Message
 from ...model.network import Mode, State
 from . import wanted
-from .netlink import attributes
+from .kernel import LinkChanged, RouteChanged, RuleChanged
 from .netrecord import DRIVER
+from .rtnetlink import LOCAL, MAIN
 from .watch import ALL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from ...objects.protocol import Publish
+    from .kernel import Change
     from .net import Net
     from .wanted import Drift
 
@@ -41,12 +40,6 @@ LIMIT, WINDOW = 5, 60.0  # so often in so many seconds a thing is put back
 PAUSE, LONGEST = 60.0, 3600.0  # seconds that it is left then, doubled each time
 FORWARDED = (Mode.NAT, Mode.ROUTED)
 GRACE = 15.0  # seconds in which an interface that went goes off the record too, or comes back
-
-_NEWADDR, _DELADDR, _NEWROUTE, _DELROUTE, _NEWRULE, _DELRULE, _NEWNETCONF = 20, 21, 24, 25, 32, 33, 80
-_ADDRESS = struct.Struct("=BBBBi")  # ifaddrmsg
-_ROUTE = struct.Struct("=8BI")  # rtmsg
-_RTA_DST, _NETCONFA_IFINDEX = 1, 1
-_MAIN_AND_LOCAL = (254, 255)
 
 
 class Patience:
@@ -113,31 +106,25 @@ class Upkeep:
         if self._task is None and self._begun:
             self._task = asyncio.create_task(self._work(), name="look-at-interfaces")
 
-    def other(self, kind: int, body: bytes) -> None:
-        """A message of rtnetlink's about something else."""
-        if kind in (_NEWADDR, _DELADDR):
-            number = _ADDRESS.unpack_from(body)[4]
-            self.link(_name(number), number)
-        elif kind == _NEWNETCONF:
-            data = dict(attributes(body[4:])).get(_NETCONFA_IFINDEX, b"")
-            number = int.from_bytes(data, sys.byteorder, signed=True)
-            self.link(_name(number), number)
-        elif kind in (_NEWRULE, _DELRULE) or (kind in (_NEWROUTE, _DELROUTE) and self._concerns(body)):
-            self.link(ALL)
-        if kind in (_NEWROUTE, _DELROUTE) and _leads_out(body):
-            # What firewalls let through depends on where it goes.
-            self._doubt([net.name for net in self._live() if net.running and net.running.mode in FORWARDED])
+    def heard(self, change: Change) -> None:
+        match change:
+            case LinkChanged(name, number):
+                self.link(name, number)
+            case RuleChanged():
+                self.link(ALL)
+            case RouteChanged():
+                if self._concerns(change):
+                    self.link(ALL)
+                if change.bits <= 1 and change.table != LOCAL:  # a VPN's lead to one half of the world each
+                    # What firewalls let through depends on where it goes.
+                    self._doubt([net.name for net in self._live() if net.running and net.running.mode in FORWARDED])
 
-    def _concerns(self, route: bytes) -> bool:
+    def _concerns(self, route: RouteChanged) -> bool:
         """Whether a route is one to a network, or to a part of it; of another table than the main one, any."""
-        family, length, _source, _tos, table, *_rest = _ROUTE.unpack_from(route)
-        version = 4 if family == socket.AF_INET else 6
-        data = dict(attributes(route[_ROUTE.size :])).get(_RTA_DST, b"").ljust(4 if version == 4 else 16, b"\0")
-        for other, prefix, bits in self._subnets:
-            shared = min(bits, length)
-            if other == version and (length >= bits or table not in _MAIN_AND_LOCAL):
-                width = len(data) * 8 - shared
-                if int.from_bytes(data, "big") >> width == prefix >> width:
+        for version, prefix, bits in self._subnets:
+            if version == route.version and (route.bits >= bits or route.table not in (MAIN, LOCAL)):
+                width = (32 if version == 4 else 128) - min(bits, route.bits)
+                if route.prefix >> width == prefix >> width:
                     return True
         return False
 
@@ -262,17 +249,3 @@ class Upkeep:
         )  # fmt: skip
         for name in told:
             self._publish("changed", name)
-
-
-def _leads_out(route: bytes) -> bool:
-    """Whether it is one to all the world, or to half of it, as those of VPNs are."""
-    _family, length, _source, _tos, table, *_rest = _ROUTE.unpack_from(route)
-    return bool(length <= 1 and table != _MAIN_AND_LOCAL[1])
-
-
-def _name(number: int) -> str:
-    """The interface's; ALL for what is none's, or has gone."""
-    try:
-        return socket.if_indextoname(number)
-    except (OSError, OverflowError):
-        return ALL

@@ -15,15 +15,13 @@ import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import packets
-from .netlink import Netlink, attribute
-from .watch import NETLINK_NETFILTER
+from .netlink import CONNTRACK, CREATE, EXCL, NETFILTER, NFGEN, Requests, attribute, nested
 
 if TYPE_CHECKING:
     from typing import Self
 
 _TC = struct.Struct("=BxxxiIII")  # tcmsg: family, index, handle, parent, info
 _RTM_NEWQDISC, _RTM_NEWTFILTER = 36, 44
-_CREATE, _EXCL = 0x400, 0x200
 _INGRESS, _INGRESS_ROOT = 0xFFFF0000, 0xFFFFFFF1  # TC_H_INGRESS
 _KIND, _OPTIONS = 1, 2
 _ALL = socket.htons(0x0003)  # ETH_P_ALL
@@ -31,8 +29,7 @@ _U32_SEL, _U32_ACT = 5, 7
 _ACT_KIND, _ACT_OPTIONS, _MIRRED_PARMS = 1, 2, 2
 _STOLEN, _INGRESS_REDIRECT = 4, 3  # TC_ACT_STOLEN, TCA_INGRESS_REDIR
 
-_CT_NEW, _CT_DELETE = 1 << 8 | 0, 1 << 8 | 2  # NFNL_SUBSYS_CTNETLINK
-_NESTED = 0x8000
+_CT_NEW, _CT_DELETE = CONNTRACK | 0, CONNTRACK | 2  # IPCTNL_MSG_CT_*
 _TUPLE_ORIG, _TUPLE_REPLY, _STATUS, _TIMEOUT, _NAT_SRC = 1, 2, 3, 7, 6
 _TUPLE_IP, _TUPLE_PROTO = 1, 2
 _CONFIRMED, _SEEN_REPLY = 1 << 3, 1 << 1  # IPS_CONFIRMED, IPS_SEEN_REPLY
@@ -51,22 +48,21 @@ class Connection(NamedTuple):
 
 def redirect(tap: str, interface: str) -> None:
     """Have `interface` receive whatever is written to a tap. Raises OSError, also where the kernel can't."""
-    with Netlink() as netlink:
+    with Requests(socket.NETLINK_ROUTE) as netlink:
         index = socket.if_nametoindex(tap)
         netlink.change(
-            _RTM_NEWQDISC, _CREATE | _EXCL,
-            _TC.pack(0, index, _INGRESS, _INGRESS_ROOT, 0) + attribute(_KIND, b"ingress\0"),
+            _RTM_NEWQDISC, CREATE | EXCL,
+            _TC.pack(0, index, _INGRESS, _INGRESS_ROOT, 0) + attribute(_KIND, "ingress"),
         )  # fmt: skip
         # tc_u32_sel with one key that everything matches: nothing of the first four bytes has to be anything.
         select = struct.pack("=BBBxHHhhI", 1, 0, 1, 0, 0, 0, 0, 0) + struct.pack("=IIii", 0, 0, 0, 0)
         mirred = struct.pack("=IIiiiiI", 0, 0, _STOLEN, 0, 0, _INGRESS_REDIRECT, socket.if_nametoindex(interface))
-        action = attribute(_ACT_KIND, b"mirred\0")
-        action += attribute(_ACT_OPTIONS | _NESTED, attribute(_MIRRED_PARMS, mirred))
-        options = attribute(_U32_SEL, select) + attribute(_U32_ACT | _NESTED, attribute(1 | _NESTED, action))
+        action = attribute(_ACT_KIND, "mirred") + nested(_ACT_OPTIONS, attribute(_MIRRED_PARMS, mirred))
+        options = nested(_OPTIONS, attribute(_U32_SEL, select), nested(_U32_ACT, nested(1, action)))
         netlink.change(
-            _RTM_NEWTFILTER, _CREATE | _EXCL,
+            _RTM_NEWTFILTER, CREATE | EXCL,
             _TC.pack(0, index, 0, _INGRESS, 1 << 16 | _ALL)
-            + attribute(_KIND, b"u32\0") + attribute(_OPTIONS | _NESTED, options),
+            + attribute(_KIND, "u32") + options,
         )  # fmt: skip
 
 
@@ -74,17 +70,17 @@ class Conntrack:
     """Connections that are entered, and taken back at the end. Use it in a with statement."""
 
     def __init__(self) -> None:
-        self._netlink = Netlink(NETLINK_NETFILTER)
+        self._netlink = Requests(NETFILTER)
         self._entered: list[Connection] = []
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *_exception: object) -> None:
         for one in self._entered:
             with contextlib.suppress(OSError):
                 self._netlink.change(_CT_DELETE, 0, _nfgen(one) + _tuple(_TUPLE_ORIG, *_there(one)))
-        self._netlink.__exit__(*exception)
+        self._netlink.close()
 
     def enter(self, one: Connection) -> None:
         """Raises OSError, also where the kernel can't."""
@@ -97,9 +93,9 @@ class Conntrack:
             lowest, highest = (1, 2) if ":" not in one.host else (4, 5)
             nat = attribute(lowest, packets.packed(one.host)) + attribute(highest, packets.packed(one.host))
             port = struct.pack("!H", one.port)
-            nat += attribute(3 | _NESTED, attribute(1, port) + attribute(2, port))
-            body += attribute(_NAT_SRC | _NESTED, nat)
-        self._netlink.change(_CT_NEW, _CREATE | _EXCL, body)
+            nat += nested(3, attribute(1, port), attribute(2, port))
+            body += nested(_NAT_SRC, nat)
+        self._netlink.change(_CT_NEW, CREATE | EXCL, body)
         self._entered.append(one)
 
 
@@ -108,7 +104,7 @@ def _there(one: Connection) -> tuple[str, str, int, int]:
 
 
 def _nfgen(one: Connection) -> bytes:
-    return bytes([socket.AF_INET6 if ":" in one.to else socket.AF_INET, 0, 0, 0])
+    return NFGEN.pack(socket.AF_INET6 if ":" in one.to else socket.AF_INET, 0, 0)
 
 
 def _tuple(kind: int, source: str, to: str, port: int, to_port: int) -> bytes:
@@ -116,4 +112,4 @@ def _tuple(kind: int, source: str, to: str, port: int, to_port: int) -> bytes:
     ip = attribute(first, packets.packed(source)) + attribute(second, packets.packed(to))
     protocol = attribute(1, bytes([packets.UDP]))
     protocol += attribute(2, struct.pack("!H", port)) + attribute(3, struct.pack("!H", to_port))
-    return attribute(kind | _NESTED, attribute(_TUPLE_IP | _NESTED, ip) + attribute(_TUPLE_PROTO | _NESTED, protocol))
+    return nested(kind, nested(_TUPLE_IP, ip), nested(_TUPLE_PROTO, protocol))

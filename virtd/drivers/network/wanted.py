@@ -15,10 +15,11 @@ from ... import errors
 from ...hints import do
 from ...model.network import Mode
 from . import bridge, links, prerequisites, routes
+from .checksums import checksums, set_checksums
 from .ethernet import LINK_LOCAL, is_forwarded_to
-from .kernel import MAIN, Kernel, Link, Way, checksums, set_checksums
-from .netlink import Address
+from .kernel import Address, Kernel, Link, Way
 from .ports import eui64
+from .rtnetlink import MAIN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

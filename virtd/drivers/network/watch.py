@@ -1,99 +1,75 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The kernel's own word of what others do to our rules and bridges: netlink(7) multicast, without polling.
+"""Notifications of what others do to our rules and bridges: netlink(7) multicast, without polling.
 
-Only names are taken from the messages. What has become of a thing is then looked at: several changes make one look,
-and a message that was lost (a socket whose buffer ran over) makes a look at everything.
+Only names are taken from them. What has become of a thing is then looked at: several changes make one look, and when
+notifications were lost (a socket whose buffer ran over) everything is looked at.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
+import contextlib
 import logging
 import socket
-import struct
-import sys
 from typing import TYPE_CHECKING
 
+from .kernel import Change, LinkChanged, RuleChanged, changed
+from .netlink import NETFILTER, NFGEN, NFTABLES, Message, Multicast, NetlinkError
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
-NETLINK_NETFILTER = 12
-_NFTABLES_GROUP = 1 << 6  # NFNLGRP_NFTABLES is 7, linux/netfilter/nfnetlink.h
-_LINK_GROUP = 1 << 0  # RTNLGRP_LINK is 1, linux/rtnetlink.h
-_RULE_GROUPS = 1 << 7 | 1 << 18  # RTNLGRP_IPV4_RULE is 8, RTNLGRP_IPV6_RULE 19
-# RTNLGRP_IPV4_IFADDR, _IPV4_ROUTE, _IPV6_IFADDR, _IPV6_ROUTE, _IPV4_NETCONF, _IPV6_NETCONF
-_GROUND_GROUPS = 1 << 4 | 1 << 6 | 1 << 8 | 1 << 10 | 1 << 23 | 1 << 24
-_NFTABLES = 10  # NFNL_SUBSYS_NFTABLES
-_NEWGEN = 15  # NFT_MSG_NEWGEN: the end of a transaction; it has no table
-_NEWLINK, _DELLINK = 16, 17
-_DELRULE = 33
-_IFLA_IFNAME = 3
-_HEADER = struct.Struct("=IHHII")
-_ATTRIBUTE = struct.Struct("=HH")
+_NFTABLES_GROUP = 7  # NFNLGRP_NFTABLES, linux/netfilter/nfnetlink.h
+# RTNLGRP_*, linux/rtnetlink.h: LINK, IPV4_IFADDR, IPV4_ROUTE, IPV4_RULE, IPV6_IFADDR, IPV6_ROUTE, IPV6_RULE,
+# IPV4_NETCONF, IPV6_NETCONF
+_ROUTING_GROUPS = (1, 5, 7, 8, 9, 11, 19, 24, 25)
+_NEWGEN = NFTABLES | 15  # NFT_MSG_NEWGEN: the end of a transaction; it has no table
+_TABLE = 1  # NFTA_*_TABLE: every message of nftables' but that one has its table's name first
 ALL = ""  # "look at everything"
 
 
 class Watch:
-    """Calls `table(name)` for a table of nftables' that something happened to, `link(name, index)` for an interface,
-    `routing()` when a rule of policy routing has gone, and `other(kind, body)` for all else that rtnetlink tells.
+    """Calls `table(name)` when something happened to a table of nftables', and `change` for what rtnetlink reports.
 
-    The first two get ALL when the kernel had more to tell than we took in time.
+    They are called for ALL, with LinkChanged and RuleChanged, when notifications were lost.
     """
 
-    def __init__(
-        self,
-        table: Callable[[str], None],
-        link: Callable[[str, int], None],
-        routing: Callable[[], None],
-        other: Callable[[int, bytes], None],
-    ) -> None:
+    def __init__(self, table: Callable[[str], None], change: Callable[[Change], None]) -> None:
         self._loop = asyncio.get_running_loop()
-        self._sockets: list[socket.socket] = []
+        self._sockets: list[Multicast] = []
 
-        def routed(data: bytes) -> None:
-            for name, index in dict.fromkeys(links(data)):
-                link(name, index)
-            for kind, body in _messages(data):
-                if kind == _DELRULE:
-                    routing()
-                if kind not in (_NEWLINK, _DELLINK):
-                    other(kind, body)
+        def ruled(message: Message | None) -> None:
+            if (name := ALL if message is None else table_of(message)) is not None:
+                table(name)
 
-        def lost() -> None:
-            link(ALL, 0)
-            routing()
+        def routed(message: Message | None) -> None:
+            if message is None:
+                change(LinkChanged(ALL, 0))
+                change(RuleChanged(removed=True))
+                return
+            with contextlib.suppress(NetlinkError):
+                if (found := changed(message)) is not None:
+                    change(found)
 
         try:
-            self._open(
-                NETLINK_NETFILTER, _NFTABLES_GROUP, lambda data: _each(tables(data), table), lambda: table(ALL)
-            )
-            self._open(socket.NETLINK_ROUTE, _LINK_GROUP | _RULE_GROUPS | _GROUND_GROUPS, routed, lost)
+            self._open(Multicast(NETFILTER, _NFTABLES_GROUP), ruled)
+            self._open(Multicast(socket.NETLINK_ROUTE, *_ROUTING_GROUPS), routed)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, protocol: int, group: int, take: Callable[[bytes], None], lost: Callable[[], None]) -> None:
-        one = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, protocol)
+    def _open(self, one: Multicast, take: Callable[[Message | None], None]) -> None:
         self._sockets.append(one)
-        one.bind((0, group))
 
         def readable() -> None:
-            while True:
-                try:
-                    data = one.recv(1 << 16)
-                except BlockingIOError:
-                    return
-                except OSError as exc:
-                    if exc.errno == errno.ENOBUFS:
-                        lost()
-                        continue
-                    log.error("Netlink: %s", exc)
-                    self._loop.remove_reader(one.fileno())
-                    return
-                take(data)
+            try:
+                for message in one.heard():
+                    take(message)
+            except OSError as exc:
+                log.error("Netlink: %s", exc)
+                self._loop.remove_reader(one.fileno())
 
         self._loop.add_reader(one.fileno(), readable)
 
@@ -104,41 +80,8 @@ class Watch:
         self._sockets.clear()
 
 
-def _each(names: Iterator[str], call: Callable[[str], None]) -> None:
-    for name in dict.fromkeys(names):
-        call(name)
-
-
-def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
-    while len(data) >= _HEADER.size:
-        length, kind, _flags, _sequence, _port = _HEADER.unpack_from(data)
-        if length < _HEADER.size:
-            return
-        yield kind, data[_HEADER.size : length]
-        data = data[length + 3 & ~3 :]
-
-
-def _text(data: bytes, wanted: int) -> str:
-    """The attribute `wanted`, a text."""
-    while len(data) >= _ATTRIBUTE.size:
-        length, kind = _ATTRIBUTE.unpack_from(data)
-        if length < _ATTRIBUTE.size:
-            break
-        if kind & 0x3FFF == wanted:
-            return data[_ATTRIBUTE.size : length].rstrip(b"\0").decode(errors="replace")
-        data = data[length + 3 & ~3 :]
-    return ""
-
-
-def tables(data: bytes) -> Iterator[str]:
-    """The tables that the messages are about. Every message of nftables' has its table's name first."""
-    for kind, body in _messages(data):
-        if kind >> 8 == _NFTABLES and kind & 0xFF != _NEWGEN:
-            yield _text(body[4:], 1)  # after struct nfgenmsg
-
-
-def links(data: bytes) -> Iterator[tuple[str, int]]:
-    """The interfaces that the messages are about, by name and index. Of one that was renamed it is the new name."""
-    for kind, body in _messages(data):
-        if kind in (_NEWLINK, _DELLINK) and (name := _text(body[16:], _IFLA_IFNAME)):
-            yield name, int.from_bytes(body[4:8], sys.byteorder)
+def table_of(message: Message) -> str | None:
+    """The table that a message of nftables' is about; None for another message."""
+    if message.kind & ~0xFF != NFTABLES or message.kind == _NEWGEN:
+        return None
+    return message.text(NFGEN, _TABLE)

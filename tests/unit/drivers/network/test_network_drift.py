@@ -6,8 +6,6 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import socket
-import struct
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -19,7 +17,7 @@ from tests.doubles.whole_host import ROOT, on_loop, until
 from tests.unit.drivers.network.test_network_restarts import Site
 from virtd.drivers.network import bridge, links, upkeep
 from virtd.drivers.network import prerequisites as network_host
-from virtd.drivers.network.kernel import Way
+from virtd.drivers.network.kernel import RouteChanged, Way
 from virtd.drivers.network.upkeep import LIMIT, PAUSE, WINDOW, Patience
 from virtd.messages import Message
 
@@ -116,16 +114,16 @@ async def test_a_route_that_a_rule_refuses(site: Site) -> None:
 @pytest.mark.parametrize(
     ("route", "asked"),
     [
-        ((socket.AF_INET, 0, 0, 0, 254), True),
-        ((socket.AF_INET, 1, 0, 0, 254), True),  # half of the world, as VPNs have it
-        ((socket.AF_INET6, 0, 0, 0, 252), True),
-        ((socket.AF_INET, 24, 0, 0, 254), False),
-        ((socket.AF_INET6, 0, 0, 0, 255), False),
+        (RouteChanged(4, 0, 0, 254), True),
+        (RouteChanged(4, 0, 1, 254), True),  # half of the world, as VPNs have it
+        (RouteChanged(6, 0, 0, 252), True),
+        (RouteChanged(4, 0, 24, 254), False),
+        (RouteChanged(6, 0, 0, 255), False),
     ],
 )
 @on_loop
 async def test_who_goes_elsewhere_is_tried_again(
-    site: Site, monkeypatch: pytest.MonkeyPatch, route: tuple[int, ...], *, asked: bool
+    site: Site, monkeypatch: pytest.MonkeyPatch, route: RouteChanged, *, asked: bool
 ) -> None:
     """Another way out may lead through another firewall's rules, which haven't changed."""
     async with site.world.daemon() as host:
@@ -134,7 +132,7 @@ async def test_who_goes_elsewhere_is_tried_again(
         doubted: list[str] = []
         tended = host.networks.driver._upkeep
         monkeypatch.setattr(tended, "_doubt", doubted.extend)
-        tended.other(24, struct.pack("=8BI", *route, 3, 0, 1, 0))
+        tended.heard(route)
         assert doubted == (["lab"] if asked else [])
         file("mtu", "1400")(site)
         await host.look()

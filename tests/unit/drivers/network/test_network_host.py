@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import struct
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -12,7 +13,8 @@ import pytest
 
 from tests.doubles.whole_host import until
 from virtd import errors
-from virtd.drivers.network import firewall, firewalld, guard, links, prerequisites, routes, watch
+from virtd.drivers.network import firewall, firewalld, guard, kernel, links, netlink, prerequisites, routes, watch
+from virtd.drivers.network.kernel import LinkChanged, RouteChanged, RuleChanged
 from virtd.model import network as model
 
 if TYPE_CHECKING:
@@ -141,20 +143,39 @@ def test_settings_are_named_as_sysctl_has_them() -> None:
     assert prerequisites.dotted("net/ipv4/conf/br0.100/forwarding") == "net.ipv4.conf.br0/100.forwarding"
 
 
-def message(kind: int, head: bytes, attribute: int, text: str) -> bytes:
-    value = text.encode() + b"\0"
-    body = head + struct.pack("=HH", 4 + len(value), attribute) + value + bytes(-len(value) % 4)
+def message(kind: int, body: bytes) -> bytes:
     return struct.pack("=IHHII", 16 + len(body), kind, 0, 0, 0) + body
 
 
-def test_messages_of_the_kernel() -> None:
-    deleted = 10 << 8 | 2
-    data = message(deleted, bytes(4), 1, "virtd-lab") + message(deleted, bytes(4), 1, "docker")
-    data += message(10 << 8 | 15, bytes(4), 1, "virtd-not-a-table")
-    assert list(watch.tables(data)) == ["virtd-lab", "docker"]
-    link = struct.pack("=BxHiII", 0, 1, 7, 0, 0)
-    assert list(watch.links(message(17, link, 3, "vd-lab") + message(20, link, 3, "x"))) == [("vd-lab", 7)]
-    assert list(watch.tables(b"\1\2\3")) == list(watch.tables(bytes(64))) == []
+def test_notifications_of_the_kernel() -> None:
+    """Layouts as include/uapi has them, and not by the code that is tested."""
+    deleted, lab = 10 << 8 | 2, struct.pack("=4xHH10sxx", 14, 1, b"virtd-lab\0")
+    data = message(deleted, lab) + message(10 << 8 | 15, lab) + message(17, lab)
+    assert [watch.table_of(one) for one in netlink.messages(data)] == ["virtd-lab", None, None]
+    link = struct.pack("=BxHiIIHH7sx", 0, 1, 7, 0, 0, 11, 3, b"vd-lab\0")
+    half = struct.pack("=8BIHH4s", socket.AF_INET, 1, 0, 0, 254, 3, 0, 1, 0, 8, 1, bytes([128, 0, 0, 0]))
+    data = message(17, link) + message(24, half) + message(33, bytes(12)) + message(20, bytes(8)) + message(99, link)
+    assert [kernel.changed(one) for one in netlink.messages(data)] == [
+        LinkChanged("vd-lab", 7),
+        RouteChanged(4, 1 << 31, 1, 254),
+        RuleChanged(removed=True),
+        LinkChanged("", 0),
+        None,
+    ]
+
+
+@pytest.mark.parametrize("data", [bytes(64), message(24, b"\2")])
+def test_a_notification_that_cannot_be_read(data: bytes) -> None:
+    with pytest.raises(netlink.NetlinkError):
+        [kernel.changed(one) for one in netlink.messages(data)]
+
+
+def test_attributes_are_read_as_they_are_written() -> None:
+    data = netlink.attribute(1, "eth0") + netlink.nested(2, netlink.attribute(3, 4), netlink.attribute(5, b"\6"))
+    found = netlink.Attributes(data + b"\xff\0")
+    assert (found.text(1), found.within(2), found.text(7), found.number(7)) == (
+        "eth0", {3: struct.pack("=I", 4), 5: b"\6"}, "", 0,
+    )  # fmt: skip
 
 
 def test_firewalld_is_told_again_when_the_bus_is_back(monkeypatch: pytest.MonkeyPatch) -> None:

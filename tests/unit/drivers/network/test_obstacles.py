@@ -6,7 +6,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any
 
-from virtd.drivers.network import firewall, obstacles, packets, prerequisites, trace
+from virtd.drivers.network import firewall, netlink, obstacles, packets, prerequisites, trace
 from virtd.drivers.network.packets import SYN, Way
 from virtd.drivers.network.probe import ANSWERED, BRIDGED, FORWARD, INPUT, Lost, Trial
 from virtd.drivers.network.trace import Step
@@ -39,11 +39,14 @@ def test_what_the_kernel_tells_of_a_packet() -> None:
     jump = message(9, b"in", attribute(3, bytes(7) + b"\6"), verdict(-3, b"deep\0"), attribute(8, frame[14:54]))
     drop = message(9, b"deep", attribute(3, bytes(7) + b"\7"), verdict(0))
     policy = message(9, b"in", attribute(16, bytes(4)), family=10)
-    steps = list(trace.parse(jump + drop + policy + message(9, b"other", kind=0x0A0F)))
+    other, cut = message(9, b"other", kind=0x0A0F), message(9, b"in")
+    steps = [trace.parse(one) for one in netlink.messages(jump + drop + policy + other + cut)]
     assert steps == [
         Step(9, 4711, "inet", "filter", "in", 6, "jump", "deep"),
         Step(9, 0, "inet", "filter", "deep", 7, "drop", ""),
         Step(9, 0, "ip6", "filter", "in", 0, "drop", ""),
+        None,
+        None,
     ]
 
 
