@@ -194,9 +194,9 @@ _virtdctl_volume() {
 _virtdctl() {
     local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]} command='' second='' word skip=0 options
     local -r commands='list info start shutdown stop kill reboot suspend resume wait console log
-        define undefine dump upgrade-machine autostart status fsck slots reload container network pool volume help'
+        define undefine dump upgrade-machine autostart status fsck events slots reload container network pool volume help'
     local -r common='--help --daemon-timeout --address'
-    local -r with_value='--address --env -e --image --daemon-timeout --escape --lines -n --signal -s --state --timeout
+    local -r with_value='--address --env -e --image --daemon-timeout --escape --lines -n --signal -s --since --state --timeout
         --backing --backing-pool --format --from --preallocation --size --to-pool'
     local -a given=()
     COMPREPLY=()
@@ -263,6 +263,7 @@ _virtdctl() {
         list) options='--all --running --state --no-legend --json' ;;
         info | dump | status) options='--json' ;;
         fsck) options='--repair --no-legend --json' ;;
+        events) options='--since --json' ;;
         slots) options='--no-legend --json' ;;
         shutdown) options='--timeout --no-wait' ;;
         reboot) options='--force --timeout' ;;

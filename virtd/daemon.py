@@ -38,7 +38,7 @@ from .api.limits import Limits  # noqa: E402
 from .children.child import Services  # noqa: E402
 from .connections import Connections, give_way  # noqa: E402
 from .drivers.loader import MODULES  # noqa: E402
-from .host import Caller, Host  # noqa: E402
+from .host import Caller, Host, eventlog  # noqa: E402
 from .logs.pump import Loss, Pump  # noqa: E402
 from .messages import Message  # noqa: E402
 from .model import settings as settings_model  # noqa: E402
@@ -102,6 +102,7 @@ class Daemon:
         self._degraded()
         announce(self._paths)
         self._notify(f"READY=1\nSTATUS={self._status()}")
+        self.host.events.begin()  # before anything can change
         # Collecting was off during the imports; none of what they made will ever be garbage.
         gc.freeze()
         gc.enable()
@@ -280,14 +281,16 @@ class Daemon:
 
 
 def announce(paths: Paths) -> None:
-    """For the package's scriptlet: which code this daemon runs."""
+    """Publish which code this daemon runs, for the package's scriptlet, and that it keeps a log of events."""
     try:
         with open(CODE_ID, encoding="ascii") as file:
             code = file.read().strip()
     except (OSError, ValueError):
         code = ""
     pid, path = os.getpid(), f"{paths.run}/daemon.json"
+    eventlog.discard_unless(_published(path).get("events"), paths.events)
     content = {"version": __version__, "pid": pid, "start": process.start_time(pid), "code_id": code}
+    content["events"] = eventlog.FORMAT
     try:
         files.write(path, msgspec.json.encode(content), mode=0o644)
     except errors.HostError as exc:
@@ -295,6 +298,16 @@ def announce(paths: Paths) -> None:
         # What an earlier daemon has left there is true of nobody by now.
         with contextlib.suppress(errors.HostError):
             files.remove(path)
+
+
+def _published(path: str) -> dict[str, Any]:
+    """What the previous daemon published of itself."""
+    try:
+        with open(path, "rb") as file:
+            content = msgspec.json.decode(file.read(1 << 16))
+    except (OSError, ValueError, msgspec.MsgspecError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def load_settings(paths: Paths) -> tuple[settings_model.Settings, errors.VirtdError | None]:

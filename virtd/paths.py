@@ -83,6 +83,11 @@ class Paths:
         """What a domain's guest sees of its machine."""
         return f"{self.lib}/qemu/{domain}.json"
 
+    @property
+    def events(self) -> str:
+        """The latest changes of state, for subscribers."""
+        return f"{self.run}/events.log"
+
     def mountpoint(self, pool: str) -> str:
         """Which file system a directory pool was on when it was last active."""
         return f"{self.lib}/storage/{pool}.json"

@@ -200,3 +200,19 @@ def test_no_word_of_an_older_daemon_stays(paths: Paths, monkeypatch: pytest.Monk
     monkeypatch.setattr("virtd.files.write", full)
     announce(paths)
     assert not stale.exists()
+
+
+def test_events_that_an_older_virtd_did_not_record_are_missed(paths: Paths) -> None:
+    """Whoever subscribes from a number that it knew before is to learn of the gap."""
+    os.makedirs(paths.run)
+    log = Path(paths.events)
+    log.touch()
+    announce(paths)  # no virtd is known to have kept it
+    assert not log.exists()
+    log.touch()
+    announce(paths)
+    assert log.exists()
+    older = Path(paths.run, "daemon.json")
+    older.write_text('{"version": "0.1.0", "pid": 1, "code_id": "0123abc"}')
+    announce(paths)
+    assert not log.exists()

@@ -32,4 +32,5 @@ METHODS: dict[str, Method] = {
     "Repair": Method(lambda host, by, p: host.check_all(repair=True, by=by)),
     "Slots": _shared(lambda host, by, p: under("slots", host.slots())),
     "Reload": Method(lambda host, by, p: host.reload(by=by)),
+    "Subscribe": Method(stream=lambda host, by, p: host.events.subscribe(p.get("since")), waiting=True),
 }

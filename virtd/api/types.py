@@ -16,7 +16,7 @@ from typing import Any
 from ..replies import Reply
 from . import idl
 
-MODULES = tuple(f"virtd.replies{name}" for name in ("", ".daemon", ".guests", ".networks", ".storage"))
+MODULES = tuple(f"virtd.replies{name}" for name in ("", ".daemon", ".events", ".guests", ".networks", ".storage"))
 _BASIC = {str: "string", bool: "bool", int: "int", float: "float", Any: "object"}
 
 

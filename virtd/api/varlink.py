@@ -176,6 +176,8 @@ class Connection:
                 if found is not None and found.stream is not None:
                     if not more:
                         raise Refused(f"{SERVICE}.ExpectedMore", {})
+                    if found.waiting:
+                        turn.leave()
                     await self._stream(found.stream(self._host, self.caller, parameters))
                     return True
                 result = await self._call(found, method, parameters, turn)

@@ -254,7 +254,8 @@ class Call:
 
     `parameters(attempt)` is asked for each attempt: 0 for the first, 1 and more after the daemon went away, so that a
     call with a time limit asks for what is left of it. `repeat=False` is for what must not happen twice: it then ends
-    with Disconnected. `limit` is how many seconds the daemon may take to answer, None for no limit.
+    with Disconnected. `limit` is how many seconds the daemon may take to answer, None for no limit. With `more` there
+    are many replies, each of which `result` waits for.
     """
 
     def __init__(
@@ -265,8 +266,10 @@ class Call:
         *,
         limit: float | None = None,
         repeat: bool = True,
+        more: bool = False,
     ) -> None:
         self._session = session
+        self._more = more
         self._method = method
         self._parameters = parameters
         self._repeat = repeat
@@ -319,12 +322,13 @@ class Call:
                 from virtd.text import span
 
                 raise TimedOut(f"virtd didn't answer within {span(self._limit or 0)}", hint=HINT)
+            self._broken = 0  # of a call with many replies: it wasn't in vain
             return reply
 
     def _send(self) -> None:
         assert self._connection is not None
         try:
-            self._connection.send(self._method, self._parameters(self.attempt))
+            self._connection.send(self._method, self._parameters(self.attempt), more=self._more)
         except TimeoutError as exc:
             raise TimedOut("virtd doesn't read what it is sent", hint=HINT) from exc
 

@@ -45,6 +45,7 @@ COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
     "autostart": ("domains", "Definitions", "NAME...", "Start domains when the host boots, or no longer", ""),
     "status": ("show", "The daemon", "", "Show the state of virtd, and what it recovered", "get the status of virtd"),
     "fsck": ("fsck", "The daemon", "", "Compare all that is known of each object", "compare"),
+    "events": ("events", "The daemon", "", "Show changes of state as they happen", "follow the events"),
     "slots": ("slots", "The daemon", "[NAME]", "Show which descriptors systemd keeps for whom", "list slots"),
     "reload": ("domains", "The daemon", "", "Make virtd read the definitions again", "reload the definitions"),
 }
@@ -194,7 +195,7 @@ def _run(noun: str, command: str, words: list[str]) -> int:
         args = parser.parse_args(words)
     except SystemExit as exit_:  # from --help (0) and from a usage error (2)
         return int(exit_.code or 0)
-    viewer = command == "console" or getattr(args, "follow", False)
+    viewer = command in ("console", "events") or getattr(args, "follow", False)
     patience = args.daemon_timeout
     if patience is ...:
         patience = None if viewer else PATIENCE

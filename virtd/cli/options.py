@@ -27,6 +27,7 @@ WITH_VALUE = frozenset(
         "--lines",
         "-n",
         "--signal",
+        "--since",
         "-s",
         "--state",
         "--timeout",

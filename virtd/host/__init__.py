@@ -28,6 +28,7 @@ from ..replies import daemon as replies
 from .access import Access
 from .base import Caller, Listener, WithDescriptors
 from .domains import Domains
+from .events import Events
 from .objects import Objects
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from ..logs.pump import Loss
     from ..model.settings import Settings
     from ..objects.protocol import Driver
+    from ..replies.storage import Job
     from .boot import Boot
     from .containers import Containers
     from .networks import Networks
@@ -74,6 +76,7 @@ class Host(Domains):
         domains = cast("qemu.driver.Driver", self.drivers.get(DRIVER))
         super().__init__(services, settings.qemu, domains, self.followers, self.subscribe)
         self.access = Access()
+        self.events = Events(services.paths.events, self.drivers, self._jobs)
         self.recovery = Recovery()
         self.degraded: list[str] = []
         self.problems: dict[str, tuple[str, str]] = {}
@@ -118,7 +121,14 @@ class Host(Domains):
 
     def _publisher(self, driver: str) -> Callable[[str, str], None]:
         def publish(event: str, name: str) -> None:
-            item = self.drivers.get(driver).describe_named(name)
+            if event == "job":
+                job = next((job for job in self._jobs() if job.job == name), None)
+                if job is not None:
+                    self.events.changed("job", name, job)
+                return
+            one = self.drivers.get(driver)
+            item = one.describe_named(name)
+            self.events.changed(one.noun, name, None if event == "removed" else item)
             for listener in list(self._listeners):
                 try:
                     listener(event, item)
@@ -126,6 +136,11 @@ class Host(Domains):
                     log.exception("A listener failed on %s of %s/%s", event, driver, name)
 
         return publish
+
+    def _jobs(self) -> list[Job]:
+        if "storage" not in self.drivers:
+            return []
+        return cast("storage.driver.Driver", self.drivers.get("storage")).jobs.describe()
 
     # The other nouns
 
@@ -177,7 +192,9 @@ class Host(Domains):
 
     async def reconcile(self) -> None:
         """The second step, once systemd can be asked."""
+        self.events.begin()
         await asyncio.gather(*(self._reconcile(driver) for driver in self.drivers))
+        self.events.compare()
 
     async def _reconcile(self, driver: Driver) -> None:
         try:
@@ -241,6 +258,7 @@ class Host(Domains):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(driver.close() for driver in self.drivers))
+        self.events.close()
 
     # The daemon
 

@@ -40,7 +40,7 @@ SUPERVISED: Final = {
 }
 _RIGHTS: Final = {
     "org.virtd1": {
-        Right.LOOK: "Status List Info Dump Check Slots Wait",
+        Right.LOOK: "Status List Info Dump Check Slots Wait Subscribe",
         Right.OVERHEAR: "Follow OpenConsole",
         Right.CHANGE: "Define Undefine Start Shutdown Stop Kill Reboot Suspend Resume Autostart Repair Reload "
         "UpgradeMachine",

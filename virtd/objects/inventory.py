@@ -414,6 +414,11 @@ class Inventory(Generic[T, D]):
                     return one
         raise errors.NotFound(f"There is no {self.noun} {name}", hint=do("list", self.noun) + " shows all.")
 
+    def known(self) -> Iterator[tuple[str, Reply | None]]:
+        for name, one in self.objects.items():
+            certain = one.settled.is_set() or one.record is not None
+            yield name, self.describe(one) if certain and (one.definition or one.record) else None
+
     def describe_named(self, name: str) -> Reply:
         one = self.objects.get(name)
         return self.describe(one) if one is not None else Gone(name=name, driver=self.name)

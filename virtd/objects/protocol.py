@@ -118,6 +118,9 @@ class Driver(Protocol):
     def bad_definitions(self) -> list[tuple[str, Problem]]:
         """Those of `troubles` that are about definitions."""
 
+    def known(self) -> Iterator[tuple[str, Reply | None]]:
+        """All objects, in their short form; None for one whose state isn't known yet."""
+
     def describe_named(self, name: str) -> Reply:
         """The short form of an object for events; a Gone when it is gone."""
 
@@ -162,7 +165,7 @@ class Using(Protocol):
         """Which object has which file."""
 
 
-Publish = Callable[[str, str], None]  # (event, name): "added", "removed", "changed", "ended"
+Publish = Callable[[str, str], None]  # (event, name): "added", "removed", "changed", "ended"; "job" of a job
 
 
 class Factory(Protocol):

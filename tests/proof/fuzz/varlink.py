@@ -43,13 +43,16 @@ class Echo:
     access = Access()
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("networks", "containers", "pools", "volumes"):
+        if name in ("networks", "containers", "pools", "volumes", "events"):
             return self
 
         async def answer(*values: Any, **options: Any) -> Any:
             return {"values": list(values), "options": {key: value for key, value in options.items() if key != "by"}}
 
         return answer
+
+    async def subscribe(self, since: int | None) -> Any:
+        yield {"event": "ended", "since": since}
 
     async def open_console(self, **options: Any) -> Any:
         yield {"event": "ended", "name": options["name"]}

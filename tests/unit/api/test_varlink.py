@@ -66,6 +66,18 @@ class FakeHost:
 
         return call
 
+    @property
+    def events(self) -> FakeHost:
+        return self
+
+    async def subscribe(self, since: int | None) -> AsyncIterator[dict[str, Any]]:
+        self.calls.append(("subscribe", (since,), {}))
+        try:
+            yield {"sequence": since}
+            await asyncio.Event().wait()
+        finally:
+            self.cancelled.append("subscribe")
+
     async def open_console(self, **kwargs: Any) -> AsyncIterator[dict[str, Any] | WithDescriptors]:
         self.calls.append(("open_console", (), kwargs))
         if (answer := self.answers.get("open_console")) is not None:
@@ -402,18 +414,20 @@ async def test_what_nobody_thought_of_is_an_error_and_no_hang_up(
 @on_loop
 async def test_only_root_may_change_things(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sample: dict[str, Any] = {"string": "a", "int": 1, "bool": True, "float": 1.0}
+    everybody = {"Status", "List", "Info", "Dump", "Wait", "Check", "Slots", "Subscribe"}
     async with serving(tmp_path, monkeypatch, ANN) as world:
-        with world.client() as client:
-            for method, declared in idl.methods("org.virtd1").items():
+        for method, declared in idl.methods("org.virtd1").items():
+            with world.client() as client:
                 parameters = {p.name: [sample[p.kind]] if p.many else sample[p.kind] for p in declared}
-                reply = await client.call(f"org.virtd1.{method}", parameters, more=method == "OpenConsole")
+                more = method in ("OpenConsole", "Subscribe")
+                reply = await client.call(f"org.virtd1.{method}", parameters, more=more)
                 assert reply is not None
                 denied = reply.get("error") == "org.virtd1.AccessDenied"
-                assert denied == (method not in {"Status", "List", "Info", "Dump", "Wait", "Check", "Slots"}), method
+                assert denied == (method not in everybody), method
                 if denied:
                     assert reply["parameters"]["message"] == f"ann may not call {method}"
         assert {call[0] for call in world.host.calls} == {
-            "status", "listing", "info", "dump", "wait", "check_all", "slots",
+            "status", "listing", "info", "dump", "wait", "check_all", "slots", "subscribe",
         }  # fmt: skip
 
 
@@ -488,7 +502,8 @@ async def test_a_large_reply_with_a_descriptor(tmp_path: Any, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    "method", [name for name, method in interfaces.methods("org.virtd1").items() if method.waiting]
+    "method",
+    [name for name, method in interfaces.methods("org.virtd1").items() if method.waiting and not method.stream],
 )
 @on_loop
 async def test_who_hangs_up_is_not_waited_for(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
@@ -507,6 +522,17 @@ async def test_who_hangs_up_is_not_waited_for(tmp_path: Any, monkeypatch: pytest
             await until(lambda: world.host.calls)
             assert world.host.cancelled == []
         await until(lambda: world.host.cancelled == [method.lower()])
+        await until(lambda: not world.server.clients.count(0))
+
+
+@on_loop
+async def test_a_subscriber_that_hangs_up_is_forgotten(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(tmp_path, monkeypatch) as world:
+        with world.client() as client:
+            reply = await client.call("org.virtd1.Subscribe", {"since": 7}, more=True)
+            assert reply == {"parameters": {"sequence": 7}, "continues": True}
+            assert world.host.cancelled == []
+        await until(lambda: world.host.cancelled == ["subscribe"])
         await until(lambda: not world.server.clients.count(0))
 
 

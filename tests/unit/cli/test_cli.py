@@ -15,10 +15,10 @@ import pytest
 from tests.doubles.fake_daemon import DOMAIN, INFO, KILLED, STOPPED, FakeDaemon
 from virtd import __version__, errors
 from virtd.cli import exits, output
-from virtd.cli.main import COMMANDS, NOUNS, main
+from virtd.cli.main import COMMANDS, NOUNS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    pass
 
 ROOT = Path(__file__).resolve().parents[3]
 STATUS = {
@@ -33,35 +33,6 @@ STATUS = {
     "degraded": [],
 }
 PROBLEM = {"object": "web1", "text": "a slot is missing", "hint": "virtdctl stop web1"}
-
-
-@pytest.fixture
-def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaemon]:
-    fake = FakeDaemon(tmp_path / "virtd.sock")
-    monkeypatch.setenv("VIRTDCTL_ADDRESS", fake.path)
-    monkeypatch.setenv("TZ", "UTC")
-    time.tzset()
-    yield fake
-    fake.close()
-
-
-class Ran:
-    """How a run of virtdctl ended."""
-
-    def __init__(self, status: int, out: str, err: str) -> None:
-        self.status = status
-        self.out = out
-        self.err = err
-
-
-@pytest.fixture
-def virtdctl(capsys: pytest.CaptureFixture[str]) -> Any:
-    def run(*words: str) -> Ran:
-        status = main(words)
-        captured = capsys.readouterr()
-        return Ran(status, captured.out, captured.err)
-
-    return run
 
 
 # Finding the command.

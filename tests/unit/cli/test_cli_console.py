@@ -72,20 +72,10 @@ class Screen:
         os.close(self.slave)
 
 
-@pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[FakeDaemon]:
-    fake = FakeDaemon(tmp_path / "virtd.sock")
-    fake.answers["Info"] = {"object": INFO | {"exit": {"cause": "guest-shutdown", "code": 0}}}
-    yield fake
-    fake.close()
-
-
-@pytest.fixture
-def guest(tmp_path: Path, daemon: FakeDaemon) -> Iterator[Guest]:
-    guest = Guest(tmp_path)
-    daemon.guest(guest)
-    yield guest
-    guest.close()
+@pytest.fixture(autouse=True)
+def shut_down(daemon: FakeDaemon) -> None:
+    """How it ended, once it did."""
+    daemon.answers["Info"] = {"object": INFO | {"exit": {"cause": "guest-shutdown", "code": 0}}}
 
 
 @pytest.fixture

@@ -22,21 +22,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[FakeDaemon]:
-    fake = FakeDaemon(tmp_path / "virtd.sock")
-    yield fake
-    fake.close()
-
-
-@pytest.fixture
-def guest(tmp_path: Path, daemon: FakeDaemon) -> Iterator[Guest]:
-    guest = Guest(tmp_path)
-    daemon.guest(guest)
-    yield guest
-    guest.close()
-
-
 def command(daemon: FakeDaemon, *words: str, warnings: str = "error") -> list[str]:
     return [sys.executable, "-W", warnings, "-m", "virtd.cli", *words, "--address", daemon.path]
 

@@ -21,17 +21,9 @@ from virtd.cli.log import chunks
 from virtd.cli.main import main
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    pass
 
 CHANGED = {"name": "web1", "changed": True, "pid": 1}
-
-
-@pytest.fixture
-def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaemon]:
-    fake = FakeDaemon(tmp_path / "virtd.sock")
-    monkeypatch.setenv("VIRTDCTL_ADDRESS", fake.path)
-    yield fake
-    fake.close()
 
 
 @pytest.mark.parametrize("command", ["start", "stop", "suspend", "resume", "autostart", "undefine", "shutdown"])

@@ -12,11 +12,8 @@ from typing import Any
 import pytest
 
 from tests.doubles.fake_daemon import Call, FakeDaemon
-from tests.unit.cli.test_cli import daemon, virtdctl
 from virtd import errors
 from virtd.cli import jobs, pool, transfer, volume
-
-__all__ = ["daemon", "virtdctl"]
 
 ROOT = Path(__file__).resolve().parents[3]
 POOL = {

@@ -35,7 +35,9 @@ KEPT = 32  # verdicts that are kept for later questions
 
 
 class Jobs:
-    """`find_pool(name)` raises NotFound; `changed(name)` is told when the jobs of a pool have changed."""
+    """`find_pool(name)` raises NotFound; `changed(name)` is called when the jobs of a pool have changed,
+    `job_changed(name)` when a job has.
+    """
 
     def __init__(
         self,
@@ -44,10 +46,12 @@ class Jobs:
         boot_id: str,
         find_pool: Callable[[str], StoragePool],
         changed: Callable[[str], None],
+        job_changed: Callable[[str], None],
     ) -> None:
         self._services = services
         self._find_pool = find_pool
         self._changed = changed
+        self._job_changed = job_changed
         self._shared = Shared(services, records, boot_id, self._concluded, self._published)
         self._jobs: dict[str, Job] = {}
         self._reserved: set[str] = set()
@@ -139,6 +143,7 @@ class Jobs:
             for old in sorted((job for job in self if job.over.is_set()), key=_since)[:-KEPT]:
                 self.forget(old)
         if job.task.verb != TOOL:
+            self._job_changed(job.name)
             self._changed(job.task.pool)
 
     # Taking them back

@@ -46,7 +46,7 @@ class Pools(Inventory[StoragePool, model.Pool]):
         super().__init__(services, Records(services.paths, DRIVER), publish)
         self._settings = settings
         boot = boot_id()
-        self.jobs = Jobs(services, self.records, boot, self.find, self._jobs_changed)
+        self.jobs = Jobs(services, self.records, boot, self.find, self._jobs_changed, self._job_changed)
         self.usage = Usage(self.jobs, peers)
         self._shared = Shared(services.paths, self.records, self.published, boot, self._backend)
 
@@ -80,6 +80,9 @@ class Pools(Inventory[StoragePool, model.Pool]):
     def _jobs_changed(self, name: str) -> None:
         if name in self.pools:
             self._publish("changed", name)
+
+    def _job_changed(self, name: str) -> None:
+        self._publish("job", name)
 
     # Definitions
 
