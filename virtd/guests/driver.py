@@ -21,12 +21,14 @@ from ..objects.protocol import Problem
 from ..process import boot_id
 from ..records import Record, Records, now
 from ..replies import guests as replies
-from .guest import Guest, Shared
+from .guest import Guest
+from .guestrecord import Shared
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..children.child import Services
+    from ..objects.persistent import Named
     from ..objects.protocol import Difference, Publish
     from ..systemd.state import UnitState
 
@@ -61,8 +63,7 @@ class GuestDriver(Inventory[G, D]):
         raise NotImplementedError
 
     def put_in_force(self, one: G, definition: D, text: str) -> None:
-        assert one.record is not None
-        one.note(one.state, one.reason, data=one.record.data | definitions.in_force(definition, text))
+        one.note(one.state, one.reason, data=one.data | definitions.in_force(definition, text))
 
     def found_out(self, _machine: G, _unit: UnitState) -> dict[str, Any]:
         """More for the record of one whose record is lost: what can be seen of what it said."""
@@ -194,7 +195,7 @@ class GuestDriver(Inventory[G, D]):
         async with machine.exclusive("undefine"):
             require("undefine", machine.name, machine.state, self.noun)
             await machine.over.wait()
-            await machine.tidy("undefine")
+            await machine.finishing.tidy("undefine")
             # The record first: if that is refused, nothing has changed, and a crash in between leaves one that can
             # be undefined again.
             if machine.record is not None:
@@ -258,12 +259,13 @@ class GuestDriver(Inventory[G, D]):
         self._last_id = max(self._last_id, *used, 0) + 1
         return self._last_id
 
-    def published(self, event: str, one: G) -> None:
-        if self.objects.get(one.name) is not one:
+    def published(self, event: str, one: Named) -> None:
+        guest = self.objects.get(one.name)
+        if guest is None or guest is not one:
             return
-        super().published(event, one)
+        super().published(event, guest)
         if event == "ended":
-            if one.definition is None:
-                self.forget(one.name)
+            if guest.definition is None:
+                self.forget(guest.name)
             else:
-                self.after_end(one)
+                self.after_end(guest)

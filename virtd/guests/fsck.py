@@ -361,25 +361,24 @@ async def _mend(guests: Supervising, name: str, seen: Seen) -> None:
         return
     expel(guests.services, seen, f"{guests.name}/{name}")
     if machine is not None and machine.record is not None:
-        await machine.put_away()
-        guests.records.save(machine.record)
+        await machine.finishing.put_away()
+        guests.records.save(machine.recorded)
         return
     await asyncio.to_thread(files.remove_tree, guests.services.paths.runtime(guests.name, name))
     guests.records.remove(name)
 
 
 async def _mend_running(guests: Supervising, machine: Guest[Any], seen: Seen) -> None:
-    assert machine.child is not None
-    assert machine.record is not None
-    if not machine.child.alive():
-        await machine.finish()
+    child = machine.live.child
+    if not child.alive():
+        await machine.finishing.finish()
         return
     units = await guests.services.units()
     unit = await units.state(machine.unit) if machine.name in seen.units else None
     if not machine.alive:
         return  # it has ended meanwhile
-    if unit is not None and unit.main_pid not in (0, machine.record.main_pid):
-        machine.child.identify(unit)
-        machine.save(main_pid=machine.child.pid, main_start=machine.child.start, invocation_id=unit.invocation_id)
-    await mend_slots(guests.services, machine.child, seen)
-    guests.records.save(machine.record)
+    if unit is not None and unit.main_pid not in (0, machine.recorded.main_pid):
+        child.identify(unit)
+        machine.save(main_pid=child.pid, main_start=child.start, invocation_id=unit.invocation_id)
+    await mend_slots(guests.services, child, seen)
+    guests.records.save(machine.recorded)

@@ -23,9 +23,8 @@ class Repeater:
 
     def begin(self, child: Child) -> None:
         """From where an earlier daemon stopped."""
-        record = self._owner.record
-        if child.stderr is not None and record is not None:
-            kept = record.data.get("stderr")
+        if child.stderr is not None:
+            kept = self._owner.data.get("stderr")
             cursor = Cursor(str(kept["file"]), int(kept["offset"])) if isinstance(kept, dict) else None
             self._log = StderrLog(child.stderr, self._owner.fields(), cursor, **self._how)
 
@@ -38,7 +37,7 @@ class Repeater:
             pass
         if (cursor := self._log.cursor) != before:
             place = {"file": cursor.file, "offset": cursor.offset}
-            self._owner.keep(data=self._owner.record.data | {"stderr": place})
+            self._owner.keep(data=self._owner.data | {"stderr": place})
 
     def end(self) -> None:
         """Nothing more comes."""

@@ -35,14 +35,8 @@ async def start(machine: Guest[D], ready: Callable[[D], Awaitable[Start[Any, D]]
         if machine.alive:
             return False
         await machine.over.wait()
-        await machine.tidy("start")
-        definition = machine.definition
-        if definition is None:
-            raise errors.NotFound(
-                f"{machine.noun.capitalize()} {machine.name} has no definition",
-                hint=do("define", machine.noun, "FILE") + f', with name = "{machine.name}".',
-            )
-        await (await ready(definition)).run()
+        await machine.finishing.tidy("start")
+        await (await ready(machine.defined)).run()
         return True
 
 
@@ -138,7 +132,7 @@ class Start(Launch, Generic[G, D]):
         if machine.state is State.STARTING:
             machine.note(State.RUNNING, f"started by {self.by}")
         machine.problems.pop("start", None)
-        machine.watch()
+        machine.finishing.watch(self.child)
         journal.send(
             f"Started {machine.noun} {machine.name} (PID {self.child.pid})",
             message_id=Message.STARTED, VIRTD_PID=str(self.child.pid), **machine.fields(),
@@ -153,7 +147,7 @@ class Start(Launch, Generic[G, D]):
         reason = self.last_line(self.words) or str(why)
         ending = self.before.exit if self.before is not None else None
         machine.note(State.STOPPED, f"failed to start: {reason}", exit=ending)
-        await machine.put_away()
+        await machine.finishing.put_away()
 
     def trouble(self, text: str) -> None:
         self.machine.problems["start"] = Problem(text)

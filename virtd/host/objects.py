@@ -124,13 +124,12 @@ class Objects(Generic[G]):
                 warnings=self._guests.warnings(checked),
             )
         machine, created = self._guests.define(text, source)
-        assert machine.definition is not None
         return Defined(
             name=machine.name,
             uuid=machine.uuid,
             created=created,
             path=machine.source,
-            warnings=self._guests.warnings(machine.definition),
+            warnings=self._guests.warnings(machine.defined),
         )
 
     async def undefine(self, name: str, *, by: Caller) -> Named:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from ..children.child import Services
     from ..records import Record, Records
+    from .persistent import Named
     from .protocol import Publish
 
 log = logging.getLogger(__name__)
@@ -469,7 +470,7 @@ class Inventory(Generic[T, D]):
             (key.partition(" ")[2], problem) for key, problem in self.problems.items() if key.startswith("definition")
         ]
 
-    def published(self, event: str, one: T) -> None:
-        """An object's own word."""
+    def published(self, event: str, one: Named) -> None:
+        """Pass on what an object of this driver publishes; one that was forgotten has nothing more to say."""
         if self.objects.get(one.name) is one:
             self._publish(event, one.name)

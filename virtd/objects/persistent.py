@@ -16,7 +16,7 @@ from ..records import now
 from .protocol import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
     from enum import StrEnum
 
     from ..hints import Hint
@@ -28,13 +28,19 @@ WAITS = "autostart"  # among problems: that it waits to be autostarted, for as l
 SAVE_AGAIN = 1.0  # seconds until a record that couldn't be written is tried again
 
 
+class Named(Protocol):
+    """What is published: an object, of which whoever listens asks for more by its name."""
+
+    name: str
+
+
 class Shared(Protocol):
     """What the objects of a driver share."""
 
     @property
     def records(self) -> Records: ...
     @property
-    def publish(self) -> Callable[[str, Any], None]: ...
+    def publish(self) -> Callable[[str, Named], None]: ...
 
 
 class Tasks:
@@ -45,7 +51,7 @@ class Tasks:
         self.problems = problems
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def spawn(self, work: Any, name: str) -> None:
+    def spawn(self, work: Coroutine[object, object, None], name: str) -> None:
         """A task of this object's; it is cancelled by `end_tasks`."""
         task: asyncio.Task[None] = asyncio.create_task(work, name=f"{name}-{self.name}")
         self._tasks.add(task)
@@ -84,6 +90,18 @@ class Persistent(Tasks):
     @property
     def active(self) -> bool:
         raise NotImplementedError
+
+    @property
+    def recorded(self) -> Record:
+        """The record of an object that is known to have one. Raises Bug when it has none."""
+        if self.record is None:
+            raise errors.Bug(f"{self.name} has no record")
+        return self.record
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The driver's own part of the record; empty without a record."""
+        return self.record.data if self.record is not None else {}
 
     def fields(self) -> dict[str, str]:
         """The journal fields of this object."""
@@ -129,8 +147,7 @@ class Persistent(Tasks):
 
     def save(self, **changes: Any) -> None:
         """Change the record and write it. Raises HostError; what is in memory is then as before."""
-        assert self.record is not None
-        self.put(msgspec.structs.replace(self.record, **changes))
+        self.put(msgspec.structs.replace(self.recorded, **changes))
 
     def put(self, record: Record) -> None:
         """Write a record in place of what there is. Raises HostError; what is in memory is then as before."""
@@ -140,21 +157,20 @@ class Persistent(Tasks):
 
     def note(self, state: StrEnum, reason: str, **changes: Any) -> None:
         """Go into a state that came about by itself: in memory for certain, on record if the file system lets us."""
-        assert self.record is not None
-        if (state.value, reason) == (self.record.state, self.record.reason) and not changes:
+        before = self.recorded
+        if (state.value, reason) == (before.state, before.reason) and not changes:
             return
-        changes.setdefault("since", now() if state.value != self.record.state else self.record.since)
+        changes.setdefault("since", now() if state.value != before.state else before.since)
         self.keep(state=state.value, reason=reason, **changes)
         if self.active:
             self.wait_for(None)
         self.shared.publish("changed", self)
 
     def keep(self, **changes: Any) -> None:
-        """Change the record, as `note` does, by what nobody is told of."""
-        assert self.record is not None
-        self.record = msgspec.structs.replace(self.record, **changes)
+        """Change the record as `note` does, without publishing an event."""
+        self.record = record = msgspec.structs.replace(self.recorded, **changes)
         try:
-            self.shared.records.save(self.record)
+            self.shared.records.save(record)
             self._recorded()
         except errors.HostError as exc:
             self.problems["record"] = Problem(exc.message, exc.hint)

@@ -19,7 +19,7 @@ from virtd.drivers.network.kernel import Way
 from virtd.drivers.network.obstacles import Obstacle
 from virtd.drivers.qemu import standstill
 from virtd.drivers.qemu.standstill import Space
-from virtd.guests.guest import AGAIN
+from virtd.guests.guestrecord import AGAIN
 from virtd.messages import Message
 from virtd.objects.protocol import Problem
 

@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING
 
 from ... import errors, journal, process
-from ...guests.guest import Guest, Shared
+from ...guests.guest import Guest
 from ...model import container as model
 from ...model.state import State
 from ...objects.protocol import Problem
@@ -18,6 +18,7 @@ from . import cgroup, ends, exposure, first, links, volume
 from .kept import Kept
 
 if TYPE_CHECKING:
+    from ...guests.guestrecord import Shared
     from ...guests.verdict import End
     from ...model.settings import Lxc
     from ...objects.peers import Peers

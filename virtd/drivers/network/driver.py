@@ -99,7 +99,7 @@ class Driver(Inventory[Net, model.Network]):
         self._sweep_leases()
         recovery.doubt(self)
         for net in self.nets.values():
-            if net.record is None and net.definition is not None and self._has_bridge(net):
+            if net.record is None and self._has_bridge(net):
                 net.settled.clear()
         self._guard.begin(beside_firewalld=False)
 
@@ -117,7 +117,7 @@ class Driver(Inventory[Net, model.Network]):
         """Second step: compare with systemd and the kernel, finish what a crash cut off."""
         _, others = await recovery.recorded(self)
         for net in self.nets.values():
-            if net.record is None and net.definition is not None and self._has_bridge(net):
+            if net.record is None and self._has_bridge(net):
                 others.setdefault(net.name, False)
         for name, unit in sorted(others.items()):
             try:
@@ -137,15 +137,17 @@ class Driver(Inventory[Net, model.Network]):
         self._guard.begin()
 
     def _has_bridge(self, net: Net) -> bool:
-        assert net.definition is not None
-        return net.definition.own and bridge.is_ours(net.definition.bridge_name, net.mac)
+        """Whether its bridge is there, as its definition has it."""
+        return (
+            net.definition is not None and net.definition.own and bridge.is_ours(net.definition.bridge_name, net.mac)
+        )
 
     async def _rebuild(self, name: str, *, unit: bool) -> None:
         """A unit, slots or a bridge that no record tells of: made whole by the definition, or cleared away."""
         net = self.object(name)
         slots = self.identities_of(name)
         network = net.definition
-        whole = network is not None and self._has_bridge(net)
+        whole = self._has_bridge(net)
         data: dict[str, Any] = {}
         if network is not None and whole:
             data = {"definition": net.definition_text, "mac": net.mac, "bridge": network.bridge_name}

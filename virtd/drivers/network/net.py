@@ -188,7 +188,6 @@ class Net(NetRecord):
 
     async def _undo(self, why: BaseException) -> None:
         """A start that failed: whatever there is of it by now goes away again."""
-        assert self.record is not None
         try:
             await self.unmake()
         except Exception as exc:

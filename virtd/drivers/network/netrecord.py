@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ...children.child import Services
     from ...model.settings import Dnsmasq
     from ...objects.peers import Peers
+    from ...objects.persistent import Named
     from ...records import Records
     from .holdings import Owner
     from .isolation import Isolation
@@ -39,7 +40,7 @@ class Shared(NamedTuple):
     services: Services
     records: Records
     settings: Dnsmasq
-    publish: Callable[[str, Any], None]
+    publish: Callable[[str, Named], None]
     boot_id: str
     isolation: Isolation
     peers: Peers
@@ -143,10 +144,9 @@ class NetRecord(Persistent):
 
     def remember(self, **data: Any) -> None:
         """Change the driver's own part of the record."""
-        assert self.record is not None
-        self.save(data=self.record.data | data)
+        self.save(data=self.data | data)
 
     def keep_data(self, **data: Any) -> None:
         """The same for what came about by itself: in memory for certain."""
         if self.record is not None:
-            self.keep(data=self.record.data | data)
+            self.keep(data=self.data | data)

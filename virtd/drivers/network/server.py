@@ -107,8 +107,7 @@ class Server(Tasks):
 
     async def _replace(self, network: Network) -> None:
         await self.end()
-        await self._spawn(network)
-        self.spawn(self._watch(), "watch")
+        self._watch(await self._spawn(network))
 
     async def end(self) -> None:
         """Stop it and clear away what it leaves. Idempotent."""
@@ -175,9 +174,11 @@ class Server(Tasks):
         finally:
             os.close(fd)
 
-    async def _spawn(self, network: Network) -> None:
-        await _Launch(self, network).launch()
+    async def _spawn(self, network: Network) -> Child:
+        launch = _Launch(self, network)
+        await launch.launch()
         self._begun = time.monotonic()
+        return launch.child
 
     def begin(self, child: Child) -> None:
         """Look after one that is on record."""
@@ -198,10 +199,14 @@ class Server(Tasks):
 
     # Its own end
 
-    async def _watch(self) -> None:
-        assert self.child is not None
-        await self.child.ended()
-        self.spawn(self._again(), "again")
+    def _watch(self, child: Child) -> None:
+        """Begin it again when it ends."""
+
+        async def watch() -> None:
+            await child.ended()
+            self.spawn(self._again(), "again")
+
+        self.spawn(watch(), "watch")
 
     async def _again(self) -> None:
         """It has died: say so, and begin it again, after ever longer pauses while it doesn't stay."""
@@ -229,7 +234,7 @@ class Server(Tasks):
                     return
                 try:
                     await asyncio.to_thread(self._write, network)
-                    await self._spawn(network)
+                    child = await self._spawn(network)
                 except errors.VirtdError as exc:
                     self._failures += 1
                     self._say(f"dnsmasq can't be started again: {exc.message}", exc.hint)
@@ -238,7 +243,7 @@ class Server(Tasks):
                 net.problems.pop("server", None)
                 net.note(net.state, f"{text} and was started again")
                 net.shared.publish("changed", net)
-                self.spawn(self._watch(), "watch")
+                self._watch(child)
                 return
 
     def _wanted(self) -> Network | None:
@@ -292,15 +297,14 @@ class Server(Tasks):
             await self._replace(network)
             self.net.remember(unsure=False)
             self.net.problems.pop("server", None)
-        elif not self.alive:
+        elif (child := self.child) is None or not child.alive():
             self.spawn(self._again(), "again")
         else:
-            assert self.child is not None
             journal.send(
-                f"Adopted network {self.net.name} (dnsmasq is PID {self.child.pid})",
-                message_id=Message.ADOPTED, VIRTD_PID=str(self.child.pid), **self.net.fields(),
+                f"Adopted network {self.net.name} (dnsmasq is PID {child.pid})",
+                message_id=Message.ADOPTED, VIRTD_PID=str(child.pid), **self.net.fields(),
             )  # fmt: skip
-            self.spawn(self._watch(), "watch")
+            self._watch(child)
             # A daemon that was killed between a new file and the word of it has left that word to us.
             if await asyncio.to_thread(self._write, network):
                 await self._hangup()

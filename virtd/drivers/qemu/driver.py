@@ -83,7 +83,7 @@ class Driver(GuestDriver[QemuGuest, model.Domain]):
     def recall(self) -> None:
         super().recall()
         for machine in self.machines.values():
-            if machine.alive and machine.record is not None and LOST in machine.record.data:
+            if machine.alive and LOST in machine.data:
                 from . import openfiles  # few ever lose one
 
                 openfiles.recall(machine)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ... import errors, journal
 from ...allowance import Allowance
-from ...guests.guest import AGAIN, Guest, Shared
+from ...guests.guest import Guest
+from ...guests.guestrecord import AGAIN, Shared
 from ...messages import Message
 from ...model import domain as model
 from ...model.state import State
@@ -76,9 +77,7 @@ class QemuGuest(Guest[model.Domain]):
 
     def images(self) -> dict[tuple[int, int], tuple[str, bool]]:
         """What the guest has open, by device and inode: the path, and whether it writes. Nothing when it is off."""
-        if not self.alive or self.record is None:
-            return {}
-        return opened.taken(self.record.data, self.running_definition)
+        return opened.taken(self.data, self.running_definition) if self.alive else {}
 
     @functools.cached_property
     def standstill(self) -> Standstill:
@@ -88,14 +87,14 @@ class QemuGuest(Guest[model.Domain]):
 
     def note(self, state: StrEnum, reason: str, **changes: Any) -> None:
         """See Persistent. One that isn't paused any more has no standstill either."""
-        if state is not State.PAUSED and self.record is not None and STANDSTILL in self.record.data:
-            changes["data"] = self.standstill.resumed(changes.get("data", self.record.data))
+        if state is not State.PAUSED and STANDSTILL in self.data:
+            changes["data"] = self.standstill.resumed(changes.get("data", self.data))
         super().note(state, reason, **changes)
 
     @property
     def cards(self) -> list[nics.Planned]:
         """Its network cards that are in networks, while it runs."""
-        return nics.recorded(self.record.data) if self.alive and self.record is not None else []
+        return nics.recorded(self.data) if self.alive else []
 
     @functools.cached_property
     def hardware(self) -> Kept:
@@ -106,7 +105,7 @@ class QemuGuest(Guest[model.Domain]):
 
     async def _learn_hardware(self, monitor: Monitor) -> None:
         """See that it is on record, also of one that an older virtd started."""
-        known = self.record.data.get("hardware") if self.record is not None else None
+        known = self.data.get("hardware")
         if isinstance(known, dict) and known.get("type") and known.get("model"):
             return
         if not await self.hardware.learn(monitor.execute):
@@ -134,36 +133,35 @@ class QemuGuest(Guest[model.Domain]):
         else:
             words = self.last_words()
         words = "\n".join(line for line in words.splitlines() if not ends.is_aside(line))
-        if not words and self.record is not None and self.record.data.get(AGAIN):
+        if not words and self.data.get(AGAIN):
             words = "(nobody heard)"  # one that somebody else has started writes into /dev/null
         return ends.judge(unit, events, self.request, words, self.seen_at)
 
     def _words_from(self) -> int:
         """Where in its log the words of this run begin; after a rotation all of them are."""
-        begun = self.record.data.get("words_from") if self.record is not None else None
+        begun = self.data.get("words_from")
         log_file = self.child.stderr if self.child is not None else None
         return int(begun["offset"]) if begun and log_file is not None and log_file.file == begun["file"] else 0
 
     async def another_life(self) -> dict[str, Any]:
         """The guest was reset: the record's data, with what QEMU has said until now as of the life before."""
-        assert self.record is not None
         if self.child is None or self.child.stderr is None:
-            return self.record.data
+            return self.data
         await self.child.move_words()
         self.news.last.clear()
         log_file = self.child.stderr
-        return self.record.data | {"words_from": {"file": log_file.file, "offset": log_file.size}}
+        return self.data | {"words_from": {"file": log_file.file, "offset": log_file.size}}
 
     def sort_line(self, text: str) -> str | None:
         return None if ends.is_aside(text) else "warning"
 
     def recall(self) -> None:
         super().recall()
-        if self.alive and self.record is not None and STANDSTILL in self.record.data:
+        if self.alive and STANDSTILL in self.data:
             self.standstill.recall()
 
     def adopted(self) -> None:
-        if self.record is not None and STANDSTILL in self.record.data:
+        if STANDSTILL in self.data:
             self.spawn(self.standstill.look(), STANDSTILL)
         self._attach_later()
 
@@ -185,7 +183,7 @@ class QemuGuest(Guest[model.Domain]):
     @property
     def user(self) -> userdb.Named | None:
         """The user that it has for itself, from before its start until all of it is put away."""
-        return running_as(self.record.data) if self.record is not None else None
+        return running_as(self.data)
 
     async def forgotten(self, record: Record) -> None:
         if (user := running_as(record.data)) is not None:

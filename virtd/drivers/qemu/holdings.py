@@ -50,7 +50,7 @@ def here(domain: Domain) -> Iterator[Holding]:
 
 def running(machine: QemuGuest, bridge_of: Callable[[str], str]) -> list[Holding]:
     """What one that runs has, by its record: made once, for every start of another asks for it."""
-    opened = machine.record.data.get("images") if machine.record is not None else None
+    opened = machine.data.get("images")
     if opened is None or machine.held is None or machine.held[0] is not opened:
         machine.held = (opened, [*of_images(machine.images()), *of_cards(machine.cards, bridge_of)])
     return machine.held[1]

@@ -20,7 +20,7 @@ from .hardware import Hardware
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ...guests.guest import Shared
+    from ...guests.guestrecord import Shared
     from ...model.domain import Domain
     from ...records import Record
     from .devices.placing import Placed
@@ -38,6 +38,12 @@ class Owner(Protocol):
 
     @property
     def alive(self) -> bool: ...
+    @property
+    def state(self) -> State: ...
+    @property
+    def recorded(self) -> Record: ...
+    @property
+    def data(self) -> dict[str, Any]: ...
     @property
     def uuid(self) -> str: ...
     @property
@@ -74,7 +80,7 @@ class Kept:
     def running(self) -> Hardware | None:
         """What its record says that it was started with; nothing where an older virtd started it, or it is off."""
         machine = self._machine
-        data = machine.record.data.get("hardware") if machine.alive and machine.record is not None else None
+        data = machine.data.get("hardware") if machine.alive else None
         with contextlib.suppress(msgspec.ValidationError):
             return msgspec.convert(data, Hardware)
         return None
@@ -160,10 +166,10 @@ class Kept:
         try:
             found = await hardware.learn(found, ask)
             self.keep(found)
-            if machine.alive and (record := machine.record) is not None:
-                data = record.data | {"hardware": msgspec.to_builtins(found)}
-                if record.state == State.STARTING:  # its next state is put on record in a moment
-                    machine.record = msgspec.structs.replace(record, data=data)
+            if machine.alive:
+                data = machine.data | {"hardware": msgspec.to_builtins(found)}
+                if machine.state is State.STARTING:  # its next state is put on record in a moment
+                    machine.record = msgspec.structs.replace(machine.recorded, data=data)
                 else:
                     machine.keep(data=data)
             machine.problems.pop("hardware", None)

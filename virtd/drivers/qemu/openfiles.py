@@ -42,7 +42,7 @@ def missing(images: Iterable[tuple[tuple[int, int], str]]) -> list[str]:
 
 def opened(machine: QemuGuest) -> list[tuple[tuple[int, int], str]]:
     """By its record; an older virtd's has no list, and what its definition names by now proves nothing."""
-    if machine.record is None or not isinstance(machine.record.data.get("images"), list):
+    if not isinstance(machine.data.get("images"), list):
         return []
     return [(identity, path) for identity, (path, _writes) in machine.images().items()]
 
@@ -73,12 +73,11 @@ def recall(machine: QemuGuest) -> None:
 
 def _recorded(machine: QemuGuest) -> str:
     """What was found last: on record, so that the next daemon tells of it at once, and not as of something new."""
-    return str(machine.record.data.get(LOST, "")) if machine.record is not None else ""
+    return str(machine.data.get(LOST, ""))
 
 
 def _record(machine: QemuGuest, text: str) -> None:
-    assert machine.record is not None
-    data = {key: value for key, value in machine.record.data.items() if key != LOST}
+    data = {key: value for key, value in machine.data.items() if key != LOST}
     machine.keep(data=data | ({LOST: text} if text else {}))
 
 

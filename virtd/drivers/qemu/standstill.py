@@ -30,7 +30,6 @@ from .news import DISK, INTERNAL, PANIC, STANDSTILL, WATCHDOG, Subject
 if TYPE_CHECKING:
     from ...model.domain import Domain
     from ...objects.persistent import Shared
-    from ...records import Record
 
 TOLD, TOLD_RATE = 10, 1 / 60  # lines in the journal of one guest at once, and a second
 LOOK = 10.0  # seconds that a file system may take to say how full it is
@@ -69,8 +68,8 @@ class Space(msgspec.Struct, frozen=True):
 class Stopped(Subject, Protocol):
     """The domain that it is of; see guest.QemuGuest."""
 
-    record: Record | None
-
+    @property
+    def data(self) -> dict[str, Any]: ...
     @property
     def shared(self) -> Shared: ...
     @property
@@ -88,7 +87,7 @@ class Standstill:
 
     @property
     def fault(self) -> Fault | None:
-        kept = self._machine.record.data.get(STANDSTILL) if self._machine.record is not None else None
+        kept = self._machine.data.get(STANDSTILL)
         with contextlib.suppress(msgspec.ValidationError):
             return msgspec.convert(kept, Fault) if kept is not None else None
         return None
@@ -111,15 +110,13 @@ class Standstill:
     def _begin(self, fault: Fault) -> None:
         """It has come to one; what is known of the one that it is in already is kept."""
         machine = self._machine
-        if machine.record is None or self.fault is not None:
+        if not machine.alive or self.fault is not None:
             return
-        request = machine.record.data.get("request")
+        request = machine.data.get("request")
         if machine.state is State.STOPPING and request and request["verb"] == "stop":
             return  # the plug is being pulled: whatever its monitor says on the way, it is about to end
         self._begun.set()
-        machine.note(
-            State.PAUSED, self._reason(fault), data=machine.record.data | {STANDSTILL: msgspec.to_builtins(fault)}
-        )
+        machine.note(State.PAUSED, self._reason(fault), data=machine.data | {STANDSTILL: msgspec.to_builtins(fault)})
         self.recall()
         machine.spawn(self._look_into(), STANDSTILL)
 
@@ -148,9 +145,8 @@ class Standstill:
         machine.shared.publish("changed", machine)
 
     def _replace(self, fault: Fault, found: dict[str, Any]) -> None:
-        assert self._machine.record is not None
         fault = msgspec.structs.replace(fault, **found)
-        data = self._machine.record.data | {STANDSTILL: msgspec.to_builtins(fault)}
+        data = self._machine.data | {STANDSTILL: msgspec.to_builtins(fault)}
         self._machine.note(self._machine.state, self._reason(fault), data=data)
 
     async def look(self) -> None:
@@ -200,10 +196,10 @@ class Standstill:
     def _path(self, fault: Fault) -> str:
         """By its record and its definition: what QEMU says about that isn't gone by."""
         machine = self._machine
-        if fault.disk is None or machine.record is None:
+        if fault.disk is None:
             return ""
         index = self._index(fault.disk)
-        kept = machine.record.data.get("disks")
+        kept = machine.data.get("disks")
         if isinstance(kept, list) and index < len(kept):
             return str(kept[index])
         domain = machine.running_definition
@@ -212,7 +208,7 @@ class Standstill:
 
     def _index(self, number: int) -> int:
         """Where in its definition the disk is that QEMU calls by `number`; an older virtd's are called by that."""
-        numbers = self._machine.record.data.get("numbers") if self._machine.record is not None else None
+        numbers = self._machine.data.get("numbers")
         return numbers.index(number) if isinstance(numbers, list) and number in numbers else number
 
     def _disk(self, fault: Fault) -> str:

@@ -197,7 +197,6 @@ class _Start(Start[QemuGuest, model.Domain]):
     async def come_up(self) -> None:
         """Wait until QEMU answers its monitor, or ends."""
         machine = self.machine
-        assert machine.record is not None
         attaching = asyncio.ensure_future(machine.attach(self.settings.start_timeout))
         ended = asyncio.ensure_future(self.child.ended())
         try:
@@ -209,7 +208,7 @@ class _Start(Start[QemuGuest, model.Domain]):
                 raise errors.StartFailed(f"Cannot start {machine.name}: {self.host.binary} {how}")
             if (problem := machine.problems.pop("monitor", None)) is not None:
                 raise errors.StartFailed(problem.text)
-            ownership.check_shown(self.child.pid, opened.taken(machine.record.data, None))
+            ownership.check_shown(self.child.pid, opened.taken(machine.data, None))
         finally:
             for task in (attaching, ended):
                 task.cancel()

@@ -261,7 +261,7 @@ class Job:
 
     # Tasks
 
-    def spawn(self, work: Coroutine[object, None, None], name: str) -> None:
+    def spawn(self, work: Coroutine[object, object, None], name: str) -> None:
         self._tasks.spawn(work, name)
 
     async def close(self) -> None:

@@ -16,7 +16,7 @@ from ...hints import do
 from ...messages import Message
 from ...model import pool as model
 from ...objects.definitions import text_in_force
-from ...objects.persistent import Persistent
+from ...objects.persistent import Named, Persistent
 from ...objects.protocol import Problem
 from ...objects.turns import Turns
 from ...records import Record, now
@@ -57,7 +57,7 @@ class Shared(NamedTuple):
 
     paths: Paths
     records: Records
-    publish: Callable[[str, StoragePool], None]
+    publish: Callable[[str, Named], None]
     boot_id: str
     make: Callable[[model.Pool], Backend]
 

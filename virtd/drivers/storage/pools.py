@@ -105,8 +105,7 @@ class Pools(Inventory[StoragePool, model.Pool]):
 
     def put_in_force(self, one: StoragePool, definition: model.Pool, text: str) -> None:
         del definition
-        assert one.record is not None
-        one.save(data=one.record.data | {"definition": text})
+        one.save(data=one.data | {"definition": text})
         self.published("changed", one)
 
     # Looking at them
