@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -191,17 +192,20 @@ class Lab:
 
     def undefine_all(self) -> None:
         """Stop and forget every domain, container and network, for the next test."""
-        self.sh("systemctl start virtd")
-        names = [item["name"] for item in self.json("list")]
-        for name in names:
-            self.virtdctl("stop", name, check=False)
-            self.virtdctl("undefine", name, check=False)
-        for name in self.sh("cd /etc/virtd/lxc 2>/dev/null && ls", check=False).replace(".toml", "").split():
-            self.virtdctl("container", "stop", name, check=False)
-            self.virtdctl("container", "undefine", name, check=False)
-        for item in self.json("network", "list"):
-            self.virtdctl("network", "stop", "--force", item["name"], check=False)
-            self.virtdctl("network", "undefine", item["name"], check=False)
+        domains, networks, containers = self.sh(
+            "set -e; systemctl start virtd; virtdctl list --json; printf '\\0'; virtdctl network list --json; "
+            "printf '\\0'; ls /etc/virtd/lxc 2>/dev/null || true"
+        ).split("\0")
+        script = ""
+        for item in json.loads(domains):
+            script += f"virtdctl stop {item['name']}; virtdctl undefine {item['name']}\n"
+        for file in containers.split():
+            name = shlex.quote(file.removesuffix(".toml"))
+            script += f"virtdctl container stop {name}; virtdctl container undefine {name}\n"
+        for item in json.loads(networks):
+            script += f"virtdctl network stop --force {item['name']}; virtdctl network undefine {item['name']}\n"
+        if script:
+            self.sh(script, check=False, timeout=600)
 
     def console(self, domain: str, *, noun: str = "") -> bytes:
         """The whole console log, backups included, oldest first."""

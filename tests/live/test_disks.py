@@ -227,7 +227,7 @@ def test_a_guest_that_reboots_itself(lab: Lab) -> None:
     try:
         assert console.ask("before")
         console.type("reboot\n")
-        lab.wait("the second boot", lambda: lab.console("web1").count(b"virtd-lab ready") == 2, 60)
+        lab.wait_ready("web1", 2)
         assert console.ask("after"), "the same console goes on"
     finally:
         console.close()
@@ -247,7 +247,7 @@ def test_a_guest_that_panics_and_is_started_afresh(lab: Lab, daemon: str) -> Non
         lab.sh("systemctl start virtd.service")
     else:
         lab.virtdctl("console", "--timeout", "0", "web1", stdin="panic\n")
-    lab.wait("the second boot", lambda: lab.console("web1").count(b"virtd-lab ready") == 2, 60)
+    lab.wait_ready("web1", 2)
     info = lab.info("web1")
     assert info["state"] == "running"
     assert info["pid"] not in (None, pid)

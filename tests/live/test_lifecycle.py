@@ -139,11 +139,11 @@ def test_reboot_keeps_the_process(lab: Lab) -> None:
     lab.wait_ready("web1")
     pid = lab.info("web1")["pid"]
     lab.virtdctl("reboot", "web1")
-    lab.wait("the second boot", lambda: lab.console("web1").count(b"virtd-lab ready") == 2, 60)
+    lab.wait_ready("web1", 2)
     info = lab.info("web1")
     assert (info["pid"], info["state"]) == (pid, "running")
     lab.virtdctl("reboot", "--force", "web1")
-    lab.wait("the third boot", lambda: lab.console("web1").count(b"virtd-lab ready") == 3, 60)
+    lab.wait_ready("web1", 3)
     assert lab.info("web1")["pid"] == pid
     lab.virtdctl("shutdown", "web1")
     assert lab.info("web1")["exit"]["cause"] == "shutdown"
