@@ -300,12 +300,12 @@ class Attached:
         self._process.stdin.write(text.encode())
         self._process.stdin.flush()
 
-    def ask(self, word: str, timeout: float = 20) -> bool:
+    def ask(self, word: str, timeout: float = 60) -> bool:
         """Type `echo WORD`; whether the guest answered."""
         self.type(f"echo {word}\n")
         return self.heard(word, timeout)
 
-    def heard(self, word: str, timeout: float = 20) -> bool:
+    def heard(self, word: str, timeout: float = 60) -> bool:
         deadline = time.monotonic() + timeout
         with self._news:
             while word.encode() not in self._checker.tally.words:
