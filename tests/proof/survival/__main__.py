@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`make survival`, or python -m tests.proof.survival [--suite S] [--only TEXT] [--quick] [--write]: the table.
+"""`make survival`, or python -m tests.proof.survival [--suite S] [--only TEXT] [--write] [--from FILE]: the table.
 
 Every event of events.py is done in a lab of each suite, and every promise is checked after it. The
 table is printed; with --write (only for a whole run) it goes into results.json and from there into the README.
+With --from, the older package is another commit's, made there by `make rpm VERSION=0.1.0`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the events that `make test` tries")
     parser.add_argument("--write", action="store_true", help="keep the results, and write the README's table")
     parser.add_argument("--parallel", action="store_true", help="all suites at once")
+    parser.add_argument("--from", dest="older", type=Path, metavar="FILE", help="the package to upgrade from: 0.1.0")
     options = parser.parse_args()
     events = [
         event
@@ -38,7 +40,7 @@ def main() -> int:
         and (not options.only or any(text.lower() in event.title.lower() for text in options.only))
     ]
     titles = [event.title for event in EVENTS]
-    packages = {version: build_rpm(version) for version in ("0.1.0", "0.1.1")}
+    packages = {"0.1.0": options.older or build_rpm("0.1.0"), "0.1.1": build_rpm("0.1.1")}
     results = table.load() if options.write else Results({}, {})
 
     def suite(name: str) -> None:

@@ -38,6 +38,8 @@ def booted(suite: str, packages: dict[str, Path]) -> Iterator[Lab]:
         Lab.up(lab.name, "--suite", suite, "--rpm", str(packages["0.1.0"]), quiet=True)
         for package in packages.values():
             lab.copy(package, f"/root/{package.name}")
+        # Before it had that name the command was called virtctl.
+        lab.sh("command -v virtdctl || ln -s /usr/bin/virtctl /usr/local/bin/virtdctl")
         yield lab
     finally:
         if os.environ.get("VIRTD_KEEP_LAB") != "1":
