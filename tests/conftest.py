@@ -70,6 +70,12 @@ def end_child(pid: int) -> None:
         os.waitpid(pid, 0)
 
 
+def pytest_collection_finish() -> None:
+    """Set aside what there is before the first test: no collection after a test need look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
     descriptors = open_descriptors()
