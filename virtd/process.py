@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import os
 import struct
+import time
 from typing import NamedTuple
 
 _INFO = struct.Struct("=QQ11Ii")  # the 64 bytes of linux/pidfd.h's pidfd_info that every kernel with it has
 _GET_INFO = 3 << 30 | _INFO.size << 16 | 0xFF << 8 | 11  # _IOWR(PIDFS_IOCTL_MAGIC, 11, struct pidfd_info)
 _EXIT = 1 << 3  # PIDFD_INFO_EXIT
+REAPED = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)  # seconds until PID 1 may have waited for a process that has ended
 
 
 class Seen(NamedTuple):
@@ -60,6 +63,33 @@ def exit_status(pidfd: int) -> int | None:
     fcntl.ioctl(pidfd, _GET_INFO, info)
     mask, *_, status = _INFO.unpack(info)
     return int(status) if mask & _EXIT else None
+
+
+async def ended(pid: int, start: int) -> Seen | None:
+    """Wait until the process that was `pid` at `start` has ended: what was seen of that, None if it had before."""
+    pidfd = open_pidfd(pid, start)
+    if pidfd is None:
+        return None
+    loop = asyncio.get_running_loop()
+    over = asyncio.Event()
+    loop.add_reader(pidfd, over.set)
+    try:
+        await over.wait()
+        return Seen(time.time(), await _reaped(pidfd))
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+
+
+async def _reaped(pidfd: int) -> int | None:
+    """How a process has ended that PID 1 is about to wait for."""
+    with contextlib.suppress(OSError):
+        for pause in REAPED:
+            if (status := exit_status(pidfd)) is not None:
+                return status
+            await asyncio.sleep(pause)
+        return exit_status(pidfd)
+    return None
 
 
 def boot_id() -> str:

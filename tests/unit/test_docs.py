@@ -24,7 +24,7 @@ from tests.examples import calls, mentions
 from virtd import errors, messages
 from virtd.api import introspection
 from virtd.api.kinds import KINDS
-from virtd.children import child
+from virtd.children.slots import SLOTS
 from virtd.cli import exits, main, options
 from virtd.model import container, document, domain, network, pool, settings
 from virtd.model.state import Cause, State
@@ -195,7 +195,7 @@ def test_each_state_and_cause_is_documented(word: str) -> None:
     assert re.search(rf"\*{word}\*", section(page("virtd.8"), "STATES AND CAUSES"))
 
 
-@pytest.mark.parametrize("slot", child.SLOTS)
+@pytest.mark.parametrize("slot", SLOTS)
 def test_each_slot_is_documented(slot: str) -> None:
     assert f"*qemu/NAME/{slot}*" in section(page("virtd.8"), "SLOTS")
 

@@ -25,13 +25,14 @@ from typing import TYPE_CHECKING, Any
 from .. import errors, fdstore, journal
 from ..messages import Message
 from . import ending
-from .child import Child, identities
+from .slots import identities
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ..systemd.transient import UnitSpec
-    from .child import Ends
+    from .child import Child
+    from .pipes import Ends
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +46,6 @@ def promised(child: Child, descriptors: Mapping[str, int]) -> dict[str, Any]:
         "main_start": 0,
         "invocation_id": "",
     }
-
-
-def identified(child: Child) -> dict[str, Any]:
-    """What a record says of a child that runs, besides what was promised."""
-    return {"main_pid": child.pid, "main_start": child.start, "invocation_id": child.invocation_id}
 
 
 class Launch:
@@ -136,7 +132,7 @@ class Launch:
             await self.connect()
             await child.keep(descriptors)
             await child.spawn(self.spec(), ends)
-            self.know(identified(child))
+            self.know(child.identity())
             await self.come_up()
         except BaseException as exc:
             ends.close()

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Generic
 
 from .. import journal
 from ..children.child import Child
-from ..children.launch import identified
 from ..messages import Message
 from ..model.state import State
 from ..objects.inventory import D
@@ -75,7 +74,7 @@ class Adopting(Generic[D]):
             if record.invocation_id not in ("", unit.invocation_id):
                 await self._finishing.restarted(child, unit)
             child.identify(unit)
-            guest.save(**identified(child))
+            guest.save(**child.identity())
         if not unit_exists:
             guest.problems["unit"] = Problem(f"{guest.unit} is gone, but its process runs (PID {child.pid})")
         if record.state == State.STARTING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from .. import errors, files, journal
-from ..children.child import SLOTS
+from ..children.slots import SLOTS
 from ..hints import do
 from ..messages import Message
 from ..model.state import State, require

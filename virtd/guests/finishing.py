@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Generic
 from .. import errors, journal
 from ..children import ending
 from ..children.child import Child
-from ..children.launch import identified
 from ..hints import do
 from ..messages import Message
 from ..model.state import State
@@ -101,7 +100,7 @@ class Finishing(Generic[D]):
         child.identify(unit)
         reason = f"restarted by somebody with systemctl: {guest.unit}"
         data = {key: value for key, value in guest.data.items() if key != SEEN} | {AGAIN: True}
-        guest.note(State.RUNNING, reason, data=data, **identified(child))
+        guest.note(State.RUNNING, reason, data=data, **child.identity())
         self.recall_restart()
         journal.send(
             f"{guest.noun.capitalize()} {guest.name} was restarted by somebody with systemctl, and has no console",

@@ -13,7 +13,7 @@ import os
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from .. import errors, fdstore, files, records
-from ..children.child import CONSOLE_LOG, STDERR_LOG
+from ..children.slots import CONSOLE_LOG, STDERR_LOG
 from ..objects.protocol import Difference
 from ..paths import names as names_in
 from ..systemd.names import object_name

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import errors
-from ..children.child import CONSOLE_LOG, STDERR, STDERR_LOG, STDOUT, Child, Services
+from ..children.slots import CONSOLE_LOG, STDERR, STDERR_LOG, STDOUT
 from ..guests import console
 from ..logs.chain import Cursor
 from ..logs.logfile import LogFile
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import AsyncGenerator
 
+    from ..children.child import Child, Services
     from ..model.state import State
     from ..records import Record
 

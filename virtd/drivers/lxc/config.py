@@ -134,7 +134,7 @@ def start_script(container: model.Container, host: HostFacts, *, held: bool = Fa
     Its standard error becomes LXC's log, which tells when the container's first program runs, reboots and ends.
     systemd would make a terminal on standard input the controlling one of LXC itself, which would then be hung up
     together with the container's console; so it comes as standard output, and is put in its place here. `held`: what
-    LXC's log is to go to is standard input (see child.Ends).
+    LXC's log is to go to is standard input (see children/pipes.py).
     """
     lxc: tuple[str, ...] = (host.start, "-q", "-P", host.path, "-n", container.name, "-f", f"{host.runtime}/config")
     lxc = (*lxc, "-l", "INFO", "-o", "/proc/self/fd/3")

@@ -14,7 +14,6 @@ import signal
 from typing import TYPE_CHECKING, NamedTuple
 
 from ... import errors, process
-from ...children.child import ended
 from ...children.programs import HOMELESS
 from ...systemd import aliases
 from ...systemd.state import CLD_EXITED, signal_name
@@ -123,7 +122,7 @@ async def result(units: Units, unit: str) -> Result:
     if state is None:
         raise errors.NotFound("Nothing is known of this command any more")
     if state.running:
-        await ended(state.main_pid, process.start_time(state.main_pid))
+        await process.ended(state.main_pid, process.start_time(state.main_pid))
         state = await units.ended(unit)
     if state is None:
         raise errors.NotFound("Nothing is known of this command any more")

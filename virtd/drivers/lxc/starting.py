@@ -26,7 +26,7 @@ from .links import interface_names, mac_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ...children.child import Ends
+    from ...children.pipes import Ends
     from ...objects.conflicts import Holding
     from .idmaps import Maps
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ... import errors, files, journal, layout, untrusted
 from ...children import ending
 from ...children.child import Child
-from ...children.launch import Launch, identified
+from ...children.launch import Launch
 from ...guests.repeating import Repeater
 from ...hints import do
 from ...messages import Message
@@ -287,7 +287,7 @@ class Server(Tasks):
         state = await units.state(self.net.unit)
         if state is not None and state.running:
             self.child.identify(state)
-            self.net.save(**identified(self.child))
+            self.net.save(**self.child.identity())
 
     async def take_back(self, network: Network) -> None:
         """Watch the one that runs. One that ended meanwhile is begun again, as if it had ended under our eyes."""

@@ -26,7 +26,7 @@ from .users import Living
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ...children.child import Ends
+    from ...children.pipes import Ends
     from ...objects.conflicts import Holding
     from .users import Users
 

@@ -21,7 +21,6 @@ import msgspec
 from ... import errors
 from ...children import ending
 from ...children.child import Child, Services
-from ...children.launch import identified
 from ...objects.persistent import Tasks
 from ...objects.protocol import Problem
 from ...records import Record, Records, now
@@ -176,7 +175,7 @@ class Job:
         if state is not None and state.running:
             # Killed between the start of the unit and the record of its PID.
             child.identify(state)
-            self.save(State.RUNNING, **identified(child))
+            self.save(State.RUNNING, **child.identity())
             self.watch(child)
             return "adopted"
         await self.finish()

@@ -13,7 +13,7 @@ from ...systemd.transient import UnitSpec
 from .task import DRIVER, State
 
 if TYPE_CHECKING:
-    from ...children.child import Ends
+    from ...children.pipes import Ends
     from .job import Job
     from .task import Program
 
