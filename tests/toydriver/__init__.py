@@ -5,22 +5,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tests.toydriver import objects
-from virtd.api import interfaces, introspection, kinds
+from virtd.api import interfaces
 from virtd.cli import main
 from virtd.drivers import loader
-from virtd.host import access
 
 if TYPE_CHECKING:
     import pytest
 
 
 def register(patch: pytest.MonkeyPatch) -> None:
-    """What a driver of virtd's own has in these tables."""
+    """The lines that a driver of virtd's own has in these tables."""
     patch.setitem(loader.MODULES, "toy", "tests.toydriver.driver")
     patch.setitem(interfaces.MODULES, "org.virtd1.Toy", "tests.toydriver.api")
-    for operation, right in access.rights("org.virtd1.Toy", access.SUPERVISED).items():
-        patch.setitem(access.RIGHTS, operation, right)
-    patch.setitem(kinds.KINDS, "toy", objects.KIND)
-    patch.setitem(introspection.INTERFACES, objects.KIND.interface, objects.INTERFACE)
     patch.setitem(main.NOUNS, "toy", ("tests.toydriver.cli", "Run programs with a console"))

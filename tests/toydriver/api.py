@@ -5,4 +5,5 @@ from __future__ import annotations
 
 from virtd.api import supervised
 
+OBJECTS = "tests.toydriver.objects"
 METHODS = supervised.methods(lambda host: host.supervised("toy"))

@@ -22,8 +22,7 @@ import pytest
 
 from tests.examples import calls, mentions
 from virtd import errors, messages
-from virtd.api import introspection
-from virtd.api.kinds import KINDS
+from virtd.api import introspection, kinds
 from virtd.children.slots import SLOTS
 from virtd.cli import exits, main, options
 from virtd.model import container, document, domain, network, pool, settings
@@ -202,7 +201,8 @@ def test_each_slot_is_documented(slot: str) -> None:
 
 def test_the_bus_is_documented() -> None:
     text = section(page("virtd.8"), "INTERFACES")
-    assert all(f"*{name}*" in text for name in (introspection.MANAGER, *(kind.interface for kind in KINDS.values())))
+    names = (introspection.MANAGER, *(kind.interface for kind in kinds.load().values()))
+    assert all(f"*{name}*" in text for name in names)
 
 
 # Links and examples

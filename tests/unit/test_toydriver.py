@@ -35,6 +35,13 @@ print('hello', flush=True)
 for line in sys.stdin:
     print(line, end='', flush=True)
 """
+# virtdctl in a process of its own, which has to know the noun.
+CONSOLE = """import sys
+from virtd.cli import main
+main.NOUNS["toy"] = ("tests.toydriver.cli", "")
+sys.exit(main.main())
+"""
+TOP = Path(__file__).resolve().parents[2]
 TREE = Path(toydriver.__file__).parent
 TOY = "org.virtd1.Toy"
 
@@ -56,6 +63,33 @@ def definition(tmp_path: Path) -> str:
         "import sys\nprint('hello', flush=True)\nfor line in sys.stdin:\n    print(line, end='', flush=True)\n"
     )
     return f'name = "one"\ncommand = ["{sys.executable}", "-I", "-S", "{program}"]\n'
+
+
+async def console(path: str, name: str, typed: bytes) -> None:
+    """`virtdctl toy console`, with `typed` and the escape sequence coming from a terminal, until it ends."""
+    master, slave = os.openpty()
+    command = [sys.executable, "-c", CONSOLE, "toy", "console", name, f"--address={path}"]
+    process = await asyncio.create_subprocess_exec(*command, cwd=TOP, stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    seen = b""
+
+    async def expect(text: bytes) -> None:
+        nonlocal seen
+        while text not in seen:
+            seen += await asyncio.to_thread(os.read, master, 4096)
+
+    try:
+        async with asyncio.timeout(60):
+            await expect(b"Connected to toy one.")
+            os.write(master, typed)
+            await expect(typed.strip())
+            os.write(master, b"\x1d")
+            assert await process.wait() == 0, seen
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        os.close(master)
 
 
 @on_loop
@@ -92,11 +126,15 @@ async def test_virtdctl_and_varlink(world: World, tmp_path: Path, capfd: pytest.
                 description = await client.call("org.varlink.service.GetInterfaceDescription", {"interface": TOY})
                 assert description is not None
                 assert description["parameters"]["description"].startswith("# Toys.")
-                opened = await client.call(f"{TOY}.OpenConsole", {"name": "one"}, more=True)
-                assert opened is not None
-                os.write(client.fds[0], b"typed\n")
-                await until(lambda: world.console("one", "toy") == "hello\ntyped\n")
+                begun = await client.call("org.virtd1.Subscribe", {}, more=True)
+                assert begun is not None
+                await console(path, "one", b"typed\n")
+                assert await asyncio.to_thread(world.console, "one", "toy") == "hello\ntyped\n"
                 await virtdctl("toy", "stop", "one")
+                change = await client.receive()
+                assert change is not None
+                about = change["parameters"]
+                assert (about["kind"], about["name"], about["state"]) == ("toy", "one", "stopping")
                 assert "stopped by" in await virtdctl("toy", "info", "one")
             finally:
                 client.close()

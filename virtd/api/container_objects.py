@@ -6,6 +6,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..systemd.bus import Var
+from .introspection import DEFINE, GUEST, SUPERVISED, Args, Interface, Property, methods
+from .kinds import Kind
 from .variants import supervised
 
 if TYPE_CHECKING:
@@ -14,11 +16,13 @@ if TYPE_CHECKING:
     from ..host import Host
     from .variants import Object
 
+CONTAINER = "org.virtd1.Container"
+CONTAINER_MANAGER = "org.virtd1.ContainerManager"
 LATE: dict[str, Var] = {"Exit": Var("a{sv}", {}), "Addresses": Var("as", [])}
 
 
 async def listing(host: Host) -> Sequence[Object]:
-    """The short forms; a host without containers isn't made to import what knows about them."""
+    """The short forms; a host without containers needn't import the module that knows about them."""
     return await host.containers.listing() if "lxc" in host.drivers else []
 
 
@@ -28,3 +32,33 @@ def properties(item: Object) -> dict[str, Var]:
     if "exit" in item:
         found["Addresses"] = Var("as", item.get("addresses") or [])
     return found
+
+
+MEMBERS = Interface(
+    methods=methods(
+        "org.virtd1.Container",
+        **GUEST,
+        Reboot=("Reboot", "timeout:d", "changed:b"),
+        Freeze=("Freeze", "", "changed:b"),
+        Thaw=("Thaw", "", "changed:b"),
+    ),
+    properties=SUPERVISED
+    | {
+        "Addresses": Property("as", "invalidates"),
+    },
+    signals={"Ended": Args("exit:a{sv}")},
+)
+MANAGING = Interface(methods=methods("org.virtd1.Container", Define=DEFINE))
+KIND = Kind(
+    segment="container",
+    interface=CONTAINER,
+    members=MEMBERS,
+    driver="lxc",
+    listing=listing,
+    info=lambda host, name: host.containers.info(name),
+    properties=properties,
+    late=LATE,
+    ended=True,
+    manager=CONTAINER_MANAGER,
+    managing=MANAGING,
+)

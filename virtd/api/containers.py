@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 from . import supervised
-from .interfaces import Method, given
+from .interfaces import Method, change, given
 
+OBJECTS = "virtd.api.container_objects"
 METHODS: dict[str, Method] = {
     **supervised.methods(lambda host: host.containers),
-    "Create": Method(lambda host, by, p: host.containers.create(p["name"], p["image"], p.get("ids"), by=by)),
-    "Shutdown": Method(lambda host, by, p: host.containers.shutdown(p["name"], p.get("timeout"), by=by)),
-    "Kill": Method(lambda host, by, p: host.containers.kill(p["name"], p["signal"], by=by)),
-    "Reboot": Method(lambda host, by, p: host.containers.reboot(p["name"], p.get("timeout"), by=by)),
-    "Freeze": Method(lambda host, by, p: host.containers.freeze(p["name"], by=by)),
-    "Thaw": Method(lambda host, by, p: host.containers.thaw(p["name"], by=by)),
-    "Execute": Method(stream=lambda host, by, p: host.containers.execute(**given(p), by=by)),
-    "Signal": Method(lambda host, by, p: host.containers.signal(p["name"], p["token"], p["signal"], by=by)),
+    "Create": change(lambda host, by, p: host.containers.create(p["name"], p["image"], p.get("ids"), by=by)),
+    "Shutdown": change(lambda host, by, p: host.containers.shutdown(p["name"], p.get("timeout"), by=by)),
+    "Kill": change(lambda host, by, p: host.containers.kill(p["name"], p["signal"], by=by)),
+    "Reboot": change(lambda host, by, p: host.containers.reboot(p["name"], p.get("timeout"), by=by)),
+    "Freeze": change(lambda host, by, p: host.containers.freeze(p["name"], by=by)),
+    "Thaw": change(lambda host, by, p: host.containers.thaw(p["name"], by=by)),
+    "Execute": change(stream=lambda host, by, p: host.containers.execute(**given(p), by=by)),
+    "Signal": change(lambda host, by, p: host.containers.signal(p["name"], p["token"], p["signal"], by=by)),
 }

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from .. import __version__, errors
 from ..host import Caller
+from ..host.access import Right
 from ..sparing import Sparing
 from ..systemd.bus import DBUS, DBUS_PATH, Bus, BusError, MethodCall, Var
 from ..systemd.names import escape_label, unescape_label
-from . import interfaces, members
+from . import interfaces, kinds, members
 from .door import KNOWN, LIMITS_EXCEEDED, Door
 from .introspection import (
-    INTERFACES,
     INTROSPECTABLE,
     MANAGER,
     OBJECT_MANAGER,
@@ -32,7 +32,6 @@ from .introspection import (
     Method,
     document,
 )
-from .kinds import KINDS, Kind
 from .limits import Limits, Turn
 from .sharing import Sharing
 from .variants import Object, dictionary
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 
     from ..host import Host
+    from .kinds import Kind
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +74,10 @@ class Server:
         self._sharing = Sharing()
         self._sparing = Sparing(log)
         self._door = Door(self._refuse)
+        self._kinds = kinds.load()
+        self._members = kinds.members(self._kinds.values())
         # The objects of each kind as the bus was last told of them: changes are sent as the difference to this.
-        self._objects: dict[str, dict[str, Object]] = {segment: {} for segment in KINDS}
+        self._objects: dict[str, dict[str, Object]] = {segment: {} for segment in self._kinds}
         self._running = 0
         self._callers: dict[str, Caller] = {}
         self._lookups: dict[str, asyncio.Task[Caller | None]] = {}
@@ -85,7 +87,7 @@ class Server:
 
     async def start(self, lost: Callable[[], None] | None = None) -> None:
         """Serve, and take the name; `lost` is called if the bus takes it away. Raises Exists or HostError."""
-        for kind in KINDS.values():
+        for kind in self._kinds.values():
             self._objects[kind.segment] = {item["name"]: item for item in await kind.listing(self._host)}
         self._running = self._count_running()
         self._unsubscribe = self._host.subscribe(self._event)
@@ -144,11 +146,12 @@ class Server:
                 return  # gone, with nobody left to answer to
             turn = await self._limits.turn(by.uid, COST)
             interface = self._resolve(call)
-            method = INTERFACES[interface].methods[call.member]
-            if not self._host.access.allows(by, method.operation, call.member):
+            method = self._members[interface].methods[call.member]
+            asked = method.operation, _right(method), call.member
+            if not self._host.access.allows(by, *asked):
                 turn.leave()
                 async with self._while_there(call.sender):
-                    await self._host.access.ask(by, method.operation, call.member)
+                    await self._host.access.ask(by, *asked)
             size = await self._reply(call, interface, method, by, turn)
         except Refused as refused:
             call.error(refused.name, str(refused))
@@ -244,8 +247,8 @@ class Server:
         if call.interface and call.interface not in own:
             raise Refused("UnknownInterface", f"{call.path} has no interface {call.interface}")
         for interface in [call.interface] if call.interface else own:
-            if call.member in INTERFACES[interface].methods:
-                takes = INTERFACES[interface].methods[call.member].takes.signature
+            if call.member in self._members[interface].methods:
+                takes = self._members[interface].methods[call.member].takes.signature
                 if call.signature != takes:
                     raise Refused("InvalidArgs", f"{call.member} takes ({takes}), not ({call.signature})")
                 return interface
@@ -258,11 +261,16 @@ class Server:
             case "org.freedesktop.DBus.ObjectManager":
                 return (await self._managed(),)
             case "org.freedesktop.DBus.Introspectable":
-                return (document(self._interfaces(call.path), self._children(call.path)),)
+                return (
+                    document(
+                        {name: self._members[name] for name in self._interfaces(call.path)}, self._children(call.path)
+                    ),
+                )
         if interface == MANAGER and call.member == "List":
             return (await self._domains(),)
         name = None if call.path == ROOT else self._at(call.path)[1]
-        return await members.answer(self._host, INTERFACES[interface].methods[call.member], name, call.args, caller)
+        method = self._members[interface].methods[call.member]
+        return await members.answer(self._host, method, name, call.args, caller)
 
     async def _domains(self) -> list[tuple[Any, ...]]:
         return [
@@ -273,7 +281,7 @@ class Server:
     async def _managed(self) -> dict[str, dict[str, dict[str, Var]]]:
         """All objects with their properties; one that is gone by the time it is asked for isn't among them."""
         found = {}
-        for kind in KINDS.values():
+        for kind in self._kinds.values():
             names = sorted(self._objects[kind.segment])
             infos = await asyncio.gather(*(kind.info(self._host, name) for name in names), return_exceptions=True)
             for name, info in zip(names, infos, strict=True):
@@ -291,7 +299,7 @@ class Server:
     async def _properties(self, call: MethodCall) -> tuple[Any, ...]:
         interface = call.args[0]
         # An empty name means whatever interface the object has of its own; there is never more than one.
-        own = next((name for name in self._interfaces(call.path) if INTERFACES[name].properties), None)
+        own = next((name for name in self._interfaces(call.path) if self._members[name].properties), None)
         if interface not in ("", *self._interfaces(call.path)):
             raise Refused("UnknownInterface", f"{call.path} has no interface {interface}")
         if call.member == "Set":
@@ -327,7 +335,7 @@ class Server:
         return (*([kind.manager] if kind.manager else []), INTROSPECTABLE, PEER)
 
     def _children(self, path: str) -> Iterable[str]:
-        fixed = {"/": ["org"], "/org": ["virtd1"], ROOT: list(KINDS)}
+        fixed = {"/": ["org"], "/org": ["virtd1"], ROOT: list(self._kinds)}
         if path in fixed:
             return fixed[path]
         kind, name = self._at(path)
@@ -336,7 +344,7 @@ class Server:
     def _at(self, path: str) -> tuple[Kind, str | None]:
         """The kind and name of the object at `path`; no name for the place above a kind's objects."""
         segment, _, label = path.removeprefix(f"{ROOT}/").partition("/")
-        if path.startswith(f"{ROOT}/") and (kind := KINDS.get(segment)) is not None:
+        if path.startswith(f"{ROOT}/") and (kind := self._kinds.get(segment)) is not None:
             if not label and not path.endswith("/"):
                 return kind, None
             try:
@@ -360,7 +368,7 @@ class Server:
     # Events
 
     def _event(self, event: str, item: Object) -> None:
-        kind = next((kind for kind in KINDS.values() if kind.driver == item["driver"]), None)
+        kind = next((kind for kind in self._kinds.values() if kind.driver == item["driver"]), None)
         if kind is None:
             return
         known, name = self._objects[kind.segment], item["name"]
@@ -371,7 +379,7 @@ class Server:
                 self._bus.emit(ROOT, OBJECT_MANAGER, "InterfacesRemoved", "oas", path, [kind.interface, *STANDARD])
         elif name not in known:
             known[name] = item
-            everything = {kind.interface: kind.properties(item) | kind.late}
+            everything = {kind.interface: kind.properties(item) | dict(kind.late)}
             self._bus.emit(ROOT, OBJECT_MANAGER, "InterfacesAdded", "oa{sa{sv}}", path, everything)
         else:
             old, known[name] = known[name], item
@@ -398,6 +406,13 @@ class Server:
             return
         ending = dictionary(info["exit"] or {})
         self._bus.emit(path_of(name, kind.segment), kind.interface, "Ended", "a{sv}", ending)
+
+
+def _right(method: Method) -> Right:
+    """D-Bus's own methods only look: no property can be set, and Set says so."""
+    if method.operation.startswith("org.freedesktop."):
+        return Right.LOOK
+    return interfaces.operation(method.operation).right
 
 
 def _costs(method: Method) -> tuple[bool, bool]:

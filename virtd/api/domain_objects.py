@@ -6,11 +6,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..systemd.bus import Var
+from .introspection import GUEST, SUPERVISED, Args, Interface, Property, methods
+from .kinds import Kind
 from .variants import supervised
 
 if TYPE_CHECKING:
     from .variants import Object
 
+DOMAIN = "org.virtd1.Domain"
 LATE: dict[str, Var] = {"Exit": Var("a{sv}", {})}
 
 
@@ -19,3 +22,31 @@ def properties(item: Object) -> dict[str, Var]:
     number = item.get("id")
     # What has no number isn't running: -1, as users of libvirt know it.
     return supervised(item) | {"Id": Var("i", -1 if number is None else number)}
+
+
+MEMBERS = Interface(
+    methods=methods(
+        "org.virtd1",
+        **GUEST,
+        Reboot=("Reboot", "force:b", "changed:b"),
+        Suspend=("Suspend", "", "changed:b"),
+        Resume=("Resume", "", "changed:b"),
+        UpgradeMachine=("UpgradeMachine", "", "changed:b"),
+    ),
+    properties=SUPERVISED
+    | {
+        "Id": Property("i"),
+    },
+    signals={"Ended": Args("exit:a{sv}")},
+)
+KIND = Kind(
+    segment="domain",
+    interface=DOMAIN,
+    members=MEMBERS,
+    driver="qemu",
+    listing=lambda host: host.listing(),
+    info=lambda host, name: host.info(name),
+    properties=properties,
+    late=LATE,
+    ended=True,
+)

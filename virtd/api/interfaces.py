@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The operations, by Varlink interface: which there are, and which module answers for each.
 
-A module has METHODS, and the interface's text, with the parameters that are let through, is the file of its name
-beside it. Modules are imported at their first call. D-Bus's methods are answered by the same (members.py).
+A module has METHODS, and may name the module of its kind of D-Bus objects as OBJECTS (kinds.py). The interface's
+text, with the parameters that are accepted, is the file of its name beside the module. Modules are imported at their
+first call. D-Bus's methods are answered by the same METHODS (members.py).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NamedTuple
 
 from ..host import Caller, Host, WithDescriptors
+from ..host.access import Right
 from ..replies import Reply
 
 Answer = Callable[[Host, Caller, dict[str, Any]], Awaitable[Any]]
@@ -19,17 +21,33 @@ Stream = Callable[[Host, Caller, dict[str, Any]], AsyncIterator[Reply | WithDesc
 
 
 class Method(NamedTuple):
-    """One method: what answers it, or, for one that is called with `more`, what makes its replies.
+    """One method: the right that it takes (virtd.host.access), and what answers it, or, for one that is called with
+    `more`, what makes its replies.
 
-    `waiting` ones change nothing and may last until somebody else does something; they end when the client hangs up,
-    as all do that only look. `shared` ones cost much: users without rights who ask for the same get the same answer,
-    which may be a second old. A stream's last reply is the one with an "event". Who may call it: virtd.host.access.
+    `waiting` ones change nothing and may last until somebody else does something. They end when the client hangs up,
+    as do all that only look. `shared` ones are expensive: unprivileged users who ask for the same get the same
+    answer, which may be a second old. The last reply of a stream is the one with an "event".
     """
 
+    right: Right
     answer: Answer | None = None
     stream: Stream | None = None
     waiting: bool = False
     shared: bool = False
+
+
+def look(
+    answer: Answer | None = None, *, stream: Stream | None = None, waiting: bool = False, shared: bool = False
+) -> Method:
+    return Method(Right.LOOK, answer, stream, waiting, shared)
+
+
+def overhear(answer: Answer | None = None, *, stream: Stream | None = None, waiting: bool = False) -> Method:
+    return Method(Right.OVERHEAR, answer, stream, waiting)
+
+
+def change(answer: Answer | None = None, *, stream: Stream | None = None) -> Method:
+    return Method(Right.CHANGE, answer, stream)
 
 
 MODULES: dict[str, str] = {

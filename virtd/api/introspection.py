@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the D-Bus interfaces of org.virtd1 consist of: one table, for the server and for Introspect alike.
+"""What D-Bus interfaces consist of, for the server and for Introspect alike.
+
+The interfaces of /org/virtd1 and of D-Bus itself are here, those of each kind of object in its own module (kinds.py).
 
 Nothing is quoted in the XML: D-Bus names have no character that would have to be, and xml.sax.saxutils brings an HTTP
 client along, 4 MB of the daemon's memory.
@@ -12,16 +14,9 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
 MANAGER: Final = "org.virtd1.Manager"
-DOMAIN: Final = "org.virtd1.Domain"
-CONTAINER: Final = "org.virtd1.Container"
-CONTAINER_MANAGER: Final = "org.virtd1.ContainerManager"
-NETWORK: Final = "org.virtd1.Network"
-NETWORK_MANAGER: Final = "org.virtd1.NetworkManager"
-POOL: Final = "org.virtd1.Pool"
-POOL_MANAGER: Final = "org.virtd1.PoolManager"
 PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 INTROSPECTABLE: Final = "org.freedesktop.DBus.Introspectable"
 OBJECT_MANAGER: Final = "org.freedesktop.DBus.ObjectManager"
@@ -85,7 +80,7 @@ class Interface(msgspec.Struct, frozen=True):
     signals: dict[str, Args] = {}
 
 
-def _methods(interface: str, **methods: tuple[str, str, str]) -> dict[str, Method]:
+def methods(interface: str, **methods: tuple[str, str, str]) -> dict[str, Method]:
     """Each with the operation's name in `interface`, what it takes and what it gives."""
     return {
         name: Method(f"{interface}.{operation}", Args(takes), Args(gives))
@@ -124,9 +119,9 @@ GUEST: Final = {
     "Undefine": ("Undefine", "", ""),
 }
 
-INTERFACES: Final[dict[str, Interface]] = {
+OWN: Final[dict[str, Interface]] = {
     MANAGER: Interface(
-        methods=_methods(
+        methods=methods(
             "org.virtd1",
             List=("List", "", "domains=objects:a(sossus)"),  # name, path, uuid, state, pid, reason
             Status=("Status", "", "status:a{sv}"),
@@ -141,113 +136,9 @@ INTERFACES: Final[dict[str, Interface]] = {
             "Running": Property("u"),
         },
     ),
-    DOMAIN: Interface(
-        methods=_methods(
-            "org.virtd1",
-            **GUEST,
-            Reboot=("Reboot", "force:b", "changed:b"),
-            Suspend=("Suspend", "", "changed:b"),
-            Resume=("Resume", "", "changed:b"),
-            UpgradeMachine=("UpgradeMachine", "", "changed:b"),
-        ),
-        properties=SUPERVISED
-        | {
-            "Id": Property("i"),
-        },
-        signals={"Ended": Args("exit:a{sv}")},
-    ),
-    NETWORK_MANAGER: Interface(
-        methods=_methods(
-            "org.virtd1.Network",
-            Define=DEFINE,
-            DefineDefault=("DefineDefault", "", DEFINE[2]),
-        )
-    ),
-    NETWORK: Interface(
-        methods=_methods(
-            "org.virtd1.Network",
-            Info=("Info", "", "info=object:a{sv}"),
-            Dump=("Dump", "", "text:s"),
-            Leases=("Leases", "", "leases:aa{sv}"),
-            Start=("Start", "", "changed:b"),
-            Stop=("Stop", "force:b", "changed:b"),
-            SetAutostart=("Autostart", "enable:b", "changed:b"),
-            Undefine=("Undefine", "", ""),
-        ),
-        properties=COMMON
-        | {
-            "Pid": Property("u"),
-            "Mode": Property("s"),
-            "Bridge": Property("s"),
-            "Addresses": Property("as"),
-        },
-    ),
-    CONTAINER_MANAGER: Interface(methods=_methods("org.virtd1.Container", Define=DEFINE)),
-    CONTAINER: Interface(
-        methods=_methods(
-            "org.virtd1.Container",
-            **GUEST,
-            Reboot=("Reboot", "timeout:d", "changed:b"),
-            Freeze=("Freeze", "", "changed:b"),
-            Thaw=("Thaw", "", "changed:b"),
-        ),
-        properties=SUPERVISED
-        | {
-            "Addresses": Property("as", "invalidates"),
-        },
-        signals={"Ended": Args("exit:a{sv}")},
-    ),
-    POOL_MANAGER: Interface(
-        methods=_methods("org.virtd1.Pool", Define=(*DEFINE[:2], "name:s uuid:s created:b path:s warnings:as"))
-        | _methods(
-            "org.virtd1.Volume",
-            ListJobs=("Jobs", "", "jobs=objects:aa{sv}"),
-            WaitJob=("Await", "job:s timeout:d", "job=object:a{sv}"),
-            CancelJob=("Cancel", "job:s", "changed:b"),
-            # Everything has been written to what UploadVolume gave: the job that goes on, "" when all is done.
-            Uploaded=("Uploaded", "job:s", "job:s"),
-        ),
-    ),
-    POOL: Interface(
-        methods=_methods(
-            "org.virtd1.Pool",
-            Info=("Info", "", "info=object:a{sv}"),
-            Dump=("Dump", "", "text:s"),
-            Start=("Start", "", "changed:b"),
-            Stop=("Stop", "", "changed:b"),
-            Refresh=("Refresh", "", "volumes:x"),
-            SetAutostart=("Autostart", "enable:b", "changed:b"),
-            Undefine=("Undefine", "", ""),
-        )
-        | _methods(
-            "org.virtd1.Volume",
-            ListVolumes=("List", "", "volumes=objects:aa{sv}"),
-            VolumeInfo=("Info", "volume=name:s", "info=object:a{sv}"),
-            ListSnapshots=("Snapshots", "volume=name:s", "snapshots=objects:aa{sv}"),
-            # Each gives the job that goes on, "" when all is done.
-            CreateVolume=("Create", "volume=name:s size:s format:s", "job:s"),
-            CloneVolume=("Clone", "volume=source:s to=name:s", "job:s"),
-            # `from` is the image's format, which is never guessed; without a file, of what is there under that name.
-            ImportVolume=("Import", "volume=name:s file:s from=source_format:s format:s", "job:s"),
-            ResizeVolume=("Resize", "volume=name:s size:s", "job:s"),
-            WipeVolume=("Wipe", "volume=name:s", "job:s"),
-            DeleteVolume=("Delete", "volume=name:s", "job:s"),
-            # `content` is to be written from `offset` on, more than 0 only with `resume`. Size 0: not known.
-            UploadVolume=("Upload", "volume=name:s format:s size:t resume:b", "job:s content:h offset:t"),
-            DownloadVolume=("Download", "volume=name:s", "format:s content:h"),
-        ),
-        properties=COMMON
-        | {
-            "Type": Property("s"),
-            "Path": Property("s"),
-            "Capacity": Property("t"),
-            "Allocation": Property("t"),
-            "Available": Property("t"),
-        },
-    ),
-    INTROSPECTABLE: Interface(methods=_methods(INTROSPECTABLE, Introspect=("Introspect", "", "xml:s"))),
+    INTROSPECTABLE: Interface(methods=methods(INTROSPECTABLE, Introspect=("Introspect", "", "xml:s"))),
     PROPERTIES: Interface(
-        methods=_methods(
+        methods=methods(
             PROPERTIES,
             Get=("Get", "interface:s property:s", "value:v"),
             GetAll=("GetAll", "interface:s", "properties:a{sv}"),
@@ -256,22 +147,22 @@ INTERFACES: Final[dict[str, Interface]] = {
         signals={"PropertiesChanged": Args("interface:s changed:a{sv} invalidated:as")},
     ),
     OBJECT_MANAGER: Interface(
-        methods=_methods(OBJECT_MANAGER, GetManagedObjects=("GetManagedObjects", "", "objects:a{oa{sa{sv}}}")),
+        methods=methods(OBJECT_MANAGER, GetManagedObjects=("GetManagedObjects", "", "objects:a{oa{sa{sv}}}")),
         signals={
             "InterfacesAdded": Args("object:o interfaces:a{sa{sv}}"),
             "InterfacesRemoved": Args("object:o interfaces:as"),
         },
     ),
     # GDBus answers its calls.
-    PEER: Interface(methods=_methods(PEER, Ping=("Ping", "", ""), GetMachineId=("GetMachineId", "", "id:s"))),
+    PEER: Interface(methods=methods(PEER, Ping=("Ping", "", ""), GetMachineId=("GetMachineId", "", "id:s"))),
 }
 
 
-def document(interfaces: Iterable[str], children: Iterable[str]) -> str:
+def document(interfaces: Mapping[str, Interface], children: Iterable[str]) -> str:
     """The answer to Introspect, for an object with these interfaces and direct child nodes."""
     lines = [DOCTYPE + "<node>"]
-    for name in interfaces:
-        lines += _interface(name, INTERFACES[name])
+    for name, interface in interfaces.items():
+        lines += _interface(name, interface)
     lines += [f' <node name="{child}"/>' for child in children]
     return "\n".join([*lines, "</node>"]) + "\n"
 

@@ -20,7 +20,7 @@ import msgspec
 
 from .. import __version__, errors
 from ..host import Caller, Host, WithDescriptors
-from ..host.access import RIGHTS, Right
+from ..host.access import Right
 from ..sparing import Sparing
 from ..text import plain
 from . import idl, interfaces, wire
@@ -169,10 +169,9 @@ class Connection:
                 return False
             try:
                 found = self._find(method, parameters)
-                known = found is not None or method in RIGHTS  # else of org.varlink.service, and _service says so
-                if known and not self._host.access.allows(self.caller, method):
+                if found is not None and not self._host.access.allows(self.caller, method, found.right):
                     turn.leave()
-                    await self._unless_gone(self._host.access.ask(self.caller, method))
+                    await self._unless_gone(self._host.access.ask(self.caller, method, found.right))
                 if found is not None and found.stream is not None:
                     if not more:
                         raise Refused(f"{SERVICE}.ExpectedMore", {})
@@ -221,7 +220,7 @@ class Connection:
         table = interfaces.methods(interface)
         if name not in table:
             raise Refused(f"{SERVICE}.MethodNotFound", {"method": method})
-        self._host.access.allows(self.caller, method)  # who may not isn't told more about parameters
+        self._host.access.allows(self.caller, method, table[name].right)  # or nothing is said about parameters
         if (wrong := idl.problem(interface, name, parameters)) is not None:
             raise Refused(f"{SERVICE}.InvalidParameter", {"parameter": wrong})
         return table[name]
@@ -243,7 +242,7 @@ class Connection:
             return await self._unless_gone(self._sharing.get(key, find))
         if found.waiting:
             turn.leave()
-        if found.waiting or RIGHTS[method] is Right.LOOK:
+        if found.waiting or found.right is Right.LOOK:
             return await self._unless_gone(answer(self._host, self.caller, parameters))
         return await answer(self._host, self.caller, parameters)
 

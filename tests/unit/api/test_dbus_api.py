@@ -15,10 +15,12 @@ import pytest
 
 from tests.doubles.private_bus import PrivateBus, private_bus
 from virtd import __version__, errors
+from virtd.api import domain_objects, interfaces
 from virtd.api.dbus import NAME, ROOT, Server, path_of
-from virtd.api.introspection import DOMAIN, INTERFACES, INTROSPECTABLE, MANAGER, OBJECT_MANAGER, PROPERTIES
+from virtd.api.domain_objects import DOMAIN
+from virtd.api.introspection import INTROSPECTABLE, MANAGER, OBJECT_MANAGER, PROPERTIES
 from virtd.host import Caller
-from virtd.host.access import RIGHTS, Access, Right
+from virtd.host.access import Access, Right
 from virtd.systemd.bus import DBUS, DBUS_PATH, Bus, BusError, Var
 from virtd.systemd.state import StartFailed
 
@@ -413,9 +415,8 @@ def test_every_changing_method_asks_who_calls() -> None:
         "Start", "Stop", "Suspend", "Resume", "Undefine", "Kill", "Shutdown", "Reboot", "SetAutostart",
         "UpgradeMachine",
     }  # fmt: skip
-    changing = {
-        name for name, method in INTERFACES[DOMAIN].methods.items() if RIGHTS[method.operation] is not Right.LOOK
-    }
+    methods = domain_objects.MEMBERS.methods.items()
+    changing = {name for name, method in methods if interfaces.operation(method.operation).right is not Right.LOOK}
     assert changing == listed
 
 

@@ -12,7 +12,8 @@ from tests.doubles.private_bus import PrivateBus, private_bus
 from tests.unit.api.test_dbus_api import WEB, serving
 from virtd import errors
 from virtd.api import door
-from virtd.api.introspection import DOMAIN, MANAGER, OBJECT_MANAGER, PEER
+from virtd.api.domain_objects import DOMAIN
+from virtd.api.introspection import MANAGER, OBJECT_MANAGER, PEER
 from virtd.systemd.bus import Bus, BusError
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ import pytest
 from tests.doubles.private_bus import PrivateBus
 from tests.unit.api.test_dbus_api import FakeHost, serving, shared_bus
 from virtd.api.dbus import ROOT
-from virtd.api.introspection import OBJECT_MANAGER, POOL, POOL_MANAGER, PROPERTIES
+from virtd.api.introspection import OBJECT_MANAGER, PROPERTIES
+from virtd.api.pool_objects import POOL, POOL_MANAGER
 from virtd.errors import InvalidDefinition
 from virtd.host import Caller, WithDescriptors
 from virtd.replies.storage import Downloading, Uploading

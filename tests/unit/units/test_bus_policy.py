@@ -14,9 +14,11 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from virtd.api.introspection import DOMAIN, INTERFACES, MANAGER
+from virtd.api import interfaces, kinds
+from virtd.api.domain_objects import DOMAIN
+from virtd.api.introspection import MANAGER
 from virtd.connections import CLIENT_NAME
-from virtd.host.access import RIGHTS, Right
+from virtd.host.access import Right
 from virtd.systemd.bus import Bus
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ CONFIG = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configurat
 """
 SERVICE = "[D-BUS Service]\nName=org.virtd1\nExec=/bin/false\n"
 
+INTERFACES = kinds.members(kinds.load().values())
+
 needs_bus = pytest.mark.skipif(shutil.which("dbus-daemon") is None, reason="dbus-daemon isn't here")
 
 
@@ -62,9 +66,8 @@ def test_strangers_may_call_what_reads(interface: str) -> None:
         for rule in ET.parse(POLICY).iterfind("policy[@context='default']/allow")
         if rule.get("send_interface") == interface
     }
-    assert allowed == {
-        name for name, method in INTERFACES[interface].methods.items() if RIGHTS[method.operation] is Right.LOOK
-    }
+    methods = INTERFACES[interface].methods.items()
+    assert allowed == {name for name, method in methods if interfaces.operation(method.operation).right is Right.LOOK}
 
 
 @pytest.fixture
