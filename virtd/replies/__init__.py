@@ -15,7 +15,7 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["Changed", "Defined", "Gone", "Named", "Problem", "Reply", "Trouble"]
+__all__ = ["Changed", "Defined", "Gone", "Named", "Problem", "Reply", "Summary", "Trouble"]
 
 
 class Reply(msgspec.Struct, frozen=True):
@@ -37,6 +37,26 @@ class Reply(msgspec.Struct, frozen=True):
 
     def get(self, name: str, default: Any = None) -> Any:
         return getattr(self, name) if name in self.__struct_fields__ else default
+
+
+class Summary(Reply, frozen=True):
+    """What a listing shows of each object that has a process: its fields come first in every reply about one."""
+
+    name: str
+    driver: Annotated[str, "qemu, lxc or network"]
+    uuid: str
+    state: Annotated[
+        str,
+        "of a guest: stopped, starting, running, paused, stopping or crashed; "
+        "of a network: inactive, starting, active or stopping",
+    ]
+    reason: Annotated[str, "why, for a person to read"]
+    pid: Annotated[
+        int | None, "on the host: QEMU, the container's first program, or the network's dnsmasq; null while none runs"
+    ]
+    since: Annotated[str | None, "when it entered this state; null if it has been in no other"]
+    autostart: Annotated[bool, "whether it is started at boot"]
+    waits: Annotated[bool, "whether its autostart failed, and is being retried"]
 
 
 class Gone(Reply, frozen=True):

@@ -5,22 +5,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from . import Reply, Trouble
+from . import Reply, Summary, Trouble
 
 
-class Guest(Reply, frozen=True):
-    """What runs as a process of its own, in short."""
+class Guest(Summary, frozen=True):
+    """A domain or a container, in short."""
 
-    name: str
-    driver: Annotated[str, "qemu or lxc"]
-    uuid: str
-    state: Annotated[str, "stopped, starting, running, paused, stopping or crashed"]
-    reason: Annotated[str, "why, for a person to read"]
-    pid: Annotated[int | None, "of QEMU, or of the container's first program, on the host; null while none runs"]
-    since: Annotated[str | None, "when it came into this state; null if it never was in another"]
-    autostart: Annotated[bool, "whether it is started at boot"]
-    waits: Annotated[bool, "whether its autostart failed, and is tried again"]
-    id: Annotated[int | None, "a number, while it runs; never given twice by one daemon"]
+    id: Annotated[int | None, "a number, while it runs; never used twice by one daemon"]
 
 
 class Exit(Reply, frozen=True):

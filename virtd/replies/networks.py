@@ -5,21 +5,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from . import Reply, Trouble
+from . import Reply, Summary, Trouble
 
 
-class Network(Reply, frozen=True):
+class Network(Summary, frozen=True):
     """A network in short."""
 
-    name: str
-    driver: Annotated[str, "network"]
-    uuid: str
-    state: Annotated[str, "inactive, starting, active or stopping"]
-    reason: Annotated[str, "why, for a person to read"]
-    pid: Annotated[int | None, "of its dnsmasq"]
-    since: Annotated[str | None, "when it came into this state"]
-    autostart: Annotated[bool, "whether it is started at boot"]
-    waits: Annotated[bool, "whether its autostart failed, and is tried again"]
     mode: Annotated[str | None, "nat, routed, isolated or bridge, as the definition has it"]
     bridge: Annotated[str | None, "the interface"]
     ipv4: Annotated[str | None, "the host's address in it, with the prefix"]
