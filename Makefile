@@ -51,12 +51,12 @@ unit: $(STAMP) ## tests that need no root, JOBS of them at once [JOBS=2]
 	$(PYTHON) -m pytest tests/unit -n $(JOBS)
 
 live: $(STAMP) ## tests in booted systems (root), JOBS of them at once [JOBS=2]
-	$(PYTHON) -m tests.again -n $(JOBS) --dist loadfile
+	$(PYTHON) -m tests.again -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 hard-days: $(STAMP) ## what people's hosts do to a daemon, all of it (root, a quarter of an hour) [SUITE=trixie] [JOBS=2]
 	VIRTD_SUITE=$(or $(SUITE),trixie) $(PYTHON) -m pytest tests/live/test_hard_days*.py tests/live/test_bad_days.py \
 		tests/live/test_late_boot.py tests/live/test_network_drift.py -m live -o faulthandler_timeout=900 \
-		-n $(JOBS) --dist loadfile
+		-n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 tidy-hour: $(STAMP) ## ordinary use, after which nobody may have been warned of anything [MINUTES=60] [SUITE=trixie] (root)
 	$(PYTHON) -m tests.proof.tidy --minutes $(or $(MINUTES),60) --suite $(or $(SUITE),trixie)

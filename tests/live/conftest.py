@@ -8,6 +8,7 @@ VIRTD_LAB=NAME uses a lab that is up already, as it is.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
@@ -30,6 +31,13 @@ nft list tables 2>&1
 rm -f /var/log/virtd/qemu/* /var/log/virtd/network/*
 """
 SUITE = os.environ.get("VIRTD_SUITE", "trixie")
+LONG = ("test_survival_table", "test_sweep", "test_model")  # one test each, of minutes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first, then those of many tests: nobody shall be alone with one in the end."""
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.stem not in LONG, -tests[item.path], item.path))
 
 
 @pytest.fixture(scope="session")
