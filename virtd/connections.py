@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from . import errors, later
 from .hints import do
 from .objects.turns import within
+from .text import span
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
     from .api import dbus
     from .api.limits import Limits
@@ -29,6 +30,12 @@ BUS_RETRY = 1.0
 NAME_RETRY = 10.0
 GRACE = 0.05  # seconds after READY=1 in which those who waited for it are answered before D-Bus is brought up
 UNITS_LIMIT = 20.0  # seconds that an operation waits for D-Bus to come (back)
+HANG_LIMIT = 120.0  # and so much longer where the bus is there and hangs, see bus.PATIENCE
+HUNG = 5.0  # seconds for a connection, after which the bus counts as hanging
+HANGING = (
+    "D-Bus hangs: it takes connections and doesn't answer",
+    "Operations wait for it, usually less than a minute. What helps for good: virtd(8), under systemd-machined.",
+)
 
 
 def give_way() -> NoReturn:
@@ -44,6 +51,7 @@ class Connections:
         self._units: Units | None = None
         self._units_there = asyncio.Event()
         self._units_wanted = asyncio.Event()
+        self._hangs_since: float | None = None
         self._front_end: dbus.Server | None = None
         self._served: Bus | None = None
 
@@ -51,14 +59,12 @@ class Connections:
         """systemd, as soon as it can be asked. Raises HostError when D-Bus doesn't come."""
         if not self._units_there.is_set():
             self._units_wanted.set()
-            try:
-                async with asyncio.timeout(UNITS_LIMIT):
-                    await self._units_there.wait()
-            except TimeoutError:
+            there = await within(self._units_there, UNITS_LIMIT)
+            if not there and not (self._hangs_since and await within(self._units_there, HANG_LIMIT)):
                 raise errors.HostError(
                     "systemd can't be reached over D-Bus",
                     hint="See: systemctl status dbus.service; " + do("status") + ".",
-                ) from None
+                )
         assert self._units is not None
         return self._units
 
@@ -84,9 +90,12 @@ class Connections:
         first = True
         while True:
             try:
-                bus = await Bus.open()
+                with self._watched(host):
+                    bus = await Bus.open()
             except errors.HostError as exc:
-                host.problems["bus"] = (exc.message, str(exc.hint))
+                # Once it hangs, that some call has timed out explains nothing.
+                if self._hangs_since is None:
+                    host.problems["bus"] = (exc.message, str(exc.hint))
                 await asyncio.sleep(BUS_RETRY)
                 continue
             host.problems.pop("bus", None)
@@ -119,6 +128,29 @@ class Connections:
                     machines.cancel()
                 await self._leave_bus()
                 await bus.close()
+
+    @contextlib.contextmanager
+    def _watched(self, host: Host) -> Iterator[None]:
+        """Around an attempt to connect: the bus hangs once that takes too long, and until it comes to something."""
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+
+        def hangs() -> None:
+            self._hangs_since = self._hangs_since or begun
+            host.problems["bus"] = HANGING
+
+        timer = loop.call_later(HUNG, hangs)
+        try:
+            yield
+        except errors.HostError:
+            if loop.time() - begun < HUNG:  # refused
+                self._hangs_since = None
+            raise
+        finally:
+            timer.cancel()
+        if self._hangs_since is not None:
+            log.info("D-Bus answers again, after %s", span(loop.time() - self._hangs_since))
+            self._hangs_since = None
 
     async def _serve_bus(self, host: Host, limits: Limits, lost: asyncio.Event) -> bool:
         """Have org.virtd1 on the bus; False when that can't be: a bus policy that isn't in force yet, most likely.

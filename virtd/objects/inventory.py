@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 BATCH = 64  # definitions without a uuid that are written at once
 CHANGED, NEW_UUID = "changed", "new uuid"  # what reading a definition came to
-RECONCILE_LIMIT = 30.0  # seconds that an operation waits after the daemon's own start
+RECONCILE_LIMIT = 120.0  # seconds that an operation waits after the daemon's own start, in which the bus may hang
 
 
 class Definition(Protocol):

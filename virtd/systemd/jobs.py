@@ -18,11 +18,15 @@ if TYPE_CHECKING:
     from .bus import Bus
 
 
-class Jobs:
-    """How the jobs of one unit ended, by path."""
+HUNG = 1.0  # seconds without an answer after which the bus counts as hanging, see bus.PATIENCE
 
-    def __init__(self, unit: str) -> None:
+
+class Jobs:
+    """How the jobs of one unit ended, by path. `flush` returns once the bus has answered."""
+
+    def __init__(self, unit: str, flush: Callable[[], Awaitable[None]] | None = None) -> None:
         self._unit = unit
+        self._flush = flush
         self._results: dict[str, str] = {}
         self._changed = asyncio.Event()
 
@@ -31,15 +35,31 @@ class Jobs:
         self._changed.set()
 
     async def wait(self, job: str | None, timeout: float) -> str:
-        """Wait for the end of that job, or, where its path isn't known, of the first one."""
-        try:
+        """Wait for the end of that job, or, where its path isn't known, of the first one.
+
+        What systemd has done in time is told later where the bus hangs.
+        """
+        while not await self._ended(job, timeout):
+            if not await self._hung():
+                raise errors.TimedOut(f"systemd's job for {self._unit} did not end within {span(timeout)}")
+        return next(iter(self._results.values())) if job is None else self._results[job]
+
+    async def _ended(self, job: str | None, timeout: float) -> bool:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 while not (job in self._results or (job is None and self._results)):
                     self._changed.clear()
                     await self._changed.wait()
-        except TimeoutError as exc:
-            raise errors.TimedOut(f"systemd's job for {self._unit} did not end within {span(timeout)}") from exc
-        return next(iter(self._results.values())) if job is None else self._results[job]
+                return True
+        return False
+
+    async def _hung(self) -> bool:
+        if self._flush is None:
+            return False
+        loop = asyncio.get_running_loop()
+        asked = loop.time()
+        await self._flush()
+        return loop.time() - asked >= HUNG
 
 
 class JobSignals:
@@ -54,7 +74,7 @@ class JobSignals:
     @contextlib.asynccontextmanager
     async def of(self, unit: str) -> AsyncIterator[Jobs]:
         """Note how a unit's jobs end from now on: the signal can be here before the job's path is known."""
-        jobs = Jobs(unit)
+        jobs = Jobs(unit, self._bus.flush)
         watchers = self._watchers.setdefault(unit, [])
         watchers.append(jobs)
         try:
@@ -90,16 +110,20 @@ class JobSignals:
 
 
 class Patience:
-    """Pauses between one question and the next, ever longer ones; TimedOut in the end."""
+    """Pauses between one question and the next, ever longer ones; TimedOut in the end.
+
+    Only the pauses count: how long an answer takes is the bus's business.
+    """
 
     def __init__(self, timeout: float, complaint: str) -> None:
         self._timeout = timeout
         self._complaint = complaint
-        self._deadline = asyncio.get_running_loop().time() + timeout
+        self._left = timeout
         self._pause = 0.002
 
     async def pause(self) -> None:
-        if asyncio.get_running_loop().time() > self._deadline:
+        if self._left < 0:
             raise errors.TimedOut(f"{self._complaint} within {span(self._timeout)}")
         await asyncio.sleep(self._pause)
+        self._left -= self._pause
         self._pause = min(self._pause * 2, 0.25)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import errors
 from . import aliases
-from .bus import BusError, Var
+from .bus import PATIENCE, BusError, Var
 from .dumps import Dumps
 from .jobs import JobSignals, Patience
 from .names import MANAGER, MANAGER_PATH, PROPERTIES, SERVICE, SYSTEMD, UNIT, object_path
@@ -77,7 +77,6 @@ class Units:
                     "ssa(sv)a(sa(sv))",
                     _once(spec.name, properties) if spec.once else (spec.name, "fail", properties, []),
                     fds=tuple(one for one in stdio if isinstance(one, int)),
-                    timeout=timeout,
                 )
                 result = await jobs.wait(None if spec.once else job, timeout)
         except BusError as exc:
@@ -224,7 +223,7 @@ class Units:
         args: tuple[Any, ...],
         *,
         fds: tuple[int, ...] = (),
-        timeout: float = 25.0,
+        timeout: float = PATIENCE,
     ) -> tuple[Any, ...]:
         return await self._bus.call(SYSTEMD, MANAGER_PATH, MANAGER, method, signature, args, fds=fds, timeout=timeout)
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from virtd import errors
-from virtd.systemd import units
-from virtd.systemd.jobs import Jobs
+from virtd import connections, errors
+from virtd.objects import inventory
+from virtd.systemd import jobs, names, units
+from virtd.systemd.bus import PATIENCE
+from virtd.systemd.jobs import Jobs, Patience
 
 
 def test_a_job_can_end_before_it_is_known() -> None:
@@ -77,3 +79,52 @@ def test_dumps_are_shared_but_never_with_one_who_came_after_the_question() -> No
         [(web2, device, 2)],
         [(web2, device, 2)],
     ]
+
+
+class Hanging:
+    """A bus, and a systemd that stops a unit at once; it is told after the bus has hung for `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.listeners: list[Any] = []
+
+    async def call(self, _destination: str, _path: str, _interface: str, method: str, *_: Any, **__: Any) -> Any:
+        return ("/job/1",) if method == "StopUnit" else ()
+
+    async def subscribe(self, _sender: str, _interface: str, _member: str, _path: str, callback: Any) -> Any:
+        self.listeners.append(callback)
+
+    async def flush(self) -> None:
+        if self.seconds:
+            await asyncio.sleep(self.seconds)
+            for told in self.listeners:
+                told(names.MANAGER_PATH, names.MANAGER, "JobRemoved", (1, "/job/1", "x.service", "done"))
+
+
+def test_a_job_has_its_time_while_the_bus_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "HUNG", 0.02)
+    hanging: Any = Hanging(0.05)
+    asyncio.run(units.Units(hanging).stop("x.service", timeout=0.01))
+    answering: Any = Hanging(0)
+    with pytest.raises(errors.TimedOut, match="did not end within"):
+        asyncio.run(units.Units(answering).stop("x.service", timeout=0.01))
+
+
+def test_slow_answers_do_not_use_patience_up() -> None:
+    async def ask() -> int:
+        patience = Patience(0.005, "it is still there")
+        await asyncio.sleep(0.05)  # for an answer
+        for count in range(10):
+            try:
+                await patience.pause()
+            except errors.TimedOut:
+                return count
+        return 10
+
+    assert 1 < asyncio.run(ask()) < 10
+
+
+def test_a_call_waits_longer_than_a_bus_hangs() -> None:
+    """systemd-machined gives up a call after 25 s, at times twice in a row, and nss-systemd after 45 s."""
+    shortest = 2 * 45
+    assert min(PATIENCE, connections.UNITS_LIMIT + connections.HANG_LIMIT, inventory.RECONCILE_LIMIT) > shortest

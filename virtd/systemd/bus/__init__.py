@@ -27,6 +27,11 @@ log = logging.getLogger(__name__)
 SYSTEM_BUS: Final = "unix:path=/run/dbus/system_bus_socket"
 PEER: Final = "org.freedesktop.DBus.Peer"
 
+# Seconds until a call counts as unanswered. A bus can hang for the better part of a minute and be well afterwards:
+# when dbus-daemon reads its configuration it looks users up, with systemd-machined as well, which may be waiting for
+# the bus itself just then (systemd's issue 40562), until both give up.
+PATIENCE: Final = 120.0
+
 # Flags and answers of org.freedesktop.DBus.RequestName. Neither "allow replacement" nor "queue": whoever has the name
 # keeps it, and whoever comes second is told at once.
 DO_NOT_QUEUE: Final = 4
@@ -115,7 +120,7 @@ class Bus:
         args: Sequence[Any] = (),
         *,
         fds: Sequence[int] = (),
-        timeout: float = 25.0,
+        timeout: float = PATIENCE,
     ) -> tuple[Any, ...]:
         """Call a method; the reply's values.
 
@@ -166,11 +171,11 @@ class Bus:
         self, destination: str, path: str, interface: str, method: str, signature: str = "", args: Sequence[Any] = ()
     ) -> Table:
         """`call` for a method whose answer begins with an array of structs, and holds no descriptors."""
-        reply = await self._roundtrip(destination, path, interface, method, signature, args, timeout=25.0)
+        reply = await self._roundtrip(destination, path, interface, method, signature, args, timeout=PATIENCE)
         return Table(reply.get_body().get_child_value(0))
 
     async def properties(
-        self, destination: str, path: str, interface: str, names: Sequence[str], *, timeout: float = 25.0
+        self, destination: str, path: str, interface: str, names: Sequence[str], *, timeout: float = PATIENCE
     ) -> dict[str, Any]:
         """Some of an object's properties, in one call; BusError when it lacks one of them.
 
@@ -277,12 +282,12 @@ class Bus:
             raise errors.Exists(f"the D-Bus name {name} is taken", hint=f"See: busctl status {name}")
         self._lost[name] = lost or (lambda: None)
 
-    async def release_name(self, name: str, *, timeout: float = 25.0) -> None:
+    async def release_name(self, name: str, *, timeout: float = PATIENCE) -> None:
         """Give a name back; `lost` isn't called. Whatever was sent to the name before is here when this returns."""
         self._lost.pop(name, None)
         await self.call(DBUS, DBUS_PATH, DBUS, "ReleaseName", "s", (name,), timeout=timeout)
 
-    async def flush(self, *, timeout: float = 25.0) -> None:
+    async def flush(self, *, timeout: float = PATIENCE) -> None:
         """Returns when the bus has taken everything that was sent; `close` would throw the rest away."""
         # Not Ping: the usual policy of a system bus lets nobody send that to the bus itself, and logs each try.
         await self.call(DBUS, DBUS_PATH, DBUS, "GetId", timeout=timeout)
