@@ -20,6 +20,7 @@ from ...model.state import State, require
 from ...objects.turns import within
 from ...text import span
 from .guest import REBOOT_GIVEN_UP
+from .news import STANDSTILL
 
 if TYPE_CHECKING:
     from .guest import QemuGuest
@@ -36,7 +37,7 @@ async def shutdown(machine: QemuGuest, timeout: float, by: str) -> bool:
     """Press the power button and wait for the end. Raises TimedOut; the guest then runs on."""
     deadline = time.monotonic() + timeout
     async with machine.exclusive("shut down"):
-        require("shut down", machine.name, machine.state)
+        await _require("shut down", machine)
         was = machine.state
         machine.note(State.STOPPING, f"asked to shut down by {by}", data=machine.ask("shutdown", by))
         try:
@@ -139,6 +140,13 @@ async def upgrade_machine(machine: QemuGuest) -> bool:
         return machine.hardware.renew()
 
 
+async def _require(operation: str, machine: QemuGuest) -> None:
+    """Raise InvalidState when it makes no sense; of a guest that stands still with the reason."""
+    if machine.state is State.PAUSED and STANDSTILL in machine.problems:
+        await machine.standstill.require_none_for(operation)
+    require(operation, machine.name, machine.state)
+
+
 async def _know(machine: QemuGuest) -> None:
     """Whoever asks for a state shall not be told that it is there because it was when QEMU last answered."""
     if not machine.answers:
@@ -148,7 +156,7 @@ async def _know(machine: QemuGuest) -> None:
 async def reboot(machine: QemuGuest, *, force: bool, timeout: float, by: str) -> bool:
     """Restart the guest inside the same QEMU: by its power button, or with `force` by the reset button."""
     async with machine.exclusive("reboot"):
-        require("reboot", machine.name, machine.state)
+        await _require("reboot", machine)
         if force:
             await machine.command("system_reset")
             machine.note(State.RUNNING, f"reset by {by}", data=await machine.another_life())

@@ -165,6 +165,12 @@ class Standstill:
                 return await asyncio.to_thread(_space_of, path)
         return None
 
+    async def require_none_for(self, what: str) -> None:
+        """Raise InvalidState, with the reason, while it is in one: the guest can't be asked for anything."""
+        await self.look()
+        if (problem := self._machine.problems.get(STANDSTILL)) is not None:
+            raise errors.InvalidState(f"Cannot {what} {self._machine.name}: {problem.text}", hint=problem.hint)
+
     async def require_over(self) -> bool:
         """Whether it is in one. Raises InvalidState while resuming it would be in vain."""
         machine, fault = self._machine, self.fault

@@ -19,6 +19,7 @@ from virtd.messages import Message
 from virtd.model.state import State
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
     from pathlib import Path
 
     from virtd.host import Host
@@ -72,6 +73,14 @@ async def test_a_full_disk(world: World, disk: str, free: list[int], tmp_path: P
         assert len(world.told(Message.GUEST_STOOD_STILL)) == 1
         with pytest.raises(errors.InvalidState, match=r"Cannot resume web1: .* 0 bytes free"):
             await host.resume("web1", by=ROOT)
+        asked: list[tuple[str, Awaitable[object]]] = [
+            ("shut down", host.shutdown("web1", None, by=ROOT)),
+            ("reboot", host.reboot("web1", force=False, timeout=None, by=ROOT)),
+        ]
+        for what, answer in asked:
+            with pytest.raises(errors.InvalidState, match=rf"Cannot {what} web1: .* 0 bytes free") as refused:
+                await answer
+            assert refused.value.hint == found["hint"]
         assert (await host.info("web1"))["state"] == "paused"
     async with world.daemon() as host:
         found = await problem(host)
