@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import stat
 from typing import TYPE_CHECKING, Any
 
 from . import prerequisites
@@ -24,6 +27,17 @@ def identified(devices: Iterable[Device]) -> Opened:
         for path, writes in device.files():
             if (identity := prerequisites.identity(path)) is not None:
                 found[identity] = (path, writes or found.get(identity, ("", False))[1])
+    return found
+
+
+def sizes(opened: Opened) -> dict[str, int]:
+    """How many bytes its regular files have, by path: as a guest that is about to start will find them."""
+    found = {}
+    for path, _writes in opened.values():
+        with contextlib.suppress(OSError):
+            status = os.stat(path)
+            if stat.S_ISREG(status.st_mode):
+                found[path] = status.st_size
     return found
 
 

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whether the files that running guests have open are still where everybody looks for them.
+"""Whether the files that running guests have open are still whole, and where everybody looks for them.
 
 Who deletes the disk of a guest that runs notices nothing, nor does the guest, until it is off and its data is gone.
+Of one that is truncated the guest reads zeros, or errors, where its data was.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ... import journal
 from ...messages import Message
@@ -21,13 +22,23 @@ if TYPE_CHECKING:
     from .guest import QemuGuest
 
 LOOK = 10.0  # seconds that a file system may take; one that hangs mustn't hold up more than this
-HINT = "Copy what is in it, from inside the guest or with QEMU's drive-backup, before the guest is stopped."
+GONE = "Copy what is in it, from inside the guest or with QEMU's drive-backup, before the guest is stopped."
+CUT_SHORT = " was truncated to "
+CUT = "Stop the guest and restore the disk from a backup: what was behind its end is lost."
 
 
-def missing(images: Iterable[tuple[tuple[int, int], str]]) -> list[str]:
-    """What is wrong with each of these that isn't there any more; what can't be looked at is left out."""
+class File(NamedTuple):
+    """`identity`: device and inode; `size`: bytes when the guest was started, 0 where that isn't known."""
+
+    identity: tuple[int, int]
+    path: str
+    size: int = 0
+
+
+def wrong(files: Iterable[File]) -> list[str]:
+    """What is wrong with each of these that isn't as it was; what can't be looked at is left out."""
     found = []
-    for identity, path in images:
+    for identity, path, size in files:
         try:
             status = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
@@ -37,20 +48,28 @@ def missing(images: Iterable[tuple[tuple[int, int], str]]) -> list[str]:
         else:
             if (status.st_dev, status.st_ino) != identity:
                 found.append(f"{path} is another file by now, and the guest has the old one open")
+            elif status.st_size < size:
+                found.append(f"{path}{CUT_SHORT}{status.st_size} of {size} bytes under the guest")
     return found
 
 
-def opened(machine: QemuGuest) -> list[tuple[tuple[int, int], str]]:
+def _problem(text: str) -> Problem:
+    return Problem(text, CUT if all(CUT_SHORT in one for one in text.split("; ")) else GONE)
+
+
+def opened(machine: QemuGuest) -> list[File]:
     """By its record; an older virtd's has no list, and what its definition names by now proves nothing."""
     if not isinstance(machine.data.get("images"), list):
         return []
-    return [(identity, path) for identity, (path, _writes) in machine.images().items()]
+    sizes = machine.data.get("sizes")
+    known = sizes if isinstance(sizes, dict) else {}
+    return [File(identity, path, int(known.get(path, 0))) for identity, (path, _writes) in machine.images().items()]
 
 
 async def look(machines: Iterable[QemuGuest]) -> None:
     """Have each guest's lost files among its problems, and in the journal when they are new."""
     wanted = {machine.name: (machine, opened(machine)) for machine in machines if machine.alive}
-    found = await asyncio.to_thread(lambda: {name: missing(images) for name, (_, images) in wanted.items()})
+    found = await asyncio.to_thread(lambda: {name: wrong(files) for name, (_, files) in wanted.items()})
     for name, (machine, _) in wanted.items():
         if not machine.alive:
             continue
@@ -59,7 +78,7 @@ async def look(machines: Iterable[QemuGuest]) -> None:
             continue
         _record(machine, text)
         if text:
-            machine.problems[LOST] = Problem(text, HINT)
+            machine.problems[LOST] = _problem(text)
             journal.send(f"{name}: {text}", message_id=Message.DISK_LOST, level="error", **machine.fields())
         else:
             machine.problems.pop(LOST, None)
@@ -68,7 +87,7 @@ async def look(machines: Iterable[QemuGuest]) -> None:
 def recall(machine: QemuGuest) -> None:
     """Tell what an earlier daemon has found, until it is looked again."""
     if text := _recorded(machine):
-        machine.problems[LOST] = Problem(text, HINT)
+        machine.problems[LOST] = _problem(text)
 
 
 def _recorded(machine: QemuGuest) -> str:

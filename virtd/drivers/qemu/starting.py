@@ -116,12 +116,14 @@ class _Start(Start[QemuGuest, model.Domain]):
         running = {other.user.uid for other in self.others if other.user is not None}
         self.given = ownership.needed(files, self.account, self.users.leftovers(running))
         assert self.child.stderr is not None
+        images_open = opened.identified(self.devices)
         return {
             # Where its own words begin, among them what ends it.
             "words_from": {"file": self.child.stderr.file, "offset": self.words_from},
             "disks": [disk.path for disk in self.disks],
             "numbers": [disk.number for disk in placing.of_kind(self.hardware.devices, placing.DISK)],
-            "images": opened.recorded(opened.identified(self.devices)),
+            "images": opened.recorded(images_open),
+            "sizes": opened.sizes(images_open),
             "hardware": msgspec.to_builtins(self.hardware),
             "given": ownership.to_record(self.given),
             "nics": [msgspec.to_builtins(nic) for nic in self.nics],

@@ -43,3 +43,44 @@ async def test_a_disk_that_is_gone(world: World, tmp_path: Path, how: str) -> No
         await host.look()
         assert (await host.status())["problems"] == []
         await host.stop("web1", by=ROOT)
+
+
+@on_loop
+async def test_a_disk_that_is_cut_short(world: World, tmp_path: Path) -> None:
+    """The guest would only find out when it reads what was behind the new end. One that has grown is in order."""
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(b"x" * 4096)
+    async with world.daemon() as host:
+        await world.run("web1", more=f'disk = [{{ path = "{disk}", format = "raw" }}]')
+        os.truncate(disk, 8192)
+        await host.look()
+        assert (await host.status())["problems"] == []
+        os.truncate(disk, 512)
+        await host.look()
+    async with world.daemon() as host:
+        (problem,) = (await host.status())["problems"]
+        assert problem["text"] == f"{disk} was truncated to 512 of 4096 bytes under the guest"
+        assert "backup" in problem["hint"]
+        assert len(world.told(Message.DISK_LOST)) == 1
+        (difference,) = (await host.check_all(repair=False, by=None))["differences"]
+        assert difference["kind"] == "file"
+        os.truncate(disk, 4096)
+        await host.look()
+        assert (await host.status())["problems"] == []
+        await host.stop("web1", by=ROOT)
+
+
+@on_loop
+async def test_a_record_without_sizes(world: World, tmp_path: Path) -> None:
+    """As an older virtd has made it."""
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(b"x" * 4096)
+    async with world.daemon() as host:
+        await world.run("web1", more=f'disk = [{{ path = "{disk}", format = "raw" }}]')
+        machine = host.driver.machines["web1"]
+        assert machine.record is not None
+        machine.keep(data={key: value for key, value in machine.record.data.items() if key != "sizes"})
+        os.truncate(disk, 512)
+        await host.look()
+        assert (await host.status())["problems"] == []
+        await host.stop("web1", by=ROOT)
