@@ -325,3 +325,44 @@ def process(root: Path, pid: int, name: str, cgroup: str) -> None:
     (root / f"{pid}/fd/3").symlink_to("socket:[77]")
     (root / f"{pid}/comm").write_text(f"{name}\n")
     (root / f"{pid}/cgroup").write_text(f"0::{cgroup}\n")
+
+
+@pytest.mark.parametrize("how", ["hard link", "symbolic link", "linked directory"])
+@on_loop
+async def test_one_file_by_two_names_in_two_definitions(world: World, tmp_path: Path, how: str) -> None:
+    """Neither runs; that both name it is told when the second one is defined, whichever that is."""
+    images = tmp_path / "images"
+    images.mkdir()
+    disk, other = images / "disk.raw", images / "other.raw"
+    disk.write_bytes(b"\0" * 512)
+    if how == "hard link":
+        other.hardlink_to(disk)
+    elif how == "symbolic link":
+        other.symlink_to(disk)
+    else:
+        (tmp_path / "link").symlink_to("images")
+        other = tmp_path / "link" / "disk.raw"
+    async with world.daemon() as host:
+        for one, two in ((disk, other), (other, disk)):
+            for name, path, readonly in (("web1", one, ""), ("web2", two, ""), ("web3", two, ", readonly = true")):
+                text = world.text(name, more=f'disk = [{{ path = "{path}", format = "raw"{readonly} }}]')
+                told = (await host.define(text, "-", check=False, by=ROOT))["warnings"]
+                where = {"web1": 0, "web2": 1}.get(name, 2)
+                assert len(told) == where, told
+                assert all("both can't run at the same time" in one for one in told)
+                if name == "web2":
+                    assert told[0] == (
+                        f"disk[0]: {two} is domain web1's as well, as {one}: both can't run at the same time"
+                    )
+            for name in ("web1", "web2", "web3"):
+                await host.undefine(name, by=ROOT)
+
+
+@on_loop
+async def test_disks_that_are_no_files(world: World, tmp_path: Path) -> None:
+    (tmp_path / "directory").mkdir()
+    async with world.daemon() as host:
+        for path in (f"{tmp_path}/directory", "/dev/null"):
+            text = world.text("web1", more=f'disk = [{{ path = "{path}", format = "raw" }}]')
+            told = (await host.define(text, "-", check=False, by=ROOT))["warnings"]
+            assert told == [f"disk[0].path: expected a regular file: {path}"]

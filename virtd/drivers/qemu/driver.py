@@ -167,7 +167,7 @@ class Driver(GuestDriver[QemuGuest, model.Domain]):
 
     def warnings(self, definition: model.Domain) -> list[str]:
         from ...objects import conflicts
-        from . import holdings  # no start of the daemon needs it
+        from . import holdings, twins  # no start of the daemon needs it
         from .devices import placing
 
         found = [f"{key}: {text}" for key, text in prerequisites.missing_files(definition)]
@@ -178,7 +178,10 @@ class Driver(GuestDriver[QemuGuest, model.Domain]):
             *holdings.defined(definition, uuid, placed, conflicts.bridges(self._peers)),
             *holdings.here(definition),
         ]
-        return found + conflicts.warnings(self._peers, f"domain {definition.name}", mine)
+        found += conflicts.warnings(self._peers, f"domain {definition.name}", mine)
+        # What those have that run is known by what it is.
+        others = [one for one in self.machines.values() if one is not known and not one.alive]
+        return found + twins.warnings(definition, [one.definition for one in others if one.definition is not None])
 
     def holdings(self, *, running: bool) -> Iterator[tuple[str, Holding]]:
         from ...objects import conflicts

@@ -135,8 +135,24 @@ def devices(*, kvm: bool, tap: bool, vhost: bool) -> list[str]:
 
 def missing_files(domain: model.Domain) -> list[tuple[str, str]]:
     """What the definition names and the host doesn't have, or can't be given to a guest, as (key, text)."""
-    found = [(key, reach.trouble(path)) for key, path in model.paths(domain)]
-    return [(key, text) for key, text in found if text]
+    found = []
+    for key, path in model.paths(domain):
+        text = reach.trouble(path)
+        if not text:
+            with contextlib.suppress(OSError, errors.HostError):
+                text, _ = _wrong_kind(key, path, reach.look(path).st_mode)
+        if text:
+            found.append((key, text))
+    return found
+
+
+def _wrong_kind(key: str, path: str, mode: int) -> tuple[str, str]:
+    """What is wrong where there is something else than a file, or for a disk a block device; and a hint."""
+    device = key.startswith("disk") and stat.S_ISBLK(mode)
+    if stat.S_ISREG(mode) or (device and is_device(path)):
+        return "", ""
+    hint = f"Name the device by its path in /dev: {os.path.realpath(path)}, say." if device else ""
+    return f"expected a regular file: {path}", hint
 
 
 def check_files(domain: model.Domain, source: str, who: Account) -> None:
@@ -151,10 +167,9 @@ def check_files(domain: model.Domain, source: str, who: Account) -> None:
                 raise
             hint = "Put it back there, or take the path out of [[cdrom]]: a drive may be without a medium."
             raise errors.InvalidDefinition(source, key, exc.expected, hint=hint) from exc
-        device = key.startswith("disk") and stat.S_ISBLK(status.st_mode)
-        if not stat.S_ISREG(status.st_mode) and not (device and is_device(path)):
-            hint = f"Name the device by its path in /dev: {os.path.realpath(path)}, say." if device else ""
-            raise errors.InvalidDefinition(source, key, f"expected a regular file: {path}", hint=hint)
+        wrong, hint = _wrong_kind(key, path, status.st_mode)
+        if wrong:
+            raise errors.InvalidDefinition(source, key, wrong, hint=hint)
         written = key.startswith("disk") and key not in read_only
         if written and stat.S_ISREG(status.st_mode) and os.statvfs(path).f_flag & os.ST_RDONLY:
             raise errors.InvalidDefinition(

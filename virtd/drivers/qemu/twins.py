@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One file by two names: two definitions whose disks are one by a hard link, a symbolic link or a bind mount.
+
+Another's file is looked at only if it is, as the mount table has it, on the file system of the one that is asked
+about, which has just answered: one that hangs must hold up nobody who defines a domain on another.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING
+
+from ...reach import MOUNT_INFO
+from . import prerequisites
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from ...model.domain import Disk, Domain
+
+
+def warnings(domain: Domain, others: Iterable[Domain]) -> list[str]:
+    """What disks of others that are defined and off are the same as those of `domain`."""
+    found: list[str] = []
+    mine = [(index, disk) for index, disk in enumerate(domain.disk) if disk.path is not None]
+    if not mine:
+        return found
+    theirs = [(other.name, disk) for other in others for disk in other.disk if disk.path is not None]
+    table = _mounts()
+    for index, disk in mine:
+        for name, path in _same(disk, theirs, table):
+            text = f"{disk.path} is domain {name}'s as well, as {path}: both can't run at the same time"
+            found.append(f"disk[{index}]: {text}")
+    return found
+
+
+def _same(disk: Disk, theirs: list[tuple[str, Disk]], table: dict[str, str]) -> Iterator[tuple[str, str]]:
+    assert disk.path is not None
+    if (identity := prerequisites.identity(disk.path)) is None:
+        return
+    file_system = _file_system(os.path.realpath(disk.path), table)
+    for name, other in theirs:
+        assert other.path is not None
+        if other.path == disk.path or (other.readonly and disk.readonly):
+            continue  # told already, or no matter
+        if _file_system(other.path, table) == file_system and prerequisites.identity(other.path) == identity:
+            yield name, other.path
+
+
+def _mounts() -> dict[str, str]:
+    """The file system (major:minor) at each mount point, proc_pid_mountinfo(5). Doesn't touch any of them."""
+    found = {}
+    with open(MOUNT_INFO, encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            _, _, device, _, place, *_ = line.split()
+            found[re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), place)] = (
+                device  # the last one hides others
+            )
+    return found
+
+
+def _file_system(path: str, table: dict[str, str]) -> str:
+    """On which a path is, if none of the directories in it is a link."""
+    while path not in table and path != "/":
+        path = os.path.dirname(path)
+    return table.get(path, "")
