@@ -153,11 +153,23 @@ class Host:
         ]  # fmt: skip
 
 
+# All labs have the limit of one user, where that isn't above it: what virtd says of it is right.
+SHARED = r"gets a pipe of [0-9]+ bytes only .*"
+CAP_SYS_RESOURCE = 24
+
+
+def is_above_limits() -> bool:
+    """Whether root here has CAP_SYS_RESOURCE."""
+    (mask,) = re.findall(r"^CapBnd:\s+([0-9a-f]+)$", Path("/proc/self/status").read_text(encoding="ascii"), re.M)
+    return bool(int(mask, 16) >> CAP_SYS_RESOURCE & 1)
+
+
 def loud(lab: Lab) -> collections.Counter[str]:
     """Warnings and worse about virtd's units, with how often each was said."""
     lines = lab.run("journalctl", "-q", "-b", "-p", "warning", "-o", "json", "-u", "virtd*").stdout.splitlines()
     texts = [str(json.loads(line)["MESSAGE"]) for line in lines]
-    return collections.Counter(re.sub(r"\d+", "N", text) for text in texts if not PID1S_OWN.search(text))
+    passed_over = PID1S_OWN.pattern if is_above_limits() else f"{PID1S_OWN.pattern}|{SHARED}"
+    return collections.Counter(re.sub(r"\d+", "N", text) for text in texts if not re.search(passed_over, text))
 
 
 def verdict(lab: Lab) -> list[str]:
