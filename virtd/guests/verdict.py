@@ -64,10 +64,17 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
         return self.unit is not None and self.unit.result == "oom-kill"
 
     @property
+    def overdue(self) -> bool:
+        """Whether systemd shut it down because its unit's time was up, and nobody had asked for its end."""
+        return self.unit is not None and self.unit.result == "timeout" and not self.asked
+
+    @property
     def unseen(self) -> bool:
         """Whether systemd doesn't know how it ended."""
         return self.unit is None or self.unit.unknown
 
+
+OVERDUE = "shut down by systemd: the time that its unit may run was up (RuntimeMaxSec=)"
 
 E = TypeVar("E", bound=Evidence)
 

@@ -97,6 +97,8 @@ RULES: tuple[verdict.Rule[Evidence], ...] = (
       State.CRASHED, Cause.KILLED, "killed by {e.by}", credit=True),
     R("shutdown", lambda e: e.asked == "shutdown" and not e.lxc_killed,
       State.STOPPED, Cause.SHUTDOWN, "shut down by {e.by}", credit=True),
+    R("time limit", lambda e: e.overdue and e.host_down,
+      State.STOPPED, Cause.HOST_SHUTDOWN, verdict.OVERDUE),
     R("host shutdown", lambda e: e.host_down,
       State.STOPPED, Cause.HOST_SHUTDOWN, "shut down with the host"),
     R("LXC killed", lambda e: e.lxc_killed,

@@ -131,6 +131,9 @@ RULES: tuple[verdict.Rule[Evidence], ...] = (
       State.CRASHED, Cause.PANIC, "the guest's kernel panicked"),
     R("panic", lambda e: "GUEST_PANICKED" in e.events and (e.why == "guest-panic" or e.code not in (0, None)),
       State.CRASHED, Cause.PANIC, "the guest's kernel panicked"),
+    # The unit's ExecStop= has pressed the power button then, and told QEMU to quit if that was in vain.
+    R("time limit", lambda e: e.overdue and e.code in (0, None),
+      State.STOPPED, Cause.HOST_SHUTDOWN, verdict.OVERDUE),
     R("quit", lambda e: e.why == "host-qmp-quit" and e.asked != "shutdown",
       State.STOPPED, Cause.HOST_SHUTDOWN, "ended through its monitor"),
     R("failure", lambda e: e.code not in (0, None),

@@ -321,6 +321,7 @@ ENDS: list[tuple[UnitState | None, str, str | None, bool, bool, State, Cause, in
     (unit(), "signal Interrupt(2)", "shutdown", False, False, OFF, Cause.SHUTDOWN, None, None),
     (unit(), "signal Interrupt(2)", "gave up", False, False, OFF, Cause.GUEST_SHUTDOWN, None, None),
     (unit(), "signal Interrupt(2)", None, False, True, OFF, Cause.HOST_SHUTDOWN, None, None),
+    (unit(result="timeout"), "signal Interrupt(2)", None, False, True, OFF, Cause.HOST_SHUTDOWN, None, None),
     (unit(), "signal Hangup(1)", None, False, False, OFF, Cause.GUEST_SHUTDOWN, None, None),
     (unit(), "signal Killed(9)", "stop", False, False, OFF, Cause.STOP, None, "SIGKILL"),
     (unit(), "signal Killed(9)", None, False, False, BAD, Cause.KILLED, None, "SIGKILL"),

@@ -56,10 +56,12 @@ def events(*names: str) -> list[dict[str, Any]]:
 EXIT_0, EXIT_1 = unit(1, 0), unit(1, 1)
 KILL, SEGV, TERM = unit(2, 9, "signal"), unit(3, 11, "core-dump"), unit(2, 15, "signal")
 OOM = unit(2, 9, "oom-kill")
+LATE_0 = msgspec.structs.replace(unit(1, 0, "timeout"), active="failed", sub="failed")  # RuntimeMaxSec=
 GONE_0 = msgspec.structs.replace(EXIT_0, active="inactive", sub="dead")  # systemd itself has stopped it
 SAID = "qemu-system-x86_64: terminating on signal 15 from pid 4711 (systemctl)"
 UNSEEN = "qemu-system-x86_64: terminating on signal 2"
 OFF = "SHUTDOWN:guest-shutdown"
+QUIT = "SHUTDOWN:host-qmp-quit"
 
 
 EXAMPLES: list[tuple[UnitState | None, list[str], str, str, str, str, str, str | None]] = [
@@ -128,6 +130,10 @@ EXAMPLES: list[tuple[UnitState | None, list[str], str, str, str, str, str, str |
     (EXIT_1, [], "", "", "crashed", "panic", "the guest's kernel panicked", None),
     (EXIT_1, [], "stop", "", "stopped", "stop", "stopped by ann", "ann"),
     (GONE_0, [], "", "", "stopped", "host-shutdown", "shut down with the host", None),
+    (LATE_0, [], "", "", "stopped", "host-shutdown", "shut down by systemd: the time", None),
+    (LATE_0, ["POWERDOWN", OFF], "", "", "stopped", "host-shutdown", "shut down by systemd: the time", None),
+    (LATE_0, ["POWERDOWN", QUIT], "", "", "stopped", "host-shutdown", "shut down by systemd: the time", None),
+    (LATE_0, ["POWERDOWN", OFF], "shutdown", "", "stopped", "shutdown", "shut down by ann", "ann"),
 ]  # fmt: skip
 
 
