@@ -11,7 +11,7 @@ from msgspec import to_builtins
 from tests.unit.test_untrusted import odd_files
 from virtd import errors
 from virtd.drivers.network import dnsmasq, ethernet, firewall, leases, ports
-from virtd.drivers.network.net import fixed
+from virtd.drivers.network.adapting import fixed
 from virtd.drivers.network.ports import Ground
 from virtd.model import network as model
 

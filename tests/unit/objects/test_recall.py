@@ -123,7 +123,7 @@ async def test_what_a_network_is_not_let_do(site: Site, monkeypatch: pytest.Monk
     async with site.world.daemon() as host:
         await site.define()
         await host.networks.start("lab", by=ROOT)
-        await until(lambda: host.networks.driver.nets["lab"].record_has("obstacles"))
+        await until(lambda: host.networks.driver.nets["lab"].data.get("obstacles"))
     (problem,) = await told_at_once(site.world, Message.NETWORK_OBSTRUCTED)
     assert problem["text"] == "dropped"
 

@@ -36,8 +36,7 @@ class Connections:
     @property
     def refused(self) -> set[str]:
         """Interfaces that are kept out of the bridge, see `refuse`; on record, for the next daemon."""
-        record = self.net.record
-        kept = record.data.get("refused", []) if record is not None else []
+        kept = self.net.data.get("refused", [])
         return {name for name in kept if isinstance(name, str)} if isinstance(kept, list) else set()
 
     async def connect(self, interface: str, *, user: str, mac: str, trusted: bool) -> Port:

@@ -315,7 +315,7 @@ class Driver(Inventory[Net, model.Network]):
             except errors.VirtdError as exc:
                 self.problems[f"definition {net.name} in force"] = Problem(exc.message, exc.hint)
                 journal.send(exc.message, message_id=Message.DEFINITION_PROBLEM, level="error", VIRTD_FILE=net.source)
-            await net.join_firewalld()
+            await net.pieces.join_firewalld()
         await self._guard.restore_isolation(why="by the time of the reload")
         await self._guard.restore_rules(set(self.nets), why="by the time of the reload")
         await self._upkeep.settle(set(self.nets), why="by the time of the reload")

@@ -120,7 +120,7 @@ async def _pieces(net: Net, seen: Seen) -> list[Difference]:
     for one in await net.standing.differences():
         how = "put it back" if one.mend is not None else ""
         found.append(Difference("bridge", name, f"{name} isn't as virtd made it: {one.text}", how))
-    if await net.rules_lost(network):
+    if await net.rules.lost(network):
         text = f"the rules in tables {firewall.table(name)} (inet, bridge) aren't those that virtd made"
         found.append(Difference("rules", name, text, "apply them again"))
     if not network.serves:

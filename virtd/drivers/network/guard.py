@@ -148,16 +148,16 @@ class Guard:
             if not networks:
                 return []
             marks = await asyncio.to_thread(firewall.marks, list(networks))
-            stale = {name for name, network in networks.items() if self._nets[name].rules_stale(network)}
+            stale = {name for name, network in networks.items() if self._nets[name].rules.stale(network)}
             lost = [
                 name
                 for name, network in networks.items()
-                if name in stale or not self._nets[name].rules_are(network, marks[name])
+                if name in stale or not self._nets[name].rules.are(network, marks[name])
             ]
             if lost:
-                grounds = [self._nets[name].ground(networks[name]) for name in lost]
+                grounds = [self._nets[name].rules.ground(networks[name]) for name in lost]
                 for ground, mark in zip(grounds, await asyncio.to_thread(firewall.replace, *grounds), strict=True):
-                    self._nets[ground.network.name].rules_applied(ground, mark)
+                    self._nets[ground.network.name].rules.applied(ground, mark)
             if stale:
                 log.info("The rules of %s are those of this version now", _named(sorted(stale)))
             return [name for name in lost if name not in stale]
@@ -195,7 +195,7 @@ class Guard:
         for name in needed:
             self._nets[name].problems.pop("isolation", None)
         # An older virtd had none of these.
-        older = {name for name in needed if not self._nets[name].record_has("rules_of")}
+        older = {name for name in needed if "rules_of" not in self._nets[name].data}
         if restored := sorted(name for name, rules in needed.items() if rules & missing and name not in older):
             self._tell_restored(restored, f"The rules of policy routing (ip rule) of {_named(restored)}", why)
 
@@ -226,7 +226,7 @@ class Guard:
         while await changed.wait() and not closed.is_set():
             changed.clear()
             for net in list(self._nets.values()):
-                await net.join_firewalld()
+                await net.pieces.join_firewalld()
             self._touched(ALL)
 
 

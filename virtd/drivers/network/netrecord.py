@@ -14,7 +14,7 @@ from ...objects import definitions
 from ...objects.persistent import Persistent
 from ...objects.turns import Turns
 from ...systemd.names import unit_name
-from . import bridge, leases
+from . import bridge, leases, links
 from . import ports as ports_
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class NetRecord(Persistent):
     @property
     def mac(self) -> str:
         """The bridge's address; of an active network the one that it was made with."""
-        kept = self.record.data.get("mac") if self.record is not None and self.active else None
+        kept = self.data.get("mac") if self.active else None
         return str(kept) if kept else bridge.mac_of(self.uuid)
 
     @property
@@ -93,7 +93,7 @@ class NetRecord(Persistent):
     @property
     def running(self) -> model.Network | None:
         """The definition that is in force, or None while the network is inactive."""
-        if self.record is None or not self.active or not (text := definitions.text_in_force(self.record.data)):
+        if not self.active or not (text := definitions.text_in_force(self.data)):
             return None
         if text == self.definition_text and self.definition is not None:
             return self.definition
@@ -103,12 +103,12 @@ class NetRecord(Persistent):
 
     def parsed(self, text: str) -> model.Network | None:
         """The definition that `text` holds, if it was put in force by this version of virtd."""
-        return definitions.parsed(self.record.data, text, model.Network) if self.record is not None else None
+        return definitions.parsed(self.data, text, model.Network)
 
     @property
     def pending(self) -> bool:
         """Whether the definition says something else than what is in force."""
-        return self.active and self.record is not None and self.record.data.get("definition") != self.definition_text
+        return self.active and self.data.get("definition") != self.definition_text
 
     @property
     def bridge_name(self) -> str:
@@ -118,10 +118,46 @@ class NetRecord(Persistent):
     @property
     def ports(self) -> tuple[Port, ...]:
         """Who is connected, or was when the network was stopped."""
-        return ports_.recorded(self.record.data) if self.record is not None else ()
+        return ports_.recorded(self.data)
+
+    def in_force(self, network: model.Network, text: str) -> dict[str, Any]:
+        # The bridge has to be removed also by a daemon that can't read the definition any more.
+        return definitions.in_force(network, text) | {"bridge": network.bridge_name if network.own else ""}
+
+    def still_connected(self) -> dict[str, Any]:
+        """For the record of one that isn't active: its guests are connected again by its next start."""
+        return {"ports": kept} if (kept := self.data.get("ports")) else {}
+
+    # What there is of it
 
     def leases(self) -> list[leases.Lease]:
         return leases.read(f"{self.state_directory}/leases")
+
+    def users(self) -> list[str]:
+        """Who is connected: "qemu/web1" for what virtd connected, the interface's name for everything else."""
+        network = self.running
+        if network is None:
+            return []
+        ours = {port.interface: port.user for port in links.ports() if port.network == self.name}
+        ours |= {port.interface: port.user for port in self.ports if links.exists(port.interface)}
+        if not network.own:
+            return sorted(set(ours.values()))
+        members = [member for member in links.members(network.bridge_name) if not member.startswith(links.PROBE)]
+        return sorted({ours.get(member, member) for member in members} | set(ours.values()))
+
+    def lost_bridge(self) -> str:
+        """What is wrong with the bridge of an active network, or ""."""
+        network = self.running
+        if network is None or self.state is not State.ACTIVE:
+            return ""
+        name = network.bridge_name
+        if not links.exists(name):
+            return f"its bridge {name} is gone"
+        if network.own and not bridge.is_ours(name, self.mac):
+            return f"its bridge {name} was replaced by something that isn't virtd's"
+        if network.own and not links.is_up(name):
+            return f"its bridge {name} is down"
+        return ""
 
     def fields(self) -> dict[str, str]:
         """The journal fields of this object."""

@@ -65,7 +65,7 @@ def recall(net: NetRecord) -> None:
 
 def _said(net: NetRecord) -> dict[str, str]:
     """What is told of a network already, by an earlier daemon perhaps: texts with their hints."""
-    said = net.record.data.get(NOTED) if net.record is not None else None
+    said = net.data.get(NOTED)
     return {str(text): str(hint) for text, hint in said.items()} if isinstance(said, dict) else {}
 
 

@@ -125,7 +125,7 @@ class Prober:
             net.obstacles = []
             return
         self._over.clear()
-        trying = asyncio.ensure_future(asyncio.to_thread(_find, net.ground(network), self._over))
+        trying = asyncio.ensure_future(asyncio.to_thread(_find, net.rules.ground(network), self._over))
         self._trying = name, trying
         try:
             found = await asyncio.shield(trying)
@@ -181,7 +181,7 @@ def _note(net: Net, generation: int | None) -> None:
 
 def _noted(net: Net) -> list[tuple[Problem, bool]] | None:
     """What was found last, each with whether nobody tells of its mending; None where nobody has looked."""
-    noted: Any = net.record.data.get("obstacles") if net.record is not None else None
+    noted: Any = net.data.get("obstacles")
     try:
         return [(Problem(str(text), str(hint)), bool(unheard)) for text, hint, unheard in noted["found"]]
     except (TypeError, LookupError, ValueError):
@@ -206,7 +206,7 @@ def _is_same(net: Net, generation: int | None) -> bool:
 
 
 def _ground(net: Net) -> str:
-    return firewall.made_of(net.ground(network)) if (network := net.running) is not None else ""
+    return firewall.made_of(net.rules.ground(network)) if (network := net.running) is not None else ""
 
 
 def _find(ground: Ground, over: threading.Event) -> list[Obstacle]:

@@ -198,14 +198,12 @@ def test_firewalld_is_told_again_when_the_bus_is_back(monkeypatch: pytest.Monkey
 
     told: list[int] = []
 
-    class FakeNet:
-        active = False
-
+    class FakePieces:
         async def join_firewalld(self) -> None:
             told.append(len(buses))
 
     async def main() -> None:
-        nets = {"lab": FakeNet()}
+        nets = {"lab": SimpleNamespace(active=False, pieces=FakePieces())}
         prober = SimpleNamespace(doubt=lambda _names: None)
         beside = guard.Guard(FakeServices(), nets, {}, lambda *_: None, None, prober, None)  # type: ignore[arg-type]
         following = asyncio.create_task(beside._follow_firewalld())

@@ -141,7 +141,7 @@ async def crash_everywhere(
                         # The rules are those of the definition that the record says is in force.
                         net = host.networks.driver.nets["lab"]
                         assert net.running is not None
-                        assert not await net.rules_lost(net.running), where
+                        assert not await net.rules.lost(net.running), where
                     else:
                         assert (info["state"], info["problems"]) == ("inactive", []), where
                         site.nothing(where)
@@ -408,7 +408,7 @@ async def test_what_was_found_is_told_by_the_next_daemon(site: Site, monkeypatch
     async with site.world.daemon() as host:
         await site.define()
         await host.networks.start("lab", by=ROOT)
-        await until(lambda: looks and host.networks.driver.nets["lab"].record_has("obstacles"))
+        await until(lambda: looks and host.networks.driver.nets["lab"].data.get("obstacles"))
     looks.clear()
     for changed in (False, True):
         site.kernel.generation += changed

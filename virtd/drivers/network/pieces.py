@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a network consists of, made in this order and removed in the opposite one:
+
+    rules     of policy routing, for an isolated network, and nftables' own tables
+    bridge    known as ours by its address, which is made of the uuid
+    dnsmasq   a child like any other: slots, unit
+
+Each is made so that making it twice does nothing, and so is its removal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from ... import errors, files, journal
+from ...children import fifos
+from ...model.network import State
+from ...objects.protocol import Problem
+from . import bridge, firewall, firewalld, prerequisites, wanted
+from .netrecord import DRIVER
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from ...model.network import Network
+    from .netrecord import NetRecord
+    from .rules import Rules
+    from .server import Server
+
+log = logging.getLogger(__name__)
+
+
+class Pieces:
+    """Of one network; `settle` sees that the bridge and its ports are as they should be."""
+
+    def __init__(self, net: NetRecord, rules: Rules, server: Server, settle: Callable[[], Awaitable[None]]) -> None:
+        self._net = net
+        self._rules = rules
+        self._server = server
+        self._settle = settle
+
+    async def make(self, network: Network) -> None:
+        """Make what is missing. Raises a VirtdError, and may be repeated then."""
+        net = self._net
+        if not network.own:
+            await asyncio.to_thread(prerequisites.check_bridge, network, net.source, net.mac)
+            await self._rules.apply(network)
+            await self._settle()
+            return
+        # What would be open without its rules isn't there before they are.
+        await net.shared.isolation.settle()
+        await self._rules.apply(network)
+        await self.allow_forwarding(network)
+        alias = wanted.alias_of(network)
+        new = await asyncio.to_thread(bridge.make_it, network.bridge_name, net.mac, alias)
+        await self._settle()
+        await asyncio.to_thread(bridge.take_in, network, net.ports)
+        await self._tell_firewalld(network)
+        if network.serves:
+            await self._server.run(network, afresh=new)
+
+    async def unmake(self) -> None:
+        """Remove what is there. Raises HostError, and may be repeated then."""
+        net = self._net
+        await self._server.end()
+        if kept := net.data.get("bridge"):
+            await asyncio.to_thread(bridge.lower_it, str(kept), net.mac)
+        await asyncio.to_thread(firewall.remove, net.name)
+        fifos.clear(net.shared.services.paths.fifos(DRIVER, net.name))
+        await asyncio.to_thread(files.remove_tree, net.runtime)
+        if os.path.lexists(net.runtime):
+            raise errors.HostError(f"{net.runtime} can't be removed")
+
+    async def no_longer_isolated(self) -> None:
+        """Remove its rules of policy routing, once its record says that nobody needs them.
+
+        If that fails, a later change of any network removes them.
+        """
+        try:
+            await self._net.shared.isolation.settle()
+        except errors.HostError as exc:
+            log.warning("Network %s: %s", self._net.name, exc)
+
+    # What the host has to let through
+
+    async def allow_forwarding(self, network: Network) -> None:
+        for setting in await asyncio.to_thread(prerequisites.allow_forwarding, network):
+            text = f"Network {self._net.name}: the host forwards from now on: {setting}"
+            journal.send(text, level="notice", **self._net.fields())
+
+    async def _tell_firewalld(self, network: Network) -> None:
+        net = self._net
+        try:
+            await firewalld.adopt(await net.shared.services.units(), network.bridge_name)
+            net.problems.pop("firewalld", None)
+        except errors.VirtdError as exc:
+            net.problems["firewalld"] = Problem(f"firewalld doesn't let its guests through: {exc.message}", exc.hint)
+            log.warning("%s: %s", net.name, exc)
+
+    async def join_firewalld(self) -> None:
+        """Put the bridge into its zone, which firewalld has forgotten after its own start."""
+        network = self._net.running
+        if network is not None and network.own and self._net.state is State.ACTIVE:
+            await self._tell_firewalld(network)
