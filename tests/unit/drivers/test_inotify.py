@@ -9,7 +9,7 @@ import os
 import pytest
 
 from virtd.drivers import inotify
-from virtd.drivers.network import server
+from virtd.drivers.network import serverlaunch
 from virtd.drivers.network.prerequisites import Account
 
 
@@ -45,8 +45,8 @@ def test_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inotify, "taken", lambda uid: 128 if uid == 7 else 0)
     monkeypatch.setattr(inotify, "limit", lambda: 128)
     account = Account("virtd-dnsmasq", 7, 7)
-    found = server._explained("failed to create inotify: Too many open files", account)
+    found = serverlaunch._explained("failed to create inotify: Too many open files", account)
     assert found is not None
     assert "processes of virtd-dnsmasq have 128 inotify instances" in found[0]
     assert "sysctl -w fs.inotify.max_user_instances=1024" in found[1]
-    assert server._explained("bad option at line 3 of /run/virtd/network/lab/dnsmasq.conf", account) is None
+    assert serverlaunch._explained("bad option at line 3 of /run/virtd/network/lab/dnsmasq.conf", account) is None

@@ -30,7 +30,7 @@ from ...objects.protocol import Difference
 from ...paths import names as names_in
 from . import bridge, dnsmasq, firewall, links
 from .netrecord import DRIVER
-from .server import content
+from .serverfiles import content
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
