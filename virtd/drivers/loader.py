@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ..children.child import Services
     from ..model.settings import Settings
-    from ..objects.peers import Networks, Volumes
+    from ..objects.peers import Networks, Volumes, WithInterfaces
     from ..objects.protocol import Driver, Publish
 
 # Name -> module, in the order in which they are restored and autostarted: what others stand on comes first.
@@ -52,7 +52,7 @@ class Drivers:
 
     @property
     def networks(self) -> Networks:
-        return cast("Networks", self.get("network"))
+        return cast("WithInterfaces", self.get("network")).interfaces
 
     @property
     def volumes(self) -> Volumes:

@@ -30,7 +30,7 @@ class Disk(NamedTuple):
 
 
 class Networks(Protocol):
-    """The driver of networks."""
+    """Networks, as those see them whose guests are in them."""
 
     def bridge_of(self, network: str) -> str:
         """The name of its bridge, "" where it has none. Raises NotFound."""
@@ -66,6 +66,13 @@ class Networks(Protocol):
 
     def addresses_of(self, network: str, mac: str) -> list[str]:
         """The addresses that DHCP gave to this MAC."""
+
+
+class WithInterfaces(Protocol):
+    """What others know of the network driver."""
+
+    @property
+    def interfaces(self) -> Networks: ...
 
 
 class Volumes(Protocol):

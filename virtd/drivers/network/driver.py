@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The network driver: all networks, from their definitions, records, units and slots.
 
-Other drivers connect their guests by `attach`, `add_port` and `detach`, see there.
+Other drivers connect their guests by `interfaces`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ... import errors, files, journal
 from ...hints import do
@@ -19,13 +19,13 @@ from ...model import network as model
 from ...model.network import State
 from ...objects import recovery
 from ...objects.inventory import Inventory
-from ...objects.peers import Connection
 from ...objects.protocol import Problem
 from ...paths import listing
 from ...process import boot_id
-from ...records import Record, Records, now
-from . import bridge, describing, links, prerequisites, routes
+from ...records import Records
+from . import bridge, describing, prerequisites, rebuilding, routes
 from .guard import Guard
+from .interfaces import Interfaces
 from .isolation import Isolation
 from .net import Net
 from .netrecord import DRIVER, Shared
@@ -68,6 +68,7 @@ class Driver(Inventory[Net, model.Network]):
             services, self.records, settings, self.published, boot_id(), self._isolation, peers, self.nets
         )
         self._prober = Prober(self.nets)
+        self.interfaces = Interfaces(self)
         self._upkeep = Upkeep(self.nets, publish, self._prober.doubt)
         self._newcomers: Newcomers | None = None
         self._guard = Guard(services, self.nets, self.problems, publish, self._isolation, self._prober, self._upkeep)
@@ -75,7 +76,7 @@ class Driver(Inventory[Net, model.Network]):
     async def compare(self, *, repair: bool) -> list[Difference]:
         from . import fsck  # no start of the daemon needs it
 
-        return await fsck.compare(self, self.detach, repair=repair)
+        return await fsck.compare(self, self.interfaces.detach, repair=repair)
 
     @property
     def nets(self) -> dict[str, Net]:
@@ -99,7 +100,7 @@ class Driver(Inventory[Net, model.Network]):
         self._sweep_leases()
         recovery.doubt(self)
         for net in self.nets.values():
-            if net.record is None and self._has_bridge(net):
+            if net.record is None and net.has_bridge:
                 net.settled.clear()
         self._guard.begin(beside_firewalld=False)
 
@@ -117,7 +118,7 @@ class Driver(Inventory[Net, model.Network]):
         """Second step: compare with systemd and the kernel, finish what a crash cut off."""
         _, others = await recovery.recorded(self)
         for net in self.nets.values():
-            if net.record is None and self._has_bridge(net):
+            if net.record is None and net.has_bridge:
                 others.setdefault(net.name, False)
         for name, unit in sorted(others.items()):
             try:
@@ -136,48 +137,13 @@ class Driver(Inventory[Net, model.Network]):
         self._prober.begin()
         self._guard.begin()
 
-    def _has_bridge(self, net: Net) -> bool:
-        """Whether its bridge is there, as its definition has it."""
-        return (
-            net.definition is not None and net.definition.own and bridge.is_ours(net.definition.bridge_name, net.mac)
-        )
-
     async def _rebuild(self, name: str, *, unit: bool) -> None:
-        """A unit, slots or a bridge that no record tells of: made whole by the definition, or cleared away."""
-        net = self.object(name)
-        slots = self.identities_of(name)
-        network = net.definition
-        whole = self._has_bridge(net)
-        data: dict[str, Any] = {}
-        if network is not None and whole:
-            data = {"definition": net.definition_text, "mac": net.mac, "bridge": network.bridge_name}
-        net.record = Record(
-            driver=DRIVER,
-            name=name,
-            uuid=net.uuid,
-            state=State.ACTIVE.value if whole else State.STOPPING.value,
-            reason="rebuilt without its record",
-            since=now(),
-            unit=net.unit if unit else "",
-            boot_id=self._shared.boot_id,
-            slots=slots,
-            data=data,
-        )
-        net.note(State.of(net.record.state), net.record.reason)
-        if slots or unit:
-            net.server.adopt(net.record)
-        await net.reconcile(unit_exists=unit)
-        if whole:
-            await net.start("virtd")  # what is missing of it
+        """A unit, slots or a bridge that no record tells of."""
+        if await rebuilding.rebuild(self.object(name), self.identities_of(name), unit=unit):
             self.found.rebuilt.append(name)
             self.problems.pop(f"record {name}", None)
-            log.warning("Network %s was rebuilt from its bridge", name)
-            return
-        self.found.rolled_back.append(name)
-        journal.send(
-            f"Rolled back network {name}: there was no record of it",
-            message_id=Message.ROLLED_BACK, level="notice", **net.fields(),
-        )  # fmt: skip
+        else:
+            self.found.rolled_back.append(name)
 
     def to_autostart(self) -> list[Net]:
         return [net for net in self.nets.values() if net.definition and net.definition.autostart and not net.active]
@@ -230,79 +196,6 @@ class Driver(Inventory[Net, model.Network]):
             files.remove(net.source)
             await asyncio.to_thread(files.remove_tree, net.state_directory)
             self.forget(net.name)
-
-    # For other drivers: see peers.Networks
-
-    def bridge_of(self, network: str) -> str:
-        return self.find(network).bridge_name
-
-    async def attach(
-        self, network: str, *, user: str, interface: str, mac: str, uid: int, trusted: bool = False
-    ) -> Connection:
-        made = await self.reserve(network, user=user, interface=interface, mac=mac, trusted=trusted)
-        net = self.find(network)
-        port = net.connections.port(interface)
-        alias = links.alias_of(net.name, user)
-        try:
-            await asyncio.to_thread(bridge.add_tap, port, made.bridge, alias=alias, uid=uid, **net.connections.flags)
-        except BaseException:
-            await asyncio.shield(self._disconnect(interface))
-            raise
-        net.connections.coming.discard(interface)
-        return made
-
-    async def reserve(
-        self, network: str, *, user: str, interface: str, mac: str, trusted: bool = False
-    ) -> Connection:
-        net = await self._used(network, user)
-        await net.connections.connect(interface, user=user, mac=mac, trusted=trusted)
-        return Connection(net.name, interface, net.bridge_name, links.mtu(net.bridge_name))
-
-    async def add_port(self, network: str, *, user: str, interface: str) -> Connection:
-        net = await self._used(network, user)
-        name = net.bridge_name
-        alias = links.alias_of(net.name, user)
-        await asyncio.to_thread(
-            bridge.add_port, net.connections.port(interface), name, alias=alias, **net.connections.flags
-        )
-        net.connections.coming.discard(interface)
-        return Connection(net.name, interface, name, links.mtu(name))
-
-    async def detach(self, interface: str) -> bool:
-        gone = await asyncio.to_thread(bridge.remove, interface)
-        await self._disconnect(interface)
-        return gone
-
-    async def _disconnect(self, interface: str) -> None:
-        for net in list(self.nets.values()):
-            if any(port.interface == interface for port in net.ports):
-                await net.connections.disconnect(interface)
-
-    async def sweep(self, driver: str, alive: set[str]) -> list[str]:
-        gone = []
-        for port in links.ports():
-            owner, _, name = port.user.partition("/")
-            if owner == driver and name not in alive:
-                log.warning("Interface %s was left by %s", port.interface, port.user)
-                if await self.detach(port.interface):
-                    gone.append(port.interface)
-        for known in [port for net in self.nets.values() for port in net.ports]:
-            owner, _, name = known.user.partition("/")
-            if owner == driver and name not in alive and not links.exists(known.interface):
-                await self._disconnect(known.interface)
-        return gone
-
-    def addresses_of(self, network: str, mac: str) -> list[str]:
-        net = self.nets.get(network)
-        return [lease.address for lease in net.leases() if lease.mac == mac.lower()] if net is not None else []
-
-    async def _used(self, network: str, user: str) -> Net:
-        """The network, active. Raises NotFound, or what its start raises."""
-        net = self.find(network)
-        await self.certain()
-        if net.state is not State.ACTIVE or net.lost_bridge():
-            await self.start(net.name, user)
-        return net
 
     # Definitions
 

@@ -145,6 +145,12 @@ class NetRecord(Persistent):
         members = [member for member in links.members(network.bridge_name) if not member.startswith(links.PROBE)]
         return sorted({ours.get(member, member) for member in members} | set(ours.values()))
 
+    @property
+    def has_bridge(self) -> bool:
+        """Whether the bridge that its definition has virtd make is there."""
+        network = self.definition
+        return network is not None and network.own and bridge.is_ours(network.bridge_name, self.mac)
+
     def lost_bridge(self) -> str:
         """What is wrong with the bridge of an active network, or ""."""
         network = self.running

@@ -182,7 +182,7 @@ async def connect(host: Host) -> None:
     """Connect two guests' taps."""
     for interface, mac in MACS.items():
         user = f"qemu/{interface[3]}"
-        await host.networks.driver.attach("lab", user=user, interface=interface, mac=mac, uid=os.getuid())
+        await host.networks.driver.interfaces.attach("lab", user=user, interface=interface, mac=mac, uid=os.getuid())
 
 
 class Somebody:
@@ -314,7 +314,7 @@ async def test_whatever_is_done_in_whatever_order(site: Site, seed: int) -> None
                 settled(site, net, f"seed {seed}, {away}.{round_}, cleared: {', '.join(somebody.done)}")
                 if net.connections.refused:
                     for interface in MACS:
-                        await host.networks.driver.detach(interface)
+                        await host.networks.driver.interfaces.detach(interface)
                     await connect(host)
                     await somebody.silence(host)
                 # A dnsmasq that went with the bridge is started again after a moment.
