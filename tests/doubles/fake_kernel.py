@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from virtd.drivers.network import (
     bridge,
+    bridgedrift,
     firewall,
     firewalld,
     guard,
@@ -72,7 +73,7 @@ class FakeKernel:
         monkeypatch.setattr(bridge, "Netlink", lambda: FakeNetlink(self))
         monkeypatch.setattr(isolation, "Kernel", lambda: FakeNetlink(self))
         monkeypatch.setattr(listening, "listening", list)  # the host that the tests run on serves what it likes
-        monkeypatch.setattr(wanted, "checksums", lambda _name: None)
+        monkeypatch.setattr(bridgedrift, "checksums", lambda _name: None)
         monkeypatch.setattr(wanted, "Kernel", lambda: FakeNetlink(self))
         monkeypatch.setattr(firewall, "_run", self._nft)
         monkeypatch.setattr(guard, "Watch", lambda table, change: FakeWatch(self, table, change))

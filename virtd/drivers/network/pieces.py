@@ -19,7 +19,8 @@ from ... import errors, files, journal
 from ...children import fifos
 from ...model.network import State
 from ...objects.protocol import Problem
-from . import bridge, firewall, firewalld, prerequisites, wanted
+from . import bridge, firewall, firewalld, prerequisites
+from .bridgedrift import alias_of
 from .netrecord import DRIVER
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Pieces:
         await net.shared.isolation.settle()
         await self._rules.apply(network)
         await self.allow_forwarding(network)
-        alias = wanted.alias_of(network)
+        alias = alias_of(network)
         new = await asyncio.to_thread(bridge.make_it, network.bridge_name, net.mac, alias)
         await self._settle()
         await asyncio.to_thread(bridge.take_in, network, net.ports)

@@ -12,12 +12,14 @@ from ...messages import Message
 from ...model.network import State
 from ...objects.protocol import Problem
 from . import wanted
+from .bridgedrift import bridge_key
 
 if TYPE_CHECKING:
     from ...model.network import Network
     from ...records import Record
+    from .drift import Drift
     from .ports import Ground
-    from .wanted import Drift, Mended
+    from .wanted import Mended
 
 PROBLEM = "bridge"
 NOTED = "drift"  # in the record's data: the problem, for the next daemon
@@ -83,7 +85,7 @@ class Standing:
         """
         network = self.net.running
         assert network is not None
-        key = wanted.bridge_key(network)
+        key = bridge_key(network)
         lost = [one for one in await self._compare() if one.key == key and one.mend is not None]
         if not lost or key in spared:
             return await self._mend(spared)

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from ...objects.protocol import Publish
+    from .drift import Drift
     from .kernel import Change
     from .net import Net
-    from .wanted import Drift
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What differs from how virtd made it, and what of that bridges and ports have in common."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from . import links, prerequisites
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from ...hints import Hint
+    from .kernel import Address, Kernel, Link
+    from .ports import Ground
+    from .routes import Route
+
+MTU = 1500  # of a network whose definition has none
+
+
+class Drift(NamedTuple):
+    """One thing that isn't as virtd made it.
+
+    `key` stays the same while it is that thing; `text` is "vt-web1-0: in no bridge". `mend` puts it back, None: that
+    is for a person, and `hint` says how. Not `vital`: guests can do without. `new`: nobody has changed anything, such
+    as where a container's reboot has made its interface anew, and it is put back however often it comes. `quiet`: an
+    older virtd may have left it. `gone`: it may be about to be taken off the record. `stray`: an interface that is to
+    be refused, and then put out of the bridge.
+    """
+
+    key: str
+    text: str
+    mend: Callable[[Kernel], None] | None = None
+    hint: Hint = ""
+    vital: bool = True
+    new: bool = False
+    quiet: bool = False
+    gone: bool = False
+    stray: str = ""
+
+
+class Seen(NamedTuple):
+    """What there is, of the interfaces that were looked at."""
+
+    links: dict[str, Link]
+    addresses: dict[str, set[Address]]
+    neighbours: set[tuple[str, str]]
+    routes: list[Route]
+
+
+def setting(link: Link, key: str, value: int, *, vital: bool = True, new: bool = False) -> Iterator[Drift]:
+    """A sysctl of an interface's."""
+    found = link.values.get(key)
+    if found is None or found == value:
+        return
+    family, _, what = key.partition("/")
+    path = f"net/{family}/conf/{link.name}/{what}"
+
+    def mend(_kernel: Kernel) -> None:
+        prerequisites.set_sysctl(path, str(value))
+
+    text = f"{prerequisites.dotted(path)}: {found} instead of {value}"
+    hint = "Where /proc/sys can be written, sysctl -w NAME=VALUE sets what is named."
+    yield Drift(f"{link.name} {key}", text, mend, hint, vital=vital, new=new)
+
+
+def strangers(name: str, addresses: set[Address], *, new: bool = False) -> Iterator[Drift]:
+    for one in sorted(addresses):
+        yield Drift(
+            f"{name} {one.address}", f"{name}: an address that isn't virtd's, {one.address}/{one.prefix}",
+            partial(_delete, name, one), new=new,
+        )  # fmt: skip
+
+
+def _delete(name: str, one: Address, kernel: Kernel) -> None:
+    kernel.delete_address(name, *one)
+
+
+def is_link_local(one: Address) -> bool:
+    return one.address.startswith("fe80:")
+
+
+def mtu_of(ground: Ground) -> int | None:
+    """The bridge's, and its ports'; None where the kernel has it follow an interface that somebody put in."""
+    network = ground.network
+    if network.mtu is not None or not network.own:
+        return network.mtu
+    ours = {port.interface for port in ground.ports}
+    others = [name for name in links.members(network.bridge_name) if name not in ours]
+    return MTU if all(links.mtu(name) >= MTU for name in others) else None
