@@ -28,6 +28,26 @@ _LINE = re.compile(rb"line (\d{10}) ([a-z]{60}) \.\r?")
 _ALPHABET = b"abcdefghijklmnopqrstuvwxyz"
 
 
+_NETWORK_STATE = r"""
+for i in BRIDGE PORT; do
+    ip link show $i; ip -o addr show $i; bridge -d link show dev $i
+    cat /sys/class/net/$i/bridge/stp_state /sys/class/net/$i/bridge/forward_delay
+    bridge fdb show dev $i | grep static
+    for f in ipv4 ipv6; do
+        cd /proc/sys/net/$f/conf/$i
+        grep . accept_ra addr_gen_mode arp_ignore autoconf disable_ipv6 forwarding rp_filter
+    done
+done 2>/dev/null | sed 's/^ *[0-9]*: //; s/ tentative//; s/valid_lft.*//; s/^[0-9]*:/-:/'
+{ ip route; ip -6 route; } | sed 's/ linkdown//' | sort; ip rule
+cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding
+"""
+
+
+def network_state(bridge: str, port: str) -> str:
+    """A shell script that prints all that virtd has made of the kernel's for a bridge and its port, but counters."""
+    return _NETWORK_STATE.replace("BRIDGE PORT", f"{bridge} {port}")
+
+
 def expected(number: int) -> bytes:
     """The text of the guest's numbered line (see tests/lab/guest/console.c), so that a cut or mixed one is seen."""
     start = number % 26

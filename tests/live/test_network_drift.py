@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.harness import definition
+from tests.harness import definition, network_state
 from tests.live.networks import define, guest, info, lease, neighbour, run
 from tests.live.tools import Journal, away
 from tests.proof.survival import containers as small
@@ -59,20 +59,7 @@ LATER = {
     "sysctl -qw net.ipv4.conf.vt-g-0.arp_ignore=0": "net.ipv4.conf.vt-g-0.arp_ignore: 0 instead of 8",
     "sysctl -qw net.ipv6.conf.vd-lab.accept_ra=2": "net.ipv6.conf.vd-lab.accept_ra: 2 instead of 0",
 }
-# All that virtd has made, but for what counts up.
-EVERYTHING = r"""
-for i in vd-lab vt-g-0; do
-    ip link show $i; ip -o addr show $i; bridge -d link show dev $i
-    cat /sys/class/net/$i/bridge/stp_state /sys/class/net/$i/bridge/forward_delay
-    bridge fdb show dev $i | grep static
-    for f in ipv4 ipv6; do
-        cd /proc/sys/net/$f/conf/$i
-        grep . accept_ra addr_gen_mode arp_ignore autoconf disable_ipv6 forwarding rp_filter
-    done
-done 2>/dev/null | sed 's/^ *[0-9]*: //; s/ tentative//; s/valid_lft.*//; s/^[0-9]*:/-:/'
-{ ip route; ip -6 route; } | sed 's/ linkdown//' | sort; ip rule
-cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding
-"""
+EVERYTHING = network_state("vd-lab", "vt-g-0")
 
 
 # Asks for a lease by raw packets, as old DHCP clients do, and says whether the UDP checksum of the answer is right.

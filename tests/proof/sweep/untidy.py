@@ -9,6 +9,7 @@ import os
 import subprocess
 from typing import TYPE_CHECKING, ClassVar
 
+from tests.harness import network_state
 from tests.proof.sweep import scene
 from tests.proof.sweep.operations import Operation, expect
 from tests.proof.sweep.others import NETWORK, OfNetwork
@@ -20,20 +21,6 @@ if TYPE_CHECKING:
 
 PORTER, ODD, LATE, FIRST, RIVAL = "porter", "odd", "late", "first", "rival"
 BRIDGE, TAP = f"vd-{NETWORK}", f"vt-{PORTER}-0"
-# All that virtd has made of the kernel's for a bridge and a port of it, but for what counts up.
-MADE = r"""
-for i in "$0" "$1"; do
-    ip link show $i; ip -o addr show $i; bridge -d link show dev $i
-    cat /sys/class/net/$i/bridge/stp_state /sys/class/net/$i/bridge/forward_delay
-    bridge fdb show dev $i | grep static
-    for f in ipv4 ipv6; do
-        cd /proc/sys/net/$f/conf/$i
-        grep . accept_ra addr_gen_mode arp_ignore autoconf disable_ipv6 forwarding rp_filter
-    done
-done 2>/dev/null | sed 's/^ *[0-9]*: //; s/ tentative//; s/valid_lft.*//; s/^[0-9]*:/-:/'
-{ ip route; ip -6 route; } | sed 's/ linkdown//' | sort; ip rule
-cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding
-"""
 ODD_PATH = f'{IMAGES}/it\'s "odd" 100% $HOME; a\\b ü.img'
 AT_BOOT = 45.0  # seconds in which what waits is surely tried once more
 
@@ -90,7 +77,7 @@ class PutBack(OfNetwork):
 
     def made(self) -> str:
         rules = run("nft", "--stateless", "list", "ruleset")
-        return run("sh", "-c", MADE, BRIDGE, TAP) + rules
+        return run("sh", "-c", network_state(BRIDGE, TAP)) + rules
 
     def act(self) -> None:
         run(*self.command)
