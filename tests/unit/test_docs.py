@@ -25,7 +25,7 @@ from virtd import errors, messages
 from virtd.api import introspection, kinds
 from virtd.children.slots import SLOTS
 from virtd.cli import exits, main, options
-from virtd.model import container, document, domain, network, pool, settings
+from virtd.model import container, document, domain, network, networkchecks, pool, settings
 from virtd.model.state import Cause, State
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -279,7 +279,7 @@ def parse(text: str) -> None:
     if re.search(r"^\[(?:log|qemu|dnsmasq|lxc)\]", text, re.M):
         settings.parse(text, "example")
     elif re.search(r"^mode = \"(?:nat|routed|isolated|bridge)\"", text, re.M):
-        network.parse(text, "example")
+        networkchecks.parse(text, "example")
     elif re.search(r"^rootfs = ", text, re.M):
         container.parse(text, "example")
     elif re.search(r"^path = ", text.partition("[")[0], re.M):

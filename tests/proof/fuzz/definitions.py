@@ -15,7 +15,7 @@ from virtd import errors
 from virtd.drivers.lxc import config
 from virtd.drivers.network import dnsmasq, firewall
 from virtd.drivers.network.ports import Ground
-from virtd.model import container, domain, network, pool, settings
+from virtd.model import container, domain, network, networkchecks, pool, settings
 from virtd.objects import definitions
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PARSERS: tuple[Callable[[str, str], Any], ...] = (
     domain.parse,
     container.parse,
-    network.parse,
+    networkchecks.parse,
     pool.parse,
     settings.parse,
 )

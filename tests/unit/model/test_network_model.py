@@ -14,6 +14,7 @@ from virtd.drivers.network import dnsmasq, ethernet, firewall, leases, ports
 from virtd.drivers.network.adapting import fixed
 from virtd.drivers.network.ports import Ground
 from virtd.model import network as model
+from virtd.model import networkchecks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +27,7 @@ FILES = dnsmasq.files_in("/run/x", "/var/x")
 
 def parse(text: str, **keys: str) -> model.Network:
     head = "".join(f"{key} = {value}\n" for key, value in ({"name": '"lab"'} | keys).items())
-    return model.parse(head + text, "lab.toml")
+    return networkchecks.parse(head + text, "lab.toml")
 
 
 def refused(text: str, **keys: str) -> str:
@@ -57,8 +58,8 @@ def test_a_network_with_everything() -> None:
 
 def test_names_of_bridges() -> None:
     assert parse("").bridge_name == "vd-lab"
-    assert model.parse('name = "twelve-chars"\n', "x").bridge_name == "vd-twelve-chars"
-    names = [model.parse(f'name = "{"n" * length}"\n', "x").bridge_name for length in range(1, 65)]
+    assert networkchecks.parse('name = "twelve-chars"\n', "x").bridge_name == "vd-twelve-chars"
+    names = [networkchecks.parse(f'name = "{"n" * length}"\n', "x").bridge_name for length in range(1, 65)]
     assert max(map(len, names)) == 15
     assert len(set(names)) == 64
 
@@ -291,7 +292,7 @@ def test_what_others_in_a_bridge_of_the_hosts_use_is_theirs() -> None:
     kept = ethernet.filled(items, [])
     assert kept == {"others4": ["10.7.0.9"], "others6": ["0xfe800000000000000000000000001234"]}
     port = ports.Port("vt-a-0", "qemu/a", "52:54:00:00:00:01")
-    lan = model.parse('name = "lan"\nmode = "bridge"\nbridge = "br0"\n', "x")
+    lan = networkchecks.parse('name = "lan"\nmode = "bridge"\nbridge = "br0"\n', "x")
     ground = ports.Ground(lan, "", (port,), ("eth0",))
     text = ethernet.rules(ground, "virtd-lan", kept)
     assert 'set others { type ifname; elements = { "eth0" } }' in text

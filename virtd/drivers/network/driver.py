@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from ... import errors, files, journal
 from ...hints import do
 from ...messages import Message
-from ...model import network as model
-from ...model.network import State
+from ...model import networkchecks
+from ...model.network import Network, State
 from ...objects import recovery
 from ...objects.inventory import Inventory
 from ...objects.protocol import Problem
@@ -52,7 +52,7 @@ def make(services: Services, settings: Settings, publish: Publish, peers: Peers)
     return Driver(services, settings.dnsmasq, publish, peers)
 
 
-class Driver(Inventory[Net, model.Network]):
+class Driver(Inventory[Net, Network]):
     """All networks."""
 
     name = DRIVER
@@ -85,8 +85,8 @@ class Driver(Inventory[Net, model.Network]):
     def make(self, name: str) -> Net:
         return Net(self._shared, name)
 
-    def parse(self, text: str, source: str) -> model.Network:
-        return model.parse(text, source)
+    def parse(self, text: str, source: str) -> Network:
+        return networkchecks.parse(text, source)
 
     # Start-up
 
@@ -214,7 +214,7 @@ class Driver(Inventory[Net, model.Network]):
         await self._upkeep.settle(set(self.nets), why="by the time of the reload")
         self._prober.doubt(self.nets)
 
-    def check(self, text: str, source: str) -> model.Network:
+    def check(self, text: str, source: str) -> Network:
         network = super().check(text, source)
         net = self.nets.get(network.name)
         uuid = network.uuid or (net.uuid if net is not None else "")
@@ -224,7 +224,7 @@ class Driver(Inventory[Net, model.Network]):
                 prerequisites.check_bridge(network, source, bridge.mac_of(uuid) if uuid else "")
         return network
 
-    def check_beside(self, definition: model.Network, other: Net, source: str) -> None:
+    def check_beside(self, definition: Network, other: Net, source: str) -> None:
         theirs = other.running or other.definition
         if theirs is None or not (definition.own and theirs.own):
             return
@@ -239,7 +239,7 @@ class Driver(Inventory[Net, model.Network]):
                         source, key, f"{subnet} overlaps with {taken} of network {other.name}"
                     )
 
-    async def warnings(self, network: model.Network) -> list[str]:
+    async def warnings(self, network: Network) -> list[str]:
         """What a definition wants and others have, which is no error before the start."""
         from . import holdings  # no start of the daemon needs it
 
@@ -250,7 +250,7 @@ class Driver(Inventory[Net, model.Network]):
 
         return holdings.all_of(self.nets, running=running)
 
-    def put_in_force(self, one: Net, definition: model.Network, text: str) -> None:
+    def put_in_force(self, one: Net, definition: Network, text: str) -> None:
         one.remember(**one.in_force(definition, text))
 
     def default(self) -> str:

@@ -54,8 +54,7 @@ class Net(NetRecord):
 
     @property
     def tended(self) -> Ground:
-        network = self.running
-        assert network is not None
+        network = self.current
         ports = tuple(port for port in self.ports if port.interface not in self.connections.coming)
         mac = self.mac if network.own else ""
         return ports_.Ground(network, mac, ports, refused=frozenset(self.connections.refused))

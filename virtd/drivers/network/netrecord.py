@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import errors
 from ...model import network as model
+from ...model import networkchecks
 from ...model.network import State
 from ...objects import definitions
 from ...objects.persistent import Persistent
@@ -98,8 +99,15 @@ class NetRecord(Persistent):
         if text == self.definition_text and self.definition is not None:
             return self.definition
         with contextlib.suppress(errors.InvalidDefinition):
-            return self.parsed(text) or model.parse(text, self.source)
+            return self.parsed(text) or networkchecks.parse(text, self.source)
         return None
+
+    @property
+    def current(self) -> model.Network:
+        """The definition in force of a network that is known to have one. Raises Bug when it has none."""
+        if (network := self.running) is None:
+            raise errors.Bug(f"network {self.name} has no definition in force")
+        return network
 
     def parsed(self, text: str) -> model.Network | None:
         """The definition that `text` holds, if it was put in force by this version of virtd."""

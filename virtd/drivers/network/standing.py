@@ -35,7 +35,7 @@ class Stood(Protocol):
     @property
     def state(self) -> State: ...
     @property
-    def running(self) -> Network | None: ...
+    def current(self) -> Network: ...
     @property
     def tended(self) -> Ground:
         """What is looked after, while it is active: no ports that are about to be made."""
@@ -83,8 +83,7 @@ class Standing:
 
         Raises a VirtdError.
         """
-        network = self.net.running
-        assert network is not None
+        network = self.net.current
         key = bridge_key(network)
         lost = [one for one in await self._compare() if one.key == key and one.mend is not None]
         if not lost or key in spared:

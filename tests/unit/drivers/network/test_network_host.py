@@ -16,6 +16,7 @@ from virtd import errors
 from virtd.drivers.network import firewall, firewalld, guard, kernel, links, netlink, prerequisites, routes, watch
 from virtd.drivers.network.kernel import LinkChanged, RouteChanged, RuleChanged
 from virtd.model import network as model
+from virtd.model import networkchecks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,7 +58,7 @@ def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def parse(address: str, *, mode: str = "nat", six: str = "") -> model.Network:
     more = f'[ipv6]\naddress = "{six}"\n' if six else ""
-    return model.parse(f'name = "lab"\nmode = "{mode}"\n[ipv4]\naddress = "{address}"\n{more}', "lab.toml")
+    return networkchecks.parse(f'name = "lab"\nmode = "{mode}"\n[ipv4]\naddress = "{address}"\n{more}', "lab.toml")
 
 
 def test_routes(proc: Path) -> None:
