@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.doubles.fake_units import Unit
-from tests.doubles.whole_host import ROOT, on_loop
+from tests.doubles.whole_host import ROOT, on_loop, until
 from tests.unit.drivers.network.test_network_restarts import Site
 from tests.unit.guests.test_fsck import check, edit, lose, plant, write
 from virtd.drivers.network.kernel import Address
@@ -114,6 +114,8 @@ async def test_networks(site: Site, what: str) -> None:
         await site.define()
         await host.networks.start("lab", by=ROOT)
         pid = site.pid()
+        upkeep = host.networks.driver._upkeep
+        await until(lambda: upkeep._task is None)  # the look at what was changed before there was a watch
         assert await check(host) == []
         damage(site)
         rows = await check(host)
