@@ -9,7 +9,7 @@ from .. import journal
 from ..children.child import Child
 from ..messages import Message
 from ..model.state import State
-from ..objects.inventory import D
+from ..objects.object import D
 from ..objects.protocol import Problem
 
 if TYPE_CHECKING:

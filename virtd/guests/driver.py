@@ -16,7 +16,8 @@ from ..hints import do
 from ..messages import Message
 from ..model.state import State, require
 from ..objects import definitions, recovery
-from ..objects.inventory import D, Inventory
+from ..objects.inventory import Inventory
+from ..objects.object import D
 from ..objects.protocol import Problem
 from ..process import boot_id
 from ..records import Record, Records, now

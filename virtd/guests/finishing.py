@@ -15,7 +15,7 @@ from ..children.child import Child
 from ..hints import do
 from ..messages import Message
 from ..model.state import State
-from ..objects.inventory import D
+from ..objects.object import D
 from ..objects.persistent import WAITS
 from ..objects.protocol import Problem
 from ..process import Seen

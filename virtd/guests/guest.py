@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..objects.inventory import D
+from ..objects.object import D
 from .adopting import Adopting
 from .finishing import Finishing
 from .guestrecord import GuestRecord, Shared

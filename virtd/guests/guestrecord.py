@@ -15,7 +15,7 @@ from .. import errors, files, untrusted
 from ..hints import do
 from ..model.state import ALIVE, State
 from ..objects import definitions
-from ..objects.inventory import D
+from ..objects.object import D
 from ..objects.persistent import Persistent
 from ..objects.turns import Turns
 from ..process import Seen

@@ -12,7 +12,7 @@ from ..hints import do
 from ..messages import Message
 from ..model.state import State
 from ..objects import definitions
-from ..objects.inventory import D
+from ..objects.object import D
 from ..objects.protocol import Problem
 from ..records import Record, now
 from .guest import Guest

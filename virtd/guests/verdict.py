@@ -13,7 +13,7 @@ import msgspec
 
 from ..model.state import Cause, State
 from ..records import Exit, stamp
-from ..systemd.state import CLD_EXITED, UnitState, signal_name
+from ..systemd.state import UnitState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -115,14 +115,12 @@ def otherwise(_evidence: Evidence) -> bool:
 
 def exit_status(unit: UnitState | None) -> int | None:
     """The main process's exit status, if it exited by itself."""
-    return unit.exec_status if unit is not None and unit.exec_code == CLD_EXITED else None
+    return unit.exit_code if unit is not None else None
 
 
 def fatal_signal(unit: UnitState | None) -> str | None:
     """The name of the signal that killed the main process, if one did."""
-    if unit is None or unit.exec_code in (0, CLD_EXITED) or not unit.exec_status:
-        return None
-    return signal_name(unit.exec_status)
+    return unit.killed_by if unit is not None else None
 
 
 def exited_at(unit: UnitState | None, otherwise: str) -> str:

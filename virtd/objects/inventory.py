@@ -4,19 +4,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic
 
-from .. import errors, files, journal
+from .. import errors, files
 from ..hints import do
-from ..messages import Message
 from ..model.domain import canonical_uuid
-from ..paths import listing
 from ..replies import Gone, Reply, Trouble
-from . import definitions
+from . import restoring
+from .defining import Defining
+from .object import D, T
 from .protocol import Difference, Found, Problem
+from .reading import Reading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,57 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BATCH = 64  # definitions without a uuid that are written at once
-CHANGED, NEW_UUID = "changed", "new uuid"  # what reading a definition came to
 RECONCILE_LIMIT = 120.0  # seconds that an operation waits after the daemon's own start, in which the bus may hang
-
-
-class Definition(Protocol):
-    """What every definition has."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def uuid(self) -> str | None: ...
-    @property
-    def autostart(self) -> bool: ...
-
-
-class Object(Protocol):
-    """What every object has. Without a definition only what is active keeps it here."""
-
-    name: str
-    definition: Any
-    definition_text: str
-    record: Record | None
-    problems: dict[str, Problem]
-    settled: asyncio.Event  # cleared while nobody knows yet what became of it
-
-    @property
-    def uuid(self) -> str: ...
-    @property
-    def source(self) -> str: ...
-    @property
-    def state(self) -> StrEnum: ...
-    @property
-    def active(self) -> bool: ...
-    @property
-    def pending(self) -> bool: ...
-    def parsed(self, text: str) -> Any: ...
-    def adopt(self, record: Record) -> object: ...
-    def recall(self) -> None: ...
-
-
-class Fresh(NamedTuple):
-    """An object whose definition is getting a uuid, and what it was defined by before."""
-
-    name: str
-    definition: Any = None
-    text: str = ""
-
-
-T = TypeVar("T", bound=Object)
-D = TypeVar("D", bound=Definition)
 
 
 class Inventory(Generic[T, D]):
@@ -99,10 +48,24 @@ class Inventory(Generic[T, D]):
         self.found = Found()
         self._reconciled = asyncio.Event()  # cleared while what there is isn't known for certain
         self._reconciled.set()
+        self._defining: Defining[T, D] = Defining(self)
+        self._reading: Reading[T, D] = Reading(self, self._defining)
 
     @property
     def services(self) -> Services:
         return self._services
+
+    @property
+    def directory(self) -> str:
+        """Where its definitions are."""
+        return f"{self._services.paths.etc}/{self.name}"
+
+    def path(self, name: str) -> str:
+        """The file of an object's definition."""
+        return self._services.paths.definition(self.name, name)
+
+    def publish(self, event: str, name: str) -> None:
+        self._publish(event, name)
 
     # What each driver does in its own way
 
@@ -139,37 +102,11 @@ class Inventory(Generic[T, D]):
 
     def restore_records(self) -> None:
         """Take back what the records tell of. No record can cost the others their daemon."""
-        for path in self.half_written():
-            with contextlib.suppress(errors.HostError):  # a file system that is read-only by now, perhaps
-                files.remove(path)
-        loaded = self.records.load()
-        if loaded.wrong:
-            self.problems["records"] = Problem(loaded.wrong, self.taken_back)
-            log.error("%s", loaded.wrong)
-        for bad in loaded.quarantined:
-            text = f"The record of {self.noun} {bad.name} can't be read: {bad.reason}"
-            self.problems[f"record {bad.name}"] = Problem(text, f"It was moved to {bad.moved_to}. {self.taken_back}")
-            journal.send(
-                text, message_id=Message.RECORD_QUARANTINED, level="error",
-                VIRTD_DRIVER=self.name, VIRTD_NAME=bad.name, VIRTD_FILE=bad.moved_to,
-            )  # fmt: skip
-        for name, record in loaded.records.items():
-            try:
-                self.take_back(name, record)
-            except Exception as exc:
-                log.exception("%s can't be adopted", name)
-                self.left_alone(name, Problem(f"{name} could not be adopted: {exc}", "It was left alone."))
+        restoring.restore(self)
 
     def recall(self) -> None:
-        """First step of a start, at its end: what records tell of problems is known before anybody asks."""
-        for one in [one for one in self.objects.values() if one.record is not None]:
-            try:
-                one.recall()
-            except Exception as exc:  # it costs no other its daemon
-                log.exception("The problems of %s can't be recalled", one.name)
-                one.problems["internal"] = Problem(
-                    f"Its problems can't be recalled: {exc}", "This is a bug: see journalctl -u virtd."
-                )
+        """First step of a start, at its end: the problems that records tell of are known before anybody asks."""
+        restoring.recall(self)
 
     def half_written(self) -> list[str]:
         """Files that never got their real names, because a crash came in between."""
@@ -198,188 +135,29 @@ class Inventory(Generic[T, D]):
     def load_definitions(self) -> list[str]:
         """Read all definitions again; the names of those that changed.
 
-        A bad one is a problem, and its object is as before.
+        A bad one is a problem, and its object stays as it was.
         """
         return [name for name in self.read_definitions() if name]
 
     def read_definitions(self) -> Iterator[str]:
         """`load_definitions`, bit by bit: after each the name of one that changed, or ""."""
-        directory = f"{self._services.paths.etc}/{self.name}"
-        for key in [key for key in self.problems if key.startswith("definition")]:
-            del self.problems[key]
-        found = listing(directory, ".toml")
-        for where, problem in definitions.troubles(directory, found):
-            self.problems[f"definition {where}".rstrip()] = problem
-        if found.wrong:
-            return
-        there = set(found.names)
-        # First, so that a definition that was given another name doesn't meet its old self.
-        for name in [name for name, one in self.objects.items() if one.definition is not None and name not in there]:
-            self.forget(name)
-            yield name
-        fresh: list[Fresh] = []
-        try:
-            for name in found.names:
-                before = self._before(name)
-                changed = self._try_definition(name)
-                if changed == NEW_UUID:
-                    fresh.append(before)
-                    if len(fresh) >= BATCH:
-                        self._write_fresh(fresh)
-                yield name if changed else ""
-        finally:
-            self._write_fresh(fresh)
-
-    def _before(self, name: str) -> Fresh:
-        known = self.objects.get(name)
-        return Fresh(name) if known is None else Fresh(name, known.definition, known.definition_text)
-
-    def _try_definition(self, name: str) -> str:
-        """`_read_definition`; what is wrong with it is a problem."""
-        try:
-            return self._read_definition(name)
-        except FileNotFoundError as exc:  # undefined while we read the others, unless it is a link to nowhere
-            if os.path.lexists(self._services.paths.definition(self.name, name)):
-                self._complain(name, exc)
-        except (errors.VirtdError, OSError, ValueError) as exc:
-            self._complain(name, exc)
-        return ""
-
-    def _read_definition(self, name: str) -> str:
-        """Take what one file holds; CHANGED, NEW_UUID when it is still to be written, or "" when all is as it was."""
-        path = self._services.paths.definition(self.name, name)
-        known = self.objects.get(name)
-        text = definitions.read(path)
-        if known is not None and known.definition is not None and known.definition_text == text:
-            return ""
-        definition: D = (known.parsed(text) if known is not None else None) or self.parse(text, path)
-        definitions.check_name(definition.name, name, path)
-        self._check_unique(definition, path)
-        lacking = definition.uuid is None
-        if lacking:
-            definition, text = self._with_uuid(definition, text)
-        self._take(definition, text)
-        return NEW_UUID if lacking else CHANGED
-
-    def _write_fresh(self, fresh: list[Fresh]) -> None:
-        """Put the uuids on disk that were made for definitions without one; who can't have one isn't taken."""
-        paths = {self._services.paths.definition(self.name, before.name): before for before in fresh}
-        texts = {
-            path: self.objects[one.name].definition_text for path, one in paths.items() if one.name in self.objects
-        }
-        for path, exc in definitions.write_all(texts).items():
-            before = paths[path]
-            self._complain(before.name, exc)
-            if before.definition is None:
-                self.forget(before.name)
-            else:
-                self._take(before.definition, before.text)
-        fresh.clear()
-
-    def _complain(self, name: str, exc: Exception) -> None:
-        path = self._services.paths.definition(self.name, name)
-        self.problems[f"definition {name}"] = definitions.complain(path, exc)
+        return self._reading.read()
 
     def unread_definitions(self) -> list[Difference]:
         """Files that aren't what was read of them last; a reload reads them."""
-        directory = f"{self._services.paths.etc}/{self.name}"
-        there = listing(directory, ".toml")
-        if there.wrong:
-            return (
-                [Difference("definition", "", self.problems["definition"].text)]
-                if "definition" in self.problems
-                else []
-            )
-        found = [
-            Difference(
-                "definition", name, f"{directory}/{name}.toml is gone, and virtd doesn't know that yet", "reload"
-            )
-            for name, one in self.objects.items()
-            if one.definition is not None and name not in there.names
-        ]
-        for name in there.names:
-            one = self.objects.get(name)
-            try:
-                text: str | None = definitions.read(f"{directory}/{name}.toml")
-            except (errors.VirtdError, OSError, ValueError):
-                text = None
-            if (bad := self.problems.get(f"definition {name}")) is not None:
-                found.append(Difference("definition", name, bad.text))
-            elif one is None or one.definition is None or one.definition_text != text:
-                what = f"{directory}/{name}.toml was changed, and virtd hasn't read it yet"
-                found.append(Difference("definition", name, what, "reload"))
-        return found
+        return self._reading.unread()
 
     def check(self, text: str, source: str) -> D:
         """The definition in `text`, as it would be taken. Raises InvalidDefinition or Exists."""
-        definition = self.parse(text, source)
-        self._check_unique(definition, source)
-        one = self.objects.get(definition.name)
-        if one is not None and one.uuid and definition.uuid and definition.uuid != one.uuid:
-            raise errors.Exists(
-                f"{source}: uuid: {self.noun} {definition.name} exists with another uuid, {one.uuid}",
-                hint="Leave the uuid out to change the definition, or undefine it first: "
-                + do("undefine", self.noun, definition.name)
-                + ".",
-            )
-        return definition
+        return self._defining.check(text, source)
 
     def define(self, text: str, source: str) -> tuple[T, bool]:
         """Take a definition: the object, and whether it is new. A uuid is made when there is none."""
-        definition = self.check(text, source)
-        if definition.uuid is None:
-            definition, text = self._with_uuid(definition, text)
-        return self._write(definition, text)
+        return self._defining.define(text, source)
 
     def set_autostart(self, name: str, *, enable: bool) -> bool:
         """Change the definition's file; False if it said so already."""
-        one = self.find(name)
-        if one.definition is None:
-            raise errors.NotFound(f"{self.noun.capitalize()} {one.name} has no definition")
-        if one.definition.autostart == enable:
-            return False
-        text = definitions.with_autostart(one.definition_text, enable=enable)
-        definition = self.parse(text, one.source)
-        if definition.autostart != enable:
-            raise errors.HostError(
-                f"Cannot change autostart in {one.source}", hint="Edit it, then: systemctl reload virtd."
-            )
-        in_force = one.active and not one.pending
-        self._write(definition, text)
-        if in_force:
-            self.put_in_force(one, definition, text)
-        return True
-
-    def _with_uuid(self, definition: D, text: str) -> tuple[D, str]:
-        """The definition with a uuid of its own: the one that the object has, or a new one."""
-        one = self.objects.get(definition.name)
-        text = definitions.with_uuid(text, one.uuid if one is not None else "")
-        return self.parse(text, definition.name), text
-
-    def _write(self, definition: D, text: str) -> tuple[T, bool]:
-        definitions.write(self._services.paths.definition(self.name, definition.name), text)
-        self.problems.pop(f"definition {definition.name}", None)
-        return self._take(definition, text)
-
-    def _take(self, definition: D, text: str) -> tuple[T, bool]:
-        new = definition.name not in self.objects
-        one = self.object(definition.name)
-        changed = one.definition_text != text or one.definition is None
-        one.definition, one.definition_text = definition, text
-        if new or changed:
-            self._publish("added" if new else "changed", definition.name)
-        return one, new
-
-    def _check_unique(self, definition: D, source: str) -> None:
-        for other in self.objects.values():
-            if other.name == definition.name:
-                continue
-            if definition.uuid is not None and other.uuid == definition.uuid:
-                raise errors.Exists(
-                    f"{source}: uuid: {definition.uuid} is the uuid of {self.noun} {other.name}",
-                    hint="Leave it out: a new one is made.",
-                )
-            self.check_beside(definition, other, source)
+        return self._defining.set_autostart(name, enable=enable)
 
     def forget(self, name: str) -> None:
         """The definition is gone. What is active stays until it ends."""

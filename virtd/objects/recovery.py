@@ -7,12 +7,12 @@ import asyncio
 import contextlib
 import logging
 import os
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ..children.child import Child
 from ..hints import do
 from ..systemd.names import object_name
-from .inventory import Object
+from .object import D, Object, T
 from .protocol import Problem
 
 if TYPE_CHECKING:
@@ -22,10 +22,15 @@ log = logging.getLogger(__name__)
 
 
 class WithUnit(Object, Protocol):
+    """An object that runs as a unit."""
+
     async def reconcile(self, *, unit_exists: bool) -> str: ...
 
 
-def doubt(driver: Inventory[Any, Any]) -> None:
+W = TypeVar("W", bound=WithUnit)
+
+
+def doubt(driver: Inventory[T, D]) -> None:
     """First step of a start: what has slots or a unit, and no record, isn't settled until it has been looked at.
 
     Without a bus: the files of units that systemd has loaded tell as well.
@@ -40,7 +45,7 @@ def doubt(driver: Inventory[Any, Any]) -> None:
             one.settled.clear()
 
 
-def settle(driver: Inventory[Any, Any]) -> None:
+def settle(driver: Inventory[T, D]) -> None:
     """Second step, at its end: nobody is in doubt any more, and what came to nothing is forgotten."""
     for one in list(driver.objects.values()):
         one.settled.set()
@@ -48,7 +53,7 @@ def settle(driver: Inventory[Any, Any]) -> None:
             driver.forget(one.name)
 
 
-async def recorded(driver: Inventory[Any, Any]) -> tuple[dict[str, str], dict[str, bool]]:
+async def recorded(driver: Inventory[W, D]) -> tuple[dict[str, str], dict[str, bool]]:
     """Each object of `driver` with a record; one that can't be made whole has a problem, and costs no other anything.
 
     What came of each that was adopted, had ended or was rolled back; and the other names of which there is a unit
@@ -61,7 +66,7 @@ async def recorded(driver: Inventory[Any, Any]) -> tuple[dict[str, str], dict[st
         for unit in await units.list(f"virtd-{driver.name}-*.service")
         if (name := object_name(driver.name, unit.name))
     }
-    objects: list[WithUnit] = [one for one in driver.objects.values() if one.record is not None]
+    objects = [one for one in driver.objects.values() if one.record is not None]
     results = await asyncio.gather(
         *(one.reconcile(unit_exists=one.name in present) for one in objects), return_exceptions=True
     )

@@ -18,7 +18,7 @@ from tests.doubles.whole_host import ROOT, World, on_loop
 from virtd import errors, layout, records, strictmodes
 from virtd.drivers.loader import MODULES
 from virtd.messages import Message
-from virtd.objects import definitions, inventory
+from virtd.objects import definitions, reading
 from virtd.replies.daemon import Status
 
 if TYPE_CHECKING:
@@ -368,4 +368,4 @@ def test_a_record_is_saved_where_there_is_no_directory(world: World) -> None:
 
 
 def test_batches_are_smaller_than_the_watchdogs_patience() -> None:
-    assert inventory.BATCH <= 4 * definitions.AT_ONCE
+    assert reading.BATCH <= 4 * definitions.AT_ONCE

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from virtd.model import domain as model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from tests.doubles.cuts import Cuts
 
 UUID = "0123abcd-4567-89ab-cdef-0123456789ab"
 
@@ -243,6 +246,57 @@ async def test_from_the_first_start_to_the_last(world: World) -> None:
         assert os.path.exists(path)
         await host.undefine("web1", by=ROOT)
         assert not os.path.exists(path)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first start", "later start"])
+@on_loop
+async def test_the_record_is_that_of_the_process_after_every_cut_of_a_start(cuts: Cuts, first: bool) -> None:
+    """Nothing ran, and the file is as before; or the file has what the unit was started with."""
+    for root, patch in cuts:
+        with contextlib.closing(World(root, patch)) as world:
+            disk = str(root / "disk")
+            with open(disk, "wb") as file:
+                file.truncate(1 << 20)
+            path = world.paths.hardware("web1")
+            more = f'disk = [{{ path = "{disk}" }}]'
+            before = None
+            async with world.daemon() as host:
+                if first:
+                    await world.define("web1", more=more)
+                else:
+                    await world.run("web1")
+                    await host.stop("web1", by=ROOT)
+                    before = hardware.read(path)
+                    await world.define("web1", "newest=11.1", more)
+                await cuts.cut(world, host.start("web1", by=ROOT))
+            async with world.daemon() as host:
+                await host.driver.certain()
+                machine = host.driver.machines["web1"]
+                where = cuts.where
+                if not machine.alive:
+                    found = hardware.read(path)
+                    # An undone start may leave its devices there, and gives up nothing of what was there before.
+                    kept = [one and (one.machine, one.type, one.model) for one in (found, before)]
+                    assert kept[0] == kept[1], where
+                    continue
+                # The first start, or the daemon after it, asks QEMU; the record in /run has the same in the end.
+                await until(
+                    lambda machine=machine, path=path: (
+                        (kept := machine.hardware.running) is not None and kept.known and kept == hardware.read(path)
+                    ),
+                    where,
+                )
+                found = hardware.read(path)
+                assert found is not None
+                assert (found.machine, found.type) == ("q35", "pc-q35-10.0"), where
+                assert machine_of(world) == ("q35" if first else found.type), where
+                assert [one.id for one in found.devices] == ["rng0", "disk0"], where
+                given = [f"{device}," for device in devices_of(world)]
+                for one in found.devices:
+                    assert any(f"={one.id}," in device and f"{one.address}," in device for device in given), given
+                await host.stop("web1", by=ROOT)
+                assert hardware.read(path) == found, where
+    assert any(step.startswith("start virtd-qemu-web1") for step in cuts.seen)
 
 
 @on_loop
