@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Ending what runs as a process, at once: what every driver's stop has in common."""
+"""Ending what runs as a process, at its own pace or at once: what drivers' operations have in common."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from typing import TYPE_CHECKING, Any
 
 from .. import errors
+from ..hints import do, option
 from ..model.state import State
 from ..objects.turns import within
+from ..text import span
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -20,6 +23,49 @@ TERM_LIMIT = 5.0
 # A process in the middle of a request to a slow disk can't be killed before that is over.
 KILL_LIMIT = 10.0
 LADDER = ((signal.SIGTERM, TERM_LIMIT), (signal.SIGKILL, KILL_LIMIT))
+ASK_AGAIN = 5.0  # seconds after which one that hasn't ended is asked again
+SHUTDOWN_GIVEN_UP = "shutdown given up"  # a request's verb
+
+
+async def shutdown(
+    machine: Guest[Any],
+    timeout: float,
+    by: str,
+    *,
+    require: Callable[[], Awaitable[None]],
+    ask: Callable[[State], Awaitable[None]],
+    again: Callable[[], Awaitable[None]],
+) -> bool:
+    """Ask it to end and wait until it has. Raises TimedOut; it then runs on.
+
+    `require()` raises InvalidState when it can't be asked; `ask(was)`: the driver's own way, given the state before;
+    what it raises ends the wait. `again()` repeats it every ASK_AGAIN seconds, since one that was still starting may
+    have missed it.
+    """
+    deadline = time.monotonic() + timeout
+    async with machine.exclusive("shut down"):
+        await require()
+        was = machine.state
+        machine.note(State.STOPPING, f"asked to shut down by {by}", data=machine.ask("shutdown", by))
+        await ask(was)
+    while (left := deadline - time.monotonic()) > 0:
+        if await within(machine.over, min(left, ASK_AGAIN)):
+            return True
+        if machine.state is State.STOPPING:
+            await again()
+    late = f"did not shut down within {span(timeout)}"
+    async with machine.exclusive("shut down"):
+        if machine.state is State.STOPPING and machine.child is not None and machine.child.alive():
+            # Still on record, for it may be about to end all the same; but no longer the reason of whatever ends it.
+            machine.note(State.RUNNING, late, data=machine.ask(SHUTDOWN_GIVEN_UP, by))
+    raise errors.TimedOut(
+        f"{machine.name} {late}",
+        hint="It runs on. Give it more time with "
+        + option("timeout")
+        + ", or end it at once: "
+        + do("stop", machine.noun, machine.name)
+        + ".",
+    )
 
 
 async def _at_once() -> bool:
@@ -35,9 +81,11 @@ async def stop(
     whole: bool = False,
     hanging: str = "Is what it reads or writes hanging?",
 ) -> bool:
-    """End it; False if it wasn't running. `gently`: a driver's own way, which comes first and tells whether it has
-    ended by it; then signals, LADDER unless given, each with the seconds that are waited for its effect, to its main
-    process or, with `whole`, to all of its processes. Raises TimedOut, with `hanging` for a hint.
+    """End it; False if it wasn't running.
+
+    `gently`: a driver's own way, which is tried first and returns whether it has ended by that. Then come signals,
+    `ladder` or LADDER, each with the seconds that it may take to work, to its main process or, with `whole`, to all
+    of its processes. Raises TimedOut, with `hanging` as the hint.
     """
     async with machine.exclusive("stop"):
         if not machine.alive:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a person can do to a container that runs. Each tells the record first."""
+"""What a person can do to a container that runs. Each is put on record before it is carried out."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import asyncio
 import contextlib
 import logging
 import signal
-import time
 from typing import TYPE_CHECKING
 
 from ... import errors
 from ...guests import power
-from ...hints import do, option
+from ...hints import do
 from ...model.state import State, require
 from ...objects.turns import within
 from ...text import span
@@ -24,39 +23,27 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KILL_LIMIT = 10.0  # seconds that the end may take once everything in it was killed
-ASK_AGAIN = 5.0  # seconds after which a first program that was still starting is asked again
 DYING = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGABRT", "SIGPWR")
 
 
 async def shutdown(container: Container, timeout: float, by: str) -> bool:
     """Ask its first program to end and wait for it. Raises TimedOut; the container then runs on."""
-    deadline = time.monotonic() + timeout
-    async with container.exclusive("shut down"):
+    halt = _halt(container)
+
+    async def allowed() -> None:
         require("shut down", container.name, container.state, container.noun)
-        halt = _halt(container)
-        container.note(State.STOPPING, f"asked to shut down by {by}", data=container.ask("shutdown", by))
+
+    async def ask(_was: State) -> None:
         with contextlib.suppress(errors.InvalidState):  # it has just ended
             container.signal_init(halt)
-    while (left := deadline - time.monotonic()) > 0:
-        if await within(container.over, min(left, ASK_AGAIN)):
-            return True
-        # One that was still starting has missed it. systemd takes a second SIGRTMIN+3 for the first; others may not.
-        if container.state is State.STOPPING and halt.startswith("SIGRTMIN"):
+
+    async def again() -> None:
+        # systemd takes a second SIGRTMIN+3 for the first; others may not.
+        if halt.startswith("SIGRTMIN"):
             with contextlib.suppress(errors.VirtdError):
                 container.signal_init(halt)
-    async with container.exclusive("shut down"):
-        if container.state is State.STOPPING and container.child is not None and container.child.alive():
-            container.note(
-                State.RUNNING, f"did not shut down within {span(timeout)}", data=container.ask("gave up", by)
-            )
-    raise errors.TimedOut(
-        f"{container.name} did not shut down within {span(timeout)}",
-        hint="It runs on. Give it more time with "
-        + option("timeout")
-        + ", or end it: "
-        + do("stop", container.noun, container.name)
-        + ".",
-    )
+
+    return await power.shutdown(container, timeout, by, require=allowed, ask=ask, again=again)
 
 
 async def stop(container: Container, by: str) -> bool:
@@ -98,7 +85,7 @@ async def kill(container: Container, number: int, by: str) -> bool:
 
 
 async def freeze(container: Container, by: str) -> bool:
-    """Stop all its processes where they are. False if they were."""
+    """Stop all its processes where they are. False if they were stopped."""
     async with container.exclusive("freeze"):
         require("freeze", container.name, container.state, container.noun)
         if container.state is State.PAUSED:
@@ -110,7 +97,7 @@ async def freeze(container: Container, by: str) -> bool:
 
 
 async def thaw(container: Container, by: str) -> bool:
-    """Let its processes go on. False if they did."""
+    """Let its processes go on. False if they weren't stopped."""
     async with container.exclusive("thaw"):
         require("thaw", container.name, container.state, container.noun)
         if container.state is not State.PAUSED:
@@ -154,7 +141,7 @@ async def reboot(container: Container, timeout: float, by: str) -> bool:
 
 
 async def finish(container: Container) -> None:
-    """After a restart of the daemon: what was asked of the container before is done."""
+    """After a restart of the daemon: finish what was asked of the container before."""
     request = container.request
     if request is None or not container.alive:
         return

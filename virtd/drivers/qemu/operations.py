@@ -10,12 +10,11 @@ import asyncio
 import contextlib
 import logging
 import signal
-import time
 from typing import TYPE_CHECKING
 
 from ... import errors
 from ...guests import power
-from ...hints import do, option
+from ...hints import do
 from ...model.state import State, require
 from ...objects.turns import within
 from ...text import span
@@ -28,45 +27,27 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 QUIT_LIMIT = 5.0  # seconds for QEMU to flush its disks and exit when told to
-PRESS_AGAIN = 5.0
-
-SHUTDOWN_GIVEN_UP = "shutdown given up"
 
 
 async def shutdown(machine: QemuGuest, timeout: float, by: str) -> bool:
     """Press the power button and wait for the end. Raises TimedOut; the guest then runs on."""
-    deadline = time.monotonic() + timeout
-    async with machine.exclusive("shut down"):
-        await _require("shut down", machine)
-        was = machine.state
-        machine.note(State.STOPPING, f"asked to shut down by {by}", data=machine.ask("shutdown", by))
+
+    async def press(was: State) -> None:
         try:
             await machine.command("system_powerdown")
         except errors.MonitorError:
             if machine.alive:
-                # It may still hear of it.
-                machine.note(was, "could not be asked to shut down", data=machine.ask(SHUTDOWN_GIVEN_UP, by))
+                # The request may still reach it.
+                machine.note(was, "could not be asked to shut down", data=machine.ask(power.SHUTDOWN_GIVEN_UP, by))
                 raise
-    while (left := deadline - time.monotonic()) > 0:
-        if await within(machine.over, min(left, PRESS_AGAIN)):
-            return True
+
+    async def again() -> None:
         # A guest that is still booting, or dozes, misses the first press.
         with contextlib.suppress(errors.MonitorError):
-            if machine.state is State.STOPPING:
-                await machine.command("system_powerdown")
-    async with machine.exclusive("shut down"):
-        if machine.state is State.STOPPING and machine.child is not None and machine.child.alive():
-            # Not forgotten, for it may be about to end all the same; but no longer the reason of whatever ends it.
-            machine.note(
-                State.RUNNING, f"did not shut down within {span(timeout)}", data=machine.ask(SHUTDOWN_GIVEN_UP, by)
-            )
-    raise errors.TimedOut(
-        f"{machine.name} did not shut down within {span(timeout)}",
-        hint="It runs on. Give it more time with "
-        + option("timeout")
-        + ", or end it at once: "
-        + do("stop", "domain", machine.name)
-        + ".",
+            await machine.command("system_powerdown")
+
+    return await power.shutdown(
+        machine, timeout, by, require=lambda: _require("shut down", machine), ask=press, again=again
     )
 
 
@@ -200,7 +181,7 @@ async def _press_and_reset(machine: QemuGuest, timeout: float, by: str) -> None:
         async with asyncio.timeout(timeout):
             while not machine.guest_off.is_set():
                 await machine.command("system_powerdown")
-                await _off_or_over(machine, PRESS_AGAIN)
+                await _off_or_over(machine, power.ASK_AGAIN)
     except TimeoutError:
         await machine.command("set-action", {"shutdown": machine.at_poweroff})
         # A request still, so that the button in the event journal isn't taken for the host's own shutdown.

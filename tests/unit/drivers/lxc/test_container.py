@@ -11,6 +11,7 @@ import pytest
 from tests.unit.guests.test_verdict import documented
 from virtd import errors
 from virtd.drivers.lxc import config, ends, first, links, prerequisites, sandbox
+from virtd.guests.power import SHUTDOWN_GIVEN_UP
 from virtd.guests.verdict import Request, deciding
 from virtd.model import container as model
 from virtd.model import domain as domains
@@ -313,13 +314,13 @@ def test_who_ended_counts() -> None:
 
 
 OFF, BAD = State.STOPPED, State.CRASHED
-ASKED = {verb: Request(verb, "root", "") for verb in ("stop", "shutdown", "kill", "gave up")}
+ASKED = {verb: Request(verb, "root", "") for verb in ("stop", "shutdown", "kill", SHUTDOWN_GIVEN_UP)}
 
 
 ENDS: list[tuple[UnitState | None, str, str | None, bool, bool, State, Cause, int | None, str | None]] = [
     (unit(), "signal Interrupt(2)", None, False, False, OFF, Cause.GUEST_SHUTDOWN, None, None),
     (unit(), "signal Interrupt(2)", "shutdown", False, False, OFF, Cause.SHUTDOWN, None, None),
-    (unit(), "signal Interrupt(2)", "gave up", False, False, OFF, Cause.GUEST_SHUTDOWN, None, None),
+    (unit(), "signal Interrupt(2)", SHUTDOWN_GIVEN_UP, False, False, OFF, Cause.GUEST_SHUTDOWN, None, None),
     (unit(), "signal Interrupt(2)", None, False, True, OFF, Cause.HOST_SHUTDOWN, None, None),
     (unit(result="timeout"), "signal Interrupt(2)", None, False, True, OFF, Cause.HOST_SHUTDOWN, None, None),
     (unit(), "signal Hangup(1)", None, False, False, OFF, Cause.GUEST_SHUTDOWN, None, None),
