@@ -11,9 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import grp
 import os
-import pwd
 import shutil
 import threading
 import time
@@ -24,9 +22,9 @@ from tests.doubles.fake_units import FakeUnits
 from virtd import files, records
 from virtd.children import fifos
 from virtd.children.child import Services
+from virtd.children.facts import Facts
 from virtd.drivers.qemu import userdb
 from virtd.drivers.qemu.monitor import Monitor
-from virtd.drivers.qemu.prerequisites import Account
 from virtd.fdstore import Store
 from virtd.fdstore.notify import connect
 from virtd.host import Caller, Host
@@ -93,15 +91,13 @@ class World:
         self.host: Host | None = None
         self._sending = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
-        user, group = pwd.getpwuid(os.getuid()).pw_name, grp.getgrgid(os.getgid()).gr_name
-        me = Account(user, group, os.getuid(), os.getgid(), ())
+        # Whoever runs the tests stands for every account, and nobody has KVM.
+        self.facts = Facts(ids=lambda *_asked: (os.getuid(), os.getgid()), has_kvm=lambda: False)
         monkeypatch.setattr("virtd.drivers.qemu.users.known_as", self._known_as)
         monkeypatch.setattr("virtd.drivers.qemu.fsck.known_as", self._known_as)
         if os.geteuid() != 0:  # who can't give files to guests' users
             monkeypatch.setattr(os, "chown", lambda *_args: None)
             monkeypatch.setattr(os, "fchown", lambda *_args: None)
-        monkeypatch.setattr("virtd.drivers.qemu.prerequisites.account", lambda _settings: me)
-        monkeypatch.setattr("virtd.drivers.qemu.prerequisites.has_kvm", lambda: False)
         monkeypatch.setattr("virtd.journal.send", self._journal)
         monkeypatch.setattr("virtd.children.witness.entries", lambda unit, _invocation: self.journal.get(unit, []))
         monkeypatch.setattr("virtd.children.witness.LOOKS", (0.0,))
@@ -228,7 +224,8 @@ class World:
 
         pump = Pump(loop.call_soon_threadsafe, on_bytes=grown)
         settings = Settings(qemu=self.settings, lxc=self.lxc)
-        host = Host(Services(self.paths, store, pump, self.limits, self._get_units), settings)
+        services = Services(self.paths, store, pump, self.limits, self._get_units, facts=self.facts)
+        host = Host(services, settings)
         self.host = host
         try:
             host.restore(time.monotonic())

@@ -17,6 +17,7 @@ from .. import errors, fdstore, process
 from ..systemd import aliases
 from ..systemd.names import unit_name
 from . import fifos
+from .facts import Facts
 from .output import Output
 from .slots import SLOTS, STDERR, STDIN, STDOUT, verify
 
@@ -45,6 +46,7 @@ class Services(NamedTuple):
     log_limits: Log
     units: Callable[[], Awaitable[Units]]
     unit: str = "virtd.service"  # the daemon's own unit, which holds the slots
+    facts: Facts = Facts()
 
 
 class Child:

@@ -14,7 +14,6 @@ from tests.doubles.whole_host import ROOT, World, on_loop
 from virtd import errors
 from virtd.drivers.network import listening, prerequisites
 from virtd.drivers.network.newcomers import LASTING, Newcomers
-from virtd.drivers.network.prerequisites import Account
 from virtd.messages import Message
 from virtd.model.network import Forward, Protocol
 from virtd.objects import conflicts
@@ -91,7 +90,6 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     world = World(tmp_path, monkeypatch)
     for directory in (world.paths.etc, world.paths.run, world.paths.log, world.paths.lib):
         os.makedirs(f"{directory}/network")
-    monkeypatch.setattr(prerequisites, "account", lambda _settings: Account("me", os.getuid(), os.getgid()))
     monkeypatch.setattr(prerequisites, "dnsmasq", lambda _settings: "/usr/sbin/dnsmasq")
     FakeKernel(world, tmp_path, monkeypatch)
     yield world

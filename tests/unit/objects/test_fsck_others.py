@@ -218,8 +218,7 @@ async def a_pool(world: World, host: Host) -> None:
 
 @pytest.mark.parametrize("what", POOLS)
 @on_loop
-async def test_pools(world: World, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("virtd.drivers.storage.prerequisites.account", lambda _settings: (os.getuid(), os.getgid()))
+async def test_pools(world: World, what: str) -> None:
     damage, words, mendable = POOLS[what]
     async with world.daemon() as host:
         await a_pool(world, host)

@@ -15,6 +15,7 @@ from ...model.network import Mode
 from . import links
 
 if TYPE_CHECKING:
+    from ...children.facts import Facts
     from ...model.network import Network
     from ...model.settings import Dnsmasq
 
@@ -33,12 +34,10 @@ class Account(NamedTuple):
     gid: int
 
 
-def account(settings: Dnsmasq) -> Account:
-    """Raises HostError when the user isn't there, or is root."""
-    hint = "systemd-sysusers virtd.conf makes it; or set dnsmasq.user in virtd.toml."
-    uid, gid = programs.ids(settings.user, None, "dnsmasq", hint)
-    if uid == 0:
-        raise errors.HostError("dnsmasq doesn't run as root", hint="Set dnsmasq.user in virtd.toml to another user.")
+def account(settings: Dnsmasq, facts: Facts) -> Account:
+    """Raises HostError when there is no such user, or it is root."""
+    hint = "systemd-sysusers virtd.conf makes one; or set dnsmasq.user in virtd.toml to another user."
+    uid, gid = facts.ids(settings.user, None, "dnsmasq", hint)
     return Account(settings.user, uid, gid)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def update(net: NetRecord, network: Network) -> set[str]:
     """Bring them up to date: the paths of those that were changed. Raises HostError."""
     mine = dnsmasq.files_in(net.runtime, net.state_directory)
-    account = prerequisites.account(net.shared.settings)
+    account = prerequisites.account(net.shared.settings, net.shared.services.facts)
     changed = set()
     try:
         layout.ensure(net.shared.services.paths)

@@ -52,7 +52,8 @@ class ServerLaunch(Launch):
 
     def require(self) -> None:
         settings = self.net.shared.settings
-        self.account, self.binary = prerequisites.account(settings), prerequisites.dnsmasq(settings)
+        self.account = prerequisites.account(settings, self.services.facts)
+        self.binary = prerequisites.dnsmasq(settings)
 
     def remember(self, promise: dict[str, Any]) -> None:
         self.net.save(**promise)

@@ -45,7 +45,7 @@ class Driver(GuestDriver[QemuGuest, model.Domain]):
         super().__init__(services, publish)
         self._settings = settings
         self._peers = peers
-        self.users = users.Users(services.paths, settings)
+        self.users = users.Users(services.paths, settings, services.facts)
 
     def make(self, name: str) -> QemuGuest:
         return QemuGuest(self._shared, name, self._settings, self._peers)

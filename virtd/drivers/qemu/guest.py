@@ -177,7 +177,8 @@ class QemuGuest(Guest[model.Domain]):
         for nic in record.data.get("nics", []):
             with contextlib.suppress(errors.HostError):
                 await self.peers.networks.detach(nic["interface"])
-        old = prerequisites.account(self.settings).uid if record.data.get("owners") else 0
+        facts = self.shared.services.facts
+        old = prerequisites.account(self.settings, facts).uid if record.data.get("owners") else 0
         ownership.give_back(ownership.recorded(record.data, old))
 
     @property

@@ -13,7 +13,7 @@ from ... import errors, files
 from ...model.state import State
 from ...objects.protocol import Problem
 from ...replies import guests as replies
-from . import hardware, prerequisites
+from . import hardware
 from .devices import placing
 from .hardware import Hardware
 
@@ -160,7 +160,7 @@ class Kept:
         if found is None:
             with contextlib.suppress(errors.HostError):  # fsck tells
                 if self.on_record() is None and domain is not None and machine.uuid:
-                    found = hardware.settle(None, domain, machine.uuid, kvm=prerequisites.has_kvm())
+                    found = hardware.settle(None, domain, machine.uuid, kvm=machine.shared.services.facts.has_kvm())
         if found is None:
             return True
         try:

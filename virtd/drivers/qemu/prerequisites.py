@@ -21,6 +21,7 @@ from ...text import word
 from ..nodes import is_device
 
 if TYPE_CHECKING:
+    from ...children.facts import Facts
     from ...model.settings import Qemu
 
 KVM, VHOST, TUN = "/dev/kvm", "/dev/vhost-net", "/dev/net/tun"
@@ -44,17 +45,13 @@ def own(name: str, uid: int) -> Account:
     return Account(name, name, uid, uid, _device_groups(uid), own=True)
 
 
-def account(settings: Qemu) -> Account:
+def account(settings: Qemu, facts: Facts) -> Account:
     """The one user for all guests, which they have if virtd.toml says so, and had with older versions of virtd.
 
-    Raises HostError when there is no such user or group.
+    Raises HostError when there is no such user or group, or it is root.
     """
-    hint = "Run systemd-sysusers, or set qemu.user and qemu.group in virtd.toml."
-    uid, gid = programs.ids(settings.shared_user, settings.shared_group, "guests", hint)
-    if uid == 0:
-        raise errors.HostError(
-            "QEMU doesn't run as root", hint="Set qemu.user in virtd.toml to an unprivileged user."
-        )
+    hint = "Run systemd-sysusers, or set qemu.user and qemu.group in virtd.toml to unprivileged ones."
+    uid, gid = facts.ids(settings.shared_user, settings.shared_group, "guests", hint)
     return Account(settings.shared_user, settings.shared_group, uid, gid, _device_groups(gid))
 
 
@@ -94,15 +91,6 @@ def binary(settings: Qemu) -> str:
         f"QEMU is missing: no {candidates[0]}",
         hint="Install qemu-system (Fedora: qemu-kvm), or set qemu.binary in virtd.toml.",
     )
-
-
-def has_kvm() -> bool:
-    """Whether the kernel offers KVM: the device is there and opens."""
-    try:
-        os.close(os.open(KVM, os.O_RDWR | os.O_CLOEXEC))
-    except OSError:
-        return False
-    return True
 
 
 def has_vhost(who: Account) -> bool:

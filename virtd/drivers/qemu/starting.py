@@ -75,7 +75,7 @@ class _Start(Start[QemuGuest, model.Domain]):
         self.account = account
         self.user = userdb.Named(account.user, account.uid) if account.own else None
         self.systemd = 0
-        kvm = prerequisites.has_kvm()
+        kvm = machine.shared.services.facts.has_kvm()
         self.hardware = hardware.settle(before, domain, machine.uuid, kvm=kvm)
         placed = self.hardware.devices
         self.nics = nics.plan(domain, machine.uuid, placed)

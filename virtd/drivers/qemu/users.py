@@ -28,6 +28,7 @@ from . import ownership, prerequisites, userdb
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from ...children.facts import Facts
     from ...model.settings import Qemu
     from ...paths import Paths
 
@@ -56,10 +57,11 @@ class Living(NamedTuple):
 class Users:
     """The table, and the lock under which it changes."""
 
-    def __init__(self, paths: Paths, settings: Qemu) -> None:
+    def __init__(self, paths: Paths, settings: Qemu, facts: Facts) -> None:
         self._path = paths.qemu_ids
         self.directory = paths.userdb  # where the names are
         self._settings = settings
+        self._facts = facts
         self._lock = asyncio.Lock()
 
     @property
@@ -76,7 +78,7 @@ class Users:
         Raises HostError when there is no such user, or no ID left.
         """
         if self._settings.user:
-            return prerequisites.account(self._settings)
+            return prerequisites.account(self._settings, self._facts)
         async with self._lock:
             uid = await self._assigned(uuid, list(domains))
         return prerequisites.own(userdb.name_of(name), uid)

@@ -28,12 +28,12 @@ def make(pool: model.Pool, services: Services, settings: Settings, run_tool: Run
             from .mountpoint import MountPoint
 
             mountpoint = MountPoint(pool, services.paths.mountpoint(pool.name), services.units)
-            return Directory(pool, *prerequisites.account(settings), mountpoint)
+            return Directory(pool, *prerequisites.account(settings, services.facts), mountpoint)
         case Type.FILESYSTEM:
             from .filesystem import Filesystem
 
-            return Filesystem(pool, *prerequisites.account(settings), services.units)
+            return Filesystem(pool, *prerequisites.account(settings, services.facts), services.units)
         case Type.LOGICAL:
             from .logical import Logical
 
-            return Logical(pool, prerequisites.account(settings)[0], run_tool)
+            return Logical(pool, prerequisites.account(settings, services.facts)[0], run_tool)

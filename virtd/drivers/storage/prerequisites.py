@@ -11,6 +11,7 @@ from ... import errors
 from ...children import programs
 
 if TYPE_CHECKING:
+    from ...children.facts import Facts
     from ...model.settings import Settings
 
 
@@ -21,10 +22,10 @@ class Account(NamedTuple):
     group: str
 
 
-def account(settings: Settings) -> tuple[int, int]:
+def account(settings: Settings, facts: Facts) -> tuple[int, int]:
     """The guests' user and group. Raises HostError."""
     hint = "Run systemd-sysusers, or see qemu.user in virtd.toml."
-    return programs.ids(settings.qemu.shared_user, settings.qemu.shared_group, "jobs", hint)
+    return facts.ids(settings.qemu.shared_user, settings.qemu.shared_group, "jobs", hint)
 
 
 def program(name: str, package: str) -> str:

@@ -17,7 +17,6 @@ from virtd import errors
 from virtd.drivers.network import firewall, guard, isolation, prerequisites, prober, server
 from virtd.drivers.network.obstacles import Obstacle
 from virtd.drivers.network.ports import Ground
-from virtd.drivers.network.prerequisites import Account
 from virtd.fdstore import NotifyFailed, Store
 from virtd.messages import Message
 from virtd.objects.protocol import Problem
@@ -46,7 +45,6 @@ class Site(NamedTuple):
         world = World(root, monkeypatch)
         for directory in (world.paths.etc, world.paths.run, world.paths.log, world.paths.lib):
             os.makedirs(f"{directory}/network")
-        monkeypatch.setattr(prerequisites, "account", lambda _settings: Account("me", os.getuid(), os.getgid()))
         monkeypatch.setattr(prerequisites, "dnsmasq", lambda _settings: "/usr/sbin/dnsmasq")
         # What dnsmasq says would be on record at any moment: steps have to come in the same order each time.
         monkeypatch.setattr("virtd.drivers.network.driver.Driver.grown", lambda _driver, _key: None)

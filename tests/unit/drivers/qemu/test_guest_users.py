@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from virtd import errors
+from virtd.children.facts import Facts
 from virtd.drivers import ids
 from virtd.drivers.qemu import acl, limits, ownership, userdb, users
 from virtd.drivers.qemu.prerequisites import Account
@@ -41,7 +42,8 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Users
     monkeypatch.setattr(users, "SUBORDINATE", (str(tmp_path / "subuid"), str(tmp_path / "subgid")))
     monkeypatch.setattr(users, "known_as", lambda _uid: None)
     monkeypatch.setattr(users, "_of_processes", lambda: {os.getuid()})  # a lab's guests may run on this machine
-    return lambda **changes: Users(Paths(str(tmp_path)), settings.Qemu(**changes))
+    facts = Facts(ids=lambda *_asked: (1000, 50))
+    return lambda **changes: Users(Paths(str(tmp_path)), settings.Qemu(**changes), facts)
 
 
 def living(*uuids: str, running: dict[str, int] | None = None) -> list[Living]:
@@ -140,10 +142,9 @@ def test_the_table_is_written_before_the_id_is_used(
     assert make().read() == Table(next=FIRST)
 
 
-def test_one_for_all_when_asked_for(make: Callable[..., Users], monkeypatch: pytest.MonkeyPatch) -> None:
-    one = Account("ann", "staff", 1000, 50, ())
-    monkeypatch.setattr("virtd.drivers.qemu.prerequisites.account", lambda _settings: one)
-    assert asyncio.run(make(user="ann").account("a", "a", living("a"))) is one
+def test_one_for_all_when_asked_for(make: Callable[..., Users]) -> None:
+    one = asyncio.run(make(user="ann", group="staff").account("a", "a", living("a")))
+    assert (one.user, one.group, one.uid, one.gid, one.own) == ("ann", "staff", 1000, 50, False)
 
 
 def test_what_runs_has_an_id(make: Callable[..., Users], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,6 @@ def hosted(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         file.write(f'name = "p"\npath = "{directory}/pool"\n')
     for module in ("place", "entries", "unfinished"):
         monkeypatch.setattr(f"virtd.drivers.storage.{module}.os", SteppingOs(world))
-    monkeypatch.setattr(storage_host, "account", lambda _settings: (os.getuid(), os.getgid()))
     monkeypatch.setattr(storage_host, "program", lambda _name, _package: fake_qemu_img.__file__)
     try:
         yield world
