@@ -380,4 +380,5 @@ async def test_the_backing_volume_of_an_uploaded_image_is_on_record(
             task = world.record(answer["job"], "storage").data["task"]
             assert task["meta"]["backing"] == {"pool": "p", "volume": "source", "format": "raw"}
             await done(host, answer)
-            assert (await host.volumes.info("p", "new"))["backing"] == {"pool": "p", "volume": "source"}
+            backing = (await host.volumes.info("p", "new"))["backing"]
+            assert (backing.pool, backing.volume) == ("p", "source")
