@@ -157,23 +157,6 @@ async def crash_everywhere(
 
 
 @on_loop
-async def test_killed_at_every_step_of_a_start(cuts: Cuts) -> None:
-    seen = await crash_everywhere(cuts, lambda host: host.networks.start("lab", by=ROOT), active=False)
-    assert sum("FDSTORE=1" in step for step in seen) == 5
-    assert {"add_bridge vd-lab", "add_address vd-lab", "nft virtd-lab", f"start {UNIT}"} <= set(seen)
-
-
-@on_loop
-async def test_killed_at_every_step_of_a_stop(cuts: Cuts) -> None:
-    def stop(host: Host) -> Awaitable[Any]:
-        return host.networks.stop("lab", force=False, by=ROOT)
-
-    seen = await crash_everywhere(cuts, stop, active=True)
-    assert sum("FDSTOREREMOVE=1" in step for step in seen) == 5
-    assert {f"stop {UNIT}", "nft virtd-lab", "delete_link vd-lab"} <= set(seen)
-
-
-@on_loop
 async def test_killed_at_every_step_of_an_undefine(cuts: Cuts) -> None:
     """Leases included: those of a network that there isn't any more would be the next one's of that name."""
     seen = await crash_everywhere(
@@ -235,21 +218,6 @@ async def test_killed_at_every_step_of_a_reload(cuts: Cuts, head: str, more: str
         cuts, lambda host: host.reload(by=ROOT), active=True, before=change, then=as_it_says
     )
     assert step in seen
-
-
-@on_loop
-async def test_a_network_does_not_notice_restarts(site: Site) -> None:
-    async with site.world.daemon() as host:
-        await site.define()
-        await host.networks.start("lab", by=ROOT)
-        pid, tables = site.pid(), dict(site.kernel.tables)
-    for _ in range(3):
-        async with site.world.daemon() as host:
-            info = await site.info()
-            site.whole(info, "after a restart")
-            assert (info["pid"], site.kernel.tables) == (pid, tables)
-            assert (await host.status())["recovered"]["adopted"] == ["network/lab"]
-    assert len(site.world.told(Message.ADOPTED)) == 3
 
 
 # Rules
