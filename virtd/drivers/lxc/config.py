@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 # What a privileged container must not do to the host's kernel: the list of LXC's own common.conf.
 DROPPED = ("mac_admin", "mac_override", "sys_module", "sys_rawio", "sys_time")
 MONITOR, PAYLOAD = "monitor", "payload"  # control groups below the unit's
-# The usual limits of a service: programs that go through all that they may open, or use select(2), expect the first.
+# The usual limits of a service. Programs that close all possible descriptors, or use select(2), expect the first.
 DESCRIPTORS_SOFT, DESCRIPTORS = 1024, 524288
-PIVOT = "lxc.pivot"  # and what LXC 6 puts them into at a reboot
+PIVOT = "lxc.pivot"  # the group that LXC 6 puts them into at a reboot
 
 
 class Link(NamedTuple):
-    """One veth pair: the host's end, the bridge it is put into, and what the container's end is."""
+    """One veth pair: the host's end, its bridge, and the container's end with its MAC."""
 
     host: str
     bridge: str
@@ -28,9 +28,9 @@ class Link(NamedTuple):
 
 
 class HostFacts(NamedTuple):
-    """What is known of the host when a container is started. `tty` is "" without a terminal."""
+    """What is known of the host when a container is started. `tty`: its terminal, or ""."""
 
-    path: str  # lxcpath: the directory that has the container's own directory, see Container.secret_path
+    path: str  # lxcpath: the parent of LXC's own directory for the container, see Container.secret_path
     runtime: str
     root: str
     ids: model.IdMap | None
@@ -40,21 +40,21 @@ class HostFacts(NamedTuple):
     seccomp: str
     apparmor: bool
     start: str  # lxc-start, or lxc-execute for a command
-    descriptors: int = DESCRIPTORS  # that a process of the container may have open at most
+    descriptors: int = DESCRIPTORS  # limit of open files for each process of the container
 
 
 def text(container: model.Container, host: HostFacts, links: list[Link]) -> str:
-    """The file."""
+    """The configuration file."""
     lines = [
         f"lxc.uts.name = {container.hostname or container.name.replace('_', '-').replace('.', '-')[:63].strip('-')}",
         f"lxc.rootfs.path = dir:{host.root}",
-        # The container inherits its first program's standard input and output, or has our terminal as /dev/console:
-        # LXC's own console would be a relay, which blocks while nobody reads.
+        # The first program inherits standard input and output, or our terminal is its /dev/console. LXC's own console
+        # would be a relay, which blocks while nobody reads.
         "lxc.console.path = none",
         "lxc.tty.max = 0",
         "lxc.pty.max = 1024",
         "lxc.autodev = 1",
-        # Below the unit's control group, which systemd has delegated to us, and nowhere else.
+        # Only below the unit's control group, which systemd has delegated to us.
         "lxc.cgroup.relative = 1",
         f"lxc.cgroup.dir.monitor = {MONITOR}",
         f"lxc.cgroup.dir.container = {PAYLOAD}",
@@ -62,7 +62,7 @@ def text(container: model.Container, host: HostFacts, links: list[Link]) -> str:
         f"lxc.signal.halt = {host.halt}",
         f"lxc.prlimit.nofile = {DESCRIPTORS_SOFT}:{host.descriptors}",
         f"lxc.apparmor.profile = {'generated' if host.apparmor else 'unconfined'}",
-        # Ours besides that of the unit, which LXC would otherwise take for enough.
+        # In addition to the unit's filter, which LXC would otherwise consider sufficient.
         f"lxc.seccomp.profile = {host.seccomp}",
         "lxc.seccomp.allow_nesting = 1",
         f"lxc.cap.drop = {' '.join((*DROPPED, *container.drop_capabilities))}",
@@ -85,8 +85,10 @@ def text(container: model.Container, host: HostFacts, links: list[Link]) -> str:
 
 
 def _kernel(container: model.Container, host: HostFacts) -> list[str]:
-    """The kernel's own file systems. A /sys shows a network: who doesn't own that may not mount one, and has the
-    host's, with a group hierarchy of its own over the host's.
+    """The kernel's own file systems.
+
+    A sysfs belongs to a network namespace, and only its owner may mount one. So a container that shares the host's
+    network gets the host's /sys, with a hierarchy of control groups of its own mounted over the host's.
     """
     if host.ids is not None and container.shares_network:
         return ["lxc.mount.auto = proc:mixed cgroup:mixed", "lxc.mount.entry = /sys sys none rbind,ro 0 0"]
@@ -131,10 +133,10 @@ def quoted(words: tuple[str, ...]) -> str:
 def start_script(container: model.Container, host: HostFacts, *, held: bool = False) -> str:
     """What the unit runs.
 
-    Its standard error becomes LXC's log, which tells when the container's first program runs, reboots and ends.
-    systemd would make a terminal on standard input the controlling one of LXC itself, which would then be hung up
-    together with the container's console; so it comes as standard output, and is put in its place here. `held`: what
-    LXC's log is to go to is standard input (see children/pipes.py).
+    Its standard error becomes LXC's log, which says when the container's first program runs, reboots and ends.
+    systemd would make a terminal on standard input LXC's own controlling terminal, so that LXC would be hung up
+    together with the container's console. So the terminal comes as standard output and is moved to its place here.
+    `held`: the pipe of LXC's log comes as standard input (see children/pipes.py).
     """
     lxc: tuple[str, ...] = (host.start, "-q", "-P", host.path, "-n", container.name, "-f", f"{host.runtime}/config")
     lxc = (*lxc, "-l", "INFO", "-o", "/proc/self/fd/3")
@@ -142,19 +144,19 @@ def start_script(container: model.Container, host: HostFacts, *, held: bool = Fa
         lxc = (*lxc, "-F", "-C")
     if container.command:
         lxc = (*lxc, "--", *container.command)
-    # A volume is mounted nosuid. What is changed here is the unit's own view of it.
+    # A volume is mounted nosuid; only the unit's own view of it is changed here.
     mount = quoted(("mount", "-o", "remount,bind,rw,nodev,suid", host.root))
     suid = f"{mount} || exit 1\n" if container.volume is not None else ""
     return f"{suid}exec 3>&{0 if held else 2} {'<&1 ' if host.tty else ''}2>&1 && exec {quoted(lxc)}\n"
 
 
 def stop_script(container: model.Container, host: HostFacts, stop: str, seconds: float) -> str:
-    """ExecStop: what ends the container when the host goes down, with or without the daemon.
+    """ExecStop=: ends the container when the host goes down, with or without the daemon.
 
-    systemd runs it after an end of the container's own as well, then without $MAINPID.
+    systemd also runs it after the container has ended by itself, then without $MAINPID.
     """
     words = (stop, "-q", "-P", host.path, "-n", container.name, "-t", str(int(seconds)))
-    # One that is frozen can't do what it is asked to.
+    # A frozen container couldn't shut down.
     return f"""printenv MAINPID >/dev/null || exit 0
 : >{quoted((f"{host.runtime}/host-shutdown",))}
 group=$(sed -n 's/^0:://p' /proc/$MAINPID/cgroup)
@@ -164,7 +166,7 @@ exec {quoted(words)}
 
 
 def devices(container: model.Container) -> list[tuple[str, str]]:
-    """For DeviceAllow=: what every container has, and what the definition lists."""
+    """For DeviceAllow=: the devices that every container has, and those that the definition lists."""
     common = ("null", "zero", "full", "random", "urandom", "tty", "ptmx")
     found = [(f"/dev/{name}", "rwm") for name in common] + [("char-pts", "rw")]
     for device in container.device:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Making a root file system of an archive or a directory, and the definition that goes with it.
+"""Making a root file system from an archive or a directory, and the definition that goes with it.
 
-It is unpacked inside the container's own user namespace, in a transient unit: files get their shifted owners from the
-kernel, and an archive can do no more than the container could. It has its name only when it is whole. A mark in
-/run/virtd/lxc stands for the time from before its first file until it is defined: what a daemon that ended in between
-has left is removed by the next one.
+It is unpacked in a transient unit, inside the container's own user namespace: files get their shifted owners from the
+kernel, and an archive can do no more than the container could. It gets its name once it is complete. From before its
+first file until it is defined there is a mark in /run/virtd/lxc: if the daemon ends in between, the next one removes
+what is left.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-END_LIMIT = 30.0  # seconds that an unpacking which was killed may take to end
-# What tar(1) is told of an archive on its standard input, by the first bytes.
+END_LIMIT = 30.0  # seconds that the unpacking may take to end once it is killed
+# tar(1)'s option for an archive on its standard input, by the archive's first bytes.
 PACKED = ((b"\xfd7zXZ\0", "-J"), (b"\x1f\x8b", "-z"), (b"BZh", "-j"), (b"\x28\xb5\x2f\xfd", "--zstd"))
 
 
@@ -86,7 +86,7 @@ def unit_of(name: str) -> str:
 
 
 def aliases_of(run: str, name: str) -> str:
-    """Where odd paths have other names, for the unit; hidden, for it is no container's."""
+    """The directory of the unit's aliases for odd paths; hidden, since it isn't a container's."""
     return f"{run}/.{name}.paths"
 
 
@@ -101,7 +101,7 @@ def check(name: str, image: str, directory: str) -> None:
 
 
 async def run(job: Job, units: Units, define: Callable[[str], Container]) -> Container:
-    """Make it, and have it defined. Raises a VirtdError, with nothing left behind."""
+    """Make it, and define the container. Raises a VirtdError, with nothing left behind."""
     try:
         files.make_directory(job.directory, 0o700)
         files.make_directory(job.run, 0o700)
@@ -130,7 +130,7 @@ async def _make(job: Job, units: Units) -> None:
 
 
 async def clear(run: str, directory: str, units: Units, defined: Callable[[str], bool]) -> None:
-    """At a start of the daemon: remove what was being made when the last one ended."""
+    """At a start of the daemon: remove what the last one hadn't finished making."""
     for name in names(run, MARK):
         mark = f"{run}/{name}{MARK}"
         try:
@@ -140,7 +140,7 @@ async def clear(run: str, directory: str, units: Units, defined: Callable[[str],
             continue
         try:
             await _end(units, unit_of(name))
-        except TimeoutError:  # a file system that hangs; no other container waits for it
+        except TimeoutError:  # a file system hangs; other containers don't wait for it
             log.warning("%s can't be ended: what it made in %s stays for now", unit_of(name), place)
             continue
         if not defined(name) and place.startswith("/"):
@@ -150,7 +150,7 @@ async def clear(run: str, directory: str, units: Units, defined: Callable[[str],
             await asyncio.to_thread(files.remove_tree, f"{place}/.{name}.new")
         aliases.remove(aliases_of(run, name))
         files.remove(mark)
-    await _sweep(directory, run)  # of a making that the host's own end has cut off
+    await _sweep(directory, run)  # of one that was cut off when the host went down
 
 
 async def _end(units: Units, unit: str) -> None:
@@ -158,12 +158,12 @@ async def _end(units: Units, unit: str) -> None:
     async with asyncio.timeout(END_LIMIT):
         with contextlib.suppress(errors.VirtdError):
             await units.kill(unit, 9, whole=True)
-        with contextlib.suppress(errors.VirtdError):  # one that has ended by itself is still to be forgotten
+        with contextlib.suppress(errors.VirtdError):  # one that ended by itself still has to be forgotten
             await execs.result(units, unit)
 
 
 async def _sweep(directory: str, run: str) -> None:
-    """What a making that isn't under way any more has left."""
+    """Remove unfinished root file systems that nobody is making any more."""
     alive = {f"{directory}/.{name}.new" for name in names(run, MARK)}
     for path in set(files.leftovers(directory)) - alive:
         await asyncio.to_thread(files.remove_tree, path)

@@ -45,7 +45,7 @@ def make(services: Services, settings: Settings, publish: Publish, peers: Peers)
 
 
 class Driver(GuestDriver[Container, model.Container]):
-    """`publish(event, name)` is told "added", "removed", "changed" and "ended"."""
+    """`publish(event, name)` is called with "added", "removed", "changed" and "ended"."""
 
     name = DRIVER
     noun = "container"
@@ -57,8 +57,8 @@ class Driver(GuestDriver[Container, model.Container]):
         self._settings = settings
         self._peers = peers
         self._tasks: set[asyncio.Task[None]] = set()
-        self._making: set[str] = set()  # whose making is under way
-        self._cleared = asyncio.Event()  # what the last daemon was making is gone
+        self._making: set[str] = set()  # containers that are being made
+        self._cleared = asyncio.Event()  # what the last daemon hadn't finished making is removed
         self._cleared.set()
         table = f"{services.paths.lib}/lxc-ids.json"
         self.maps = Maps(self.objects, settings.directory, table, guests)
@@ -70,7 +70,7 @@ class Driver(GuestDriver[Container, model.Container]):
         return model.parse(text, source)
 
     def check(self, text: str, source: str) -> model.Container:
-        """What the host's subuid doesn't allow is refused at once, not only at the start."""
+        """IDs that the host's subuid(5) doesn't allow are refused now, and not only at the start."""
         container = super().check(text, source)
         self.maps.check(container, source)
         return container
@@ -80,7 +80,7 @@ class Driver(GuestDriver[Container, model.Container]):
         super().restore()
 
     def _keep_others_out(self) -> None:
-        """An earlier version made these directories for everybody to pass. One of another name is its maker's."""
+        """An earlier version let everybody pass these directories. One that the settings name is left as it is."""
         ours = [self._settings.directory] if self._settings.directory == Lxc().directory else []
         for path in (self._run, f"{self._run}/{volume.ROOTS}", *ours):
             with contextlib.suppress(OSError):
@@ -107,7 +107,7 @@ class Driver(GuestDriver[Container, model.Container]):
         self._look_for_overlaps()
 
     def _look_for_overlaps(self) -> None:
-        """Of earlier versions, and by hand: each runs on, and nothing is given other IDs."""
+        """Report containers that share IDs by an earlier version's or a person's doing: each runs on with them."""
         for key in [key for key in self.problems if key.startswith("ids ")]:
             del self.problems[key]
         for name, other in self.maps.overlaps().items():
@@ -123,8 +123,9 @@ class Driver(GuestDriver[Container, model.Container]):
         return await operations.stop(self.find(name), by)
 
     async def create(self, name: str, image: str, ids: int | None = None) -> Container:
-        """Make a root file system of `image`, and define the container, with so many IDs. Raises a VirtdError, with
-        nothing left.
+        """Make a root file system from `image`, and define the container, with `ids` IDs.
+
+        Raises a VirtdError, with nothing left behind.
         """
         if name in self.machines or name in self._making:
             raise errors.Exists(f"Cannot create {name}: there is a container of that name")
@@ -143,7 +144,7 @@ class Driver(GuestDriver[Container, model.Container]):
             self.maps.release(name)
 
     def images(self) -> list[Use]:
-        """See protocol.Using: volumes that are containers' roots."""
+        """See protocol.Using: the volumes that containers have as their roots."""
         return [
             Use(
                 machine.key,

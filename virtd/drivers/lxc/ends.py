@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What LXC's log tells of a container, and why one ended."""
+"""LXC's log, and what it and systemd say about the end of a container."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ STARTED = (
 )
 # The same in LXC 4, 5 and 6, but for the signal's name, which the older ones don't give.
 ENDED = r"Child <([0-9]{1,9})> ended on (error|signal) [^(]{0,40}\(([0-9]{1,3})\)"
-# It gives the container all files of its control group that the kernel may have (/sys/kernel/cgroup/delegate), those
-# of controllers that this host hasn't, too.
+# It tries to give the container every file of its control group that the kernel may have
+# (/sys/kernel/cgroup/delegate), including those of controllers that this host doesn't have.
 NOT_THERE = r"No such file or directory - Failed to fchownat\([0-9]+, [a-z_.]+, .*"
 LEVELS = {"WARN": "warning", "ERROR": "error", "FATAL": "error", "CRIT": "error", "ALERT": "error"}
 HUP, INT = (
@@ -33,7 +33,7 @@ HUP, INT = (
 
 
 class Said(NamedTuple):
-    """One line: its level for the journal (None: not for the journal), and its words."""
+    """One line of the log: its level for the journal (None: not for the journal), and its text."""
 
     level: str | None
     words: str
@@ -53,7 +53,7 @@ def started(words: str) -> int | None:
 
 
 def errors_in(words: str) -> list[str]:
-    """What a failed start is about: the errors, without where in LXC's source they were found."""
+    """The errors in the log of a failed start, without their places in LXC's source."""
     said = [read(line) for line in words.splitlines()]
     return [one.words for one in said if one.level == "error"]
 
@@ -66,7 +66,7 @@ class First(NamedTuple):
 
 
 def first(words: str, pid: int) -> First | None:
-    """From LXC's last words; None when they don't tell. One that ends with status 0 isn't mentioned."""
+    """From the end of LXC's log; None when it doesn't say, as for exit status 0."""
     for match in reversed(list(re.finditer(ENDED, words))):
         if not pid or int(match[1]) == pid:
             number = int(match[3])

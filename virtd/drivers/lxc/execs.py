@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Commands that are run in a container besides its own: lxc-attach, in a transient unit of its own.
+"""Further commands in a running container: lxc-attach, each in a transient unit.
 
-The client gets the command's terminal, or its pipes, and nobody else has them: no byte passes through the daemon, and
-a restart of it is noticed by neither side. The unit keeps the exit status until somebody has asked for it.
+Only the client holds the command's terminal or pipes: no byte passes through the daemon, and neither side notices a
+restart of it. The unit keeps the exit status until somebody has asked for it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from ...systemd.units import Units
 
-PREFIX = "virtd-exec-lxc-"  # of the units; not the driver's own prefix, for they are no containers
-UNCLAIMED = 60.0  # seconds that an exit status waits for a client which has lost its daemon
+PREFIX = "virtd-exec-lxc-"  # of the units; not the driver's own prefix, since they aren't containers
+UNCLAIMED = 60.0  # seconds that an exit status waits for a client that has lost its connection
 
 
 class Run(NamedTuple):
@@ -57,7 +57,7 @@ async def begin(
         attach, "-P", container.lxc_path(), "-n", container.name, "--clear-env",
         *(f"--set-var={key}={value}" for key, value in environment.items()), "--", *command,
     )  # fmt: skip
-    # In a file: what is in a unit's command line systemd takes apart, and everybody may read.
+    # In a file, since systemd expands a unit's command line, and everybody may read it.
     try:
         with open(script, "x", encoding="utf-8", errors="surrogateescape") as file:
             file.write(f"rm -f {config.quoted((script,))}\nexec {config.quoted(words)}\n")
@@ -90,7 +90,7 @@ async def begin(
     finally:
         for fd in set(theirs):
             os.close(fd)
-        aliases.remove(spec.aliases)  # it has its sandbox by now, and nothing is run in that later
+        aliases.remove(spec.aliases)  # its sandbox is set up by now, and nothing else will be run in it
     return Run(unit, ours)
 
 
@@ -111,13 +111,13 @@ def _ends(*, terminal: bool) -> tuple[list[int], list[int]]:
 
 
 def belongs(unit: str, container: Container) -> bool:
-    """Whether a client's token is a unit of this container's."""
+    """Whether a client's token names a unit of this container."""
     number = unit.removeprefix(f"{PREFIX}{container.name}-").removesuffix(".service")
     return unit == f"{PREFIX}{container.name}-{number}.service" and len(number) == 8 and number.isalnum()
 
 
 async def result(units: Units, unit: str) -> Result:
-    """Wait for the command's end; its unit is gone afterwards. Raises NotFound."""
+    """Wait for the command's end, then have systemd forget its unit. Raises NotFound."""
     state = await units.state(unit)
     if state is None:
         raise errors.NotFound("Nothing is known of this command any more")
@@ -128,7 +128,7 @@ async def result(units: Units, unit: str) -> Result:
         raise errors.NotFound("Nothing is known of this command any more")
     await units.collect(unit)
     if state.exec_code == CLD_EXITED:
-        # As a shell has it: lxc-attach says 128 and the signal's number.
+        # As in a shell: lxc-attach returns 128 plus the signal's number.
         killed = state.exec_status > 128 and state.exec_status - 128 in set(signal.Signals)
         return Result(state.exec_status, signal_name(state.exec_status - 128) if killed else None)
     return Result(None, signal_name(state.exec_status))
@@ -145,7 +145,7 @@ async def send(units: Units, unit: str, number: int) -> None:
         with contextlib.suppress(OSError):
             pidfd = os.pidfd_open(pid)
             try:
-                # Only now can it not be another process of that number any more.
+                # From here on the number can't belong to another process.
                 if status_of(pid).get("PPid") == str(main):
                     signal.pidfd_send_signal(pidfd, number)
             finally:
@@ -155,7 +155,7 @@ async def send(units: Units, unit: str, number: int) -> None:
 
 
 async def clear(units: Units) -> None:
-    """At a start of the daemon: forget what has ended and nobody asks about any more."""
+    """At a start of the daemon: forget commands that have ended and that no client asks about any more."""
     for listed in await units.list(f"{PREFIX}*.service"):
         if listed.sub != "running":
             await asyncio.sleep(UNCLAIMED)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Who can reach a container's root file system from outside.
 
-Its root is root of all files in it: it makes programs setuid, and, where an idmapped mount shifts IDs, setuid to the
-host's own root. Whoever can walk there could run them, and could plant files where everybody may in it (/tmp). So
-some directory above has to keep everybody but root out, on every path that leads there; and nobody else may be able
-to put another one in its place, see reach.py.
+The container's root owns all files in it and can make programs setuid; where an idmapped mount shifts IDs, even
+setuid to the host's root. Whoever can reach them could run them, and could plant files in directories that are open
+to all, such as /tmp. So on every path that leads there, some directory above has to keep everybody but root out, and
+nobody else may be able to replace it: see reach.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SEARCH = stat.S_IXGRP | stat.S_IXOTH  # with an ACL the group's bits are its mas
 
 
 def check(root: str, source: str, directory: str) -> None:
-    """Refuse a root file system that others can reach. `directory`: one that they can't. Raises InvalidDefinition."""
+    """Refuse a root file system that others can reach. `directory`: a safe place for it. Raises InvalidDefinition."""
     try:
         with reach.reached(root) as found:
             way = _exposed(found.path)
@@ -43,14 +43,14 @@ def check(root: str, source: str, directory: str) -> None:
 
 
 class Exposed(NamedTuple):
-    """`why` in words; `directory` whose mode 0700 would mend it, or "" when that would lock out others as well."""
+    """`why` is for a person; mode 0700 on `directory` would close it, "" if that would lock out others as well."""
 
     why: str
     directory: str
 
 
 def _exposed(root: str) -> Exposed | None:
-    """How others than root can reach the directory, whose path has no links in it. Raises OSError."""
+    """How anybody but root can reach the directory, if at all. The path contains no links. Raises OSError."""
     if not _kept(root):
         above = os.path.dirname(root)
         return Exposed(f"no directory above {root} keeps others out", above if above.count("/") > 1 else "")
@@ -61,7 +61,7 @@ def _exposed(root: str) -> Exposed | None:
 
 
 def _kept(path: str) -> bool:
-    """Whether a directory above it lets nobody but root through."""
+    """Whether some directory above it lets nobody but root through."""
     while path != "/":
         path = os.path.dirname(path)
         status = os.stat(path)

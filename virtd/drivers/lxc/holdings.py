@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def to_start(container: model.Container, uuid: str, bridge_of: Callable[[str], str]) -> Iterator[Holding]:
-    """What it is going to have. A volume is the storage driver's to look after."""
+    """What it is about to have, except for a volume, which the storage driver looks after."""
     for path, (dev, ino) in disks(container):
         yield Holding(Kind.IMAGE, (dev, ino), "device", path)
     yield from _cards(container, uuid, bridge_of)

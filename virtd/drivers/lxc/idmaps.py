@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which user and group IDs of the host a container has: whole ranges, and no two containers any in common.
+"""Which user and group IDs of the host a container has: whole ranges, none shared by two containers.
 
-What definitions ask for, whom root file systems belong to, what runs and what is just being started or made: all of
-it is looked at and a range taken in one step, between whose parts nobody else comes, since the event loop has but one
-thread. A range that was chosen for a container stays its own, in a table in /var/lib/virtd that is written before the
-range is used. Containers that have one root file system in common, which takes intention, have its IDs in common.
+Definitions, owners of root file systems, and containers that run or are being started or made: all of them are looked
+at and a range is taken in one step, which nothing can interrupt, since the event loop has one thread. A range that
+was chosen for a container stays its own, in a table in /var/lib/virtd that is written before the range is used.
+Containers that share a root file system, which nobody does by accident, share its IDs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ log = logging.getLogger(__name__)
 
 
 class Claim(NamedTuple):
-    """IDs that container `name` ("": none any more) has or is to have. `root`: what its root file system is."""
+    """IDs that container `name` has or will have; `name` is "" for a root file system without one.
+
+    `root`: see `root_of`.
+    """
 
     name: str
     ids: Range
@@ -44,15 +47,17 @@ class Claim(NamedTuple):
 
 
 class Table(msgspec.Struct, frozen=True):
-    """The file: first ID and number of them by uuid."""
+    """The file: by the container's UUID, the first ID and how many."""
 
     ids: dict[str, tuple[int, int]] = {}
     schema: int = 1
 
 
 class Maps:
-    """All of them. `containers` is the driver's own table, `directory` where root file systems are made, `guests` the
-    IDs of domains.
+    """All ranges.
+
+    `containers`: the driver's own table; `directory`: where root file systems are made; `table`: the file's path;
+    `guests`: the IDs of domains.
     """
 
     def __init__(
@@ -78,9 +83,9 @@ class Maps:
     ) -> tuple[model.IdMap | None, bool]:
         """The map that a container is started with, and whether its files have to be shifted by an idmapped mount.
 
-        None for a privileged one. They are its own from now on, until `release`, or, if it has them in its record by
-        then, until it ends. Raises InvalidDefinition when the root file system belongs to nobody in the map, or
-        another has some of these IDs; HostError when none are left.
+        None for a privileged one. The IDs are its own from now on until `release`, or until it ends if its record has
+        them by then. Raises InvalidDefinition when the owner of the root file system isn't in the map, or another
+        container has some of these IDs; HostError when none are left.
         """
         if definition.privileged:
             return None, False
@@ -102,7 +107,7 @@ class Maps:
         return found, not owner
 
     def reserve_new(self, name: str, count: int = model.IDS) -> model.IdMap:
-        """IDs for a container that is being made. Raises HostError, or InvalidState for a number that can't be."""
+        """IDs for a container that is being made. Raises HostError, or InvalidState for an impossible `count`."""
         if not 1 <= count <= model.ID_MAX:
             raise errors.InvalidState(f"Cannot create {name} with {count} IDs: expected 1 to {model.ID_MAX}")
         found = self._free(self.claims(name), count)
@@ -113,7 +118,7 @@ class Maps:
         self._reserved.pop(name, None)
 
     def _own(self, container: Container) -> model.IdMap:
-        """What was chosen for it before, or is now. On record first."""
+        """What was chosen for it before, or is chosen now, and then put on record first."""
         claims = self.claims(container.name)
         table = self._load()
         if kept := table.ids.get(container.uuid):
@@ -127,7 +132,7 @@ class Maps:
         return found
 
     def _free(self, claims: Iterable[Claim], count: int = model.IDS) -> model.IdMap:
-        """The first map of that size that nobody has. Raises HostError."""
+        """The first free map of that size. Raises HostError."""
         taken = [claim.ids for claim in claims] + others(self._etc, self._guests)
         taken += [Range("", *kept) for kept in self._load().ids.values()]
         for users in own(self._etc, "subuid"):
@@ -154,7 +159,7 @@ class Maps:
     # Who has which
 
     def claims(self, besides: str = "") -> list[Claim]:
-        """Of all containers but one, and of root file systems that no container has any more."""
+        """Those of all containers but one, and of root file systems that belong to no container any more."""
         found = [claim for name, claim in self._reserved.items() if name != besides]
         roots = set()
         for name, one in self._containers.items():
@@ -172,7 +177,7 @@ class Maps:
         return found
 
     def check(self, definition: model.Container, source: str) -> None:
-        """Refuse a new definition whose IDs others have, people or containers. Raises InvalidDefinition."""
+        """Refuse a new definition whose IDs people or other containers have. Raises InvalidDefinition."""
         if definition.idmap is not None:
             check(definition.idmap, source, self._guests, etc=self._etc)
         if (wanted := defined_ids(definition)) is None:
@@ -183,7 +188,7 @@ class Maps:
                 raise overlap(claim, other, source)
 
     def overlaps(self) -> dict[str, Claim]:
-        """Containers that have IDs of another, since they are older than the rule or made by hand: which other."""
+        """By container, one that has some of the same IDs: earlier versions allowed that, and files are edited."""
         found: dict[str, Claim] = {}
         claims = sorted(self.claims(), key=lambda claim: claim.ids.first)
         for at, claim in enumerate(claims):
@@ -216,7 +221,7 @@ def overlap(claim: Claim, other: Claim, source: str) -> errors.InvalidDefinition
 
 
 def defined_ids(definition: model.Container | None) -> model.IdMap | None:
-    """Those that a definition, or the owner of the root file system, gives it."""
+    """The IDs that a definition has by itself or by the owner of its root file system."""
     if definition is None or definition.privileged:
         return None
     if definition.idmap is not None:
@@ -242,7 +247,7 @@ def _claim(name: str, found: model.IdMap, root: str, *, active: bool) -> Claim:
 
 
 def _owners(directory: str) -> list[tuple[str, int]]:
-    """Whose the root file systems are that there are."""
+    """The root file systems in `directory`, each with the first ID of its owner's range."""
     try:
         with os.scandir(directory) as entries:
             found = [(entry.path, entry.stat(follow_symlinks=False).st_uid) for entry in entries]
@@ -255,12 +260,12 @@ def _owners(directory: str) -> list[tuple[str, int]]:
 
 
 def own(etc: str, file: str) -> list[Range]:
-    """What root may give to containers: its lines, or without any the range that is ours by custom."""
+    """What root may give to containers: its lines, or our default range if it has none."""
     return [entry for entry in ids.grants(f"{etc}/{file}") if entry.owner in ("root", "0")] or [ids.CONTAINERS]
 
 
 def others(etc: str, guests: Range) -> list[Range]:
-    """What is granted to others than root, is a user's or a group's already, or is for guests."""
+    """What is granted to anybody but root, belongs to a user or a group, or is reserved for guests."""
     found = [guests]
     for file in ("subuid", "subgid"):
         found += [

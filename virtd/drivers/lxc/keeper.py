@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What has containers live through a soft reboot: virtd-keeper.service, at its very end.
+"""What keeps containers alive over a soft reboot: virtd-keeper.service, at its very end.
 
-A soft reboot kills every process whose own control group isn't marked (killall.c of systemd 255). systemd marks a
-unit's group by SurviveFinalKillSignal=, and no group below it, where LXC and all that a container makes are. So each
-of those is marked before the killing begins. So that none is made while it lasts containers stand still meanwhile,
-as everything does: systemd stops all processes before it looks for those to kill, and has them go on afterwards.
+A soft reboot kills every process whose own control group isn't marked (killall.c of systemd 255). With
+SurviveFinalKillSignal= systemd marks a unit's group, but no group below it, where LXC and a container's processes
+are. So each of those is marked before the killing begins. Containers are frozen throughout, so no new group can
+appear. systemd itself stops all processes before it looks for those to kill, and continues them afterwards.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from . import config
 
 GROUPS = "/sys/fs/cgroup/virtd.slice/virtd-lxc.slice/virtd-*lxc-*.service"
 MARK = "survive_final_kill_signal"  # of "user.", or "trusted." before Linux 5.7
-FREEZE_LIMIT = 1.0  # seconds that one may take to stand still
-KILL_LIMIT = 10.0  # seconds until the killing has to have begun; they go on in any case
-QUIET = 0.1  # seconds without another round of it after which it is over
+FREEZE_LIMIT = 1.0  # seconds that freezing may take
+KILL_LIMIT = 10.0  # seconds by which the killing must have begun; containers go on in any case
+QUIET = 0.1  # seconds without another SIGCONT after which it is over
 
 IN_CREATE = 0x100
 IN_IGNORED = 0x8000
@@ -44,7 +44,7 @@ class Keeper:
         self._watched: dict[int, str] = {}
 
     def take(self, group: str) -> None:
-        """Watch it first, look below it last: what is made meanwhile is seen at least once."""
+        """Watch `group` before looking below it: a group that is made meanwhile is seen at least once."""
         watch = self._libc.inotify_add_watch(self.fd, os.fsencode(group), IN_CREATE | IN_ONLYDIR)
         if watch < 0:
             return  # it has just ended
@@ -57,7 +57,7 @@ class Keeper:
                 self.take(path)
 
     def look(self) -> None:
-        """Take what is new."""
+        """Take the groups that are new."""
         with contextlib.suppress(BlockingIOError):
             data = os.read(self.fd, 1 << 16)
             at = 0
@@ -71,7 +71,7 @@ class Keeper:
                     self.take(f"{group}/{os.fsdecode(name)}")
 
     def freeze(self, units: list[str]) -> list[str]:
-        """Have all processes of containers stand still; the groups of those that didn't before."""
+        """Freeze all containers: the groups of those that weren't frozen before."""
         frozen = []
         for group in (found for unit in units if (found := payload(unit)) is not None):
             with contextlib.suppress(OSError):
@@ -89,7 +89,7 @@ class Keeper:
 
 
 def payload(unit: str) -> str | None:
-    """A container's own control group, below its unit's: as deep as it was rebooted often, see payload_of()."""
+    """A container's own control group, below its unit's; one deeper after each reboot, see cgroup.payload_of()."""
     while not os.path.isdir(f"{unit}/{config.PAYLOAD}"):
         unit = f"{unit}/{config.PIVOT}"
         if not os.path.isdir(unit):
@@ -130,7 +130,7 @@ def _ready() -> None:
 
 
 def main() -> int:
-    # systemd's word to all that the killing is over. It has us go on even while it is blocked, and waits for us then.
+    # systemd sends it to all processes after the killing. It continues us even while it is blocked.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCONT})
     keeper = Keeper()
     units = glob.glob(GROUPS)

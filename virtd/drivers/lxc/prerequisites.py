@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the LXC driver must know of the host: its programs, the IDs that containers may have, what a root file
-system holds.
-"""
+"""What the LXC driver must know of the host: programs, limits, and what a root file system holds."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
 SECCOMP = ("/usr/share/lxc/config/common.seccomp", "/usr/local/share/lxc/config/common.seccomp")
 APPARMOR = "/sys/module/apparmor/parameters/enabled"
 PARSERS = ("/usr/sbin/apparmor_parser", "/sbin/apparmor_parser")  # without one LXC can't load a profile
-# Where a command is looked for; the container's own PATH isn't known before its program runs.
+# Where a command is looked for, since the container's own PATH isn't known before its program runs.
 SEARCH = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
 LINKS = 40  # as many symbolic links in a row as the kernel follows
 
@@ -40,7 +38,7 @@ def program(name: str) -> str:
 
 
 def seccomp() -> str:
-    """LXC's filter of system calls, without which a container would be held by the unit's alone. Raises HostError."""
+    """LXC's filter of system calls, besides which a container has only the unit's. Raises HostError."""
     for path in SECCOMP:
         if os.path.isfile(path):
             return path
@@ -62,7 +60,7 @@ def toplevel() -> list[str]:
 
 
 def apparmor() -> bool:
-    """Whether the kernel confines by AppArmor, and LXC can have it do so."""
+    """Whether the kernel has AppArmor enabled, and LXC can load a profile."""
     try:
         with open(APPARMOR, encoding="ascii") as file:
             enabled = file.read().strip() == "Y"
@@ -77,8 +75,8 @@ def apparmor() -> bool:
 def inside(root: str, path: str, mounts: Mapping[str, str] | None = None) -> str:
     """Where `path` of a container is on the host, with every symbolic link followed as its processes would.
 
-    `mounts`: what of the host is shown where in it. Raises OSError. Nothing is opened; what is found can change at
-    any time, so this is for checks only.
+    `mounts`: paths of the host, by where the container sees them. Raises OSError. Nothing is opened, and the answer
+    can change at any time, so this is for checks only.
     """
 
     def place(parts: list[str]) -> str:
@@ -110,12 +108,12 @@ def inside(root: str, path: str, mounts: Mapping[str, str] | None = None) -> str
 
 
 def mounts_of(container: model.Container) -> dict[str, str]:
-    """Its mounts, by where they are in it."""
+    """Paths of the host, by where the container sees them."""
     return {mount.target.rstrip("/"): mount.source.rstrip("/") for mount in container.mount}
 
 
 def check_root(container: model.Container, root: str, source: str) -> None:
-    """There is a root file system with the program in it. Raises InvalidDefinition."""
+    """Check that `root` is a root file system with the program in it. Raises InvalidDefinition."""
 
     def refuse(key: str, expected: str, hint: Hint = "") -> errors.InvalidDefinition:
         return errors.InvalidDefinition(source, key, expected, hint=hint)
@@ -141,7 +139,7 @@ def check_root(container: model.Container, root: str, source: str) -> None:
 
 
 def halt_signal(container: model.Container, root: str) -> str:
-    """What asks the container's first program to end."""
+    """The signal that asks the container's first program to end."""
     if container.shutdown_signal is not None:
         return container.shutdown_signal
     if container.command:
@@ -155,7 +153,7 @@ def halt_signal(container: model.Container, root: str) -> str:
 
 
 def check_host(container: model.Container, source: str) -> None:
-    """What is named besides the root is there, and the host can hold what the limits allow. InvalidDefinition."""
+    """Check that whatever it names besides the root exists, and that the host has the memory. InvalidDefinition."""
     for key, path in model.paths(container):
         reach.defined(path, source, key)
     for index, device in enumerate(container.device):
@@ -172,12 +170,12 @@ def check_host(container: model.Container, source: str) -> None:
 
 
 def total_memory() -> int:
-    """The host's, in bytes."""
+    """The host's memory, in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def limits(container: model.Container, settings: Lxc) -> model.Limits:
-    """Those of the definition, and the usual ones where it has none."""
+    """The definition's limits, with defaults for those that it leaves out."""
     memory = container.limits.memory_bytes
     pids = container.limits.pids or settings.pids
     if memory is None:
@@ -188,14 +186,14 @@ def limits(container: model.Container, settings: Lxc) -> model.Limits:
 def descriptors() -> int:
     """The hard limit of open files for a container's processes: the usual one, or the host's where that is less.
 
-    Ours is that of the host, as we have asked for as many (virtd.service); LXC can't raise it.
+    virtd.service asks for the host's limit; LXC can't raise its own.
     """
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return config.DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, config.DESCRIPTORS)
 
 
 def usual_pids() -> int:
-    """An eighth of what the host's kernel has PIDs for, proc_sys_kernel(5); from 1,024 to 16,384."""
+    """An eighth of the host's kernel.pid_max, proc_sys_kernel(5), at least 1,024 and at most 16,384."""
     try:
         with open("/proc/sys/kernel/pid_max", encoding="ascii") as file:
             most = int(file.read())
@@ -205,6 +203,6 @@ def usual_pids() -> int:
 
 
 def missing(container: model.Container) -> list[tuple[str, str]]:
-    """What the definition names and the host doesn't have, or others could exchange, as (key, text)."""
+    """Paths that the definition names and that are missing, or that others could exchange, as (key, text)."""
     found = [(key, reach.trouble(path)) for key, path in model.paths(container)]
     return [(key, text) for key, text in found if text]

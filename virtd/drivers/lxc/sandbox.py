@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The unit that a container runs in: what LXC may see and do, and with it the container, should it break out.
+"""The unit that a container runs in: what LXC may see and do, and so what a container could that breaks out of it.
 
-Names and types of the properties: org.freedesktop.systemd1(5); what they mean: systemd.exec(5). What would be in the
-container's way isn't here: NoNewPrivileges= (no sudo in it), ProtectProc= and ProtectKernelTunables= (the kernel
+Names and types of the properties: org.freedesktop.systemd1(5); what they mean: systemd.exec(5). What would hinder the
+container is left out: NoNewPrivileges= (it could have no sudo), ProtectProc= and ProtectKernelTunables= (the kernel
 lets nobody mount a /proc of its own who sees only a part of the host's).
 """
 
@@ -38,7 +38,7 @@ MAKING_LIMIT = 3600  # seconds that unpacking may take
 
 
 def making(target: str, source: str, *, toplevel: list[str]) -> list[Property]:
-    """For what unpacks an archive, or packs directory `source` and unpacks that, into `target`: it sees no others."""
+    """For the program that unpacks an archive, or copies directory `source`, into `target`: it sees nothing else."""
     search = ("DAC_READ_SEARCH",) if source else ()
     # Setuid programs are what it has to make.
     hardened = [entry for entry in HARDENED if entry[0] not in ("RestrictSUIDSGID", "RestrictNamespaces")]
@@ -82,14 +82,14 @@ def making(target: str, source: str, *, toplevel: list[str]) -> list[Property]:
 # What lxc-attach needs: to enter the namespaces (setns(2)) of processes that aren't root's, to become another user,
 # and to move itself into their control group, which it does in a user namespace that has the host's root in it.
 ENTERING = ("DAC_OVERRIDE", "SETFCAP", "SETGID", "SETUID", "SETPCAP", "SYS_CHROOT", "SYS_PTRACE", "SYS_ADMIN")
-# What neither a container nor a command that is run in one may do; both have LXC's own filter besides.
+# What neither a container nor a command in one may do, in addition to LXC's own filter.
 REFUSED = ["@module", "@raw-io", "@swap", "kexec_load", "kexec_file_load"]
 
 
 def entering(runtime: str, *, privileged: bool, toplevel: list[str]) -> list[Property]:
-    """For lxc-attach, until it is in the container: from there on the container's own limits hold.
+    """For lxc-attach until it is in the container, where the container's own limits apply.
 
-    What the command inherits can be no more than what the container's first program has: filters above all.
+    The command inherits all of this, filters above all, so there must be nothing that the first program doesn't have.
     """
     hidden = [(f"/{name}", f"{'rw' if name == 'run' else 'ro'},mode=0755") for name in toplevel if name not in KEPT]
     found: list[Property] = [
@@ -113,15 +113,15 @@ def entering(runtime: str, *, privileged: bool, toplevel: list[str]) -> list[Pro
 
 
 def needed(container: model.Container, host: config.HostFacts) -> tuple[str, ...]:
-    """What LXC needs to make an unprivileged container. Inside it has none of them: there the kernel gives it all of
-    a user namespace's own, and with these it makes most of the container.
+    """The capabilities that LXC needs to make an unprivileged container.
 
-    Tried one by one with LXC 6.0.4: SETFCAP is for the host's root in a map, as in ENTERING; DAC_OVERRIDE to remove
-    control groups that the container's root has made, before it is started again; SYS_ADMIN for setns(2), with which
-    LXC looks for network interfaces at the end, for an idmapped mount, and for a volume's remount.
+    The container has none of them: LXC makes most of it with those that the kernel gives it in the new user
+    namespace. Tried one by one with LXC 6.0.4: SETFCAP is for the host's root in a map, as in ENTERING; DAC_OVERRIDE
+    removes control groups that the container's root has made, before it is started again; SYS_ADMIN is for setns(2),
+    with which LXC looks for network interfaces at the end, for an idmapped mount, and for a volume's remount.
     """
     found = [*MAPPING, "DAC_OVERRIDE", "KILL", "SETFCAP", "SYS_ADMIN"]
-    if any(nic.network is not None for nic in container.nic):
+    if container.networks:
         found.append("NET_ADMIN")
     if host.apparmor:
         found.append("MAC_ADMIN")
@@ -142,9 +142,10 @@ def properties(
 ) -> list[Property]:
     """Properties for StartTransientUnit.
 
-    `limits`: see host.limits; `toplevel`: the names in `/`; `stop_after`: seconds that host shutdown gives it.
+    `limits`: see prerequisites.limits; `toplevel`: the names in `/`; `stop_after`: seconds that host shutdown gives
+    it.
     """
-    # /run has to be written to: LXC keeps its locks there.
+    # /run has to be writable: LXC keeps its locks there.
     hidden = [(f"/{name}", f"{'rw' if name == 'run' else 'ro'},mode=0755") for name in toplevel if name not in KEPT]
     sources = [mount.source for mount in container.mount]
     stop = ("/bin/sh", ["/bin/sh", f"{host.runtime}/stop"], False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Starting a container: what LXC needs besides what every start does."""
+"""Starting a container: what LXC needs in addition to what every start does."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TTY_GROUP = 5  # "tty" of every distribution, to which a terminal belongs
+TTY_GROUP = 5  # the group "tty" of every distribution, which terminals belong to
 
 
 async def start(container: Container, maps: Maps, by: str) -> bool:
-    """See guests/start.py. `maps`: who has which IDs."""
+    """See guests/start.py. `maps`: the ID ranges of all containers."""
 
     async def ready(definition: model.Container) -> _Start:
         return _Start(container, definition, maps, by)
@@ -60,7 +60,7 @@ class _Start(Start[Container, model.Container]):
             self._check_root(self.definition.directory)
 
     def _check_root(self, root: str) -> None:
-        """With the root there, what it holds and whose it is."""
+        """Check what the root file system holds and whom it belongs to, and take the IDs."""
         definition, source = self.definition, self.machine.source
         prerequisites.check_root(definition, root, source)
         exposure.check(root, source, self.settings.directory)
@@ -87,7 +87,7 @@ class _Start(Start[Container, model.Container]):
         return holdings.to_start(self.definition, self.machine.uuid, conflicts.bridges(self.peers))
 
     async def reach(self) -> None:
-        """Have the networks that it is to be in, and its root, before anything of it is there."""
+        """Mount its root and reserve its places in networks, before anything of the container exists."""
         definition, machine = self.definition, self.machine
         if definition.volume is not None:
             await self._mount(definition.volume)
@@ -121,7 +121,7 @@ class _Start(Start[Container, model.Container]):
                 await asyncio.shield(self._unmount())
             raise
         finally:
-            self.maps.release(self.machine.name)  # they are on record, if it runs
+            self.maps.release(self.machine.name)  # if it runs, its record has them
 
     async def _unmount(self) -> None:
         run = f"{self.services.paths.run}/{DRIVER}"
@@ -149,7 +149,7 @@ class _Start(Start[Container, model.Container]):
         """The container's own directory, with what LXC and systemd read there."""
         runtime, ids = self.machine.runtime, self.host.ids
         if self.terminal and ids is not None:
-            # Its root must be able to open it and to give it to whoever logs in.
+            # The container's root must be able to open it and to give it to whoever logs in.
             os.fchown(ends_.stdout, ids.first, ids.first + TTY_GROUP if ids.count > TTY_GROUP else ids.first)
         self.host = self.host._replace(tty=ends_.tty)
         content = {
@@ -160,7 +160,8 @@ class _Start(Start[Container, model.Container]):
         try:
             layout.ensure(self.services.paths)
             files.remove_tree(runtime)
-            # LXC insists on its root being able to pass there. Others don't get as far: the directory above is 0700.
+            # LXC insists that the container's root can pass. Others are stopped by the directory above, which is
+            # 0700.
             for path in (runtime, self.host.path, f"{self.host.path}/{self.machine.name}"):
                 os.mkdir(path)
                 os.chmod(path, 0o711)
@@ -224,7 +225,7 @@ class _Start(Start[Container, model.Container]):
             await container.peers.networks.add_port(network, user=container.key, interface=link.host)
 
     def _look_at_inotify(self) -> None:
-        """A system without any says "Failed to allocate manager object" on its console, and ends."""
+        """Without any instance left, systemd says "Failed to allocate manager object" on the console, and ends."""
         self.machine.problems.pop("inotify", None)
         if self.definition.command:
             return
@@ -248,7 +249,7 @@ class _Start(Start[Container, model.Container]):
         return super().explained(exc)
 
     def own_words(self, words: str) -> str:
-        """LXC's first errors: what comes after them only says that it failed."""
+        """LXC's first errors; the later ones only say that it failed."""
         return "; ".join(ends.errors_in(words)[:2])
 
     def last_line(self, words: str) -> str:

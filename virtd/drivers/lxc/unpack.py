@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the unit of a container that is being made runs: unpack an archive, which anybody may have made.
+"""The program that unpacks an archive, which anybody may have made, for a new container.
 
-    python3 -IS unpack.py JOB    with Job's fields as JSON; the archive on standard input
+    python3 -IS unpack.py JOB    JOB: Job's fields as JSON; the archive comes on standard input
 
-A program of its own, with nothing of virtd in it. What reads or writes a file of the archive's is in a user namespace
-that has the container's IDs and no others, so that it can do no more than the container could; and what is written
-there afterwards goes through no link, FIFO or device of the archive's. It ends before the disk is full.
+It runs in a unit of its own and imports nothing of virtd. Whatever reads or writes the archive's files does so in a
+user namespace that has the container's IDs and no others, so it can do no more than the container could. Files that
+are written there afterwards are never reached through a link, FIFO or device from the archive. It ends before the
+disk is full.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CLONE_NEWUSER = 0x10000000  # unshare(2)
-ROOM = 1 << 30  # bytes of a disk, or a twentieth of it if that is less, that are left to others
-LOOK = 0.2  # seconds between two looks at how much there is
-WORDS = 4096  # bytes of tar's words that are passed on
-NEEDED = "IDs up to {} are needed"  # the last of our own, for create.py
-# What tar says of each file whose owner isn't among the container's IDs.
+ROOM = 1 << 30  # bytes of a disk that are left free, or a twentieth of it if that is less
+LOOK = 0.2  # seconds between two looks at the free space
+WORDS = 4096  # bytes of tar's messages that are passed on
+NEEDED = "IDs up to {} are needed"  # our own last line, which create.py parses
+# What tar writes for each file whose owner isn't among the container's IDs.
 REFUSED = rb"Cannot change ownership to uid (\d{1,10}), gid (\d{1,10}): Invalid argument\n"
-# Of the other attributes, trusted.* and security.* tell something to a kernel outside; a container's root has none.
+# Of the other attributes, trusted.* and security.* mean something to the host's kernel; a container's root has none.
 ATTRIBUTES = ("--acls", "--xattrs", "--xattrs-include=user.*", "--xattrs-include=security.capability")
 
 
@@ -40,8 +41,10 @@ AS_IT_IS = "--no-unquote"
 
 
 class Job(NamedTuple):
-    """`ids`: first and number; `option`: tar's for how the archive is compressed. In place of an archive `source` is
-    a directory, and `shifted` the IDs of the container whose root file system it is, if it is one.
+    """`ids`: the first and how many; `option`: tar's option for the archive's compression.
+
+    `source` is a directory that is copied in place of an archive; `shifted` are the IDs of the container whose root
+    file system that is, if it is one.
     """
 
     target: str
@@ -53,7 +56,7 @@ class Job(NamedTuple):
 
 
 class Full(Exception):
-    """The disk; in words for a person."""
+    """The disk is full; the text is for a person."""
 
 
 def run(job: Job, archive: int = 0) -> int:
@@ -87,8 +90,9 @@ def run(job: Job, archive: int = 0) -> int:
 
 
 def beyond(source: str, shifted: list[int]) -> int:
-    """The highest ID, as in that container, of a file that belongs to one past the container's own: 0 for none. In
-    its user namespace such files would be nobody's.
+    """The highest ID past the container's own that a file belongs to, as the container counts; 0 if none does.
+
+    In its user namespace such files would belong to nobody.
     """
     last = str(shifted[0] + shifted[1] - 1)
     words = ("find", source, "-xdev", "(", "-uid", f"+{last}", "-o", "-gid", f"+{last}", ")", "-printf", "%U %G\n")
@@ -102,8 +106,9 @@ def beyond(source: str, shifted: list[int]) -> int:
 
 
 def watch(target: str, said: int) -> int:
-    """Pass on what the others say, though no more than some of it, until they have ended. The highest ID that they
-    say there isn't. Raises Full.
+    """Pass on the first WORDS bytes that the others write, until they have ended.
+
+    Returns the highest ID that they reported as missing. Raises Full.
     """
     left, look, highest, line = WORDS, 0.0, 0, b""
     while True:
@@ -130,7 +135,7 @@ def require_room(target: str) -> None:
 
 
 def fork(work: Callable[[], None], ids: list[int] | None) -> int:
-    """A process that does `work` as root of a user namespace with `ids`, or as it is when there are none: its PID."""
+    """Run `work` in a new process, as root of a user namespace with `ids`, if there are any: its PID."""
     ours, theirs = os.pipe(), os.pipe()
     pid = os.fork()
     if not pid:
@@ -200,7 +205,7 @@ def become(words: tuple[str, ...], *stdio: int) -> NoReturn:
 
 
 def unpack(job: Job, archive: int, say: int) -> None:
-    """Unpack it, and give it a name and no identity of the image's."""
+    """Unpack it, set its host name, and remove the identity that it has from the image."""
     os.umask(0o022)
     # Device nodes can't be made there, and a container gets its own.
     exclude = ("--exclude=./dev/*", "--exclude=dev/*")
@@ -230,7 +235,7 @@ def name(root: int, hostname: str) -> None:
 
 
 def replace(directory: int, name: str, text: str) -> None:
-    """A new file in the place of whatever is there, which isn't opened; a directory stays."""
+    """Replace whatever is there by a new file, without opening it; a directory stays."""
     try:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=directory)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A storage volume as a container's root: mounted by systemd, below /run, from before its record until it has ended.
+"""A storage volume as a container's root: mounted by systemd, below /run, from before its record until its end.
 
-A daemon that ended in between finds mounts that nobody has, and unmounts them.
+If the daemon ends in between, the next one unmounts what belongs to no container.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ROOTS = ".roots"  # in /run/virtd/lxc; hidden, for it is no container's
+ROOTS = ".roots"  # in /run/virtd/lxc; hidden, since it isn't a container's
 
 
 class Mounted(NamedTuple):
     """A volume's path, and the unit of the mount that it is on, or "".
 
-    `require_free()` raises Busy when somebody has come between since; the record has to follow in the same step.
+    `require_free()` raises Busy when somebody has taken the volume since; the record has to be written in the same
+    step.
     """
 
     path: str
@@ -44,7 +45,7 @@ def place(run: str, name: str) -> str:
 
 
 async def mount(root: model.Root, where: str, peers: Peers, units: Units, source: str, by: str) -> Mounted:
-    """Have the volume mounted. Raises a VirtdError."""
+    """Mount the volume at `where`. Raises a VirtdError."""
     volumes = peers.volumes
     try:
         path, form, _, after = await volumes.for_guest(root.pool, root.volume, writes=True, by=by)
@@ -53,27 +54,27 @@ async def mount(root: model.Root, where: str, peers: Peers, units: Units, source
     if form is not Format.RAW:
         raise errors.InvalidDefinition(source, "rootfs", f"expected a raw volume, got {root.volume}, which is {form}")
     require_free = await volumes.require_unused(root.pool, root.volume)
-    await unmount(where, units)  # a start that was cut off has left it
+    await unmount(where, units)  # left by a start that was cut off
     try:
         files.make_directory(os.path.dirname(where), 0o700)
         files.make_directory(where, 0o755)
     except OSError as exc:
         raise errors.HostError(f"Cannot make {where}: {exc.strerror}") from exc
-    # systemd's own choice of file systems, as for any device; "loop" is for a file. Setuid programs are for the
-    # container alone, in whose unit config.start_script allows them.
+    # The file system's type is detected, as for any device; "loop" is for a file. Setuid programs are allowed to the
+    # container alone, in its unit: see config.start_script.
     options = "rw,nodev,nosuid" if path.startswith("/dev/") else "loop,rw,nodev,nosuid"
     await mounts.mount(units, path, where, "auto", options)
     return Mounted(path, after, require_free)
 
 
 async def unmount(where: str, units: Units) -> None:
-    """Idempotent. Raises HostError when something still uses it. The directory stays: the unit's ExecStop has it."""
+    """Idempotent. Raises HostError when something still uses it. The directory stays, for the unit's ExecStop=."""
     if mounts.mounted(where) is not None:
         await mounts.unmount(units, where)
 
 
 def forget(run: str, name: str) -> None:
-    """Remove where the root of container `name` was mounted, and, after the last of them, where all are."""
+    """Remove the mount point of container `name`, and with the last of them the directory that they are in."""
     with contextlib.suppress(OSError):  # there was none, or others are there
         os.rmdir(place(run, name))
     with contextlib.suppress(OSError):
@@ -81,7 +82,7 @@ def forget(run: str, name: str) -> None:
 
 
 async def sweep(run: str, units: Units, alive: set[str]) -> None:
-    """At a start of the daemon: unmount what belongs to no container that runs."""
+    """At a start of the daemon: unmount the volumes of containers that don't run."""
     try:
         names = os.listdir(f"{run}/{ROOTS}")
     except OSError:
