@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""File system work beside the event loop: a server that doesn't answer stops a thread, and nothing else."""
+"""File system work beside the event loop: a server that doesn't answer blocks a thread, and nothing else."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class _Work(Generic[T]):
 
 
 class Aside:
-    """Runs functions in threads of their own, for one pool.
+    """Runs functions for one pool, each in a thread of its own.
 
-    While one of them hangs in the kernel, no other is begun: a dead server must not cost a thread for each question.
+    While one of them hangs in the kernel no other is started: a dead server must not cost a thread for each question.
     """
 
     def __init__(self, what: str) -> None:
@@ -43,7 +43,7 @@ class Aside:
         self._stuck: set[threading.Thread] = set()
 
     async def __call__(self, work: Callable[[], T], *, limit: float | None = LIMIT) -> T:
-        """What `work` returns or raises; TimedOut after `limit` seconds, and then its thread is left to itself."""
+        """Return or raise what `work` does. Raises TimedOut after `limit` seconds, and leaves its thread behind."""
         self._stuck = {thread for thread in self._stuck if thread.is_alive()}
         if self._stuck:
             raise errors.TimedOut(f"{self._what} doesn't answer", hint="Is its server up, its device still there?")
@@ -52,7 +52,7 @@ class Aside:
         job = _Work(work)
 
         def done() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+            with contextlib.suppress(RuntimeError):  # the loop has ended, so nobody waits any more
                 loop.call_soon_threadsafe(over.set)
 
         thread = threading.Thread(target=job.run, args=(done,), name="storage", daemon=True)

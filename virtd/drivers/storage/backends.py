@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which backend a pool of each type has. Each is imported when there is such a pool."""
+"""The backend of each type of pool, imported when there is such a pool."""
 
 from __future__ import annotations
 

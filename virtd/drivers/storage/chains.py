@@ -46,7 +46,7 @@ class Link(NamedTuple):
 
 
 async def chain(pools: Pools, pool: StoragePool, volume: Volume) -> list[Link]:
-    """The volume and all that it stands on, from virtd's own records: what images say of themselves isn't asked."""
+    """The volume and all that it stands on, from virtd's own records; images aren't believed."""
     found = [Link(pool, volume)]
     while (backing := found[-1].volume.meta.backing) is not None:
         if len(found) > DEPTH:
@@ -64,7 +64,7 @@ async def chain(pools: Pools, pool: StoragePool, volume: Volume) -> list[Link]:
 
 
 def require_format(links: Sequence[Link]) -> None:
-    """Raise InvalidState for a volume that nobody has told the format of, or that is damaged."""
+    """Raise InvalidState for a volume whose format isn't known, or that is damaged."""
     for pool, volume in links:
         if volume.meta.format is None:
             raise errors.InvalidState(

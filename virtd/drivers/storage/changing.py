@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How volumes change, and how they go."""
+"""Resizing, wiping and deleting volumes."""
 
 from __future__ import annotations
 

@@ -34,14 +34,14 @@ def make(services: Services, settings: Settings, publish: Publish, peers: Peers)
 
 
 class Driver(Pools):
-    """See drivers.protocol. `peers` know which images guests have open."""
+    """See objects/protocol.py. `peers` know which images guests have open."""
 
     def __init__(self, services: Services, settings: Settings, publish: Publish, peers: Peers) -> None:
         super().__init__(services, settings, publish, peers)
         account = Account(settings.qemu.shared_user, settings.qemu.shared_group)
         self.volumes = Volumes(self, self.jobs, self.usage, account)
 
-    # What can be done to volumes; no start of the daemon needs it
+    # Operations on volumes, imported when first used: no start of the daemon needs them
 
     @functools.cached_property
     def viewing(self) -> Viewing:
@@ -94,8 +94,8 @@ class Driver(Pools):
 
     async def _reconcile(self) -> None:
         await self._services.units()
-        jobs = [job for job in self.jobs if not job.over.is_set()]  # before tools are run that are jobs as well
-        await self.settle()
+        jobs = [job for job in self.jobs if not job.over.is_set()]  # before any tools are run, which are jobs as well
+        await self.recover()
         pools = self.active
         await self.examine(pools)
         for job in jobs:
@@ -105,7 +105,7 @@ class Driver(Pools):
         self.found.rolled_back += await self.jobs.clear_strangers()
 
     def grown(self, key: str) -> None:
-        """Nobody watches a job's output."""
+        """Nothing to do: nobody watches a job's output."""
 
     def troubles(self) -> list[tuple[str, Problem]]:
         return super().troubles() + [(job.name, problem) for job in self.jobs for problem in job.problems.values()]
@@ -125,7 +125,7 @@ class Driver(Pools):
         if writes:
             await self.volumes.require_no_dependents("write to", pool.name, name)
         self.require_for_guest(pool.name, name, writes=writes)
-        self.usage.require_unmounted(volume)  # domains look at each other by themselves
+        self.usage.require_unmounted(volume)  # domains compare their disks themselves
         for link in links[1:]:
             self.usage.require_no_job("use", link.key, writes=False)
         after = pool.backend.mount

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ...model import pool as model
     from ...systemd.units import Units
 
-# Images are files that QEMU reads: nothing else in there should have any power.
+# The only files in there are images that QEMU reads: nothing else needs any privileges.
 OPTIONS = "nodev,nosuid,noexec"
 
 
@@ -76,7 +76,7 @@ class Filesystem(Directory):
         return await super().lost()
 
     def _prepare(self) -> None:
-        """The device is one, and the mount point is an empty directory: what is in it would be hidden."""
+        """Check the device, and make the mount point, which must be empty: a mount would hide what is in it."""
         if self._source.startswith("/"):
             try:
                 status = look(self._source)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""fsck for pools and jobs: records, mounts, volumes that were begun, units and slots of jobs.
+"""fsck for pools and jobs: records, mounts, unfinished volumes, units and slots of jobs.
 
-A repair does what a start of the daemon does as well: what a crash left of a volume is removed, what no job's record
-tells of is ended. A pool that lost its mount is started again.
+A repair does what a start of the daemon does: it removes what a crash left of a volume, and ends whatever belongs to
+no job on record. It also starts a pool again that has lost its mount.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ async def compare(pools: Pools, *, repair: bool) -> list[Difference]:
     mine = _Jobs(pools.jobs, pools.services, pools.records)
     for name in sorted({*(job.name for job in pools.jobs), *traces(pools.services, seen, DRIVER), *of_jobs}):
         if mine.findings(name, seen):
-            found += await mine.settle(name, repair=repair)
+            found += await mine.compare(name, repair=repair)
     for name in sorted({*pools.pools, *(recorded - of_jobs)}):
         found += await _examine(pools, name, repair=repair)
     return found
@@ -79,8 +79,8 @@ class _Jobs:
             found.append(Difference("slot", name, text, "drop it"))
         return found
 
-    async def settle(self, name: str, *, repair: bool) -> list[Difference]:
-        # Jobs have no lock: what was just under way is so no more a moment later.
+    async def compare(self, name: str, *, repair: bool) -> list[Difference]:
+        # Jobs have no lock: whatever was in progress is over a moment later.
         await asyncio.sleep(0.2)
 
         async def findings(seen: Seen) -> list[Difference]:
@@ -110,7 +110,7 @@ def _kept(job: Job | None) -> Record | None:
 
 
 def _running(job: Job, seen: Seen) -> list[Difference]:
-    """A job that ends just now isn't looked at further: its end is seen to by who watches it."""
+    """Differences of a running job. One that is just ending is left to whoever watches it."""
     if job.state is not State.RUNNING or job.child is None or not job.child.alive():
         return []
     found = slot_differences(job.shared.services, job.child, seen)
@@ -126,13 +126,13 @@ def _running(job: Job, seen: Seen) -> list[Difference]:
 async def _examine(pools: Pools, name: str, *, repair: bool) -> list[Difference]:
     pool = pools.pools.get(name)
     if pool is None:
-        return await _settle(pools, name, None, repair=repair)
+        return await _compare_pool(pools, name, None, repair=repair)
     try:
         async with pool.exclusive("check"):
-            found = await _settle(pools, name, pool, repair=repair)
+            found = await _compare_pool(pools, name, pool, repair=repair)
     except errors.Busy as exc:
         return [Difference("busy", name, exc.message)]
-    # A start takes the lock by itself.
+    # A start takes the lock itself.
     lost = [difference for difference in found if difference.kind == "pool" and difference.repair]
     if repair and lost:
         error = ""
@@ -154,7 +154,7 @@ async def _findings(pools: Pools, name: str, pool: StoragePool | None) -> list[D
     try:
         if pool.active:
             if lost := await pool.backend.lost():
-                # What else can be lost (a directory, a volume group) nobody but a person can give back.
+                # A lost directory or volume group only a person can bring back.
                 unmounted = pool.backend.mount and mounts.mounted(pool.present.path) is None
                 text = f"{name} is active, and {lost}"
                 return [*found, Difference("pool", name, text, "mount it again" if unmounted else "")]
@@ -172,7 +172,7 @@ async def _findings(pools: Pools, name: str, pool: StoragePool | None) -> list[D
     return found
 
 
-async def _settle(pools: Pools, name: str, pool: StoragePool | None, *, repair: bool) -> list[Difference]:
+async def _compare_pool(pools: Pools, name: str, pool: StoragePool | None, *, repair: bool) -> list[Difference]:
     found = await _findings(pools, name, pool)
     kinds = {difference.kind for difference in found if difference.repair}
     if not repair or not kinds - {"pool"}:

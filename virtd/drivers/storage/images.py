@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Images that virtd knows nothing of yet: foreign ones, and what clients write."""
+"""Images that virtd knows nothing about yet: foreign ones, and uploads."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vhdx", "vpc")
 
 
 class Foreign(NamedTuple):
-    """An image that virtd knows nothing of yet, open as `fd`. `size`: of a raw one, in bytes; `backing` as it says
-    itself.
+    """An image that virtd knows nothing about yet, open as `fd`.
+
+    `size`: what a guest would see, in bytes, if known; `backing`: the backing file that its header names, or "".
     """
 
     fd: int
@@ -43,9 +44,9 @@ class Foreign(NamedTuple):
 
 @contextlib.asynccontextmanager
 async def looked(file: str, told_format: str | None, *, probe: bool) -> AsyncIterator[Foreign]:
-    """Open an image and see that it can be what it is said to be. It is probed only if that was asked for.
+    """Open an image, and check that it can be of the format that it is said to be. It is probed only if `probe`.
 
-    Its owner may be able to exchange it: what was looked at is what the descriptor leads to.
+    Its owner may be able to exchange the file, so use the descriptor and not the path afterwards.
     """
     if not file.startswith("/"):
         raise errors.InvalidDefinition("image", "file", f"expected an absolute path, got {file}")
@@ -70,7 +71,7 @@ async def looked(file: str, told_format: str | None, *, probe: bool) -> AsyncIte
 
 
 def _look(file: str, told_format: str | None, name: str) -> Foreign:
-    """`name` is for errors. The descriptor is the caller's to close."""
+    """`name` is for errors. The caller closes the descriptor."""
     try:
         with reached(file, Trust.OWNER) as found:
             if not stat.S_ISREG(found.status.st_mode):
@@ -94,12 +95,12 @@ def _look(file: str, told_format: str | None, name: str) -> Foreign:
 
 
 def native(found: str) -> Format:
-    """What an image of this format becomes, unless told otherwise."""
+    """The format that an image of format `found` gets by default."""
     return Format.RAW if found == "raw" else Format.QCOW2
 
 
 async def known_backing(pools: Pools, file: str, foreign: Foreign) -> Backing:
-    """The volume that a foreign image stands on. Raises InvalidState when it is none of ours."""
+    """The volume that a foreign image stands on. Raises InvalidState when it isn't a volume."""
     path = os.path.normpath(os.path.join(os.path.dirname(foreign.path), foreign.backing))
     for pool in pools.active:
         if os.path.dirname(path) != pool.present.path:
@@ -117,7 +118,7 @@ async def known_backing(pools: Pools, file: str, foreign: Foreign) -> Backing:
 
 
 async def open_begun(backend: Backend, job: str, name: str) -> tuple[int, int]:
-    """A descriptor to write a begun volume with, and how much of it is there. Raises NotFound."""
+    """A descriptor to write an unfinished volume with, and how many bytes it has. Raises NotFound."""
     path = backend.begun(job, name)
 
     def work() -> tuple[int, int]:
@@ -146,7 +147,7 @@ async def open_whole(backend: Backend, volume: Volume) -> int:
 
 
 async def received(pools: Pools, backend: Backend, job: str, task: Task) -> tuple[Meta, str]:
-    """What was uploaded, if it can be what it is said to be, and where it is."""
+    """The record and the path of a complete upload. Raises InvalidState when it isn't what it was said to be."""
     assert task.meta is not None
     path = backend.begun(job, task.volume)
     if path.startswith("/dev/"):
@@ -160,7 +161,7 @@ async def received(pools: Pools, backend: Backend, job: str, task: Task) -> tupl
         return task.meta, path
     backing = None
     if foreign.backing:
-        # Where it will be, which is what a relative name means.
+        # A relative name is relative to where the image will be.
         final = foreign._replace(path=f"{os.path.dirname(os.path.dirname(os.path.dirname(path)))}/{task.volume}")
         backing = await known_backing(pools, task.volume, final)
     return msgspec.structs.replace(task.meta, backing=backing), path

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One job: a child that works on a volume, and goes on whatever becomes of the daemon.
+"""One job: a child that works on a volume, and goes on whatever happens to the daemon. What there is of one that is
 
-    being begun   nothing, or what `Backend.sweep` removes
-    running       record, slots and unit: adopted by the next daemon
-    ended         the same; its result is taken up then, twice if need be
-    over          record with the verdict; what is left of the child is put away
+    starting   nothing, or what `Backend.sweep` removes
+    running    record, slots and unit: adopted by the next daemon
+    ended      the same: its result is used then, twice if need be
+    over       a record with the verdict; what is left of the child is put away
 
 A job without a program (an upload) waits for a client, and has a record only.
 """
@@ -39,7 +39,7 @@ PATIENCE = 5.0  # seconds between SIGTERM and SIGKILL
 
 
 class Shared(NamedTuple):
-    """What all jobs have in common. `concluded(job, ok)` carries out what the end means; it may raise VirtdError."""
+    """What all jobs share. `concluded(job, ok)` carries out what the end means for the pool; raises a VirtdError."""
 
     services: Services
     records: Records
@@ -184,7 +184,7 @@ class Job:
     # Its end
 
     async def cancel(self, by: str) -> bool:
-        """Have it end; False when it has ended already."""
+        """End it; False when it has ended already."""
         if not self.alive:
             return False
         self.save(self.state, msgspec.structs.replace(self.data, cancelled=by))
@@ -205,7 +205,7 @@ class Job:
         return True
 
     async def finish(self) -> None:
-        """The program has ended: take up its result."""
+        """The program has ended: use its result."""
         child = self.child
         if not self.alive or child is None:
             return
@@ -264,7 +264,7 @@ class Job:
         self._tasks.spawn(work, name)
 
     async def close(self) -> None:
-        """Let go of it in this process; it goes on."""
+        """Let go of it in this process; the job goes on."""
         await self._tasks.end_tasks()
         if self.child is not None:
             await self.child.close()

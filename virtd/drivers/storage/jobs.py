@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""All jobs: those that are under way, and the verdicts that are kept."""
+"""All jobs: those in progress, and the verdicts of the last ones."""
 
 from __future__ import annotations
 
@@ -69,22 +69,22 @@ class Jobs:
         raise errors.NotFound(f"There is no job {name}", hint=do("list", "job") + " shows all.")
 
     def on(self, volume: str, *, writing: bool = False) -> Iterator[Job]:
-        """Those under way that work on a volume, "POOL/NAME"; with `writing` those that write it."""
+        """Those in progress that work on a volume, "POOL/NAME"; with `writing`, those that write to it."""
         for job in self:
             if not job.over.is_set() and (volume in job.task.writes or (not writing and volume in job.task.reads)):
                 yield job
 
     def of_call(self, token: str) -> Job | None:
-        """The job of the same call, made before. One that came to nothing is tried again."""
+        """The job that an earlier, identical call has started; one that failed doesn't count."""
         same = (job for job in self if token and job.task.token == token)
         return next((job for job in same if job.alive or job.state is State.DONE), None)
 
     def unfinished(self) -> set[str]:
-        """Names of those whose begun volumes must stay."""
+        """Names of those whose unfinished volumes must stay."""
         return {job.name for job in self if not job.over.is_set()} | self._reserved
 
     def describe(self) -> list[replies.Job]:
-        """Those under way, then the verdicts that are kept, each oldest first."""
+        """Those in progress, then the verdicts, each oldest first."""
         shown = [job for job in self if job.task.verb != TOOL]
         shown.sort(key=lambda job: (not job.alive, _since(job)))
         return [job.describe() for job in shown]
@@ -93,7 +93,7 @@ class Jobs:
 
     @contextlib.contextmanager
     def reserve(self) -> Iterator[str]:
-        """A name for what isn't a job (yet): what is begun under it isn't swept away."""
+        """A name for what isn't a job (yet): an unfinished volume of that name isn't swept away."""
         name = _new_name()
         self._reserved.add(name)
         try:
@@ -120,7 +120,7 @@ class Jobs:
             raise
 
     async def run_tool(self, pool: str, program: Program) -> str:
-        """Run a short program to its end: what it wrote to stdout. Raises HostError with its words."""
+        """Run a short program to its end: what it wrote to stdout. Raises HostError with its error messages."""
         job = self.new(Task(verb=TOOL, pool=pool, volume=program.argv[0], by="virtd"))
         await self.run(job, program)
         await job.over.wait()
@@ -149,11 +149,11 @@ class Jobs:
     # Taking them back
 
     def take_back(self, record: Record) -> None:
-        """An earlier daemon's. Raises ValueError."""
+        """Take back an earlier daemon's job. Raises ValueError."""
         self._jobs[record.name] = Job.of(self._shared, record)
 
     async def reconcile(self, job: Job) -> str:
-        """What became of it: "adopted", "ended", or "" for what was over, or can't be told yet."""
+        """What became of it: "adopted", "ended", or "" if it was over, or isn't known yet."""
         try:
             result = await job.reconcile()
             if job.state is State.WAITING and await self._is_committed(job):
@@ -172,9 +172,9 @@ class Jobs:
         return False
 
     async def clear_strangers(self) -> list[str]:
-        """End, and put away, the jobs that no record tells of: their names.
+        """End and put away jobs that have no record: their names.
 
-        They were cut off before they had one, or it was lost: a job's result is worth less than a leftover's harm.
+        They were cut off before they had one, or it was lost. A leftover does more harm than a result is worth.
         """
         known = {job.name for job in self if not job.over.is_set()}
         units = await self._services.units()
@@ -199,7 +199,7 @@ class Jobs:
 
 
 async def _again(job: Job) -> None:
-    """A file system or a bus that didn't answer at the daemon's start may do so later."""
+    """Try again: a file system or a bus that didn't answer at the daemon's start may do so later."""
     while not job.over.is_set():
         await asyncio.sleep(5)
         with contextlib.suppress(errors.VirtdError):

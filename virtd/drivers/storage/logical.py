@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A pool that is an LVM volume group: its volumes are logical volumes, always raw.
 
-The group's own metadata is the record: a volume that isn't finished has the tag `virtd_new` and its job's, one that
-is damaged has `virtd_damaged`. LVM's tools run as root, each in a unit of its own, for only root may use them.
+The group's own metadata is the record: an unfinished volume has the tags `virtd_new` and its job's, a damaged one has
+`virtd_damaged`. LVM's tools run as root, as they must, each in a unit of its own.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ NEW = "virtd_new"
 DAMAGED = "virtd_damaged"
 JOB = "virtd_job_"
 TOKEN = "virtd_token_"
-# lvs(8), the first letter of lv_attr: what can be given to a guest. Pools, their metadata and such can't.
+# lvs(8), the first letter of lv_attr: volumes that guests can use, unlike thin pools, metadata and such.
 PLAIN = frozenset("-oOsVmMrR")
 
 
 class Logical:
-    """See Backend. `run_tool(pool, program)` gives what the program wrote."""
+    """See Backend. `run_tool(pool, program)` returns what the program wrote."""
 
     files = False
 
@@ -53,7 +53,7 @@ class Logical:
         return await self._run_tool(self.pool.name, Program(argv, tuple(sandbox.privileged())))
 
     async def _report(self, tool: str, fields: str) -> list[dict[str, str]]:
-        # lvmreport(7): with JSON the tools' words go into the report unless told otherwise, and not to stderr.
+        # lvmreport(7): by default the tools' messages become part of a JSON report, and don't go to stderr.
         text = await self._lvm(
             tool, "--config", "log/report_command_log=0", "--reportformat", "json", "--units", "b", "--nosuffix",
             "-o", fields, self._group,
@@ -83,7 +83,7 @@ class Logical:
         try:
             await self._lvm("vgchange", "-q", "--activate", "n", self._group)
         except errors.HostError as exc:
-            # All but the one that is in use are inactive now.
+            # All volumes except the one in use are inactive now.
             with contextlib.suppress(errors.HostError):
                 await self._lvm("vgchange", "-q", "--activate", "y", self._group)
             raise errors.HostError(exc.message, hint="Is one of its volumes mounted, or in use otherwise?") from exc
@@ -157,7 +157,7 @@ class Logical:
             "--addtag", NEW, "--addtag", f"{JOB}{job}", "--name", name, self._group,
         )  # fmt: skip
         path = self.begun(job, name)
-        # udev makes the link, a moment later.
+        # udev makes the link a moment later.
         await self._aside(lambda: _await(path))
         await self._aside(lambda: _own(path, self._uid, -1))  # for the job that fills it
         return path
@@ -205,7 +205,7 @@ class Logical:
         await self._aside(lambda: _own(volume.path, self._uid, -1))
 
     async def take(self, name: str) -> None:
-        """As udev gives it: root's, and for the group of disks."""
+        """The owner that udev sets: root, and the group of disks."""
 
         def work() -> None:
             try:

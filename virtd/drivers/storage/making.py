@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How volumes come about: created empty, cloned, imported."""
+"""Making volumes: empty ones, clones, imports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Making:
-    """Each call names the new volume; nothing of it is to be seen until it is whole."""
+    """Each call names the new volume, which nobody sees until it is complete."""
 
     def __init__(self, volumes: Volumes) -> None:
         self._volumes = volumes
@@ -63,7 +63,7 @@ class Making:
         if wanted is Format.RAW and allocate is model.Preallocation.METADATA:
             raise errors.InvalidDefinition("volume", "preallocation", 'expected "off", "falloc" or "full" for raw')
         meta = Meta(wanted, chain[0].backing if chain else None, token=token)
-        logical = not pool.backend.files  # which has all of its space from the start
+        logical = not pool.backend.files  # where it has all of its space from the start
         full = allocate is model.Preallocation.FULL
         quick = wanted is Format.RAW and (allocate is model.Preallocation.OFF or (logical and not full))
         reads = tuple(link.key for link in chain)
@@ -124,7 +124,7 @@ class Making:
         token: str = "",
         by: str,
     ) -> Answer:
-        """Make a volume of an image that is anywhere on the host."""
+        """Make a volume from an image anywhere on the host."""
         pool, known = await self._volumes.begin(pool_name, name, token)
         if known is not None:
             return known
@@ -162,7 +162,7 @@ class Making:
     async def adopt(
         self, pool_name: str, name: str, *, source_format: str | None, probe: bool, token: str = "", by: str
     ) -> Answer:
-        """Say what a file is that somebody put into the pool."""
+        """Put on record the format of a file that somebody has put into the pool."""
         pool, volume = await self._volumes.find(pool_name, name)
         if (known := self._volumes.repeated(pool, name, token)) is not None:
             return known
@@ -171,7 +171,7 @@ class Making:
             raise errors.InvalidState(f"The volumes of pool {pool.name} are always raw")
         self._usage.require("import", pool.name, volume, writes=True)
         async with images.looked(volume.path, source_format, probe=probe) as foreign:
-            pass  # the pool's directory is root's: nobody exchanges it
+            pass  # only root can write to the pool's directory: nobody exchanges it
         if volume.meta.format is not None:
             if volume.meta.format.value == foreign.format:
                 return Answer(pool.name, name)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The file system that a directory pool is on. A directory that waits for a mount is not the pool, however like it.
+"""The file system that a directory pool is on. An empty mount point must not be taken for the pool.
 
-What is to be mounted is known from systemd's mount units, fstab(5) included, and from the last time that the pool was
-active, for mounts that nobody has told systemd of. The latter is in /var/lib/virtd/storage/NAME.json.
+What should be mounted is known from systemd's mount units, which include fstab(5), and, for mounts that systemd
+doesn't know of, from the last time that the pool was active: see /var/lib/virtd/storage/NAME.json.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Stood(msgspec.Struct, frozen=True):
 
 
 class MountPoint:
-    """One pool's; `memory` is the file's path."""
+    """The mount point of one pool; `memory` is the file that it is remembered in."""
 
     def __init__(self, pool: model.Pool, memory: str, units: Callable[[], Awaitable[Units]]) -> None:
         self._pool = pool
@@ -46,7 +46,7 @@ class MountPoint:
         self._units = units
 
     async def require(self) -> None:
-        """Raise HostError while what the pool is on isn't mounted."""
+        """Raise HostError while the pool's file system isn't mounted."""
         if missing := self.missing():
             raise errors.HostError(missing, hint=self._hint())
         units, there = await self._units(), mounts.table()
@@ -59,7 +59,7 @@ class MountPoint:
                 )
 
     def missing(self) -> str:
-        """Why the pool isn't where it was the last time, or ""."""
+        """Why the file system that the pool was on isn't there, or ""."""
         stood = self._stood()
         if stood is None or stood.path != self._pool.path or not stood.mountpoint:
             return ""
@@ -68,7 +68,7 @@ class MountPoint:
         return f"{stood.mountpoint}, which pool {self._pool.name} ({self._pool.path}) was on, isn't mounted"
 
     def remember(self) -> None:
-        """The pool is active, and here."""
+        """Put on record where the pool is, now that it is active."""
         there = mounts.table()
         mountpoint = next((where for where in above(os.path.realpath(self._pool.path)) if where in there), "")
         stood = Stood(self._pool.path, mountpoint)
@@ -77,7 +77,7 @@ class MountPoint:
         try:
             os.makedirs(os.path.dirname(self._memory), mode=0o700, exist_ok=True)
             files.write(self._memory, msgspec.json.encode(stood))
-        except (OSError, errors.HostError) as exc:  # the next start looks less closely
+        except (OSError, errors.HostError) as exc:  # the next start checks less
             log.warning("Which file system pool %s is on isn't on record: %s", self._pool.name, exc)
 
     def _stood(self) -> Stood | None:

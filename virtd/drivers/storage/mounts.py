@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Mounts as systemd's units: it mounts and unmounts, keeps the mount when virtd goes, also through a soft reboot, and
-has it stay until the guests have ended when the host goes down."""
+"""Mounts as systemd's units.
+
+systemd mounts and unmounts, keeps the mount while virtd is away and over a soft reboot, and, when the host goes down,
+until the guests have ended.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from ...text import word
 if TYPE_CHECKING:
     from ...systemd.units import Units
 
-TRANSIENT = "/run/systemd/transient"  # where systemd writes down what it was told of by programs
+TRANSIENT = "/run/systemd/transient"  # where systemd keeps the files of transient units
 MOUNT_INFO = "/proc/self/mountinfo"
 LIMIT = 90.0  # seconds; mount.nfs gives a server that doesn't answer about as long
 
@@ -42,25 +45,25 @@ def _plain(field: str) -> str:
 
 
 def same_source(one: str, other: str) -> bool:
-    """Whether two names are one device or export."""
+    """Whether two names refer to one device or export."""
     if one == other:
         return True
     return one.startswith("/") and other.startswith("/") and os.path.realpath(one) == os.path.realpath(other)
 
 
 async def mount(units: Units, what: str, where: str, kind: str, options: str) -> None:
-    """Have systemd mount it, where nothing is mounted. Raises HostError with mount(8)'s own words."""
+    """Have systemd mount `what` at `where`, which must be free. Raises HostError with mount(8)'s own message."""
     name = mount_unit(where)
     with contextlib.suppress(OSError):
-        # A soft reboot makes it a file like any other: systemd leaves it behind, and takes no other unit of its name.
+        # After a soft reboot systemd leaves the file behind, and refuses another transient unit of that name.
         os.unlink(f"{TRANSIENT}/{name}")
     try:
         result = await units.start_other(
             name,
             (
-                # A backslash at the end of a line would take the next one away when systemd reads it again.
+                # A backslash at the end of a line would swallow the next one when systemd reads it again.
                 ("Description", "s", f"{where} (storage of virtd)"),
-                # umount.target, which the default ones name, is part of a soft reboot: guests live through that.
+                # Default dependencies include umount.target, which is part of a soft reboot; guests survive that.
                 ("DefaultDependencies", "b", False),
                 ("Conflicts", "as", list(FINAL_TARGETS)),
                 ("Before", "as", [*FINAL_TARGETS, GROUND]),
@@ -83,7 +86,7 @@ async def mount(units: Units, what: str, where: str, kind: str, options: str) ->
 
 
 async def _words(unit: str) -> str:
-    """What mount(8) said, from the journal: systemd runs it, and keeps nothing else of it."""
+    """What mount(8) wrote, from the journal: systemd runs it, and keeps its output nowhere else."""
     import asyncio
 
     return await asyncio.to_thread(_read_words, unit)
@@ -121,6 +124,6 @@ async def unmount(units: Units, where: str) -> None:
 
 
 async def is_ours(units: Units, where: str) -> bool:
-    """Whether virtd had it mounted, and not fstab(5) or a person."""
-    # Not by Transient=: a soft reboot forgets that.
+    """Whether virtd mounted it, and not fstab(5) or a person."""
+    # Transient= is no help: it is lost over a soft reboot.
     return str(await units.unit_property(mount_unit(where), "FragmentPath")).startswith(f"{TRANSIENT}/")

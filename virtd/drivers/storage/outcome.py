@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the end of a job means for its pool: a volume gets its name, or what was begun goes away."""
+"""What the end of a job means for its pool: the volume gets its name, or the unfinished one is removed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 async def is_committed(pool: StoragePool, job: Job) -> bool:
-    """Whether what the job makes is there already: a daemon may have been killed before it said so on record."""
+    """Whether the job's volume exists already: a daemon may have been killed before that was on record."""
     with contextlib.suppress(errors.VirtdError):
         return (await pool.usable.volume(job.task.volume)).meta.job == job.name
     return False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One pool and its life: what it shall be, whether it is active, who is busy with it."""
+"""One pool: its definition, whether it is active, and one operation on it at a time."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class State(StrEnum):
 
 
 class Shared(NamedTuple):
-    """What the pools share. `publish(event, pool)` is told of changes; `make` makes the backend of a definition."""
+    """What the pools share. `publish(event, pool)` announces changes; `make` makes the backend of a definition."""
 
     paths: Paths
     records: Records
@@ -63,7 +63,7 @@ class Shared(NamedTuple):
 
 
 class StoragePool(Persistent):
-    """A pool. Without a definition only the record of an active one is left of it, and it goes when it is stopped."""
+    """A pool. One without a definition is still active, and disappears when it is stopped."""
 
     def __init__(self, shared: Shared, name: str) -> None:
         super().__init__(name)
@@ -72,7 +72,7 @@ class StoragePool(Persistent):
         self.definition_text = ""
         self.capacity: Capacity | None = None
         self._backend: Backend | None = None
-        self.settled = asyncio.Event()  # at any time: it is what its record says
+        self.settled = asyncio.Event()  # always set: its state is what the record says
         self.settled.set()
         self._turns = Turns(f"pool {name}", PATIENCE)
 
@@ -96,7 +96,7 @@ class StoragePool(Persistent):
 
     @property
     def pending(self) -> bool:
-        """Whether the definition says something else than what is active."""
+        """Whether the definition differs from the one that it was started with."""
         return self.active and self._text() != self.definition_text
 
     def adopt(self, record: Record) -> None:
@@ -107,7 +107,7 @@ class StoragePool(Persistent):
             self._say_lost(str(lost))
 
     def seen(self, lost: str) -> None:
-        """Why it can't be used though it is active, or "": also on record, for the next daemon."""
+        """Remember why it can't be used though it is active, or that it can (""), for the next daemon as well."""
         if not self.active or self.record is None:
             return
         if self.record.data.get(LOST, "") != lost:
@@ -130,7 +130,7 @@ class StoragePool(Persistent):
 
     @property
     def present(self) -> model.Pool:
-        """What the pool is: the definition that it was started with while it is active. Raises NotFound."""
+        """The definition in force: while it is active, the one that it was started with. Raises NotFound."""
         if self.state is not State.INACTIVE and self.record is not None and (text := text_in_force(self.record.data)):
             if text == self.definition_text and self.definition is not None:
                 return self.definition
@@ -167,7 +167,7 @@ class StoragePool(Persistent):
         return self._turns.take(what)
 
     def _begin(self, state: State, reason: str, definition: str) -> None:
-        """Put on record what is about to be done. Raises HostError; all is then as before."""
+        """Put on record what is about to be done. Raises HostError; everything is then as before."""
         record = Record(
             driver=DRIVER, name=self.name, uuid=self.uuid, state=state.value, reason=reason, since=now(),
             boot_id=self.shared.boot_id, data={"definition": definition},
@@ -184,7 +184,7 @@ class StoragePool(Persistent):
                 return False
             text = self.definition_text or self._text()
             backend = self.backend
-            # On record first: what a crash leaves is finished, or taken back, by the next start of the daemon.
+            # On record first: the next daemon finishes, or undoes, what a crash leaves.
             self._begin(State.STARTING, f"being started by {by}", text)
             try:
                 await backend.start()
@@ -203,7 +203,7 @@ class StoragePool(Persistent):
         return str(self.record.data.get("definition", "")) if self.record is not None else ""
 
     async def stop(self, by: str) -> bool:
-        """False if it wasn't active. Whether somebody uses its volumes is the caller's question."""
+        """False if it wasn't active. The caller checks whether anybody uses its volumes."""
         async with self.exclusive("stop"):
             if not self.active:
                 self.wait_for(None)
@@ -221,11 +221,11 @@ class StoragePool(Persistent):
             journal.send(f"Stopped pool {self.name}", message_id=Message.ENDED, VIRTD_CAUSE="stop", **self.fields())
             return True
 
-    async def settle(self) -> str:
-        """After the daemon's start: finish, or take back, what a crash cut off: "adopted" or "rolled_back"."""
+    async def recover(self) -> str:
+        """After the daemon's start: finish, or undo, what a crash cut off: "adopted" or "rolled_back"."""
         if not await self.backend.lost():
             if self.state is State.STARTING:
-                await self.backend.start()  # all of it is there, or is made now
+                await self.backend.start()  # makes whatever is still missing
             self.note(State.ACTIVE, "found active after a restart of virtd")
             return "adopted"
         if self.state is State.STARTING:
@@ -235,7 +235,7 @@ class StoragePool(Persistent):
         return "rolled_back"
 
     async def measure(self) -> None:
-        """Ask how much there is; a pool that doesn't answer has no figures."""
+        """Ask for its size and use; a pool that doesn't answer has no figures."""
         try:
             self.capacity = await self.usable.capacity()
         except errors.VirtdError as exc:

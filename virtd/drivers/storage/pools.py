@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""All pools: from their definitions and records, started and stopped, looked at and swept."""
+"""All pools: their definitions and records, and starting, stopping, examining and sweeping them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class Pools(Inventory[StoragePool, model.Pool]):
-    """With the jobs that work in them, and who uses their volumes."""
+    """All pools, with the jobs that work in them and the users of their volumes."""
 
     name = DRIVER
     noun = "pool"
@@ -74,7 +74,7 @@ class Pools(Inventory[StoragePool, model.Pool]):
         return one.describe()
 
     def changed(self, pool: StoragePool) -> None:
-        """Its volumes have changed."""
+        """Announce that its volumes have changed."""
         self.published("changed", pool)
 
     def _jobs_changed(self, name: str) -> None:
@@ -95,7 +95,7 @@ class Pools(Inventory[StoragePool, model.Pool]):
                     hint="Stop it first: " + do("stop", "pool", pool.name) + ". Its volumes stay where they are.",
                 )
             files.remove(pool.source)
-            with contextlib.suppress(errors.HostError):  # one without a pool means nothing
+            with contextlib.suppress(errors.HostError):  # left without a pool it does no harm
                 files.remove(self._services.paths.mountpoint(pool.name))
             self.forget(pool.name)
 
@@ -110,16 +110,16 @@ class Pools(Inventory[StoragePool, model.Pool]):
 
     # Looking at them
 
-    async def settle(self) -> None:
-        """Finish, or take back, the starts and stops that a crash cut off."""
+    async def recover(self) -> None:
+        """Finish, or undo, the starts and stops that a crash cut off."""
         for pool in [pool for pool in self.pools.values() if pool.in_doubt]:
             try:
-                getattr(self.found, await pool.settle()).append(pool.name)
+                getattr(self.found, await pool.recover()).append(pool.name)
             except errors.VirtdError as exc:
                 pool.problems["start"] = Problem(f"Pool {pool.name} is in doubt: {exc.message}", exc.hint)
 
     async def examine(self, pools: Iterable[StoragePool]) -> None:
-        """See whether these can still be used, and how much there is."""
+        """Check whether these can still be used, and measure them."""
         await asyncio.gather(*(self._examine(pool) for pool in pools))
 
     async def _examine(self, pool: StoragePool) -> None:
@@ -132,11 +132,11 @@ class Pools(Inventory[StoragePool, model.Pool]):
             await pool.measure()
 
     async def reload(self) -> None:
-        """What others may have undone (a mount) is a problem, and starting the pool mends it."""
+        """Look for what others may have undone (a mount): that is a problem, which starting the pool solves."""
         await self.examine(self.active)
 
     async def sweep(self, pool: StoragePool) -> None:
-        """Remove what no job fills any more."""
+        """Remove unfinished volumes that no job fills any more."""
         if LOST in pool.problems:
             return
         try:
@@ -150,7 +150,7 @@ class Pools(Inventory[StoragePool, model.Pool]):
     # Starting and stopping
 
     def to_autostart(self) -> list[StoragePool]:
-        """Also what was active and has lost its mount."""
+        """Includes active pools that have lost their mounts."""
 
         def wanted(pool: StoragePool) -> bool:
             return bool(pool.definition and pool.definition.autostart) and (not pool.active or LOST in pool.problems)
@@ -176,7 +176,7 @@ class Pools(Inventory[StoragePool, model.Pool]):
         return changed
 
     async def build(self, name: str) -> bool:
-        """Make the directory of a directory pool; False if it is there."""
+        """Make the directory of a directory pool; False if it exists."""
         pool = self.find(name)
         async with pool.exclusive("build"):
             return await pool.backend.build()

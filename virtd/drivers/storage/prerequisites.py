@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the storage driver must know of the host: the guests' user, and where programs are."""
+"""What the storage driver must know of the host: the guests' user, and programs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Account(NamedTuple):
-    """Whom jobs run as."""
+    """The user that jobs run as."""
 
     user: str
     group: str
@@ -36,6 +36,6 @@ def program(name: str, package: str) -> str:
 
 
 def worker(*arguments: str) -> tuple[str, ...]:
-    """The command line of the copying program."""
+    """The command line of the copying program, worker.py."""
     here = os.path.dirname(os.path.realpath(__file__))
     return (os.path.realpath(sys.executable), "-IS", f"{here}/worker.py", *arguments)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What jobs run: qemu-img's command lines and the copying program's. Pure, but for where a program is."""
+"""The command lines of jobs: qemu-img's and the copying program's. Pure, apart from finding programs."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def _qemu_img() -> str:
 def _program(
     who: Account, argv: Sequence[str], readable: Sequence[str], writable: Sequence[str], *, source: int = -1
 ) -> Program:
-    """In a sandbox that shows these files. Devices are shown by the name that the program is given.
+    """A program in a sandbox that shows these files. Devices are shown by the names that are in `argv`.
 
-    `source`: what is to be its standard input, which it can open again as STDIN.
+    `source`: its standard input, which it can reopen as STDIN.
     """
     devices = [path for path in (*readable, *writable) if path.startswith("/dev/")]
     toplevel = sorted(entry.name for entry in os.scandir("/") if entry.is_dir(follow_symlinks=False))
@@ -64,15 +64,15 @@ def _create(
 ) -> list[str]:
     argv = [_qemu_img(), "create", "-q", "-f", format.value, "-o", f"preallocation={preallocation}"]
     if backing is not None:
-        # -u: it needn't be opened, and with it whatever its header names.
+        # -u: don't open it, nor whatever its header names.
         argv += ["-u", "-b", backing[0], "-F", backing[1].value]
     return [*argv, path, str(size)]
 
 
 def copy(who: Account, source: str | int, target: str, *, check: bool = False) -> Program:
-    """Byte by byte; with `check` the copy is a qcow2 image, which is looked at in the end.
+    """Copy byte by byte; with `check` the copy is a qcow2 image, which is checked at the end.
 
-    `source`: a path or, where others may have a hand in that, an open file.
+    `source`: a path or, where others may exchange that, an open file.
     """
     then = ("--", *_check(target)) if check else ()
     if isinstance(source, int):
@@ -81,7 +81,7 @@ def copy(who: Account, source: str | int, target: str, *, check: bool = False) -
 
 
 def check(who: Account, path: str) -> Program:
-    """See whether a qcow2 image is whole; what it stands on is looked at by itself."""
+    """Check a qcow2 image by itself, without what it stands on."""
     return _program(who, _check(path), [path], [])
 
 
@@ -91,7 +91,7 @@ def _check(path: str) -> list[str]:
 
 def convert(who: Account, source: int, source_format: str, target: str, format: Format) -> Program:  # noqa: A002
     """`source`: an open file."""
-    # -n would keep qemu-img from making the target; a file that is there is taken all the same.
+    # An existing file is used even without -n, which a device needs.
     argv = [_qemu_img(), "convert", "-p", "-O", format.value, nodes.name(nodes.image(STDIN, source_format)), target]
     if target.startswith("/dev/"):
         argv.insert(2, "-n")
@@ -99,13 +99,13 @@ def convert(who: Account, source: int, source_format: str, target: str, format: 
 
 
 def resize(who: Account, path: str, size: int, backing: Sequence[tuple[str, Format]], *, shrink: bool) -> Program:
-    # With all that it stands on: what becomes visible of that by the new size has to be covered with zeros.
+    # With all that it stands on: a larger size must not make any of that visible, but read as zeros.
     node = nodes.name(nodes.image(path, "qcow2", backing))
     argv = [_qemu_img(), "resize", "-q", *(["--shrink"] if shrink else []), node, str(size)]
     return _program(who, argv, [lower for lower, _format in backing], [path])
 
 
 def wipe(who: Account, path: str, size: int, format: Format, backing: tuple[str, Format] | None) -> Program:  # noqa: A002
-    """Overwrite it; a qcow2 image is made anew after that, for zeros aren't one."""
+    """Overwrite it with zeros; a qcow2 image is then made anew."""
     again = () if format is Format.RAW else ("--", *_create(path, size, "off", format, backing))
     return _program(who, prerequisites.worker("wipe", path, *again), [], [path])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The units that jobs run in. Images come from anywhere: what reads them is shown the job's own files and no others.
+"""The units that jobs run in. Images come from anywhere: their readers see the job's own files and no others.
 
 Names and types of the properties: org.freedesktop.systemd1(5); what they mean: systemd.exec(5).
 """
@@ -47,17 +47,17 @@ def properties(
 ) -> list[Property]:
     """For qemu-img and the copying program; `toplevel`: the names in `/`.
 
-    The process may read whatever it is shown, whoever's it is (a user's image that is imported), but can't write any
-    file that isn't the guests' user's.
+    The process can read whatever it sees, whoever owns it (such as a user's image that is imported), but write only
+    to files of the guests' user.
     """
     nodes = sorted(devices)
-    kept = KEPT if nodes else KEPT - {"sys"}  # where qemu-img reads what a device can take at once
+    kept = KEPT if nodes else KEPT - {"sys"}  # where qemu-img reads a device's largest transfer
     found: list[Property] = [
         *_LIMITS,
         ("CapabilityBoundingSet", "t", CAP_DAC_READ_SEARCH),
         ("AmbientCapabilities", "t", CAP_DAC_READ_SEARCH),
         ("ProtectSystem", "s", "strict"),
-        # An image can name any file as a part of it, in the formats that are converted.
+        # In the formats that are converted, an image can name any file as a part of itself.
         ("TemporaryFileSystem", "a(ss)", [(f"/{name}", "ro,mode=0755") for name in toplevel if name not in kept]),
         (
             "BindReadOnlyPaths",
@@ -70,13 +70,13 @@ def properties(
         ("ProtectHostname", "b", True),
         ("PrivateNetwork", "b", True),
         ("RestrictAddressFamilies", "(bas)", (True, ["AF_UNIX"])),
-        # With the capability, open_by_handle_at(2) would reach any file of a file system that is shown in part.
+        # With the capability, open_by_handle_at(2) could reach any file of a file system of which one is visible.
         ("SystemCallFilter", "(bas)", (False, ["open_by_handle_at", *FILTERED])),
         ("SystemCallErrorNumber", "i", 1),
         ("MemoryMax", "t", MEMORY),
     ]
     if binds := [(path, path, False, 0) for path in writable]:
-        found.append(("BindPaths", "a(ssbt)", binds))  # an empty list would take back all of the above
+        found.append(("BindPaths", "a(ssbt)", binds))  # an empty list would reset all of the above
     if nodes:
         found += [("DevicePolicy", "s", "closed"), ("DeviceAllow", "a(ss)", [(node, "rw") for node in nodes])]
     else:
@@ -85,19 +85,19 @@ def properties(
 
 
 def privileged() -> list[Property]:
-    """For the tools of LVM, which are root's."""
+    """For the tools of LVM, which run as root."""
     return [
         *_LIMITS,
         ("CapabilityBoundingSet", "t", LVM_CAPABILITIES),
         ("ProtectSystem", "s", "full"),
-        ("ReadWritePaths", "as", ["-/etc/lvm"]),  # backups of what is known of each volume group
+        ("ReadWritePaths", "as", ["-/etc/lvm"]),  # backups of each volume group's metadata
         ("ProtectHome", "s", "yes"),
         ("ProtectProc", "s", "invisible"),
         ("ProtectKernelModules", "b", True),
         ("ProtectHostname", "b", True),
         ("MemoryDenyWriteExecute", "b", True),
         ("PrivateNetwork", "b", True),
-        # Any block device may be one that a volume group lies on, and it makes nodes for the volumes.
+        # A volume group may be on any block device, and its volumes' nodes have to be made.
         ("DevicePolicy", "s", "closed"),
         ("DeviceAllow", "a(ss)", [("block-*", "rwm"), ("/dev/mapper/control", "rw")]),
         ("RestrictAddressFamilies", "(bas)", (True, ["AF_UNIX", "AF_NETLINK"])),  # syslog and udev

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How the content of volumes comes from clients, and goes to them."""
+"""Uploads from clients, and downloads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Streams:
-    """The bytes themselves go through descriptors that clients get."""
+    """Clients get descriptors; no byte passes through the daemon."""
 
     def __init__(self, volumes: Volumes) -> None:
         self._volumes = volumes
@@ -44,7 +44,7 @@ class Streams:
         token: str = "",
         by: str,
     ) -> tuple[Answer, int, int]:
-        """The job that waits for the client's bytes, where to write them, and how many there are already."""
+        """The job that waits for the client, a descriptor to write to, and how many bytes are there already."""
         pool, known = await self._volumes.begin(pool_name, name, token)
         if resume or known is not None:
             for job in self._jobs:
@@ -74,7 +74,7 @@ class Streams:
             await backend.free(name)
             job = self._jobs.new(task)
             try:
-                # On record first, as ever: what is begun without is swept away.
+                # On record first, as always: an unfinished volume without a record is swept away.
                 job.wait_for_client()
                 fd, there = await self._open_upload(backend, job)
             except BaseException:
@@ -85,9 +85,9 @@ class Streams:
         return Answer(pool.name, name, job.name), fd, there
 
     async def _open_upload(self, backend: Backend, job: Job) -> tuple[int, int]:
-        """A descriptor to write an upload with, and how much is there; begun now if it isn't yet.
+        """A descriptor to write an upload with, and how many bytes are there. It is begun if it isn't yet.
 
-        A daemon that was killed may have come no further than the job's record.
+        A daemon may have been killed right after it wrote the job's record.
         """
         task = job.task
         try:
@@ -97,11 +97,11 @@ class Streams:
         return await images.open_begun(backend, job.name, task.volume)
 
     async def uploaded(self, job_name: str) -> Answer:
-        """The client has written everything."""
+        """The client has written everything: check it, and finish the volume."""
         job = self._jobs.find(job_name)
         answer = Answer(job.task.pool, job.task.volume, job.name)
         if job.task.verb != "upload" or job.state is not State.WAITING:
-            return answer  # said before
+            return answer  # a repeated call
         pool = self._pools.find(job.task.pool)
         try:
             meta, path = await images.received(self._pools, pool.usable, job.name, job.task)
@@ -116,7 +116,7 @@ class Streams:
         return answer
 
     async def download(self, pool_name: str, name: str) -> tuple[Volume, int]:
-        """The volume and a descriptor to read it from, the caller's to close."""
+        """The volume, and a descriptor to read it from, which the caller closes."""
         pool, volume = await self._volumes.find(pool_name, name)
         self._usage.require("download", pool.name, volume, writes=False)
         return volume, await images.open_whole(pool.usable, volume)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who uses which volume: what runs and has it open, jobs, and calls that are being carried out right now."""
+"""Who uses which volume: running objects that have it open, jobs, and calls in progress."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Usage:
         self._taken: dict[str, str] = {}  # "POOL/NAME" -> what a call is doing to it right now
 
     def _images(self) -> Iterator[Use]:
-        for driver in self._peers:  # one that isn't in use has nothing that runs
+        for driver in self._peers:  # a driver that isn't loaded has nothing that runs
             if isinstance(driver, Using):
                 yield from driver.images()
 
     def users(self) -> Users:
-        """What runs and has which files open, by device and inode."""
+        """Running objects, by device and inode of the files that they have open."""
         found: Users = {}
         for use in self._images():
             found.setdefault(use.identity, []).append(use)
@@ -88,7 +88,7 @@ class Usage:
                 )
 
     def require_not_written(self, doing: str, file: str, identity: tuple[int, int]) -> None:
-        """Raise Busy when what runs writes to a file, whosever it is."""
+        """Raise Busy when a running object writes to a file, in a pool or anywhere else."""
         for use in self.users().get(identity, ()):
             if use.writes:
                 raise errors.Busy(
@@ -107,7 +107,7 @@ class Usage:
 
     @contextlib.contextmanager
     def taken(self, pool: str, name: str, what: str) -> Iterator[None]:
-        """While one call makes or changes a volume, another one mustn't. Raises Busy."""
+        """Keep others from changing a volume while one call does. Raises Busy."""
         item = key(pool, name)
         self.require_no_job(what, item, writes=True)
         self._taken[item] = what

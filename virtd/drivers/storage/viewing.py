@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What can be asked about volumes."""
+"""Listing and describing volumes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Viewing:
-    """All of it may take as long as the pool's backend does."""
+    """Everything here may take as long as the pool's backend does."""
 
     def __init__(self, volumes: Volumes) -> None:
         self._volumes = volumes
@@ -37,7 +37,7 @@ class Viewing:
         return [self._describe(pool, volume, users) for volume in found.values()]
 
     async def refresh(self, pool_name: str) -> replies.Refreshed:
-        """Look at a pool again: how full it is, and what was left unfinished in it."""
+        """Look at a pool again: measure it, and remove what was left unfinished in it."""
         pool = await self._volumes.pool(pool_name)
         removed = await pool.usable.sweep(self._jobs.unfinished())
         await pool.measure()

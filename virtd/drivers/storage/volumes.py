@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What all that is done to volumes has in common.
+"""What all operations on volumes have in common.
 
-Quick things are done at once; what takes its time is a job, whose name the caller gets. A call that is repeated with
-the same `token` finds what the first one has begun. Nothing is done to a volume that somebody uses.
+What is quick is done at once; what takes long becomes a job, whose name the caller gets. A call that is repeated with
+the same `token` finds what the first one has started. Nothing is done to a volume that is in use.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Answer(NamedTuple):
-    """What became of a call: a job that goes on, or "" when all is done."""
+    """What became of a call: `job` is the one that goes on, or "" when everything is done."""
 
     pool: str
     volume: str
@@ -40,7 +40,7 @@ class Answer(NamedTuple):
 
 
 class Volumes:
-    """`account`: whom jobs run as."""
+    """`account`: the user that jobs run as."""
 
     def __init__(self, pools: Pools, jobs: Jobs, usage: Usage, account: Account) -> None:
         self.pools = pools
@@ -69,7 +69,7 @@ class Volumes:
             )
 
     async def begin(self, pool_name: str, name: str, token: str) -> tuple[StoragePool, Answer | None]:
-        """The pool that a new volume is to be in, and the answer if this very call was made before."""
+        """The pool for a new volume, and the answer if this very call was made before."""
         pool = await self.pool(pool_name)
         model.check_volume(name, pool.present.type)
         if token:
@@ -81,7 +81,7 @@ class Volumes:
         return pool, None
 
     def repeated(self, pool: StoragePool, name: str, token: str) -> Answer | None:
-        """The answer if this very call was made before and has begun a job."""
+        """The answer if this very call was made before and has started a job."""
         job = self.jobs.of_call(token)
         return Answer(pool.name, name, job.name) if job is not None else None
 
@@ -94,7 +94,10 @@ class Volumes:
         *,
         shortcut: Callable[[str], Awaitable[bool]] | None = None,
     ) -> Answer:
-        """Begin a volume, have it filled, and give it its name; without a program, or by a shortcut, all at once."""
+        """Begin a volume and have `program` fill it in a job.
+
+        Without a program, or if `shortcut` returns True, it is committed at once.
+        """
         backend = pool.usable
         with self.usage.taken(pool.name, task.volume, task.verb):
             await backend.free(task.volume)
@@ -107,7 +110,7 @@ class Volumes:
                         await pool.measure()
                         self.pools.changed(pool)
                         return Answer(pool.name, task.volume)
-                    # From here on the job's record holds the place.
+                    # From here on the job's record keeps the name taken.
                     task = msgspec.structs.replace(task, writes=(*task.writes, key(pool.name, task.volume)))
                     await self.jobs.run(self.jobs.new(task, name), program(path))
                 except BaseException:
@@ -117,7 +120,7 @@ class Volumes:
         return Answer(pool.name, task.volume, name)
 
     async def run(self, pool: StoragePool, task: Task, program: Program) -> Answer:
-        """Run a job on a volume that there is."""
+        """Run a job on an existing volume."""
         with self.usage.taken(pool.name, task.volume, task.verb):
             job = self.jobs.new(task)
             await self.jobs.run(job, program)
@@ -144,7 +147,7 @@ def check_format(pool: StoragePool, wanted: Format) -> None:
 
 
 async def check_room(pool: StoragePool, size: int, *, everything: bool) -> None:
-    """Raise InvalidDefinition for a size that the pool could never hold, HostError for one that it can't now."""
+    """Raise InvalidDefinition for a size beyond the pool's own; HostError if `everything` has no room now."""
     capacity = await pool.usable.capacity()
     if size > capacity.capacity:
         most = sizes.show(capacity.capacity >> 20 << 20)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a job runs where no format is involved: copy a file with its holes, or overwrite one with zeros.
+"""The program of jobs that don't involve a format: copy a file with its holes, or overwrite one with zeros.
 
     python3 -IS worker.py copy SOURCE TARGET [-- PROGRAM ARGUMENT...]
     python3 -IS worker.py wipe TARGET [-- PROGRAM ARGUMENT...]
 
-A program of its own, with nothing of virtd in it. It tells how far it is on stdout as `qemu-img -p` does, and what
-went wrong on stderr. When it is through, PROGRAM takes its place.
+It imports nothing of virtd. It writes its progress to stdout as `qemu-img -p` does, and errors to stderr. When it is
+done it executes PROGRAM.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import sys
 
 CHUNK = 16 << 20
 TELL = 64 << 20  # bytes between two lines of progress
-WINDOW = 64 << 20  # bytes that are handed to the disk at a time
+WINDOW = 64 << 20  # bytes after which the disk is made to begin writing
 
 
 class Progress:
-    """How much of `total` bytes is done, told now and then."""
+    """Reports now and then how much of `total` bytes is done."""
 
     def __init__(self, total: int) -> None:
         self._total = max(total, 1)
@@ -34,14 +34,14 @@ class Progress:
             text = f"    ({min(100.0, self._done * 100 / self._total):.2f}/100%)\r"
             try:
                 os.write(1, text.encode())
-            except BrokenPipeError:  # virtd's end was lost with systemd's store; that's no reason to fail
+            except BrokenPipeError:  # systemd's store lost virtd's end, which is no reason to fail
                 self._told = 2 * self._total
 
 
 class Writeback:
-    """Has the disk begin with what is written, so that little is left to wait for at the end.
+    """Makes the disk begin with what is written, so that little is left to wait for at the end.
 
-    Linux starts writing dirty pages that it is told won't be needed: posix_fadvise(2).
+    Linux starts writing dirty pages that POSIX_FADV_DONTNEED names: posix_fadvise(2).
     """
 
     def __init__(self, fd: int) -> None:
@@ -55,7 +55,7 @@ class Writeback:
 
 
 def extents(fd: int, size: int) -> list[tuple[int, int]]:
-    """Where the data of a file is, as (from, to)."""
+    """Where a file has data and no holes, as (start, end)."""
     found, at = [], 0
     while at < size:
         try:
@@ -73,7 +73,7 @@ def extents(fd: int, size: int) -> list[tuple[int, int]]:
 
 
 def length(fd: int) -> int:
-    """Also of a block device, where fstat(2) tells nothing."""
+    """The size, also of a block device, where fstat(2) has none."""
     return os.lseek(fd, 0, os.SEEK_END)
 
 
@@ -116,7 +116,7 @@ def copy(source: str, target: str) -> None:
 
 
 def wipe(target: str) -> None:
-    """Overwrite what was ever written: holes have nothing to hide."""
+    """Overwrite all data with zeros; holes have none."""
     fd = os.open(target, os.O_RDWR | os.O_CLOEXEC)
     parts = extents(fd, length(fd))
     progress = Progress(sum(end - start for start, end in parts))
