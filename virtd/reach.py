@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 LINKS = 40  # as many symbolic links as the kernel follows, path_resolution(7)
 ACL = "system.posix_acl_access"
-MOUNT_INFO = "/proc/self/mountinfo"
 _PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _OTHERS, _GROUP = 0o002, 0o020
 EVERYBODY = -1
@@ -230,11 +229,8 @@ def _mounted_by(above: os.stat_result, entry: os.stat_result) -> int:
     """The user who serves the file system that begins at `entry`, fuse(4); 0 for root, and where none begins."""
     if entry.st_dev == above.st_dev or os.major(entry.st_dev):
         return 0
-    number = f"{os.major(entry.st_dev)}:{os.minor(entry.st_dev)}"
-    with open(MOUNT_INFO, encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            fields = line.split()
-            if fields[2] == number:
-                _, _, options = fields[fields.index("-") + 1 :][:3]
-                return next((int(o[8:]) for o in options.split(",") if o.startswith("user_id=")), 0)
-    return 0
+    from . import mountinfo  # few file systems are a user's
+
+    device = f"{os.major(entry.st_dev)}:{os.minor(entry.st_dev)}"
+    options = next((mount.options for mount in mountinfo.mounts() if mount.device == device), ())
+    return next((int(one[8:]) for one in options if one.startswith("user_id=")), 0)

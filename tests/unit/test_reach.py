@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from virtd import errors, reach
+from virtd import errors, mountinfo, reach
 from virtd.reach import Trust, reached
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def test_a_file_system_that_a_user_serves(tmp_path: Path, monkeypatch: pytest.Mo
         "31 30 0:78 / /srv/bob\\040x rw,nosuid - fuse.x x rw,user_id=1000,group_id=1000,allow_other\n"
         "32 30 0:79 / /srv/root rw,nosuid shared:1 - fuse.y y rw,user_id=0,group_id=0\n"
     )
-    monkeypatch.setattr(reach, "MOUNT_INFO", str(table))
+    monkeypatch.setattr(mountinfo, "PATH", str(table))
     whole = os.stat(tmp_path)
 
     def of(device: int) -> os.stat_result:

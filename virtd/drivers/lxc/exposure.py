@@ -10,14 +10,12 @@ nobody else may be able to replace it: see reach.py.
 from __future__ import annotations
 
 import os
-import re
 import stat
 from typing import NamedTuple
 
-from ... import errors, reach
+from ... import errors, mountinfo, reach
 from ...text import word
 
-MOUNT_INFO = "/proc/self/mountinfo"
 SEARCH = stat.S_IXGRP | stat.S_IXOTH  # with an ACL the group's bits are its mask, acl(5): all that it grants
 
 
@@ -78,20 +76,19 @@ def _elsewhere(root: str) -> list[str]:
             ident = next(line.split()[1] for line in file if line.startswith("mnt_id:"))
     finally:
         os.close(fd)
-    with open(MOUNT_INFO, encoding="utf-8", errors="surrogateescape") as file:
-        rows = [line.split()[:5] for line in file]
-    own = next((row for row in rows if row[0] == ident), None)
+    mounts = mountinfo.mounts()
+    own = next((mount for mount in mounts if mount.ident == ident), None)
     if own is None:
         return []
-    point, start = _plain(own[4]).rstrip("/"), _plain(own[3]).rstrip("/")
+    point, start = own.point.rstrip("/"), own.root.rstrip("/")
     if root != point and not root.startswith(f"{point}/"):
         return []
     target = start + root[len(point) :]  # in the file system itself
     found = []
-    for other, _, device, top, where in rows:
-        if other == ident or device != own[2]:
+    for mount in mounts:
+        if mount.ident == ident or mount.device != own.device:
             continue
-        top, where = _plain(top).rstrip("/"), _plain(where).rstrip("/")
+        top, where = mount.root.rstrip("/"), mount.point.rstrip("/")
         if target == top or target.startswith(f"{top}/"):
             found.append(where + target[len(top) :])
             if not _same(found[-1], root):  # hidden below another mount
@@ -106,7 +103,3 @@ def _same(one: str, other: str) -> bool:
         return os.path.samefile(one, other)
     except OSError:
         return False
-
-
-def _plain(field: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)

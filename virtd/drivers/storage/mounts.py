@@ -12,7 +12,7 @@ import os
 import re
 from typing import TYPE_CHECKING
 
-from ... import errors
+from ... import errors, mountinfo
 from ...systemd.bus import BusError
 from ...systemd.names import FINAL_TARGETS, GROUND, mount_unit
 from ...text import word
@@ -21,27 +21,17 @@ if TYPE_CHECKING:
     from ...systemd.units import Units
 
 TRANSIENT = "/run/systemd/transient"  # where systemd keeps the files of transient units
-MOUNT_INFO = "/proc/self/mountinfo"
 LIMIT = 90.0  # seconds; mount.nfs gives a server that doesn't answer about as long
 
 
 def table() -> dict[str, str]:
     """What is mounted, as mount(8) would name it, by mount point. Doesn't touch the file systems."""
-    found = {}
-    with open(MOUNT_INFO, encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            fields = line.split()
-            found[_plain(fields[4])] = _plain(fields[fields.index("-") + 2])  # the last one hides the others
-    return found
+    return {mount.point: mount.source for mount in mountinfo.mounts()}  # the last one hides the others
 
 
 def mounted(path: str) -> str | None:
     """What is mounted at `path`; None when nothing is."""
     return table().get(path)
-
-
-def _plain(field: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 
 
 def same_source(one: str, other: str) -> bool:

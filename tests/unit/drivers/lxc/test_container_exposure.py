@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from virtd import errors
+from virtd import errors, mountinfo
 from virtd.drivers.lxc import exposure
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def test_another_mount_of_it_is_another_way_to_it(place: Path, monkeypatch: pyte
     def table(*more: str) -> None:
         rows = [f"{ident} 1 8:1 /sub / rw - ext4 /dev/sda1 rw", *more]
         (place / "mountinfo").write_text("".join(f"{row}\n" for row in rows))
-        monkeypatch.setattr(exposure, "MOUNT_INFO", str(place / "mountinfo"))
+        monkeypatch.setattr(mountinfo, "PATH", str(place / "mountinfo"))
 
     table()
     assert why(root) == ""

@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 from tests.doubles.whole_host import on_loop
-from virtd import errors
+from virtd import errors, mountinfo
 from virtd.cli.output import rounded
 from virtd.drivers import nodes, qcow2
 from virtd.drivers.qemu import images
@@ -130,7 +130,7 @@ def test_what_is_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "30 22 8:2 / /srv/my\\040pool rw,nodev shared:3 - xfs /dev/sdb1 rw\n"
         "31 30 0:40 / /srv/my\\040pool rw - nfs server:/a\\040b rw\n"
     )
-    monkeypatch.setattr(mounts, "MOUNT_INFO", str(tmp_path / "mountinfo"))
+    monkeypatch.setattr(mountinfo, "PATH", str(tmp_path / "mountinfo"))
     assert mounts.table() == {"/": "/dev/sda1", "/srv/my pool": "server:/a b"}
     assert mounts.mounted("/srv/my pool") == "server:/a b"
     assert mounts.mounted("/srv") is None
