@@ -222,7 +222,7 @@ class FakeNetlink:
             for key, file in files.items():
                 if changes.get(key) is not None:
                     self.kernel.write(now, file, str(changes[key]))
-            if changes.get("up"):
+            if changes.get("up") or changes.get("arp"):
                 self.kernel.write(now, "flags", "0x1003")
             if (master := changes.get("master")) is not None:
                 self.kernel.connect(now, self._name(master) if master else "")
@@ -239,9 +239,13 @@ class FakeNetlink:
         found = {}
         with self.kernel.lock:
             for name in set(links.all_names()) & set(names):
-                up = bool(int(links.read(name, "flags") or "0", 16) & 1)
+                flags = int(links.read(name, "flags") or "0", 16)
+                up = bool(flags & 1)
                 kind = "bridge" if links.is_bridge(name) else "tun"
-                alias, values = links.read(name, "ifalias"), self.kernel.values.get(name, {})
+                alias, values = (
+                    links.read(name, "ifalias"),
+                    self.kernel.values.get(name, {}) | {"arp": int(not flags & 0x80)},
+                )
                 above, number = links.master(name), self.kernel.number(name)
                 found[name] = Link(number, name, kind, up, up, links.mtu(name), links.mac(name), alias, above, values)
         self.numbers = {name: link.number for name, link in found.items()}

@@ -41,6 +41,7 @@ AT_ONCE = {
     "ip link set vt-g-0 down; ip link set vt-g-0 name foo; ip link set foo up": "vt-g-0: renamed to foo",
     "ip link del vd-lab": "vd-lab: gone",
     "ip link set vd-lab down": "vd-lab: down",
+    "ip link set vd-lab arp off": "vd-lab: ARP is off",
     "ip link set vd-lab mtu 1400": "vd-lab: MTU 1400 instead of 1500",
     "ip link set vd-lab alias x": "vd-lab: no alias virtd network lab",
     "ip link set vd-lab address 02:00:00:00:00:01": "vd-lab: MAC address 02:00:00:00:00:01 instead of ",

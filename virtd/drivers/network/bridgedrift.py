@@ -77,6 +77,8 @@ def settings(ground: Ground, link: Link) -> Iterator[Drift]:
         # What is off for all is told of once.
         if forwards and needed is not None and prerequisites.sysctl(prerequisites.forwarding(key)) != "0":
             yield from setting(link, key, 1)
+    if not link.values.get("arp", 1):
+        yield Drift(f"{name} arp", f"{name}: ARP is off", lambda kernel: kernel.set_link(name, arp=True))
     if not link.up:
         yield Drift(f"{name} up", f"{name}: down", lambda kernel: kernel.set_link(name, up=True))
 

@@ -35,6 +35,7 @@ _PORT = {
 _CONF4 = {0: "ipv4/forwarding", 7: "ipv4/rp_filter", 18: "ipv4/arp_ignore"}
 _CONF6 = {0: "ipv6/forwarding", 3: "ipv6/accept_ra", 5: "ipv6/autoconf", 26: "ipv6/disable_ipv6"}
 _INET_CONF, _INET6_CONF, _INET6_ADDR_GEN_MODE = 1, 2, 8
+_IFF_NOARP = 0x80  # linux/if.h
 _NUD_NOARP, _NDA_MASTER = 0x40, 9
 _RTA_TABLE = 15
 _LOOKUP_TABLE, _FIB_MATCH = 0x1000, 0x2000  # RTM_F_*
@@ -45,7 +46,7 @@ _NETCONFA_IFINDEX = 1
 class Link(NamedTuple):
     """An interface; `number` is its index, `kind` "bridge" or "veth", `master` the bridge that it is in, or "".
 
-    `values`: those of its settings that this kernel reports, by names such as "ipv6/accept_ra" (a sysctl),
+    `values`: those of its settings that this kernel reports, by names such as "ipv6/accept_ra" (a sysctl), "arp",
     "stp_state" (a bridge's) and "locked" (a port's).
     """
 
@@ -249,7 +250,7 @@ def _link(name: str, message: Message, index_of: dict[int, str]) -> Link:
     info, families = found.within(rt.IFLA_LINKINFO), found.within(_IFLA_AF_SPEC)
     four, six = families.within(socket.AF_INET), families.within(socket.AF_INET6)
     kind = info.text(rt.INFO_KIND)
-    values: dict[str, int] = {}
+    values: dict[str, int] = {"arp": int(not flags & _IFF_NOARP)}
     if kind == "bridge":
         values |= _named(_BRIDGE, info.within(rt.INFO_DATA))
     if info.text(_SLAVE_KIND) == "bridge":

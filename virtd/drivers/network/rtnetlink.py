@@ -39,6 +39,7 @@ RTA_DST, RTA_SRC, RTA_IIF, RTA_OIF, RTA_PRIORITY, RTA_PREFSRC = 1, 2, 3, 4, 6, 7
 FRA_DST, FRA_IIFNAME, FRA_PRIORITY, FRA_PROTOCOL = 1, 3, 6, 21
 
 IFF_UP = 0x1
+_IFF_NOARP = 0x80
 SCOPE_LINK = 253
 _NODAD = 0x02  # IFA_F_NODAD
 _NUD_STATIC = 0x42  # NUD_NOARP | NUD_REACHABLE: an entry that doesn't age, iproute2's "static"
@@ -92,6 +93,7 @@ class Netlink(Requests):
         name: str,
         *,
         up: bool | None = None,
+        arp: bool = False,
         mtu: int | None = None,
         master: str | None = None,
         alias: str | None = None,
@@ -99,9 +101,10 @@ class Netlink(Requests):
         rename: str | None = None,
     ) -> None:
         """Change what is given; `master` "" takes the interface out of its bridge. Most kernels `rename` an interface
-        only while it is down.
+        only while it is down. `arp` has it answer who asks for its addresses.
         """
-        body = LINK.pack(0, 0, self._index(name), IFF_UP if up else 0, 0 if up is None else IFF_UP)
+        changed = (0 if up is None else IFF_UP) | (_IFF_NOARP if arp else 0)
+        body = LINK.pack(0, 0, self._index(name), IFF_UP if up else 0, changed)
         if mtu is not None:
             body += attribute(IFLA_MTU, mtu)
         if master is not None:

@@ -44,6 +44,7 @@ def file(name: str, text: str) -> Callable[[Site], None]:
 
 CHANGES: dict[str, Callable[[Site], None]] = {
     "vd-lab: down": file("flags", "0x1002"),
+    "vd-lab: ARP is off": file("flags", "0x1083"),
     "vd-lab: MTU 1400 instead of 1500": file("mtu", "1400"),
     "vd-lab: no alias virtd network lab": file("ifalias", "mine"),
     "vd-lab: MAC address 02:00:00:00:00:01 instead of ": file("address", "02:00:00:00:00:01"),
