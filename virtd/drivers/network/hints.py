@@ -29,7 +29,8 @@ class Chain(NamedTuple):
     """A base chain in which packets are dropped.
 
     `family` "legacy": what drops them isn't nftables, and without a table not iptables either. `whose`: "docker",
-    "ufw", "firewalld", "iptables", if that is known, or how the tool of legacy iptables is called.
+    "ufw", "firewalld", "iptables", if that is known, or how the tool of legacy iptables is called. `early`: before
+    connections are tracked.
     """
 
     family: str
@@ -37,13 +38,16 @@ class Chain(NamedTuple):
     name: str
     hook: str
     whose: str
+    early: bool = False
 
 
 class Pass(NamedTuple):
-    """What shall be let through: `state` in the words of nft and of iptables."""
+    """What shall be let through: `source` and `to` are addresses, `state` in the words of nft and of iptables."""
 
     iif: str = ""
     oif: str = ""
+    source: str = ""
+    to: str = ""
     protocol: str = ""
     port: int = 0
     state: tuple[str, str] = ("", "")
@@ -69,19 +73,25 @@ def commands(chain: Chain, trials: list[Trial], bridge: str) -> list[Hint]:
 
 
 def _passes(chain: Chain, trial: Trial, bridge: str) -> Iterator[Pass]:
-    if trial.end == INPUT and chain.hook == "input":
+    if trial.end == INPUT and chain.hook in ("prerouting", "input"):
         for protocol, port in SERVICES[trial.what]:
             yield Pass(bridge, protocol=protocol, port=port)
     elif trial.end == ANSWERED:
         yield Pass(oif=bridge, protocol="udp", port=68)
     elif trial.end == BRIDGED and chain.hook == "forward":
         yield Pass(bridge, bridge)
+    elif trial.end == BRIDGED and chain.hook == "postrouting":
+        yield Pass(oif=bridge)
+    elif not trial.via and chain.hook == "postrouting":
+        yield Pass(source=trial.source)  # where iptables takes no interface that something came in by
     elif not trial.via:
         yield Pass(bridge)
         if chain.hook == "forward":
             yield Pass(oif=bridge, state=ANSWERS)
-    elif chain.hook == "forward":
+    elif chain.hook in ("forward", "postrouting"):
         yield Pass(oif=bridge, state=ANSWERS if trial.connection is not None else FORWARDED)
+    elif trial.connection is not None and chain.early:
+        yield Pass(trial.via, to=trial.connection.host)
     elif trial.connection is not None:
         yield Pass(trial.via, state=ANSWERS)
     else:
@@ -90,6 +100,11 @@ def _passes(chain: Chain, trial: Trial, bridge: str) -> Iterator[Pass]:
 
 def _nft(one: Pass) -> str:
     words = [f'{way} "{name}"' for way, name in (("iifname", one.iif), ("oifname", one.oif)) if name]
+    words += [
+        f"{'ip6' if ':' in address else 'ip'} {way} {address}"
+        for way, address in (("saddr", one.source), ("daddr", one.to))
+        if address
+    ]
     if one.protocol:
         words.append(f"{one.protocol} dport {one.port}" if one.port else f"meta l4proto {one.protocol}")
     return " ".join([*words, *filter(None, one.state[:1]), "accept"])
@@ -99,7 +114,8 @@ def _iptables(one: Pass, chain: Chain) -> str:
     tool = chain.whose if chain.family == "legacy" else "ip6tables" if chain.family == "ip6" else "iptables"
     words = [tool, *(["-t", chain.table] if chain.table not in ("", "filter") else [])]
     words += ["-I", "DOCKER-USER" if chain.whose == "docker" else chain.name]
-    words += [f"{way} {name}" for way, name in (("-i", one.iif), ("-o", one.oif)) if name]
+    ways = (("-i", one.iif), ("-o", one.oif), ("-s", one.source), ("-d", one.to))
+    words += [f"{way} {name}" for way, name in ways if name]
     words += [f"-p {one.protocol}"] if one.protocol else []
     words += [f"--dport {one.port}"] if one.port else []
     words += [f"-m conntrack --ctstate {one.state[1]}"] if one.state[1] else []

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .probe import Lost, Trial
     from .trace import Step
 
+CONNTRACK = -200  # NF_IP_PRI_CONNTRACK, linux/netfilter_ipv4.h
 BUILT_IN = {"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"}  # the chains of iptables, also of its nft kind
 
 
@@ -81,10 +82,13 @@ def _blame(lost: Lost, chains: list[dict[str, Any]]) -> Drop | None:
     if firewall.is_ours(dropped.table):
         return None
     family, table, base = dropped.family, dropped.table, _base(dropped, lost.steps)
-    mine = {one["name"]: one.get("hook", "") for one in chains if (one["family"], one["table"]) == (family, table)}
-    hook = mine.get(base, "")
+    mine = {one["name"]: one for one in chains if (one["family"], one["table"]) == (family, table)}
+    itself = mine.get(base, {})
+    hook = itself.get("hook", "")
+    early = hook == "prerouting" and itself.get("prio", 0) <= CONNTRACK
     rule = firewall.rule(family, table, dropped.chain, dropped.handle) if dropped.handle else ""
-    return Drop(Chain(family, table, base, hook, _whose(dropped, hook, mine)), rule, dropped.chain, lost.trial)
+    chain = Chain(family, table, base, hook, _whose(dropped, hook, mine), early)
+    return Drop(chain, rule, dropped.chain, lost.trial)
 
 
 def _whose(dropped: Step, hook: str, chains: Iterable[str]) -> str:
@@ -120,7 +124,8 @@ def _not_nftables(lost: Lost) -> Drop | None:
     left = [name for name, (_, hooks) in LEGACY.items() if lost.hook in hooks and name not in lost.passed]
     table = next((name for name in left if name in there), "")
     whose = ("iptables-legacy" if four else "ip6tables-legacy") if table else ""
-    return Drop(Chain("legacy", table, lost.hook.upper(), lost.hook, whose), "", "", lost.trial)
+    chain = Chain("legacy", table, lost.hook.upper(), lost.hook, whose, early=table == "raw")
+    return Drop(chain, "", "", lost.trial)
 
 
 def _listed(words: Iterable[str]) -> str:

@@ -64,7 +64,8 @@ class Trial(NamedTuple):
 
     `ways` make a frame of its number. `to` is the address that they go to, where `end` is FORWARD, or that DHCP's
     answer goes to, where it is ANSWERED: this alone reaches a program, dnsmasq. What comes from
-    outside does so by the interface `via`, and belongs to a `connection` or goes to a `port` of a protocol.
+    outside does so by the interface `via`, and belongs to a `connection` or goes to a `port` of a protocol. `source`
+    is the prefix of guests that send outside.
     """
 
     what: str
@@ -75,6 +76,7 @@ class Trial(NamedTuple):
     via: str = ""
     connection: Connection | None = None
     port: tuple[str, int] = ("", 0)
+    source: str = ""
 
 
 class Lost(NamedTuple):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any
 
-from virtd.drivers.network import firewall, netlink, obstacles, packets, prerequisites, trace
+from virtd.drivers.network import firewall, hints, netlink, obstacles, packets, prerequisites, trace
 from virtd.drivers.network.packets import SYN, Way
 from virtd.drivers.network.probe import ANSWERED, BRIDGED, FORWARD, INPUT, Lost, Trial
 from virtd.drivers.network.trace import Step
@@ -184,7 +184,10 @@ def test_what_isnt_nftables_and_what_is_nobodys(monkeypatch: pytest.MonkeyPatch)
     early = lost._replace(hook="prerouting", trial=trial("DNS", INPUT, 6))
     ((text, hint),) = found(monkeypatch, [early], [])
     assert text.endswith("by legacy iptables, in its chain PREROUTING of the table raw")
-    assert hint == "ip6tables-legacy -t raw -I PREROUTING -i vd-lab -j ACCEPT; virtdctl reload"
+    assert hint == (
+        "ip6tables-legacy -t raw -I PREROUTING -i vd-lab -p udp --dport 53 -j ACCEPT; "
+        "ip6tables-legacy -t raw -I PREROUTING -i vd-lab -p tcp --dport 53 -j ACCEPT; virtdctl reload"
+    )
     ((text, _),) = found(monkeypatch, [lost._replace(passed=frozenset({"mangle", "filter", "security"}))], [])
     assert "neither nftables nor iptables" in text
     monkeypatch.setattr(prerequisites, "legacy_tables", lambda file: ["filter"] if file == "ip_tables_names" else [])
@@ -194,3 +197,43 @@ def test_what_isnt_nftables_and_what_is_nobodys(monkeypatch: pytest.MonkeyPatch)
     ours = (step("inet virtd-lab forward", 3, "drop"),)
     for one in (lost._replace(through=True), lost._replace(hook=""), lost._replace(steps=ours)):
         assert found(monkeypatch, [one], []) == []
+
+
+CONNECTION = Connection("10.7.0.9", "192.0.2.7", "9.9.9.9", 1, 53)
+ANSWERED_OUTSIDE = Trial("What is answered from outside", 4, FORWARD, (), "10.7.0.9", "eth0", CONNECTION)
+FOR_A_PORT = Trial("What comes from outside", 4, FORWARD, (), "10.7.0.9", "eth0", port=("tcp", 80))
+SENT = Trial(OUT, 4, FORWARD, (), "9.9.9.9", source="10.7.0.0/24")
+OVER = Trial("What its guests send to each other", 4, BRIDGED, ())
+
+
+def test_hints_are_such_as_the_tools_take() -> None:
+    """iptables has no -i in POSTROUTING; before connection tracking answers can't be told by their connection."""
+
+    def said(table: str, hook: str, trial: Trial, family: str = "legacy") -> str:
+        early = hook == "prerouting" and table == "raw"
+        whose = "iptables-legacy" if family == "legacy" else ""
+        chain = hints.Chain(family, table, hook.upper(), hook, whose, early)
+        return str(hints.commands(chain, [trial], "vd-lab")[0])
+
+    start = "iptables-legacy -t mangle -I POSTROUTING"
+    for_answers = "-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"
+    assert said("mangle", "postrouting", SENT) == f"{start} -s 10.7.0.0/24 -j ACCEPT"
+    assert said("mangle", "postrouting", ANSWERED_OUTSIDE) == f"{start} -o vd-lab {for_answers}"
+    assert said("mangle", "postrouting", FOR_A_PORT) == f"{start} -o vd-lab -m conntrack --ctstate DNAT -j ACCEPT"
+    assert said("mangle", "postrouting", OVER) == f"{start} -o vd-lab -j ACCEPT"
+    start = "iptables-legacy -t raw -I PREROUTING"
+    assert said("raw", "prerouting", ANSWERED_OUTSIDE) == f"{start} -i eth0 -d 192.0.2.7 -j ACCEPT"
+    assert said("raw", "prerouting", FOR_A_PORT) == f"{start} -i eth0 -p tcp --dport 80 -j ACCEPT"
+    start = "iptables-legacy -t mangle -I PREROUTING"
+    assert said("mangle", "prerouting", ANSWERED_OUTSIDE) == f"{start} -i eth0 {for_answers}"
+    start = 'nft insert rule ip raw PREROUTING \'iifname "eth0"'
+    assert said("raw", "prerouting", ANSWERED_OUTSIDE, "ip") == f"{start} ip daddr 192.0.2.7 accept'"
+
+
+def test_a_chain_before_connection_tracking() -> None:
+    lost = Lost(ANSWERED_OUTSIDE, (step("ip raw early", 0, "drop"),), "prerouting", through=False)
+    for priority, words in ((-300, "ip daddr 192.0.2.7"), (-150, "ct state established,related")):
+        chain = {"family": "ip", "table": "raw", "name": "early", "hook": "prerouting", "prio": priority}
+        (obstacle,) = obstacles.judged([lost], [chain], "vd-lab")
+        hint = str(obstacle.problem.hint)
+        assert hint == f"nft insert rule ip raw early 'iifname \"eth0\" {words} accept'"
