@@ -80,7 +80,7 @@ class FakeKernel:
         monkeypatch.setattr(links, "make_tap", self._make_tap)
         monkeypatch.setattr(guard.Guard, "_follow_firewalld", _nothing)
         monkeypatch.setattr(firewalld, "adopt", _nothing)
-        monkeypatch.setattr(prober, "SETTLE", 1000.0)  # what is noted later would be a step at some time or other
+        monkeypatch.setattr(prober, "QUIET", 1000.0)  # what is noted later would be a step at some time or other
         monkeypatch.setattr(prober, "_find", lambda _ground, _over: [])
         self.generation = 1
         monkeypatch.setattr(prober, "_generation", lambda: self.generation)

@@ -118,7 +118,7 @@ async def test_a_disk_that_was_deleted(world: World, tmp_path: Path) -> None:
 @on_loop
 async def test_what_a_network_is_not_let_do(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     found = [Obstacle(Problem("dropped", "nft ..."), unheard=False)]
-    monkeypatch.setattr(prober, "SETTLE", 0.001)
+    monkeypatch.setattr(prober, "QUIET", 0.001)
     monkeypatch.setattr(prober, "_find", lambda _ground, _over: found)
     async with site.world.daemon() as host:
         await site.define()

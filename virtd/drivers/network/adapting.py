@@ -85,9 +85,9 @@ class Adapting:
             await self._server.adapt(new, old)
         net.remember(**net.in_force(new, net.definition_text), unsure=False)
         if new.isolated_ports is not old.isolated_ports:
-            await self._connections.settle()
+            await self._connections.set_ports()
         if Mode.ISOLATED in (old.mode, new.mode):
-            await net.shared.isolation.settle()
+            await net.shared.isolation.apply()
         log.info("Network %s: the new definition is in force", net.name)
 
 

@@ -164,7 +164,7 @@ def guard(netlink: Netlink, interface: str, port: Port | None, *, isolated: bool
     netlink.set_port(interface, isolated=isolated, locked=locked)
 
 
-def settle_ports(ports: tuple[Port, ...], bridge: str, *, isolated: bool) -> None:
+def set_ports(ports: tuple[Port, ...], bridge: str, *, isolated: bool) -> None:
     """See that those which are in the bridge are as `join` has them. Raises HostError."""
     try:
         with Netlink() as netlink:

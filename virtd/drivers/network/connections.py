@@ -85,11 +85,11 @@ class Connections:
         if interface in self.refused:
             self.net.keep_data(refused=sorted(self.refused - {interface}))
 
-    async def settle(self) -> None:
+    async def set_ports(self) -> None:
         """See that the bridge treats its ports as it should, also those that a container's reboot made anew."""
         network = self.net.running
         if network is not None and self.net.ports:
-            await asyncio.to_thread(bridge.settle_ports, self.net.ports, network.bridge_name, **self.flags)
+            await asyncio.to_thread(bridge.set_ports, self.net.ports, network.bridge_name, **self.flags)
 
     def refuse(self, interfaces: set[str]) -> None:
         """Put on record that these are to be out of the bridge until they are connected again, and say so.
@@ -125,7 +125,7 @@ class Connections:
         found = [ports.taken_over(paths, one.interface, one.user, leases_) for one in missing]
         self._remember(self.net.ports + tuple(port for port in found if port is not None))
         try:
-            await self.settle()
+            await self.set_ports()
         except errors.HostError as exc:
             log.warning("Network %s: %s", self.net.name, exc)
 

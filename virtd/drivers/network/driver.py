@@ -211,7 +211,7 @@ class Driver(Inventory[Net, Network]):
             await net.pieces.join_firewalld()
         await self._guard.restore_isolation(why="by the time of the reload")
         await self._guard.restore_rules(set(self.nets), why="by the time of the reload")
-        await self._upkeep.settle(set(self.nets), why="by the time of the reload")
+        await self._upkeep.restore(set(self.nets), why="by the time of the reload")
         self._prober.doubt(self.nets)
 
     def check(self, text: str, source: str) -> Network:
@@ -270,12 +270,12 @@ class Driver(Inventory[Net, Network]):
     async def look(self) -> None:
         """See what is there, also of what the kernel tells nobody."""
         self._prober.look()
-        await self._upkeep.settle(set(self.nets), why="by somebody else")
+        await self._upkeep.restore(set(self.nets), why="by somebody else")
         await self._look_for_newcomers(self.nets.values())
 
     async def look_at(self, net: Net) -> None:
         """The same for one network, before it is told of."""
-        await self._upkeep.settle({net.name}, why="by somebody else")
+        await self._upkeep.restore({net.name}, why="by somebody else")
         await self._look_for_newcomers([net])
 
     async def _look_for_newcomers(self, nets: Iterable[Net]) -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SETTLE = 0.2  # seconds in which changes by others count as one
+QUIET = 0.2  # seconds; changes within them are handled together
 BUS_RETRY = 2.0
 
 
@@ -61,7 +61,7 @@ class Guard:
         self._watch: Watch | None = None
         self._doubtful: set[str] = set()  # tables that somebody has touched
         self._looking: asyncio.Task[None] | None = None
-        self._settling: asyncio.Task[None] | None = None
+        self._restoring: asyncio.Task[None] | None = None
         self._beside: asyncio.Task[None] | None = None
 
     def begin(self, *, beside_firewalld: bool = True) -> None:
@@ -84,7 +84,7 @@ class Guard:
         if self._watch is not None:
             self._watch.close()
             self._watch = None
-        tasks = [task for task in (self._looking, self._settling, self._beside) if task is not None]
+        tasks = [task for task in (self._looking, self._restoring, self._beside) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -102,7 +102,7 @@ class Guard:
     async def _look(self) -> None:
         try:
             while self._doubtful:
-                await asyncio.sleep(SETTLE)
+                await asyncio.sleep(QUIET)
                 doubtful, self._doubtful = self._doubtful, set()
                 ours = {table.removeprefix(firewall.PREFIX) for table in doubtful if firewall.is_ours(table)}
                 await self.restore_rules(set(self._nets) if ALL in doubtful else ours, why="by somebody else")
@@ -167,14 +167,14 @@ class Guard:
     def _changed(self, change: Change) -> None:
         """Somebody, perhaps we ourselves, changed something of the kernel's routing."""
         self._upkeep.heard(change)
-        if isinstance(change, RuleChanged) and change.removed and self._settling is None:
-            self._settling = asyncio.create_task(self._settle(), name="look-at-routing")
+        if isinstance(change, RuleChanged) and change.removed and self._restoring is None:
+            self._restoring = asyncio.create_task(self._restore_routing(), name="look-at-routing")
 
-    async def _settle(self) -> None:
+    async def _restore_routing(self) -> None:
         try:
             await self.restore_isolation(why="by somebody else")
         finally:
-            self._settling = None
+            self._restoring = None
 
     async def restore_isolation(self, *, why: str) -> None:
         """See that isolated networks are cut off, and that nothing else is, by a rule of ours that was left over."""
@@ -184,7 +184,7 @@ class Guard:
             if net.state is State.ACTIVE and (network := net.running) is not None
         }
         try:
-            missing = await self._isolation.settle()
+            missing = await self._isolation.apply()
         except errors.HostError as exc:
             log.error("%s", exc)
             for name in (name for name, rules in needed.items() if rules):

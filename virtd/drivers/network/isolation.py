@@ -43,7 +43,7 @@ def wanted(network: Network) -> set[RoutingRule]:
     return found
 
 
-def settle(networks: Iterable[Network], *, remove: bool = True) -> set[RoutingRule]:
+def apply(networks: Iterable[Network], *, remove: bool = True) -> set[RoutingRule]:
     """Have the rules that these networks need, and with `remove` no others of ours; what was missing.
 
     Raises HostError.
@@ -91,10 +91,10 @@ class Isolation:
         self._nets = nets
         self._turn = asyncio.Lock()
 
-    async def settle(self) -> set[RoutingRule]:
+    async def apply(self) -> set[RoutingRule]:
         """Have what the networks need that are active by their records; what was missing. Raises HostError."""
         async with self._turn:
             running = [net.running for net in self._nets.values() if net.active]
             # Of one whose definition can't be read nobody knows what it needs.
             known = [network for network in running if network is not None]
-            return await asyncio.to_thread(settle, known, remove=len(known) == len(running))
+            return await asyncio.to_thread(apply, known, remove=len(known) == len(running))

@@ -46,7 +46,7 @@ class Net(NetRecord):
         self.rules = Rules(self)
         self.connections = Connections(self, self._ports_changed)
         self.standing = Standing(self)
-        self.pieces = Pieces(self, self.rules, self.server, self.standing.settle)
+        self.pieces = Pieces(self, self.rules, self.server, self.standing.ensure)
         self.adapting = Adapting(self, self.rules, self.server, self.pieces, self.connections)
         self.obstacles: list[Obstacle] = []  # what was found last, see prober.py
 

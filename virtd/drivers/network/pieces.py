@@ -35,13 +35,13 @@ log = logging.getLogger(__name__)
 
 
 class Pieces:
-    """Of one network; `settle` sees that the bridge and its ports are as they should be."""
+    """Of one network; `ensure` puts right what differs of its bridge and ports."""
 
-    def __init__(self, net: NetRecord, rules: Rules, server: Server, settle: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, net: NetRecord, rules: Rules, server: Server, ensure: Callable[[], Awaitable[None]]) -> None:
         self._net = net
         self._rules = rules
         self._server = server
-        self._settle = settle
+        self._ensure = ensure
 
     async def make(self, network: Network) -> None:
         """Make what is missing. Raises a VirtdError, and may be repeated then."""
@@ -49,15 +49,15 @@ class Pieces:
         if not network.own:
             await asyncio.to_thread(prerequisites.check_bridge, network, net.source, net.mac)
             await self._rules.apply(network)
-            await self._settle()
+            await self._ensure()
             return
         # What would be open without its rules isn't there before they are.
-        await net.shared.isolation.settle()
+        await net.shared.isolation.apply()
         await self._rules.apply(network)
         await self.allow_forwarding(network)
         alias = alias_of(network)
         new = await asyncio.to_thread(bridge.make_it, network.bridge_name, net.mac, alias)
-        await self._settle()
+        await self._ensure()
         await asyncio.to_thread(bridge.take_in, network, net.ports)
         await self._tell_firewalld(network)
         if network.serves:
@@ -81,7 +81,7 @@ class Pieces:
         If that fails, a later change of any network removes them.
         """
         try:
-            await self._net.shared.isolation.settle()
+            await self._net.shared.isolation.apply()
         except errors.HostError as exc:
             log.warning("Network %s: %s", self._net.name, exc)
 

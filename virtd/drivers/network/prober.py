@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SETTLE = 0.2  # seconds in which changes count as one
+QUIET = 0.2  # seconds; changes within them are handled together
 PAUSE = 2.0  # seconds between two looks at the least: on some hosts rules change all the time
 SHARE = 4  # and so many times as long as the last one took
 _GETGEN, _GEN_ID = NFTABLES | 16, 1  # NFT_MSG_GETGEN, NFTA_GEN_ID
@@ -98,7 +98,7 @@ class Prober:
     async def _look(self) -> None:
         try:
             while self._doubtful:
-                await asyncio.sleep(max(SETTLE, self._next - time.monotonic()))
+                await asyncio.sleep(max(QUIET, self._next - time.monotonic()))
                 names, self._doubtful = self._doubtful, set()
                 begun = time.monotonic()
                 for name in sorted(names):

@@ -21,7 +21,6 @@ from ...objects.protocol import Problem
 from ...text import span
 from . import dnsmasq, serverfiles
 from .netrecord import DRIVER
-from .serverlaunch import ServerLaunch, how
 
 if TYPE_CHECKING:
     from ...hints import Hint
@@ -128,6 +127,8 @@ class Server(Tasks):
             del self.net.problems[key]
 
     async def _spawn(self, network: Network) -> Child:
+        from .serverlaunch import ServerLaunch  # no start of the daemon needs it
+
         launch = ServerLaunch(self.net, network, self.begin, self.put_away)
         await launch.launch()
         self._begun = time.monotonic()
@@ -158,6 +159,8 @@ class Server(Tasks):
 
     async def _again(self) -> None:
         """It has died: say so, and begin it again, after ever longer pauses while it doesn't stay."""
+        from .serverlaunch import how
+
         net = self.net
         async with net.exclusive("restart dnsmasq of"):
             if self._wanted() is None:

@@ -68,7 +68,7 @@ class Standing:
         told = self.net.problems.get(PROBLEM)
         return [one for one in await self._compare() if not one.gone or (told is not None and one.text in told.text)]
 
-    async def settle(self) -> None:
+    async def ensure(self) -> None:
         """Have all as it should be, for a start. Raises HostError when what guests need can't be had."""
         net = self.net
         mended = await self._mend(frozenset())

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SETTLE = 0.2  # seconds in which changes by others count as one
+QUIET = 0.2  # seconds; changes within them are handled together
 BUSY = 0.5  # seconds until a network that is being started or stopped is looked at again
 LIMIT, WINDOW = 5, 60.0  # so often in so many seconds a thing is put back
 PAUSE, LONGEST = 60.0, 3600.0  # seconds that it is left then, doubled each time
@@ -85,7 +85,7 @@ class Upkeep:
     async def begin(self) -> None:
         """From now on: what a crash may have left half made has been seen to."""
         self._begun = True
-        await self.settle(set(self._nets), why="while virtd was away")
+        await self.restore(set(self._nets), why="while virtd was away")
         if self._touched:
             self.link(ALL)
 
@@ -131,7 +131,7 @@ class Upkeep:
     async def _work(self) -> None:
         try:
             while self._touched:
-                await asyncio.sleep(SETTLE)
+                await asyncio.sleep(QUIET)
                 events, self._touched = self._touched, set()
                 touched = {self._numbers.get(number, name) for name, number in events} | {name for name, _ in events}
                 # What is in the way of one may go with any: of routes that end with their interface nobody is told.
@@ -140,7 +140,7 @@ class Upkeep:
                     for net in self._live()
                     if ALL in touched or net.standing.wrong or touched & wanted.names([net.tended])
                 }
-                if names and await self.settle(names, why="by somebody else"):
+                if names and await self.restore(names, why="by somebody else"):
                     await asyncio.sleep(BUSY)
         finally:
             self._task = None
@@ -156,7 +156,7 @@ class Upkeep:
         """Somebody asks for a network: nothing of it is left alone any longer."""
         self._patience.pop(name, None)
 
-    async def settle(self, names: set[str], *, why: str) -> bool:
+    async def restore(self, names: set[str], *, why: str) -> bool:
         """Look at these networks, and put back what differs; whether some were busy, and come later."""
         if not self._begun:
             return False

@@ -284,7 +284,7 @@ def settled(site: Site, net: Net, where: str) -> None:
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """No waiting, and all the patience in the world."""
-    monkeypatch.setattr(upkeep, "SETTLE", 0.0)
+    monkeypatch.setattr(upkeep, "QUIET", 0.0)
     monkeypatch.setattr(upkeep, "BUSY", 0.01)
     monkeypatch.setattr(upkeep, "LIMIT", 1 << 30)
     monkeypatch.setattr("virtd.drivers.qemu.nics.sweep", AsyncMock())  # there are no guests

@@ -289,7 +289,7 @@ async def test_rules_that_are_flushed_again_at_once(site: Site, monkeypatch: pyt
 async def test_other_peoples_rules_are_looked_at_now_and_then(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a change, but not after each of many; and the last one is never passed over."""
     for module in (prober, guard):
-        monkeypatch.setattr(module, "SETTLE", 0.001)
+        monkeypatch.setattr(module, "QUIET", 0.001)
     monkeypatch.setattr(prober, "PAUSE", 0.0)
     monkeypatch.setattr(prober, "AGAIN", (0.001,))
     looks: list[str] = []
@@ -363,7 +363,7 @@ async def test_other_peoples_rules_are_looked_at_now_and_then(site: Site, monkey
 @on_loop
 async def test_what_was_found_is_told_by_the_next_daemon(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """At once; and nobody looks again unless somebody's rules have changed meanwhile."""
-    monkeypatch.setattr(prober, "SETTLE", 0.001)
+    monkeypatch.setattr(prober, "QUIET", 0.001)
     looks: list[str] = []
 
     def find(ground: Ground, _over: object) -> list[Obstacle]:
