@@ -25,7 +25,7 @@ PENDING = "pending"  # the problem of a definition that waits
 
 
 class Adapting:
-    """Of one network."""
+    """Adapts one network."""
 
     def __init__(
         self, net: NetRecord, rules: Rules, server: Server, pieces: Pieces, connections: Connections

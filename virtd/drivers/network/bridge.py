@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A network's bridge: made as the definition says, or brought back to it. Everything here may be done twice.
+"""A network's bridge and its ports: made as the definition says, or brought back to it. Everything may be repeated.
 
-These block, and are called in a thread.
+All of this blocks: call it in a thread.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def is_ours(name: str, mac: str) -> bool:
 
 
 def make_it(name: str, mac: str, alias: str) -> bool:
-    """Make a bridge, which is down, unless it is there; whether it was made. Raises HostError."""
+    """Make a bridge, down for now, unless it exists. Returns whether it was made. Raises HostError."""
     if links.exists(name):
         return False
     try:
@@ -49,7 +49,10 @@ def make_it(name: str, mac: str, alias: str) -> bool:
 
 
 def take_in(network: Network, known: Iterable[Port]) -> None:
-    """Have in the bridge what carries our alias, and is on no record: of an older virtd. Raises HostError."""
+    """Put an older virtd's interfaces into the bridge: they carry our alias, and no record names them.
+
+    Raises HostError.
+    """
     name, ours = network.bridge_name, {port.interface for port in known}
     found = [
         port.interface
@@ -67,7 +70,7 @@ def take_in(network: Network, known: Iterable[Port]) -> None:
 
 
 def lower_it(name: str, mac: str) -> bool:
-    """Delete the bridge if it is ours; what is in it is then in none. Raises HostError."""
+    """Delete the bridge if it is ours; its ports are then in no bridge. Raises HostError."""
     if not is_ours(name, mac):
         return False
     try:
@@ -78,7 +81,7 @@ def lower_it(name: str, mac: str) -> bool:
 
 
 def address_of(port: Port) -> str:
-    """A tap's own address: the guest's with another first byte, so that people see whose it is."""
+    """A tap's own address: the guest's with another first byte, so that people see which guest's it is."""
     return f"fe{port.mac[2:]}"
 
 
@@ -91,7 +94,7 @@ def put_out(netlink: Netlink, port: Port) -> None:
 def add_tap(port: Port, bridge: str, *, alias: str, uid: int, isolated: bool = False) -> None:
     """Make a tap for processes of `uid` and put it into the bridge. Raises HostError, with none left.
 
-    Its own address, see `address_of`, is none that anybody sends to.
+    Nobody sends to the tap's own address, see `address_of`.
     """
     interface = port.interface
     owner = links.read(interface, "ifalias")
@@ -132,13 +135,13 @@ def remove(interface: str) -> bool:
 
 
 def join(netlink: Netlink, interface: str, bridge: str, port: Port | None, *, isolated: bool) -> None:
-    """Put an interface into a bridge. What is said here of a port holds without firewall rules as well.
+    """Put an interface into a bridge. What is set here for a port holds without firewall rules, too.
 
-    `port` None: what it may send isn't known.
+    `port` is None when it isn't known what it may send.
     """
     for key, value in PORT_SETTINGS.items():
         family, _, what = key.partition("/")
-        # Where /proc/sys is read-only, a guest does without: see wanted.py, which tells of it.
+        # Where /proc/sys is read-only, a guest does without; wanted.py reports it.
         with contextlib.suppress(errors.HostError):
             prerequisites.set_sysctl(f"net/{family}/conf/{interface}/{what}", str(value))
     # First the MTU: a bridge whose own wasn't set takes the smallest of its ports'.
@@ -151,13 +154,13 @@ def join(netlink: Netlink, interface: str, bridge: str, port: Port | None, *, is
 
 
 def rename(netlink: Netlink, interface: str, name: str) -> None:
-    """It is down afterwards."""
+    """Rename an interface, which is down afterwards."""
     netlink.set_link(interface, up=False)
     netlink.set_link(interface, rename=name)
 
 
 def guard(netlink: Netlink, interface: str, port: Port | None, *, isolated: bool) -> None:
-    """What the bridge itself sees to at a port."""
+    """Set what the bridge itself enforces at a port."""
     locked = port is not None and not port.trusted
     if port is not None and locked:
         netlink.add_neighbour_of_port(interface, port.mac)
@@ -165,7 +168,7 @@ def guard(netlink: Netlink, interface: str, port: Port | None, *, isolated: bool
 
 
 def set_ports(ports: tuple[Port, ...], bridge: str, *, isolated: bool) -> None:
-    """See that those which are in the bridge are as `join` has them. Raises HostError."""
+    """Set the ports that are in the bridge as `join` does. Raises HostError."""
     try:
         with Netlink() as netlink:
             for port in ports:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How a network's bridge differs from what virtd has made, and what else of the host its packets need."""
+"""How a network's bridge, and the forwarding that it needs, differ from what virtd made."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def bridge_key(network: Network) -> str:
-    """Of a difference: that there is no bridge."""
+    """The key of the difference that there is no bridge."""
     return f"{network.bridge_name} there"
 
 

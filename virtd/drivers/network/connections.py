@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class Connections:
-    """Of one network; `net` keeps the record that tells of them, and `follow` has its pieces follow that."""
+    """The ports of one network, which `net` keeps in its record; `follow` has rules and dnsmasq follow them."""
 
     def __init__(self, net: NetRecord, follow: Callable[[model.Network], Awaitable[None]]) -> None:
         self.net = net
@@ -35,12 +35,12 @@ class Connections:
 
     @property
     def refused(self) -> set[str]:
-        """Interfaces that are kept out of the bridge, see `refuse`; on record, for the next daemon."""
+        """Interfaces that are kept out of the bridge, see `refuse`. The next daemon finds them in the record."""
         kept = self.net.data.get("refused", [])
         return {name for name in kept if isinstance(name, str)} if isinstance(kept, list) else set()
 
     async def connect(self, interface: str, *, user: str, mac: str, trusted: bool) -> Port:
-        """Have rules, and an address set aside, for an interface before it comes to be; `disconnect` takes it back.
+        """Make rules, and set an address aside, for an interface that will be made; `disconnect` undoes it.
 
         May be repeated. Raises a VirtdError.
         """
@@ -60,7 +60,7 @@ class Connections:
             return port
 
     async def disconnect(self, interface: str) -> None:
-        """Forget a port whose interface has gone. Raises a VirtdError."""
+        """Forget a port whose interface no longer exists. Raises a VirtdError."""
         async with self.net.exclusive("disconnect a guest from"):
             self.coming.discard(interface)
             self._forget_refused(interface)
@@ -86,15 +86,15 @@ class Connections:
             self.net.keep_data(refused=sorted(self.refused - {interface}))
 
     async def set_ports(self) -> None:
-        """See that the bridge treats its ports as it should, also those that a container's reboot made anew."""
+        """Set what the bridge does with its ports, including those that a container's reboot made anew."""
         network = self.net.running
         if network is not None and self.net.ports:
             await asyncio.to_thread(bridge.set_ports, self.net.ports, network.bridge_name, **self.flags)
 
     def refuse(self, interfaces: set[str]) -> None:
-        """Put on record that these are to be out of the bridge until they are connected again, and say so.
+        """Record, and report, that these stay out of the bridge until they are connected again.
 
-        Their QEMU has given them another's address: who does such a thing once does it again.
+        Their QEMU gave them another machine's address, and a program that does that once will do it again.
         """
         net = self.net
         net.keep_data(refused=sorted(self.refused | interfaces))
@@ -116,7 +116,7 @@ class Connections:
                 self.net.problems[f"port {port.interface}"] = Problem(text, hint)
 
     async def take_over(self) -> None:
-        """Guests that an older virtd has connected are in no record of ours."""
+        """Put guests on record that an older virtd has connected without doing so."""
         known = {port.interface for port in self.net.ports}
         missing = [one for one in links.ports() if one.network == self.net.name and one.interface not in known]
         if self.net.record is None or not missing:
@@ -130,7 +130,7 @@ class Connections:
             log.warning("Network %s: %s", self.net.name, exc)
 
     def port(self, interface: str) -> Port:
-        """The one that goes by this interface. Raises NotFound."""
+        """The port with this interface. Raises NotFound."""
         for port in self.net.ports:
             if port.interface == interface:
                 return port

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A network as the front ends show it. What is told of bridge, users and leases is asked of the kernel each time."""
+"""A network as the front ends show it. Bridge, users and leases are read anew each time."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def hosts(network: Network, ports: tuple[Port, ...] = ()) -> str:
 
 
 def names(network: Network) -> str:
-    """What DNS knows besides the leases, in the form of hosts(5).
+    """The names that DNS knows besides those of leases, in the format of hosts(5).
 
     Names of static leases are in it, so that they are known also before their guests have asked for a lease.
     """

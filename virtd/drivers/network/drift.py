@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What differs from how virtd made it, and what of that bridges and ports have in common."""
+"""Differences from what virtd made, and how those are found that bridges and ports have in common."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ MTU = 1500  # of a network whose definition has none
 class Drift(NamedTuple):
     """One thing that isn't as virtd made it.
 
-    `key` stays the same while it is that thing; `text` is "vt-web1-0: in no bridge". `mend` puts it back, None: that
-    is for a person, and `hint` says how. Not `vital`: guests can do without. `new`: nobody has changed anything, such
-    as where a container's reboot has made its interface anew, and it is put back however often it comes. `quiet`: an
-    older virtd may have left it. `gone`: it may be about to be taken off the record. `stray`: an interface that is to
-    be refused, and then put out of the bridge.
+    `key` identifies the thing, `text` says what differs: "vt-web1-0: in no bridge". `mend` puts it back; None if that
+    is left to a person, whom `hint` says how. Not `vital`: guests can do without. `new`: nobody has changed anything,
+    a container's reboot has made its interface anew, say, and it is put back however often it comes. `quiet`: an
+    older virtd may have left it so. `gone`: it may be about to be taken off the record. `stray`: an interface that is
+    to be refused, and then put out of the bridge.
     """
 
     key: str
@@ -41,7 +41,7 @@ class Drift(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What there is, of the interfaces that were looked at."""
+    """What the kernel has of the interfaces that were looked at."""
 
     links: dict[str, Link]
     addresses: dict[str, set[Address]]
@@ -50,7 +50,7 @@ class Seen(NamedTuple):
 
 
 def setting(link: Link, key: str, value: int, *, vital: bool = True, new: bool = False) -> Iterator[Drift]:
-    """A sysctl of an interface's."""
+    """How a sysctl of an interface differs."""
     found = link.values.get(key)
     if found is None or found == value:
         return
@@ -82,7 +82,7 @@ def is_link_local(one: Address) -> bool:
 
 
 def mtu_of(ground: Ground) -> int | None:
-    """The bridge's, and its ports'; None where the kernel has it follow an interface that somebody put in."""
+    """The MTU of the bridge and its ports; None if it follows an interface that somebody else put in."""
     network = ground.network
     if network.mtu is not None or not network.own:
         return network.mtu

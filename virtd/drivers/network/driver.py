@@ -105,7 +105,7 @@ class Driver(Inventory[Net, Network]):
         self._guard.begin(beside_firewalld=False)
 
     def _sweep_leases(self) -> None:
-        """Remove leases of networks that there aren't any more: an undefine was cut off."""
+        """Remove the leases of networks that no longer exist, which an interrupted undefine leaves."""
         top = f"{self._services.paths.lib}/{DRIVER}"
         defined = listing(f"{self._services.paths.etc}/{DRIVER}", ".toml")  # also those that can't be read
         if defined.wrong:
@@ -138,7 +138,7 @@ class Driver(Inventory[Net, Network]):
         self._guard.begin()
 
     async def _rebuild(self, name: str, *, unit: bool) -> None:
-        """A unit, slots or a bridge that no record tells of."""
+        """Rebuild a network from a unit, slots or a bridge without a record, or roll it back."""
         if await rebuilding.rebuild(self.object(name), self.identities_of(name), unit=unit):
             self.found.rebuilt.append(name)
             self.problems.pop(f"record {name}", None)
@@ -149,7 +149,7 @@ class Driver(Inventory[Net, Network]):
         return [net for net in self.nets.values() if net.definition and net.definition.autostart and not net.active]
 
     def grown(self, key: str) -> None:
-        """The pump's word that bytes landed in a log that is watched: `key` is a slot's name."""
+        """Called by the pump when bytes have landed in a watched log; `key` is the name of its slot."""
         driver, name, slot = key.split("/")
         if (driver, slot) == (DRIVER, "stderr") and (net := self.nets.get(name)) is not None:
             net.server.stderr.forward()
@@ -200,7 +200,7 @@ class Driver(Inventory[Net, Network]):
     # Definitions
 
     async def reload(self) -> None:
-        """Put changed definitions in force, and see that rules and bridges are as they should be."""
+        """Put changed definitions in force, and put back what differs of rules and bridges."""
         for net in list(self.nets.values()):
             try:
                 await net.adapt()
@@ -240,7 +240,7 @@ class Driver(Inventory[Net, Network]):
                     )
 
     async def warnings(self, network: Network) -> list[str]:
-        """What a definition wants and others have, which is no error before the start."""
+        """What the definition claims although others have it, which is an error only at the start."""
         from . import holdings  # no start of the daemon needs it
 
         return await holdings.warnings(self.nets.get(network.name), network, self._peers)
@@ -263,18 +263,18 @@ class Driver(Inventory[Net, Network]):
         net = self.objects[name]
         super().forget(name)
         if name not in self.objects:
-            net.on_record.set()  # nothing is to be put on record any more
+            net.on_record.set()  # there is no record left to write
 
     # Describing
 
     async def look(self) -> None:
-        """See what is there, also of what the kernel tells nobody."""
+        """Look for changes, including those that the kernel doesn't announce."""
         self._prober.look()
         await self._upkeep.restore(set(self.nets), why="by somebody else")
         await self._look_for_newcomers(self.nets.values())
 
     async def look_at(self, net: Net) -> None:
-        """The same for one network, before it is told of."""
+        """The same for one network, before it is described."""
         await self._upkeep.restore({net.name}, why="by somebody else")
         await self._look_for_newcomers([net])
 

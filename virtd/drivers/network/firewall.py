@@ -50,7 +50,7 @@ def is_ours(table: str) -> bool:
 
 
 def rules(ground: Ground, kept: dict[str, list[str]] | None = None) -> str:
-    """The commands that put the network's tables in place of what there was, all at once. `kept`: see ethernet.py."""
+    """The commands that replace the network's tables in one transaction. `kept`: see ethernet.py."""
     own = _inet(ground) if ground.network.own else ""
     return own + ethernet.rules(ground, table(ground.network.name), kept or {})
 
@@ -129,7 +129,7 @@ def _forward(network: Network, mac: str) -> list[str]:
 
 
 def _input(network: Network) -> list[str]:
-    """What guests of an isolated network may say to the host: to ask for a lease and for names, and to ping it.
+    """What guests of an isolated network may send to the host: requests for a lease and for names, and pings.
 
     All of it to the addresses of their own bridge only: behind the host's others, and those of its other bridges, may
     be a DNS server that asks the whole world.
@@ -183,7 +183,7 @@ def _dnat(network: Network, hook: str) -> list[str]:
 
 
 def replace(*grounds: Ground) -> list[Marks]:
-    """Put the networks' rules in place of what there is, all of them or none; their marks. Raises NftError.
+    """Replace the rules of these networks, all or none, and return their marks. Raises NftError.
 
     The kernel waits at the end of each transaction: for many networks one takes a tenth of the time.
     """
@@ -201,9 +201,9 @@ def remove(name: str) -> None:
 
 
 class Marks(NamedTuple):
-    """What tells a network's tables from all others: checksums of them as the kernel lists them, handles included.
+    """What identifies a network's tables: checksums of them as the kernel lists them, handles included.
 
-    Two that are equal are the same rules, not only alike. "" where there is no table.
+    Equal marks mean the very same rules, not only rules that look alike. "" where there is no table.
     """
 
     inet: str
@@ -221,13 +221,13 @@ def mark(name: str) -> Marks:
 
 
 def marks(names: Iterable[str]) -> dict[str, Marks]:
-    """The marks of many. After a flush none of them is there, which one question tells."""
+    """The marks of many networks. After a flush all are missing, which a single query shows."""
     there = tables()
     return {name: mark(name) if name in there else Marks("", "") for name in names}
 
 
 def listing(name: str, family: str = FAMILY) -> str:
-    """The network's table as the kernel has it, as JSON, but for what the kernel itself fills; "" for none."""
+    """The network's table as the kernel has it, as JSON, without what the kernel itself fills in; "" for none."""
     items = _items(family, name)
     for item in items:
         if (found := item.get("set")) is not None and found["name"] in ethernet.FILLED:
@@ -270,7 +270,7 @@ def chains() -> list[dict[str, Any]]:
 
 
 def rule(family: str, table: str, chain: str, handle: int) -> str:
-    """A rule in nft's own words; "" when it isn't there any more, or nft doesn't say it."""
+    """A rule in nft's own words; "" when it no longer exists or nft can't print it."""
     try:
         lines = _run(f"list chain {family} {table} {chain}", counters=False).splitlines()
     except NftError:
@@ -286,7 +286,7 @@ def _listed(what: str) -> list[dict[str, Any]]:
 
 
 class Owning:
-    """For tables with the flag "owner": they are gone when this is closed, or this process dies."""
+    """A handle for tables with the flag "owner", which vanish when it is closed or this process dies."""
 
     def __init__(self) -> None:
         """Raises NftError."""

@@ -49,7 +49,7 @@ async def adopt(units: Units, bridge: str) -> None:
 
 
 async def watch(bus: Bus, changed: Callable[[], None]) -> Callable[[], Awaitable[None]]:
-    """Call `changed` when firewalld has come up, was reloaded or has ended; returns how to end that."""
+    """Call `changed` when firewalld starts, is reloaded or ends. Returns a function that stops that."""
 
     def owner(_path: str, _interface: str, _member: str, args: tuple[str, ...]) -> None:
         if args[0] == NAME:

@@ -75,7 +75,7 @@ async def _look(nets: Nets) -> There:
             bridges[words[2]] = interface
     try:
         tables = set(await asyncio.to_thread(firewall.tables))
-    except firewall.NftError:  # nothing can be said of them, and whoever needs them has been told
+    except firewall.NftError:  # nothing can be said of them, and the error was reported where they are needed
         tables = set()
     return There(seen, bridges, tables)
 
@@ -112,7 +112,7 @@ async def _findings(nets: Nets, name: str, there: There) -> list[Difference]:
 
 
 async def _pieces(net: Net, seen: Seen) -> list[Difference]:
-    """What is missing of an active network, or isn't as it should be."""
+    """What is missing of an active network, or differs from what virtd made."""
     network, name = net.running, net.name
     if network is None:
         return [Difference("definition", name, f"{name} is active with a definition that can't be read")]
@@ -144,7 +144,7 @@ async def _pieces(net: Net, seen: Seen) -> list[Difference]:
 
 
 def _leftovers(nets: Nets, name: str, there: There) -> list[Difference]:
-    """What is there of a network that isn't active, or isn't one at all."""
+    """What exists for a network that is inactive or unknown."""
     found = []
     if unit := there.seen.units.get(name):
         found.append(Difference("unit", name, f"{unit.name} is there, and {name} isn't active", "stop it"))

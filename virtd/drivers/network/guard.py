@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Looks after what others can take away from networks: rules, and firewalld's consent. Upkeep has the rest.
+"""Puts back what others take away from networks: rules, and firewalld's consent. Upkeep does the rest.
 
-Nothing is polled: the kernel tells of tables and interfaces, firewalld of its own start and reload.
+Nothing is polled: the kernel announces changes of tables and interfaces, and firewalld its own start and reload.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Guard:
         self._beside: asyncio.Task[None] | None = None
 
     def begin(self, *, beside_firewalld: bool = True) -> None:
-        """Listen, if there is a network to listen for. The bus is left alone until `beside_firewalld`."""
+        """Start to listen if a network is active; on the bus only with `beside_firewalld`."""
         if not any(net.active for net in self._nets.values()):
             return
         if self._watch is None:
@@ -92,7 +92,7 @@ class Guard:
     # Rules
 
     def _touched(self, table: str) -> None:
-        """Somebody, perhaps we ourselves, changed a table of nftables'."""
+        """A table of nftables was changed, perhaps by virtd itself."""
         if table == firewall.PROBE:
             return
         self._doubtful.add(table)
@@ -112,7 +112,7 @@ class Guard:
             self._looking = None
 
     async def restore_rules(self, which: set[str], *, why: str) -> None:
-        """Apply the rules again that are gone or changed; the journal is told once, however many networks it is."""
+        """Apply rules again that are missing or changed; one journal entry for all networks."""
         nets = [net for name, net in sorted(self._nets.items()) if name in which]
         busy = [net for net in nets if net.busy]
         try:
@@ -139,7 +139,7 @@ class Guard:
             self._publish("changed", name)
 
     async def _restore(self, *nets: Net) -> list[str]:
-        """Those whose rules were gone or not as we had left them: all of them or none. Raises a VirtdError."""
+        """Restore the rules that were missing or changed, all or none; of which networks. Raises a VirtdError."""
         async with contextlib.AsyncExitStack() as turns:
             for net in nets:
                 await turns.enter_async_context(net.exclusive("look after the rules of"))
@@ -165,7 +165,7 @@ class Guard:
     # Isolation
 
     def _changed(self, change: Change) -> None:
-        """Somebody, perhaps we ourselves, changed something of the kernel's routing."""
+        """Something of the kernel's routing was changed, perhaps by virtd itself."""
         self._upkeep.heard(change)
         if isinstance(change, RuleChanged) and change.removed and self._restoring is None:
             self._restoring = asyncio.create_task(self._restore_routing(), name="look-at-routing")
@@ -177,7 +177,7 @@ class Guard:
             self._restoring = None
 
     async def restore_isolation(self, *, why: str) -> None:
-        """See that isolated networks are cut off, and that nothing else is, by a rule of ours that was left over."""
+        """Restore the rules that isolate networks, and remove those that were left over."""
         needed = {
             net.name: isolation.wanted(network)
             for net in self._nets.values()
@@ -202,9 +202,9 @@ class Guard:
     # firewalld
 
     async def _follow_firewalld(self) -> None:
-        """For as long as the daemon runs: when firewalld comes up, our bridges have to be put into their zone.
+        """As long as the daemon runs, put our bridges into their zone whenever firewalld starts.
 
-        When it ends, what it has refused is no problem any more.
+        When it ends, what it had refused stops being a problem.
         """
         missed = False
         while True:
@@ -216,7 +216,7 @@ class Guard:
             await asyncio.sleep(BUS_RETRY)
 
     async def _once(self, *, missed: bool) -> None:
-        """Until this bus is lost. `missed`: it may have come up, or been asked in vain, when there was none."""
+        """Follow it until this bus is lost. `missed`: it may have started while there was no bus."""
         bus = (await self._services.units()).bus
         changed, closed = asyncio.Event(), asyncio.Event()
         bus.on_closed(_both(changed.set, closed.set))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What networks have that nobody else may have at the same time: see drivers.conflicts."""
+"""What only one network may have at a time; see objects/conflicts.py."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ def all_of(nets: Mapping[str, Owner], *, running: bool) -> Iterator[tuple[str, H
 
 
 async def require(net: Owner, network: Network, beside: Beside) -> None:
-    """Raise Busy when somebody has what `network` is to have and isn't in force yet."""
+    """Raise Busy when somebody else has what the new definition `network` claims."""
     before = net.running.forward if net.running is not None else ()
     await _require_unserved(net.name, network.forward, before)
     require_free(net, network, beside)
 
 
 def require_free(net: Owner, network: Network, beside: Beside) -> None:
-    """The same as far as nobody has to be waited for: other networks."""
+    """The same for what can be asked without waiting: other networks."""
     conflicts.require(beside.peers, f"network {net.name}", of(network, net.mac if network.own else ""))
     for other in beside.nets.values():
         theirs = other.running
@@ -103,7 +103,7 @@ async def _require_unserved(name: str, forwards: tuple[Forward, ...], before: tu
 
 
 async def warnings(net: Owner | None, network: Network, peers: Peers) -> list[str]:
-    """What others have that it wants, for who defines it."""
+    """What others have that the definition claims, as warnings for whoever defines it."""
     found = [
         f"forward[{one.number}]: {one.text}: it can't be started like that" for one in await _served(network.forward)
     ]

@@ -30,7 +30,7 @@ class Nets(Protocol):
 
 
 class Interfaces:
-    """Of all networks."""
+    """The interfaces in all networks of the driver."""
 
     def __init__(self, nets: Nets) -> None:
         self._nets = nets

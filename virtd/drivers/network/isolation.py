@@ -6,8 +6,8 @@ asked first (priority 0), so the host itself is reached, which is for the firewa
 leaves these rules alone, they need no daemon, and they may be there before the bridge is. (The bridge's own sysctl
 `forwarding` would not do: whoever writes net.ipv4.ip_forward sets it for all interfaces.)
 
-They carry a protocol number by which they are known as ours, and are always settled for all networks together: what
-is missing is added, what nobody wants any more is removed, so that a crash at any point is mended by the next time.
+They carry a protocol number by which they are known as ours, and are always compared for all networks together: what
+is missing is added and what no network needs is removed, so that the next comparison mends what a crash interrupted.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def wanted(network: Network) -> set[RoutingRule]:
 
 
 def apply(networks: Iterable[Network], *, remove: bool = True) -> set[RoutingRule]:
-    """Have the rules that these networks need, and with `remove` no others of ours; what was missing.
+    """Add the rules that these networks need, and with `remove` delete others of ours. Returns what was missing.
 
     Raises HostError.
     """
@@ -85,16 +85,16 @@ class Isolated(Protocol):
 
 
 class Isolation:
-    """Of all networks of the driver's, one change at a time."""
+    """The rules of all networks of the driver, changed by one caller at a time."""
 
     def __init__(self, nets: Mapping[str, Isolated]) -> None:
         self._nets = nets
         self._turn = asyncio.Lock()
 
     async def apply(self) -> set[RoutingRule]:
-        """Have what the networks need that are active by their records; what was missing. Raises HostError."""
+        """Apply what networks need that are active by their records. Returns what was missing. Raises HostError."""
         async with self._turn:
             running = [net.running for net in self._nets.values() if net.active]
-            # Of one whose definition can't be read nobody knows what it needs.
+            # What a network needs whose definition can't be read isn't known.
             known = [network for network in running if network is not None]
             return await asyncio.to_thread(apply, known, remove=len(known) == len(running))

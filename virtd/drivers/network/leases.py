@@ -70,7 +70,7 @@ def parse(lines: list[str], now: float) -> list[Lease]:
 
 
 def _place(address: str) -> tuple[int, bytes] | None:
-    """What to sort by; None for what isn't an address."""
+    """The key to sort by; None for text that isn't an address."""
     import socket
 
     family = socket.AF_INET6 if ":" in address else socket.AF_INET

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The host's interfaces: what there is, as sysfs tells it, and the taps that guests are given.
+"""The host's interfaces: those in sysfs, and the taps that are made for guests.
 
 Reading costs microseconds and needs no privilege, so that a listing may ask the kernel each time.
 """
@@ -25,7 +25,7 @@ _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 
 
 class Port(NamedTuple):
-    """An interface in one of our networks, by the alias that it was given: whose it is."""
+    """An interface in one of our networks, and its user, both from its alias."""
 
     interface: str
     network: str
@@ -41,7 +41,7 @@ def is_bridge(name: str) -> bool:
 
 
 def read(name: str, what: str) -> str:
-    """One of the interface's files in sysfs; "" when it isn't there."""
+    """The text of one of the interface's files in sysfs; "" when there is none."""
     try:
         with open(f"{CLASS}/{name}/{what}", encoding="utf-8", errors="replace") as file:
             return file.read().strip()
@@ -88,7 +88,7 @@ def all_names() -> list[str]:
 
 
 def alias_of(network: str, user: str) -> str:
-    """What an interface of ours carries, where a person and the next daemon find it: `ip link` shows it."""
+    """The alias of an interface of ours, by which people (`ip link` shows it) and the next daemon recognise it."""
     return f"virtd network {network} for {user}"
 
 
@@ -103,14 +103,14 @@ def ports() -> list[Port]:
 
 
 def bearing(alias: str, mac: str = "", besides: Collection[str] = ()) -> str:
-    """The interface that carries this alias, and address, whatever it is called; "" for none, and for several."""
+    """The one interface with this alias, and address if given, whatever its name; "" for none or several."""
     found = [name for name in all_names() if name not in besides and read(name, "ifalias") == alias]
     found = [name for name in found if mac in ("", read(name, "address"))]
     return found[0] if len(found) == 1 else ""
 
 
 def make_tap(name: str, uid: int) -> None:
-    """Make a tap that stays and that processes of `uid` may open; one that is there is taken over. Raises OSError."""
+    """Make, or take over, a persistent tap that processes of `uid` may open. Raises OSError."""
     fd = os.open(TUN, os.O_RDWR | os.O_CLOEXEC)
     try:
         fcntl.ioctl(fd, _TUNSETIFF, struct.pack("=16sH22x", name.encode(), _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which ports the host itself serves: who would lose his callers to a [[forward]] of one of them.
+"""Which ports the host itself serves, whose services a [[forward]] would make unreachable.
 
-The kernel tells of sockets by sock_diag(7), as it does to ss(8). Whose one is has to be looked for in /proc, which is
-done for those in question only.
+Sockets are listed by sock_diag(7), as ss(8) does. The process that has one is looked for in /proc, and only for the
+ports in question.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _STATES = {socket.IPPROTO_TCP: 1 << 10, socket.IPPROTO_UDP: 1 << 7}  # TCP_LISTE
 
 
 class Listener(NamedTuple):
-    """A socket: "tcp" or "udp", and by which IP versions it takes what comes from elsewhere."""
+    """A socket: "tcp" or "udp", and the IP versions by which it can be reached from elsewhere."""
 
     protocol: str
     versions: frozenset[int]
@@ -45,8 +45,9 @@ class Listener(NamedTuple):
 
 
 class Process(NamedTuple):
-    """Whose it is; `unit` is the host's own, "" where it is in none. `activated`: systemd has the socket as well, for
-    a socket unit, and would start the service again.
+    """The process that has a socket; `unit` is its unit on the host, or "".
+
+    `activated`: systemd holds the socket too, for a socket unit, and would start the service again.
     """
 
     pid: int
@@ -56,7 +57,7 @@ class Process(NamedTuple):
 
 
 class Served(NamedTuple):
-    """A forward of a port on which somebody listens: which of them, who, as a sentence, and what can be done.
+    """A forward whose port is served: its place in the list, who listens, as a sentence, and what can be done.
 
     `protocol` and `inode` are the socket's.
     """
@@ -69,7 +70,7 @@ class Served(NamedTuple):
 
 
 def served(forwards: Iterable[Forward]) -> list[Served]:
-    """Those of `forwards` whose port the host serves. Raises OSError when the kernel doesn't tell."""
+    """Those of `forwards` whose port the host serves. Raises OSError when the kernel can't be asked."""
     numbered = list(enumerate(forwards))
     if not numbered:
         return []
@@ -109,7 +110,7 @@ def _sentence(index: int, one: Listener, who: Process | None) -> Served:
 
 
 def listening() -> list[Listener]:
-    """All sockets of the host that wait for what others send. Raises OSError."""
+    """All listening sockets of the host. Raises OSError."""
     found = []
     with Diag() as diag:
         for protocol in _STATES:
@@ -152,7 +153,7 @@ def _versions(address: str, *, only6: bool) -> frozenset[int]:
 
 
 def _owners(inodes: set[int]) -> dict[int, Process]:
-    """Who has these sockets open: of several the one that isn't systemd, which listens for others."""
+    """The process that has each socket open; one that isn't systemd if there are several."""
     wanted = {f"socket:[{inode}]": inode for inode in inodes}
     found: dict[int, list[int]] = {}
     for pid in sorted((int(name) for name in os.listdir(PROC) if name.isdigit()), reverse=True):
@@ -177,7 +178,7 @@ def _read(pid: int, what: str) -> str:
 
 
 def _unit(cgroups: str) -> str:
-    """The host's unit: below it there may be those of a user's systemd, or of a container's."""
+    """The outermost unit, which is the host's: units of a user's or a container's systemd may be below it."""
     for line in cgroups.splitlines():
         if line.startswith("0::"):
             return next((name for name in line[3:].split("/") if name.endswith((".service", ".scope"))), "")

@@ -118,7 +118,7 @@ class Net(NetRecord):
             return True
 
     async def _repair(self) -> bool:
-        """Something of an active network may be gone: see to it. Its users are connected again."""
+        """Restore what is missing of an active network, and connect its users again; False if nothing was."""
         network = self.running
         if network is None:
             raise errors.HostError(
@@ -137,7 +137,7 @@ class Net(NetRecord):
         return True
 
     async def _undo(self, why: BaseException) -> None:
-        """A start that failed: whatever there is of it by now goes away again."""
+        """Undo a failed start: remove whatever exists by now."""
         try:
             await self.pieces.unmake()
         except Exception as exc:
@@ -166,7 +166,7 @@ class Net(NetRecord):
             return True
 
     async def _finish(self, why: str) -> None:
-        """What a stop has left to do. Raises a VirtdError, and is then tried again."""
+        """Finish a stop. If it raises a VirtdError, it is tried again."""
         try:
             await self.pieces.unmake()
         except errors.VirtdError as exc:
@@ -200,7 +200,7 @@ class Net(NetRecord):
             if record.slots:
                 self.server.adopt(record)
             if self.state is State.ACTIVE and not self.lost_bridge() and (not record.unit or self.server.alive):
-                # What the record says is good enough to be told; the rest is looked at in a moment.
+                # What the record says is good enough for answers; the rest is compared in a moment.
                 self.settled.set()
 
     def recall(self) -> None:
@@ -220,7 +220,7 @@ class Net(NetRecord):
             newcomers.recall(self)
 
     async def reconcile(self, *, unit_exists: bool) -> str:
-        """Second step: whole again, whatever a crash cut off. Returns "adopted", "ended", "rolled back" or ""."""
+        """Second step: finish what a crash interrupted. Returns "adopted", "ended", "rolled back" or ""."""
         try:
             async with self.exclusive("take back"):
                 return await self._reconcile(unit_exists=unit_exists)
@@ -264,6 +264,6 @@ class Net(NetRecord):
         return "adopted"
 
     async def close(self) -> None:
-        """Let go of everything in this process; the network stays as it is."""
+        """Release everything in this process; the network stays as it is."""
         await self.server.close()
         await self.end_tasks()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a network is by its definition and its record: all that its pieces need to know of it."""
+"""A network's definition and record: all that its pieces need to know of it."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class NetRecord(Persistent):
 
     @property
     def pending(self) -> bool:
-        """Whether the definition says something else than what is in force."""
+        """Whether the definition differs from the one in force."""
         return self.active and self.data.get("definition") != self.definition_text
 
     @property
@@ -133,7 +133,7 @@ class NetRecord(Persistent):
         return definitions.in_force(network, text) | {"bridge": network.bridge_name if network.own else ""}
 
     def still_connected(self) -> dict[str, Any]:
-        """For the record of one that isn't active: its guests are connected again by its next start."""
+        """What the record of an inactive network keeps: its next start connects these guests again."""
         return {"ports": kept} if (kept := self.data.get("ports")) else {}
 
     # What there is of it
@@ -197,6 +197,6 @@ class NetRecord(Persistent):
         self.save(data=self.data | data)
 
     def keep_data(self, **data: Any) -> None:
-        """The same for what came about by itself: in memory for certain."""
+        """The same for what happened by itself: changed in memory even if it can't be written."""
         if self.record is not None:
             self.keep(data=self.data | data)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who has come to listen on a port of the host's that is forwarded already: nobody from outside reaches him.
+"""Services that came to listen on a port of the host that is forwarded already: nobody outside reaches them.
 
-A start is refused where somebody listens, see holdings.py. Of sockets the kernel tells nobody, so it is looked now
-and then. Sockets of UDP also belong to clients, who have any port for a moment: they count after a while.
+A start is refused if somebody listens, see holdings.py. The kernel doesn't announce sockets, so they are listed now
+and then. UDP sockets may be clients', which use any port for a moment, so they count only after a while.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ log = logging.getLogger(__name__)
 
 
 class Newcomers:
-    """On the ports of all networks."""
+    """Those on the ports of all networks."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._since: dict[int, float] = {}  # when a socket was seen first, by its inode
 
     async def look(self, nets: Iterable[NetRecord]) -> None:
-        """At these networks: what was found is their problem for as long as it is there."""
+        """Look at these networks: what is found is a problem of theirs for as long as it lasts."""
         for net in list(nets):
             network = net.running if net.state is State.ACTIVE else None
             if network is None:
@@ -59,12 +59,12 @@ class Newcomers:
 
 
 def recall(net: NetRecord) -> None:
-    """Tell what an earlier daemon has found, until it is looked again."""
+    """Report what an earlier daemon found, until the next look."""
     net.problems |= _keyed([Problem(text, hint) for text, hint in _said(net).items()])
 
 
 def _said(net: NetRecord) -> dict[str, str]:
-    """What is told of a network already, by an earlier daemon perhaps: texts with their hints."""
+    """What was reported of a network before, perhaps by an earlier daemon: texts with their hints."""
     said = net.data.get(NOTED)
     return {str(text): str(hint) for text, hint in said.items()} if isinstance(said, dict) else {}
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Frames such as guests and their servers send, to see what becomes of them: Ethernet, IPv4 or IPv6, and in these
-UDP, TCP or ICMP.
+"""Frames such as guests and their servers send: Ethernet, IPv4 or IPv6, and in these UDP, TCP or ICMP.
 
-Each carries a number by which it is known again wherever it turns up, also behind NAT: in IPv4 the identification
+Each carries a number by which it is recognised wherever it arrives, even behind NAT: in IPv4 the identification
 (16 bits), in IPv6 the flow label (of which as many are used).
 """
 
@@ -41,7 +40,7 @@ def udp(way: Way, number: int, source: int, to: int, body: bytes = b"") -> bytes
 
 
 def tcp(way: Way, number: int, source: int, to: int, flags: int) -> bytes:
-    """A segment without data; one that acknowledges does so for the number of a SYN of ours."""
+    """A segment without data; an acknowledgement is for the sequence number of our SYN."""
     acknowledged = 2 if flags == SYN_ACK else 0
     body = struct.pack("!HHIIBBHHH", source, to, 1, acknowledged, 5 << 4, flags, 64240, 0, 0)
     return _frame(way, number, TCP, body, checksum=16)
@@ -62,7 +61,7 @@ def dhcp_discover(mac: str, number: int) -> bytes:
 
 
 def dhcp_inform(mac: str, number: int, address: str) -> bytes:
-    """DHCPINFORM: what is asked for is sent to the address that the client says it has, and no lease is given.
+    """DHCPINFORM: the answer goes to the address that the client says it has, and no lease is given.
 
     To everybody, as DHCPDISCOVER is: the answer belongs to no connection then.
     """
@@ -83,7 +82,7 @@ def dhcp6_solicit(way: Way, number: int) -> bytes:
 
 
 def dns_query(way: Way, number: int, *, port: int = 40053) -> bytes:
-    """Asks for version.bind, class CHAOS: what a server answers by itself and asks nobody else for."""
+    """A query for version.bind, class CHAOS, which a server answers without asking another."""
     question = b"\7version\4bind\0" + struct.pack("!HH", 16, 3)
     return udp(way, number, port, 53, struct.pack("!6H", number, 0, 1, 0, 0, 0) + question)
 
@@ -108,7 +107,7 @@ def packed(address: str) -> bytes:
 
 
 def number_of(header: bytes) -> int:
-    """The number in what begins as an IP header; 0 when there is none."""
+    """The number in an IP header; 0 when `header` isn't one."""
     if len(header) >= 20 and header[0] >> 4 == 4:
         return int.from_bytes(header[4:6], "big")
     if len(header) >= 4 and header[0] >> 4 == 6:

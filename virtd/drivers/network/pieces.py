@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class Pieces:
-    """Of one network; `ensure` puts right what differs of its bridge and ports."""
+    """The pieces of one network; `ensure` puts right what differs of its bridge and ports."""
 
     def __init__(self, net: NetRecord, rules: Rules, server: Server, ensure: Callable[[], Awaitable[None]]) -> None:
         self._net = net

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How a port of a network differs from what virtd has made."""
+"""How a port of a network differs from what virtd made."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def differences(ground: Ground, port: Port, above: Link, seen: Seen) -> Iterator
 
 
 def _renamed(ground: Ground, port: Port) -> str:
-    """What the port's interface is called by now; "" when it isn't there."""
+    """The present name of the port's interface; "" when there is none."""
     alias = links.alias_of(ground.network.name, port.user)
     mac = bridge.address_of(port) if port.user.startswith("qemu/") else ""  # a veth has one that the kernel chose
     return links.bearing(alias, mac, [one.interface for one in ground.ports])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The ports of a network: who is connected by which interface, and which addresses it was given.
+"""The ports of a network: which guest is connected by which interface, and with which addresses.
 
-A port gets its IPv4 address when it is connected, before its guest asks: dnsmasq is told to give it that one. So the
-rules know it beforehand, and nobody has to be there at the moment of a lease.
+A port gets its IPv4 address when it is connected, before its guest asks for one, and dnsmasq then leases it that one.
+So the rules know the address beforehand, and no daemon has to be running when the lease is given.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class Port(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One of them, as the network's record has it, by the name that its interface has or will have.
+    """A port in the network's record, with the name that its interface has or will have.
 
-    `ipv4` is what was set aside for it, None where a [[host]] or nobody gives it one. `loose`: it was connected by a
-    virtd that set nothing aside, so what its guest has given itself isn't known.
+    `ipv4` is the address set aside for it, None if a [[host]] has one or DHCP gives none. `loose`: a virtd connected
+    it that set nothing aside, so its guest's address isn't known.
     """
 
     interface: str
@@ -51,7 +51,7 @@ class Ground(NamedTuple):
 
 
 def recorded(data: dict[str, Any]) -> tuple[Port, ...]:
-    """What a record says."""
+    """The ports in a record's data."""
     try:
         return tuple(msgspec.convert(data.get("ports", []), list[Port]))
     except msgspec.ValidationError:  # a newer virtd's
@@ -61,8 +61,8 @@ def recorded(data: dict[str, Any]) -> tuple[Port, ...]:
 def set_aside(network: Network, mac: str, others: Iterable[Port], leases: Iterable[Lease]) -> str | None:
     """An IPv4 address for the port with this MAC; None where DHCP gives none, or a [[host]] has it already.
 
-    The one that it has a lease of, if nobody else has it; else always the same, as long as that is free. Raises
-    HostError when none is.
+    The address that it has a lease of, if nobody else has that; otherwise always the same one, as long as it is free.
+    Raises HostError when none is.
     """
     import ipaddress
 
@@ -101,7 +101,7 @@ def eui64(prefix: int, mac: str) -> IPv6Address:
 
 
 def taken_over(paths: Paths, interface: str, user: str, leases: Iterable[Lease]) -> Port | None:
-    """A port that an older virtd has connected: its MAC is in its guest's record. None when it isn't to be found."""
+    """A port that an older virtd connected, with the MAC from its guest's record; None if that can't be found."""
     kind, _, name = user.partition("/")
     try:
         with open(paths.record(kind, name), "rb") as file:

@@ -35,7 +35,7 @@ class Account(NamedTuple):
 
 
 def account(settings: Dnsmasq, facts: Facts) -> Account:
-    """Raises HostError when there is no such user, or it is root."""
+    """The configured user. Raises HostError when there is no such user, or it is root."""
     hint = "systemd-sysusers virtd.conf makes one; or set dnsmasq.user in virtd.toml to another user."
     uid, gid = facts.ids(settings.user, None, "dnsmasq", hint)
     return Account(settings.user, uid, gid)
@@ -110,21 +110,21 @@ def forwarding(key: str) -> str:
 
 
 def forwarding_needed(network: Network) -> list[str]:
-    """What has to be on for the network's guests."""
+    """The settings that have to be on for the network's guests."""
     if network.mode not in (Mode.NAT, Mode.ROUTED):
         return []
     return [path for path, ip in ((FORWARD4, network.ipv4), (FORWARD6, network.ipv6)) if ip is not None]
 
 
 def written_elsewhere(path: str) -> str:
-    """What helps where a setting can't be written from here."""
+    """A hint for a setting that can't be written from here."""
     return f"sysctl -w {dotted(path)}=1 does it, where /proc/sys can be written; or a file in sysctl.d(5)."
 
 
 def allow_forwarding(network: Network) -> list[str]:
-    """Have the host forward what the network needs forwarded; what was changed.
+    """Have the host forward what the network needs. Returns the settings that were changed.
 
-    It is never taken back: who else has come to rely on it isn't known.
+    They are never reset: others may have come to rely on them.
     """
     changed = []
     for path in forwarding_needed(network):
@@ -171,7 +171,7 @@ def addresses(network: Network) -> list[tuple[str, int]]:
 
 
 def lines(path: str, most: int | None = None, skip: int = 0) -> list[str]:
-    """Of a file below /proc, from the line after `skip` on, `most` of them."""
+    """The lines of a file below /proc, after the first `skip`, at most `most`."""
     try:
         with open(f"{PROC}/{path}", encoding="ascii") as file:
             return list(itertools.islice(file, skip, None if most is None else skip + most))
@@ -185,6 +185,6 @@ def legacy_tables(file: str) -> list[str]:
 
 
 def canonical(address: str) -> str:
-    """An address in the form in which the kernel shows it."""
+    """An address as the kernel prints it."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     return socket.inet_ntop(family, socket.inet_pton(family, address))

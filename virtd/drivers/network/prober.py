@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""When it is looked for what keeps guests from doing what they do, see obstacles.py: after a start, and when somebody
-has changed rules, the host's default route, or something that was put back. That is done in the background, in a
-thread, and the networks show what was found last.
+"""Decides when to look for obstacles (see obstacles.py): after a start, and when rules, the host's default route or
+something that was put back have changed. It looks in the background, in a thread, and networks show what was found
+last.
 """
 
 from __future__ import annotations
@@ -50,24 +50,24 @@ class Prober:
         self._over = threading.Event()  # tells the thread
 
     def doubt(self, names: Iterable[str]) -> None:
-        """Somebody's rules have changed, or these networks have just come up: look, in a moment."""
+        """Look at these networks in a moment: rules have changed, or they have just been started."""
         self._times = 0
         self._look_at(names)
 
     def look(self) -> None:
-        """That there are other tables of legacy iptables than before is all that can be seen of it for nothing."""
+        """Look again if the tables of legacy iptables differ from before, which is all that costs nothing to see."""
         before, self._legacy = self._legacy, _legacy()
         if self._legacy != before:
             self.doubt(net.name for net in self._nets.values() if net.active)
 
     def recall(self) -> None:
-        """First step of a start: what an earlier daemon has found is told."""
+        """First step of a start: report what an earlier daemon found."""
         for net in self._nets.values():
             if net.active:
                 _recall(net)
 
     def begin(self) -> None:
-        """Second step: it is looked at again where it may have changed."""
+        """Second step: look again where something may have changed."""
         now = _generation()
         for net in self._nets.values():
             if net.active and not (_is_same(net, now) and not self._legacy):
@@ -79,7 +79,7 @@ class Prober:
             self._running = asyncio.create_task(self._look(), name="look-for-obstacles")
 
     async def leave(self, name: str) -> None:
-        """Have nothing to do with a network any more, which is about to go."""
+        """Stop looking at a network that is about to be stopped."""
         self._doubtful.discard(name)
         if self._trying is not None and self._trying[0] == name:
             self._over.set()
@@ -104,9 +104,9 @@ class Prober:
                 for name in sorted(names):
                     try:
                         await self._look_for(name)
-                    except Exception:  # it keeps no other from being looked at
+                    except Exception:  # the others are looked at nevertheless
                         log.exception("Network %s: what its guests may do can't be tried", name)
-                # Our own tables came and went; whoever else has changed something meanwhile will be heard.
+                # Our own tables were made and removed; changes by others meanwhile are announced.
                 now = _generation()
                 for name in sorted(names):
                     if (net := self._nets.get(name)) is not None and net.state is State.ACTIVE:
@@ -155,7 +155,7 @@ class Prober:
 
 
 def _tell(net: Net, found: list[Obstacle]) -> None:
-    """What isn't found any more is over."""
+    """Replace the problems that were found last; those no longer found are gone."""
     new = {f"obstacle {number}": one.problem for number, one in enumerate(found)}
     before = {key: problem for key, problem in net.problems.items() if key.startswith("obstacle ")}
     net.obstacles = found
@@ -174,13 +174,13 @@ def _tell(net: Net, found: list[Obstacle]) -> None:
 
 
 def _note(net: Net, generation: int | None) -> None:
-    """For the next daemon: what was found, and beside which rules."""
+    """Record for the next daemon what was found, and with which rules."""
     found = [[one.problem.text, str(one.problem.hint), one.unheard] for one in net.obstacles]
     net.remember(obstacles={"found": found, "generation": generation, "ground": _ground(net)})
 
 
 def _noted(net: Net) -> list[tuple[Problem, bool]] | None:
-    """What was found last, each with whether nobody tells of its mending; None where nobody has looked."""
+    """What was found last, each with whether its end is announced by nothing; None before the first look."""
     noted: Any = net.data.get("obstacles")
     try:
         return [(Problem(str(text), str(hint)), bool(unheard)) for text, hint, unheard in noted["found"]]
@@ -216,7 +216,7 @@ def _find(ground: Ground, over: threading.Event) -> list[Obstacle]:
 
 
 def _generation() -> int | None:
-    """A number that is another one after each change of nftables' rules; None where that isn't known."""
+    """The generation of nftables' rules, which each change of them increases; None if it isn't known."""
     try:
         with Requests(NETFILTER) as netlink:
             answer = netlink.answer(_GETGEN, NFGEN.pack(0, 0, 0))
@@ -226,6 +226,6 @@ def _generation() -> int | None:
 
 
 def _legacy() -> list[list[str]]:
-    """The tables of legacy iptables, of whose rules the kernel tells nobody; [] where there are none."""
+    """The tables of legacy iptables, whose changes the kernel doesn't announce; [] where there are none."""
     found = [sorted(prerequisites.legacy_tables(file)) for file in ("ip_tables_names", "ip6_tables_names")]
     return found if any(found) else []

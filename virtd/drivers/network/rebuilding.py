@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is done with a unit, slots or a bridge that no record tells of."""
+"""Makes networks whole, or clears them away, of which only a unit, slots or a bridge are left and no record."""
 
 from __future__ import annotations
 

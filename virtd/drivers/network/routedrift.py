@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How what the host sends to guests leaves otherwise than by their bridge."""
+"""Routes and rules of others by which packets for guests would leave elsewhere than by their bridge."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEFAULT = 253  # RT_TABLE_DEFAULT, asked after the main one
 
 
 def differences(kernel: Kernel, ground: Ground, there: list[Route]) -> Iterator[Drift]:
-    """What the host sends to guests has to leave by the bridge, whatever routes and rules others have."""
+    """What keeps packets from the host to guests from leaving by the bridge."""
     network, name = ground.network, ground.network.bridge_name
     for _key, subnet in network.subnets():
         if why := routes.in_the_way(subnet, name, there):

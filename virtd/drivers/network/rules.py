@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Rules:
-    """Of one network; `net` keeps the record."""
+    """The rules of one network; `net` keeps their marks in its record."""
 
     def __init__(self, net: NetRecord) -> None:
         self._net = net

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The dnsmasq of one network: begun, watched, begun again when it dies, told of changes, ended."""
+"""The dnsmasq of one network: started, watched, started again when it dies, reloaded and stopped."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BACKOFF = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # seconds before one try and the next
-STEADY = 60.0  # seconds after which one that runs counts as well again
+BACKOFF = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # seconds between tries
+STEADY = 60.0  # seconds of running after which its failures are forgotten
 STOP_LIMIT = 15.0
 
 
 class Server(Tasks):
-    """A network's dnsmasq; `net` keeps the record that tells of it."""
+    """A network's dnsmasq, which is in the record of `net`."""
 
     def __init__(self, net: NetRecord) -> None:
         super().__init__(net.name, net.problems)
@@ -52,17 +52,17 @@ class Server(Tasks):
 
     @property
     def pid(self) -> int | None:
-        """Of the one that runs."""
+        """The PID of the one that runs."""
         return self.child.pid if self.child is not None and self.child.alive() else None
 
     @property
     def files(self) -> dnsmasq.Files:
         return dnsmasq.files_in(self.net.runtime, self.net.state_directory)
 
-    # Beginning and ending
+    # Starting and stopping
 
     async def run(self, network: Network, *, afresh: bool) -> None:
-        """Have it run with the network's files; with `afresh` also one that runs is replaced. Raises a VirtdError."""
+        """Have it run with the network's files; with `afresh` one that runs is replaced. Raises a VirtdError."""
         changed = await asyncio.to_thread(serverfiles.update, self.net, network)
         if self.alive and not afresh and self.files.config not in changed:
             if changed:
@@ -72,7 +72,7 @@ class Server(Tasks):
         self.net.problems.pop("server", None)
 
     async def adapt(self, new: Network, old: Network) -> None:
-        """A changed definition: replaced only if it must be, and if it can't be begun so, begun as it was."""
+        """Adapt to a changed definition: replace it only if needed, and go back to the old one if that fails."""
         if not new.serves:
             await self.end()
             self.net.save(**ending.GONE)
@@ -95,7 +95,7 @@ class Server(Tasks):
             ) from exc
 
     async def read_hosts(self, network: Network) -> None:
-        """Have it know for whom addresses are set aside. Raises HostError."""
+        """Reload the addresses that are set aside. Raises HostError."""
         if await asyncio.to_thread(serverfiles.update, self.net, network) and self.alive:
             await self._hangup()
 
@@ -104,7 +104,7 @@ class Server(Tasks):
         self.spawn(self._watch(await self._spawn(network)), "watch")
 
     async def end(self) -> None:
-        """Stop it and clear away what it leaves. Idempotent."""
+        """Stop it and clear away what it leaves. May be repeated."""
         await self.end_tasks()
         record = self.net.record
         if self.child is None and (record is None or not (record.unit or record.slots)):
@@ -114,7 +114,7 @@ class Server(Tasks):
         await self.clear()
 
     async def clear(self) -> None:
-        """Put away one that has ended. The record is the caller's."""
+        """Put away one that has ended; the caller changes the record."""
         child = self.child or Child(self.net.shared.services, DRIVER, self.net.name)
         if self.child is not None:
             await child.drain()
@@ -140,15 +140,17 @@ class Server(Tasks):
         self.stderr.begin(child)
 
     async def put_away(self) -> None:
-        """Clear away one that has ended, and have it off the record."""
+        """Clear away one that has ended, and take it off the record."""
         await self.clear()
-        with contextlib.suppress(errors.HostError):  # a full disk: what a record that stays tells of isn't there
+        with contextlib.suppress(
+            errors.HostError
+        ):  # a full disk: the next daemon finds nothing of what stays on record
             self.net.save(**ending.GONE)
 
     async def _hangup(self) -> None:
-        """Have it read its lists again."""
+        """Have it reload its lists."""
         units = await self.net.shared.services.units()
-        with contextlib.suppress(errors.NotFound):  # it has just died, and is begun again with the new lists
+        with contextlib.suppress(errors.NotFound):  # it has just died, and is started again with the new lists
             await units.kill(self.net.unit, signal.SIGHUP)
 
     # Its own end
@@ -158,7 +160,7 @@ class Server(Tasks):
         self.spawn(self._again(), "again")
 
     async def _again(self) -> None:
-        """It has died: say so, and begin it again, after ever longer pauses while it doesn't stay."""
+        """Report that it died and start it again, after ever longer pauses if it keeps dying."""
         from .serverlaunch import how
 
         net = self.net
@@ -198,7 +200,7 @@ class Server(Tasks):
                 return
 
     def _wanted(self) -> Network | None:
-        """The network's definition, if there should be a dnsmasq and is none."""
+        """The network's definition if a dnsmasq should run and none does."""
         return self.net.running if self.net.state.value == "active" and not self.alive else None
 
     @property
@@ -207,7 +209,7 @@ class Server(Tasks):
         return BACKOFF[min(self._failures, len(BACKOFF) - 1)]
 
     def _say(self, text: str, hint: Hint = "") -> None:
-        """What the network has to say for itself until its dnsmasq runs."""
+        """Report a problem of the network until its dnsmasq runs."""
         hint = hint or f"See: journalctl VIRTD_DRIVER=network VIRTD_NAME={self.net.name}."
         self.net.problems["server"] = Problem(text, f"It is started again in {span(self._pause)}. " + hint)
 
@@ -226,12 +228,12 @@ class Server(Tasks):
             )
 
     def recall(self) -> None:
-        """First step as well: one that an earlier daemon has seen end, and hasn't begun again."""
+        """First step, too: report one that an earlier daemon saw end and hasn't started again."""
         if self.net.record is not None and not self.net.record.unit and self._wanted() is not None:
             self._say("Its dnsmasq doesn't run: no leases and no names until it does")
 
     async def identify(self, *, unit_exists: bool) -> None:
-        """A crash between the unit's start and the record of its PID: ask systemd who it is."""
+        """Ask systemd for the PID, if a crash came between the unit's start and its record."""
         if self.child is None or self.alive or not unit_exists:
             return
         units = await self.net.shared.services.units()
@@ -241,7 +243,7 @@ class Server(Tasks):
             self.net.save(**self.child.identity())
 
     async def take_back(self, network: Network) -> None:
-        """Watch the one that runs. One that ended meanwhile is begun again, as if it had ended under our eyes."""
+        """Watch the one that runs, or start another one as if it had ended just now."""
         child = self.child
         if self.net.data.get("unsure"):
             await asyncio.to_thread(serverfiles.update, self.net, network)
@@ -256,17 +258,17 @@ class Server(Tasks):
                 message_id=Message.ADOPTED, VIRTD_PID=str(child.pid), **self.net.fields(),
             )  # fmt: skip
             self.spawn(self._watch(child), "watch")
-            # A daemon that was killed between a new file and the word of it has left that word to us.
+            # A daemon may have been killed between writing a new file and the reload.
             if await asyncio.to_thread(serverfiles.update, self.net, network):
                 await self._hangup()
 
     async def close(self) -> None:
-        """Let go of everything in this process; dnsmasq and its slots stay."""
+        """Release everything in this process; dnsmasq and its slots stay."""
         await self.end_tasks()
         if self.child is not None:
             await self.child.close()
 
 
 def _send(text: str, **fields: Any) -> None:
-    """Into the journal, as what it mostly is: the daily business of a server."""
+    """Send a line of its log to the journal: mostly the routine of a server, hence level info."""
     journal.send(text, **fields | {"level": "warning" if "failed" in text or "error" in text else "info"})

@@ -29,7 +29,7 @@ LOOK = 0.01  # seconds between two looks at whether they are
 
 
 class ServerLaunch(Launch):
-    """One try. `begun` looks after the child from when it is on record, `put_away` clears one away that failed."""
+    """One attempt. `begun` is given the child once it is on record; `put_away` clears a failed one away."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class ServerLaunch(Launch):
 
 
 def how(state: UnitState | None) -> str:
-    """How it ended, in words."""
+    """How dnsmasq ended, in words."""
     if state is None:
         return "ended, nobody knows how"
     if state.exec_code == CLD_EXITED:
@@ -106,7 +106,7 @@ def how(state: UnitState | None) -> str:
 
 
 def _read(net: NetRecord, since: int) -> bytes:
-    """What is in its log from an offset on, 64 KiB at most."""
+    """Its log from an offset on, at most 64 KiB."""
     try:
         with open(net.shared.services.paths.stderr_log(DRIVER, net.name), "rb") as file:
             if os.fstat(file.fileno()).st_size < since:  # rotated meanwhile
@@ -118,7 +118,7 @@ def _read(net: NetRecord, since: int) -> bytes:
 
 
 def _explained(words: str, account: prerequisites.Account) -> tuple[str, str] | None:
-    """Of what it says that isn't about its configuration: more about it, and a hint."""
+    """An explanation and a hint for an error that isn't about its configuration; None for others."""
     if "create inotify: Too many open files" not in words:
         return None
     from .. import inotify  # no start of the daemon needs it

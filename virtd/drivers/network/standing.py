@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One network's bridge and ports: how they differ from what virtd has made, and what is said of it."""
+"""Whether a network's bridge and ports are as virtd made them, and the problem reported if they aren't."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class Stood(Protocol):
     def current(self) -> Network: ...
     @property
     def tended(self) -> Ground:
-        """What is looked after, while it is active: no ports that are about to be made."""
+        """What is compared while it is active: all but ports that are still being made."""
 
     async def make(self, network: Network) -> None:
         """Make what is missing of all its pieces. Raises a VirtdError."""
 
     def refuse(self, interfaces: set[str]) -> None:
-        """Put on record that these ports are to be out of the bridge, and say so."""
+        """Record, and report, that these ports stay out of the bridge."""
 
     def keep_data(self, **data: Any) -> None: ...
     def fields(self) -> dict[str, str]: ...
@@ -52,24 +52,24 @@ class Stood(Protocol):
 
 
 class Standing:
-    """Of one network."""
+    """Compares one network, and reports what is left."""
 
     def __init__(self, net: Stood) -> None:
         self.net = net
-        self.said = 0  # how often
+        self.said = 0  # how many reports were made, empty ones included
 
     @property
     def wrong(self) -> bool:
-        """Whether it was said that something isn't as it should be."""
+        """Whether a difference is reported."""
         return PROBLEM in self.net.problems
 
     async def differences(self) -> list[Drift]:
-        """But for interfaces that have just gone, whose guests may be about to end. Raises HostError."""
+        """All differences except interfaces that vanished just now, whose guests may be ending. Raises HostError."""
         told = self.net.problems.get(PROBLEM)
         return [one for one in await self._compare() if not one.gone or (told is not None and one.text in told.text)]
 
     async def ensure(self) -> None:
-        """Have all as it should be, for a start. Raises HostError when what guests need can't be had."""
+        """Mend everything, for a start. Raises HostError when something can't be mended that guests need."""
         net = self.net
         mended = await self._mend(frozenset())
         left = [one for one in mended.left if not one.gone]
@@ -79,7 +79,7 @@ class Standing:
         self.say(left)
 
     async def put_back(self, spared: frozenset[str]) -> Mended:
-        """Have back what somebody has changed, but for these keys; with the network's turn taken, while it is active.
+        """Put back what somebody changed, except these keys. The caller has the network's turn, and it is active.
 
         Raises a VirtdError.
         """
@@ -91,12 +91,12 @@ class Standing:
         try:
             await self.net.make(network)  # dnsmasq as well: it has lost its addresses
         except errors.VirtdError as exc:
-            # Somebody else may have made one first, and that is what there is to say then.
+            # Somebody else may have made a bridge first, and that is then the difference to report.
             left = await self._compare()
             if not any(one.key == key for one in left):
                 raise
             return wanted.Mended([], [_because(one, exc) if one.key == key and one.mend else one for one in left])
-        # What there is to say of it now, make() has said; something may have come in between.
+        # make() has reported by now; something may have changed since.
         mended = await self._mend(spared)
         return wanted.Mended([one for one in lost if one not in mended.left] + mended.done, mended.left)
 
@@ -105,7 +105,7 @@ class Standing:
         return compared.drifts[0]
 
     async def _mend(self, spared: frozenset[str]) -> Mended:
-        """Strays are refused on record before they are put out, for the next daemon to know."""
+        """Mend differences. Strays are refused on record before they are put out, so that the next daemon knows."""
         mended = await asyncio.to_thread(wanted.put_back, self.net.tended, spared)
         strays = {one.stray for one in mended.left if one.stray}
         if not strays:
@@ -115,7 +115,7 @@ class Standing:
         return wanted.Mended(mended.done + again.done, again.left)
 
     def recall(self) -> None:
-        """Tell what an earlier daemon couldn't mend, until it is looked again."""
+        """Report what an earlier daemon couldn't mend, until the next look."""
         record = self.net.record
         match record.data.get(NOTED) if record is not None else None:
             case [str(text), str(hint)]:
@@ -124,7 +124,7 @@ class Standing:
                 pass
 
     def say(self, left: list[Drift]) -> None:
-        """What isn't as it should be, and stays so until somebody does something about it."""
+        """Report the differences that are left, or that there are none."""
         net = self.net
         self.said += 1
         before = net.problems.get(PROBLEM)

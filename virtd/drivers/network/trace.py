@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What nftables did with a packet, rule by rule, as the kernel tells it of packets that are traced.
+"""What nftables did with a packet, rule by rule, from the trace that the kernel sends.
 
-It is what `nft monitor trace` shows. The layout of the messages (NFT_MSG_TRACE) is include/uapi/linux/netfilter/
+`nft monitor trace` shows the same. The layout of the messages (NFT_MSG_TRACE) is include/uapi/linux/netfilter/
 nf_tables.h's.
 """
 
@@ -44,14 +44,14 @@ class Step(NamedTuple):
 
 
 class Tracer(Multicast):
-    """Hears of all packets that are traced in this network namespace. Close it, or use it in a with statement."""
+    """Receives the traces of this network namespace. Close it, or use it in a with statement."""
 
     def __init__(self) -> None:
         super().__init__(NETFILTER, _GROUP)
         self._numbers: dict[int, int] = {}
 
     def steps(self) -> Iterator[Step]:
-        """What has been told by now."""
+        """What has been received by now."""
         for message in self.heard():
             # Where somebody traces a lot and messages are lost, what is missing is taken for not seen.
             if message is None or (step := parse(message)) is None:

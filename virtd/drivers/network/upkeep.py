@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Sees that what virtd has made of the kernel's for networks stays so: what somebody else changes is put back.
+"""Puts back what somebody else changes of bridges and ports.
 
-What differs is wanted.py's to say. The kernel tells of most changes (watch.py); of a few settings it doesn't, so that
-all is looked at every ten seconds as well. Who changes a thing again and again has a reason, and another program to
-do it: after some times it is left, and said; and tried again after ever longer pauses.
+wanted.py finds the differences. The kernel announces most changes (watch.py), but not those of a few settings, so
+everything is compared every ten seconds as well. What is changed again and again is changed by a program that has its
+reasons: after some times it is left, which is reported, and tried again after ever longer pauses.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ GRACE = 15.0  # seconds in which an interface that went goes off the record too,
 
 
 class Patience:
-    """How often each thing was put back lately."""
+    """Counts how often each thing was put back lately."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -62,7 +62,7 @@ class Patience:
 
     @property
     def spared(self) -> frozenset[str]:
-        """What is left as it is."""
+        """The keys of what is left as it is for now."""
         now = self._clock()
         return frozenset(key for key, (until, _pause) in self._until.items() if until > now)
 
@@ -83,7 +83,7 @@ class Upkeep:
         self._begun = False
 
     async def begin(self) -> None:
-        """From now on: what a crash may have left half made has been seen to."""
+        """Start to put things back, now that what a crash interrupted has been finished."""
         self._begun = True
         await self.restore(set(self._nets), why="while virtd was away")
         if self._touched:
@@ -95,12 +95,12 @@ class Upkeep:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    # What the kernel tells
+    # Notifications
 
     def link(self, name: str, number: int = 0) -> None:
-        """Something happened to an interface; ALL: to any.
+        """Called when something happened to an interface; ALL: to any.
 
-        `number` is its index, by which one is known whose old name the kernel doesn't tell any more.
+        `number` is its index, which identifies a renamed one, whose old name the kernel doesn't report.
         """
         self._touched.add((name, number))
         if self._task is None and self._begun:
@@ -115,12 +115,14 @@ class Upkeep:
             case RouteChanged():
                 if self._concerns(change):
                     self.link(ALL)
-                if change.bits <= 1 and change.table != LOCAL:  # a VPN's lead to one half of the world each
+                if (
+                    change.bits <= 1 and change.table != LOCAL
+                ):  # each of a VPN's routes leads to one half of all addresses
                     # What firewalls let through depends on where it goes.
                     self._doubt([net.name for net in self._live() if net.running and net.running.mode in FORWARDED])
 
     def _concerns(self, route: RouteChanged) -> bool:
-        """Whether a route is one to a network, or to a part of it; of another table than the main one, any."""
+        """Whether a route leads to a network or a part of it; in tables besides the main one, any overlap counts."""
         for version, prefix, bits in self._subnets:
             if version == route.version and (route.bits >= bits or route.table not in (MAIN, LOCAL)):
                 width = (32 if version == 4 else 128) - min(bits, route.bits)
@@ -134,7 +136,7 @@ class Upkeep:
                 await asyncio.sleep(QUIET)
                 events, self._touched = self._touched, set()
                 touched = {self._numbers.get(number, name) for name, number in events} | {name for name, _ in events}
-                # What is in the way of one may go with any: of routes that end with their interface nobody is told.
+                # A route in a network's way may end with any interface, and its end isn't announced.
                 names = {
                     net.name
                     for net in self._live()
@@ -146,18 +148,18 @@ class Upkeep:
             self._task = None
 
     def _live(self) -> list[Net]:
-        """Also those that are being started: what happens to them meanwhile is looked at once they are active."""
+        """Active networks, and those being started, which are compared once they are active."""
         live = State.STARTING, State.ACTIVE
         return [net for net in self._nets.values() if net.state in live and net.running is not None]
 
     # Putting back
 
     def forgive(self, name: str) -> None:
-        """Somebody asks for a network: nothing of it is left alone any longer."""
+        """Leave nothing of a network alone any longer, since somebody has asked for it."""
         self._patience.pop(name, None)
 
     async def restore(self, names: set[str], *, why: str) -> bool:
-        """Look at these networks, and put back what differs; whether some were busy, and come later."""
+        """Compare these networks and put back what differs. Returns whether some were busy and come later."""
         if not self._begun:
             return False
         live = self._live()
@@ -174,7 +176,7 @@ class Upkeep:
         return bool(busy)
 
     async def _look(self, nets: list[Net], why: str) -> list[Net]:
-        """The same; those that have become busy."""
+        """The same; returns those that have become busy."""
         if not nets:
             return []
         said = [net.standing.said for net in nets]
@@ -186,7 +188,7 @@ class Upkeep:
         self._numbers = found.numbers if len(nets) == len(self._live()) else self._numbers | found.numbers
         busy, differing = [], []
         for net, drifts, before in zip(nets, found.drifts, said, strict=True):
-            # What has been said meanwhile may have been seen after this, or before.
+            # A report made meanwhile may be of a later look than this, or of an earlier one.
             if self._lasting(net, drifts) or net.standing.said != before:
                 differing.append(net)
             elif net.busy:
@@ -230,7 +232,7 @@ class Upkeep:
         return one._replace(text=text, hint=hint)
 
     def _lasting(self, net: Net, found: list[Drift]) -> list[Drift]:
-        """Without interfaces that have just gone: their guest ends, or reboots."""
+        """The differences without interfaces that vanished just now, whose guests end or reboot."""
         now = time.monotonic()
         before = self._gone.get(net.name, {})
         since = self._gone[net.name] = {one.key: before.get(one.key, now) for one in found if one.gone}

@@ -67,7 +67,7 @@ def redirect(tap: str, interface: str) -> None:
 
 
 class Conntrack:
-    """Connections that are entered, and taken back at the end. Use it in a with statement."""
+    """Connections that are entered, and deleted at the end. Use it in a with statement."""
 
     def __init__(self) -> None:
         self._netlink = Requests(NETFILTER)

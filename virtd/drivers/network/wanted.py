@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What virtd has made of the kernel's for a network, compared with what is there: the one place that knows both.
+"""Compares what the kernel has for networks with what virtd made, and puts it back; start, info, fsck and upkeep ask.
 
-Start, info, fsck and the watch ask here, and have put back what can be. Firewall rules are compared by their marks
-(net.py), rules of policy routing as a whole (isolation.py). All of this blocks, and is called in a thread.
+Firewall rules are compared by their marks (rules.py), rules of policy routing as a whole (isolation.py). All of this
+blocks: call it in a thread.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def look(kernel: Kernel, interfaces: set[str]) -> Seen:
 
 
 def compare(grounds: list[Ground]) -> Compared:
-    """By one look at all. Raises HostError."""
+    """The differences of all these networks, from one look at the kernel. Raises HostError."""
     try:
         with Kernel() as kernel:
             seen = look(kernel, names(grounds))
@@ -67,7 +67,7 @@ def compare(grounds: list[Ground]) -> Compared:
 
 
 def put_back(ground: Ground, spared: frozenset[str] = frozenset()) -> Mended:
-    """Have what differs as it should be, but for the keys in `spared`. Raises HostError."""
+    """Mend what differs, except the keys in `spared`. Raises HostError."""
     done: dict[str, Drift] = {}
     failed: dict[str, str] = {}
     over = set(spared)  # not tried (again)
@@ -86,7 +86,7 @@ def put_back(ground: Ground, spared: frozenset[str] = frozenset()) -> Mended:
                     except (errors.HostError, OSError) as exc:
                         cause = exc.__cause__ if isinstance(exc, errors.HostError) else exc
                         failed[one.key] = (isinstance(cause, OSError) and cause.strerror) or str(exc)
-                        # What was looked at may have gone since, and something else have come by its name.
+                        # What was compared may have vanished since, and something else have taken its name.
                         if not (isinstance(cause, OSError) and cause.errno in (errno.ENODEV, errno.ENOENT)):
                             over.add(one.key)
     except OSError as exc:
@@ -97,7 +97,7 @@ def put_back(ground: Ground, spared: frozenset[str] = frozenset()) -> Mended:
 
 
 def differences(kernel: Kernel, ground: Ground, seen: Seen) -> list[Drift]:
-    """What differs of a network; of its ports nothing while there is no bridge for them."""
+    """The differences of a network; none of its ports while there is no bridge for them."""
     network = ground.network
     name = network.bridge_name
     link = seen.links.get(name)
