@@ -8,10 +8,9 @@ about, which has just answered: one that hangs must hold up nobody who defines a
 from __future__ import annotations
 
 import os
-import re
 from typing import TYPE_CHECKING
 
-from ...reach import MOUNT_INFO
+from ... import mountinfo
 from . import prerequisites
 
 if TYPE_CHECKING:
@@ -49,15 +48,8 @@ def _same(disk: Disk, theirs: list[tuple[str, Disk]], table: dict[str, str]) -> 
 
 
 def _mounts() -> dict[str, str]:
-    """The file system (major:minor) at each mount point, proc_pid_mountinfo(5). Doesn't touch any of them."""
-    found = {}
-    with open(MOUNT_INFO, encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            _, _, device, _, place, *_ = line.split()
-            found[re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), place)] = (
-                device  # the last one hides others
-            )
-    return found
+    """The file system (major:minor) at each mount point."""
+    return {mount.point: mount.device for mount in mountinfo.mounts()}  # the last one hides others
 
 
 def _file_system(path: str, table: dict[str, str]) -> str:
