@@ -28,7 +28,7 @@ _Refuse = Callable[[str, str], errors.InvalidDefinition]
 
 
 class IdMap(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Which IDs of the host stand for the container's own 0 to `count` - 1, users and groups alike."""
+    """The IDs of the host that the container's own, 0 to `count` - 1, are mapped to, for users and groups alike."""
 
     first: Annotated[int, msgspec.Meta(ge=1, le=ID_MAX)]
     count: Annotated[int, msgspec.Meta(ge=1, le=ID_MAX)] = IDS
@@ -56,7 +56,7 @@ class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 
 
 class Nic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A veth pair into a network of virtd's, or, with `mode = "host"` and alone, all of the host's network."""
+    """A veth pair into a virtd network; or, with `mode = "host"` and as the only one, the host's network."""
 
     network: str | None = None
     mode: str = "network"
@@ -143,7 +143,7 @@ def check(container: Container, source: str) -> None:
         return errors.InvalidDefinition(source, key, expected)
 
     def absolute(key: str, path: str) -> None:
-        # What liblxc's file of keys could not hold is refused, and so is what leads out of where it points to.
+        # liblxc's configuration file can't hold everything, and no path may lead out of its directory.
         if not path.startswith("/") or _unprintable(path) or len(path) > 4095:
             raise refuse(key, f"expected an absolute path, got {shown(path)}")
         if "/../" in path + "/":
@@ -269,7 +269,7 @@ def _check_nics(container: Container, refuse: _Refuse) -> None:
 
 
 def paths(container: Container) -> list[tuple[str, str]]:
-    """What of the host the definition names besides the root file system, as (key, path)."""
+    """Paths of the host that the definition names besides the root file system, as (key, path)."""
     found = [(f"mount[{index}].source", mount.source) for index, mount in enumerate(container.mount)]
     return found + [(f"device[{index}].path", device.path) for index, device in enumerate(container.device)]
 

@@ -17,26 +17,26 @@ _AT = r"(?s)(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?"
 _UNKNOWN = r"(?s)Object contains unknown field `(.*)`"
 _MISSING = r"Object missing required field `(.*)`"
 
-# msgspec speaks of Python's and JSON's types, the readers of its errors of TOML's.
+# msgspec names Python's and JSON's types; readers of its errors know TOML's.
 _WORDS = ((" | null", ""), ("`object`", "table"), ("`str`", "string"), ("`int`", "integer"), ("`bool`", "boolean"))
 
 LIMIT = 1 << 20  # a definition of more than 1 MiB is a mistake (a disk image, most likely)
 
-# tomllib's time for a dotted key grows with the square of its parts: 5 s for 20,000. Nothing here is so deep.
+# tomllib's time for a dotted key grows with the square of its parts: 5 s for 20,000. No definition is that deep.
 PARTS = 128
 LONG_NUMBER = "expected integers of at most 64 bits"
-BOM = "\ufeff"  # what some editors put before UTF-8; TOML is silent about it, and it means nothing
+BOM = "\ufeff"  # what some editors put before UTF-8; TOML doesn't mention it, and it means nothing
 _PART = r"""(?:"[^"\n]*"|'[^'\n]*'|[A-Za-z0-9_-]+)"""
 _DOTTED = rf"{_PART}(?:[ \t]*+\.[ \t]*+{_PART})*+"
 
 
 def decode(text: str, source: str, kind: type[T]) -> T:
-    """A `kind` made of the TOML in `text`; raises InvalidDefinition, whose `file` is `source`."""
+    """The `kind` that the TOML in `text` describes. Raises InvalidDefinition, whose `file` is `source`."""
     if len(text) > LIMIT:
         raise too_large(source, len(text))
     if text.count(".") >= PARTS and any(text.count(".", *key.span()) >= PARTS for key in re.finditer(_DOTTED, text)):
         raise errors.InvalidDefinition(source, "", f"expected keys of at most {PARTS} parts")
-    import tomllib  # 2 ms: a daemon whose guests all run need not read a definition before it answers
+    import tomllib  # 2 ms, which a daemon whose guests all run doesn't need before it answers
 
     try:
         table = tomllib.loads(text.removeprefix(BOM))
@@ -54,9 +54,9 @@ def decode(text: str, source: str, kind: type[T]) -> T:
         raise _explain(exc, source, kind) from exc
 
 
-def _fits(table: dict[str, Any]) -> bool:
-    """Whether all integers are of TOML's size, 64 bits. Python reads longer ones, and can't always show them."""
-    left: list[Any] = [table]
+def _fits(table: dict[str, object]) -> bool:
+    """Whether all integers have at most TOML's 64 bits. Python reads longer ones, but can't always print them."""
+    left: list[object] = [table]
     while left:
         match left.pop():
             case dict() as inner:
@@ -71,12 +71,12 @@ def _fits(table: dict[str, Any]) -> bool:
 
 
 def too_large(source: str, size: int) -> errors.InvalidDefinition:
-    """What a file is told that can't be a definition."""
+    """The error for a file that is too large to be a definition."""
     return errors.InvalidDefinition(source, "", f"expected a definition in TOML of at most 1 MiB, got {size} bytes")
 
 
 def _explain(exc: msgspec.ValidationError, source: str, kind: type[msgspec.Struct]) -> errors.InvalidDefinition:
-    """msgspec's message, taken apart: "Expected `int`, got `str` - at `$.disk[0].path`"."""
+    """From msgspec's message, such as "Expected `int`, got `str` - at `$.disk[0].path`"."""
     match = re.fullmatch(_AT, str(exc))
     what, path = (match["what"], match["path"] or "") if match else (str(exc), "")
     if unknown := re.fullmatch(_UNKNOWN, what):

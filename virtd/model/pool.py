@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A storage pool as a person defines it, and what volumes in it may be called; nothing here looks at the host."""
+"""A storage pool as a person defines it, and the names and sizes of volumes; nothing here looks at the host."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 LOGICAL = r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,126}"
 GROUP = r"/dev/[A-Za-z0-9_+.][A-Za-z0-9_+.-]{0,126}"
 SIZE_MAX = 1 << 62  # an off_t has 63 bits, and QEMU rounds up to clusters
-# What jobs are called, which share a name space with pools (records, slots, units).
+# How the names of jobs begin, which share records, slots and units with pools.
 JOB = "job-"
 
 FILE_SYSTEM = r"[a-z0-9][a-z0-9._-]{0,31}"
@@ -35,7 +35,7 @@ class Type(StrEnum):
 
 
 class Preallocation(StrEnum):
-    """How much of a new volume is there from the beginning: qemu-img(1)'s words."""
+    """How much of a new volume's space is allocated from the start, in qemu-img(1)'s terms."""
 
     OFF = "off"
     METADATA = "metadata"
@@ -96,7 +96,7 @@ def check(pool: Pool, source: str) -> None:
 
 
 def _check_source(pool: Pool, refuse: Callable[[str, str], errors.InvalidDefinition]) -> None:
-    """What is to be mounted, and how."""
+    """Check what to mount, and how."""
     if pool.source is None:
         raise refuse(
             "source", 'expected what to mount: a device such as "/dev/vdb1" or an export such as "nas:/data"'
@@ -111,7 +111,7 @@ def _check_source(pool: Pool, refuse: Callable[[str, str], errors.InvalidDefinit
             f'expected a device such as "/dev/vdb1" or an NFS export such as "nas:/data", got {shown(pool.source)}',
         )
     if re.search(r"[\\\s]$", pool.source):
-        # It is the end of a line in a file of systemd's, which takes the first for a line that goes on.
+        # It ends a line in one of systemd's files, where a backslash would continue the line.
         raise refuse(
             "source", f"expected a name that ends in neither a backslash nor a space, got {shown(pool.source)}"
         )
@@ -138,7 +138,7 @@ def _is_path(text: str) -> bool:
 
 
 def check_volume(name: str, kind: Type = Type.DIRECTORY) -> None:
-    """Raise InvalidDefinition for what can't be a volume's name: a path, a hidden file, a shell's own characters."""
+    """Raise InvalidDefinition for what can't be a volume's name: a path, a hidden file, special characters."""
     if not re.fullmatch(LOGICAL if kind is Type.LOGICAL else VOLUME, name):
         raise errors.InvalidDefinition(
             "volume",

@@ -20,7 +20,7 @@ Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 
 
 class Log(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Limits of each console and stderr log; `backups` older files are kept besides the one that is written."""
+    """Limits of each console and stderr log; `backups` older files are kept besides the current one."""
 
     max_size: str | int = "16M"
     backups: Annotated[int, msgspec.Meta(ge=0, le=100)] = 3
@@ -51,7 +51,7 @@ class Qemu(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def shared_user(self) -> str:
-        """Whom jobs on volumes run as, and with `user` guests, too."""
+        """The user that jobs on volumes run as, and, if `user` is set, all guests."""
         return self.user or SHARED
 
     @property
@@ -65,7 +65,7 @@ class Qemu(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Dnsmasq(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What serves networks with addresses and names. `binary` empty: dnsmasq in the usual places."""
+    """The DHCP and DNS server of networks. `binary` empty: dnsmasq in the usual places."""
 
     binary: str = ""
     user: str = "virtd-dnsmasq"
@@ -130,7 +130,7 @@ def parse(text: str, source: str) -> Settings:
         if binary and not binary.startswith("/"):
             raise errors.InvalidDefinition(source, key, "expected an absolute path")
         if re.search(r"[\\\"'$%;\0-\x1f\x7f]", binary):
-            # To systemd a unit is broken that has such a program, at the latest when it reads its units again.
+            # systemd considers a unit with such a program broken, at the latest when it reads its units again.
             raise errors.InvalidDefinition(
                 source, key, f"expected a path that systemd can run: no quotes, backslashes, $, % or ;, got {binary}"
             )

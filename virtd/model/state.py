@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The states of a domain, and which operation makes sense in which."""
+"""The states of domains and containers, and the operations that make sense in each."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class State(StrEnum):
     RUNNING = "running"
     PAUSED = "paused"
     STOPPING = "stopping"  # asked to shut down, or ending
-    CRASHED = "crashed"  # ended by no one's wish
+    CRASHED = "crashed"  # ended abnormally
 
     @classmethod
     def of(cls, word: str) -> State:
-        """The state of that name; a word of a newer version counts as running, so that nothing is given up."""
+        """The state of that name; one of a newer version counts as running, so that nothing is given up."""
         return cls(word) if word in cls.__members__.values() else cls.RUNNING
 
 

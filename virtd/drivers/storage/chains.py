@@ -33,8 +33,27 @@ class Link(NamedTuple):
 
     @property
     def format(self) -> Format:
-        assert self.volume.meta.format is not None
-        return self.volume.meta.format
+        """Raises InvalidState when it isn't known."""
+        return self._known_format()
+
+    def _known_format(self) -> Format:
+        if self.volume.meta.format is not None:
+            return self.volume.meta.format
+        pool, name = self.pool.name, self.volume.name
+        raise errors.InvalidState(
+            f"The format of volume {name} isn't known: it was put into pool {pool} by others",
+            hint="Say what it is: "
+            + do("import", "volume", pool, name, from_="raw")
+            + " (or qcow2), or have virtd look: "
+            + option("probe")
+            + ".",
+        )
+
+    def require_usable(self) -> None:
+        """Raise InvalidState when its format isn't known, or it is damaged."""
+        self._known_format()
+        if trouble := self.volume.trouble:
+            raise errors.InvalidState(f"Volume {self.volume.name} of pool {self.pool.name} can't be used: {trouble}")
 
     @property
     def pair(self) -> tuple[str, Format]:
@@ -65,18 +84,8 @@ async def chain(pools: Pools, pool: StoragePool, volume: Volume) -> list[Link]:
 
 def require_format(links: Sequence[Link]) -> None:
     """Raise InvalidState for a volume whose format isn't known, or that is damaged."""
-    for pool, volume in links:
-        if volume.meta.format is None:
-            raise errors.InvalidState(
-                f"The format of volume {volume.name} isn't known: it was put into pool {pool.name} by others",
-                hint="Say what it is: "
-                + do("import", "volume", pool.name, volume.name, from_="raw")
-                + " (or qcow2), or have virtd look: "
-                + option("probe")
-                + ".",
-            )
-        if volume.trouble:
-            raise errors.InvalidState(f"Volume {volume.name} of pool {pool.name} can't be used: {volume.trouble}")
+    for link in links:
+        link.require_usable()
 
 
 async def dependents(pools: Pools, jobs: Jobs, pool: str, volume: str) -> list[tuple[str, str]]:

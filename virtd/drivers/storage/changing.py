@@ -78,12 +78,10 @@ class Changing:
         pool, volume = await self._volumes.find(pool_name, name)
         if (known := self._volumes.repeated(pool, name, token)) is not None:
             return known
-        if volume.meta.format is None:
-            chains.require_format([chains.Link(pool, volume)])
+        form = chains.Link(pool, volume).format
         chain = await chains.chain(self._pools, pool, volume)
         await self._volumes.require_no_dependents("wipe", pool.name, name)
         self._usage.require("wipe", pool.name, volume, writes=True)
-        assert volume.meta.format is not None
         task = Task(
             verb="wipe",
             pool=pool.name,
@@ -101,7 +99,7 @@ class Changing:
                 f"Cannot wipe {name}: {volume.trouble}", hint="Delete it; its blocks are then free, though not empty."
             )
         below = chain[1].pair if len(chain) > 1 else None
-        program = programs.wipe(self._volumes.account, volume.path, size, volume.meta.format, below)
+        program = programs.wipe(self._volumes.account, volume.path, size, form, below)
         damaged = msgspec.structs.replace(volume.meta, damaged="it was being wiped: wipe it again, or delete it")
         await pool.usable.describe(name, damaged)
         try:

@@ -31,8 +31,7 @@ class Filesystem(Directory):
     def __init__(self, pool: model.Pool, uid: int, gid: int, units: Callable[[], Awaitable[Units]]) -> None:
         super().__init__(pool, uid, gid)
         self._units = units
-        assert pool.source is not None
-        self._source = pool.source
+        self._source = pool.source or ""  # which no definition of this type lacks
 
     @property
     def mount(self) -> str:

@@ -16,12 +16,13 @@ from ...model.domain import Format
 from ...reach import Trust, opened, reached
 from .. import qcow2
 from .aside import Aside
+from .backend import Meta
 from .chains import Link, require_format
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from .backend import Backend, Backing, Meta, Volume
+    from .backend import Backend, Backing, Volume
     from .pools import Pools
     from .task import Task
 
@@ -148,20 +149,20 @@ async def open_whole(backend: Backend, volume: Volume) -> int:
 
 async def received(pools: Pools, backend: Backend, job: str, task: Task) -> tuple[Meta, str]:
     """The record and the path of a complete upload. Raises InvalidState when it isn't what it was said to be."""
-    assert task.meta is not None
+    meta = task.meta or Meta()
     path = backend.begun(job, task.volume)
     if path.startswith("/dev/"):
-        return task.meta, path
-    wanted = str(task.meta.format)
+        return meta, path
+    wanted = str(meta.format)
     foreign = await Aside(path)(lambda: _look(path, wanted, task.volume))
     os.close(foreign.fd)
     if foreign.size == 0:
         raise errors.InvalidState("Nothing was uploaded")
-    if task.meta.format is Format.RAW:
-        return task.meta, path
+    if meta.format is Format.RAW:
+        return meta, path
     backing = None
     if foreign.backing:
         # A relative name is relative to where the image will be.
         final = foreign._replace(path=f"{os.path.dirname(os.path.dirname(os.path.dirname(path)))}/{task.volume}")
         backing = await known_backing(pools, task.volume, final)
-    return msgspec.structs.replace(task.meta, backing=backing), path
+    return msgspec.structs.replace(meta, backing=backing), path

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import grp
-import json
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from ... import errors
 from ...hints import do
@@ -34,6 +35,12 @@ JOB = "virtd_job_"
 TOKEN = "virtd_token_"
 # lvs(8), the first letter of lv_attr: volumes that guests can use, unlike thin pools, metadata and such.
 PLAIN = frozenset("-oOsVmMrR")
+
+
+class _Answer(msgspec.Struct):
+    """lvmreport(7): one report, with one table."""
+
+    report: tuple[dict[str, list[dict[str, str]]]]
 
 
 class Logical:
@@ -59,12 +66,10 @@ class Logical:
             "-o", fields, self._group,
         )  # fmt: skip
         try:
-            value: Any = json.loads(text)
-            (report,) = value["report"]
-            rows: list[dict[str, str]] = next(iter(report.values()))
-        except (ValueError, LookupError, TypeError, StopIteration) as exc:
-            raise errors.HostError(f"{tool} answered what isn't understood: {text[:200]}") from exc
-        return rows
+            (report,) = msgspec.json.decode(text, type=_Answer).report
+            return next(iter(report.values()))
+        except (msgspec.MsgspecError, ValueError, StopIteration) as exc:
+            raise errors.HostError(f"{tool} gave an answer that virtd doesn't understand: {text[:200]}") from exc
 
     # The pool
 

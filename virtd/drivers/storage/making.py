@@ -88,10 +88,10 @@ class Making:
         chain = await chains.chain(self._pools, pool, volume)
         chains.require_format(chain)
         self._usage.require("clone", pool.name, volume, writes=False)
-        assert volume.meta.format is not None
-        check_format(target, volume.meta.format)
+        form = chain[0].format
+        check_format(target, form)
         await check_room(target, volume.allocation, everything=False)
-        meta = Meta(volume.meta.format, volume.meta.backing, token=token)
+        meta = Meta(form, volume.meta.backing, token=token)
         task = Task(
             verb="clone",
             pool=target.name,
@@ -101,7 +101,7 @@ class Making:
             meta=meta,
             reads=tuple(link.key for link in chain),
         )
-        raw_size = volume.capacity if volume.meta.format is Format.RAW else None
+        raw_size = volume.capacity if form is Format.RAW else None
 
         async def reflink(job: str) -> bool:
             old, new = pool.backend, target.backend

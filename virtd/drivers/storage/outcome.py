@@ -6,8 +6,6 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from ... import errors
 
 if TYPE_CHECKING:
@@ -28,8 +26,7 @@ async def carry_out(pool: StoragePool, job: Job, *, ok: bool) -> None:
     backend = pool.usable
     if task.undo:
         if ok:
-            assert task.meta is not None
-            await backend.commit(job.name, task.volume, msgspec.structs.replace(task.meta, job=job.name))
+            await backend.commit(job.name, task.volume, task.made(job.name))
         else:
             await backend.discard(job.name, task.volume)
     else:

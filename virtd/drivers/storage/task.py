@@ -51,6 +51,10 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     undo: bool = True  # whether a failure removes what it made; otherwise it leaves the volume damaged
     note: str = ""
 
+    def made(self, job: str) -> Meta:
+        """The record of the volume that job `job` has made."""
+        return msgspec.structs.replace(self.meta or Meta(), job=job)
+
 
 class Data(msgspec.Struct, frozen=True, omit_defaults=True):
     """The driver's part of a job's record. `cancelled`: by whom; `error`: why it failed. Either may be ""."""

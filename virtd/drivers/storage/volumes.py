@@ -105,8 +105,7 @@ class Volumes:
                 path = await backend.begin(name, task.volume, size)
                 try:
                     if program is None or (shortcut is not None and await shortcut(name)):
-                        assert task.meta is not None
-                        await backend.commit(name, task.volume, msgspec.structs.replace(task.meta, job=name))
+                        await backend.commit(name, task.volume, task.made(name))
                         await pool.measure()
                         self.pools.changed(pool)
                         return Answer(pool.name, task.volume)
