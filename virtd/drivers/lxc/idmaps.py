@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -21,6 +20,7 @@ from ...hints import do
 from ...model import container as model
 from .. import ids
 from ..ids import Range
+from . import grants
 from .kept import Kept
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Maps:
             return None, False
         owner = os.stat(root).st_uid
         found = definition.idmap or (model.IdMap(owner) if owner else self._own(container))
-        check(found, source, self._guests, etc=self._etc)
+        grants.check(found, source, self._guests, etc=self._etc)
         if owner and not found.first <= owner < found.first + found.count:
             raise errors.InvalidDefinition(
                 source,
@@ -133,10 +133,10 @@ class Maps:
 
     def _free(self, claims: Iterable[Claim], count: int = model.IDS) -> model.IdMap:
         """The first free map of that size. Raises HostError."""
-        taken = [claim.ids for claim in claims] + others(self._etc, self._guests)
+        taken = [claim.ids for claim in claims] + grants.others(self._etc, self._guests)
         taken += [Range("", *kept) for kept in self._load().ids.values()]
-        for users in own(self._etc, "subuid"):
-            for groups in own(self._etc, "subgid"):
+        for users in grants.own(self._etc, "subuid"):
+            for groups in grants.own(self._etc, "subgid"):
                 first = max(users.first, groups.first)
                 both = Range("", first, min(users.last, groups.last) - first + 1)
                 if (found := ids.free(both, count, taken, step=model.IDS)) is not None:
@@ -179,7 +179,7 @@ class Maps:
     def check(self, definition: model.Container, source: str) -> None:
         """Refuse a new definition whose IDs people or other containers have. Raises InvalidDefinition."""
         if definition.idmap is not None:
-            check(definition.idmap, source, self._guests, etc=self._etc)
+            grants.check(definition.idmap, source, self._guests, etc=self._etc)
         if (wanted := defined_ids(definition)) is None:
             return
         claim = _claim(definition.name, wanted, root_of(definition), active=False)
@@ -254,53 +254,3 @@ def _owners(directory: str) -> list[tuple[str, int]]:
     except OSError:
         return []
     return [(os.path.realpath(path), owner) for path, owner in found if owner]
-
-
-# The host's files
-
-
-def own(etc: str, file: str) -> list[Range]:
-    """What root may give to containers: its lines, or our default range if it has none."""
-    return [entry for entry in ids.grants(f"{etc}/{file}") if entry.owner in ("root", "0")] or [ids.CONTAINERS]
-
-
-def others(etc: str, guests: Range) -> list[Range]:
-    """What is granted to anybody but root, belongs to a user or a group, or is reserved for guests."""
-    found = [guests]
-    for file in ("subuid", "subgid"):
-        found += [
-            entry._replace(owner=f"{entry.owner} ({etc}/{file})")
-            for entry in ids.grants(f"{etc}/{file}")
-            if entry.owner not in ("root", "0")
-        ]
-    for file, noun in (("passwd", "user"), ("group", "group")):
-        try:
-            with open(f"{etc}/{file}", encoding="utf-8", errors="replace") as lines:
-                rows = [line.split(":") for line in lines]
-        except OSError:
-            continue
-        found += [
-            Range(f"{noun} {row[0]}", int(row[2]), 1)
-            for row in rows
-            if row[2:] and re.fullmatch("[0-9]{1,10}", row[2])
-        ]
-    return found
-
-
-def check(wanted: model.IdMap, source: str, guests: Range = ids.GUESTS, *, etc: str = "/etc") -> None:
-    """Refuse a map that the host's files don't allow. Raises InvalidDefinition."""
-    first, last = wanted.first, wanted.first + wanted.count - 1
-    for file in ("subuid", "subgid"):
-        mine = own(etc, file)
-        if not any(entry.holds(first, wanted.count) for entry in mine):
-            allowed = ", ".join(f"{entry.first} to {entry.last}" for entry in mine)
-            raise errors.InvalidDefinition(
-                source,
-                "idmap",
-                f"expected IDs that {etc}/{file} allows root to give away ({allowed}), got {first} to {last}",
-                hint=f"Choose others, or add a line to /etc/subuid and /etc/subgid: root:{first}:{wanted.count}.",
-            )
-    for entry in others(etc, guests):
-        if entry.meets(first, wanted.count):
-            has = f"got {first} to {last}, of which {entry.owner} has some"
-            raise errors.InvalidDefinition(source, "idmap", f"expected IDs that nobody else has, {has}")

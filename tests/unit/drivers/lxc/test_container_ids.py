@@ -15,7 +15,7 @@ from tests.doubles.whole_host import ROOT, on_loop
 from tests.unit.drivers.lxc.test_container_restarts import Site
 from virtd import errors
 from virtd.drivers import ids
-from virtd.drivers.lxc import idmaps
+from virtd.drivers.lxc import grants, idmaps
 from virtd.model import container as model
 
 if TYPE_CHECKING:
@@ -101,9 +101,9 @@ def _plain(one: model.IdMap) -> tuple[int, int]:
 
 def test_without_a_grant_the_upper_range_is_ours(tmp_path: Path) -> None:
     etc = grant(tmp_path, "alice:100000:65536\n")
-    idmaps.check(model.IdMap(FIRST), "x", etc=etc)
+    grants.check(model.IdMap(FIRST), "x", etc=etc)
     with pytest.raises(errors.InvalidDefinition) as caught:
-        idmaps.check(model.IdMap(100000), "x", etc=etc)
+        grants.check(model.IdMap(100000), "x", etc=etc)
     assert caught.value.key == "idmap"
     assert "root:100000:65536" in str(caught.value.hint)
 
@@ -117,21 +117,21 @@ def test_what_root_is_granted_counts(tmp_path: Path, containers: Containers) -> 
     containers.maps.release("a")
     assert containers.maps.reserve_new("c").first == 1000000
     with pytest.raises(errors.InvalidDefinition):
-        idmaps.check(model.IdMap(FIRST), "x", etc=etc)
+        grants.check(model.IdMap(FIRST), "x", etc=etc)
     with pytest.raises(errors.InvalidDefinition):
-        idmaps.check(model.IdMap(1000000, 131073), "x", etc=etc)
+        grants.check(model.IdMap(1000000, 131073), "x", etc=etc)
 
 
 def test_ids_that_somebody_else_has_are_refused(tmp_path: Path, containers: Containers) -> None:
     etc = grant(tmp_path, "root:100000:1000000\nalice:165536:65536\n")
     with pytest.raises(errors.InvalidDefinition, match="alice"):
-        idmaps.check(model.IdMap(165536), "x", etc=etc)
+        grants.check(model.IdMap(165536), "x", etc=etc)
     (tmp_path / "passwd").write_text("root:x:0:0::/:\nbob:x:231072:1::/:\nodd:x:²:\n")
     (tmp_path / "group").write_text("staff:x:296608:\n")
     with pytest.raises(errors.InvalidDefinition, match="user bob"):
-        idmaps.check(model.IdMap(231072), "x", etc=etc)
+        grants.check(model.IdMap(231072), "x", etc=etc)
     with pytest.raises(errors.InvalidDefinition, match="group staff"):
-        idmaps.check(model.IdMap(296608), "x", etc=etc)
+        grants.check(model.IdMap(296608), "x", etc=etc)
     # 100000 and what comes after are free, then alice's, bob's, staff's.
     assert [containers.maps.reserve_new(name).first for name in "ab"] == [100000, 362144]
 
@@ -139,13 +139,13 @@ def test_ids_that_somebody_else_has_are_refused(tmp_path: Path, containers: Cont
 def test_guests_are_somebody_else(tmp_path: Path) -> None:
     etc = grant(tmp_path, f"root:{ids.GUESTS.first}:{ids.GUESTS.many}\n")
     with pytest.raises(errors.InvalidDefinition, match="guests"):
-        idmaps.check(model.IdMap(ids.GUESTS.first, 10), "x", etc=etc)
+        grants.check(model.IdMap(ids.GUESTS.first, 10), "x", etc=etc)
 
 
 def test_groups_count_as_well(tmp_path: Path) -> None:
     etc = grant(tmp_path, "root:1000000:65536\n", "root:2000000:65536\n")
     with pytest.raises(errors.InvalidDefinition, match="subgid"):
-        idmaps.check(model.IdMap(1000000), "x", etc=etc)
+        grants.check(model.IdMap(1000000), "x", etc=etc)
 
 
 def test_whole_ranges_count(containers: Containers) -> None:
