@@ -30,7 +30,7 @@ BUS_RETRY = 1.0
 NAME_RETRY = 10.0
 GRACE = 0.05  # seconds after READY=1 in which those who waited for it are answered before D-Bus is brought up
 UNITS_LIMIT = 20.0  # seconds that an operation waits for D-Bus to come (back)
-HANG_LIMIT = 120.0  # and so much longer where the bus is there and hangs, see bus.PATIENCE
+HANG_LIMIT = 80.0  # and so much longer where the bus is there and hangs, see bus.PATIENCE
 HUNG = 5.0  # seconds for a connection, after which the bus counts as hanging
 HANGING = (
     "D-Bus hangs: it takes connections and doesn't answer",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RECONCILE_LIMIT = 120.0  # seconds that an operation waits after the daemon's own start, in which the bus may hang
+RECONCILE_LIMIT = 100.0  # seconds that an operation waits after the daemon's own start, in which the bus may hang
 
 
 class Inventory(Generic[T, D]):

@@ -29,8 +29,8 @@ PEER: Final = "org.freedesktop.DBus.Peer"
 
 # Seconds until a call counts as unanswered. A bus can hang for the better part of a minute and be well afterwards:
 # when dbus-daemon reads its configuration it looks users up, with systemd-machined as well, which may be waiting for
-# the bus itself just then (systemd's issue 40562), until both give up.
-PATIENCE: Final = 120.0
+# the bus itself just then (systemd's issue 40562), until both give up. virtdctl waits a little longer than this.
+PATIENCE: Final = 100.0
 
 # Flags and answers of org.freedesktop.DBus.RequestName. Neither "allow replacement" nor "queue": whoever has the name
 # keeps it, and whoever comes second is told at once.
