@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The bundle of code is used while everything is as it was, and not a moment longer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "virtd"
+START = "from virtd import bundle; bundle.use()\n"
+LOADER = "import virtd.{0}; print(type(virtd.{0}.__spec__.loader).__module__)"
+OURS, PYTHONS = "virtd.bundle", "_frozen_importlib_external"
+
+
+@pytest.fixture
+def top(tmp_path: Path) -> Path:
+    """A directory with a copy of virtd, and its bundle."""
+    shutil.copytree(PACKAGE, tmp_path / "virtd", ignore=shutil.ignore_patterns("__pycache__"))
+    said(tmp_path, "from virtd import bundle; bundle.make()")
+    return tmp_path
+
+
+def said(top: Path, program: str) -> str:
+    # Before site-packages, where virtd may be installed.
+    program = f"import sys; sys.path.insert(0, {str(top)!r})\n{program}"
+    done = subprocess.run([sys.executable, "-I", "-c", program], text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def bundle(top: Path) -> Path:
+    [path] = top.glob("virtd/__pycache__/start.*.bundle")
+    return path
+
+
+def test_modules_come_from_the_bundle(top: Path) -> None:
+    assert said(top, START + LOADER.format("daemon")) == OURS
+    assert said(top, START + "import asyncio; print(type(asyncio.__spec__.loader).__module__)") == OURS
+    assert said(top, START + "import virtd.api.varlink as it; print(it.__file__)") == f"{top}/virtd/api/varlink.py"
+    assert said(top, LOADER.format("daemon")) == PYTHONS
+
+
+def test_a_file_that_was_exchanged_is_read_again(top: Path) -> None:
+    changed = top / "virtd/text.py"
+    times = changed.stat()
+    content = changed.read_text()
+    changed.unlink()
+    changed.write_text(content)
+    os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert said(top, START + LOADER.format("text")) == PYTHONS
+    assert said(top, START + LOADER.format("files")) == OURS
+
+
+def test_what_comes_first_in_the_path_is_found_first(top: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    first = tmp_path_factory.mktemp("first")
+    insert = f"import sys; sys.path.insert(0, {str(first)!r})\n"
+    said(top, insert + "from virtd import bundle; bundle.make()")
+    assert said(top, insert + START + LOADER.format("text")) == OURS
+    (first / "msgspec.py").write_text("print('first')")
+    assert said(top, insert + START + "import msgspec") == "first"
+    # Another path than the one that it was made with.
+    assert said(top, START + LOADER.format("text")) == PYTHONS
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 4096, b"no code", b"(\x03\0\0\0"])
+def test_what_cant_be_read_costs_nothing(top: Path, content: bytes) -> None:
+    bundle(top).write_bytes(content)
+    assert said(top, START + LOADER.format("text")) == PYTHONS
+
+
+def test_another_python_takes_nothing_of_it(top: Path) -> None:
+    assert said(top, "import sys; sys.version = '3.99'\n" + START + LOADER.format("text")) == PYTHONS
