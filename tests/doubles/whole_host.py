@@ -179,13 +179,13 @@ class World:
 
     async def define(self, name: str, cmdline: str = "", more: str = "") -> Defined:
         assert self.host is not None
-        return await self.host.define(self.text(name, cmdline, more), "test", check=False, by=ROOT)
+        return await self.host.domains.define(self.text(name, cmdline, more), "test", check=False, by=ROOT)
 
     async def run(self, name: str, cmdline: str = "", more: str = "") -> int:
         """Define and start; the guest's PID."""
         assert self.host is not None
         await self.define(name, cmdline, more)
-        return int((await self.host.start(name, by=ROOT))["pid"])
+        return int((await self.host.domains.start(name, by=ROOT))["pid"])
 
     def type(self, name: str, line: str, driver: str = "qemu") -> None:
         """Type a line on a guest's console."""

@@ -275,7 +275,7 @@ class Server:
     async def _domains(self) -> list[tuple[Any, ...]]:
         return [
             (d["name"], path_of(d["name"]), d["uuid"], d["state"], d["pid"] or 0, d["reason"] or "")
-            for d in await self._host.listing()
+            for d in await self._host.domains.listing()
         ]
 
     async def _managed(self) -> dict[str, dict[str, dict[str, Var]]]:

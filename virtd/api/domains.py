@@ -8,16 +8,18 @@ from .interfaces import Method, change, look, under
 
 OBJECTS = "virtd.api.domain_objects"
 METHODS: dict[str, Method] = {
-    **supervised.methods(lambda host: host),
+    **supervised.methods(lambda host: host.domains),
     "Status": look(lambda host, by, p: under("status", host.status()), shared=True),
-    "Shutdown": change(lambda host, by, p: host.shutdown(p["name"], p.get("timeout"), by=by)),
-    "Kill": change(lambda host, by, p: host.kill(p["name"], p["signal"], by=by)),
+    "Shutdown": change(lambda host, by, p: host.domains.shutdown(p["name"], p.get("timeout"), by=by)),
+    "Kill": change(lambda host, by, p: host.domains.kill(p["name"], p["signal"], by=by)),
     "Reboot": change(
-        lambda host, by, p: host.reboot(p["name"], force=bool(p.get("force")), timeout=p.get("timeout"), by=by)
+        lambda host, by, p: host.domains.reboot(
+            p["name"], force=bool(p.get("force")), timeout=p.get("timeout"), by=by
+        )
     ),
-    "Suspend": change(lambda host, by, p: host.suspend(p["name"], by=by)),
-    "Resume": change(lambda host, by, p: host.resume(p["name"], by=by)),
-    "UpgradeMachine": change(lambda host, by, p: host.upgrade_machine(p["name"], by=by)),
+    "Suspend": change(lambda host, by, p: host.domains.suspend(p["name"], by=by)),
+    "Resume": change(lambda host, by, p: host.domains.resume(p["name"], by=by)),
+    "UpgradeMachine": change(lambda host, by, p: host.domains.upgrade_machine(p["name"], by=by)),
     "Check": look(lambda host, by, p: host.check_all(repair=False, by=by), shared=True),
     "Repair": change(lambda host, by, p: host.check_all(repair=True, by=by)),
     "Slots": look(lambda host, by, p: under("slots", host.slots()), shared=True),

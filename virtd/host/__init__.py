@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The operations, once. Every front end is a thin adapter over a Host.
 
-A Host speaks of domains unless a noun says otherwise. Each other noun has a module of its own here,
-and a property of Host that makes its operations when they are first asked for.
+What concerns the daemon itself is here. Each noun has a module of its own and an attribute of Host; those that not
+every host uses are made when they are first asked for.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..drivers.qemu.guest import DRIVER
 from ..guests import console
 from ..objects.protocol import Looking, Problem
 from ..records import now
+from ..replies import Gone
 from ..replies import Problem as About
 from ..replies import daemon as replies
 from .access import Access
@@ -65,8 +66,8 @@ class Recovery(msgspec.Struct):
     since: str = msgspec.field(default_factory=now)
 
 
-class Host(Domains):
-    """Everything that can be asked of virtd. All methods are to be called on the event loop."""
+class Host:
+    """All operations of virtd. Every method must be called on the event loop."""
 
     def __init__(self, services: Services, settings: Settings) -> None:
         self._listeners: list[Listener] = []
@@ -74,7 +75,7 @@ class Host(Domains):
         self.drivers = Drivers(services, settings, self._publisher)
         self.followers = console.Followers(services.pump)
         domains = cast("qemu.driver.Driver", self.drivers.get(DRIVER))
-        super().__init__(services, settings.qemu, domains, self.followers, self.subscribe)
+        self.domains = Domains(services, settings.qemu, domains, self.followers, self.subscribe)
         self.access = Access()
         self.events = Events(services.paths.events, self.drivers, self._jobs)
         self.recovery = Recovery()
@@ -85,7 +86,7 @@ class Host(Domains):
         self._comparing = asyncio.Lock()
         self.services = services
 
-    # The other nouns
+    # The nouns
 
     @functools.cached_property
     def networks(self) -> Networks:
@@ -115,7 +116,7 @@ class Host(Domains):
     # Events
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
-        """`listener(event, object)`, event one of "added", "removed", "changed", "ended"; returns how to end it."""
+        """Call `listener(event, object)` at each "added", "removed", "changed", "ended"; call the result to stop."""
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
@@ -128,7 +129,7 @@ class Host(Domains):
                 return
             one = self.drivers.get(driver)
             item = one.describe_named(name)
-            self.events.changed(one.noun, name, None if event == "removed" else item)
+            self.events.changed(one.noun, name, None if isinstance(item, Gone) else item)
             for listener in list(self._listeners):
                 try:
                     listener(event, item)
@@ -263,7 +264,7 @@ class Host(Domains):
     # The daemon
 
     async def status(self) -> replies.Status:
-        budget = self._services.store.budget()
+        budget = self.services.store.budget()
         return replies.Status(
             version=__version__,
             pid=os.getpid(),
@@ -274,7 +275,7 @@ class Host(Domains):
                 **self.found(),
             ),
             budget=replies.Budget(used=budget.used, max=budget.max, limited_by=str(budget.limited_by)),
-            domains=self.driver.counts(),
+            domains=self.domains.driver.counts(),
             objects={driver.name: driver.counts() for driver in self.drivers},
             jobs=await self.volumes.jobs() if "storage" in self.drivers else [],
             problems=self._all_problems(),
@@ -298,7 +299,7 @@ class Host(Domains):
 
     async def slots(self) -> list[replies.Slot]:
         """See Slots in org.virtd1.varlink."""
-        store = self._services.store
+        store = self.services.store
         return [
             replies.Slot(name=name, kept_as=store.kept_as(name), what=_what(store.get(name)))
             for name in store.names()
@@ -311,7 +312,7 @@ class Host(Domains):
         from . import fsck
 
         async with self._comparing:  # each makes PID 1 tell of all its units and descriptors
-            rows = await fsck.compare(self.drivers, self.use, self._services, repair=repair)
+            rows = await fsck.compare(self.drivers, self.use, self.services, repair=repair)
         if repair and rows:
             who = by.name if by is not None else "nobody"
             log.info("fsck for %s: %d of %d differences repaired", who, sum(row.repaired for row in rows), len(rows))

@@ -43,7 +43,7 @@ class Echo:
     access = Access()
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("networks", "containers", "pools", "volumes", "events"):
+        if name in ("domains", "networks", "containers", "pools", "volumes", "events"):
             return self
 
         async def answer(*values: Any, **options: Any) -> Any:

@@ -84,14 +84,15 @@ class FakeHost:
         self.networks = FakeNetworks()
         self.access = Access()
         self.drivers: tuple[str, ...] = ()
-        self.domains: dict[str, dict[str, Any]] = {}
+        self.known: dict[str, dict[str, Any]] = {}
         self.exits: dict[str, dict[str, Any]] = {}
         self.asked: list[tuple[Any, ...]] = []
+        self.domains = self
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
         self.forever = asyncio.Event()
 
     def add(self, name: str, **changes: Any) -> None:
-        self.domains[name] = {
+        self.known[name] = {
             "name": name,
             "driver": "qemu",
             "uuid": f"uuid-of-{name}",
@@ -105,16 +106,16 @@ class FakeHost:
         self.publish("added", name)
 
     def change(self, name: str, event: str = "changed", **changes: Any) -> None:
-        self.domains[name] = self.domains[name] | changes
+        self.known[name] = self.known[name] | changes
         self.publish(event, name)
 
     def remove(self, name: str) -> None:
-        del self.domains[name]
+        del self.known[name]
         self.publish("removed", name)
 
     def publish(self, event: str, name: str) -> None:
         for listener in self.listeners:
-            listener(event, dict(self.domains.get(name, {"name": name, "driver": "qemu"})))
+            listener(event, dict(self.known.get(name, {"name": name, "driver": "qemu"})))
 
     def subscribe(self, callback: Callable[[str, dict[str, Any]], None]) -> Callable[[], None]:
         self.listeners.append(callback)
@@ -124,17 +125,17 @@ class FakeHost:
         return {"version": "1", "pid": 7, "recovered": {"ms": 1.5, "adopted": ["a"]}, "problems": [{"text": "t"}]}
 
     async def listing(self) -> list[dict[str, Any]]:
-        return [self.domains[name] for name in sorted(self.domains)]
+        return [self.known[name] for name in sorted(self.known)]
 
     async def info(self, name: str) -> dict[str, Any]:
-        return self.domains[name] | {"unit": f"virtd-qemu-{name}.service", "exit": self.exits.get(name), "vnc": None}
+        return self.known[name] | {"unit": f"virtd-qemu-{name}.service", "exit": self.exits.get(name), "vnc": None}
 
     async def dump(self, name: str) -> str:
         return f'name = "{name}"\n'
 
     async def wait(self, name: str, states: list[str], timeout: float | None) -> dict[str, Any]:
         await self.forever.wait()
-        return self.domains[name]
+        return self.known[name]
 
     async def define(self, text: str, source: str, *, check: bool, by: Caller) -> dict[str, Any]:
         if "[[" in text:
@@ -178,7 +179,7 @@ class FakeHost:
         return {"name": name}
 
     def _asked(self, *what: Any) -> dict[str, Any]:
-        if self.domains[what[1]]["uuid"] == "bug":
+        if self.known[what[1]]["uuid"] == "bug":
             raise ZeroDivisionError
         self.asked.append(what)
         return {"name": what[1], "changed": True, "pid": 1}
@@ -404,7 +405,7 @@ def test_changing_is_for_root(shared_bus: PrivateBus, method: str, args: tuple[A
                 await client.call(WEB, f"{DOMAIN}.{method}", *args)
             assert caught.value.name == "org.virtd1.Error.AccessDenied"
             assert not host.asked
-            assert "web1" in host.domains
+            assert "web1" in host.known
 
     asyncio.run(main())
 

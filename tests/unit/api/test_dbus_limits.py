@@ -77,7 +77,7 @@ def test_a_wait_ends_when_its_caller_leaves_the_bus(shared_bus: PrivateBus) -> N
                 finally:
                     cancelled.set()
 
-            host.wait = wait  # type: ignore[assignment]
+            host.domains.wait = wait  # type: ignore[assignment]
             caller = await Bus.open(shared_bus.address)
             call = asyncio.create_task(caller.call("org.virtd1", WEB, DOMAIN, "Wait", "asd", (["crashed"], 0.0)))
             await asyncio.sleep(0.2)
@@ -97,7 +97,7 @@ def test_a_flood_is_refused_and_root_gets_through(shared_bus: PrivateBus) -> Non
             async def wait(*_: Any) -> Any:
                 await host.forever.wait()
 
-            host.wait = wait  # type: ignore[assignment]
+            host.domains.wait = wait  # type: ignore[assignment]
             calls = [
                 asyncio.create_task(client.call(WEB, f"{DOMAIN}.Wait", "asd", ["crashed"], 0.0)) for _ in range(100)
             ]

@@ -58,14 +58,14 @@ async def test_a_start_that_systemd_fails_leaves_nothing(
         with monkeypatch.context() as patch:
             patch.setattr(world.units, "start", start)
             with pytest.raises(errors.VirtdError) as caught:
-                await host.start("web1", by=ROOT)
+                await host.domains.start("web1", by=ROOT)
         assert error.message in str(caught.value)
-        info = await host.info("web1")
+        info = await host.domains.info("web1")
         assert (info["state"], info["problems"]) == ("stopped", [])
         assert error.message in info["reason"]
         nothing_left(world)
         assert (await host.check_all(repair=False, by=ROOT))["differences"] == []
-        assert (await host.start("web1", by=ROOT))["changed"] is True
+        assert (await host.domains.start("web1", by=ROOT))["changed"] is True
 
 
 def _no_message(_world: World, patch: pytest.MonkeyPatch) -> None:
@@ -136,9 +136,9 @@ async def _faulty(
     with monkeypatch.context() as patch:
         fault(world, patch)
         if how == "stop":
-            await host.stop("web1", by=ROOT)
+            await host.domains.stop("web1", by=ROOT)
         elif how == "kill":
-            await host.kill("web1", 9, by=ROOT)
+            await host.domains.kill("web1", 9, by=ROOT)
         else:
             world.units.process("web1").kill()
         await _told(world, words)
@@ -149,23 +149,23 @@ async def _told(world: World, words: str) -> None:
     """It has ended, what is left of it is a problem, and until that is mended it isn't started."""
     host = world.host
     assert host is not None
-    machine = host.driver.machines["web1"]
+    machine = host.domains.driver.machines["web1"]
     await until(lambda: "leftovers" in machine.problems, "the problem")
     assert words in machine.problems["leftovers"].text
-    info = await host.info("web1")
+    info = await host.domains.info("web1")
     assert info["state"] in ("stopped", "crashed")
     assert info["exit"] is not None
     with pytest.raises(errors.HostError, match="Cannot start web1 yet"):
-        await host.start("web1", by=ROOT)
+        await host.domains.start("web1", by=ROOT)
 
 
 async def _over(world: World, host: Any) -> None:
-    machine = host.driver.machines["web1"]
+    machine = host.domains.driver.machines["web1"]
     await until(lambda: not machine.leftovers, "the end of it")
     assert machine.problems == {}
     nothing_left(world)
-    assert (await host.start("web1", by=ROOT))["changed"] is True
-    await host.stop("web1", by=ROOT)
+    assert (await host.domains.start("web1", by=ROOT))["changed"] is True
+    await host.domains.stop("web1", by=ROOT)
     nothing_left(world)
 
 
@@ -177,12 +177,12 @@ async def test_a_daemon_that_ends_meanwhile_leaves_it_to_the_next(
         await world.run("web1")
         with monkeypatch.context() as patch:
             _no_message(world, patch)
-            await host.stop("web1", by=ROOT)
-            assert host.driver.machines["web1"].leftovers
+            await host.domains.stop("web1", by=ROOT)
+            assert host.domains.driver.machines["web1"].leftovers
     assert [slot for slot in world.slots() if slot.startswith("qemu/web1/")] != []
     async with world.daemon() as host:
         nothing_left(world)
-        assert (await host.info("web1"))["problems"] == []
+        assert (await host.domains.info("web1"))["problems"] == []
 
 
 @on_loop
@@ -225,7 +225,7 @@ async def test_a_monitor_that_is_refused_once_is_connected_all_the_same(
         await world.run("web1")
     monkeypatch.setattr(Monitor, "connect", connect)
     async with world.daemon() as host:
-        machine = host.driver.machines["web1"]
+        machine = host.domains.driver.machines["web1"]
         await until(lambda: machine.monitor is not None and machine.monitor.link is Link.CONNECTED, "the monitor")
         await until(lambda: machine.problems == {}, "what QEMU does")
         assert refused
@@ -255,7 +255,7 @@ async def test_a_start_that_could_not_be_undone_is_as_soon_as_there_is_a_bus(
             patch.setattr(world.units, "kill", gone)
             patch.setattr(world.units, "ended", gone)
             with pytest.raises(errors.VirtdError, match="closed"):
-                await host.start("web1", by=ROOT)
-            await until(lambda: "leftovers" in host.driver.machines["web1"].problems, "the problem")
+                await host.domains.start("web1", by=ROOT)
+            await until(lambda: "leftovers" in host.domains.driver.machines["web1"].problems, "the problem")
             assert world.units.process("web1").poll() is None
         await _over(world, host)

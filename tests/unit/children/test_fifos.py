@@ -85,7 +85,7 @@ async def test_no_stop_waits_in_one(world: World, monkeypatch: pytest.MonkeyPatc
     async with world.daemon() as host:
         monkeypatch.setattr(world.units, "step", step)
         for name in ("web1", "web2"):
-            await host.stop(name, by=ROOT)
+            await host.domains.stop(name, by=ROOT)
     assert collected == [("web1", [True] * 3), ("web2", [True] * 3)]
 
 
@@ -112,7 +112,7 @@ async def test_a_start_that_left_nothing_else_is_swept_up(world: World) -> None:
             os.close(fd)
     async with world.daemon() as host:
         assert fifos.owners(world.paths.fifos()) == [("qemu", "web1"), ("qemu", "web2")]
-        assert (await host.info("web1"))["pid"] == pid
+        assert (await host.domains.info("web1"))["pid"] == pid
         # Whatever else is left over is told by fsck, but not what may be of a start that is under way.
         assert await check(host) == []
         for name in ("web1", "web2"):
@@ -120,5 +120,5 @@ async def test_a_start_that_left_nothing_else_is_swept_up(world: World) -> None:
         (found,) = await check(host, repair=True)
         assert found["repaired"]
         assert "qemu.web2 is of a child that is gone" in found["text"]
-        await host.stop("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
         assert fifos.owners(world.paths.fifos()) == []

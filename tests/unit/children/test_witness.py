@@ -71,7 +71,7 @@ async def forgotten(world: World, during: Callable[[], None]) -> Reply:
     unit = world.units.units.pop(UNIT)
     unit.process.wait()
     async with world.daemon() as host:
-        return await host.info("web1")
+        return await host.domains.info("web1")
 
 
 @on_loop
@@ -106,8 +106,8 @@ async def test_reset_failed_at_once(world: World, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(world.units, "ended", ended)
         world.journal[UNIT] = killed()
         world.units.process("web1").send_signal(signal.SIGKILL)
-        await until(lambda: host.driver.machines["web1"].state == "crashed", "its end")
-        assert (await host.info("web1"))["exit"]["signal"] == "SIGKILL"
+        await until(lambda: host.domains.driver.machines["web1"].state == "crashed", "its end")
+        assert (await host.domains.info("web1"))["exit"]["signal"] == "SIGKILL"
 
 
 # systemd 257 and later may lose the status of a process with PrivatePIDs=, see witness._known
@@ -149,13 +149,13 @@ async def killed_and_cut_off(world: World, monkeypatch: pytest.MonkeyPatch) -> R
         await asyncio.sleep(0)  # the turn in which it is begun to be watched
         world.units.process("web1").kill()
         world.units.process("web1").wait()
-        machine = host.driver.machines["web1"]
+        machine = host.domains.driver.machines["web1"]
         await until(lambda: machine.seen is not None, "the sight of it")
     assert world.record("web1").reason == "ending"
     between = now()
     monkeypatch.setattr(world.units, "ended", real)
     async with world.daemon() as host:
-        info = await host.info("web1")
+        info = await host.domains.info("web1")
     assert before <= info["exit"]["at"] <= between
     assert "seen" not in world.record("web1").data
     return info
@@ -241,20 +241,20 @@ async def test_a_unit_of_an_older_virtd_that_is_restarted(world: World, *, away:
         await world.run("web1")
         if not away:
             await restarted(world)
-            await until(lambda: "restarted" in host.driver.machines["web1"].problems, "the word of it")
+            await until(lambda: "restarted" in host.domains.driver.machines["web1"].problems, "the word of it")
             await looked_after(world)
     if away:
         await restarted(world)
     for _ in range(2):
         async with world.daemon() as host:
-            assert host.driver.machines["web1"].state == "running"
+            assert host.domains.driver.machines["web1"].state == "running"
             await looked_after(world)
-            assert (await host.start("web1", by=ROOT))["changed"] is False
+            assert (await host.domains.start("web1", by=ROOT))["changed"] is False
     async with world.daemon() as host:
-        await host.stop("web1", by=ROOT)
-        info = await host.info("web1")
+        await host.domains.stop("web1", by=ROOT)
+        info = await host.domains.info("web1")
         assert (info["state"], info["problems"]) == ("stopped", []), info
-        assert (await host.start("web1", by=ROOT))["changed"] is True
+        assert (await host.domains.start("web1", by=ROOT))["changed"] is True
 
 
 async def restarted(world: World) -> None:
@@ -273,7 +273,7 @@ async def restarted(world: World) -> None:
 
 async def looked_after(world: World) -> None:
     assert world.host is not None
-    info = await world.host.info("web1")
+    info = await world.host.domains.info("web1")
     assert info["state"] == "running"
     assert info["pid"] == world.units.process("web1").pid
     (problem,) = [one for one in info["problems"] if "restarted by somebody" in one["text"]]
@@ -299,8 +299,8 @@ async def test_what_lacks_a_record_is_not_told_of_before_it_is_known(world: Worl
         world.pid1.store_max = 1000
     async with world.daemon(reconcile=False) as host:
         assert not host.settled()
-        listing = asyncio.ensure_future(host.listing())
-        waiting = asyncio.ensure_future(host.wait("web1", ["stopped"], 20))
+        listing = asyncio.ensure_future(host.domains.listing())
+        waiting = asyncio.ensure_future(host.domains.wait("web1", ["stopped"], 20))
         await asyncio.sleep(0)
         assert not listing.done()
         await host.reconcile()
@@ -310,7 +310,7 @@ async def test_what_lacks_a_record_is_not_told_of_before_it_is_known(world: Worl
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
         assert host.settled()
-        await host.stop("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
 
 
 @on_loop
@@ -318,5 +318,5 @@ async def test_leftovers_of_nobody_are_no_object(world: World) -> None:
     os.makedirs(world.paths.transient)
     open(f"{world.paths.transient}/virtd-qemu-ghost.service", "w").close()
     async with world.daemon() as host:
-        assert await host.listing() == []
+        assert await host.domains.listing() == []
         assert host.settled()

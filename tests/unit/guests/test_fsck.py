@@ -143,7 +143,7 @@ async def test_damage(make_world: Callable[..., World], what: str) -> None:
         again = await check(host, repair=True)
         assert [(row["text"], row["repaired"]) for row in again] == [(rows[0]["text"], mendable)]
         assert await check(host) == ([] if mendable else rows)
-        info = await host.info("web1")
+        info = await host.domains.info("web1")
         assert (info["state"], info["pid"]) == ("running", pid)
         world.type("web1", "echo on")
         await until(lambda: world.console("web1") == "on\n")
@@ -153,10 +153,10 @@ async def test_damage(make_world: Callable[..., World], what: str) -> None:
         return
     async with world.daemon() as host:
         assert await check(host) == []
-        assert (await host.info("web1"))["pid"] == pid
+        assert (await host.domains.info("web1"))["pid"] == pid
         world.type("web1", "echo off")
         await until(lambda: world.console("web1") == "on\noff\n")
-        await host.stop("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
         nothing_left(world)
         assert await check(host) == []
 
@@ -166,20 +166,20 @@ async def test_a_process_that_nobody_knows_is_taken_back(world: World) -> None:
     """Its record says that it has ended; its unit and its slots say that it hasn't."""
     async with world.daemon() as host:
         pid = await two(world)
-        machine = host.driver.machines["web1"]
+        machine = host.domains.driver.machines["web1"]
         await machine.close()
-        del host.driver.machines["web1"]
+        del host.domains.driver.machines["web1"]
         os.unlink(record(world))
         rows = await check(host)
         assert {row["kind"] for row in rows} == {"unit", "slot", "directory", "definition", "user"}
         assert {row["object"] for row in rows} == {"qemu/web1", ""}  # a name in /run/userdb that nobody has
         assert all(row["repaired"] for row in await check(host, repair=True))
         assert await check(host) == []
-        info = await host.info("web1")
+        info = await host.domains.info("web1")
         assert (info["state"], info["pid"]) == ("running", pid)
         world.type("web1", "echo back")
         await until(lambda: world.console("web1") == "back\n")
-        await host.stop("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
         nothing_left(world)
 
 
@@ -189,7 +189,7 @@ async def test_a_guest_that_is_being_started_is_left_alone(world: World) -> None
 
     async with world.daemon() as host:
         await world.define("web1")
-        starting = asyncio.ensure_future(host.start("web1", by=ROOT))
+        starting = asyncio.ensure_future(host.domains.start("web1", by=ROOT))
         looks = 0
         while not starting.done():  # whatever step it has come to
             assert await check(host, repair=True) == []
@@ -205,7 +205,7 @@ async def test_a_guest_that_is_just_ending_is_waited_for(world: World) -> None:
         world.units.process("web1").kill()
         world.units.process("web1").wait()
         assert await check(host, repair=True) == []
-        assert (await host.info("web1"))["state"] == "crashed"
+        assert (await host.domains.info("web1"))["state"] == "crashed"
 
 
 @on_loop
@@ -243,7 +243,7 @@ async def test_one_that_refuses_spares_the_others(world: World, monkeypatch: pyt
         def refuse(_name: str) -> None:
             raise NotifyFailed("no room")
 
-        monkeypatch.setattr(host.driver.services.store, "expel", refuse)
+        monkeypatch.setattr(host.domains.driver.services.store, "expel", refuse)
         rows = await check(host, repair=True)
         assert [(row["object"], row["repaired"]) for row in rows] == [
             ("qemu/ghost", False),
@@ -275,9 +275,9 @@ async def test_a_guest_that_ends_while_it_is_looked_at(world: World, monkeypatch
             state = await asked(name)
             monkeypatch.setattr(world.units, "state", asked)
             world.units.process("web1").kill()
-            await until(lambda: host.driver.machines["web1"].child is None)
+            await until(lambda: host.domains.driver.machines["web1"].child is None)
             return state
 
         monkeypatch.setattr(world.units, "state", end_it)
         assert await check(host) == []
-        assert (await host.info("web1"))["state"] == "crashed"
+        assert (await host.domains.info("web1"))["state"] == "crashed"

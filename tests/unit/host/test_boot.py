@@ -47,7 +47,7 @@ async def test_what_can_be_started_is(world: World) -> None:
         await world.define("web2", "fail=1", "autostart = true")
         await world.define("web3")
         await host.autostart()
-        states = {item["name"]: (item["state"], item["waits"]) for item in await host.listing()}
+        states = {item["name"]: (item["state"], item["waits"]) for item in await host.domains.listing()}
         assert states == {"web1": ("running", False), "web2": ("stopped", True), "web3": ("stopped", False)}
         assert list(await problems(host)) == ["qemu/web2"]
         assert "Cannot allocate memory" in (await problems(host))["qemu/web2"]
@@ -69,9 +69,9 @@ async def test_what_fails_is_tried_until_it_works(world: World, monkeypatch: pyt
         await world.define("web1", "", "autostart = true")
         monkeypatch.setattr(world.units, "step", step)
         await host.autostart()
-        info = await host.info("web1")
+        info = await host.domains.info("web1")
         assert (info["waits"], info["reason"].startswith("waits to be autostarted: ")) == (True, True)
-        await until(lambda: host.driver.machines["web1"].state == "running")
+        await until(lambda: host.domains.driver.machines["web1"].state == "running")
         assert len(refused) == 7
         await until(lambda: waiting(world) == set())
         assert await problems(host) == {}
@@ -88,7 +88,7 @@ async def test_what_waits_is_told_of_all_the_while(world: World) -> None:
         tries = world.units.history.count
 
         def tried() -> bool:
-            told.append(" ".join(problem.text for _name, problem in host.driver.troubles()))
+            told.append(" ".join(problem.text for _name, problem in host.domains.driver.troubles()))
             return tries("start virtd-qemu-web1.service") > 5
 
         await until(tried)
@@ -106,17 +106,17 @@ async def test_a_file_that_comes_late(world: World, tmp_path_factory: pytest.Tem
         assert str(disk) in (await problems(host))["qemu/web1"]
     # Another daemon: it waits on, and says so from the beginning.
     async with world.daemon() as host:
-        assert (await host.info("web1"))["waits"] is True
+        assert (await host.domains.info("web1"))["waits"] is True
         assert str(disk) in (await problems(host))["qemu/web1"]
         await host.autostart()
         assert str(disk) in (await problems(host))["qemu/web1"]
         disk.write_bytes(bytes(1 << 20))
-        await until(lambda: host.driver.machines["web1"].state == "running")
+        await until(lambda: host.domains.driver.machines["web1"].state == "running")
         assert await problems(host) == {}
-        await host.stop("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
     async with world.daemon() as host:
         await host.autostart()
-        assert ((await host.info("web1"))["state"], waiting(world)) == ("stopped", set())
+        assert ((await host.domains.info("web1"))["state"], waiting(world)) == ("stopped", set())
 
 
 @on_loop
@@ -127,11 +127,11 @@ async def test_nobody_waits_for_what_nobody_wants(world: World, how: str) -> Non
         await host.autostart()
         match how:
             case "stop":
-                await host.stop("web1", by=ROOT)
+                await host.domains.stop("web1", by=ROOT)
             case "disable":
-                await host.set_autostart("web1", False, by=ROOT)
+                await host.domains.set_autostart("web1", False, by=ROOT)
             case _:
-                await host.undefine("web1", by=ROOT)
+                await host.domains.undefine("web1", by=ROOT)
         await until(lambda: waiting(world) == set())
         assert await problems(host) == {}
         tries = world.units.history.count("start virtd-qemu-web1.service")
@@ -165,5 +165,5 @@ async def test_a_damaged_record_costs_nothing(world: World, content: bytes) -> N
         file.write(content)
     async with world.daemon() as host:
         await host.autostart()
-        assert (await host.info("web1"))["state"] == "running"
+        assert (await host.domains.info("web1"))["state"] == "running"
         assert await problems(host) == {}

@@ -75,19 +75,18 @@ def append_is_a_step(world: World, patch: pytest.MonkeyPatch) -> None:
 # Whenever it is killed
 
 WORK: dict[str, Callable[[Host], Awaitable[Any]]] = {
-    "start": lambda host: host.start("web1", by=ROOT),
-    "stop": lambda host: host.stop("web1", by=ROOT),
-    "autostart": lambda host: host.set_autostart("web1", True, by=ROOT),
-    "undefine": lambda host: host.undefine("web1", by=ROOT),
+    "start": lambda host: host.domains.start("web1", by=ROOT),
+    "stop": lambda host: host.domains.stop("web1", by=ROOT),
+    "autostart": lambda host: host.domains.set_autostart("web1", True, by=ROOT),
+    "undefine": lambda host: host.domains.undefine("web1", by=ROOT),
 }
 
 
 @pytest.mark.parametrize("what", WORK)
 @on_loop
 async def test_killed_at_every_step_no_event_is_missing_and_none_comes_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: list[tuple[str, str]], what: str
+    cuts: Cuts, written: list[tuple[str, str]], what: str
 ) -> None:
-    cuts = Cuts(tmp_path, monkeypatch)
     for root, patch in cuts:
         world = World(root, patch)
         try:
@@ -96,7 +95,7 @@ async def test_killed_at_every_step_no_event_is_missing_and_none_comes_twice(
                 reader.read(host)
                 await world.define("web1")
                 if what == "stop":
-                    await host.start("web1", by=ROOT)
+                    await host.domains.start("web1", by=ROOT)
                 reader.read(host)
                 append_is_a_step(world, patch)
                 written.clear()
@@ -105,10 +104,10 @@ async def test_killed_at_every_step_no_event_is_missing_and_none_comes_twice(
                     await cuts.cut(world, WORK[what](host))
             for _ in range(2):
                 async with world.daemon() as host:
-                    if (machine := host.driver.machines.get("web1")) is not None:
+                    if (machine := host.domains.driver.machines.get("web1")) is not None:
                         await asyncio.wait_for(machine.settled.wait(), 20)
                     reader.read(host)
-                    listed = {item["name"]: (item["state"], item["reason"]) for item in await host.listing()}
+                    listed = {item["name"]: (item["state"], item["reason"]) for item in await host.domains.listing()}
             told = reader.of("web1")
             if what in ("start", "stop"):
                 came = [key for key, _group in itertools.groupby(written)]
@@ -139,7 +138,7 @@ async def test_what_happens_while_virtd_is_away_is_told(world: World) -> None:
         file.write(world.text("web3"))
     reader.seen.clear()
     async with world.daemon() as host:
-        await until(lambda: host.driver.machines["web1"].over.is_set())
+        await until(lambda: host.domains.driver.machines["web1"].over.is_set())
         reader.read(host)
     assert [one[:2] for one in reader.of("web1")] == [("changed", "stopping"), ("changed", "crashed")]
     assert (reader.seen[-1].object or {})["since"] <= reader.seen[-1].at
@@ -331,7 +330,7 @@ async def test_a_subscriber_goes_on_from_a_number(world: World) -> None:
         )
         await stream.aclose()  # type: ignore[attr-defined]
     async with world.daemon() as host:
-        await host.set_autostart("web1", True, by=ROOT)
+        await host.domains.set_autostart("web1", True, by=ROOT)
         stream = host.events.subscribe(begun.sequence)
         assert [item.change for item in await some(stream, 3)] == ["begun", "added", "changed"]
         await stream.aclose()  # type: ignore[attr-defined]
@@ -348,7 +347,7 @@ async def test_a_slow_subscriber_gets_lagged(world: World, monkeypatch: pytest.M
         await some(stream, 1)
         await world.define("web1")
         for number in range(40):
-            await host.set_autostart("web1", number % 2 == 0, by=ROOT)
+            await host.domains.set_autostart("web1", number % 2 == 0, by=ROOT)
         lagged, following = await some(stream, 2)
         assert (lagged.change, following.change) == ("lagged", "changed")
         assert following.sequence == lagged.sequence + 1 == host.events._log.first
@@ -372,7 +371,7 @@ async def test_a_log_that_cannot_be_written_costs_nothing_but_events(
             await world.run("web1")
         await until(lambda: host.events._again is None)
         assert [item.change for item in await some(stream, 1)] == ["lagged"]
-        await host.stop("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
         assert [item.state for item in await some(stream, 2)] == ["stopping", "stopped"]
         await stream.aclose()  # type: ignore[attr-defined]
     assert files.leftovers(world.paths.run) == []

@@ -15,7 +15,8 @@ from msgspec import to_builtins
 from tests.doubles.whole_host import ROOT, SLOTS, Killed, World, on_loop, until
 from virtd import errors
 from virtd.api import idl
-from virtd.host import Caller, Host, WithDescriptors
+from virtd.host import Caller, WithDescriptors
+from virtd.host.domains import Domains
 from virtd.messages import Message
 from virtd.replies import Reply
 
@@ -47,25 +48,25 @@ async def test_define_and_redefine(world: World) -> None:
         assert (first["created"], first["path"]) == (True, str(path_of(world, "web1")))
         # A uuid was made and written down, and the definition is as a person wrote it otherwise.
         assert path_of(world, "web1").read_text() == f'uuid = "{first["uuid"]}"\n' + world.text("web1")
-        assert await host.dump(first["uuid"].upper()) == path_of(world, "web1").read_text()
+        assert await host.domains.dump(first["uuid"].upper()) == path_of(world, "web1").read_text()
         again = await world.define("web1", more="vcpus = 2")
         assert (again["created"], again["uuid"]) == (False, first["uuid"])
         assert events == [("added", "web1"), ("changed", "web1")]
     async with world.daemon() as host:
-        info = await host.info("web1")
+        info = await host.domains.info("web1")
         assert (info["uuid"], info["vcpus"], info["state"]) == (first["uuid"], 2, "stopped")
 
 
 @on_loop
 async def test_check_changes_nothing(world: World) -> None:
     async with world.daemon() as host:
-        result = await host.define(world.text("web1"), "stdin", check=True, by=ROOT)
+        result = await host.domains.define(world.text("web1"), "stdin", check=True, by=ROOT)
         assert set(result) == replied("Define")
         assert result["created"] is True
         assert not path_of(world, "web1").exists()
-        assert await host.listing() == []
+        assert await host.domains.listing() == []
         with pytest.raises(errors.InvalidDefinition, match=r"^stdin: vcpus: expected integer, got string$"):
-            await host.define(world.text("web1", more='vcpus = "x"'), "stdin", check=True, by=ROOT)
+            await host.domains.define(world.text("web1", more='vcpus = "x"'), "stdin", check=True, by=ROOT)
 
 
 @on_loop
@@ -76,7 +77,7 @@ async def test_a_bad_definition_leaves_the_old_one(world: World) -> None:
         with pytest.raises(errors.InvalidDefinition):
             await world.define("web1", more="vcpu = 2")
         assert path_of(world, "web1").read_text() == before
-        assert (await host.info("web1"))["vcpus"] == 1
+        assert (await host.domains.info("web1"))["vcpus"] == 1
 
 
 @pytest.mark.parametrize("spelling", [UUID, UUID.upper(), UUID.replace("-", "")])
@@ -84,7 +85,7 @@ async def test_a_bad_definition_leaves_the_old_one(world: World) -> None:
 async def test_a_uuid_is_one_domains(world: World, spelling: str) -> None:
     async with world.daemon() as host:
         await world.define("web1", more=f'uuid = "{spelling}"')
-        assert (await host.listing())[0]["uuid"] == UUID
+        assert (await host.domains.listing())[0]["uuid"] == UUID
         with pytest.raises(errors.Exists, match=f"{UUID} is the uuid of domain web1"):
             await world.define("web2", more=f'uuid = "{UUID}"')
         with pytest.raises(errors.Exists, match=f"exists with another uuid, {UUID}"):
@@ -102,18 +103,18 @@ async def test_definitions_written_by_hand(world: World) -> None:
     path_of(world, "web6").write_bytes(b"\xff\xfe")
     path_of(world, "web7").mkdir()
     async with world.daemon() as host:
-        assert [item["name"] for item in await host.listing()] == ["web1", "web2"]
-        uuid = (await host.info("web1"))["uuid"]
+        assert [item["name"] for item in await host.domains.listing()] == ["web1", "web2"]
+        uuid = (await host.domains.info("web1"))["uuid"]
         assert len(uuid) == 36
         problems = {problem["object"]: problem["text"] for problem in (await host.status())["problems"]}
         assert set(problems) == {"qemu/web3", "qemu/web4", "qemu/web6", "qemu/web7"}
         assert f"{UUID} is the uuid of domain web2" in problems["qemu/web3"]
         assert 'expected "web4", as the file is called, got "web5"' in problems["qemu/web4"]
         assert len(world.told(Message.DEFINITION_PROBLEM)) == 4
-        assert (await host.start("web1", by=ROOT))["changed"] is True
+        assert (await host.domains.start("web1", by=ROOT))["changed"] is True
     async with world.daemon() as host:
         # What was made up once stays.
-        assert (await host.info("web1"))["uuid"] == uuid
+        assert (await host.domains.info("web1"))["uuid"] == uuid
 
 
 @on_loop
@@ -121,10 +122,10 @@ async def test_reload(world: World) -> None:
     async with world.daemon() as host:
         for name in ("web1", "web2", "web3"):
             await world.define(name)
-        pid = (await host.start("web2", by=ROOT))["pid"]
-        await host.start("web3", by=ROOT)
+        pid = (await host.domains.start("web2", by=ROOT))["pid"]
+        await host.domains.start("web3", by=ROOT)
         assert to_builtins(await host.reload(by=ROOT)) == {"changed": [], "problems": []}
-        uuid = (await host.info("web1"))["uuid"]
+        uuid = (await host.domains.info("web1"))["uuid"]
         # Renamed, mended for the worse, removed.
         path_of(world, "new1").write_text(path_of(world, "web1").read_text().replace("web1", "new1"))
         path_of(world, "web1").unlink()
@@ -134,14 +135,14 @@ async def test_reload(world: World) -> None:
         assert set(result) == replied("Reload")
         assert sorted(result["changed"]) == ["new1", "web1", "web3"]
         assert [problem["object"] for problem in result["problems"]] == ["qemu/web2"]
-        assert (await host.info("new1"))["uuid"] == uuid
+        assert (await host.domains.info("new1"))["uuid"] == uuid
         # The guests didn't notice, and the one without a definition goes when it ends.
-        assert (await host.info("web2"))["pid"] == pid
-        assert (await host.info("web3"))["persistent"] is False
+        assert (await host.domains.info("web2"))["pid"] == pid
+        assert (await host.domains.info("web3"))["persistent"] is False
         with pytest.raises(errors.NotFound, match="has no definition"):
-            await host.dump("web3")
-        await host.stop("web3", by=ROOT)
-        assert [item["name"] for item in await host.listing()] == ["new1", "web2"]
+            await host.domains.dump("web3")
+        await host.domains.stop("web3", by=ROOT)
+        assert [item["name"] for item in await host.domains.listing()] == ["new1", "web2"]
         assert not os.path.exists(world.paths.record("qemu", "web3"))
         # Mended.
         path_of(world, "web2").write_text(world.text("web2"))
@@ -152,30 +153,39 @@ async def test_reload(world: World) -> None:
 async def test_undefine(world: World) -> None:
     async with world.daemon() as host:
         with pytest.raises(errors.NotFound, match="There is no domain web1"):
-            await host.undefine("web1", by=ROOT)
+            await host.domains.undefine("web1", by=ROOT)
         await world.run("web1")
         with pytest.raises(errors.InvalidState, match="Cannot undefine web1: it is running") as caught:
-            await host.undefine("web1", by=ROOT)
+            await host.domains.undefine("web1", by=ROOT)
         assert str(caught.value.hint) == "Stop it first: virtdctl stop web1."
-        await host.stop("web1", by=ROOT)
-        assert to_builtins(await host.undefine("web1", by=ROOT)) == {"name": "web1"}
+        await host.domains.stop("web1", by=ROOT)
+        assert to_builtins(await host.domains.undefine("web1", by=ROOT)) == {"name": "web1"}
         assert not path_of(world, "web1").exists()
         assert not os.path.exists(world.paths.record("qemu", "web1"))
-        assert await host.listing() == []
+        assert await host.domains.listing() == []
 
 
 @on_loop
 async def test_autostart_is_set_in_the_file(world: World) -> None:
     text = '# mine\nname = "web1"\nmemory = "64M"\nautostart = false # for now\n[boot]\nkernel = "/boot/vmlinuz"\n'
     async with world.daemon() as host:
-        await host.define(text, "x", check=False, by=ROOT)
+        await host.domains.define(text, "x", check=False, by=ROOT)
         before = path_of(world, "web1").read_text()
-        assert to_builtins(await host.set_autostart("web1", True, by=ROOT)) == {"name": "web1", "changed": True}
-        assert to_builtins(await host.set_autostart("web1", True, by=ROOT)) == {"name": "web1", "changed": False}
+        assert to_builtins(await host.domains.set_autostart("web1", True, by=ROOT)) == {
+            "name": "web1",
+            "changed": True,
+        }
+        assert to_builtins(await host.domains.set_autostart("web1", True, by=ROOT)) == {
+            "name": "web1",
+            "changed": False,
+        }
         # One word changed; comments and order are the person's.
         assert path_of(world, "web1").read_text() == before.replace("autostart = false", "autostart = true")
-        assert (await host.info("web1"))["autostart"] is True
-        assert to_builtins(await host.set_autostart("web1", False, by=ROOT)) == {"name": "web1", "changed": True}
+        assert (await host.domains.info("web1"))["autostart"] is True
+        assert to_builtins(await host.domains.set_autostart("web1", False, by=ROOT)) == {
+            "name": "web1",
+            "changed": True,
+        }
         assert path_of(world, "web1").read_text() == before
 
 
@@ -183,20 +193,20 @@ async def test_autostart_is_set_in_the_file(world: World) -> None:
 async def test_autostart_where_the_file_says_nothing_of_it(world: World) -> None:
     async with world.daemon() as host:
         await world.define("web1")
-        await host.set_autostart("web1", True, by=ROOT)
-        assert host.driver.machines["web1"].definition.autostart is True  # type: ignore[union-attr]
+        await host.domains.set_autostart("web1", True, by=ROOT)
+        assert host.domains.driver.machines["web1"].definition.autostart is True  # type: ignore[union-attr]
 
 
 @on_loop
 async def test_autostart_of_one_that_runs_is_no_change_that_waits(world: World) -> None:
     async with world.daemon() as host:
         await world.run("web1")
-        await host.set_autostart("web1", True, by=ROOT)
-        info = await host.info("web1")
+        await host.domains.set_autostart("web1", True, by=ROOT)
+        info = await host.domains.info("web1")
         assert (info["autostart"], info["pending"]) == (True, False)
     async with world.daemon() as host:
-        assert (await host.info("web1"))["pending"] is False
-        await host.stop("web1", by=ROOT)
+        assert (await host.domains.info("web1"))["pending"] is False
+        await host.domains.stop("web1", by=ROOT)
 
 
 # Reading
@@ -206,8 +216,8 @@ async def test_autostart_of_one_that_runs_is_no_change_that_waits(world: World) 
 async def test_info_and_status(world: World) -> None:
     async with world.daemon() as host:
         pid = await world.run("web1")
-        info = await host.info("web1")
-        listed = (await host.listing())[0]
+        info = await host.domains.info("web1")
+        listed = (await host.domains.listing())[0]
         assert {"name", "driver", "uuid", "state", "reason", "pid", "since", "autostart", "waits", "id"} == set(
             listed
         )
@@ -229,25 +239,25 @@ async def test_the_ids_of_running_guests_are_distinct(world: World) -> None:
     async with world.daemon() as host:
         for name in ("web1", "web2"):
             await world.run(name)
-        await host.stop("web1", by=ROOT)
-        await host.start("web1", by=ROOT)
-        assert [item["id"] for item in await host.listing()] == [3, 2]
+        await host.domains.stop("web1", by=ROOT)
+        await host.domains.start("web1", by=ROOT)
+        assert [item["id"] for item in await host.domains.listing()] == [3, 2]
     async with world.daemon() as host:
         await world.run("web3")
-        assert [item["id"] for item in await host.listing()] == [3, 2, 4]
+        assert [item["id"] for item in await host.domains.listing()] == [3, 2, 4]
 
 
 @on_loop
 async def test_wait(world: World) -> None:
     async with world.daemon() as host:
         await world.define("web1")
-        assert (await host.wait("web1", ["stopped", "crashed"], 0.0))["state"] == "stopped"
+        assert (await host.domains.wait("web1", ["stopped", "crashed"], 0.0))["state"] == "stopped"
         with pytest.raises(errors.TimedOut, match=r"web1 is stopped after 0\.05 s, not running"):
-            await host.wait("web1", ["running"], 0.05)
+            await host.domains.wait("web1", ["running"], 0.05)
         with pytest.raises(errors.InvalidState, match="There is no state asleep"):
-            await host.wait("web1", ["asleep"], None)
-        waiting = asyncio.ensure_future(host.wait("web1", ["running"], None))
-        await host.start("web1", by=ROOT)
+            await host.domains.wait("web1", ["asleep"], None)
+        waiting = asyncio.ensure_future(host.domains.wait("web1", ["running"], None))
+        await host.domains.start("web1", by=ROOT)
         assert (await waiting)["state"] == "running"
         assert host._listeners == []
 
@@ -263,7 +273,7 @@ async def test_a_listener_that_fails_harms_nobody(world: World) -> None:
         host.subscribe(broken)
         host.subscribe(lambda event, _item: seen.append(event))
         await world.run("web1")
-        await host.stop("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
         assert seen[0] == "added"
         assert "changed" in seen
         assert seen[-1] == "ended"
@@ -273,17 +283,17 @@ async def test_a_listener_that_fails_harms_nobody(world: World) -> None:
 async def test_before_systemd_can_be_asked(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """D-Bus isn't there yet, and a guest ended while we were away: reading waits a little and is then answered."""
     monkeypatch.setattr("virtd.host.objects.DOUBT", 0.1)
-    monkeypatch.setattr(Host.find, "__defaults__", (0.1,))
+    monkeypatch.setattr(Domains.find, "__defaults__", (0.1,))
     async with world.daemon():
         await world.run("web1")
     world.units.process("web1").kill()
     world.units.process("web1").wait()
     async with world.daemon(reconcile=False) as host:
-        assert [item["name"] for item in await host.listing()] == ["web1"]
+        assert [item["name"] for item in await host.domains.listing()] == ["web1"]
         with pytest.raises(errors.Busy, match="doesn't know yet"):
-            await host.start("web1", by=ROOT)
-        monkeypatch.setattr(Host.find, "__defaults__", (20.0,))
-        waiting = asyncio.ensure_future(host.info("web1"))
+            await host.domains.start("web1", by=ROOT)
+        monkeypatch.setattr(Domains.find, "__defaults__", (20.0,))
+        waiting = asyncio.ensure_future(host.domains.info("web1"))
         await host.reconcile()
         assert (await waiting)["state"] == "crashed"
 
@@ -295,7 +305,7 @@ async def follow(world: World, file: str | None = None, offset: int | None = Non
     """One reply to Follow, and what its descriptor holds from there on."""
     assert world.host is not None
     which, lines, wait = more.get("log", "console"), more.get("lines"), more.get("wait", False)
-    reply = await world.host.follow("web1", which, file, offset, lines, wait=wait)
+    reply = await world.host.domains.follow("web1", which, file, offset, lines, wait=wait)
     assert isinstance(reply, WithDescriptors)
     assert set(reply.value) == replied("Follow")
     data = b""
@@ -315,7 +325,7 @@ async def test_follow(world: World) -> None:
             await follow(world)
         with pytest.raises(errors.InvalidState, match="There is no log video"):
             await follow(world, log="video")
-        await host.start("web1", by=ROOT)
+        await host.domains.start("web1", by=ROOT)
         world.type("web1", "echo one\necho two\necho three")
         await until(lambda: world.console("web1") == "one\ntwo\nthree\n")
         assert (await follow(world, lines=2))[1] == b"two\nthree\n"
@@ -350,7 +360,9 @@ async def test_following_over_rotations(world: World) -> None:
         place, _ = await follow(world, lines=-1)
         text, fd, files = b"", -1, 0
         while place["more"]:
-            reply = await world.host.follow("web1", "console", place["file"], place["offset"], None, wait=False)  # type: ignore[union-attr]
+            assert world.host is not None
+            domains = world.host.domains
+            reply = await domains.follow("web1", "console", place["file"], place["offset"], None, wait=False)
             if fd < 0:  # the first one again, since `follow` has closed it
                 name = next(log for log in Path(world.paths.log, "qemu").iterdir() if log.name != "web1.log"
                             and f"{log.stat().st_dev}:{log.stat().st_ino}" == place["file"])  # fmt: skip
@@ -376,9 +388,9 @@ async def test_one_writer_at_a_time(world: World) -> None:
     async with world.daemon() as host:
         await world.define("web1")
         with pytest.raises(errors.InvalidState, match="Cannot attach to the console of web1: it is stopped"):
-            await anext(host.open_console("web1", by=ANN))
-        await host.start("web1", by=ROOT)
-        first = host.open_console("web1", by=ANN)
+            await anext(host.domains.open_console("web1", by=ANN))
+        await host.domains.start("web1", by=ROOT)
+        first = host.domains.open_console("web1", by=ANN)
         opened = await anext(first)
         assert isinstance(opened, WithDescriptors)
         assert set(opened.value) <= replied("OpenConsole")
@@ -386,15 +398,15 @@ async def test_one_writer_at_a_time(world: World) -> None:
         os.close(opened.fds[0])
         await until(lambda: world.console("web1") == "typed\n")
         with pytest.raises(errors.Busy, match=rf"in use by ann \(PID {ANN.pid}\)") as caught:
-            await anext(host.open_console("web1", by=ROOT))
+            await anext(host.domains.open_console("web1", by=ROOT))
         assert "--force" in str(caught.value.hint)
         # Taken over by force: the first is told, and its leaving doesn't take the second one's place away.
-        second = host.open_console("web1", force=True, by=ROOT)
+        second = host.domains.open_console("web1", force=True, by=ROOT)
         os.close((await anext(second)).fds[0])  # type: ignore[union-attr]
         assert to_builtins(await anext(first)) == {"name": "web1", "event": "taken-over", "by": "root"}
         await first.aclose()  # type: ignore[attr-defined]
         with pytest.raises(errors.Busy, match="in use by root"):
-            await anext(host.open_console("web1", by=ANN))
+            await anext(host.domains.open_console("web1", by=ANN))
         world.type("web1", "poweroff")
         assert to_builtins(await anext(second)) == {"name": "web1", "event": "ended", "by": None}
         with pytest.raises(StopAsyncIteration):
@@ -405,7 +417,7 @@ async def test_one_writer_at_a_time(world: World) -> None:
 async def test_a_console_outlives_the_daemon(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     async with world.daemon() as host:
         await world.run("web1")
-        console = host.open_console("web1", by=ANN)
+        console = host.domains.open_console("web1", by=ANN)
         opened = await anext(console)
         assert isinstance(opened, WithDescriptors)
         pipe, token = opened.fds[0], opened.value["token"]
@@ -417,8 +429,8 @@ async def test_a_console_outlives_the_daemon(world: World, monkeypatch: pytest.M
         await until(lambda: world.console("web1") == "meanwhile\n")
         # ... it is kept for the one who has the token ...
         with pytest.raises(errors.Busy, match="in use by ann"):
-            await anext(host.open_console("web1", by=ROOT))
-        again = host.open_console("web1", token=token, by=ANN)
+            await anext(host.domains.open_console("web1", by=ROOT))
+        again = host.domains.open_console("web1", token=token, by=ANN)
         reopened = await anext(again)
         assert isinstance(reopened, WithDescriptors)
         assert reopened.value["token"] == token
@@ -426,14 +438,14 @@ async def test_a_console_outlives_the_daemon(world: World, monkeypatch: pytest.M
         await again.aclose()  # type: ignore[attr-defined]
         # ... and given up, it is free.
         assert world.record("web1").data["console"] is None
-        other = host.open_console("web1", by=ROOT)
+        other = host.domains.open_console("web1", by=ROOT)
         os.close((await anext(other)).fds[0])  # type: ignore[union-attr]
     with pytest.raises(Killed):
         await other.aclose()  # type: ignore[attr-defined]
     # Later than that after a restart, nobody waits for those who didn't come back.
     monkeypatch.setattr("virtd.guests.console.GRACE", 0.0)
     async with world.daemon() as host:
-        late = host.open_console("web1", by=ANN)
+        late = host.domains.open_console("web1", by=ANN)
         os.close((await anext(late)).fds[0])  # type: ignore[union-attr]
         await late.aclose()  # type: ignore[attr-defined]
     os.close(pipe)
@@ -447,8 +459,8 @@ async def test_an_undefine_that_is_refused_changes_nothing(
     world = make_world()
     async with world.daemon() as host:
         await world.run("web1")
-        await host.stop("web1", by=ROOT)
-        before = await host.info("web1"), world.record("web1")
+        await host.domains.stop("web1", by=ROOT)
+        before = await host.domains.info("web1"), world.record("web1")
         refused = world.paths.record("qemu", "web1") if what == "record" else world.paths.definition("qemu", "web1")
         real = os.unlink
 
@@ -460,11 +472,11 @@ async def test_an_undefine_that_is_refused_changes_nothing(
         with monkeypatch.context() as patch:
             patch.setattr(os, "unlink", refuse)
             with pytest.raises(errors.HostError, match="Cannot remove"):
-                await host.undefine("web1", by=ROOT)
-        assert (await host.info("web1"), world.record("web1")) == before
+                await host.domains.undefine("web1", by=ROOT)
+        assert (await host.domains.info("web1"), world.record("web1")) == before
         assert (await host.check_all(repair=False, by=ROOT))["differences"] == []
-        await host.undefine("web1", by=ROOT)
-        assert await host.listing() == []
+        await host.domains.undefine("web1", by=ROOT)
+        assert await host.domains.listing() == []
 
 
 @on_loop
@@ -474,16 +486,16 @@ async def test_a_definition_that_is_gone_takes_its_domain_along(
     """Also where the record can't be removed: fsck does that later."""
     async with world.daemon() as host:
         await world.run("web1")
-        await host.stop("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
 
         def refuse(_name: str) -> None:
             raise errors.HostError("read-only")
 
         os.unlink(world.paths.definition("qemu", "web1"))
         with monkeypatch.context() as patch:
-            patch.setattr(host.driver.records, "remove", refuse)
+            patch.setattr(host.domains.driver.records, "remove", refuse)
             await host.reload(by=ROOT)
-        assert await host.listing() == []
+        assert await host.domains.listing() == []
         rows = (await host.check_all(repair=True, by=ROOT))["differences"]
         assert [(row["object"], row["kind"], row["repaired"]) for row in rows] == [("qemu/web1", "record", True)]
 
@@ -495,19 +507,19 @@ async def test_a_record_that_could_not_be_written_is_tried_again(
     monkeypatch.setattr("virtd.objects.persistent.SAVE_AGAIN", 0.01)
     async with world.daemon() as host:
         await world.run("web1")
-        machine = host.driver.machines["web1"]
+        machine = host.domains.driver.machines["web1"]
 
         def refuse(_record: object) -> None:
             raise errors.HostError("full")
 
         with monkeypatch.context() as patch:
             patch.setattr(machine.shared.records, "save", refuse)
-            await host.suspend("web1", by=ROOT)
+            await host.domains.suspend("web1", by=ROOT)
             assert machine.problems["record"].text == "full"
             assert world.record("web1").state == "running"
         await until(lambda: world.record("web1").state == "paused")
         await until(lambda: machine.problems == {})
-        await host.stop("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
 
 
 @on_loop

@@ -191,10 +191,10 @@ class Domains(Model):
     async def work(self, operation: str, name: str) -> Any:
         if operation == "define":
             return await self.world.define(name)
-        return await getattr(self.host, operation)(name, by=ROOT)
+        return await getattr(self.host.domains, operation)(name, by=ROOT)
 
     async def listing(self) -> Sequence[Reply]:
-        return await self.host.listing()
+        return await self.host.domains.listing()
 
     async def certain(self, machine: Any) -> None:
         await machine.attach(5)  # whether it is paused is QEMU's to say

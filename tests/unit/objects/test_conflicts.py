@@ -115,7 +115,7 @@ async def test_definitions_that_want_the_same(world: World, tmp_path: Path) -> N
         ]
         await world.define("b")
         await world.define("a", more=disk("disk"))
-        await host.start("a", by=ROOT)
+        await host.domains.start("a", by=ROOT)
         (warning,) = (await world.define("b", more=disk("link")))["warnings"]
         assert warning.startswith(f"disk[0]: {tmp_path}/link is domain a's")
         # Addresses that were made of uuids written by hand.
@@ -344,7 +344,7 @@ async def test_one_file_by_two_names_in_two_definitions(world: World, tmp_path: 
         for one, two in ((disk, other), (other, disk)):
             for name, path, readonly in (("web1", one, ""), ("web2", two, ""), ("web3", two, ", readonly = true")):
                 text = world.text(name, more=f'disk = [{{ path = "{path}", format = "raw"{readonly} }}]')
-                told = (await host.define(text, "-", check=False, by=ROOT))["warnings"]
+                told = (await host.domains.define(text, "-", check=False, by=ROOT))["warnings"]
                 where = {"web1": 0, "web2": 1}.get(name, 2)
                 assert len(told) == where, told
                 assert all("both can't run at the same time" in one for one in told)
@@ -353,7 +353,7 @@ async def test_one_file_by_two_names_in_two_definitions(world: World, tmp_path: 
                         f"disk[0]: {two} is domain web1's as well, as {one}: both can't run at the same time"
                     )
             for name in ("web1", "web2", "web3"):
-                await host.undefine(name, by=ROOT)
+                await host.domains.undefine(name, by=ROOT)
 
 
 @on_loop
@@ -362,5 +362,5 @@ async def test_disks_that_are_no_files(world: World, tmp_path: Path) -> None:
     async with world.daemon() as host:
         for path in (f"{tmp_path}/directory", "/dev/null"):
             text = world.text("web1", more=f'disk = [{{ path = "{path}", format = "raw" }}]')
-            told = (await host.define(text, "-", check=False, by=ROOT))["warnings"]
+            told = (await host.domains.define(text, "-", check=False, by=ROOT))["warnings"]
             assert told == [f"disk[0].path: expected a regular file: {path}"]

@@ -164,7 +164,7 @@ async def test_a_tap_of_a_guest_that_runs_is_left_alone(site: Site) -> None:
         await site.define()
         await host.networks.start("lab", by=ROOT)
         assert await check(host, repair=True) == []
-        await host.stop("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
         assert [row["kind"] for row in await check(host, repair=True)] == ["interface"]
         assert await check(host) == []
 

@@ -76,7 +76,7 @@ ODD: dict[str, Callable[[str], object]] = {
 async def works(world: World) -> Status:
     """The daemon answers, and `good` can be had. Its status."""
     assert world.host is not None
-    assert "good" in {item["name"] for item in await world.host.listing()}
+    assert "good" in {item["name"] for item in await world.host.domains.listing()}
     status = await world.host.status()
     for row in status["problems"]:
         for text in (row.object, row.text, row.hint):
@@ -118,7 +118,7 @@ async def test_as_a_record(world: World, kind: str, name: str, driver: str) -> N
     ODD[kind](world.paths.record(driver, name))
     async with world.daemon() as host:
         status = await works(world)
-        info = await host.info("good")
+        info = await host.domains.info("good")
         assert (info["state"], info["pid"]) == ("running", pid), "the others' records are read all the same"
         (problem,) = status["problems"]
         assert problem["object"].startswith(f"{driver}/")
@@ -127,7 +127,7 @@ async def test_as_a_record(world: World, kind: str, name: str, driver: str) -> N
         differences = (await host.check_all(repair=True, by=None))["differences"]
         assert all(row["repaired"] for row in differences), differences
         assert os.listdir(world.paths.quarantine) == []
-        await host.stop("good", by=ROOT)
+        await host.domains.stop("good", by=ROOT)
 
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a link to itself", "noise", "a socket"])
@@ -148,25 +148,25 @@ async def test_in_place_of_a_directory(world: World, kind: str) -> None:
     ODD[kind](f"{world.paths.run}/quarantine")
     async with world.daemon() as host:
         status = await works(world)
-        assert (await host.info("good"))["pid"] == pid
+        assert (await host.domains.info("good"))["pid"] == pid
         assert {row["object"] for row in status["problems"]} >= set(DRIVERS)
         # What was known of definitions stays in force until they can be read again.
         os.unlink(etc)
         os.rename(f"{etc}.old", etc)
         await host.reload(by=ROOT)
-        assert (await host.info("good"))["persistent"]
+        assert (await host.domains.info("good"))["persistent"]
         os.rename(etc, f"{etc}.old")
         ODD[kind](etc)
         await host.reload(by=ROOT)
-        assert (await host.info("good"))["persistent"]
-        await host.stop("good", by=ROOT)
+        assert (await host.domains.info("good"))["persistent"]
+        await host.domains.stop("good", by=ROOT)
     os.rename(run, f"{run}.old")
     ODD[kind](run)
     async with world.daemon() as host:
         status = await host.status()
         assert any(f"{run} can't be read" in row["text"] for row in status["problems"])
         with pytest.raises((errors.HostError, errors.NotFound)):
-            await host.start("good", by=ROOT)
+            await host.domains.start("good", by=ROOT)
 
 
 @pytest.mark.parametrize("where", ["fifos", "autostarted", "launched", "daemon.json", "fifos/x", "qemu/good"])
@@ -209,10 +209,10 @@ async def test_thousands_of_new_definitions(world: World, monkeypatch: pytest.Mo
         await asyncio.gather(task, return_exceptions=True)
         assert len(changed) == 200
         assert turns > 100
-        uuids = {item["name"]: item["uuid"] for item in await host.listing()}
+        uuids = {item["name"]: item["uuid"] for item in await host.domains.listing()}
         assert (await host.check_all(repair=False, by=None))["differences"] == []
     async with world.daemon() as host:
-        assert {item["name"]: item["uuid"] for item in await host.listing()} == uuids
+        assert {item["name"]: item["uuid"] for item in await host.domains.listing()} == uuids
 
 
 @on_loop
@@ -229,7 +229,7 @@ async def test_no_uuid_where_it_cannot_be_kept(world: World, monkeypatch: pytest
         _write(world.paths.definition("qemu", "good"), world.text("good", more="vcpus = 2").encode())
         found = await host.reload(by=ROOT)
         assert len(found["problems"]) == 2
-        assert [item["name"] for item in await host.listing()] == ["good"]
+        assert [item["name"] for item in await host.domains.listing()] == ["good"]
 
 
 # Whose they are
@@ -265,7 +265,7 @@ async def test_definitions_that_others_can_write(world: World, what: str, tmp_pa
         assert problem["object"] == "qemu/bad"
         assert "only root can write" in problem["text"] or "it leads into" in problem["text"]
         assert problem["hint"]
-        assert [item["name"] for item in await host.listing()] == ["good"]
+        assert [item["name"] for item in await host.domains.listing()] == ["good"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives files away")
@@ -293,18 +293,18 @@ async def test_a_rewrite_keeps_link_and_mode(world: World, tmp_path: Path) -> No
     (kept / "good.toml").chmod(0o600)
     os.symlink(kept / "good.toml", path)
     async with world.daemon() as host:
-        uuid = (await host.info("good"))["uuid"]
+        uuid = (await host.domains.info("good"))["uuid"]
         assert os.path.islink(path)
         assert uuid in (kept / "good.toml").read_text()
         assert mode_of(path) == 0o600
-        await host.set_autostart("good", True, by=ROOT)
+        await host.domains.set_autostart("good", True, by=ROOT)
         await world.define("good", more="vcpus = 2")
         assert os.path.islink(path)
         assert "vcpus = 2" in (kept / "good.toml").read_text()
         assert mode_of(path) == 0o600
         (kept / "good.toml").write_text(world.text("good", more=f'uuid = "{uuid}"\nvcpus = 3'))
         assert (await host.reload(by=ROOT))["changed"] == ["good"]
-        await host.undefine("good", by=ROOT)
+        await host.domains.undefine("good", by=ROOT)
         assert not os.path.lexists(path)
         assert (kept / "good.toml").exists()
 
@@ -316,9 +316,9 @@ async def test_a_byte_order_mark_in_a_file(world: World) -> None:
     async with world.daemon() as host:
         await works(world)
         assert to_builtins(await host.reload(by=ROOT)) == {"changed": [], "problems": []}
-        await host.set_autostart("good", True, by=ROOT)
+        await host.domains.set_autostart("good", True, by=ROOT)
     async with world.daemon() as host:
-        (item,) = await host.listing()
+        (item,) = await host.domains.listing()
         assert item["autostart"]
 
 

@@ -64,7 +64,7 @@ async def test_a_guest_that_stands_still(world: World, tmp_path: Path, monkeypat
     async with world.daemon() as host:
         await world.run("web1", more=f'disk = [{{ path = "{tmp_path}/disk" }}]')
         world.type("web1", "full")
-        await host.wait("web1", ["paused"], 20)
+        await host.domains.wait("web1", ["paused"], 20)
         await until(lambda: world.told(Message.GUEST_STOOD_STILL), "the word of it")
         (known,) = await problems(host)
     async with world.daemon(reconcile=False) as host:
@@ -72,11 +72,11 @@ async def test_a_guest_that_stands_still(world: World, tmp_path: Path, monkeypat
         # Without how much is free, for which the file system would have to be asked.
         assert known["text"].startswith(first["text"])
         assert first["hint"] == "Free some space on its file system, then: virtdctl resume web1."
-        assert (await host.info("web1"))["standstill"]["disk"] == "disk[0]"
+        assert (await host.domains.info("web1"))["standstill"]["disk"] == "disk[0]"
     async with world.daemon() as host:
-        await until(lambda: "free" in host.driver.machines["web1"].problems["standstill"].text)
+        await until(lambda: "free" in host.domains.driver.machines["web1"].problems["standstill"].text)
         assert await problems(host) == [known]
-        await host.stop("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
         assert await problems(host) == []
     assert len(world.told(Message.GUEST_STOOD_STILL)) == 1
 
@@ -85,13 +85,13 @@ async def test_a_guest_that_stands_still(world: World, tmp_path: Path, monkeypat
 async def test_a_guest_that_somebody_has_restarted(world: World) -> None:
     async with world.daemon() as host:
         await world.run("web1")
-        machine = host.driver.machines["web1"]
+        machine = host.domains.driver.machines["web1"]
         assert machine.record is not None
         machine.save(data=machine.record.data | {AGAIN: True})
     (problem,) = await told_at_once(world)
     assert "restarted by somebody" in problem["text"]
     async with world.daemon() as host:
-        await host.stop("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
         assert await problems(host) == []
 
 
@@ -112,7 +112,7 @@ async def test_a_disk_that_was_deleted(world: World, tmp_path: Path) -> None:
     async with world.daemon(reconcile=False) as host:
         assert await problems(host) == []
     async with world.daemon() as host:
-        await host.stop("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
 
 
 @on_loop
@@ -210,7 +210,7 @@ async def test_one_that_cannot_be_recalled_costs_no_other_anything(
         await world.run("web1")
         await world.run("web2")
         for name in ("web1", "web2"):
-            machine = host.driver.machines[name]
+            machine = host.domains.driver.machines[name]
             assert machine.record is not None
             machine.save(data=machine.record.data | {AGAIN: True})
         kind = type(machine)
@@ -227,4 +227,4 @@ async def test_one_that_cannot_be_recalled_costs_no_other_anything(
         assert "can't be recalled: a bug" in told["qemu/web1"]
         assert "restarted by somebody" in told["qemu/web2"]
         for name in ("web1", "web2"):
-            await host.stop(name, by=ROOT)
+            await host.domains.stop(name, by=ROOT)

@@ -33,7 +33,7 @@ async def test_start(world: World) -> None:
     async with world.daemon() as host:
         pid = await world.run("web1", "print=3")
         assert world.units.process("web1").pid == pid
-        info = await host.info("web1")
+        info = await host.domains.info("web1")
         assert (info["state"], info["pid"], info["id"], info["monitor"]) == ("running", pid, 1, "connected")
         assert sorted(info["slots"]) == SLOTS == world.slots()
         await until(lambda: world.console("web1") == "line 0\nline 1\nline 2\n")
@@ -42,7 +42,11 @@ async def test_start(world: World) -> None:
         assert record.main_start > 0
         assert world.told(Message.STARTED)[0]["VIRTD_PID"] == str(pid)
         # Once more changes nothing.
-        assert to_builtins(await host.start("web1", by=ROOT)) == {"name": "web1", "changed": False, "pid": pid}
+        assert to_builtins(await host.domains.start("web1", by=ROOT)) == {
+            "name": "web1",
+            "changed": False,
+            "pid": pid,
+        }
 
 
 @on_loop
@@ -60,7 +64,7 @@ async def test_what_qemu_complains_of_is_in_the_journal(world: World) -> None:
         world.type("web1", "complain of everything")
         await until(lambda: any("of everything" in message["text"] for message in world.messages))
         entry = next(message for message in world.messages if "of everything" in message["text"])
-        assert (entry["VIRTD_NAME"], entry["VIRTD_UUID"]) == ("web1", (await host.info("web1"))["uuid"])
+        assert (entry["VIRTD_NAME"], entry["VIRTD_UUID"]) == ("web1", (await host.domains.info("web1"))["uuid"])
     async with world.daemon():
         world.type("web1", "complain again")
         await until(lambda: any("again" in message["text"] for message in world.messages))
@@ -80,15 +84,15 @@ async def test_a_start_that_fails_says_why_in_qemus_words(world: World) -> None:
     async with world.daemon() as host:
         await world.define("web1", "fail=1")
         with pytest.raises(errors.StartFailed, match=r"cannot set up guest memory 'pc\.ram': Cannot allocate memory"):
-            await host.start("web1", by=ROOT)
-        item = (await host.listing())[0]
+            await host.domains.start("web1", by=ROOT)
+        item = (await host.domains.listing())[0]
         assert item["state"] == "stopped"
         assert "Cannot allocate memory" in item["reason"]
         nothing_left(world)
         # And not in those of an earlier failure.
         world.units.refuse = errors.StartFailed("systemd could not start the unit: resources")
         with pytest.raises(errors.StartFailed, match="resources"):
-            await host.start("web1", by=ROOT)
+            await host.domains.start("web1", by=ROOT)
         nothing_left(world)
 
 
@@ -97,9 +101,9 @@ async def test_a_guest_that_failed_can_be_started_when_it_is_mended(world: World
     async with world.daemon() as host:
         await world.define("web1", "fail=1")
         with pytest.raises(errors.StartFailed):
-            await host.start("web1", by=ROOT)
+            await host.domains.start("web1", by=ROOT)
         assert await world.run("web1") > 0
-        assert (await host.info("web1"))["state"] == "running"
+        assert (await host.domains.info("web1"))["state"] == "running"
 
 
 @on_loop
@@ -109,7 +113,7 @@ async def test_a_monitor_that_never_answers_fails_the_start(make_world: Callable
     async with world.daemon() as host:
         await world.define("web1", "silent")
         with pytest.raises(errors.StartFailed, match=r"didn't answer within 0\.5 s"):
-            await host.start("web1", by=ROOT)
+            await host.domains.start("web1", by=ROOT)
         nothing_left(world)
 
 
@@ -131,7 +135,7 @@ async def test_a_start_that_failed_is_ended_once_there_is_a_bus(
         await world.define("web1", "silent")
         monkeypatch.setattr(world.units, "step", step)
         with pytest.raises(errors.StartFailed, match="didn't answer"):
-            await host.start("web1", by=ROOT)
+            await host.domains.start("web1", by=ROOT)
         assert len(refused) == 2
         nothing_left(world)
 
@@ -141,7 +145,7 @@ async def test_a_broken_monitor_does_not_take_the_next_ones_place(world: World) 
     """QEMU has one client at a time: whoever still tried to reach the old one got the new one's only connection."""
     async with world.daemon() as host:
         pid = await world.run("web1")
-        machine = host.driver.machines["web1"]
+        machine = host.domains.driver.machines["web1"]
         os.unlink(f"{machine.runtime}/qmp.sock")
         assert machine.monitor is not None
         machine.monitor.link = Link.CLOSED
@@ -153,8 +157,8 @@ async def test_a_broken_monitor_does_not_take_the_next_ones_place(world: World) 
         trying = machine.monitor
         os.kill(pid, signal.SIGKILL)
         await machine.over.wait()
-        await host.start("web1", by=ROOT)
-        assert (await host.info("web1"))["monitor"] == "connected"
+        await host.domains.start("web1", by=ROOT)
+        assert (await host.domains.info("web1"))["monitor"] == "connected"
         assert trying is not None
         assert trying.link is Link.CLOSED
 
@@ -166,7 +170,7 @@ async def test_the_budget_refuses_before_anything_is_done(make_world: Callable[.
         first = await world.run("web1")
         await world.define("web2")
         with pytest.raises(errors.BudgetExceeded, match="no room") as caught:
-            await host.start("web2", by=ROOT)
+            await host.domains.start("web2", by=ROOT)
         assert "FileDescriptorStoreMax=" in str(caught.value.hint)
         assert world.slots() == SLOTS
         assert not world.runtime_left("web2")
@@ -183,7 +187,7 @@ async def test_what_pid1_did_not_keep_fails_the_start(world: World) -> None:
         # The daemon believes in more room than there is.
         world.pid1.store_max = 3
         with pytest.raises(errors.HostError, match="didn't keep"):
-            await host.start("web1", by=ROOT)
+            await host.domains.start("web1", by=ROOT)
         nothing_left(world)
 
 
@@ -209,11 +213,11 @@ async def test_a_disk_goes_to_one_guest_only(world: World, tmp_path: Path) -> No
         for name, path in (("web2", "disk"), ("web3", "link"), ("web4", "hard")):
             await world.define(name, more=disk(path, readonly=name == "web4"))
             with pytest.raises(errors.Busy, match=f"{path} is in use by domain web1"):
-                await host.start(name, by=ROOT)
+                await host.domains.start(name, by=ROOT)
             assert not world.runtime_left(name)
-        await host.stop("web1", by=ROOT)
-        await host.start("web2", by=ROOT)
-        await host.stop("web2", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
+        await host.domains.start("web2", by=ROOT)
+        await host.domains.stop("web2", by=ROOT)
         # Readers share.
         await world.run("web4", more=disk("hard", readonly=True))
         await world.run("web3", more=disk("link", readonly=True))
@@ -225,10 +229,10 @@ async def test_the_definition_in_use_is_the_one_it_was_started_with(world: World
     async with world.daemon() as host:
         await world.run("web1", more=f'disk = [{{ path = "{tmp_path}/disk" }}]')
         await world.define("web1")
-        assert (await host.info("web1"))["pending"] is True
+        assert (await host.domains.info("web1"))["pending"] is True
         await world.define("web2", more=f'disk = [{{ path = "{tmp_path}/disk" }}]')
         with pytest.raises(errors.Busy, match="in use by domain web1"):
-            await host.start("web2", by=ROOT)
+            await host.domains.start("web2", by=ROOT)
 
 
 @on_loop
@@ -240,7 +244,7 @@ async def test_a_file_that_is_missing(world: World) -> None:
         result = await world.define("web1")
         assert result["warnings"] == [f"boot.kernel: no such file: {world.kernel}"]
         with pytest.raises(errors.InvalidDefinition, match=r"boot\.kernel: no such file") as caught:
-            await host.start("web1", by=ROOT)
+            await host.domains.start("web1", by=ROOT)
         assert caught.value.file == world.paths.definition("qemu", "web1")
         assert world.slots() == []
 
@@ -269,12 +273,12 @@ async def test_a_file_system_that_refuses(world: World, where: str, monkeypatch:
             patch.setattr(os, "open", failing_open)
             patch.setattr(os, "mkdir", failing_mkdir)
             with pytest.raises(errors.HostError, match="No space left on device"):
-                await host.start("web1", by=ROOT)
+                await host.domains.start("web1", by=ROOT)
         assert not [slot for slot in world.slots() if slot.startswith("qemu/web1/")]
         assert not world.runtime_left("web1")
         assert world.units.process("web2").pid == other
-        assert (await host.info("web1"))["state"] == "stopped"
-        assert (await host.start("web1", by=ROOT))["changed"] is True
+        assert (await host.domains.info("web1"))["state"] == "stopped"
+        assert (await host.domains.start("web1", by=ROOT))["changed"] is True
 
 
 # The end
@@ -284,8 +288,8 @@ async def test_a_file_system_that_refuses(world: World, where: str, monkeypatch:
 async def test_shutdown_by_the_power_button(world: World) -> None:
     async with world.daemon() as host:
         await world.run("web1", "slow-exit=0.05")
-        assert to_builtins(await host.shutdown("web1", None, by=ROOT)) == {"name": "web1", "changed": True}
-        info = await host.info("web1")
+        assert to_builtins(await host.domains.shutdown("web1", None, by=ROOT)) == {"name": "web1", "changed": True}
+        info = await host.domains.info("web1")
         assert (info["state"], info["reason"], info["pid"]) == ("stopped", "shut down by root", None)
         assert dict(info["exit"]) | {"at": ""} == {
             "code": 0,
@@ -296,7 +300,7 @@ async def test_shutdown_by_the_power_button(world: World) -> None:
         }
         nothing_left(world)
         with pytest.raises(errors.InvalidState, match="Cannot shut down web1: it is stopped"):
-            await host.shutdown("web1", None, by=ROOT)
+            await host.domains.shutdown("web1", None, by=ROOT)
 
 
 @on_loop
@@ -304,13 +308,13 @@ async def test_a_guest_that_ignores_the_button_runs_on(world: World) -> None:
     async with world.daemon() as host:
         pid = await world.run("web1", "deaf")
         with pytest.raises(errors.TimedOut, match="did not shut down within"):
-            await host.shutdown("web1", 0.2, by=ROOT)
-        info = await host.info("web1")
+            await host.domains.shutdown("web1", 0.2, by=ROOT)
+        info = await host.domains.info("web1")
         assert (info["state"], info["pid"]) == ("running", pid)
         assert "did not shut down" in info["reason"]
         # What it does later, it does by itself.
         world.type("web1", "die SIGSEGV")
-        item = await host.wait("web1", ["crashed"], 20)
+        item = await host.domains.wait("web1", ["crashed"], 20)
         assert item["reason"] == "killed by SIGSEGV"
 
 
@@ -319,10 +323,10 @@ async def test_a_shutdown_that_was_given_up_does_not_explain_a_later_end(world: 
     async with world.daemon() as host:
         await world.run("web1", "deaf")
         with pytest.raises(errors.TimedOut):
-            await host.shutdown("web1", 0.2, by=ROOT)
+            await host.domains.shutdown("web1", 0.2, by=ROOT)
         world.type("web1", "poweroff")
-        await host.wait("web1", ["stopped"], 20)
-        info = await host.info("web1")
+        await host.domains.wait("web1", ["stopped"], 20)
+        info = await host.domains.info("web1")
         assert info["reason"] == "powered off after the shutdown that root asked for had timed out"
         assert (info["exit"]["cause"], info["exit"]["by"]) == ("guest-shutdown", None)
 
@@ -331,13 +335,13 @@ async def test_a_shutdown_that_was_given_up_does_not_explain_a_later_end(world: 
 async def test_stop(world: World) -> None:
     async with world.daemon() as host:
         await world.run("web1", "deaf print=5000")
-        assert to_builtins(await host.stop("web1", by=ROOT)) == {"name": "web1", "changed": True}
-        info = await host.info("web1")
+        assert to_builtins(await host.domains.stop("web1", by=ROOT)) == {"name": "web1", "changed": True}
+        info = await host.domains.info("web1")
         assert (info["state"], info["exit"]["cause"], info["exit"]["by"]) == ("stopped", "stop", "root")
         nothing_left(world)
         # Its last words are there, all of them.
         assert world.console("web1").splitlines() == [f"line {number}" for number in range(5000)]
-        assert to_builtins(await host.stop("web1", by=ROOT)) == {"name": "web1", "changed": False}
+        assert to_builtins(await host.domains.stop("web1", by=ROOT)) == {"name": "web1", "changed": False}
 
 
 @on_loop
@@ -348,8 +352,8 @@ async def test_stop_without_the_monitors_help(world: World, monkeypatch: pytest.
         pid = await world.run("web1")
         os.kill(pid, signal.SIGSTOP)
         monkeypatch.setattr(power, "LADDER", ((signal.SIGTERM, 0.2), (signal.SIGKILL, 10.0)))
-        assert (await host.stop("web1", by=ROOT))["changed"] is True
-        info = await host.info("web1")
+        assert (await host.domains.stop("web1", by=ROOT))["changed"] is True
+        info = await host.domains.info("web1")
         assert (info["state"], info["exit"]["signal"], info["exit"]["cause"]) == ("stopped", "SIGKILL", "stop")
         nothing_left(world)
 
@@ -376,15 +380,15 @@ async def test_an_end_and_its_cause(
         if daemon == "there":
             world.type("web1", line)
             assert world.host is not None
-            await world.host.driver.machines["web1"].over.wait()
+            await world.host.domains.driver.machines["web1"].over.wait()
         else:
-            stdin = os.dup(world.host.driver.machines["web1"].child.stdin())  # type: ignore[union-attr]
+            stdin = os.dup(world.host.domains.driver.machines["web1"].child.stdin())  # type: ignore[union-attr]
     if daemon == "away":
         os.write(stdin, f"{line}\n".encode())
         os.close(stdin)
         await asyncio.to_thread(world.units.process("web1").wait)
     async with world.daemon() as host:
-        info = await host.info("web1")
+        info = await host.domains.info("web1")
         assert (info["state"], info["exit"]["cause"]) == (state, cause)
         assert (info["exit"]["code"], info["exit"]["signal"]) == (code, killer)
         assert world.console("web1") == "last words\n"
@@ -399,7 +403,7 @@ async def test_the_last_words_are_in_the_log_when_the_end_is_told(world: World) 
     async with world.daemon() as host:
         await world.run("web1")
         world.type("web1", "burst 5000")
-        item = await host.wait("web1", ["stopped"], 20)
+        item = await host.domains.wait("web1", ["stopped"], 20)
         assert item["reason"] == "powered off by itself"
         assert world.console("web1").splitlines() == [f"line {number}" for number in range(5000)]
 
@@ -409,15 +413,15 @@ async def test_kill(world: World) -> None:
     async with world.daemon() as host:
         await world.run("web1")
         with pytest.raises(errors.InvalidState, match="no signal 99"):
-            await host.kill("web1", 99, by=ROOT)
-        await host.kill("web1", 9, by=ROOT)
-        info = await host.info("web1")
+            await host.domains.kill("web1", 99, by=ROOT)
+        await host.domains.kill("web1", 9, by=ROOT)
+        info = await host.domains.info("web1")
         assert (info["state"], info["reason"]) == ("crashed", "killed by root")
         ending = info["exit"]
         assert (ending["code"], ending["signal"]) == (None, "SIGKILL")
         assert (ending["cause"], ending["by"]) == ("killed", "root")
         with pytest.raises(errors.InvalidState):
-            await host.kill("web1", 9, by=ROOT)
+            await host.domains.kill("web1", 9, by=ROOT)
 
 
 @on_loop
@@ -426,8 +430,8 @@ async def test_an_out_of_memory_kill(world: World) -> None:
         await world.run("web1")
         world.units.units["virtd-qemu-web1.service"].oom = True
         world.type("web1", "die SIGKILL")
-        await host.wait("web1", ["crashed"], 20)
-        assert (await host.info("web1"))["exit"]["cause"] == "oom"
+        await host.domains.wait("web1", ["crashed"], 20)
+        assert (await host.domains.info("web1"))["exit"]["cause"] == "oom"
 
 
 @on_loop
@@ -435,12 +439,12 @@ async def test_on_crash_keep_and_restart(world: World) -> None:
     async with world.daemon() as host:
         await world.run("web1", more='on_crash = "keep"')
         world.type("web1", "panic")
-        item = await host.wait("web1", ["paused"], 20)
+        item = await host.domains.wait("web1", ["paused"], 20)
         assert item["reason"] == "the guest's kernel panicked"
         first = await world.run("web2", more='on_crash = "restart"')
         world.type("web2", "panic")
-        await until(lambda: host.driver.machines["web2"].state is State.RUNNING and world.told(Message.ENDED))
-        assert (await host.info("web2"))["pid"] not in (None, first)
+        await until(lambda: host.domains.driver.machines["web2"].state is State.RUNNING and world.told(Message.ENDED))
+        assert (await host.domains.info("web2"))["pid"] not in (None, first)
 
 
 @on_loop
@@ -448,7 +452,7 @@ async def test_on_poweroff_keep(world: World) -> None:
     async with world.daemon() as host:
         pid = await world.run("web1", more='on_poweroff = "keep"')
         world.type("web1", "poweroff")
-        item = await host.wait("web1", ["paused"], 20)
+        item = await host.domains.wait("web1", ["paused"], 20)
         assert item["pid"] == pid
 
 
@@ -460,19 +464,19 @@ async def test_suspend_and_resume(world: World) -> None:
     async with world.daemon() as host:
         await world.define("web1")
         with pytest.raises(errors.InvalidState, match="Cannot suspend web1: it is stopped") as caught:
-            await host.suspend("web1", by=ROOT)
+            await host.domains.suspend("web1", by=ROOT)
         assert str(caught.value.hint) == "Start it first: virtdctl start web1."
         pid = await world.run("web1")
-        assert to_builtins(await host.suspend("web1", by=ROOT)) == {"name": "web1", "changed": True}
-        assert to_builtins(await host.suspend("web1", by=ROOT)) == {"name": "web1", "changed": False}
-        assert (await host.info("web1"))["state"] == "paused"
+        assert to_builtins(await host.domains.suspend("web1", by=ROOT)) == {"name": "web1", "changed": True}
+        assert to_builtins(await host.domains.suspend("web1", by=ROOT)) == {"name": "web1", "changed": False}
+        assert (await host.domains.info("web1"))["state"] == "paused"
         with pytest.raises(errors.InvalidState, match="it is paused"):
-            await host.reboot("web1", force=False, timeout=None, by=ROOT)
+            await host.domains.reboot("web1", force=False, timeout=None, by=ROOT)
     async with world.daemon() as host:
-        assert (await host.info("web1"))["state"] == "paused"
-        assert to_builtins(await host.resume("web1", by=ROOT)) == {"name": "web1", "changed": True}
-        assert to_builtins(await host.resume("web1", by=ROOT)) == {"name": "web1", "changed": False}
-        info = await host.info("web1")
+        assert (await host.domains.info("web1"))["state"] == "paused"
+        assert to_builtins(await host.domains.resume("web1", by=ROOT)) == {"name": "web1", "changed": True}
+        assert to_builtins(await host.domains.resume("web1", by=ROOT)) == {"name": "web1", "changed": False}
+        info = await host.domains.info("web1")
         assert (info["state"], info["pid"]) == ("running", pid)
 
 
@@ -492,12 +496,12 @@ async def test_what_was_asked_of_a_qemu_that_slept(world: World, times: int, mon
     impatient(monkeypatch)
     async with world.daemon() as host:
         pid = await world.run("web1")
-        machine = host.driver.machines["web1"]
+        machine = host.domains.driver.machines["web1"]
         with asleep(pid):
             for _ in range(times):
                 with pytest.raises(errors.MonitorError, match="didn't answer"):
                     await machine.command("stop", limit=0.1)
-            assert (await host.info("web1"))["state"] == "running"
+            assert (await host.domains.info("web1"))["state"] == "running"
         await agreed(host)
 
 
@@ -508,21 +512,21 @@ async def test_a_qemu_that_slept_through_a_restart(world: World, monkeypatch: py
         pid = await world.run("web1")
     with asleep(pid):
         async with world.daemon() as host:
-            await until(lambda: "monitor" in host.driver.machines["web1"].problems, "the problem")
+            await until(lambda: "monitor" in host.domains.driver.machines["web1"].problems, "the problem")
             os.kill(pid, signal.SIGCONT)
             await agreed(host)
 
 
 async def agreed(host: Any) -> None:
     """The state is the real one, and whoever asks for another gets it."""
-    machine = host.driver.machines["web1"]
+    machine = host.domains.driver.machines["web1"]
     await until(lambda: machine.monitor is not None and machine.monitor.link is Link.CONNECTED, "the monitor")
     state = {"paused": State.PAUSED, "running": State.RUNNING}[await machine.monitor.status()]
     assert machine.state is state
     assert "monitor" not in machine.problems
-    await host.suspend("web1", by=ROOT)
+    await host.domains.suspend("web1", by=ROOT)
     assert await machine.monitor.status() == "paused"
-    await host.resume("web1", by=ROOT)
+    await host.domains.resume("web1", by=ROOT)
     assert await machine.monitor.status() == "running"
 
 
@@ -536,13 +540,13 @@ async def test_a_shutdown_that_is_heard_late(world: World, monkeypatch: pytest.M
     impatient(monkeypatch)
     async with world.daemon() as host:
         pid = await world.run("web1")
-        machine = host.driver.machines["web1"]
+        machine = host.domains.driver.machines["web1"]
         with asleep(pid), pytest.raises(errors.MonitorError):
             await operations.shutdown(machine, 20, "root")
         with contextlib.suppress(errors.VirtdError):  # it may have heard it
             await machine.command("system_powerdown")
         await asyncio.wait_for(machine.over.wait(), 20)
-        assert "after the shutdown that root asked for had timed out" in (await host.info("web1"))["reason"]
+        assert "after the shutdown that root asked for had timed out" in (await host.domains.info("web1"))["reason"]
 
 
 @on_loop
@@ -553,15 +557,15 @@ async def test_a_reboot_that_could_not_be_asked_for_is_none_later(
     async with world.daemon() as host:
         pid = await world.run("web1")
         with asleep(pid), pytest.raises(errors.MonitorError):
-            await host.reboot("web1", force=False, timeout=20, by=ROOT)
+            await host.domains.reboot("web1", force=False, timeout=20, by=ROOT)
         assert world.record("web1").data["request"]["verb"] == REBOOT_GIVEN_UP
     async with world.daemon() as host:
-        machine = host.driver.machines["web1"]
+        machine = host.domains.driver.machines["web1"]
         await until(lambda: machine.monitor is not None and machine.monitor.link is Link.CONNECTED, "the monitor")
         # Powering off is what it was, and ends it.
         world.type("web1", "poweroff")
         await asyncio.wait_for(machine.over.wait(), 20)
-        assert (await host.info("web1"))["state"] == "stopped"
+        assert (await host.domains.info("web1"))["state"] == "stopped"
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -569,12 +573,12 @@ async def test_a_reboot_that_could_not_be_asked_for_is_none_later(
 async def test_reboot(world: World, force: bool) -> None:
     async with world.daemon() as host:
         pid = await world.run("web1")
-        assert (await host.reboot("web1", force=force, timeout=20, by=ROOT))["changed"] is True
-        info = await host.info("web1")
+        assert (await host.domains.reboot("web1", force=force, timeout=20, by=ROOT))["changed"] is True
+        info = await host.domains.info("web1")
         assert (info["state"], info["pid"]) == ("running", pid)
         # After it the power button is what it was.
-        assert (await host.shutdown("web1", None, by=ROOT))["changed"] is True
-        assert (await host.info("web1"))["exit"]["cause"] == "shutdown"
+        assert (await host.domains.shutdown("web1", None, by=ROOT))["changed"] is True
+        assert (await host.domains.info("web1"))["exit"]["cause"] == "shutdown"
 
 
 @on_loop
@@ -582,19 +586,19 @@ async def test_a_reboot_that_the_guest_ignores(world: World) -> None:
     async with world.daemon() as host:
         await world.run("web1", "deaf")
         with pytest.raises(errors.TimedOut, match="to be rebooted"):
-            await host.reboot("web1", force=False, timeout=0.2, by=ROOT)
-        assert (await host.info("web1"))["state"] == "running"
+            await host.domains.reboot("web1", force=False, timeout=0.2, by=ROOT)
+        assert (await host.domains.info("web1"))["state"] == "running"
         world.type("web1", "poweroff")
-        await host.driver.machines["web1"].over.wait()
-        assert (await host.info("web1"))["reason"] == "powered off by itself"
+        await host.domains.driver.machines["web1"].over.wait()
+        assert (await host.domains.info("web1"))["reason"] == "powered off by itself"
 
 
 @on_loop
 async def test_a_guest_that_dies_while_it_reboots(world: World) -> None:
     async with world.daemon() as host:
         await world.run("web1", "deaf")
-        rebooting = asyncio.ensure_future(host.reboot("web1", force=False, timeout=600, by=ROOT))
-        news = host.driver.machines["web1"].news
+        rebooting = asyncio.ensure_future(host.domains.reboot("web1", force=False, timeout=600, by=ROOT))
+        news = host.domains.driver.machines["web1"].news
         await until(lambda: "POWERDOWN" in [event["event"] for event in news.last])
         world.type("web1", "die SIGKILL")
         with pytest.raises(errors.InvalidState, match="ended instead of rebooting: killed by SIGKILL"):
@@ -619,14 +623,14 @@ async def test_what_ended_while_nobody_was_there(
     async with world.daemon() as host:
         pid = await world.run("web1", "" if told else "untold")
         start = process.start_time(pid)
-        child = host.driver.machines["web1"].child
+        child = host.domains.driver.machines["web1"].child
         assert child is not None
         stdin = os.dup(child.stdin())
     os.write(stdin, f"flood 20000\n{verb}\n".encode())
     os.close(stdin)
     await until(lambda: not process.alive(pid, start), "its end")
     async with world.daemon() as host:
-        item = await host.info("web1")
+        item = await host.domains.info("web1")
         assert item["exit"]["cause"] == cause
         assert item["reason"].startswith(reason)
 
@@ -635,9 +639,9 @@ async def test_what_ended_while_nobody_was_there(
 async def test_two_operations_at_once_take_turns(world: World) -> None:
     async with world.daemon() as host:
         await world.define("web1")
-        results = await asyncio.gather(*(host.start("web1", by=ROOT) for _ in range(4)))
+        results = await asyncio.gather(*(host.domains.start("web1", by=ROOT) for _ in range(4)))
         assert sorted(result["changed"] for result in results) == [False, False, False, True]
         assert len({result["pid"] for result in results}) == 1
-        stopped = await asyncio.gather(*(host.stop("web1", by=ROOT) for _ in range(3)))
+        stopped = await asyncio.gather(*(host.domains.stop("web1", by=ROOT) for _ in range(3)))
         assert sorted(result["changed"] for result in stopped) == [False, False, True]
         assert world.units.history.count("start virtd-qemu-web1.service") == 1

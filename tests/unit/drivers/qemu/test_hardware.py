@@ -226,25 +226,25 @@ async def test_from_the_first_start_to_the_last(world: World) -> None:
         await world.run("web1", more=more)
         assert machine_of(world) == "q35"
         before = devices_of(world)
-        info = await host.info("web1")
+        info = await host.domains.info("web1")
         assert info["hardware"]["machine"] == "pc-q35-10.0"
         assert [one["id"] for one in info["hardware"]["devices"]] == ["rng0", "disk0", "disk1"]
-        await host.stop("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
         await world.run("web1", "newest=11.1", more=f'disk = [{{ path = "{disk}b" }}]')
         assert machine_of(world) == "pc-q35-10.0"
         assert devices_of(world) == [one for one in before if "disk0" not in one]
-        assert (await host.upgrade_machine("web1", by=ROOT))["changed"] is True
-        assert (await host.upgrade_machine("web1", by=ROOT))["changed"] is False
+        assert (await host.domains.upgrade_machine("web1", by=ROOT))["changed"] is True
+        assert (await host.domains.upgrade_machine("web1", by=ROOT))["changed"] is False
     async with world.daemon() as host:  # which doesn't take it for forgotten
-        info = await host.info("web1")
+        info = await host.domains.info("web1")
         assert (info["hardware"]["machine"], info["hardware"]["renew"]) == ("pc-q35-10.0", True)
-        await host.stop("web1", by=ROOT)
-        await host.start("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
+        await host.domains.start("web1", by=ROOT)
         assert machine_of(world) == "q35"
-        assert (await host.info("web1"))["hardware"]["machine"] == "pc-q35-11.1"
-        await host.stop("web1", by=ROOT)
+        assert (await host.domains.info("web1"))["hardware"]["machine"] == "pc-q35-11.1"
+        await host.domains.stop("web1", by=ROOT)
         assert os.path.exists(path)
-        await host.undefine("web1", by=ROOT)
+        await host.domains.undefine("web1", by=ROOT)
         assert not os.path.exists(path)
 
 
@@ -265,13 +265,13 @@ async def test_the_record_is_that_of_the_process_after_every_cut_of_a_start(cuts
                     await world.define("web1", more=more)
                 else:
                     await world.run("web1")
-                    await host.stop("web1", by=ROOT)
+                    await host.domains.stop("web1", by=ROOT)
                     before = hardware.read(path)
                     await world.define("web1", "newest=11.1", more)
-                await cuts.cut(world, host.start("web1", by=ROOT))
+                await cuts.cut(world, host.domains.start("web1", by=ROOT))
             async with world.daemon() as host:
-                await host.driver.certain()
-                machine = host.driver.machines["web1"]
+                await host.domains.driver.certain()
+                machine = host.domains.driver.machines["web1"]
                 where = cuts.where
                 if not machine.alive:
                     found = hardware.read(path)
@@ -294,7 +294,7 @@ async def test_the_record_is_that_of_the_process_after_every_cut_of_a_start(cuts
                 given = [f"{device}," for device in devices_of(world)]
                 for one in found.devices:
                     assert any(f"={one.id}," in device and f"{one.address}," in device for device in given), given
-                await host.stop("web1", by=ROOT)
+                await host.domains.stop("web1", by=ROOT)
                 assert hardware.read(path) == found, where
     assert any(step.startswith("start virtd-qemu-web1") for step in cuts.seen)
 
@@ -303,15 +303,15 @@ async def test_the_record_is_that_of_the_process_after_every_cut_of_a_start(cuts
 async def test_an_older_qemu_without_the_machine(world: World) -> None:
     async with world.daemon() as host:
         await world.run("web1", "newest=11.1")
-        await host.stop("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
         await world.define("web1", "oldest")
         with pytest.raises(errors.StartFailed, match="had so far") as caught:
-            await host.start("web1", by=ROOT)
+            await host.domains.start("web1", by=ROOT)
         assert "virtdctl upgrade-machine web1" in str(caught.value.hint)
-        await host.upgrade_machine("web1", by=ROOT)
-        await host.start("web1", by=ROOT)
-        assert (await host.info("web1"))["hardware"]["machine"] == "pc-q35-10.0"
-        await host.stop("web1", by=ROOT)
+        await host.domains.upgrade_machine("web1", by=ROOT)
+        await host.domains.start("web1", by=ROOT)
+        assert (await host.domains.info("web1"))["hardware"]["machine"] == "pc-q35-10.0"
+        await host.domains.stop("web1", by=ROOT)
 
 
 @on_loop
@@ -319,17 +319,17 @@ async def test_a_guest_of_an_older_virtd(world: World) -> None:
     """It runs, and nothing is on record: what it has is put there, and it has that at its next start."""
     async with world.daemon() as host:
         await world.run("web1")
-        machine = host.driver.machines["web1"]
+        machine = host.domains.driver.machines["web1"]
         assert machine.record is not None
         machine.save(data={key: value for key, value in machine.record.data.items() if key != "hardware"})
     os.unlink(world.paths.hardware("web1"))
     async with world.daemon() as host:
-        machine = host.driver.machines["web1"]
+        machine = host.domains.driver.machines["web1"]
         await until(lambda: machine.hardware.on_record() is not None)
-        await host.stop("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
         await world.run("web1", "newest=11.1")
         assert machine_of(world) == "pc-q35-10.0"
-        await host.stop("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
 
 
 @on_loop
@@ -347,17 +347,17 @@ async def test_a_record_that_is_damaged(world: World) -> None:
             (told,) = (await host.check_all(repair=True, by=ROOT))["differences"]
             assert told["repaired"]
             assert (await host.check_all(repair=False, by=ROOT))["differences"] == []
-        await host.stop("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
         with open(path, "w") as file:
             file.write("{")
     async with world.daemon() as host:
         with pytest.raises(errors.HostError, match="What hardware web1 has isn't known") as caught:
-            await host.start("web1", by=ROOT)
+            await host.domains.start("web1", by=ROOT)
         assert "virtdctl upgrade-machine web1" in str(caught.value.hint)
         assert (await host.check_all(repair=True, by=ROOT))["differences"][0]["repaired"] is False
-        assert (await host.upgrade_machine("web1", by=ROOT))["changed"] is True
-        await host.start("web1", by=ROOT)
-        await host.stop("web1", by=ROOT)
+        assert (await host.domains.upgrade_machine("web1", by=ROOT))["changed"] is True
+        await host.domains.start("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
 
 
 @on_loop
@@ -370,13 +370,13 @@ async def test_what_cannot_be_written_is_tried_again(world: World, monkeypatch: 
         with monkeypatch.context() as patch:
             patch.setattr(hardware, "write", full)
             await world.run("web1")
-            assert "No space left" in (await host.info("web1"))["problems"][0]["text"]
-        await until(lambda: host.driver.machines["web1"].problems == {})
-        assert (await host.info("web1"))["hardware"]["machine"] == "pc-q35-10.0"
-        await host.stop("web1", by=ROOT)
-        await host.start("web1", by=ROOT)
+            assert "No space left" in (await host.domains.info("web1"))["problems"][0]["text"]
+        await until(lambda: host.domains.driver.machines["web1"].problems == {})
+        assert (await host.domains.info("web1"))["hardware"]["machine"] == "pc-q35-10.0"
+        await host.domains.stop("web1", by=ROOT)
+        await host.domains.start("web1", by=ROOT)
         assert machine_of(world) == "pc-q35-10.0"
-        await host.stop("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
 
 
 @on_loop
@@ -390,12 +390,12 @@ async def test_an_undefine_that_fails_leaves_it(world: World, monkeypatch: pytes
 
     async with world.daemon() as host:
         await world.run("web1")
-        await host.stop("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
         before = hardware.read(world.paths.hardware("web1"))
         with monkeypatch.context() as patch:
             patch.setattr(files, "remove", refuse)
             with pytest.raises(errors.HostError, match="Read-only"):
-                await host.undefine("web1", by=ROOT)
+                await host.domains.undefine("web1", by=ROOT)
         assert hardware.read(world.paths.hardware("web1")) == before is not None
-        await host.undefine("web1", by=ROOT)
+        await host.domains.undefine("web1", by=ROOT)
         assert not os.path.exists(world.paths.hardware("web1"))

@@ -23,7 +23,7 @@ async def test_a_guest_does_not_notice_restarts(world: World) -> None:
         pid = await world.run("web1", "print=2000")
     for number in range(3):
         async with world.daemon() as host:
-            info = await host.info("web1")
+            info = await host.domains.info("web1")
             assert (info["state"], info["pid"], info["id"]) == ("running", pid, 1)
             world.type("web1", f"echo {number}")
             expected = [f"line {line}" for line in range(2000)] + [str(line) for line in range(number + 1)]
@@ -32,7 +32,7 @@ async def test_a_guest_does_not_notice_restarts(world: World) -> None:
             assert (status["recovered"]["objects"], status["recovered"]["adopted"]) == (1, ["web1"])
             assert world.told(Message.ADOPTED)[number]["VIRTD_PID"] == str(pid)
     async with world.daemon() as host:
-        assert (await host.shutdown("web1", None, by=ROOT))["changed"] is True
+        assert (await host.domains.shutdown("web1", None, by=ROOT))["changed"] is True
         nothing_left(world)
 
 
@@ -41,7 +41,7 @@ async def test_pumps_run_before_there_is_a_bus(world: World) -> None:
     async with world.daemon():
         pid = await world.run("web1")
     async with world.daemon(reconcile=False) as host:
-        assert (await host.listing())[0]["pid"] == pid
+        assert (await host.domains.listing())[0]["pid"] == pid
         world.type("web1", "echo early")
         await until(lambda: world.console("web1") == "early\n")
 
@@ -56,7 +56,7 @@ async def test_a_guest_whose_unit_vanished(world: World) -> None:
     process.wait()
     world.units.units.clear()
     async with world.daemon() as host:
-        info = await host.info("web1")
+        info = await host.domains.info("web1")
         assert (info["state"], info["exit"]["cause"]) == ("crashed", "unknown")
         nothing_left(world)
 
@@ -75,7 +75,7 @@ async def test_another_process_with_the_same_pid_is_not_the_guest(world: World) 
     with open(path, "w") as file:
         file.write(text.replace(f'"main_pid": {process.pid}', f'"main_pid": {os.getpid()}'))
     async with world.daemon() as host:
-        assert (await host.info("web1"))["state"] == "crashed"
+        assert (await host.domains.info("web1"))["state"] == "crashed"
 
 
 @on_loop
@@ -86,15 +86,15 @@ async def test_killed_at_every_step_of_a_reboot(cuts: Cuts) -> None:
         with contextlib.closing(World(root, patch)) as world:
             async with world.daemon() as host:
                 pid = await world.run("web1")
-                await cuts.cut(world, host.reboot("web1", force=False, timeout=20, by=ROOT))
+                await cuts.cut(world, host.domains.reboot("web1", force=False, timeout=20, by=ROOT))
             async with world.daemon() as host:
-                machine = host.driver.machines["web1"]
+                machine = host.domains.driver.machines["web1"]
                 await until(lambda machine=machine: machine.request is None)
                 where = f"{cuts.where}: {machine.reason}"
-                assert (machine.state, (await host.info("web1"))["pid"]) == ("running", pid), where
+                assert (machine.state, (await host.domains.info("web1"))["pid"]) == ("running", pid), where
                 assert machine.problems == {}, where
-                assert (await host.shutdown("web1", None, by=ROOT))["changed"] is True, where
-                assert (await host.info("web1"))["exit"]["cause"] == "shutdown", where
+                assert (await host.domains.shutdown("web1", None, by=ROOT))["changed"] is True, where
+                assert (await host.domains.info("web1"))["exit"]["cause"] == "shutdown", where
     assert cuts.wanted <= set(cuts.seen)
 
 
@@ -109,13 +109,13 @@ async def test_killed_at_every_step_of_an_autostart(cuts: Cuts) -> None:
                 await cuts.cut(world, host.autostart())
             async with world.daemon() as host:
                 await host.autostart()
-                where = f"{cuts.where}: {await host.listing()}"
-                assert [item["state"] for item in await host.listing()] == ["running", "running"], where
+                where = f"{cuts.where}: {await host.domains.listing()}"
+                assert [item["state"] for item in await host.domains.listing()] == ["running", "running"], where
                 assert host.drivers.get("qemu").troubles() == [], where
-                await host.stop("web1", by=ROOT)
+                await host.domains.stop("web1", by=ROOT)
             async with world.daemon() as host:
                 await host.autostart()
-                assert (await host.info("web1"))["state"] == "stopped", where
+                assert (await host.domains.info("web1"))["state"] == "stopped", where
     assert "write autostarted" in cuts.seen
     assert len(cuts.seen) > 20
 
@@ -126,12 +126,12 @@ async def test_a_reboot_that_was_cut_off_and_is_ignored_is_given_up(make_world: 
     world.settings = type(world.settings)(binary=world.settings.binary, shutdown_timeout=0.2)
     async with world.daemon() as host:
         await world.run("web1", "deaf")
-        reboot = asyncio.ensure_future(host.reboot("web1", force=False, timeout=600, by=ROOT))
+        reboot = asyncio.ensure_future(host.domains.reboot("web1", force=False, timeout=600, by=ROOT))
         await until(lambda: "qmp system_powerdown" in world.steps)
         reboot.cancel()
         await asyncio.gather(reboot, return_exceptions=True)
     async with world.daemon() as host:
-        machine = host.driver.machines["web1"]
+        machine = host.domains.driver.machines["web1"]
         await until(lambda: "did not shut down" in machine.reason)
         assert machine.problems == {}
         world.type("web1", "poweroff")
@@ -145,7 +145,7 @@ async def test_what_an_ended_guest_left_in_the_store_is_dropped(world: World) ->
     async with world.daemon() as host:
         await world.run("web1")
         left = {name: os.dup(host.services.store.get(name)) for name in SLOTS}
-        await host.stop("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
         assert world.slots() == []
         host.services.store.put_all(left)
         for fd in left.values():
@@ -153,6 +153,6 @@ async def test_what_an_ended_guest_left_in_the_store_is_dropped(world: World) ->
     assert world.slots() == SLOTS
     async with world.daemon() as host:
         assert world.slots() == []
-        assert (await host.info("web1"))["state"] == "stopped"
+        assert (await host.domains.info("web1"))["state"] == "stopped"
         assert (await host.status())["problems"] == []
         nothing_left(world)

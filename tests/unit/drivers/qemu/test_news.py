@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def of(world: World) -> QemuGuest:
     assert world.host is not None
-    return world.host.driver.machines["web1"]
+    return world.host.domains.driver.machines["web1"]
 
 
 def event(name: str, **data: Any) -> dict[str, Any]:
@@ -87,12 +87,12 @@ async def test_a_flood_is_a_problem_until_it_is_over(world: World, monkeypatch: 
         problems = (await host.status())["problems"]
         assert any("more events than virtd takes" in str(problem) for problem in problems)
         # Commands reach it all the same, and tell what state it is in.
-        await host.suspend("web1", by=ROOT)
-        assert (await host.info("web1"))["state"] == "paused"
+        await host.domains.suspend("web1", by=ROOT)
+        assert (await host.domains.info("web1"))["state"] == "paused"
         await until(lambda: "events" not in machine.problems, "the flood to be over")
         assert machine.monitor is not None
         assert machine.monitor.link is Link.CONNECTED
-        info = await host.info("web1")
+        info = await host.domains.info("web1")
         assert info["events"]["hung_up"] >= 1
         assert info["events"]["taken"] < 20_000
         assert len(world.told(Message.EVENTS_HELD_BACK)) == 1

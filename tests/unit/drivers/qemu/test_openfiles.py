@@ -42,7 +42,7 @@ async def test_a_disk_that_is_gone(world: World, tmp_path: Path, how: str) -> No
         os.rename(kept, disk)
         await host.look()
         assert (await host.status())["problems"] == []
-        await host.stop("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
 
 
 @on_loop
@@ -67,7 +67,7 @@ async def test_a_disk_that_is_cut_short(world: World, tmp_path: Path) -> None:
         os.truncate(disk, 4096)
         await host.look()
         assert (await host.status())["problems"] == []
-        await host.stop("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
 
 
 @on_loop
@@ -77,10 +77,10 @@ async def test_a_record_without_sizes(world: World, tmp_path: Path) -> None:
     disk.write_bytes(b"x" * 4096)
     async with world.daemon() as host:
         await world.run("web1", more=f'disk = [{{ path = "{disk}", format = "raw" }}]')
-        machine = host.driver.machines["web1"]
+        machine = host.domains.driver.machines["web1"]
         assert machine.record is not None
         machine.keep(data={key: value for key, value in machine.record.data.items() if key != "sizes"})
         os.truncate(disk, 512)
         await host.look()
         assert (await host.status())["problems"] == []
-        await host.stop("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)

@@ -42,7 +42,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 async def problem(host: Host) -> dict[str, Any]:
     def told() -> bool:
-        return bool((now := host.driver.machines["web1"].problems.get("standstill")) and "free" in now.text)
+        return bool((now := host.domains.driver.machines["web1"].problems.get("standstill")) and "free" in now.text)
 
     await until(told, "the problem")
     (found,) = (await host.status())["problems"]
@@ -55,12 +55,12 @@ async def test_a_full_disk(world: World, disk: str, free: list[int], tmp_path: P
     async with world.daemon() as host:
         await world.run("web1", more=disk)
         world.type("web1", "full")
-        item = await host.wait("web1", ["paused"], 20)
+        item = await host.domains.wait("web1", ["paused"], 20)
         assert item["reason"] == f"a write to disk[0], {tmp_path}/disk failed: no space left"
         found = await problem(host)
         assert f"no space left on the file system of {tmp_path}, 0 bytes free" in found["text"]
         assert found["hint"] == "Free some space there, then: virtdctl resume web1."
-        info = await host.info("web1")
+        info = await host.domains.info("web1")
         assert to_builtins(info["standstill"]) == {
             "kind": "io-error",
             "since": info["since"],
@@ -72,26 +72,26 @@ async def test_a_full_disk(world: World, disk: str, free: list[int], tmp_path: P
         } | {"since": info["standstill"]["since"]}
         assert len(world.told(Message.GUEST_STOOD_STILL)) == 1
         with pytest.raises(errors.InvalidState, match=r"Cannot resume web1: .* 0 bytes free"):
-            await host.resume("web1", by=ROOT)
+            await host.domains.resume("web1", by=ROOT)
         asked: list[tuple[str, Awaitable[object]]] = [
-            ("shut down", host.shutdown("web1", None, by=ROOT)),
-            ("reboot", host.reboot("web1", force=False, timeout=None, by=ROOT)),
+            ("shut down", host.domains.shutdown("web1", None, by=ROOT)),
+            ("reboot", host.domains.reboot("web1", force=False, timeout=None, by=ROOT)),
         ]
         for what, answer in asked:
             with pytest.raises(errors.InvalidState, match=rf"Cannot {what} web1: .* 0 bytes free") as refused:
                 await answer
             assert refused.value.hint == found["hint"]
-        assert (await host.info("web1"))["state"] == "paused"
+        assert (await host.domains.info("web1"))["state"] == "paused"
     async with world.daemon() as host:
         found = await problem(host)
         assert "0 bytes free" in found["text"]
-        assert (await host.info("web1"))["standstill"]["disk"] == "disk[0]"
+        assert (await host.domains.info("web1"))["standstill"]["disk"] == "disk[0]"
         assert len(world.told(Message.GUEST_STOOD_STILL)) == 1, "that was told of before"
         free[0] = 5 << 20
         await host.look()
         assert "5 MiB free" in (await problem(host))["text"]
-        assert (await host.resume("web1", by=ROOT))["changed"]
-        info = await host.info("web1")
+        assert (await host.domains.resume("web1", by=ROOT))["changed"]
+        info = await host.domains.info("web1")
         assert (info["state"], info["reason"], info["standstill"]) == ("running", "resumed by root", None)
         assert (await host.status())["problems"] == []
         assert "standstill" not in world.record("web1").data
@@ -103,13 +103,13 @@ async def test_full_again_at_once(world: World, disk: str, free: list[int]) -> N
     async with world.daemon() as host:
         await world.run("web1", more=disk)
         world.type("web1", "full again")
-        await host.wait("web1", ["paused"], 20)
+        await host.domains.wait("web1", ["paused"], 20)
         await problem(host)
         with pytest.raises(errors.InvalidState, match=r"web1 was resumed, and stands still again: .* 1 MiB free"):
-            await host.resume("web1", by=ROOT)
-        assert (await host.info("web1"))["state"] == "paused"
+            await host.domains.resume("web1", by=ROOT)
+        assert (await host.domains.info("web1"))["state"] == "paused"
         await problem(host)
-        await host.stop("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
         assert (await host.status())["problems"] == []
 
 
@@ -122,11 +122,11 @@ async def test_one_that_nobody_heard_of(world: World, disk: str, free: list[int]
         world.type("web1", "echo done")
         await until(lambda: "done" in world.console("web1"))
     async with world.daemon() as host:
-        await host.wait("web1", ["paused"], 20)
+        await host.domains.wait("web1", ["paused"], 20)
         assert "disk[0]" in (await problem(host))["text"]
         assert len(world.told(Message.GUEST_STOOD_STILL)) == 1
         free[0] = 1 << 20
-        await host.resume("web1", by=ROOT)
+        await host.domains.resume("web1", by=ROOT)
 
 
 @on_loop
@@ -134,20 +134,20 @@ async def test_other_standstills(world: World) -> None:
     async with world.daemon() as host:
         await world.run("web1", more='on_crash = "keep"')
         world.type("web1", "panic")
-        await host.wait("web1", ["paused"], 20)
+        await host.domains.wait("web1", ["paused"], 20)
         (found,) = (await host.status())["problems"]
         assert "the guest's kernel panicked" in found["text"]
         assert "virtdctl stop web1" in found["hint"]
-        await host.stop("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
         assert (await host.status())["problems"] == []
         # QEMU says only that it has stopped.
-        await host.start("web1", by=ROOT)
-        machine = host.driver.machines["web1"]
+        await host.domains.start("web1", by=ROOT)
+        machine = host.domains.driver.machines["web1"]
         world.type("web1", "stuck")
         await until(lambda: "standstill" in machine.problems, "the question")
         assert machine.state is State.PAUSED
         with pytest.raises(errors.InvalidState, match="internal error") as caught:
-            await host.resume("web1", by=ROOT)
+            await host.domains.resume("web1", by=ROOT)
         assert "virtdctl stop web1, and start it" in str(caught.value.hint)
 
 
@@ -155,14 +155,14 @@ async def test_other_standstills(world: World) -> None:
 async def test_what_a_person_has_stopped_is_no_standstill(world: World) -> None:
     async with world.daemon() as host:
         await world.run("web1")
-        await host.suspend("web1", by=ROOT)
-        await host.resume("web1", by=ROOT)
+        await host.domains.suspend("web1", by=ROOT)
+        await host.domains.resume("web1", by=ROOT)
         assert (await host.status())["problems"] == []
         await world.run("web2", more='on_poweroff = "keep"')
         world.type("web2", "poweroff")
-        await host.wait("web2", ["paused"], 20)
+        await host.domains.wait("web2", ["paused"], 20)
         with pytest.raises(errors.InvalidState, match="Resetting") as caught:
-            await host.resume("web2", by=ROOT)
+            await host.domains.resume("web2", by=ROOT)
         assert "powered off" in str(caught.value.hint)
         assert (await host.status())["problems"] == []
 
@@ -173,13 +173,13 @@ async def test_an_error_that_the_guest_is_told_of(world: World, disk: str, tmp_p
         await world.run("web1", more=disk)
         about = {"node-name": "disk0", "operation": "read", "action": "report", "reason": "Input/output error"}
         for _ in range(100):
-            host.driver.machines["web1"].news.on_event({"event": "BLOCK_IO_ERROR", "data": about})
+            host.domains.driver.machines["web1"].news.on_event({"event": "BLOCK_IO_ERROR", "data": about})
         told = world.told(Message.DISK_FAILED)
         assert told[0]["text"] == (
             f"web1: a read of disk[0], {tmp_path}/disk failed: Input/output error; the guest was told"
         )
         assert len(told) <= standstill.TOLD + 1
-        assert (await host.info("web1"))["state"] == "running"
+        assert (await host.domains.info("web1"))["state"] == "running"
 
 
 ANYTHING = st.none() | st.integers() | st.text(max_size=8) | st.lists(st.integers(), max_size=2)
@@ -212,10 +212,10 @@ async def test_none_that_is_being_stopped(world: World, disk: str, free: list[in
         await world.run("web1", more=disk)
         world.type("web1", "full")
         await problem(host)
-        machine = host.driver.machines["web1"]
+        machine = host.domains.driver.machines["web1"]
         machine.note(State.STOPPING, "being stopped by root", data=machine.ask("stop", "root"))
         machine.standstill.seen("io-error")
         assert machine.state is State.STOPPING
         assert machine.problems == {}
-        await host.stop("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
     assert len(world.told(Message.GUEST_STOOD_STILL)) == 1
