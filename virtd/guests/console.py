@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Consoles and logs for those who look: places in a log file, and who may type.
+"""Following logs and writing to consoles: where a follower continues in a log file, and which client may type.
 
-No byte passes through here. A follower gets the log file itself and is told when there is more; a writer gets the
-guest's pipe. Both ask again after a restart of the daemon with what they had (a cursor, a token), so they miss and
-repeat nothing.
+No byte passes through here. A follower gets the log file itself and is woken when it grows; a writer gets the guest's
+pipe. After a restart of the daemon both resume with what they had, a cursor or a token, and so miss and repeat
+nothing.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from ..logs.logfile import LogFile
     from ..logs.pump import Pump
 
-GRACE = 10.0  # seconds after the daemon's start in which a console that was attached before can be claimed again
-POLL = 25.0  # seconds after which a follower that waits in vain is told so, and asks again: dead ones don't pile up
+GRACE = 10.0  # seconds after the daemon's start in which clients can claim the consoles that they had before
+POLL = 25.0  # seconds after which a waiting follower gets an empty answer and asks again: dead ones don't pile up
 
 
 class Place(NamedTuple):
-    """Where a follower goes on. `fd` (the receiver closes it) only when that is another file than it asked for.
+    """Where a follower continues.
 
-    `missed` is how many bytes were rotated away before it came to read them, or logchain.UNKNOWN; `refused` why the
-    log can't be written at present.
+    `fd`, which the receiver closes, is given only when that is another file than it asked for. `missed` is the number
+    of bytes that were rotated away before it read them, or chain.UNKNOWN; `refused` is why the log can't be written.
     """
 
     cursor: Cursor
@@ -46,7 +46,7 @@ class Place(NamedTuple):
 
 
 class Followers:
-    """Wakes those who wait for a log to grow."""
+    """Wakes the followers that wait for a log to grow."""
 
     def __init__(self, pump: Pump) -> None:
         self._pump = pump
@@ -54,7 +54,7 @@ class Followers:
         self._refused: dict[str, str] = {}
 
     def refused(self, key: str, reason: str) -> None:
-        """The pump's word that a log can't be written; without a reason: that it can again."""
+        """The pump's callback: a log can't be written, or, without a reason, it can again."""
         if reason:
             self._refused[key] = reason
         else:
@@ -62,14 +62,14 @@ class Followers:
         self.grown(key)
 
     def grown(self, key: str) -> None:
-        """The pump's callback: bytes have landed."""
+        """The pump's callback: bytes were written."""
         for event in self._waiting.get(key, ()):
             event.set()
 
     async def place(
         self, log: LogFile, key: str, asked: Cursor | None, lines: int, over: asyncio.Event, *, wait: bool
     ) -> Place:
-        """See Follow in org.virtd1.varlink. `key` is the pump's; `over` is set when the log won't grow any more."""
+        """See Follow in org.virtd1.varlink. `key` is the pump's; `over` is set once the log no longer grows."""
         while True:
             try:
                 return await self._place(log, key, asked, lines, over, wait=wait)
@@ -87,7 +87,7 @@ class Followers:
             deadline = time.monotonic() + POLL
             while True:
                 grown.clear()
-                ended = over.is_set()  # looked at first: what was written before the end is then found below
+                ended = over.is_set()  # read first, so that what was written before the end is found below
                 cursor, size = log.chain.locate(start)
                 more = size > 0
                 before, refused = refused, self._refused.get(key, "")
@@ -121,7 +121,7 @@ class Followers:
 
 
 class Claim(msgspec.Struct):
-    """Who may type on one console."""
+    """The right of one client to type on a console."""
 
     token: str
     by: str
@@ -131,7 +131,7 @@ class Claim(msgspec.Struct):
 
 
 class Writers:
-    """One writer for each console of objects that are called `noun`. `claims` maps an object's name to who has it."""
+    """The writers of consoles, at most one for each. `noun` is what the objects are called."""
 
     def __init__(self, noun: str) -> None:
         self._noun = noun
@@ -141,7 +141,7 @@ class Writers:
     def claim(
         self, name: str, kept: dict[str, Any] | None, *, force: bool, token: str | None, by: str, pid: int
     ) -> Claim:
-        """Take the console. `kept`: what the record says of a writer from before a restart. Raises Busy."""
+        """Take the console. `kept` is what the record says about the writer before a restart. Raises Busy."""
         present = self._claims.get(name)
         holder = f"{present.by} (PID {present.pid})" if present is not None else ""
         mine = False
@@ -168,7 +168,7 @@ class Writers:
         return claim
 
     def release(self, name: str, claim: Claim) -> bool:
-        """Give it up; False when somebody else has it by now."""
+        """Give it up; False if somebody else has taken it since."""
         if self._claims.get(name) is not claim:
             return False
         del self._claims[name]
@@ -192,5 +192,5 @@ async def _first(one: asyncio.Event, other: asyncio.Event, limit: float | None) 
 
 
 def _lives(pid: int) -> bool:
-    # A zombie doesn't, however long nobody asks for its exit status.
+    # A zombie doesn't count, however long nobody reaps it.
     return pid > 0 and process.start_time(pid) > 0

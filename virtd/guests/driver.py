@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""All objects of a driver that runs processes: from definitions, records, units and slots, and back into them."""
+"""All objects of a driver that runs processes, made of their definitions, records, units and slots."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ G = TypeVar("G", bound=Guest[Any])
 
 
 class GuestDriver(Inventory[G, D]):
-    """`publish(event, name)` is told "ended" besides."""
+    """All domains or all containers. `publish(event, name)` also gets "ended"."""
 
     states = State
-    taken_back = "It is put together again from its unit."
+    taken_back = "It is rebuilt from its unit."
 
     def __init__(self, services: Services, publish: Publish) -> None:
         super().__init__(services, Records(services.paths, self.name), publish)
@@ -67,22 +67,22 @@ class GuestDriver(Inventory[G, D]):
         one.note(one.state, one.reason, data=one.data | definitions.in_force(definition, text))
 
     def found_out(self, _machine: G, _unit: UnitState) -> dict[str, Any]:
-        """More for the record of one whose record is lost: what can be seen of what it said."""
+        """More data for a record that replaces a lost one, as far as it can be seen from the outside."""
         return {}
 
     async def go_on(self, machine: G) -> None:
-        """Do what was asked of an object before a restart of the daemon, whatever stage it was in."""
+        """Finish the operation on an object that a restart of the daemon interrupted, at whatever stage."""
         raise NotImplementedError
 
     def after_end(self, machine: G) -> None:
-        """One with a definition has ended, and all is put away."""
+        """An object that has a definition has ended, and everything of it is put away."""
 
     def forget_beside(self, _machine: G) -> Callable[[], None]:
-        """Remove what is kept beside its definition; the result puts it back. Raises HostError."""
+        """Remove what is stored beside its definition; calling the result puts it back. Raises HostError."""
         return lambda: None
 
     def warnings(self, definition: D) -> list[str]:
-        """What a definition names and the host hasn't got yet: no error before the start."""
+        """What a definition names that the host doesn't have yet, which is an error only at its start."""
         raise NotImplementedError
 
     # Start-up
@@ -98,13 +98,13 @@ class GuestDriver(Inventory[G, D]):
     async def reconcile(self) -> None:
         """Second step: compare with systemd, finish or roll back what a crash cut off."""
         known = {name for name, one in self.machines.items() if one.definition is not None or one.record is not None}
-        came, others = await recovery.recorded(self)
+        came, others = await recovery.reconcile_all(self)
         for name, result in came.items():
             if result == "adopted":
                 self.machines[name].spawn(self.go_on(self.machines[name]), "finish")
         for machine in list(self.machines.values()):
             if machine.definition is None and not machine.alive and machine.settled.is_set() and not machine.problems:
-                self.forget(machine.name)  # its definition was removed, or it ended as a transient one, meanwhile
+                self.forget(machine.name)  # meanwhile its definition was removed, or it ended without having one
         for name, unit in others.items():
             try:
                 await self._rebuild(name, unit=unit, new=name not in known)
@@ -124,7 +124,7 @@ class GuestDriver(Inventory[G, D]):
         await self._rebuild(name, unit=True, new=name not in self.machines)
 
     async def _rebuild(self, name: str, *, unit: bool, new: bool) -> None:
-        """A unit or slots that no record tells of: made whole from what there is, or cleared away if nothing runs."""
+        """A unit or slots without a record: rebuild the object from them, or clear them away if nothing runs."""
         machine = self.object(name)
         units = await self._services.units()
         state = await units.state(machine.unit) if unit else None
@@ -152,7 +152,7 @@ class GuestDriver(Inventory[G, D]):
             machine.state, machine.reason, main_start=machine.child.start if machine.child is not None else 0
         )
         if state is None:
-            # Said first: the next start finds nothing more to tell.
+            # Logged first, because the next start of the daemon would find nothing to log.
             journal.send(
                 f"Rolled back {self.noun} {name}: slots without a record or a unit",
                 message_id=Message.ROLLED_BACK, level="notice", **machine.fields(),
@@ -180,13 +180,13 @@ class GuestDriver(Inventory[G, D]):
         return [machine for machine in self.machines.values() if wanted(machine)]
 
     def grown(self, key: str) -> None:
-        """The pump's word that bytes landed in a log that is watched: `key` is a slot's name."""
+        """The pump's callback: a watched log has grown. `key` is a slot's name."""
         driver, name, slot = key.split("/")
         if (driver, slot) == (self.name, "stderr") and (machine := self.machines.get(name)) is not None:
             machine.stderr.forward()
 
     async def reload(self) -> None:
-        """Nothing of it is ever removed by others."""
+        """There is nothing that others might have removed."""
 
     async def close(self) -> None:
         await asyncio.gather(*(machine.close() for machine in self.machines.values()))
@@ -197,8 +197,8 @@ class GuestDriver(Inventory[G, D]):
             require("undefine", machine.name, machine.state, self.noun)
             await machine.over.wait()
             await machine.finishing.tidy("undefine")
-            # The record first: if that is refused, nothing has changed, and a crash in between leaves one that can
-            # be undefined again.
+            # The record first: if that fails nothing has changed, and after a crash in between the object can be
+            # undefined again.
             if machine.record is not None:
                 self.records.remove(machine.name)
             put_back: Callable[[], None] = lambda: None  # noqa: E731
@@ -209,7 +209,7 @@ class GuestDriver(Inventory[G, D]):
                 with contextlib.suppress(errors.HostError):
                     put_back()
                 if machine.record is not None:
-                    with contextlib.suppress(errors.HostError):  # fsck tells
+                    with contextlib.suppress(errors.HostError):  # fsck reports it
                         self.records.save(machine.record)
                 raise
             self.forget(machine.name)
@@ -233,7 +233,7 @@ class GuestDriver(Inventory[G, D]):
         )
 
     def pid_of(self, machine: G) -> int | None:
-        """Of what a person takes for the object itself."""
+        """The PID of the process that a person takes for the object itself."""
         record = machine.record
         return record.main_pid if record is not None and machine.alive and record.main_pid else None
 
@@ -255,7 +255,7 @@ class GuestDriver(Inventory[G, D]):
         )
 
     def _next_id(self) -> int:
-        """A number for a guest that starts, larger than all that are in use, as libvirt's users know it."""
+        """A number for a starting guest, larger than all in use; libvirt's users expect such an ID."""
         used = [machine.record.id for machine in self.machines.values() if machine.record is not None]
         self._last_id = max(self._last_id, *used, 0) + 1
         return self._last_id

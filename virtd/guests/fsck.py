@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""fsck for a driver that runs processes: what PID 1, /run, /etc and virtd itself say of each object.
+"""fsck for a driver that runs processes: compares what PID 1, /run, /etc and virtd itself have of each object.
 
-All objects are looked at together first. What seems to differ is looked at again with the object's lock held, since
-much of it may just have been under way. A repair goes through what a start of the daemon does as well (reconcile,
-rebuild, put away), and what it has mended is told by looking once more.
+All objects are compared at once first. What seems to differ is compared again while the object's lock is held, since
+an operation may just have been under way. A repair takes the same steps as a start of the daemon (reconcile, rebuild,
+put away), and another comparison shows what it has repaired.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from ..systemd.state import Listed, UnitState
     from .guest import Guest
 
-S = TypeVar("S")  # what was seen in all places
+S = TypeVar("S")  # what was found in all places
 
-ENDING = 15.0  # seconds that an end which is under way may take until it counts as stuck
+ENDING = 15.0  # seconds after which an end that is under way counts as stuck
 
 
 class Seen(NamedTuple):
-    """What PID 1 has of a driver: units by object, and the store's (device, inode) by slot.
+    """What PID 1 has of a driver: units by object, and the (device, inode) pairs in its FD store by slot.
 
-    `slots` is None where systemd can't tell (before 254).
+    `slots` is None where systemd can't list them (before 254).
     """
 
     units: dict[str, Listed]
@@ -45,7 +45,7 @@ class Seen(NamedTuple):
 
 
 class Defining(Protocol):
-    """Any driver; see inventory.Inventory."""
+    """A driver; see inventory.Inventory."""
 
     def half_written(self) -> list[str]: ...
     def load_definitions(self) -> list[str]: ...
@@ -102,7 +102,7 @@ def traces(services: Services, seen: Seen, driver: str) -> set[str]:
 
 
 async def clear_away(services: Services, seen: Seen, driver: str, name: str) -> None:
-    """Stop and forget the unit of an object that isn't to have one, and drop its slots, whoever knows of them."""
+    """Stop and forget the unit of an object that shouldn't have one, and drop its slots here and in PID 1."""
     units = await services.units()
     if unit := seen.units.get(name):
         await units.stop(unit.name)
@@ -116,7 +116,7 @@ def expel(services: Services, seen: Seen, key: str) -> None:
 
 
 def save_or_remove(records: Records, name: str, known: Record | None) -> None:
-    """Have on disk what is in memory."""
+    """Make the record on disk the same as in memory."""
     if known is not None:
         records.save(known)
     else:
@@ -124,7 +124,7 @@ def save_or_remove(records: Records, name: str, known: Record | None) -> None:
 
 
 def _names(guests: Supervising, seen: Seen) -> list[str]:
-    """Every object that anything is there of, besides its definition and its logs."""
+    """Every object that has anything besides its definition and its logs."""
     run = f"{guests.services.paths.run}/{guests.name}"
     found = {*guests.machines, *traces(guests.services, seen, guests.name), *names_in(run, ".json")}
     found |= {name for name in names_in(run, "") if os.path.isdir(f"{run}/{name}")}
@@ -135,7 +135,7 @@ def _names(guests: Supervising, seen: Seen) -> list[str]:
 
 
 async def loose_files(driver: Defining, *, repair: bool) -> list[Difference]:
-    """Halves of files, and definitions that were changed and not read."""
+    """Incomplete files, and definitions that were changed but not read."""
     found = _loose(driver)
     if not repair or not found:
         return found
@@ -143,12 +143,12 @@ async def loose_files(driver: Defining, *, repair: bool) -> list[Difference]:
         files.remove(path)
     driver.load_definitions()
     left = {difference.text for difference in _loose(driver)}
-    return [told(difference, repaired=difference.text not in left) for difference in found]
+    return [marked(difference, repaired=difference.text not in left) for difference in found]
 
 
 def _loose(driver: Defining) -> list[Difference]:
     found = [
-        Difference("file", "", f"{path} is half of a file: a crash came before the rest", "remove it")
+        Difference("file", "", f"{path} is an incomplete file left by a crash", "remove it")
         for path in driver.half_written()
     ]
     return found + driver.unread_definitions()
@@ -160,7 +160,7 @@ def _loose(driver: Defining) -> list[Difference]:
 async def _examine(guests: Supervising, name: str, *, repair: bool) -> list[Difference]:
     machine = guests.machines.get(name)
     if machine is None:
-        return await _settle(guests, name, repair=repair)
+        return await _check(guests, name, repair=repair)
     try:
         async with machine.exclusive("check"):
             if machine.child is not None and not machine.child.alive():
@@ -169,13 +169,13 @@ async def _examine(guests: Supervising, name: str, *, repair: bool) -> list[Diff
                         await machine.over.wait()
                 except TimeoutError:
                     pass  # what is wrong with it is found below
-            return await _settle(guests, name, repair=repair)
+            return await _check(guests, name, repair=repair)
     except errors.Busy as exc:
         return [Difference("busy", name, exc.message)]
 
 
-async def _settle(guests: Supervising, name: str, *, repair: bool) -> list[Difference]:
-    return await settle(
+async def _check(guests: Supervising, name: str, *, repair: bool) -> list[Difference]:
+    return await check(
         guests.services, name,
         look=lambda: look(guests.services, guests.name),
         findings=lambda seen: _findings(guests, name, seen),
@@ -184,7 +184,7 @@ async def _settle(guests: Supervising, name: str, *, repair: bool) -> list[Diffe
     )  # fmt: skip
 
 
-async def settle(
+async def check(
     services: Services,
     name: str,
     *,
@@ -193,7 +193,7 @@ async def settle(
     mend: Callable[[S], Awaitable[None]],
     repair: bool,
 ) -> list[Difference]:
-    """What differs about one object; with `repair`, mended as far as that can be, and told by another look."""
+    """What differs about one object. With `repair` it is repaired as far as possible, and compared once more."""
     seen = await look()
     found = await findings(seen)
     if not repair or not any(difference.repair for difference in found):
@@ -204,17 +204,18 @@ async def settle(
         found.append(Difference("record", name, f"{name} could not be repaired: {exc}"))
     await asyncio.to_thread(services.store.barrier)
     left = {(difference.kind, difference.text) for difference in await findings(await look())}
-    return [told(difference, repaired=(difference.kind, difference.text) not in left) for difference in found]
+    return [marked(difference, repaired=(difference.kind, difference.text) not in left) for difference in found]
 
 
-def told(difference: Difference, *, repaired: bool) -> Difference:
+def marked(difference: Difference, *, repaired: bool) -> Difference:
+    """The difference, marked as repaired if it was."""
     return Difference(
         difference.kind, difference.object, difference.text, difference.repair, repaired and bool(difference.repair)
     )
 
 
 async def _findings(guests: Supervising, name: str, seen: Seen) -> list[Difference]:
-    """What differs about one object, right now."""
+    """What differs about one object at this moment."""
     machine = guests.machines.get(name)
     found = _record(guests, name)
     if machine is not None and machine.alive:
@@ -233,7 +234,7 @@ async def _findings(guests: Supervising, name: str, seen: Seen) -> list[Differen
 
 
 def _leftovers(guests: Supervising, name: str, seen: Seen) -> list[Difference]:
-    """What is there of an object that has ended, or of none at all."""
+    """What is left of an object that has ended, or that doesn't exist."""
     found = []
     running = False
     key = f"{guests.name}/{name}"
@@ -256,7 +257,7 @@ def _ours(services: Services, key: str) -> list[str]:
 
 
 def _process(machine: Guest[Any], unit: UnitState | None) -> list[Difference]:
-    """The unit of an object that runs, beside its record."""
+    """Compare the unit of a running object with its record."""
     name, record = machine.name, machine.record
     if record is None or machine.child is None:
         return []
@@ -273,7 +274,7 @@ def _process(machine: Guest[Any], unit: UnitState | None) -> list[Difference]:
 
 
 def slot_differences(services: Services, child: Child, seen: Seen) -> list[Difference]:
-    """The slots of a child that runs: in PID 1, in this process."""
+    """Compare the slots of a running child in PID 1 with those in this process."""
     if seen.slots is None:
         return []
     found = []
@@ -295,7 +296,7 @@ def slot_differences(services: Services, child: Child, seen: Seen) -> list[Diffe
 
 
 async def mend_slots(services: Services, child: Child, seen: Seen) -> None:
-    """Have PID 1 hold again what this process has."""
+    """Put into PID 1 again what this process has."""
     store = services.store
     ours = store.slots()
     for slot in child.slot_names():
@@ -310,7 +311,7 @@ async def mend_slots(services: Services, child: Child, seen: Seen) -> None:
 
 
 def _source(child: Child, slot: str) -> int | None:
-    """For a log's slot: the descriptor that the log has."""
+    """The descriptor of the log, for a log's slot."""
     log = {CONSOLE_LOG: "console", STDERR_LOG: "stderr"}.get(slot.rpartition("/")[2])
     opened = getattr(child, log) if log else None
     return opened.fd if opened is not None and opened.fd >= 0 else None
@@ -328,7 +329,7 @@ def _record(guests: Supervising, name: str) -> list[Difference]:
 
 
 def record_differences(path: str, name: str, known: records.Record | None) -> list[Difference]:
-    """The record on disk, beside the one in memory."""
+    """Compare the record on disk with the one in memory."""
     try:
         there: records.Record | None = records.read(path)
     except FileNotFoundError:
@@ -356,7 +357,7 @@ async def _mend(guests: Supervising, name: str, seen: Seen) -> None:
         return
     unit = seen.units.get(name)
     if unit is not None:
-        # As a start of the daemon does with a unit that no record tells of: taken back, or its end is found out.
+        # As at a start of the daemon with a unit without a record: it is taken back, or judged to have ended.
         await guests.rebuild(name)
         return
     expel(guests.services, seen, f"{guests.name}/{name}")

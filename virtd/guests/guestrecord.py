@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is known of one supervised object, a domain or a container, and what its driver does in its own way.
+"""What is known of one domain or container, and the hooks in which drivers differ.
 
 Its pieces (adopting.py, finishing.py) know this class, and guest.py puts them together.
 """
@@ -153,12 +153,12 @@ class GuestRecord(Persistent, Generic[D]):
         return self.definition
 
     def parsed(self, text: str) -> D | None:
-        """The definition that `text` holds, if the guest was started with it by this version of virtd."""
+        """The definition in `text`, if this version of virtd started the guest with it: the record has it parsed."""
         return definitions.parsed(self.data, text, self.definition_type)
 
     @property
     def pending(self) -> bool:
-        """Whether the definition was changed since the guest started, so that the change waits for the next start."""
+        """Whether the definition has changed since the guest started, so that the change waits for the next start."""
         return self.alive and self.data.get("definition") != self.definition_text
 
     @property

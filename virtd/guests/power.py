@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .guest import Guest
 
 TERM_LIMIT = 5.0
-# A process in the middle of a request to a slow disk can't be killed before that is over.
+# A process can't be killed while a request of its to a slow disk is under way.
 KILL_LIMIT = 10.0
 LADDER = ((signal.SIGTERM, TERM_LIMIT), (signal.SIGKILL, KILL_LIMIT))
 ASK_AGAIN = 5.0  # seconds after which one that hasn't ended is asked again

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Starting a domain or a container: its record, and what it becomes, around the launch of its process."""
+"""Starting a domain or a container: the record and the states around the launch of its process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ G = TypeVar("G", bound=Guest[Any])
 
 
 async def start(machine: Guest[D], ready: Callable[[D], Awaitable[Start[Any, D]]]) -> bool:
-    """Start it; False if it was running. `ready` makes of its definition what is to be tried.
+    """Start it; False if it was running. `ready` makes a Start of its definition.
 
     Raises a VirtdError, with nothing left behind.
     """
@@ -41,7 +41,7 @@ async def start(machine: Guest[D], ready: Callable[[D], Awaitable[Start[Any, D]]
 
 
 class Start(Launch, Generic[G, D]):
-    """One try. What it is to have is the driver's part; the record and its states are told here."""
+    """One attempt. What the guest gets is up to the driver; the record and its states are handled here."""
 
     def __init__(self, machine: G, definition: D, peers: Peers, by: str) -> None:
         super().__init__(
@@ -55,7 +55,7 @@ class Start(Launch, Generic[G, D]):
         self.definition = definition
         self.by = by
         self.before = machine.record
-        self.words = ""  # what one that failed has said
+        self.words = ""  # what the process wrote before the attempt failed
 
     # What each driver does in its own way
 
@@ -63,19 +63,19 @@ class Start(Launch, Generic[G, D]):
         """Look at the host. Raises a VirtdError."""
 
     def holdings(self) -> Iterable[Holding]:
-        """What it is to have that nobody else may have meanwhile."""
+        """What it needs for itself alone."""
         return ()
 
     def data(self) -> dict[str, Any]:
-        """More for the record: what `Guest.give_back` needs to know. Nothing is changed yet."""
+        """More data for the record, which `Guest.give_back` needs. Nothing on the host is changed yet."""
         return {}
 
     def own_words(self, words: str) -> str:
-        """What the process said when it failed, for a person; "" when nothing of it is telling."""
+        """What the process wrote when it failed, for a person; "" if none of it explains anything."""
         return words
 
     def last_line(self, words: str) -> str:
-        """The same, short."""
+        """The same in one line."""
         return words.splitlines()[-1] if words else ""
 
     # The steps
@@ -96,7 +96,7 @@ class Start(Launch, Generic[G, D]):
 
     def remember(self, promise: dict[str, Any]) -> None:
         machine = self.machine
-        # Once more, for others may have had their turn since. From the record on they see what is ours.
+        # Checked again, for other starts may have come in between. Once it is on record they see what is ours.
         self._check_conflicts()
         record = Record(
             driver=machine.driver,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What only one object can have at a time, whichever driver's it is: an address in a network, a disk, a port.
+"""What only one object can have at a time, across all drivers: an address in a network, a disk, a port.
 
-Each driver tells what its objects hold, those that run or all that are defined (Holder), and what is to be
-defined or started is compared with that, here. Two definitions may well want the same, as long as they take turns:
-that is a warning. Two that run may not.
+Each driver lists what its objects hold, those that run or all that are defined (Holder). What is to be defined or
+started is compared with that here. Two definitions may want the same thing as long as only one of them runs, which is
+worth a warning; two running objects may not have it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Kind(StrEnum):
-    """What is held. What makes two of a kind the same, `Holding.what`, follows."""
+    """What is held. The comments say what identifies it: `Holding.what`."""
 
     MAC = "mac"  # bridge, address in lower case
     INTERFACE = "interface"  # name
@@ -33,8 +33,10 @@ class Kind(StrEnum):
 
 
 class Holding(NamedTuple):
-    """One such thing. `key` is where the definition says so, `name` what a person calls it; both only of those that
-    are compared with others. Those that are `shared` don't mind each other.
+    """One such thing.
+
+    `key` is where the definition asks for it and `name` what a person calls it; only what is compared with others
+    needs them. Holdings that are all `shared` don't conflict.
     """
 
     kind: Kind
@@ -46,14 +48,14 @@ class Holding(NamedTuple):
 
 @runtime_checkable
 class Holder(Protocol):
-    """A driver whose objects have something that nobody else can have at the same time."""
+    """A driver whose objects hold something for themselves alone."""
 
     def holdings(self, *, running: bool) -> Iterator[tuple[str, Holding]]:
-        """What those have that run, or all that are defined or run, each with whose it is: "domain web1"."""
+        """What the running objects hold, or all that run or are defined, each with its owner: "domain web1"."""
 
 
 class Conflict(NamedTuple):
-    """`other` holds it too: "domain web1"; "" for the object itself."""
+    """Two want the same. `other` is who holds it too, "domain web1", or "" for the object itself."""
 
     mine: Holding
     other: str
@@ -65,7 +67,7 @@ def mac(bridge: str, address: str, key: str = "", network: str = "") -> Holding:
 
 
 def bridges(peers: Peers) -> Callable[[str], str]:
-    """A function that gives a network's bridge, by which neighbours are told: several networks may be on one."""
+    """A function from a network to its bridge: networks on the same bridge are neighbours."""
 
     @functools.cache
     def bridge_of(network: str) -> str:
@@ -78,7 +80,7 @@ def bridges(peers: Peers) -> Callable[[str], str]:
 
 
 def require(peers: Peers, me: str, mine: Iterable[Holding]) -> None:
-    """Raise Busy when another that runs holds what `me` ("domain web1") is to have; doesn't wait for anything."""
+    """Raise Busy if a running object holds what `me` ("domain web1") needs. Doesn't wait for anything."""
     for found in _between(peers, me, list(mine), running=True):
         own = found.mine
         where = f" ({own.key})" if own.key else ""
@@ -87,15 +89,15 @@ def require(peers: Peers, me: str, mine: Iterable[Holding]) -> None:
 
 
 def warnings(peers: Peers, me: str, mine: Iterable[Holding]) -> list[str]:
-    """What another that is defined, or runs, holds too."""
-    told = {}
+    """What other objects hold too, running or just defined."""
+    found_ones = {}
     for found in _between(peers, me, list(mine), running=False):
         own = found.mine
         text = f"{own.name} is in this definition twice: it can't be started"
         if found.other:
             text = f"{own.name} is {found.other}'s as well: both can't run at the same time"
-        told[own.key, found.other] = f"{own.key}: {text}" if own.key else text
-    return list(told.values())
+        found_ones[own.key, found.other] = f"{own.key}: {text}" if own.key else text
+    return list(found_ones.values())
 
 
 def _between(peers: Peers, me: str, mine: list[Holding], *, running: bool) -> Iterator[Conflict]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Taking definitions: whether one can be had beside all others, and what it makes of its object."""
+"""Taking definitions: checking one against all others, and giving it to its object."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ class Defining(Generic[T, D]):
         return definition
 
     def define(self, text: str, source: str) -> tuple[T, bool]:
-        """Take a definition: the object, and whether it is new. A uuid is made when there is none."""
+        """Take a definition: the object, and whether it is new. One without a uuid is given one."""
         definition = self._owner.check(text, source)
         if definition.uuid is None:
             definition, text = self.with_uuid(definition, text)
         return self._write(definition, text)
 
     def set_autostart(self, name: str, *, enable: bool) -> bool:
-        """Change the definition's file; False if it said so already."""
+        """Change the definition's file; False if it was so already."""
         one = self._owner.find(name)
         if one.definition is None:
             raise errors.NotFound(f"{self._owner.noun.capitalize()} {one.name} has no definition")
@@ -81,7 +81,7 @@ class Defining(Generic[T, D]):
         return True
 
     def with_uuid(self, definition: D, text: str) -> tuple[D, str]:
-        """The definition with a uuid of its own: the one that the object has, or a new one."""
+        """The definition with a uuid: the one that the object has, or a new one."""
         one = self._owner.objects.get(definition.name)
         text = definitions.with_uuid(text, one.uuid if one is not None else "")
         return self._owner.parse(text, definition.name), text
@@ -92,7 +92,7 @@ class Defining(Generic[T, D]):
         return self.take(definition, text)
 
     def take(self, definition: D, text: str) -> tuple[T, bool]:
-        """Have an object be defined so: the object, and whether it is new."""
+        """Give the definition to its object: the object, and whether it is new."""
         new = definition.name not in self._owner.objects
         one = self._owner.object(definition.name)
         changed = one.definition_text != text or one.definition is None

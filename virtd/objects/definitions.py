@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Definition files as all drivers keep them: changed in place as little as possible, for a person wrote them."""
+"""Definition files of all drivers. They are changed as little as possible, because people write them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ..paths import Listing
 
-AT_ONCE = 16  # threads that write definitions: a file system's journal takes so many with one flush
+AT_ONCE = 16  # threads that write definitions: a file system's journal commits so many with one flush
 D = TypeVar("D")
 
 _AUTOSTART = r"(?m)^autostart[ \t]*=[ \t]*(?:true|false)\b"
@@ -31,7 +31,7 @@ _TABLE = r"(?m)^[ \t]*\["
 
 
 def read(path: str) -> str:
-    """A definition's text; its file may be a link to where it is kept.
+    """A definition's text; its file may be a symbolic link.
 
     Raises InvalidDefinition when it isn't a file that only root can write, or not in UTF-8; or OSError.
     """
@@ -59,12 +59,12 @@ def decoded(raw: bytes, source: str) -> str:
 
 
 def troubles(directory: str, found: Listing) -> Iterator[tuple[str, Problem]]:
-    """What is wrong with a directory of definitions, and with files in it that no object can be called after: their
-    names, or "" for the directory.
+    """What is wrong with a directory of definitions, as ("", problem), and with files whose names no object can have,
+    as (name, problem).
     """
     if found.wrong:
         text = f"{directory} can't be read: {found.wrong}"
-        hint = "What was read of it last is in force. Mend it, then: systemctl reload virtd."
+        hint = "What was last read from it is in force. Fix it, then: systemctl reload virtd."
         journal.send(text, message_id=Message.DEFINITION_PROBLEM, level="error", VIRTD_FILE=directory)
         yield "", Problem(text, hint)
         return
@@ -82,7 +82,8 @@ def troubles(directory: str, found: Listing) -> Iterator[tuple[str, Problem]]:
 def write(path: str, text: str, *, sync: bool = True) -> None:
     """Put a definition in its place, whole or not at all. Raises HostError.
 
-    A link stays one, and what there is keeps its group and mode. Without `sync`, another is to sync the directory.
+    A symbolic link stays one, and an existing file keeps its group and mode. Without `sync` the caller syncs the
+    directory.
     """
     try:
         files.make_directory(os.path.dirname(path), 0o755)
@@ -102,9 +103,9 @@ def write(path: str, text: str, *, sync: bool = True) -> None:
 
 
 def write_all(texts: Mapping[str, str]) -> dict[str, errors.HostError]:
-    """Write definitions, by path: those that couldn't be, and why.
+    """Write definitions by path; returns those that couldn't be written, and why.
 
-    Each waits for the disk, and a thousand that did so one after the other would take a minute.
+    Each waits for the disk, so a thousand written one after the other would take a minute.
     """
 
     def one(path: str) -> errors.HostError | None:
@@ -126,12 +127,12 @@ def write_all(texts: Mapping[str, str]) -> dict[str, errors.HostError]:
 
 
 def with_uuid(text: str, uuid: str = "") -> str:
-    """A definition that has none, with `uuid`, or a new one, as its first key."""
+    """The text of a definition without a uuid, with `uuid` or a new one as its first key."""
     return f'uuid = "{uuid or uuidlib.uuid4()}"\n{text.removeprefix(BOM)}'
 
 
 def with_autostart(text: str, *, enable: bool) -> str:
-    """A definition with its top-level key `autostart` set; the rest of the text stays as it is."""
+    """The text with its top-level key `autostart` set, and otherwise unchanged."""
     text = text.removeprefix(BOM)
     table = re.search(_TABLE, text)
     head, tail = (text[: table.start()], text[table.start() :]) if table else (text, "")
@@ -141,20 +142,20 @@ def with_autostart(text: str, *, enable: bool) -> str:
 
 
 def in_force(definition: Any, text: str) -> dict[str, Any]:
-    """What a record holds of the definition that an object was started with."""
+    """The part of a record that holds the definition that an object was started with."""
     return {"definition": text, "parsed": msgspec.to_builtins(definition), "parsed_by": __version__}
 
 
 def text_in_force(data: dict[str, Any]) -> str:
-    """The text of that definition, out of a record's `data`; "" when there is none that is a text."""
+    """The text of that definition in a record's `data`; "" if there is none."""
     text = data.get("definition")
     return text if isinstance(text, str) else ""
 
 
 def parsed(data: dict[str, Any], text: str, kind: type[D]) -> D | None:
-    """The definition that `text` holds, if a record's `data` has it, put there by this version of virtd.
+    """The definition in `text`, if this version of virtd has put it into a record's `data`.
 
-    That takes microseconds, where TOML takes a millisecond for each.
+    That takes microseconds, while parsing TOML takes a millisecond.
     """
     if data.get("definition") != text or data.get("parsed_by") != __version__:
         return None
@@ -171,10 +172,10 @@ def check_name(name: str, stem: str, path: str) -> None:
 
 
 def complain(path: str, exc: Exception) -> Problem:
-    """The problem that a file which can't be read makes; the journal is told."""
+    """The problem of a definition that can't be read, which is also logged."""
     known = exc if isinstance(exc, errors.VirtdError) else None
     said = exc.strerror if isinstance(exc, OSError) else str(exc)
     text = plain(known.message if known is not None else f"{path}: {said}")
-    hint = known.hint if known is not None and known.hint else "Mend it, then: systemctl reload virtd."
+    hint = known.hint if known is not None and known.hint else "Fix it, then: systemctl reload virtd."
     journal.send(text, message_id=Message.DEFINITION_PROBLEM, level="error", VIRTD_FILE=path)
     return Problem(text, hint)

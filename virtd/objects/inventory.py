@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""All objects of one driver, whatever they are: named by files, changed through them, and found again."""
+"""All objects of one driver, of whatever kind."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ RECONCILE_LIMIT = 100.0  # seconds that an operation waits after the daemon's ow
 
 
 class Inventory(Generic[T, D]):
-    """`publish(event, name)` is told "added", "removed" and "changed", and what a driver has of its own."""
+    """The objects by name. `publish(event, name)` gets "added", "removed", "changed", and a driver's own events."""
 
     name = ""  # of the driver
     noun = ""
-    taken_back = ""  # how one comes back whose record is lost, for a person to read
+    taken_back = ""  # how an object whose record is lost comes back, for a person to read
     states: type[StrEnum]
 
     def __init__(self, services: Services, records: Records, publish: Publish) -> None:
@@ -46,7 +46,7 @@ class Inventory(Generic[T, D]):
         self.objects: dict[str, T] = {}
         self.problems: dict[str, Problem] = {}
         self.found = Found()
-        self._reconciled = asyncio.Event()  # cleared while what there is isn't known for certain
+        self._reconciled = asyncio.Event()  # cleared while it isn't known for certain what runs
         self._reconciled.set()
         self._defining: Defining[T, D] = Defining(self)
         self._reading: Reading[T, D] = Reading(self, self._defining)
@@ -70,28 +70,28 @@ class Inventory(Generic[T, D]):
     # What each driver does in its own way
 
     def make(self, name: str) -> T:
-        """A new object without anything."""
+        """A new object that has neither definition nor record."""
         raise NotImplementedError
 
     def parse(self, text: str, source: str) -> D:
-        """The definition that `text` holds. Raises InvalidDefinition."""
+        """The definition in `text`. Raises InvalidDefinition."""
         raise NotImplementedError
 
     def take_back(self, name: str, record: Record) -> None:
-        """An earlier daemon's object. What it raises is a problem of that object."""
+        """Take over an earlier daemon's object. What this raises becomes a problem of the object."""
         self.object(name).adopt(record)
 
     def left_alone(self, name: str, problem: Problem) -> None:
-        """It could not be taken back."""
+        """An object could not be taken back."""
         one = self.object(name)
         one.problems["adoption"] = problem
         one.settled.set()
 
     def check_beside(self, definition: D, other: T, source: str) -> None:
-        """Raise Exists or InvalidDefinition when both can't be had: an address, a path that is taken."""
+        """Raise Exists or InvalidDefinition if both can't exist at once, as two networks with one address can't."""
 
     def put_in_force(self, one: T, definition: D, text: str) -> None:
-        """What is active is as its new definition says: a change that needn't wait."""
+        """Record that an active object is already as its new definition says."""
         raise NotImplementedError
 
     def describe(self, one: T) -> Reply:
@@ -109,15 +109,15 @@ class Inventory(Generic[T, D]):
         restoring.recall(self)
 
     def half_written(self) -> list[str]:
-        """Files that never got their real names, because a crash came in between."""
+        """Incomplete files left by a crash, which never got their real names."""
         paths = self._services.paths
         return [path for directory in (paths.etc, paths.run) for path in files.leftovers(f"{directory}/{self.name}")]
 
     async def certain(self) -> None:
-        """Wait until reconcile() is through.
+        """Wait until reconcile() is done. Raises Busy.
 
-        A start in the middle of it would be taken for one that a crash cut off, and rolled back while it is under
-        way; and a guest whose record was lost would be started a second time. Raises Busy.
+        A start in the middle of it would be taken for one that a crash interrupted, and rolled back while it is under
+        way; and a guest whose record was lost would be started a second time.
         """
         if self._reconciled.is_set():
             return
@@ -144,7 +144,7 @@ class Inventory(Generic[T, D]):
         return self._reading.read()
 
     def unread_definitions(self) -> list[Difference]:
-        """Files that aren't what was read of them last; a reload reads them."""
+        """Files that have changed since they were last read; a reload reads them."""
         return self._reading.unread()
 
     def check(self, text: str, source: str) -> D:
@@ -152,15 +152,15 @@ class Inventory(Generic[T, D]):
         return self._defining.check(text, source)
 
     def define(self, text: str, source: str) -> tuple[T, bool]:
-        """Take a definition: the object, and whether it is new. A uuid is made when there is none."""
+        """Take a definition: the object, and whether it is new. One without a uuid is given one."""
         return self._defining.define(text, source)
 
     def set_autostart(self, name: str, *, enable: bool) -> bool:
-        """Change the definition's file; False if it said so already."""
+        """Change the definition's file; False if it was so already."""
         return self._defining.set_autostart(name, enable=enable)
 
     def forget(self, name: str) -> None:
-        """The definition is gone. What is active stays until it ends."""
+        """The definition was removed. An active object stays until it ends."""
         one = self.objects[name]
         one.definition, one.definition_text = None, ""
         if one.active:
@@ -169,16 +169,16 @@ class Inventory(Generic[T, D]):
         if one.record is not None:
             try:
                 self.records.remove(name)
-            except errors.HostError as exc:  # it is gone all the same; the next start, or fsck, removes the file
+            except errors.HostError as exc:  # the next start of the daemon, or fsck, removes the file
                 log.warning("The record of %s stays: %s", name, exc)
-            one.record = None  # nor is it to be written once more
+            one.record = None  # so that it isn't written again
         del self.objects[name]
         self._publish("removed", name)
 
     # Finding and describing
 
     def object(self, name: str) -> T:
-        """The object of that name, made if there is none."""
+        """The object of that name; a new one if there is none."""
         if name not in self.objects:
             self.objects[name] = self.make(name)
         return self.objects[name]
@@ -210,12 +210,12 @@ class Inventory(Generic[T, D]):
         return [slot for slot in self._services.store.names() if slot.startswith(mine)]
 
     def identities_of(self, name: str) -> dict[str, str]:
-        """Its slots, as a record tells of them (child.identities)."""
+        """Its slots in the form that records have (child.identities)."""
         held, mine = self._services.store.slots(), f"{self.name}/{name}/"
         return {slot: f"{kept.dev}:{kept.ino}" for slot, kept in held.items() if slot.startswith(mine)}
 
     def settled(self) -> bool:
-        """Whether it is known of every object what became of it, so that a listing needn't wait."""
+        """Whether it is known of every object whether it runs, so that a listing needn't wait."""
         return all(one.settled.is_set() for one in self.objects.values())
 
     def live(self) -> int:
@@ -234,7 +234,7 @@ class Inventory(Generic[T, D]):
         return found
 
     def refused(self, key: str, problem: Problem | None) -> None:
-        """The pump's word that the log of a slot can't be written, or, without a problem, that it can again."""
+        """The pump's callback: the log of a slot can't be written, or, without a problem, it can again."""
         _driver, name, slot = key.split("/")
         one = self.objects.get(name)
         problems, key = (self.problems, f"log {name}") if one is None else (one.problems, f"log {slot}")
@@ -249,6 +249,6 @@ class Inventory(Generic[T, D]):
         ]
 
     def published(self, event: str, one: Named) -> None:
-        """Pass on what an object of this driver publishes; one that was forgotten has nothing more to say."""
+        """Pass on what an object of this driver publishes; forgotten objects publish nothing."""
         if self.objects.get(one.name) is one:
             self._publish(event, one.name)

@@ -25,14 +25,14 @@ class Definition(Protocol):
 
 
 class Object(Protocol):
-    """What every object has. Without a definition only what is active keeps it here."""
+    """What every object has. One without a definition is kept as long as it is active."""
 
     name: str
     definition: Any
     definition_text: str
     record: Record | None
     problems: dict[str, Problem]
-    settled: asyncio.Event  # cleared while nobody knows yet what became of it
+    settled: asyncio.Event  # cleared while it isn't known whether it runs
 
     @property
     def uuid(self) -> str: ...

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What drivers ask of each other: of networks for who is in them, of pools for whose disks are in them."""
+"""What drivers ask of each other: guests need interfaces in networks, and volumes of pools."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Connection(NamedTuple):
 
 
 class Disk(NamedTuple):
-    """A volume for a guest: what it stands on, the nearest first, and the mount unit that it is on, or ""."""
+    """A volume for a guest: its backing files, the nearest first, and the mount unit that it is on, or ""."""
 
     path: str
     format: Format
@@ -33,7 +33,7 @@ class Networks(Protocol):
     """Networks, as those see them whose guests are in them."""
 
     def bridge_of(self, network: str) -> str:
-        """The name of its bridge, "" where it has none. Raises NotFound."""
+        """The name of its bridge, or "" if it has none. Raises NotFound."""
 
     async def attach(
         self, network: str, *, user: str, interface: str, mac: str, uid: int, trusted: bool = False
@@ -41,28 +41,27 @@ class Networks(Protocol):
         """Make a tap in `network` for processes of `uid`; the network is started if it isn't active.
 
         `user` is the tap's owner, as "qemu/web1": seen in the network's Info, and the reason why the network isn't
-        stopped. `interface` is the tap's name, at most 15 characters and the caller's to choose and to put on record
-        before this is called; `detach` removes it, whatever became of it. The guest may send as `mac` only, unless it
-        is `trusted`. Raises a VirtdError, with no tap left.
+        stopped. `interface` is the tap's name, at most 15 characters, which the caller chooses and puts on record
+        before the call, so that `detach` can remove it in any case. The guest may send from `mac` only, unless it is
+        `trusted`. Raises a VirtdError, with no tap left.
         """
 
     async def reserve(
         self, network: str, *, user: str, interface: str, mac: str, trusted: bool = False
     ) -> Connection:
-        """For whoever makes the interface in one go with its place in the bridge (lxc.net.0.link): rules are there
-        before it is.
+        """Prepare for an interface that somebody else makes inside the bridge (lxc.net.0.link): its rules come first.
 
-        Call `add_port` afterwards: an interface without our alias counts as a stranger's.
+        Call `add_port` afterwards, because an interface without our alias counts as foreign.
         """
 
     async def add_port(self, network: str, *, user: str, interface: str) -> Connection:
-        """Put an interface that is there, and was reserved, into the network: the host's end of a veth, say."""
+        """Put a reserved interface that exists by now, such as the host's end of a veth pair, into the network."""
 
     async def detach(self, interface: str) -> bool:
-        """Delete an interface that `attach` made, and forget one that was reserved; False when it isn't there."""
+        """Delete an interface that `attach` made, or forget a reserved one; False if there is none."""
 
     async def sweep(self, driver: str, alive: set[str]) -> list[str]:
-        """Delete the interfaces of a driver's objects that aren't `alive`, which a crash may have left."""
+        """Delete interfaces left by a crash: those of objects of a driver that aren't `alive`."""
 
     def addresses_of(self, network: str, mac: str) -> list[str]:
         """The addresses that DHCP gave to this MAC."""
@@ -79,21 +78,21 @@ class Volumes(Protocol):
     """The driver of pools."""
 
     async def for_guest(self, pool_name: str, name: str, *, writes: bool, by: str) -> Disk:
-        """A volume that a guest is to have, its pool started if need be. Raises NotFound, or why it can't be had."""
+        """A volume for a guest; its pool is started if need be. Raises NotFound, or why it can't be used."""
 
     async def require_unused(self, pool_name: str, name: str) -> Callable[[], None]:
-        """Raise Busy when anybody uses it, reading or writing; what asks again, without waiting for anything."""
+        """Raise Busy if anybody reads or writes it. Calling the result checks again, without waiting for anything."""
 
     def require_for_guest(self, pool: str, name: str, *, writes: bool) -> None:
         """Raise Busy while a job works on it."""
 
 
 class Peers(Protocol):
-    """The drivers. One that others ask for is made then."""
+    """The drivers. One that isn't in use yet is made when it is asked for."""
 
     @property
     def networks(self) -> Networks: ...
     @property
     def volumes(self) -> Volumes: ...
     def __iter__(self) -> Iterator[object]:
-        """Those that are in use. What may be asked of each: see protocol.Using and conflicts.Holder."""
+        """Those in use, some of which are protocol.Using or conflicts.Holder."""

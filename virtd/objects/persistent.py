@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An object's record: what is so, in memory for certain, and on disk as soon as the file system lets us."""
+"""An object's record: always up to date in memory, and on disk as soon as the file system permits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SAVE_AGAIN = 1.0  # seconds until a record that couldn't be written is tried aga
 
 
 class Named(Protocol):
-    """What is published: an object, of which whoever listens asks for more by its name."""
+    """An object that has changed: listeners look it up by its name."""
 
     name: str
 
@@ -44,7 +44,7 @@ class Shared(Protocol):
 
 
 class Tasks:
-    """Tasks of the object `name`. One that fails is a problem of the object's."""
+    """The tasks of the object `name`. A task that fails becomes a problem of the object."""
 
     def __init__(self, name: str, problems: dict[str, Problem]) -> None:
         self.name = name
@@ -52,7 +52,7 @@ class Tasks:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def spawn(self, work: Coroutine[object, object, None], name: str) -> None:
-        """A task of this object's; it is cancelled by `end_tasks`."""
+        """Start a task of this object, which `end_tasks` cancels."""
         task: asyncio.Task[None] = asyncio.create_task(work, name=f"{name}-{self.name}")
         self._tasks.add(task)
         task.add_done_callback(self._task_done)
@@ -66,7 +66,7 @@ class Tasks:
             )
 
     async def end_tasks(self) -> None:
-        """Cancel them, but for the one that asks, and wait for their ends."""
+        """Cancel all but the calling one, and wait for them to end."""
         mine = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in mine:
             task.cancel()
@@ -74,7 +74,7 @@ class Tasks:
 
 
 class Persistent(Tasks):
-    """What has a definition, a record, or both."""
+    """An object with a definition, a record, or both."""
 
     shared: Shared
     definition: Any
@@ -108,13 +108,13 @@ class Persistent(Tasks):
         raise NotImplementedError
 
     def recall(self) -> None:
-        """First step of a start, once definitions are read: have those problems that its record tells of.
+        """First step of a start, once definitions are read: restore the problems that are on record.
 
-        Whoever asks right after a restart is told no less than right before; nothing is looked at for it.
+        So a client sees the same right after a restart as right before; nothing on the host is examined for it.
         """
 
     def wait_for(self, failed: Problem | None) -> None:
-        """Have it wait to be autostarted, for the reason why its start failed; None: no longer."""
+        """Let it wait to be autostarted, because its start failed; None: no longer."""
         if failed is None:
             if self.waits is None:
                 return
@@ -125,14 +125,14 @@ class Persistent(Tasks):
         self.shared.publish("changed", self)
 
     def lost(self, slot: str, what: str, hint: Hint) -> None:
-        """A slot that the record tells of isn't in the store; `what`: whose it is, and what that means."""
+        """A slot of the record is missing from the store; `what` says what it belongs to, and what its loss means."""
         text = f"Slot {slot} of {what}"
         self.problems[f"slot {slot}"] = Problem(text, hint)
         journal.send(text, message_id=Message.SLOT_LOST, level="warning", VIRTD_SLOT=slot, **self.fields())
 
     @property
     def reason(self) -> str:
-        """Why it is in the state that it is in, for a person to read."""
+        """Why it is in its state, for a person to read."""
         if self.waits is not None and not self.active:
             return f"waits to be autostarted: {self.waits.text}"
         if self.record is not None:
@@ -156,7 +156,7 @@ class Persistent(Tasks):
         self._recorded()
 
     def note(self, state: StrEnum, reason: str, **changes: Any) -> None:
-        """Go into a state that came about by itself: in memory for certain, on record if the file system lets us."""
+        """Enter a state that can't be refused: always in memory, and on disk as soon as the file system permits."""
         before = self.recorded
         if (state.value, reason) == (before.state, before.reason) and not changes:
             return
@@ -184,7 +184,7 @@ class Persistent(Tasks):
         self.on_record.set()
 
     async def _save_again(self) -> None:
-        """Until the record says what is so: the next daemon will go by it."""
+        """Until the record is up to date, because the next daemon relies on it."""
         while self.record is not None and not self.on_record.is_set():
             await asyncio.sleep(SAVE_AGAIN)
             if self.record is not None and not self.on_record.is_set():

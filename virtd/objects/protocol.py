@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the host asks of every driver, and the words that they share.
+"""What the host asks of every driver, and the types that they share.
 
-A driver owns the objects of one kind: it takes them back at a start (restore, then reconcile), reads what they shall
-be (load_definitions), and carries out what the host's operations ask of it. It knows child, records and model, and
-never a front end. What drivers ask of each other is in virtd.objects.peers.
+A driver owns the objects of one kind: it takes them back at a start (restore, then reconcile), reads their
+definitions (load_definitions), and carries out the host's operations. It knows child, records and model, but no front
+end. What drivers ask of each other is in virtd.objects.peers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """Something that a person should look at."""
+    """Something that needs a person's attention."""
 
     text: str
     hint: Hint = ""
@@ -39,12 +39,12 @@ class Found(msgspec.Struct):
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """Where units, slots, records, definitions and files don't tell the same.
+    """A contradiction between units, slots, records, definitions and files.
 
     `kind` is a word: unit, process, slot, record, definition, directory, file, busy; of domains also user and
     hardware; of networks bridge, rules, interface; of pools pool, mount, volume. `object` is the object's name,
-    or "" for what is no object's. `repair` says what a repair does about it; empty if only a person can. `repaired`:
-    it did.
+    or "" for what belongs to none. `repair` says what a repair does about it, and is empty if only a person can do
+    anything. `repaired`: it was done.
     """
 
     kind: str
@@ -55,15 +55,15 @@ class Difference(msgspec.Struct, frozen=True):
 
 
 class Startable(Protocol):
-    """An object, as whoever starts it at boot sees it."""
+    """An object that can be started at boot."""
 
     name: str
-    waits: Problem | None  # why it couldn't be autostarted so far, while that is tried again
+    waits: Problem | None  # why its autostart failed so far, while it is tried again
 
     @property
     def active(self) -> bool: ...
     def wait_for(self, failed: Problem | None) -> None:
-        """Have it wait, for the reason why its start failed; None: no longer."""
+        """Let it wait, because its start failed; None: no longer."""
 
     def fields(self) -> dict[str, str]:
         """The journal fields of this object."""
@@ -80,77 +80,78 @@ class Driver(Protocol):
         """First step of a start: records, slots, pumps, definitions; no bus yet."""
 
     async def reconcile(self) -> None:
-        """Second step, with systemd at hand: see each record beside its unit, finish or undo what a crash cut off."""
+        """Second step, with systemd at hand: compare records with units, finish or undo what a crash interrupted."""
 
     def load_definitions(self) -> list[str]:
-        """Read the definitions again; the names of those that changed. A bad one is a problem of its own."""
+        """Read the definitions again; the names of those that changed. A bad one becomes a problem."""
 
     def read_definitions(self) -> Iterator[str]:
         """The same, bit by bit: after each the name of one that changed, or ""."""
 
     async def reload(self) -> None:
-        """Apply again what others may have removed, such as firewall rules. Nothing that runs is touched."""
+        """Restore what others may have removed, such as firewall rules. Nothing that runs is touched."""
 
     def to_autostart(self) -> list[Startable]:
-        """What is to be started at boot and hasn't been: it isn't active, nor has it run and ended in this boot."""
+        """What remains to be started at boot: it isn't active, and hasn't run and ended in this boot."""
 
     async def start(self, name: str, by: str) -> bool:
         """Start an object; False if it was active. Raises a VirtdError, with nothing left behind."""
 
     def grown(self, key: str) -> None:
-        """The pump's word that bytes landed in a log that is watched: `key` is a slot's name of this driver."""
+        """The pump's callback: a watched log has grown. `key` is the name of one of this driver's slots."""
 
     def refused(self, key: str, problem: Problem | None) -> None:
-        """The pump's word that the log of a slot can't be written, or, without a problem, that it can again."""
+        """The pump's callback: the log of a slot can't be written, or, without a problem, it can again."""
 
     def live(self) -> int:
         """How many objects have something running."""
 
     def settled(self) -> bool:
-        """Whether it is known of every object what became of it."""
+        """Whether it is known of every object whether it runs."""
 
     def counts(self) -> dict[str, int]:
-        """The number of objects in each state, those without any included."""
+        """The number of objects in each state, including the states that none is in."""
 
     def troubles(self) -> list[tuple[str, Problem]]:
-        """What is wrong: the object's name and the problem, of definitions and records as well as of what runs."""
+        """All problems, also of definitions and records, each with its object's name."""
 
     def bad_definitions(self) -> list[tuple[str, Problem]]:
-        """Those of `troubles` that are about definitions."""
+        """Those `troubles` that concern definitions."""
 
     def known(self) -> Iterator[tuple[str, Reply | None]]:
         """All objects, in their short form; None for one whose state isn't known yet."""
 
     def describe_named(self, name: str) -> Reply:
-        """The short form of an object for events; a Gone when it is gone."""
+        """The short form of an object for events; a Gone if it no longer exists."""
 
     async def close(self) -> None:
-        """Let go of everything in this process; what runs, its slots and records stay."""
+        """Release everything in this process; what runs, its slots and records stay."""
 
 
 @runtime_checkable
 class Comparing(Protocol):
-    """A driver that can be asked by fsck."""
+    """A driver whose objects fsck can check."""
 
     async def compare(self, *, repair: bool) -> list[Difference]:
-        """Compare what there is of its objects in all places. With `repair`, mend what can be mended without touching
-        anything that runs; what was found is told all the same.
+        """Compare what units, slots, records and files say about its objects; all differences are returned.
+
+        With `repair`, repair what can be repaired without touching anything that runs.
         """
 
 
 @runtime_checkable
 class Looking(Protocol):
-    """A driver whose objects may lose something that nobody tells of."""
+    """A driver whose objects may lose something without any notification."""
 
     async def look(self) -> None:
-        """See what is there. It may take as long as a file system takes to answer; problems tell what is wrong."""
+        """Look for losses, and make them problems. This takes as long as a file system takes to answer."""
 
 
 class Use(NamedTuple):
-    """A file that an object which runs has open, or mounted: then nobody else may have it, not even to read."""
+    """A file that a running object has open, or mounted, in which case nobody else may even read it."""
 
-    user: str  # as replies name the object
-    called: str  # as a person does
+    user: str  # the object, as replies name it
+    called: str  # the object, as a person calls it
     path: str
     identity: tuple[int, int]  # device and inode
     writes: bool
@@ -159,16 +160,16 @@ class Use(NamedTuple):
 
 @runtime_checkable
 class Using(Protocol):
-    """A driver whose objects have files open that others may want to change or to delete."""
+    """A driver whose objects have files open that others may want to change or delete."""
 
     def images(self) -> list[Use]:
-        """Which object has which file."""
+        """The open files, with their objects."""
 
 
 Publish = Callable[[str, str], None]  # (event, name): "added", "removed", "changed", "ended"; "job" of a job
 
 
 class Factory(Protocol):
-    """What each driver's module has as `make`."""
+    """The function `make` of a driver's module."""
 
     def __call__(self, services: Services, settings: Settings, publish: Publish, peers: Peers) -> Driver: ...

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from .defining import Defining, Owner
 
 BATCH = 64  # definitions without a uuid that are written at once
-CHANGED, NEW_UUID = "changed", "new uuid"  # what reading a definition came to
+CHANGED, NEW_UUID = "changed", "new uuid"  # results of reading a definition
 
 
 class Fresh(NamedTuple, Generic[D]):
-    """An object whose definition is getting a uuid, and what it was defined by before."""
+    """An object whose definition is given a uuid, and its definition before."""
 
     name: str
     definition: D | None = None
@@ -50,7 +50,7 @@ class Reading(Generic[T, D]):
         if found.wrong:
             return
         there = set(found.names)
-        # First, so that a definition that was given another name doesn't meet its old self.
+        # First, so that a renamed definition doesn't conflict with its old self.
         objects = self._owner.objects
         for name in [name for name, one in objects.items() if one.definition is not None and name not in there]:
             self._owner.forget(name)
@@ -73,10 +73,10 @@ class Reading(Generic[T, D]):
         return Fresh(name) if known is None else Fresh(name, known.definition, known.definition_text)
 
     def _try(self, name: str) -> str:
-        """`_read_one`; what is wrong with it is a problem."""
+        """`_read_one`, whose errors become a problem."""
         try:
             return self._read_one(name)
-        except FileNotFoundError as exc:  # undefined while we read the others, unless it is a link to nowhere
+        except FileNotFoundError as exc:  # undefined while others were read, unless it is a dangling link
             if os.path.lexists(self._owner.path(name)):
                 self._complain(name, exc)
         except (errors.VirtdError, OSError, ValueError) as exc:
@@ -84,7 +84,7 @@ class Reading(Generic[T, D]):
         return ""
 
     def _read_one(self, name: str) -> str:
-        """Take what one file holds; CHANGED, NEW_UUID when it is still to be written, or "" when all is as it was."""
+        """Take one file: CHANGED, NEW_UUID if it has still to be written, or "" if nothing changed."""
         path = self._owner.path(name)
         known = self._owner.objects.get(name)
         text = definitions.read(path)
@@ -100,7 +100,7 @@ class Reading(Generic[T, D]):
         return NEW_UUID if lacking else CHANGED
 
     def _write_fresh(self, fresh: list[Fresh[D]]) -> None:
-        """Put the uuids on disk that were made for definitions without one; who can't have one isn't taken."""
+        """Write the definitions that were given a uuid; those that can't be written aren't taken."""
         paths = {self._owner.path(before.name): before for before in fresh}
         objects = self._owner.objects
         texts = {path: objects[one.name].definition_text for path, one in paths.items() if one.name in objects}
@@ -118,7 +118,7 @@ class Reading(Generic[T, D]):
         self._owner.problems[f"definition {name}"] = definitions.complain(path, exc)
 
     def unread(self) -> list[Difference]:
-        """Files that aren't what was read of them last; a reload reads them."""
+        """Files that have changed since they were last read; a reload reads them."""
         directory = self._owner.directory
         there = listing(directory, ".toml")
         if there.wrong:
@@ -129,7 +129,7 @@ class Reading(Generic[T, D]):
             )
         found = [
             Difference(
-                "definition", name, f"{directory}/{name}.toml is gone, and virtd doesn't know that yet", "reload"
+                "definition", name, f"{directory}/{name}.toml was removed, and virtd doesn't know that yet", "reload"
             )
             for name, one in self._owner.objects.items()
             if one.definition is not None and name not in there.names

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The second step of a start of the daemon, for objects that have units: the records beside what there is."""
+"""The second step of a start of the daemon, for objects that have units: records are compared with what exists."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ W = TypeVar("W", bound=WithUnit)
 
 
 def doubt(driver: Inventory[T, D]) -> None:
-    """First step of a start: what has slots or a unit, and no record, isn't settled until it has been looked at.
+    """First step of a start: an object with slots or a unit but no record isn't settled until `settle`.
 
-    Without a bus: the files of units that systemd has loaded tell as well.
+    There is no bus yet, so units are found by the files that systemd keeps for them.
     """
     found = {slot.split("/")[1] for slot in driver.services.store.names() if slot.startswith(f"{driver.name}/")}
     with contextlib.suppress(OSError):
@@ -46,18 +46,18 @@ def doubt(driver: Inventory[T, D]) -> None:
 
 
 def settle(driver: Inventory[T, D]) -> None:
-    """Second step, at its end: nobody is in doubt any more, and what came to nothing is forgotten."""
+    """At the end of the second step: every object is settled, and those of which nothing is left are forgotten."""
     for one in list(driver.objects.values()):
         one.settled.set()
         if one.definition is None and one.record is None and not one.problems:
             driver.forget(one.name)
 
 
-async def recorded(driver: Inventory[W, D]) -> tuple[dict[str, str], dict[str, bool]]:
-    """Each object of `driver` with a record; one that can't be made whole has a problem, and costs no other anything.
+async def reconcile_all(driver: Inventory[W, D]) -> tuple[dict[str, str], dict[str, bool]]:
+    """Reconcile each object of `driver` that has a record. One that fails gets a problem, and affects no other.
 
-    What came of each that was adopted, had ended or was rolled back; and the other names of which there is a unit
-    (True) or only slots (False).
+    Returns the results by name ("adopted", "ended", "rolled back"), and the names of what has no record: True if it
+    has a unit, False if it has only slots.
     """
     services = driver.services
     units = await services.units()
@@ -82,7 +82,7 @@ async def recorded(driver: Inventory[W, D]) -> tuple[dict[str, str], dict[str, b
     slots = {name.split("/")[1] for name in services.store.names() if name.startswith(f"{driver.name}/")}
     for one in objects:
         if one.name in slots and one.record is not None and not (one.record.unit or one.record.slots):
-            # What couldn't be dropped at its end, or not by an older virtd that knew nothing of boxes.
+            # What couldn't be dropped at its end, or wasn't by an older virtd that had no boxes.
             await Child(services, driver.name, one.name).release()
     others = (present | slots) - {one.name for one in objects}
     return came, {name: name in present for name in sorted(others)}

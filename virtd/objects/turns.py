@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One operation at a time on each object, and waiting with a limit."""
+"""One operation at a time on each object, and waiting with a time limit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PATIENCE = 60.0  # seconds
 
 
 class Turns:
-    """`whose` is the object's name, as a person reads it; `patience`, how long an operation waits for another."""
+    """`whose` is the object's name for a person; `patience` is how many seconds an operation waits for another."""
 
     def __init__(self, whose: str, patience: float = PATIENCE) -> None:
         self._whose = whose
@@ -26,7 +26,7 @@ class Turns:
 
     @contextlib.asynccontextmanager
     async def take(self, what: str) -> AsyncIterator[None]:
-        """Let one operation through; the next waits, and is told who holds it when that takes too long."""
+        """Let one operation through. The next one waits, and raises Busy if that takes too long."""
         try:
             async with asyncio.timeout(self._patience):
                 await self._lock.acquire()
@@ -45,7 +45,7 @@ class Turns:
 
 
 async def within(event: asyncio.Event, seconds: float) -> bool:
-    """Wait for `event`, but not longer than `seconds`; whether it has come."""
+    """Wait for `event` for at most `seconds`; whether it is set."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await event.wait()

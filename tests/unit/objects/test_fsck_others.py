@@ -98,7 +98,7 @@ NETWORKS: dict[str, tuple[Callable[[Site], None], str, int, bool]] = {
     "a bridge of none": (lambda s: add_bridge(s, "vd-x", "ghost"), "bridge vd-x is there", 1, True),
     "a directory of none": (lambda s: os.makedirs(runtime(s, "ghost")), "and ghost isn't active", 1, True),
     "a tap of none": (lambda s: add_tap(s, "qemu/ghost"), "vt1 was made for qemu/ghost, which", 1, True),
-    "half a file": (lambda s: write(f"{s.world.paths.run}/network/.lab.json.new", "{"), "half of a file", 1, True),
+    "half a file": (lambda s: write(f"{s.world.paths.run}/network/.lab.json.new", "{"), "incomplete file", 1, True),
     "a definition": (
         lambda s: write(f"{s.world.paths.etc}/network/b.toml", 'name = "b"\n[ipv4]\naddress = "10.9.0.1/24"\n'),
         "hasn't read it yet", 1, True,
@@ -189,7 +189,7 @@ POOLS: dict[str, tuple[Callable[[World], None], str, bool]] = {
         "says something else of state",
         True,
     ),
-    "half a file": (lambda w: write(f"{w.paths.run}/storage/.p.json.new", "{"), "half of a file", True),
+    "half a file": (lambda w: write(f"{w.paths.run}/storage/.p.json.new", "{"), "incomplete file", True),
     "a record of none": (lambda w: write(w.paths.record("storage", "q"), "{}"), "q.json can't be read", True),
     "a job's record of none": (lambda w: write(w.paths.record("storage", "job-1"), "{"), "can't be read", True),
     "a slot of none": (lambda w: plant(w, "storage/job-1/stdin"), "no job job-1 is under way", True),

@@ -116,7 +116,7 @@ class Driver(Inventory[Net, Network]):
 
     async def reconcile(self) -> None:
         """Second step: compare with systemd and the kernel, finish what a crash cut off."""
-        _, others = await recovery.recorded(self)
+        _, others = await recovery.reconcile_all(self)
         for net in self.nets.values():
             if net.record is None and net.has_bridge:
                 others.setdefault(net.name, False)

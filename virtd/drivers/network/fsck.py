@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, NamedTuple
 from ... import errors, files, records
 from ...guests.fsck import (  # fmt: skip
     Seen,
+    check,
     clear_away,
     look,
     loose_files,
+    marked,
     mend_slots,
     record_differences,
     save_or_remove,
-    settle,
     slot_differences,
     strays,
-    told,
     traces,
 )
 from ...objects.protocol import Difference
@@ -92,7 +92,7 @@ async def _examine(nets: Nets, name: str, *, repair: bool) -> list[Difference]:
 
 
 async def _settle(nets: Nets, name: str, *, repair: bool) -> list[Difference]:
-    return await settle(
+    return await check(
         nets.services, name,
         look=lambda: _look(nets),
         findings=lambda there: _findings(nets, name, there),
@@ -191,7 +191,7 @@ async def _interfaces(nets: Nets, detach: Detach, *, repair: bool) -> list[Diffe
         if repair:
             await detach(port.interface)
         difference = Difference("interface", port.network, text, "remove it")
-        found.append(told(difference, repaired=repair and not links.exists(port.interface)))
+        found.append(marked(difference, repaired=repair and not links.exists(port.interface)))
     for net in nets.objects.values():
         for known in net.ports:
             if links.exists(known.interface) or _has_something(nets, known.user):
@@ -200,7 +200,7 @@ async def _interfaces(nets: Nets, detach: Detach, *, repair: bool) -> list[Diffe
             if repair:
                 await detach(known.interface)
             difference = Difference("interface", net.name, text, "forget it")
-            found.append(told(difference, repaired=repair and known not in net.ports))
+            found.append(marked(difference, repaired=repair and known not in net.ports))
     return found
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""fsck for what only QEMU's guests have: a user of its own for each, and hardware on record."""
+"""fsck for what only domains have: each a user of its own, and hardware on record."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from ... import errors
-from ...guests.fsck import told
+from ...guests.fsck import marked
 from ...objects.protocol import Difference
 from . import userdb
 from .users import known_as
@@ -36,7 +36,7 @@ def hardware(machines: Mapping[str, QemuGuest], *, repair: bool) -> list[Differe
             continue
         mend = "write it anew, as it runs" if running is not None else ""
         one = Difference("hardware", name, what, mend)
-        found.append(told(one, repaired=machine.hardware.restore()) if repair and mend else one)
+        found.append(marked(one, repaired=machine.hardware.restore()) if repair and mend else one)
     return found
 
 
@@ -51,7 +51,7 @@ async def users(
                 machine.name_user()
         see_to_names()
         left = {difference.text for difference in _names(machines, known.directory)}
-        found = [told(difference, repaired=difference.text not in left) for difference in found]
+        found = [marked(difference, repaired=difference.text not in left) for difference in found]
     return found + await _ids(machines, known)
 
 

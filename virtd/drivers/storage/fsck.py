@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 from ... import errors
 from ...guests.fsck import (  # fmt: skip
     Seen,
+    check,
     clear_away,
     look,
     loose_files,
+    marked,
     mend_slots,
     record_differences,
     save_or_remove,
-    settle,
     slot_differences,
     strays,
-    told,
     traces,
 )
 from ...model import pool as model
@@ -86,7 +86,7 @@ class _Jobs:
         async def findings(seen: Seen) -> list[Difference]:
             return self.findings(name, seen)
 
-        return await settle(
+        return await check(
             self._services, name,
             look=lambda: look(self._services, DRIVER),
             findings=findings,
@@ -140,7 +140,7 @@ async def _examine(pools: Pools, name: str, *, repair: bool) -> list[Difference]
             await pool.start("fsck")
         except errors.VirtdError as exc:
             error = exc.message
-        found = [told(difference, repaired=not error) if difference in lost else difference for difference in found]
+        found = [marked(difference, repaired=not error) if difference in lost else difference for difference in found]
         if error:
             found.append(Difference("pool", name, f"{name} could not be repaired: {error}"))
     return found
@@ -188,6 +188,6 @@ async def _compare_pool(pools: Pools, name: str, pool: StoragePool | None, *, re
         found.append(Difference("record", name, f"{name} could not be repaired: {exc}"))
     left = {difference.text for difference in await _findings(pools, name, pool)}
     return [
-        difference if difference.kind == "pool" else told(difference, repaired=difference.text not in left)
+        difference if difference.kind == "pool" else marked(difference, repaired=difference.text not in left)
         for difference in found
     ]
