@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Ranges of user and group IDs: who has which, whether two meet, where one is free. Pure, but for `grants`.
+"""Ranges of user and group IDs: their owners, overlaps and gaps. Pure, except for `grants`.
 
-The host's IDs are divided up, so that no two of those who give them out ever give out the same (UIDS-GIDS in
+The IDs of a host are divided up so that no two allocators ever assign the same one (UIDS-GIDS in
 systemd's documentation; Debian's policy, 9.2.2; SUB_UID_MIN and SUB_UID_MAX of login.defs(5)):
 
     0 to 60000                  the system's and people's
@@ -13,8 +13,8 @@ systemd's documentation; Debian's policy, 9.2.2; SUB_UID_MIN and SUB_UID_MAX of 
     from 0x80000000             not to be used: some programs take IDs for signed
 
 Each guest of QEMU's has one ID of `GUESTS`, for its user and its group alike; each container has a range of
-`CONTAINERS`, or of what /etc/subuid grants to root. Whoever gives out one of them looks at all the others first, by
-`free`.
+`CONTAINERS`, or of what /etc/subuid grants to root. Whoever assigns one checks all others
+first, by `free`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Range(NamedTuple):
-    """IDs `first` to `first` + `many` - 1, which are `owner`'s, in words for a person."""
+    """IDs `first` to `first` + `many` - 1, of `owner`, which is text for a person."""
 
     owner: str
     first: int
@@ -43,17 +43,18 @@ class Range(NamedTuple):
         return self.first < first + count and first < self.first + self.many
 
 
-# Where qemu.first_uid and qemu.uid_count of virtd.toml are unless somebody changes them: above what sssd gives out.
+# The defaults of qemu.first_uid and qemu.uid_count in virtd.toml: above what sssd assigns.
 GUESTS = Range("virtd's guests", 0x78000000, 0x10000)
-# Where /etc/subuid grants root nothing: the upper part of what systemd leaves to containers, which useradd(8) never
-# gives to a person.
+# Used if /etc/subuid grants root nothing: the upper part of what systemd leaves to containers, which useradd(8) never
+# assigns to a person.
 CONTAINERS = Range("virtd's containers", 0x60000000, 0x8000000)
 
 
 def free(within: Range, count: int, taken: Iterable[Range], *, start: int | None = None, step: int = 1) -> int | None:
-    """The first of `count` IDs of `within` that meet none of `taken`; None when there are none.
+    """The first of `count` IDs of `within` that overlap none of `taken`; None if there are none.
 
-    It is a multiple of `step` from the beginning of `within`, looked for from `start` on and then from the beginning.
+    It is a multiple of `step` from the beginning of `within`. The search goes from `start` to the end, then from the
+    beginning.
     """
     others = [other for other in taken if other.meets(within.first, within.many)]
 
@@ -61,7 +62,7 @@ def free(within: Range, count: int, taken: Iterable[Range], *, start: int | None
         return within.first + -(-(at - within.first) // step) * step
 
     def search(at: int, end: int) -> int | None:
-        """From `at` on, beginning before `end`."""
+        """Search from `at`, for a range that begins before `end`."""
         at = aligned(at)
         while at < end and within.holds(at, count):
             if not (in_the_way := [other.last for other in others if other.meets(at, count)]):
@@ -75,7 +76,7 @@ def free(within: Range, count: int, taken: Iterable[Range], *, start: int | None
 
 
 def grants(path: str) -> list[Range]:
-    """The lines of subuid(5) or subgid(5); those that aren't any are left out."""
+    """The entries of subuid(5) or subgid(5); invalid lines are left out."""
     found = []
     try:
         with open(path, encoding="utf-8", errors="replace") as file:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""inotify(7) instances, of which a user can have fs.inotify.max_user_instances: 128 unless somebody raises that.
+"""inotify(7) instances, of which each user can have fs.inotify.max_user_instances: 128 by default.
 
-dnsmasq takes one to watch /etc/resolv.conf, and can't be told not to: so many networks with DNS, but isolated ones,
-can a host have. What the processes of a container take counts as root's as well, for it is root who made the
-container's user namespace, and a system in a container takes some five to ten.
+dnsmasq takes one to watch /etc/resolv.conf, and has no option against that, which limits the number of networks with
+DNS, except isolated ones. What the processes of a container use counts as root's as well, because root made the
+container's user namespace, and a system in a container uses five to ten.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import os
 
 LIMIT = "/proc/sys/fs/inotify/max_user_instances"
 LINK = "anon_inode:inotify"
-SYSTEM = 8  # that a system in a container takes, more or less
+SYSTEM = 8  # what a system in a container uses, more or less
 HINT = "sysctl -w fs.inotify.max_user_instances={} allows more; a file in /etc/sysctl.d does from the next boot on."
 
 
 def limit() -> int:
-    """0 where the kernel doesn't say."""
+    """The limit; 0 if the kernel doesn't say."""
     try:
         with open(LIMIT, encoding="ascii") as file:
             return int(file.read())
@@ -28,7 +28,7 @@ def limit() -> int:
 
 
 def hint() -> str:
-    """What allows more of them."""
+    """How to allow more of them."""
     return HINT.format(max(1024, 8 * limit()))
 
 
@@ -40,13 +40,13 @@ def taken(uid: int) -> int:
         with contextlib.suppress(OSError):  # it has ended, or is none of ours
             if os.stat(f"/proc/{entry}").st_uid == uid:
                 for fd in os.listdir(directory):
-                    with contextlib.suppress(OSError):  # closed meanwhile, as what lists our own is
+                    with contextlib.suppress(OSError):  # closed meanwhile, as is the one that lists our own
                         found += os.readlink(f"{directory}/{fd}") == LINK
     return found
 
 
 def left(most: int) -> int:
-    """How many root can still have, up to `most`. It is tried."""
+    """How many root can still open, up to `most`, found by trying."""
     libc = ctypes.CDLL(None, use_errno=True)
     opened: list[int] = []
     try:

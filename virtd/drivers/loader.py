@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The drivers that there are, each imported when there is something for it.
+"""The drivers, each imported only if there is something for it.
 
 A host without containers needn't wait at every start for the modules that know about them.
 """
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from ..objects.peers import Networks, Volumes, WithInterfaces
     from ..objects.protocol import Driver, Publish
 
-# Name -> module, in the order in which they are restored and autostarted: what others stand on comes first.
+# Name -> module, in the order of restoring and autostarting: dependencies come first.
 MODULES: dict[str, str] = {
     "network": "virtd.drivers.network.driver",
     "storage": "virtd.drivers.storage.driver",
     "qemu": "virtd.drivers.qemu.driver",
     "lxc": "virtd.drivers.lxc.driver",
 }
-CREATING = ".creating"  # how a driver marks, in /run/virtd/NAME, what is being made and isn't defined yet
+CREATING = ".creating"  # the suffix of marks in /run/virtd/NAME for what is being made and isn't defined yet
 
 
 class Drivers:
-    """The drivers that are in use, by name.
+    """The drivers in use, by name.
 
-    `publisher(name)` makes the function that a driver is given to tell of its events.
+    `publisher(name)` makes the function by which a driver publishes its events.
     """
 
     def __init__(self, services: Services, settings: Settings, publisher: Callable[[str], Publish]) -> None:
@@ -59,14 +59,14 @@ class Drivers:
         return cast("Volumes", self.get("storage"))
 
     def get(self, name: str) -> Driver:
-        """The driver `name`, made if need be. One that is made late is restored and reconciled by whoever asked."""
+        """The driver `name`, made if need be. The caller restores and reconciles one that is made late."""
         if name not in self._made:
             module = importlib.import_module(MODULES[name])
             self._made[name] = module.make(self._services, self._settings, self._publisher(name), self)
         return self._made[name]
 
     def wanted(self) -> list[str]:
-        """The drivers that have definitions, records or slots, and aren't in use yet."""
+        """The drivers that have definitions, records or slots but aren't in use yet."""
         paths = self._services.paths
         held = {slot.partition("/")[0] for slot in self._services.store.names()}
         return [
@@ -83,5 +83,5 @@ def _unfinished(run: str) -> bool:
 
 
 def _something(directory: str, suffix: str) -> bool:
-    """Whether the directory has such files, or something is wrong with it: the driver will say what."""
+    """Whether the directory has such files, or something is wrong with it, which the driver will report."""
     return any(listing(directory, suffix))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the header of a qcow2 image says, and what other formats begin with.
+"""Reading the header of a qcow2 image, and recognizing other formats.
 
-The layout is QEMU's docs/interop/qcow2.txt. Every number comes from somebody who may be hostile, so nothing is read
-that isn't bounded, and nothing is believed that the file can't hold.
+The layout is QEMU's docs/interop/qcow2.txt. Every number may come from an attacker, so all reads
+are bounded, and nothing is believed that doesn't fit into the file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import msgspec
 from .. import errors
 
 MAGIC = b"QFI\xfb"
-_HEADER = struct.Struct(">4sIQIIQIIQQIIQ")  # up to and with snapshots_offset, 72 bytes
+_HEADER = struct.Struct(">4sIQIIQIIQQIIQ")  # up to and including snapshots_offset, 72 bytes
 _SNAPSHOT = struct.Struct(">QIHHIIQII")
 _BACKING_FORMAT = 0xE2792ACA
 _DATA_FILE = 1 << 2  # incompatible feature bit: the data is in another file
@@ -23,7 +23,7 @@ _CORRUPT = 1 << 1
 _SNAPSHOTS_MAX = 65536
 _LISTED_MAX = 1 << 20  # bytes of the snapshot table that are read
 
-# What other images begin with, and at which offset: only looked at when somebody asks for it.
+# Magic numbers of other formats, with their offsets; only examined on request.
 _OTHERS = (
     (0, MAGIC, "qcow2"),
     (0, b"KDMV", "vmdk"),
@@ -35,7 +35,7 @@ _OTHERS = (
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """An internal snapshot. `at`: seconds since 1970; `state`: bytes of the guest's memory that it has."""
+    """An internal snapshot. `at`: seconds since 1970; `state`: bytes of saved guest memory."""
 
     id: str
     name: str
@@ -44,7 +44,7 @@ class Snapshot(msgspec.Struct, frozen=True):
 
 
 class Header(msgspec.Struct, frozen=True):
-    """`backing` and `backing_format` are empty when there is none or none is told."""
+    """`backing` and `backing_format` are empty if there is none or the header has none."""
 
     version: int
     size: int
@@ -58,7 +58,7 @@ class Header(msgspec.Struct, frozen=True):
 
 
 def read(fd: int, name: str, *, snapshots: bool = False) -> Header:
-    """The header of the open image; `name` is for errors. Raises InvalidState when it is none."""
+    """The header of the open image; `name` is for errors. Raises InvalidState if it isn't a qcow2 image."""
     length = os.fstat(fd).st_size
     raw = os.pread(fd, 112, 0)
     if len(raw) < 72 or raw[:4] != MAGIC:
@@ -103,9 +103,9 @@ def read(fd: int, name: str, *, snapshots: bool = False) -> Header:
 
 
 def unusable(header: Header) -> str:
-    """What a header says that makes an image unfit for use; "" for none.
+    """What in the header makes an image unusable; "" if nothing does.
 
-    QEMU goes by the header when it opens a data file or asks for a key, and can't be told otherwise.
+    QEMU follows the header when it opens a data file or asks for a key, and no option overrides that.
     """
     if header.corrupt:
         return "it is marked as corrupt"
@@ -161,7 +161,7 @@ def _snapshots(fd: int, name: str, count: int, at: int, length: int) -> tuple[Sn
 
 
 def _state(raw: bytes, offset: int, fields: tuple[int, ...]) -> tuple[int, int]:
-    """The size of the guest's memory in a snapshot, and of its extra data, which has a 64-bit size in newer ones."""
+    """The sizes of a snapshot's guest memory and of its extra data, in which newer ones have a 64-bit size."""
     small, extra = fields[7], fields[8]
     if extra >= 8:
         at = offset + _SNAPSHOT.size
@@ -170,7 +170,7 @@ def _state(raw: bytes, offset: int, fields: tuple[int, ...]) -> tuple[int, int]:
 
 
 def probe(fd: int) -> str:
-    """What the image looks like: a guest could have written that, so only a person may ask. "raw" for all else."""
+    """The format that the image seems to have, or "raw". A guest could fake it, so only a person may ask for it."""
     for offset, magic, name in _OTHERS:
         if os.pread(fd, len(magic), offset) == magic:
             return name

@@ -102,7 +102,7 @@ DAMAGE: dict[str, tuple[Callable[[World], object], str, bool]] = {
     "half a file": (lambda w: write(f"{w.paths.run}/qemu/.web1.json.new", "{"), "incomplete file", True),
     "half a definition": (lambda w: write(f"{w.paths.etc}/qemu/.a.toml.new", "x"), "incomplete file", True),
     "a definition": (lambda w: write(f"{w.paths.etc}/qemu/a.toml", w.text("a")), "a.toml was changed", True),
-    "a definition less": (lambda w: os.unlink(f"{w.paths.etc}/qemu/idle.toml"), "idle.toml is gone", True),
+    "a definition less": (lambda w: os.unlink(f"{w.paths.etc}/qemu/idle.toml"), "idle.toml was removed", True),
     "a quarantined record": (lambda w: write(f"{w.paths.quarantine}/qemu-a.1.json", ""), "couldn't be read", True),
     "a unit that has ended": (lambda w: plant_unit(w, "idle", code=""), "has ended, and virtd knows", True),
     "links of nothing": (old_links, "qemu.ghost is of a child that is gone", True),

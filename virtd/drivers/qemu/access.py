@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whether a guest's user may use what isn't the guest's: QEMU's own program, and the devices of the kernel's.
+"""Whether a guest's user may use what belongs to the host: QEMU's program, and the kernel's devices.
 
-QEMU, or systemd in its place, would only say that it can't.
+It is checked beforehand, because QEMU or systemd would only report that access failed.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 
 def shown(program: str, hidden: Iterable[str], who: prerequisites.Account) -> list[str]:
-    """What of a QEMU of somebody's own has to be shown to guests: its directory, or the one above its bin, for its
-    libraries and firmware are there; nothing where it can be seen anyway. `hidden`: the names in `/` that can't.
+    """The directories of a QEMU outside the usual places that have to be shown to guests, with its libraries and
+    firmware: that of the program, or the one above its bin. Nothing if it is visible anyway. `hidden` are the names
+    in `/` that aren't.
 
-    Raises HostError when it can't be run there.
+    Raises HostError if it can't be run there.
     """
     names = set(hidden)
     paths = [path for path in dict.fromkeys((program, os.path.realpath(program))) if path.split("/")[1] in names]
@@ -49,9 +50,9 @@ def shown(program: str, hidden: Iterable[str], who: prerequisites.Account) -> li
 
 
 def require_passable(files: Iterable[str], hidden: Iterable[str], who: prerequisites.Account) -> None:
-    """Raise HostError when a file is in a directory that the guest's user may not pass, and can see.
+    """Raise HostError if a file is below a visible directory that the guest's user may not search.
 
-    Where the host's directories are hidden only the file itself is shown, and what is above it is systemd's.
+    Where the host's directories are hidden only the file itself is shown, below directories made by systemd.
     """
     names = set(hidden)
     for path in files:
@@ -61,7 +62,7 @@ def require_passable(files: Iterable[str], hidden: Iterable[str], who: prerequis
 
 
 def _check_passable(path: str, place: str, who: prerequisites.Account) -> None:
-    """The guest's user has to pass from `place` to what is at `path`. Raises HostError."""
+    """Raise HostError unless the guest's user may search all directories from `place` to `path`."""
     below = path
     while len(path := os.path.dirname(path)) >= len(place) and path != "/":
         status = os.stat(path)
@@ -74,7 +75,7 @@ def _check_passable(path: str, place: str, who: prerequisites.Account) -> None:
 
 
 def require_devices(who: prerequisites.Account, *, kvm: bool, tap: bool) -> None:
-    """Raise HostError when the guest's user may not open what it is to use: QEMU would only say that it can't."""
+    """Raise HostError if the guest's user may not open a device that it needs."""
     for device, needed in ((prerequisites.KVM, kvm), (prerequisites.TUN, tap)):
         if not needed:
             continue
@@ -92,7 +93,7 @@ def require_devices(who: prerequisites.Account, *, kvm: bool, tap: bool) -> None
 
 
 def _owners(status: os.stat_result) -> str:
-    """user:group, by number where they have no name."""
+    """user:group, or their numbers where they have no names."""
     user, group = str(status.st_uid), str(status.st_gid)
     with contextlib.suppress(KeyError):
         user = pwd.getpwuid(status.st_uid).pw_name
@@ -104,7 +105,7 @@ def _owners(status: os.stat_result) -> str:
 def _hint(device: str) -> str:
     name = os.path.basename(device)
     if device == prerequisites.TUN:
-        # Who opens it still needs a tap that is his.
+        # This gives nobody a tap: each can be opened only by its owner.
         return f'chmod 666 {device}; for good by a rule of udev\'s: KERNEL=="{name}", MODE="0666".'
     make = ""
     try:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One user more who may read a file: an entry of its access control list, acl(5), and no change of owner or group.
+"""Letting one more user read a file: an entry in its access control list, acl(5), without a change of owner or group.
 
-So several guests read one file, each with a user of its own, and nobody else does. The list is the extended attribute
-`system.posix_acl_access`: version 2 and eight bytes for each entry, all little-endian (linux/posix_acl_xattr.h). The
-kernel keeps its first and last entries and the file's mode the same thing.
+So several guests, each with a user of its own, can read one file that nobody else may. The list is the extended
+attribute `system.posix_acl_access`: version 2 and eight bytes for each entry, all little-endian
+(linux/posix_acl_xattr.h). The kernel keeps the file's mode equal to its first and last entries.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ READ = 4
 
 
 class Entry(NamedTuple):
-    """As the kernel has them, and in the order that it wants: by tag, then by ID."""
+    """An entry as the kernel has it. They are sorted by tag, then by ID."""
 
     tag: int
     perm: int
@@ -30,16 +30,16 @@ class Entry(NamedTuple):
 
 
 def grant(path: str, uid: int) -> None:
-    """Have `uid` read the file. Raises OSError; EOPNOTSUPP where the file system has no such lists.
+    """Let `uid` read the file. Raises OSError; EOPNOTSUPP where the file system has no such lists.
 
-    The mode that stat(2) shows then has what is granted at most in the place of the group's bits.
+    The group's bits in the mode that stat(2) shows then are the mask: the most that the list grants anybody.
     """
     entries = [entry for entry in read(path) if (entry.tag, entry.id) != (USER, uid)]
     _write(path, [*entries, Entry(USER, READ, uid)])
 
 
 def revoke(path: str, uid: int) -> None:
-    """Take back what `grant` did; with the last name that is in it the list itself goes. Raises OSError."""
+    """Undo `grant`; when its last named entry is removed, so is the list. Raises OSError."""
     entries = read(path)
     left = [entry for entry in entries if (entry.tag, entry.id) != (USER, uid)]
     if left == entries:
@@ -47,7 +47,7 @@ def revoke(path: str, uid: int) -> None:
     if not any(entry.tag in (USER, GROUP) for entry in left):
         _write(path, left)
         return
-    # Others are in it: their mask stays, whatever it is by now.
+    # Other names remain in it, so the mask stays as it is.
     os.setxattr(path, ATTRIBUTE, _packed(left))
 
 
@@ -56,7 +56,7 @@ def granted(path: str, uid: int) -> bool:
 
 
 def read(path: str) -> list[Entry]:
-    """The file's list; one that has none has its mode as the list of three that says the same.
+    """The file's list; for a file without one, the three entries that are equivalent to its mode.
 
     Raises OSError; EOPNOTSUPP where the file system has no such lists.
     """
@@ -73,13 +73,13 @@ def read(path: str) -> list[Entry]:
 
 
 def _write(path: str, entries: list[Entry]) -> None:
-    """Write a list, with the mask that its entries need."""
+    """Write a list with the mask that its entries need."""
     mask = next((entry.perm for entry in entries if entry.tag == MASK), None)
     others = [entry for entry in entries if entry.tag != MASK]
     group = next(entry.perm for entry in others if entry.tag == GROUP_OBJ)
     if any(entry.tag in (USER, GROUP) for entry in others):
         if mask is not None and not mask & READ:
-            # Somebody has switched off what the other names are granted; for ours it would be switched on again.
+            # Somebody has masked what other names are granted; our entry would unmask it.
             raise OSError(errno.EOPNOTSUPP, "Its access control list is switched off by its mask", path)
         others.append(Entry(MASK, group | READ if mask is None else mask))
     elif mask is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""QEMU's command line for a domain. Pure: nothing is looked up here."""
+"""QEMU's command line for a domain. Pure: nothing on the host is examined."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def argv(
 ) -> list[str]:
     """The whole command line, the program first.
 
-    `devices`: its own; None: as the definition has them. `machine` and `cpu`: as they are on record, if they are.
+    `devices`: those of the guest; None: as in the definition. `machine` and `cpu`: as on record, or "".
     """
     # fmt: off
     arguments = [
@@ -42,10 +42,10 @@ def argv(
         "-nodefaults", "-no-user-config",
         "-display", "none",
         "-sandbox", SANDBOX,
-        # The guest's end shows in the exit status, whether or not virtd is there.
+        # The exit status shows how the guest ended, whether or not virtd runs.
         "-action", f"panic={_panic(domain)},shutdown={_poweroff(domain)},reboot={_reboot(domain)}",
-        # What ends it is a line on stderr as well, whether or not anybody is connected: see ends.py. (A pattern, for
-        # which a QEMU that was built without such lines doesn't complain.)
+        # QEMU also writes what ends it to stderr, whether or not anybody is connected: see ends.py. (A pattern,
+        # because a QEMU built without these trace events doesn't complain about one.)
         "-trace", "qemu_system_shutdown_request*",
         "-trace", "qemu_system_powerdown_request*",
         *_boot(domain),

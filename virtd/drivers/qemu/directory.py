@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A guest's own directory in /run. QEMU makes its sockets there, and from then on has nothing to make any more.
+"""A guest's own directory in /run. QEMU creates its sockets there at its start, and nothing afterwards.
 
-So it is taken back as soon as QEMU answers: a QEMU that its guest has taken over can neither fill /run nor put
-something else in the place of a socket. It may still go through it, to its sockets, for the unit's ExecStop=.
+So it is given back to root as soon as QEMU answers: a QEMU that its guest has taken over can neither fill /run nor
+replace a socket. The guest's user may still search it, because the unit's ExecStop= connects to a socket.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def monitor_socket(runtime: str) -> str:
 
 
 def shutdown_socket(runtime: str) -> str:
-    """A second monitor, for the unit's ExecStop: a QMP monitor talks to one client at a time, and that is us."""
+    """A second monitor, for the unit's ExecStop=: a QMP monitor serves one client, and virtd uses the first."""
     return f"{runtime}/shutdown.sock"
 
 
@@ -29,12 +29,12 @@ def vnc_socket(runtime: str) -> str:
 
 
 def events(runtime: str) -> str:
-    """The stem of two files, `.in` and `.out`, through which QEMU wrote every event, when virtd 0.1.0 was young."""
+    """The stem of two files, `.in` and `.out`, to which QEMU wrote every event under an early virtd 0.1.0."""
     return f"{runtime}/events"
 
 
 def is_open(path: str) -> bool:
-    """Whether it is still another's; one that isn't there is not."""
+    """Whether it still belongs to the guest's user; False if there is none."""
     try:
         return os.lstat(path).st_uid != os.geteuid()
     except OSError:
@@ -42,7 +42,7 @@ def is_open(path: str) -> bool:
 
 
 def close(path: str) -> None:
-    """Take it back, and remove what doesn't belong there. May take a while; raises OSError."""
+    """Give it back to root, and remove what doesn't belong there. May take a while; raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         os.fchown(fd, os.geteuid(), -1)

@@ -36,7 +36,7 @@ def make(services: Services, settings: Settings, publish: Publish, peers: Peers)
 
 
 class Driver(GuestDriver[QemuGuest, model.Domain]):
-    """`publish(event, name)` is told "added", "removed", "changed" and "ended"."""
+    """All domains. `publish(event, name)` gets "added", "removed", "changed" and "ended"."""
 
     name = DRIVER
     noun = "domain"
@@ -72,7 +72,7 @@ class Driver(GuestDriver[QemuGuest, model.Domain]):
         return found + await openfiles.differences(self.machines.values())
 
     async def look(self) -> None:
-        """See whether what the guests stand on is still there; asked now and then."""
+        """See whether the files of running guests are still there; called now and then."""
         from . import openfiles  # no start of the daemon needs it
 
         await openfiles.look(self.machines.values())
@@ -84,7 +84,7 @@ class Driver(GuestDriver[QemuGuest, model.Domain]):
         super().recall()
         for machine in self.machines.values():
             if machine.alive and LOST in machine.data:
-                from . import openfiles  # few ever lose one
+                from . import openfiles  # hardly any guest ever loses one
 
                 openfiles.recall(machine)
 
@@ -94,7 +94,7 @@ class Driver(GuestDriver[QemuGuest, model.Domain]):
         self.see_to_names()
 
     def see_to_names(self) -> None:
-        """Users of guests that run have their names, and no others have."""
+        """Name the users of running guests, and remove the names of all others."""
         directory = self.services.paths.userdb
         there = userdb.listing(directory)
         needed = {machine.name: user for machine in self.machines.values() if (user := machine.user) is not None}
@@ -104,7 +104,7 @@ class Driver(GuestDriver[QemuGuest, model.Domain]):
         for user in userdb.left_over(directory, there, set(needed.values())):
             try:
                 userdb.remove(directory, user)
-            except errors.HostError as exc:  # fsck tells
+            except errors.HostError as exc:  # fsck reports it
                 log.warning("The name of user %s stays: %s", user.name, exc)
 
     async def start(self, name: str, by: str) -> bool:
@@ -179,7 +179,7 @@ class Driver(GuestDriver[QemuGuest, model.Domain]):
             *holdings.here(definition),
         ]
         found += conflicts.warnings(self._peers, f"domain {definition.name}", mine)
-        # What those have that run is known by what it is.
+        # The files of those that run are known by device and inode.
         others = [one for one in self.machines.values() if one is not known and not one.alive]
         return found + twins.warnings(definition, [one.definition for one in others if one.definition is not None])
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Why a guest ended, put together from its unit, QEMU's own words and events, and what was asked of it.
 
-Whatever the guest has done before, and whether or not virtd was there, a QEMU with the trace backend "log" (Debian's,
-and what upstream builds by default) says on stderr what ends it: `qemu_system_shutdown_request reason=6`. One without
-it (Fedora's and RHEL's have "dtrace" only) tells by its exit status, and by its events while somebody listens. There
-is no diary of all events, for which there was a file once: a guest can make 5 MB of them a second.
+Whatever the guest did before, and whether or not virtd was running, a QEMU with the trace backend "log" (Debian's,
+and what upstream builds by default) writes to stderr what ends it: `qemu_system_shutdown_request reason=6`. Of one
+without it (Fedora's and RHEL's have "dtrace" only) there are the exit status, and its events while somebody listens.
+Events aren't kept in a file, as they once were: a guest can make 5 MB of them a second.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from ...guests.verdict import End, Request
     from ...systemd.state import UnitState
 
-# QEMU's own words on stderr. Who it was it can't see from a PID namespace of its own.
+# QEMU's words on stderr. From a PID namespace of its own it can't see who sent the signal.
 TERMINATING = r"terminating on signal (\d+)(?: from pid (\d+) \((.*)\))?"
-TAIL = 1 << 16  # the last events tell; a guest can make any number of them
+TAIL = 1 << 16  # only the last events matter; a guest can make any number of them
 
-# trace-events of QEMU's system/; before each line up to 7.2, and with -msg timestamp=on, PID and time.
+# QEMU's system/trace-events. Up to 7.2, and with -msg timestamp=on, PID and time come before each line.
 TRACE = r"(?:\d+@\d+\.\d+:)?qemu_system_(?:(powerdown)_request|shutdown_request reason=(\d+)).*"
-# Of QEMU 11.1 and later, about a word of command.py that older ones have no other for.
+# QEMU 11.1 and later say so of an option in command.py that older ones have no replacement for.
 OUTDATED = "warning: '-mon' is deprecated"
-# ShutdownCause of QEMU's qapi/run-state.json, to the end of which new ones are added.
+# ShutdownCause in QEMU's qapi/run-state.json; new ones are added at the end.
 REASONS = (
     "none", "host-error", "host-qmp-quit", "host-qmp-system-reset", "host-signal", "host-ui",
     "guest-shutdown", "guest-reset", "guest-panic", "subsystem-reset", "snapshot-load",
@@ -38,15 +38,15 @@ REASONS = (
 
 
 def is_aside(line: str) -> bool:
-    """Whether a line of QEMU's stderr is for no person: it tells virtd what ends it, or how virtd should call it."""
+    """Whether a line of QEMU's stderr isn't meant for people: a trace, or a complaint about virtd's options."""
     return re.fullmatch(TRACE, line) is not None or OUTDATED in line
 
 
 def traced(words: str) -> list[dict[str, Any]]:
-    """The events that QEMU's stderr tells of, in the form of QMP's. Those of the guest's last life only."""
+    """The events that QEMU's stderr shows, in the form of QMP events, since the guest's last reset."""
     found: list[dict[str, Any]] = []
     for line in words.splitlines():
-        if re.search(TERMINATING, line) is not None:  # which has no line of its own in the trace
+        if re.search(TERMINATING, line) is not None:  # which the trace has no line for
             found.append({"event": "SHUTDOWN", "data": {"reason": "host-signal"}})
             continue
         if (said := re.fullmatch(TRACE, line)) is None:
@@ -54,7 +54,7 @@ def traced(words: str) -> list[dict[str, Any]]:
         if said[1]:
             found.append({"event": "POWERDOWN", "data": {}})
             continue
-        if found and found[-1]["event"] == "SHUTDOWN":  # that was kept, and reset: another life
+        if found and found[-1]["event"] == "SHUTDOWN":  # QEMU stayed and was reset: the guest has begun anew
             found.clear()
         reason = REASONS[int(said[2])] if int(said[2]) < len(REASONS) else ""
         if reason == "guest-panic":
@@ -63,19 +63,19 @@ def traced(words: str) -> list[dict[str, Any]]:
     return found
 
 
-def latest(traced: list[dict[str, Any]], told: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of what QEMU said on stderr and on its monitor the one that goes on to the end.
+def latest(traced: list[dict[str, Any]], heard: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The events from QEMU's stderr or from its monitor, whichever lead up to the end.
 
-    On stderr it doesn't say that a reset ended it (on_reboot = "stop"), on the monitor only what we were there for.
+    stderr doesn't show that a reset ended it (on_reboot = "stop"), and the monitor only what virtd was connected for.
     """
-    reset = bool(told) and told[-1]["event"] == "SHUTDOWN" and told[-1]["data"].get("reason") == "guest-reset"
-    return told if reset or not traced else traced
+    reset = bool(heard) and heard[-1]["event"] == "SHUTDOWN" and heard[-1]["data"].get("reason") == "guest-reset"
+    return heard if reset or not traced else traced
 
 
 def read_events(stem: str) -> list[dict[str, Any]]:
-    """The last events that a QEMU that an older virtd started wrote; a line cut short by its death is left out.
+    """The last events in the file of a QEMU that an older virtd started, without a last incomplete line.
 
-    The file is QEMU's, which its guest may have taken over: anything can be in it, or in its place.
+    The file belongs to QEMU, which its guest may have taken over: anything can be in it, or in its place.
     """
     import json  # 1 ms, which no start of the daemon needs to spend
 
@@ -182,7 +182,7 @@ def evidence(
     the lines that `traced` reads; `seen` is when virtd noticed the end.
     """
     names = [event["event"] for event in events]
-    if "RESET" in names:  # what came before the last reset is another life of the guest
+    if "RESET" in names:  # the guest has begun anew with its last reset
         last = len(names) - 1 - names[::-1].index("RESET")
         events, names = events[last + 1 :], names[last + 1 :]
     shutdown = next((event for event in reversed(events) if event["event"] == "SHUTDOWN"), None)
@@ -214,7 +214,7 @@ def how(unit: UnitState | None) -> str:
 
 
 def _last(events: list[dict[str, Any]], seen: str) -> str:
-    """When QEMU last told of something, which is the nearest to its end that anybody knows; else when it was seen."""
+    """When QEMU sent its last event, the closest known time to its end; otherwise when the end was seen."""
     for event in reversed(events):
         match event.get("timestamp"):
             case {"seconds": int(seconds), "microseconds": int(micro)} if 0 < seconds < 1 << 35 and 0 <= micro < 1e6:

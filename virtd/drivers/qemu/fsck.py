@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def hardware(machines: Mapping[str, QemuGuest], *, repair: bool) -> list[Difference]:
-    """What guests see of their machines: each has a record that can be read. (One that is left of a definition that
-    somebody removed is kept, for it may come back.)
+    """The hardware on record, which each guest that has run needs. (That of a definition that was removed is kept,
+    for the definition may come back.)
     """
     found = []
     for name, machine in machines.items():
         what, running = "", machine.hardware.running
         try:
-            # Where nothing is known of it yet, QEMU is being asked.
+            # While nothing is known of it yet, QEMU is being asked.
             if machine.hardware.read_again() is None and running is not None and running.known:
                 what = f"{machine.hardware.path} doesn't say what hardware {name} has, which runs"
         except errors.HostError as exc:
@@ -43,7 +43,7 @@ def hardware(machines: Mapping[str, QemuGuest], *, repair: bool) -> list[Differe
 async def users(
     machines: Mapping[str, QemuGuest], known: Users, see_to_names: Callable[[], None], *, repair: bool
 ) -> list[Difference]:
-    """Names and IDs of guests' users: each is known by its own name, to one guest, and none is left over."""
+    """The users of guests: each has its name, belongs to one guest, and none is left over."""
     found = _names(machines, known.directory)
     if repair and found:
         for machine in machines.values():
@@ -61,7 +61,7 @@ def _names(machines: Mapping[str, QemuGuest], directory: str) -> list[Difference
     found = [
         Difference("user", machine.name, f"the records of user {user.name} {wrong}", "write them anew")
         for user, machine in needed.items()
-        # They go before all that one has left is put away.
+        # A guest's are removed before everything else of it is put away.
         if machine.alive and not userdb.is_whole(directory, user, machine.name)
     ]
     return found + [

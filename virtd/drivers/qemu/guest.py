@@ -41,11 +41,11 @@ log = logging.getLogger(__name__)
 
 DRIVER = "qemu"
 REBOOT_GIVEN_UP = "reboot given up"  # a request, see operations.reboot
-LAST_WORDS = 1.0  # seconds for its monitor to hang up, once QEMU has ended
-GREETING_LIMIT = 5.0  # seconds for the monitor of a guest that runs already
+LAST_WORDS = 1.0  # seconds for the monitor's connection to end once QEMU has ended
+GREETING_LIMIT = 5.0  # seconds for the monitor of a running guest to answer
 LINK_AGAIN = 1.0  # seconds until a link that was refused, or broke, is tried again ...
 LINK_AGAIN_AT_MOST = 64.0  # ... and, doubled each time, the most that this becomes
-CALM = 60.0  # seconds after which a link counts as one that holds
+CALM = 60.0  # seconds after which a link counts as stable
 
 
 class QemuGuest(Guest[model.Domain]):
@@ -60,11 +60,11 @@ class QemuGuest(Guest[model.Domain]):
         self.settings = settings
         self.peers = peers
         self.monitor: Monitor | None = None
-        # QEMU told that the guest has powered off, and waits (see operations.reboot).
+        # set once the guest has powered off while QEMU stays (see operations.reboot)
         self.guest_off = asyncio.Event()
         self.news = News(self)
         self.held: tuple[Any, list[Holding]] | None = None  # see holdings.running
-        self.floods = 0  # how often its monitor was hung up on, for all its events
+        self.floods = 0  # how often its monitor was disconnected because of too many events
         self._linking = asyncio.Lock()  # held while the monitor is being connected
         self._linked_at = 0.0
         self._askers = 0
@@ -76,17 +76,17 @@ class QemuGuest(Guest[model.Domain]):
         return model.parse(text, source)
 
     def images(self) -> dict[tuple[int, int], tuple[str, bool]]:
-        """What the guest has open, by device and inode: the path, and whether it writes. Nothing when it is off."""
+        """The open files by device and inode: path, and whether it writes. Empty when the guest is off."""
         return opened.taken(self.data, self.running_definition) if self.alive else {}
 
     @functools.cached_property
     def standstill(self) -> Standstill:
-        from .standstill import Standstill  # few ever come to one
+        from .standstill import Standstill  # hardly any guest ever stands still
 
         return Standstill(self)
 
     def note(self, state: StrEnum, reason: str, **changes: Any) -> None:
-        """See Persistent. One that isn't paused any more has no standstill either."""
+        """See Persistent. A guest that is no longer paused doesn't stand still either."""
         if state is not State.PAUSED and STANDSTILL in self.data:
             changes["data"] = self.standstill.resumed(changes.get("data", self.data))
         super().note(state, reason, **changes)
@@ -104,7 +104,7 @@ class QemuGuest(Guest[model.Domain]):
         return Kept(self)
 
     async def _learn_hardware(self, monitor: Monitor) -> None:
-        """See that it is on record, also of one that an older virtd started."""
+        """Make sure that its hardware is on record, even if an older virtd started it."""
         known = self.data.get("hardware")
         if isinstance(known, dict) and known.get("type") and known.get("model"):
             return
@@ -112,12 +112,12 @@ class QemuGuest(Guest[model.Domain]):
             self.spawn(self._learn_later(), "hardware")
 
     async def _learn_later(self) -> None:
-        """Until it is on record; a disk that is full, say, is so for a while."""
+        """Try until it is on record; a full disk may stay full for a while."""
         pause = LINK_AGAIN
         while not await self.ended_within(pause):
             pause = min(2 * pause, LINK_AGAIN_AT_MOST)
             if self.monitor is None or not self.answers:
-                return  # and asked when it is connected again
+                return  # it is asked when the monitor is connected again
             if await self.hardware.learn(self.monitor.execute):
                 self.shared.publish("changed", self)
                 return
@@ -134,17 +134,17 @@ class QemuGuest(Guest[model.Domain]):
             words = self.last_words()
         words = "\n".join(line for line in words.splitlines() if not ends.is_aside(line))
         if not words and self.data.get(AGAIN):
-            words = "(nobody heard)"  # one that somebody else has started writes into /dev/null
+            words = "(nobody heard)"  # one that somebody else restarted writes to /dev/null
         return ends.judge(unit, events, self.request, words, self.seen_at)
 
     def _words_from(self) -> int:
-        """Where in its log the words of this run begin; after a rotation all of them are."""
+        """The offset in its log where this run begins; 0 after a rotation, because all of the file is of this run."""
         begun = self.data.get("words_from")
         log_file = self.child.stderr if self.child is not None else None
         return int(begun["offset"]) if begun and log_file is not None and log_file.file == begun["file"] else 0
 
     async def another_life(self) -> dict[str, Any]:
-        """The guest was reset: the record's data, with what QEMU has said until now as of the life before."""
+        """The guest was reset: the record's data, so that what QEMU has written until now no longer counts."""
         if self.child is None or self.child.stderr is None:
             return self.data
         await self.child.move_words()
@@ -183,7 +183,7 @@ class QemuGuest(Guest[model.Domain]):
 
     @property
     def user(self) -> userdb.Named | None:
-        """The user that it has for itself, from before its start until all of it is put away."""
+        """The user of its own, from before its start until everything of it is put away."""
         return running_as(self.data)
 
     async def forgotten(self, record: Record) -> None:
@@ -191,7 +191,7 @@ class QemuGuest(Guest[model.Domain]):
             userdb.remove(self.shared.services.paths.userdb, user)
 
     def name_user(self) -> None:
-        """See that its user has a name: its unit's ExecStop= can't be run otherwise."""
+        """Make sure that its user has a name, without which the unit's ExecStop= can't run."""
         if (user := self.user) is not None:
             try:
                 userdb.add(self.shared.services.paths.userdb, user, self.name)
@@ -213,9 +213,9 @@ class QemuGuest(Guest[model.Domain]):
     # The monitor
 
     async def attach(self, limit: float) -> None:
-        """Connect the monitor of a guest that runs, and see what it does.
+        """Connect the monitor of a running guest, and ask for its state.
 
-        What fails is a problem, not the guest's end.
+        A failure is a problem of the guest, and nothing worse.
         """
         async with self._linking:
             if self.monitor is None or self.monitor.link is not Link.CONNECTED:
@@ -224,13 +224,13 @@ class QemuGuest(Guest[model.Domain]):
                 await self._connect(limit)
 
     def _attach_later(self) -> None:
-        """Nobody tells us of its events until then."""
+        """Connect in the background, since no events arrive until then."""
         if self.alive and not self._attaching:
             self._attaching = True
             self.spawn(self._stay_attached(), "attach")
 
     async def _stay_attached(self) -> None:
-        """Until there is a link. Without one nobody tells what becomes of a command that was answered too late."""
+        """Try until there is a link. Without one the effect of a command that was answered late goes unnoticed."""
         try:
             while self.alive:
                 if await self.ended_within(self._pause):
@@ -246,7 +246,7 @@ class QemuGuest(Guest[model.Domain]):
             self._attaching = False
 
     async def ended_within(self, seconds: float) -> bool:
-        """A pause that its end cuts short; whether it did."""
+        """Wait for `seconds`, or until the guest ends; whether it has."""
         return await within(self.over, seconds)
 
     async def _connect(self, limit: float) -> None:
@@ -266,7 +266,7 @@ class QemuGuest(Guest[model.Domain]):
                 self._linked_at = time.monotonic()
                 await self._close_runtime()
                 self.news.take_status(await monitor.status())
-                await self._resettle(monitor)
+                await self._restore_poweroff(monitor)
                 await self._learn_hardware(monitor)
             self.problems.pop("monitor", None)
         except errors.MonitorError as exc:
@@ -276,14 +276,14 @@ class QemuGuest(Guest[model.Domain]):
                     log.warning("%s: %s", self.name, exc)
                 self.problems["monitor"] = problem
 
-    async def _resettle(self, monitor: Monitor) -> None:
-        """What a reboot has set and couldn't take back, for QEMU didn't answer."""
+    async def _restore_poweroff(self, monitor: Monitor) -> None:
+        """Undo what a reboot has set and couldn't undo because QEMU didn't answer."""
         if self.request is not None and self.request.verb == REBOOT_GIVEN_UP:
             await monitor.execute("set-action", {"shutdown": self.at_poweroff})
 
     @property
     def at_poweroff(self) -> str:
-        """What QEMU is to do when its guest powers off, as its set-action has it."""
+        """What QEMU should do when the guest powers off, as a value for set-action."""
         domain = self.running_definition
         return "pause" if domain is not None and domain.on_poweroff is model.OnPoweroff.KEEP else "poweroff"
 
@@ -295,7 +295,7 @@ class QemuGuest(Guest[model.Domain]):
                 log.warning("%s: its directory can't be taken back: %s", self.name, exc)
 
     def _lost(self, monitor: Monitor) -> None:
-        """The link broke by itself."""
+        """The link broke without being closed."""
         if monitor is not self.monitor or not self.alive:
             return
         if time.monotonic() - self._linked_at > CALM:
@@ -311,7 +311,7 @@ class QemuGuest(Guest[model.Domain]):
         self._attach_later()
 
     async def command(self, name: str, arguments: dict[str, Any] | None = None, *, limit: float = 5.0) -> Any:
-        """One QMP command, and what QEMU answers, which may be anything; a link that broke is made again first.
+        """Execute a QMP command, after connecting again if need be; the value that QEMU returns may be anything.
 
         Raises MonitorError.
         """
@@ -326,7 +326,7 @@ class QemuGuest(Guest[model.Domain]):
 
     @contextlib.contextmanager
     def _asking(self) -> Iterator[None]:
-        """From the link to the answer nobody hangs up on QEMU, however many its events are."""
+        """Keep the link up until there is an answer, however many events QEMU sends."""
         self._askers += 1
         try:
             yield
@@ -335,11 +335,11 @@ class QemuGuest(Guest[model.Domain]):
 
     @property
     def answers(self) -> bool:
-        """Whether what is known of its state is of now: its monitor is there and has answered all that was asked."""
+        """Whether its known state is up to date: the monitor is connected and has answered every command."""
         return self.monitor is not None and self.monitor.link is Link.CONNECTED
 
     async def ask_state(self) -> str:
-        """What the guest's CPUs do, as QMP's query-status has it; taken note of. Raises MonitorError."""
+        """Ask for and note the run state, as QMP's query-status has it. Raises MonitorError."""
         with self._asking():
             status = await (await self._linked(GREETING_LIMIT)).status()
         if self.alive:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a guest sees of its machine, on record beside its definition: the same at every start until a person asks.
+"""The hardware that a guest sees, on record beside its definition: the same at every start until a person asks for
+newer.
 
-`/var/lib/virtd/qemu/NAME.json`: the machine type as this QEMU calls it for good ("pc-q35-10.0", where "q35" is
-another with each QEMU), the CPU, the uuid, which device is which and where each sits. It is written before a guest
-may run; at the first start, as soon as QEMU has answered, and the record in /run has the rest until then.
+`/var/lib/virtd/qemu/NAME.json` has the machine type by its versioned name ("pc-q35-10.0", because "q35" means another
+one with each QEMU), the CPU, the uuid, and the identity and address of each device. It is written before a guest may
+run; at its first start only once QEMU has answered, and until then the record in /run has what is known.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ log = logging.getLogger(__name__)
 
 LIMIT = 1 << 18
 MACHINE_PATH, CPU_PATH = "/machine", "/machine/unattached/device[0]"
-# What query-cpu-model-expansion says 0 of, for "max", whatever it is (QEMU 10.0 and 11.1, TCG).
+# query-cpu-model-expansion says 0 for these of "max", whatever they are (QEMU 10.0 and 11.1, TCG).
 MISTOLD = ("family", "model", "stepping")
 FEATURES = 1024  # QEMU 11 knows some 400
 
 
 class Hardware(msgspec.Struct, frozen=True):
-    """One guest's.
+    """That of one guest.
 
     `machine` and `cpu` are what was asked for, by the definition or by default, such as "q35" and "max"; `type` and
-    `model` what that is, as QEMU's arguments -machine and -cpu have it, each "" until QEMU has told. `renew`: a
-    person wants what the next QEMU makes of it.
+    `model` are what that means, as QEMU's arguments -machine and -cpu take it, each "" until QEMU has been asked.
+    `renew`: a person wants whatever it means to the next QEMU.
     """
 
     uuid: str
@@ -60,7 +61,7 @@ class Hardware(msgspec.Struct, frozen=True):
 
 
 def read(path: str) -> Hardware | None:
-    """What is on record; None if nothing is. Raises HostError when it can't be read."""
+    """The hardware on record, or None. Raises HostError if it can't be read."""
     try:
         return msgspec.json.decode(untrusted.read(path, LIMIT), type=Hardware)
     except FileNotFoundError:
@@ -70,7 +71,7 @@ def read(path: str) -> Hardware | None:
 
 
 def write(path: str, hardware: Hardware) -> None:
-    """Raises HostError; what is on record is then as before."""
+    """Put it on record. Raises HostError; what was on record before then stays."""
     try:
         files.make_directory(os.path.dirname(path), 0o700)
     except OSError as exc:
@@ -78,10 +79,10 @@ def write(path: str, hardware: Hardware) -> None:
     files.write(path, msgspec.json.format(msgspec.json.encode(hardware), indent=1) + b"\n")
 
 
-def settle(before: Hardware | None, domain: Domain, uuid: str, *, kvm: bool) -> Hardware:
-    """What a start gives to the guest; `before`: what is on record."""
+def assign(before: Hardware | None, domain: Domain, uuid: str, *, kvm: bool) -> Hardware:
+    """The hardware for the next start; `before` is what is on record."""
     if before is not None and before.uuid != uuid:
-        before = None  # of another guest that had the name
+        before = None  # it belongs to another guest that had the name
     cpu = domain.cpu or ("host" if kvm else "max")
     kind = model = ""
     if before is not None and not before.renew:
@@ -92,7 +93,7 @@ def settle(before: Hardware | None, domain: Domain, uuid: str, *, kvm: bool) -> 
 
 
 def require_places(hardware: Hardware, domain: Domain, source: str) -> None:
-    """Raise InvalidDefinition for a device more than the machine takes."""
+    """Raise InvalidDefinition if the machine has no place for one of the devices."""
     if (one := placing.lacks_place(domain, hardware.devices)) is not None:
         index = placing.of_kind(hardware.devices, one.kind).index(one)
         hint = "Take something out of the definition."
@@ -102,15 +103,15 @@ def require_places(hardware: Hardware, domain: Domain, source: str) -> None:
 
 
 def damaged(exc: errors.HostError, name: str) -> errors.HostError:
-    """The error of a start without the record: other hardware than the guest's is nothing to start it with."""
+    """The error of a start whose hardware record is damaged: the guest must not see other hardware than before."""
     hint = do("upgrade-machine", "domain", name) + " puts it on record anew; the guest may see other hardware then."
     return errors.HostError(f"What hardware {name} has isn't known: {exc.message}", hint=hint)
 
 
 async def learn(hardware: Hardware, ask: Ask) -> Hardware:
-    """With what only the QEMU that runs it can tell. Raises MonitorError.
+    """Add what only the running QEMU knows. Raises MonitorError.
 
-    It may be in the hands of its guest: what it says is checked, and is for this guest alone.
+    Its guest may have taken it over, so its answers are checked, and used for this guest only.
     """
     kind, model = hardware.type, hardware.model
     if not kind:
@@ -124,8 +125,8 @@ async def learn(hardware: Hardware, ask: Ask) -> Hardware:
 
 
 async def _expanded(cpu: str, ask: Ask) -> str:
-    """A CPU that is another with each QEMU, in features that aren't; others are as their names and the machine type
-    say, or, "host", what the host has.
+    """The CPU "max", which differs with each QEMU, as a list of features, which don't. Any other is given by its name
+    and the machine type, or, "host", by the host.
     """
     name, _, given = cpu.partition(",")
     if name != "max":
@@ -136,14 +137,14 @@ async def _expanded(cpu: str, ask: Ask) -> str:
         for prop in (prop for prop in MISTOLD if props.get(prop) == 0):
             props[prop] = await ask("qom-get", {"path": CPU_PATH, "property": prop})
     except (errors.MonitorError, KeyError, TypeError, ValueError) as exc:
-        log.info("CPU %s can't be told by its features: %s", cpu, exc)
+        log.info("CPU %s can't be expanded into features: %s", cpu, exc)
         return cpu
     features = _spelled(props)
     return ",".join(["base", *features, *([given] if given else [])]) if features else cpu
 
 
 def _spelled(props: Mapping[str, Any]) -> list[str]:
-    """Properties as -cpu takes them; none if any isn't what a CPU may have."""
+    """Properties as -cpu takes them; an empty list if any of them is invalid."""
     found: list[str] = []
     for name, value in sorted(props.items()):
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name) or len(found) > FEATURES:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What domains have that nobody else may have at the same time: see drivers.conflicts."""
+"""What domains hold for themselves alone: see objects.conflicts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def of_images(images: dict[tuple[int, int], tuple[str, bool]]) -> Iterator[Holding]:
-    """What is opened, as opened.identified() has it."""
+    """Opened files, as opened.identified() returns them."""
     for identity, (path, writes) in images.items():
         yield Holding(Kind.IMAGE, identity, "", path, shared=not writes)
 
@@ -36,20 +36,20 @@ def of_cards(nics: Iterable[Planned], bridge_of: Callable[[str], str]) -> Iterat
 def defined(
     domain: Domain, uuid: str, placed: Sequence[Placed], bridge_of: Callable[[str], str]
 ) -> Iterator[Holding]:
-    """What a definition wants; without a `uuid` yet, those addresses only that it names."""
+    """What a definition wants; as long as there is no `uuid`, only the MAC addresses that it names."""
     for device in assembly.assemble(domain, uuid, placed=placed):
         yield from device.holdings(bridge_of)
 
 
 def here(domain: Domain) -> Iterator[Holding]:
-    """Those of its files that are there already, by what they are: another may have them under other names."""
+    """Those of its files that exist, by device and inode: others may have them under other names."""
     for index, disk in enumerate(domain.disk):
         if disk.path is not None and (identity := prerequisites.identity(disk.path)) is not None:
             yield Holding(Kind.IMAGE, identity, f"disk[{index}]", disk.path, disk.readonly)
 
 
 def running(machine: QemuGuest, bridge_of: Callable[[str], str]) -> list[Holding]:
-    """What one that runs has, by its record: made once, for every start of another asks for it."""
+    """What a running domain holds, by its record. It is cached, because every other start asks for it."""
     opened = machine.data.get("images")
     if opened is None or machine.held is None or machine.held[0] is not opened:
         machine.held = (opened, [*of_images(machine.images()), *of_cards(machine.cards, bridge_of)])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The images that a guest opens: its disks, by path or by pool and volume, and what these stand on."""
+"""The images that a guest opens: its disks, by path or by pool and volume, and their backing files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Image(msgspec.Struct, frozen=True):
-    """One disk's file. `backing`: what a qcow2 volume stands on, the nearest first, each with its format."""
+    """One disk's file. `backing`: the backing files of a qcow2 volume, the nearest first, each with its format."""
 
     path: str
     format: Format = Format.RAW
@@ -33,7 +33,7 @@ class Image(msgspec.Struct, frozen=True):
 
 
 def plain(domain: model.Domain) -> list[Image]:
-    """The disks as the definition has them: of one in a pool nobody has asked yet where it is."""
+    """The disks as in the definition: for a volume of a pool it isn't known yet where it is."""
     return [
         Image(
             disk.path or "", disk.format or Format.RAW, disk.readonly, pool=disk.pool or "", volume=disk.volume or ""
@@ -43,7 +43,7 @@ def plain(domain: model.Domain) -> list[Image]:
 
 
 async def resolve(domain: model.Domain, source: str, peers: Peers, by: str) -> list[Image]:
-    """All disks in their order; pools that they are in are started. Raises a VirtdError that names the key."""
+    """All disks in their order, after starting the pools that they are in. Raises a VirtdError that names the key."""
     found = []
     for index, disk in enumerate(domain.disk):
         if disk.path is not None:
@@ -67,7 +67,7 @@ async def resolve(domain: model.Domain, source: str, peers: Peers, by: str) -> l
 
 
 def require_free(images: list[Image], peers: Peers) -> None:
-    """Raise Busy when a job has come between since `resolve`. Doesn't wait: the record follows in the same step."""
+    """Raise Busy if a job uses one since `resolve`. It doesn't wait, so that nothing comes before the record."""
     for image in images:
         if image.pool:
             peers.volumes.require_for_guest(image.pool, image.volume, writes=not image.readonly)

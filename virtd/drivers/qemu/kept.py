@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One guest's hardware on record: read, written, asked for, and shown."""
+"""The hardware record of one guest: reading, writing, learning and showing it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class Owner(Protocol):
-    """The machine, as it is seen from here."""
+    """The domain; see guest.QemuGuest."""
 
     name: str
     shared: Shared
@@ -52,7 +52,7 @@ class Owner(Protocol):
 
 
 class Kept:
-    """The file, and beside it what the record of a guest that runs has of the same."""
+    """The file, and the copy in the record of a running guest."""
 
     def __init__(self, machine: Owner) -> None:
         self._machine = machine
@@ -64,7 +64,7 @@ class Kept:
         return self._machine.shared.services.paths.hardware(self._machine.name)
 
     def on_record(self) -> Hardware | None:
-        """What is on record, if anything is. Raises HostError when that can't be read."""
+        """The hardware on record, if any. Raises HostError if it can't be read."""
         uuid = self._machine.uuid
         if self._read is None or self._read[0] != uuid:
             found = hardware.read(self.path)
@@ -72,13 +72,13 @@ class Kept:
         return self._read[1]
 
     def read_again(self) -> Hardware | None:
-        """The same, as the file has it by now."""
+        """The same, read from the file again."""
         self._read = None
         return self.on_record()
 
     @property
     def running(self) -> Hardware | None:
-        """What its record says that it was started with; nothing where an older virtd started it, or it is off."""
+        """What the guest was started with, by its record; None if an older virtd started it, or it is off."""
         machine = self._machine
         data = machine.data.get("hardware") if machine.alive else None
         with contextlib.suppress(msgspec.ValidationError):
@@ -86,7 +86,7 @@ class Kept:
         return None
 
     def keep(self, found: Hardware) -> None:
-        """Put it on record, unless it is. Raises HostError."""
+        """Put it on record, unless it already is. Raises HostError."""
         with contextlib.suppress(errors.HostError):
             if self.on_record() == found:
                 return
@@ -94,7 +94,7 @@ class Kept:
         self._read = (found.uuid, found)
 
     def restore(self) -> bool:
-        """Put on record again what it runs with; whether that could be done."""
+        """Put on record again what the guest runs with; whether that succeeded."""
         with contextlib.suppress(errors.HostError):
             if (found := self.running) is not None:
                 self.keep(found)
@@ -102,10 +102,10 @@ class Kept:
         return False
 
     def renew(self) -> bool:
-        """Have the next start ask QEMU anew. False if it would anyway. Raises HostError."""
+        """Let the next start ask QEMU again. False if it would anyway. Raises HostError."""
         try:
             found = self.read_again()
-        except errors.HostError:  # of no use to anybody
+        except errors.HostError:  # unreadable, so of no use to anybody
             found = self.running
             if found is None:
                 self.forget()
@@ -116,7 +116,7 @@ class Kept:
         return True
 
     def forget(self) -> Callable[[], None]:
-        """Remove it; the result puts it back. Both raise HostError."""
+        """Remove it; calling the result puts it back. Both raise HostError."""
         found = None
         with contextlib.suppress(errors.HostError):
             found = self.read_again()
@@ -125,9 +125,9 @@ class Kept:
         return lambda: self.keep(found) if found is not None else None
 
     def placed(self, domain: Domain) -> list[Placed]:
-        """Which device of `domain`, a definition of its own, is which."""
+        """The devices of `domain`, one of the guest's definitions, with their numbers and addresses."""
         before = None
-        with contextlib.suppress(errors.HostError):  # fsck tells, and a start
+        with contextlib.suppress(errors.HostError):  # fsck and a start report it
             before = self.on_record()
         if self._placed is None or self._placed[0] is not domain or self._placed[1] is not before:
             self._placed = (domain, before, placing.place(domain, before.devices if before is not None else ()))
@@ -151,16 +151,17 @@ class Kept:
         )
 
     async def learn(self, ask: hardware.Ask) -> bool:
-        """Put on record what it runs with: what only QEMU can tell, and what an older virtd hasn't.
+        """Put on record what the guest runs with, including what only QEMU knows, or what an older virtd didn't
+        record.
 
-        False if that has to be tried again; it is a problem until then.
+        False if it has to be tried again; until then there is a problem.
         """
         machine = self._machine
         found, domain = self.running, machine.running_definition
         if found is None:
-            with contextlib.suppress(errors.HostError):  # fsck tells
+            with contextlib.suppress(errors.HostError):  # fsck reports it
                 if self.on_record() is None and domain is not None and machine.uuid:
-                    found = hardware.settle(None, domain, machine.uuid, kvm=machine.shared.services.facts.has_kvm())
+                    found = hardware.assign(None, domain, machine.uuid, kvm=machine.shared.services.facts.has_kvm())
         if found is None:
             return True
         try:
@@ -168,7 +169,7 @@ class Kept:
             self.keep(found)
             if machine.alive:
                 data = machine.data | {"hardware": msgspec.to_builtins(found)}
-                if machine.state is State.STARTING:  # its next state is put on record in a moment
+                if machine.state is State.STARTING:  # its next state is about to be put on record
                     machine.record = msgspec.structs.replace(machine.recorded, data=data)
                 else:
                     machine.keep(data=data)

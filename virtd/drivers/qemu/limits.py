@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How much of the host's memory and how many tasks a guest's unit may take: well above what any healthy guest needs.
+"""The limits on memory and tasks of a guest's unit, well above what any healthy guest needs.
 
-Both are there to stop a QEMU that its guest has taken over, not to make guests small. What QEMU takes besides the
-guest's memory can't be told beforehand to the megabyte, so there is much room; a page cache that grows past the limit
-is given up by the kernel, and kills nobody (Documentation/admin-guide/cgroup-v2.rst, memory.max).
+They are to stop a QEMU that its guest has taken over, not to keep guests small. What QEMU needs besides the guest's
+memory can't be predicted to the megabyte, so they are generous; page cache beyond the limit is reclaimed by the
+kernel and kills nobody (Documentation/admin-guide/cgroup-v2.rst, memory.max).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ TRANSLATED = 1024 * MIB
 # A qcow2 image has a cache of its tables of 32 MiB at most (docs/qcow2-cache.txt), and requests under way have
 # buffers.
 DISK = 64 * MIB
-# A stack of which little is used, KVM's page for it, and what a vCPU's queue at a network card's backend may hold.
+# A mostly unused stack, KVM's page for the vCPU, and what its queue at a network card's backend may hold.
 VCPU = 8 * MIB
-DISPLAY = 64 * MIB  # the VGA's memory, and what a VNC client's picture takes
+DISPLAY = 64 * MIB  # the VGA's memory, and the buffers for a VNC client
 
 
 def memory_max(domain: Domain, *, kvm: bool, overhead: int | None) -> int | None:
-    """Bytes for MemoryMax=. `overhead`: what virtd.toml allows besides; None: there is no limit."""
+    """Bytes for MemoryMax=. `overhead` is what virtd.toml allows in addition; None: there is no limit."""
     if overhead is None:
         return None
     # The kernel's tables for the guest's pages, QEMU's own and KVM's: 8 bytes for each 4 KiB, each.

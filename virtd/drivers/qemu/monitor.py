@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The QMP connection to one guest: qemu.qmp with limits of time and amount, and errors of our own tree.
+"""The QMP connection to one guest: qemu.qmp with limits on time and size, and with virtd's errors.
 
-A QEMU whose monitor nobody reads keeps what it has to say in its own memory, 7 MB/s of it when its guest wants that;
-one to whose monitor nobody is connected says nothing. So when there are more events than are taken, the line is hung
-up for a while, which costs neither side anything, and the guest's state is asked for when it is up again.
+A QEMU whose monitor is connected but not read buffers events in its own memory, at up to 7 MB/s if its guest wants
+that; one whose monitor isn't connected drops them. So when there are too many events virtd disconnects for a while,
+which costs neither side anything, and asks for the guest's state when it connects again.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ log = logging.getLogger(__name__)
 
 ANSWER_LIMIT = 5.0  # seconds; a healthy QEMU answers in under one millisecond
 RETRY = 0.005  # seconds between two looks while QEMU hasn't made its socket yet: it takes 30 to 50 ms
-LATER = 0.1  # and on a busy machine, where it takes longer, this part of the time that it has taken
-NOT_YET = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN)  # the last from a QEMU that hangs, whose queue is full
+LATER = 0.1  # on a busy host, where that takes longer, this fraction of the time so far
+NOT_YET = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN)  # EAGAIN: QEMU hangs, and its backlog is full
 
 BURST = 500
-"""So many events of one guest are taken at once; hundreds come when a large guest's CPUs or disks are changed ..."""
+"""Events of one guest that are taken at once; hundreds come when a large guest's CPUs or disks are changed ..."""
 RATE = 50.0
-"""... and so many a second from then on."""
+"""... and each second from then on."""
 WORDS = 300
-"""Characters of what QEMU answers that are repeated to a person."""
+"""Characters of QEMU's answers that are shown to a person."""
 
 
 class Link(StrEnum):
-    """What becomes of the connection, as Info tells it."""
+    """The state of the connection, as Info shows it."""
 
     CONNECTING = "connecting"
     CONNECTED = "connected"
@@ -55,10 +55,10 @@ class Link(StrEnum):
 
 
 class Monitor:
-    """Connects once. When the link breaks by itself, `on_lost` is called, and the owner decides.
+    """One connection. When it breaks, `on_lost` is called, and the owner decides what to do.
 
-    `process` gives the PID and start time of the QEMU that has to be at the other end. While somebody is `busy()`
-    with it, it isn't hung up on.
+    `process` returns the PID and start time of the QEMU that has to be at the other end. While `busy()`, the
+    connection isn't closed because of too many events.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Monitor:
 
     @property
     def usable(self) -> bool:
-        """Whether it can be asked something: it may have broken off an instant ago, and nobody be told yet."""
+        """Whether it can execute commands: it may have broken an instant ago, before `on_lost` was called."""
         from qemu.qmp import Runstate
 
         running = self._client is not None and self._client.runstate is Runstate.RUNNING
@@ -94,13 +94,13 @@ class Monitor:
     async def connect(self, limit: float, *, made: bool = False) -> None:
         """Connect within `limit` seconds, waiting for the socket to appear. Raises MonitorError.
 
-        `made`: QEMU has been up before, so that a socket that isn't there was removed.
+        `made`: QEMU has been up before, so a missing socket must have been removed.
         """
         from qemu.qmp import QMPError
 
         from . import qmp
 
-        # qemu.qmp reports what its caller reports too.
+        # qemu.qmp logs errors that its caller reports as well.
         logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
         self.link = Link.CONNECTING
         try:
@@ -130,7 +130,7 @@ class Monitor:
         ]
 
     def _gone(self) -> errors.MonitorError:
-        """QEMU makes its socket at its start and never again."""
+        """The error for a missing socket, which QEMU creates at its start and never again."""
         lost = directory = os.path.dirname(self._path)
         while not os.path.lexists(os.path.dirname(lost)):
             lost = os.path.dirname(lost)
@@ -143,7 +143,7 @@ class Monitor:
         )
 
     async def _reach(self) -> Client:
-        """Raises EOFError when it was closed meanwhile: who answers then is the next QEMU, which has one monitor."""
+        """Raises EOFError if it was closed meanwhile: then the next QEMU answers, which serves one client."""
         from .qmp import Client
 
         begun = time.monotonic()
@@ -172,7 +172,7 @@ class Monitor:
     async def execute(
         self, command: str, arguments: dict[str, Any] | None = None, *, limit: float = ANSWER_LIMIT
     ) -> Any:
-        """The value that QEMU returns, which may be anything. Raises MonitorError."""
+        """Execute a command; the value that QEMU returns may be anything. Raises MonitorError."""
         from qemu.qmp import ExecuteError, QMPError
 
         from . import qmp
@@ -195,20 +195,20 @@ class Monitor:
             raise errors.MonitorError(f"The QEMU monitor of {self._name} broke off: {qmp.words(exc)}") from None
 
     async def status(self) -> str:
-        """What the guest's CPUs do, as QMP's query-status has it. Raises MonitorError."""
+        """The run state, as QMP's query-status has it. Raises MonitorError."""
         answer = await self.execute("query-status")
         return str(answer.get("status"))[:WORDS] if isinstance(answer, dict) else ""
 
     async def hear_out(self, limit: float) -> None:
-        """For a QEMU that has ended: until all that it sent is told, `limit` seconds at most."""
+        """QEMU has ended: deliver all the events that it sent, waiting at most `limit` seconds."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit):
-                await asyncio.gather(*self._tasks[:1], return_exceptions=True)  # it hangs up
+                await asyncio.gather(*self._tasks[:1], return_exceptions=True)  # QEMU's end closes the connection
         while not self._events.empty():
             self._on_event(self._events.get_nowait())
 
     async def close(self) -> None:
-        """Also of one that is being connected. Idempotent."""
+        """Close it, even while it is being connected. Idempotent."""
         self.link = Link.CLOSED
         self._closed.set()
         client, self._client = self._client, None
@@ -217,7 +217,7 @@ class Monitor:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if client is not None:
-            with contextlib.suppress(Exception):  # whatever the link died of is known by now
+            with contextlib.suppress(Exception):  # why the link broke is known by now
                 await client.disconnect()
 
     def _take(self, event: Event) -> bool:
@@ -242,6 +242,6 @@ class Monitor:
 
 
 def _short(text: object) -> str:
-    """One line that a terminal shows as it is."""
+    """One line, safe for a terminal."""
     shown = "".join(character if character.isprintable() else " " for character in str(text)[: WORDS + 1])
     return shown if len(shown) <= WORDS else f"{shown[:WORDS]}..."

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a guest's QEMU tells by itself, and what becomes of it.
+"""The events of a guest's QEMU, and what follows from them.
 
-Its end is not told here: the process is the witness of that. Each change of state is a record that is synced, a
-signal to every client and a line in the journal, and a guest that reboots or panics in a loop can have any number of
-them. So they have an allowance, and what is past it is made up for by one question, a moment later.
+The guest's end isn't among them, since the process itself shows that. Each change of state costs a synced record, a
+signal to every client and a line in the journal, and a guest that reboots or panics in a loop makes any number of
+them. So their rate is limited, and what exceeds the limit is replaced by one query, a moment later.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 CHANGES, CHANGES_RATE = 20, 1.0  # changes of state at once, and a second
 REBOOTS, REBOOTS_RATE = 5, 1 / 60  # lines in the journal about reboots
-SETTLE = 1.0  # seconds from a change that was one too many until the state is asked for
+CATCH_UP = 1.0  # seconds from a change beyond the limit until the state is asked for
 STANDSTILL = "standstill"  # in a record's data, and among problems; see standstill.py
-LOST = "lost files"  # the same; see openfiles.py
+LOST = "lost files"  # in a record's data, and among problems; see openfiles.py
 DISK, PANIC, INTERNAL, WATCHDOG = "io-error", "guest-panicked", "internal-error", "watchdog"
-STANDSTILLS = frozenset({DISK, PANIC, INTERNAL, WATCHDOG})  # as query-status has them
+STANDSTILLS = frozenset({DISK, PANIC, INTERNAL, WATCHDOG})  # values of query-status
 OF_THE_END = frozenset({"SHUTDOWN", "RESET", "POWERDOWN", "GUEST_PANICKED"})
 
 
@@ -40,15 +40,15 @@ class Change(NamedTuple):
 
 
 class Stopping(Protocol):
-    """What is told that a guest has come to a standstill; see standstill.Standstill."""
+    """What learns that a guest stands still; see standstill.Standstill."""
 
-    def told(self, event: str, data: dict[str, Any]) -> None: ...
+    def by_event(self, event: str, data: dict[str, Any]) -> None: ...
     def seen(self, status: str) -> None: ...
     def passed_on(self, data: dict[str, Any]) -> None: ...
 
 
 class Subject(Protocol):
-    """The domain that news are of; see guest.QemuGuest."""
+    """The domain that the events are about; see guest.QemuGuest."""
 
     name: str
     problems: dict[str, Problem]
@@ -70,20 +70,20 @@ class Subject(Protocol):
 
 
 class News:
-    """The events of one machine, each of its lives."""
+    """The events of one domain, in all its runs."""
 
     def __init__(self, machine: Subject) -> None:
         self._machine = machine
         self._changes = Allowance(CHANGES, CHANGES_RATE)
         self._reboots = Allowance(REBOOTS, REBOOTS_RATE)
-        self._unsaid = 0  # reboots that the journal wasn't told of
+        self._unsaid = 0  # reboots that weren't logged
         self._asking = False
         self.taken = 0
         self.last: deque[Event] = deque(maxlen=16)
-        """The last that have to do with an end, for the verdict."""
+        """The last ones that concern an end, for the verdict."""
 
     def forget(self) -> None:
-        """Another QEMU comes."""
+        """Forget the events: the next ones are of another QEMU."""
         self.taken = self._unsaid = 0
         self.last.clear()
 
@@ -105,7 +105,7 @@ class News:
             if STANDSTILL in machine.problems:
                 return
             if self._changes.take():
-                machine.standstill.told(name, data)
+                machine.standstill.by_event(name, data)
             else:
                 self._ask_later()
             return
@@ -116,7 +116,7 @@ class News:
             return
         machine.note(*change)
         if name == "STOP" and not machine.busy and not machine.guest_off.is_set():
-            self._ask_later()  # nobody has asked for that: QEMU may have come to a standstill
+            self._ask_later()  # nobody has asked for that: the guest may stand still
 
     def _ask_later(self) -> None:
         if not self._asking:
@@ -124,7 +124,7 @@ class News:
             self._machine.spawn(self._ask(), "ask-state")
 
     def take_status(self, status: str) -> None:
-        """What query-status says."""
+        """Take note of a value of query-status."""
         machine = self._machine
         match status:
             case "running":
@@ -144,7 +144,7 @@ class News:
         machine = self._machine
         match name:
             case "STOP" if machine.state is State.RUNNING:
-                # With on_poweroff = "keep" the guest's end comes before this; a reboot takes the state back at once.
+                # With on_poweroff = "keep", SHUTDOWN comes before this; a reboot restores the state at once.
                 return Change(State.PAUSED, "powered off, and kept" if machine.guest_off.is_set() else "paused")
             case "RESUME" if machine.state is State.PAUSED:
                 return Change(State.RUNNING, "resumed")
@@ -153,7 +153,7 @@ class News:
 
     async def _ask(self) -> None:
         try:
-            if await self._machine.ended_within(SETTLE):
+            if await self._machine.ended_within(CATCH_UP):
                 return
             with contextlib.suppress(errors.MonitorError):
                 await self._machine.ask_state()
@@ -165,15 +165,15 @@ class News:
         if not self._reboots.take():
             self._unsaid += 1
             return
-        often = f" ({self._unsaid} more times that were not told of)" if self._unsaid else ""
+        often = f" ({self._unsaid} more times that were not logged)" if self._unsaid else ""
         self._unsaid = 0
         journal.send(f"Domain {machine.name} rebooted itself{often}", **machine.fields())
 
 
 def _small(event: Event) -> Event:
-    """As much of it as the verdict goes by: an event may have 128 KiB."""
-    reason, told = event["data"].get("reason"), event.get("timestamp")
-    at = {key: told.get(key) for key in ("seconds", "microseconds")} if isinstance(told, dict) else {}
+    """As much of it as the verdict needs: an event may have 128 KiB."""
+    reason, time = event["data"].get("reason"), event.get("timestamp")
+    at = {key: time.get(key) for key in ("seconds", "microseconds")} if isinstance(time, dict) else {}
     return {
         "event": event["event"],
         "data": {"reason": reason[:64]} if isinstance(reason, str) else {},

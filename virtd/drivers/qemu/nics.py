@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The network cards of a domain that are in a network of virtd's: a tap for each, which is the network driver's work.
+"""The network cards of a domain that are in virtd's networks: the network driver makes a tap for each.
 
-A tap belongs to the guest's user and stays when nobody has it open. Its name is made of the domain's and on record
-before the tap is there, so that whoever comes after a crash knows what to remove.
+A tap belongs to the guest's user and stays when nobody has it open. Its name is made of the domain's, and is on
+record before the tap exists, so that after a crash it is known what to remove.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ if TYPE_CHECKING:
 
 DRIVER = "qemu"
 PREFIX = "vt-"
-NETWORK = "network"  # the driver that has them
 INTERFACES = "/sys/class/net"
 
 
 class Planned(msgspec.Struct, frozen=True):
-    """One of them, as the record has it: which of the domain's cards, in which network, at which tap."""
+    """One such card in a record: its place in the definition, its network and its tap."""
 
     index: int
     network: str
@@ -41,13 +40,13 @@ class Planned(msgspec.Struct, frozen=True):
 
 
 def interface_name(domain: str, index: int) -> str:
-    """The tap's name: at most 15 characters, the domain's own in it where that fits."""
+    """The tap's name: at most 15 characters, with the domain's name in it if that fits."""
     name = f"{PREFIX}{domain}-{index}"
     return name if len(name) <= 15 else f"{PREFIX}{zlib.crc32(domain.encode()):08x}-{index}"
 
 
 def plan(domain: Domain, uuid: str, placed: Sequence[Placed]) -> list[Planned]:
-    """What is needed for the domain's cards; `placed`: which is which."""
+    """The cards that need a tap; `placed` has their numbers."""
     from .devices import assembly  # no start of the daemon needs it
 
     cards = assembly.cards(domain, uuid, placed)
@@ -59,7 +58,7 @@ def plan(domain: Domain, uuid: str, placed: Sequence[Placed]) -> list[Planned]:
 
 
 def recorded(data: dict[str, Any]) -> list[Planned]:
-    """What a record says; nothing of what isn't as this version writes it."""
+    """The cards in a record; none if it isn't as this version writes it."""
     try:
         return msgspec.convert(data.get("nics", []), list[Planned])
     except msgspec.ValidationError:
@@ -67,7 +66,7 @@ def recorded(data: dict[str, Any]) -> list[Planned]:
 
 
 def check(domain: Domain, source: str, peers: Peers) -> None:
-    """Refuse networks that there aren't. Raises InvalidDefinition."""
+    """Raise InvalidDefinition for a network that doesn't exist."""
     for index, nic in enumerate(domain.nic):
         if nic.network is None:
             continue
@@ -78,15 +77,12 @@ def check(domain: Domain, source: str, peers: Peers) -> None:
                 source,
                 f"nic[{index}].network",
                 f"there is no network {nic.network}",
-                hint=do("define", "network", "default")
-                + " makes one; "
-                + do("list", "network")
-                + " shows those that there are.",
+                hint=do("define", "network", "default") + " makes one; " + do("list", "network") + " shows all.",
             ) from exc
 
 
 async def connect(name: str, planned: list[Planned], uid: int, peers: Peers) -> None:
-    """Make the taps; networks that aren't active are started. Raises a VirtdError."""
+    """Make the taps, and start networks that aren't active. Raises a VirtdError."""
     for nic in planned:
         await peers.networks.attach(
             nic.network,
@@ -99,7 +95,7 @@ async def connect(name: str, planned: list[Planned], uid: int, peers: Peers) -> 
 
 
 async def sweep(alive: set[str], peers: Peers) -> None:
-    """Remove taps of domains that don't run: what a crash left whose record is gone too."""
+    """Remove taps of domains that don't run: a crash may have left them, and their records be lost."""
     try:
         found = [name for name in os.listdir(INTERFACES) if name.startswith(PREFIX)]
     except OSError:

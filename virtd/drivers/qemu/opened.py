@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The files that a guest has open, by what they are: so that two names of one file are one."""
+"""The files that a guest has open, by device and inode, so that two names of one file count as one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Opened = dict[tuple[int, int], tuple[str, bool]]
 
 
 def identified(devices: Iterable[Device]) -> Opened:
-    """What they need; what is opened twice is written if one does."""
+    """The files of `devices`; one that is opened twice counts as written if either writes."""
     found: Opened = {}
     for device in devices:
         for path, writes in device.files():
@@ -31,7 +31,7 @@ def identified(devices: Iterable[Device]) -> Opened:
 
 
 def sizes(opened: Opened) -> dict[str, int]:
-    """How many bytes its regular files have, by path: as a guest that is about to start will find them."""
+    """The sizes in bytes of the regular files, by path, at the start of a guest."""
     found = {}
     for path, _writes in opened.values():
         with contextlib.suppress(OSError):
@@ -42,12 +42,12 @@ def sizes(opened: Opened) -> dict[str, int]:
 
 
 def recorded(opened: Opened) -> list[list[Any]]:
-    """As a guest's record has them."""
+    """In the form that a guest's record has."""
     return [[path, *identity, writes] for identity, (path, writes) in opened.items()]
 
 
 def taken(data: dict[str, Any], domain: model.Domain | None) -> Opened:
-    """What a guest has open, by its record's data; an older virtd's has no list, and its definition tells."""
+    """What a guest has open, by its record's data; or by its definition, since older records have no list."""
     rows = data.get("images")
     if isinstance(rows, list):
         return {(int(dev), int(ino)): (str(path), bool(writes)) for path, dev, ino, writes in rows}

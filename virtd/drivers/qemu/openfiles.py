@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Whether the files that running guests have open are still whole, and where everybody looks for them.
 
-Who deletes the disk of a guest that runs notices nothing, nor does the guest, until it is off and its data is gone.
-Of one that is truncated the guest reads zeros, or errors, where its data was.
+Deleting the disk of a running guest has no visible effect, not even inside the guest, until it is off and its data is
+lost. From a truncated one the guest reads zeros, or gets errors, where its data was.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
     from .guest import QemuGuest
 
-LOOK = 10.0  # seconds that a file system may take; one that hangs mustn't hold up more than this
+LOOK = 10.0  # seconds that a file system may take to answer
 GONE = "Copy what is in it, from inside the guest or with QEMU's drive-backup, before the guest is stopped."
 CUT_SHORT = " was truncated to "
 CUT = "Stop the guest and restore the disk from a backup: what was behind its end is lost."
 
 
 class File(NamedTuple):
-    """`identity`: device and inode; `size`: bytes when the guest was started, 0 where that isn't known."""
+    """An open file. `identity`: device and inode; `size`: bytes at the guest's start, or 0 if unknown."""
 
     identity: tuple[int, int]
     path: str
@@ -36,7 +36,7 @@ class File(NamedTuple):
 
 
 def wrong(files: Iterable[File]) -> list[str]:
-    """What is wrong with each of these that isn't as it was; what can't be looked at is left out."""
+    """What is wrong with those that have changed; those that can't be examined are left out."""
     found = []
     for identity, path, size in files:
         try:
@@ -58,7 +58,7 @@ def _problem(text: str) -> Problem:
 
 
 def opened(machine: QemuGuest) -> list[File]:
-    """By its record; an older virtd's has no list, and what its definition names by now proves nothing."""
+    """By its record; older ones have no list, and what the definition names by now proves nothing."""
     if not isinstance(machine.data.get("images"), list):
         return []
     sizes = machine.data.get("sizes")
@@ -67,7 +67,7 @@ def opened(machine: QemuGuest) -> list[File]:
 
 
 async def look(machines: Iterable[QemuGuest]) -> None:
-    """Have each guest's lost files among its problems, and in the journal when they are new."""
+    """Make lost files problems of their guests, and log those that are new."""
     wanted = {machine.name: (machine, opened(machine)) for machine in machines if machine.alive}
     found = await asyncio.to_thread(lambda: {name: wrong(files) for name, (_, files) in wanted.items()})
     for name, (machine, _) in wanted.items():
@@ -85,13 +85,13 @@ async def look(machines: Iterable[QemuGuest]) -> None:
 
 
 def recall(machine: QemuGuest) -> None:
-    """Tell what an earlier daemon has found, until it is looked again."""
+    """Restore the problem that an earlier daemon has found, until the next look."""
     if text := _recorded(machine):
         machine.problems[LOST] = _problem(text)
 
 
 def _recorded(machine: QemuGuest) -> str:
-    """What was found last: on record, so that the next daemon tells of it at once, and not as of something new."""
+    """What was found last. It is on record so that the next daemon knows of it, and doesn't log it again."""
     return str(machine.data.get(LOST, ""))
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a person can do to a guest that is there.
+"""The operations on a running guest.
 
-Each tells the record first, so that the guest's end is understood afterwards.
+Each puts its request on record first, so that the guest's end is understood afterwards.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-QUIT_LIMIT = 5.0  # seconds for QEMU to flush its disks and exit when told to
+QUIT_LIMIT = 5.0  # seconds for QEMU to flush its disks and exit
 
 
 async def shutdown(machine: QemuGuest, timeout: float, by: str) -> bool:
@@ -81,7 +81,7 @@ async def kill(machine: QemuGuest, number: int, by: str) -> bool:
 
 
 async def suspend(machine: QemuGuest, by: str) -> bool:
-    """Stop its CPUs. False if they were."""
+    """Stop its CPUs. False if they were stopped."""
     async with machine.exclusive("suspend"):
         require("suspend", machine.name, machine.state)
         await _know(machine)
@@ -94,7 +94,7 @@ async def suspend(machine: QemuGuest, by: str) -> bool:
 
 
 async def resume(machine: QemuGuest, by: str) -> bool:
-    """Let its CPUs go on. False if they did."""
+    """Continue its CPUs. False if they ran."""
     async with machine.exclusive("resume"):
         require("resume", machine.name, machine.state)
         await _know(machine)
@@ -116,20 +116,20 @@ async def resume(machine: QemuGuest, by: str) -> bool:
 
 
 async def upgrade_machine(machine: QemuGuest) -> bool:
-    """Have its next start take the machine type and the CPU that QEMU has by then. False if it would anyway."""
+    """Let its next start use the machine type and CPU of the QEMU installed by then. False if it would anyway."""
     async with machine.exclusive("upgrade the machine of"):
         return machine.hardware.renew()
 
 
 async def _require(operation: str, machine: QemuGuest) -> None:
-    """Raise InvalidState when it makes no sense; of a guest that stands still with the reason."""
+    """Raise InvalidState if `operation` makes no sense; for a guest that stands still, with the reason."""
     if machine.state is State.PAUSED and STANDSTILL in machine.problems:
         await machine.standstill.require_none_for(operation)
     require(operation, machine.name, machine.state)
 
 
 async def _know(machine: QemuGuest) -> None:
-    """Whoever asks for a state shall not be told that it is there because it was when QEMU last answered."""
+    """Make sure that the known state is up to date before it decides anything."""
     if not machine.answers:
         await machine.ask_state()
 
@@ -147,14 +147,14 @@ async def reboot(machine: QemuGuest, *, force: bool, timeout: float, by: str) ->
         try:
             await _press_and_reset(machine, timeout, by)
         except errors.MonitorError:
-            if machine.alive:  # and nobody is to reboot it some day, when virtd is restarted
+            if machine.alive:  # so that the next restart of virtd doesn't reboot it
                 machine.note(State.RUNNING, "could not be asked to reboot", data=machine.ask(REBOOT_GIVEN_UP, by))
             raise
         return True
 
 
 async def finish(machine: QemuGuest) -> None:
-    """After a restart of the daemon: what was asked of the guest before is done, whatever stage it was in."""
+    """After a restart of the daemon: finish the operation on the guest that it interrupted, at whatever stage."""
     request = machine.request
     if request is None or not machine.alive:
         return
@@ -168,12 +168,12 @@ async def finish(machine: QemuGuest) -> None:
             case "reboot":
                 await _press_and_reset(machine, limit, request.by)
     except errors.VirtdError as exc:  # nobody waits for the answer any more
-        log.warning("What a restart of virtd cut off: %s", exc)
+        log.warning("What a restart of virtd interrupted: %s", exc)
 
 
 async def _press_and_reset(machine: QemuGuest, timeout: float, by: str) -> None:
-    """There is no reboot button: the guest is shut down with QEMU told to stay, and then reset. Raises TimedOut."""
-    # One whose reboot was cut off may be off, or waiting for its reset, or may never have heard of it.
+    """There is no reboot button: the guest is shut down while QEMU stays, and then reset. Raises TimedOut."""
+    # After an interrupted reboot the guest may be off, or waiting for its reset, or not know of it at all.
     if await machine.ask_state() == "shutdown":
         machine.guest_off.set()
     await machine.command("set-action", {"shutdown": "pause"})
@@ -184,7 +184,7 @@ async def _press_and_reset(machine: QemuGuest, timeout: float, by: str) -> None:
                 await _off_or_over(machine, power.ASK_AGAIN)
     except TimeoutError:
         await machine.command("set-action", {"shutdown": machine.at_poweroff})
-        # A request still, so that the button in the event journal isn't taken for the host's own shutdown.
+        # Still a request, so that the press of the button isn't taken for the host's own shutdown.
         machine.note(
             State.RUNNING,
             f"did not shut down to be rebooted within {span(timeout)}",
@@ -198,7 +198,7 @@ async def _press_and_reset(machine: QemuGuest, timeout: float, by: str) -> None:
 
 
 async def _off_or_over(machine: QemuGuest, limit: float) -> None:
-    """Wait, `limit` seconds at most, until the guest is off and QEMU waits. Raises InvalidState if all has ended."""
+    """Wait at most `limit` seconds until the guest is off and QEMU stays. Raises InvalidState if QEMU has ended."""
     events = [asyncio.ensure_future(event.wait()) for event in (machine.guest_off, machine.over)]
     try:
         await asyncio.wait(events, timeout=limit, return_when=asyncio.FIRST_COMPLETED)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Files that a guest's user may not open: given to it for the time that the guest runs, and given back.
+"""Files that a guest's user may not open are given to it while the guest runs, and given back afterwards.
 
-What it writes is made its own. What it only reads may be read by several guests, each with a user of its own: there
-its user is granted that in the file's access control list. Which file it is, whose it was and who has it is on record
-before anything is changed. A file is changed by a descriptor of it, after a look at what it is: never by a path
-alone, which could lead to another file by then.
+It becomes the owner of what it writes. What it only reads may be read by several guests, each with a user of its own,
+so an entry in the file's access control list grants it that. The file's identity, its old and its new owner are on
+record before anything is changed. A file is changed by a descriptor, after a check of its identity, and never by a
+path alone, which could lead to another file by then.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ log = logging.getLogger(__name__)
 
 
 class Given(msgspec.Struct, frozen=True):
-    """A file that user `to` is given: its path without links, device and inode, and whose it was.
+    """A file given to user `to`: its path without links, device and inode, and its owner and group before.
 
-    `ino` is 0 where an older virtd hasn't recorded it. `listed`: its owner stays, and its access control list names
+    `ino` is 0 if an older virtd hasn't recorded it. `listed`: it keeps its owner, and its access control list names
     `to`.
     """
 
@@ -49,8 +49,8 @@ class Given(msgspec.Struct, frozen=True):
 
 
 class Leftovers(NamedTuple):
-    """How to tell files that a guest wasn't asked to give back, for want of power perhaps: they belong to an ID of
-    `guests`, and not to one of `running`. They become root's again, and `group`'s.
+    """How to recognize files that were never given back, perhaps because of a power cut: they belong to an ID of
+    `guests` that isn't `running`. They go back to root and `group`.
     """
 
     guests: Range
@@ -61,8 +61,8 @@ class Leftovers(NamedTuple):
 def needed(opened: Iterable[tuple[str, bool]], who: Account, left: Leftovers | None = None) -> list[Given]:
     """The files that have to be changed for the guest's user to open them.
 
-    `opened`: each path, and whether it is written. Raises HostError for one that others could exchange, or that can't
-    be had because another guest has it.
+    `opened`: each path, and whether it is written. Raises HostError for one that others could exchange, or that
+    another guest has.
     """
     found: dict[tuple[int, int], Given] = {}
     for path, writes in sorted(opened, key=lambda one: one[1]):  # what is both read and written is written
@@ -102,7 +102,7 @@ def _can_be_listed(file: Reached) -> bool:
 
 
 def hand_over(given: Iterable[Given], who: Account) -> None:
-    """Raises HostError."""
+    """Give the files to the guest's user. Raises HostError."""
     for one in given:
         try:
             with reached(one.path) as file:
@@ -118,7 +118,7 @@ def hand_over(given: Iterable[Given], who: Account) -> None:
 
 
 def _hint(one: Given, exc: OSError) -> str:
-    """What to do about a file whose owner, or list, can't be changed: neither is needed where all may use it."""
+    """What to do about a file whose owner or list can't be changed: neither is needed if everybody may use it."""
     path, mode = word(one.path), "o+r" if one.listed else "o+rw"
     copy = f"use a copy: cp {path} /var/lib/virtd/images/"
     match exc.errno:
@@ -134,14 +134,14 @@ def _hint(one: Given, exc: OSError) -> str:
 
 
 def give_back(given: Iterable[Given]) -> None:
-    """Give the files back to whom they belonged, unless somebody else did something with them since.
+    """Give the files back to their former owners, unless somebody else has changed their owners since.
 
-    Idempotent. Raises HostError for the first that can't be, when all have been tried.
+    Idempotent. Raises HostError for the first that can't be given back, after trying all.
     """
     failed = None
     for one in given:
         try:
-            # Whichever way leads there: it is the file that was given, or nothing is done to it.
+            # However the path leads there: it is the file that was given, or nothing is done.
             with reached(one.path, Trust.ANYBODY if one.ino else Trust.ROOT) as file:
                 if one.ino and file.identity != (one.dev, one.ino):
                     log.warning("%s is another file by now, and isn't given back", one.path)
@@ -160,18 +160,18 @@ def give_back(given: Iterable[Given]) -> None:
 
 
 def check_shown(pid: int, taken: dict[tuple[int, int], tuple[str, bool]]) -> None:
-    """See that a guest's sandbox has the very files that were looked at; systemd has found them by their paths.
+    """Check that a guest's sandbox has the very files that were checked; systemd has found them by their paths.
 
-    Raises StartFailed. Nobody who may not write to the directories can have a hand in that, see `reached`; it is
-    looked at all the same, since a mistake there would show one's files to another.
+    Raises StartFailed. Only those who may write to the directories could exchange them, see `reached`; it is checked
+    all the same, since a mistake there would show one owner's files to another.
     """
     for identity, (path, _writes) in taken.items():
         try:
             status = os.stat(f"/proc/{pid}/root{path}")
         except FileNotFoundError:
-            continue  # it has ended, and that is told by others
+            continue  # it has ended, which others report
         except OSError as exc:
-            log.warning("It can't be seen which file %s is to the guest: %s", path, exc.strerror)
+            log.warning("It can't be checked which file the guest has as %s: %s", path, exc.strerror)
             continue
         if (status.st_dev, status.st_ino) != identity:
             raise errors.StartFailed(f"{path} was exchanged for another file while the guest was started")
@@ -182,13 +182,13 @@ def _chown(file: Reached, uid: int, gid: int) -> None:
 
 
 def to_record(given: Iterable[Given]) -> list[dict[str, Any]]:
-    """As a guest's record has them, under "given"."""
+    """In the form that a guest's record has under "given"."""
     return [msgspec.to_builtins(one) for one in given]
 
 
 def recorded(data: dict[str, Any], user: int) -> list[Given]:
-    """What a guest was given, by its record's data. An older virtd gave all to one `user`, the paths' files to be
-    found among those that the guest has open.
+    """What a guest was given, by its record's data. An older virtd gave all files to one `user` and recorded their
+    paths, whose identities are among those of the files that the guest has open.
     """
     if (rows := data.get("given")) is not None:
         return msgspec.convert(rows, list[Given])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""ExecStop of a guest's unit: press the power button until it is heard, and pull the plug when the time is up.
+"""ExecStop= of a guest's unit: press the power button until the guest ends, and pull the plug when time is up.
 
-systemd runs it when the host goes down, as the guest's user and inside its sandbox, whether or not virtd is there. It
-imports next to nothing: many of these start at once, on a host that has other things to do.
+systemd runs it when the host goes down, as the guest's user and inside its sandbox, whether or not virtd runs. It
+imports next to nothing, because many of these start at once on a busy host.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PRESS_AGAIN = 5.0
 
 
 def ended(monitor: socket.socket, seconds: float) -> bool:
-    """Read what QEMU says until it hangs up, which is its end; False when that took longer than `seconds`."""
+    """Read from QEMU until it closes the connection by ending; False if that takes longer than `seconds`."""
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
         monitor.settimeout(left)
@@ -39,9 +39,9 @@ def ended(monitor: socket.socket, seconds: float) -> bool:
 
 
 def is_qemu(monitor: socket.socket) -> bool:
-    """Whether who listens there is the unit's main process, so that no other guest is asked to go.
+    """Whether the listener is the unit's main process, so that no other guest is shut down.
 
-    0 is one that can't be seen from here: then we are in another PID namespace than it, which is the guest's own.
+    PID 0 is a process that can't be seen from here, because it is in the guest's own PID namespace.
     """
     main = os.environ.get("MAINPID", "")
     pid = struct.unpack("3i", monitor.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))[0]
@@ -49,7 +49,7 @@ def is_qemu(monitor: socket.socket) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`virtd-guest-stop SOCKET SECONDS`; 0 when the guest has ended, 1 when it is left to systemd's SIGTERM."""
+    """`virtd-guest-stop SOCKET SECONDS`; 0 if the guest has ended, 1 if that is left to systemd's SIGTERM."""
     arguments = sys.argv[1:] if argv is None else argv
     if len(arguments) != 2:
         print("usage: virtd-guest-stop SOCKET SECONDS", file=sys.stderr)

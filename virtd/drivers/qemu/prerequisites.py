@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the QEMU driver must know of the host: the program, KVM, the guests' user, the files that a guest is given."""
+"""What the QEMU driver needs of the host: the program, KVM, the guests' users, and the files of a guest."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64", "i686": "i386"}
 
 
 class Account(msgspec.Struct, frozen=True):
-    """Whom a guest runs as. `own`: it is nobody else's, and known by name only while it is needed."""
+    """The user that a guest runs as. `own`: for this guest only, and with a name only while it is needed."""
 
     user: str
     group: str
@@ -46,7 +46,7 @@ def own(name: str, uid: int) -> Account:
 
 
 def account(settings: Qemu, facts: Facts) -> Account:
-    """The one user for all guests, which they have if virtd.toml says so, and had with older versions of virtd.
+    """The one user of all guests, if virtd.toml says so; older versions of virtd always had it so.
 
     Raises HostError when there is no such user or group, or it is root.
     """
@@ -56,7 +56,7 @@ def account(settings: Qemu, facts: Facts) -> Account:
 
 
 def group_of(settings: Qemu) -> int:
-    """The group of jobs on volumes, which may read a pool's; root's where there is none."""
+    """The group of jobs on volumes, which may read them; root's if there is none."""
     try:
         return grp.getgrnam(settings.shared_group).gr_gid
     except KeyError:
@@ -64,7 +64,7 @@ def group_of(settings: Qemu) -> int:
 
 
 def _device_groups(gid: int) -> tuple[str, ...]:
-    """The groups that may open KVM, VHOST and TUN, unless that is `gid` or root's."""
+    """The groups that may open KVM, VHOST and TUN, besides `gid` and root's."""
     groups: list[str] = []
     for device in (KVM, VHOST, TUN):
         with contextlib.suppress(OSError, KeyError):
@@ -94,9 +94,9 @@ def binary(settings: Qemu) -> str:
 
 
 def has_vhost(who: Account) -> bool:
-    """Whether the kernel takes packets from a guest by itself: the device opens, and is the guests' to open as well.
+    """Whether the kernel handles a guest's packets itself: the device can be opened, also by the guest's user.
 
-    QEMU refuses to start when it is told to use what it can't open.
+    QEMU refuses to start with an option for a device that it can't open.
     """
     try:
         os.close(os.open(VHOST, os.O_RDWR | os.O_CLOEXEC))  # which has the kernel load its module
@@ -106,7 +106,7 @@ def has_vhost(who: Account) -> bool:
 
 
 def may_use(status: os.stat_result, who: Account) -> bool:
-    """Whether the guest's user may open a device, as far as its mode tells."""
+    """Whether the guest's user may open a device, by its mode."""
     groups = {who.gid}
     for name in who.groups:
         with contextlib.suppress(KeyError):
@@ -122,7 +122,7 @@ def devices(*, kvm: bool, tap: bool, vhost: bool) -> list[str]:
 
 
 def missing_files(domain: model.Domain) -> list[tuple[str, str]]:
-    """What the definition names and the host doesn't have, or can't be given to a guest, as (key, text)."""
+    """Files that the definition names and that don't exist, or can't be given to a guest, as (key, text)."""
     found = []
     for key, path in model.paths(domain):
         text = reach.trouble(path)
@@ -135,7 +135,7 @@ def missing_files(domain: model.Domain) -> list[tuple[str, str]]:
 
 
 def _wrong_kind(key: str, path: str, mode: int) -> tuple[str, str]:
-    """What is wrong where there is something else than a file, or for a disk a block device; and a hint."""
+    """What is wrong with what is neither a file nor, for a disk, a block device; and a hint."""
     device = key.startswith("disk") and stat.S_ISBLK(mode)
     if stat.S_ISREG(mode) or (device and is_device(path)):
         return "", ""
@@ -144,7 +144,7 @@ def _wrong_kind(key: str, path: str, mode: int) -> tuple[str, str]:
 
 
 def check_files(domain: model.Domain, source: str, who: Account) -> None:
-    """Every file is there, of the right kind, and readable for the guest's user. Raises InvalidDefinition."""
+    """Check that each file exists, is of the right kind, and can be used. Raises InvalidDefinition or Busy."""
     read_only = {f"disk[{index}].path" for index, disk in enumerate(domain.disk) if disk.readonly}
     images = {f"disk[{index}].path" for index, disk in enumerate(domain.disk) if disk.format is model.Format.QCOW2}
     for key, path in model.paths(domain):
@@ -173,7 +173,7 @@ def check_files(domain: model.Domain, source: str, who: Account) -> None:
             )
         if key in images:
             _check_qcow2(key, path, source)
-        # A user of its own is granted what it may not read, beside others who are.
+        # A user of its own is granted access to what it may not read.
         if key.startswith("boot") and not who.own and not may(status, who, os.R_OK):
             raise errors.InvalidDefinition(
                 source, key, f"{path} is not readable for {who.user}", hint=f"chmod o+r {word(path)}, or use a copy."
@@ -187,7 +187,7 @@ def check_files(domain: model.Domain, source: str, who: Account) -> None:
 
 
 def _check_qcow2(key: str, path: str, source: str) -> None:
-    """Raise InvalidDefinition for an image that is more than this one file: QEMU isn't to go by what it names."""
+    """Raise InvalidDefinition for an image that names other files: QEMU must not follow its header."""
     from .. import qcow2  # no start of the daemon needs it
 
     with reach.reached(path) as file:
@@ -195,7 +195,7 @@ def _check_qcow2(key: str, path: str, source: str) -> None:
     try:
         header = qcow2.read(fd, path)
     except errors.InvalidState:
-        return  # QEMU says what is wrong with it
+        return  # QEMU will say what is wrong with it
     finally:
         os.close(fd)
     if wrong := qcow2.unusable(header):
@@ -204,7 +204,7 @@ def _check_qcow2(key: str, path: str, source: str) -> None:
         raise errors.InvalidDefinition(
             source,
             key,
-            f"{path} stands on {model.shown(header.backing)}, which only a volume can",
+            f"{path} has the backing file {model.shown(header.backing)}, which only a volume can",
             hint="Import both into a pool: "
             + do("import", "volume")
             + f"; or make one image of both: qemu-img convert -O qcow2 {word(path)} NEW.",
@@ -221,7 +221,7 @@ def claimed(path: str) -> bool:
 
 
 def may(status: os.stat_result, who: Account, wanted: int) -> bool:
-    """Whether the guests' user may open a file, as far as its mode tells."""
+    """Whether the guest's user may open a file, by its mode."""
     shift = 6 if status.st_uid == who.uid else 3 if status.st_gid == who.gid else 0
     return (status.st_mode >> shift) & wanted == wanted
 
@@ -231,7 +231,7 @@ def memory_total() -> int:
 
 
 def identity(path: str) -> tuple[int, int] | None:
-    """Which file a path leads to, so that two names of one disk are seen as one."""
+    """Device and inode of the file at a path, so that two names of one disk count as one."""
     try:
         status = os.stat(path)
     except OSError:

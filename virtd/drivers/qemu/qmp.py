@@ -3,8 +3,9 @@
 
 qemu.qmp by itself keeps each event for ever (in its own listener, and in the history of each other one), takes
 messages of 10 MiB, and writes whole messages out with indentation for its log and its errors: 256 KiB of brackets
-become hundreds of MB. Here an event is handed over and forgotten, a message is bounded and looked at before qemu.qmp
-has it, and no error holds a byte of it. Imported when there is a first guest to talk to: it takes 40 ms.
+become hundreds of MB. Here an event is delivered and forgotten, a message is limited in size and checked before
+qemu.qmp gets it, and no error contains a byte of it. The module is imported for the first guest only: that takes 40
+ms.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MESSAGE_LIMIT = 128 << 10
-"""Bytes of one message. The longest answer to what is asked has some KiB; asyncio buffers up to four times this."""
+"""Bytes of one message. The longest answers have some KiB; asyncio buffers up to four times this."""
 TURN = 32
-"""Messages after which others have their turn on the loop."""
+"""Messages after which other tasks get their turn on the loop."""
 EAGER = 1000
 """Events before the answer to the handshake: there should be none."""
 
@@ -32,22 +33,23 @@ Event = dict[str, Any]
 
 
 class Garbled(QMPError):
-    """What came is no QMP, or more than is taken. The words are ours, and few."""
+    """What was received isn't QMP, or is too large. The text is virtd's own, and short."""
 
 
 class Flood(QMPError):
-    """Events come faster than they are taken. Nobody waits for an answer, so the line was hung up."""
+    """Events came faster than they are taken, and no command was waiting, so the connection was closed."""
 
 
 class Client(QMPClient):
-    """`on_event(event)` gets each, {"event": name, "data": {...}, "timestamp": anything}, and says if it took it.
+    """`on_event(event)` gets each, {"event": name, "data": {...}, "timestamp": anything}, and returns whether it took
+    it.
 
-    When one isn't taken, the connection ends with `flooded` set as soon as no command is under way and nobody is
-    `busy()`, who has more to ask.
+    If it doesn't take one, the connection ends with `flooded` set as soon as no command is under way and `busy()` is
+    false.
     """
 
     def __init__(self, on_event: Callable[[Event], bool], busy: Callable[[], bool]) -> None:
-        super().__init__(readbuflen=MESSAGE_LIMIT)  # without a name: each would leave a logger behind for ever
+        super().__init__(readbuflen=MESSAGE_LIMIT)  # without a name, since each name leaves a logger behind for ever
         self._on_event = on_event
         self._busy = busy
         self._received = 0
@@ -56,7 +58,7 @@ class Client(QMPClient):
     async def reach(self, connection: socket.socket) -> None:
         """Take over a connection, and shake hands. Raises ConnectError.
 
-        As `connect`, which asserts in the end that nothing has gone wrong since.
+        Like `connect`, which in addition asserts in the end that nothing has failed since.
         """
         async with self._session_guard("it can't be connected to"):
             await self._do_connect(connection)
@@ -64,9 +66,9 @@ class Client(QMPClient):
             await self._establish_session()
 
     async def _establish_session(self) -> None:
-        """The handshake, without out-of-band commands, of which we have none."""
+        """The handshake, without out-of-band commands, which virtd doesn't use."""
         self._pending = {}
-        # What the client before didn't take comes first, and may begin in the middle of a line.
+        # What the previous client didn't read comes first, and may begin in the middle of a line.
         while not (line := await self._line()).startswith(b'{"QMP"'):
             if not line.endswith(b"\n"):
                 raise Garbled("it hung up without a greeting")
@@ -112,14 +114,14 @@ class Client(QMPClient):
             raise Flood("more events than are taken")
 
     def _cb_inbound(self, msg: Message) -> Message:
-        return msg  # and not into the log, where its whole text would be made for nobody
+        return msg  # and not into the log, for which its whole text would be formatted
 
     def _cb_outbound(self, msg: Message) -> Message:
         return msg
 
 
 def words(exc: BaseException) -> str:
-    """What an error says, for a person: nothing of what QEMU sent, which may be anything and any amount."""
+    """An error in words, without anything that QEMU sent, which may be anything and of any size."""
     cause = getattr(exc, "exc", exc)  # a ConnectError's own
     if isinstance(cause, Garbled | Flood):
         return str(cause)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The unit that a guest runs in: what it may see and do.
+"""The properties of a guest's unit: what it may see and do.
 
 Names and types of the properties: org.freedesktop.systemd1(5); what they mean: systemd.exec(5).
 """
@@ -25,8 +25,8 @@ PRIVATE_PIDS_SINCE = 257  # systemd
 
 # What systemd lets any service do, less some, see `systemd-analyze syscall-filter`. QEMU 10.0 under TCG, with disks,
 # networks, VNC and block jobs, was seen to make 64 different calls, all of which are left; KVM is ioctl(2) and no
-# other. It does try io_uring, whose own operations no filter sees, and goes on without. Its own filter (-sandbox)
-# refuses more. What is refused fails and kills nobody: a library may try. MemoryDenyWriteExecute= is out of reach:
+# other. It tries io_uring, whose operations escape the filter, and does without. Its own filter (-sandbox) refuses
+# more. A refused call fails and kills nobody, because a library may try it. MemoryDenyWriteExecute= isn't possible:
 # TCG writes the code that it runs.
 ALLOWED_CALLS = ("@system-service", "seccomp")
 REFUSED_CALLS = ("@privileged", "@resources", "@keyring", "@obsolete", "personality", "process_vm_readv",
@@ -53,7 +53,7 @@ def properties(
 ) -> list[Property]:
     """Properties for StartTransientUnit.
 
-    `toplevel`: the names in `/`; `program`: what QEMU itself needs of what is hidden of these; `devices`: those it
+    `toplevel`: the names in `/`; `program`: hidden paths that QEMU itself needs; `devices`: those it
     may open besides its disks; `stop_after`: seconds that host shutdown gives it; `has`: the guest's own devices, as
     the definition has them unless given; `own_user`: it runs as a user that nobody else runs as; `systemd`: its
     version; the overheads are those of virtd.toml.
@@ -76,14 +76,14 @@ def properties(
         (
             "BindReadOnlyPaths",
             "a(ssbt)",
-            # Whether they are there is looked at before the start. Later one may have been moved or unmounted, and
-            # that mustn't fail ExecStop=, for which all of this is set up once more: the guest would lose its power.
+            # That they exist is checked before the start. Later one may have been moved or unmounted, which mustn't
+            # fail ExecStop=, for which all of this is set up once more: the guest's plug would be pulled.
             [_bind(path, missing_ok=True) for path in (*program, *read_only, *optional)],
         ),
         ("BindPaths", "a(ssbt)", [_bind(runtime)] + [_bind(path, missing_ok=True) for path in writable]),
-        # Other users' processes; with PrivatePIDs=, where there is that, there are no others at all.
+        # Hides other users' processes; with PrivatePIDs=, where available, no others are visible at all.
         ("ProtectProc", "s", "invisible"),
-        # Of /proc it sees processes and nothing else. It also spares systemd a mount for each file that
+        # Of /proc it sees only processes. This also spares systemd a mount for each file that
         # ProtectKernelTunables= would have to cover: a quarter of what the whole sandbox costs.
         ("ProcSubset", "s", "pid"),
         ("ProtectKernelModules", "b", True),
@@ -123,7 +123,7 @@ def properties(
 
 
 def hidden(toplevel: Iterable[str]) -> list[str]:
-    """What of `/` guests don't see."""
+    """The names in `/` that guests don't see."""
     return [name for name in toplevel if name not in KEPT]
 
 
@@ -132,8 +132,8 @@ def _bind(path: str, *, missing_ok: bool = False) -> tuple[str, str, bool, int]:
 
 
 def stop_helper(runtime: str) -> str:
-    """Where the package's scriptlet puts the helper that stops guests when it takes the installed one away: beside
-    the guests' directories, for they write to those.
+    """Where the package's scriptlet puts a copy of the helper that stops guests, when the package is erased: beside
+    the guests' directories, because guests may write to those.
     """
     return f"{os.path.dirname(os.path.dirname(runtime))}/guest-stop.py"
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A guest that stands still by itself: its disk is full or broken, its kernel has panicked, QEMU can't go on.
+"""A guest that stands still by itself: its disk is full or broken, its kernel has panicked, QEMU can't continue.
 
-Nobody has asked for that, and its users only see that it doesn't answer. So it is a problem, on record and in the
-journal, with the disk and the reason, and resuming it is refused as long as it would stand still again at once.
+Nobody has asked for that, and its users only see that it doesn't answer. So it becomes a problem, on record and in
+the journal, with the disk and the reason, and resuming it is refused as long as it would stand still again at once.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 TOLD, TOLD_RATE = 10, 1 / 60  # lines in the journal of one guest at once, and a second
 LOOK = 10.0  # seconds that a file system may take to say how full it is
-ENOUGH = 64 << 10  # bytes; with less free a guest that writes would stand still again at once
-RELAPSE = 1.0  # seconds after which it counts as running on: QEMU tries what failed again in a few milliseconds
-WORDS = 120  # characters of QEMU's own reason that are repeated
+ENOUGH = 64 << 10  # bytes; with less free space a writing guest would stand still again at once
+RELAPSE = 1.0  # seconds after which it counts as resumed: QEMU retries what failed in a few milliseconds
+WORDS = 120  # characters of QEMU's reason that are shown
 NODE = r"disk([0-9]{1,4})"  # what a disk is called, see devices/disk.py; CD-ROMs never stop a guest
 DEVICE = r".*/virtio-disk([0-9]{1,4})(?:/.*)?"
 OTHERS = {
@@ -46,8 +46,8 @@ OTHERS = {
 
 
 class Fault(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Why it stands still, as the record has it. `kind`: one of STANDSTILLS. The rest is about the disk: its number,
-    or None where that isn't known, "read" or "write", whether it is full, and QEMU's own words.
+    """Why it stands still, as on record. `kind` is one of STANDSTILLS. The rest concerns the disk: its number if
+    known, "read" or "write", whether it is full, and QEMU's own words.
     """
 
     kind: str
@@ -59,14 +59,14 @@ class Fault(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Space(msgspec.Struct, frozen=True):
-    """A file system: where it is mounted, and how many bytes are free for others than root."""
+    """A file system: where it is mounted, and how many bytes are free for users other than root."""
 
     place: str
     free: int
 
 
 class Stopped(Subject, Protocol):
-    """The domain that it is of; see guest.QemuGuest."""
+    """The domain; see guest.QemuGuest."""
 
     @property
     def data(self) -> dict[str, Any]: ...
@@ -78,7 +78,7 @@ class Stopped(Subject, Protocol):
 
 
 class Standstill:
-    """That of one machine, if it has come to one."""
+    """The standstill of one domain, if it stands still."""
 
     def __init__(self, machine: Stopped) -> None:
         self._machine = machine
@@ -92,46 +92,47 @@ class Standstill:
             return msgspec.convert(kept, Fault) if kept is not None else None
         return None
 
-    def told(self, event: str, data: dict[str, Any]) -> None:
-        """By an event of QEMU's: BLOCK_IO_ERROR or GUEST_PANICKED."""
-        self._begin(_told(event, data))
+    def by_event(self, event: str, data: dict[str, Any]) -> None:
+        """It stands still, by an event: BLOCK_IO_ERROR or GUEST_PANICKED."""
+        self._begin(_reported(event, data))
 
     def passed_on(self, data: dict[str, Any]) -> None:
-        """By an event BLOCK_IO_ERROR: the guest was told of an error, and goes on as it likes."""
+        """An event BLOCK_IO_ERROR: the error was reported to the guest, which continues as it likes."""
         machine = self._machine
         if self._told.take():
-            text = f"{machine.name}: {self._failure(_told('BLOCK_IO_ERROR', data))}; the guest was told"
+            failure = self._failure(_reported("BLOCK_IO_ERROR", data))
+            text = f"{machine.name}: {failure}; the error was reported to the guest"
             journal.send(text, message_id=Message.DISK_FAILED, level="warning", **machine.fields())
 
     def seen(self, status: str) -> None:
-        """By query-status: one of STANDSTILLS."""
+        """It stands still, by query-status: one of STANDSTILLS."""
         self._begin(Fault(status, now()))
 
     def _begin(self, fault: Fault) -> None:
-        """It has come to one; what is known of the one that it is in already is kept."""
+        """It stands still. If it did before, what is known of that is kept."""
         machine = self._machine
         if not machine.alive or self.fault is not None:
             return
         request = machine.data.get("request")
         if machine.state is State.STOPPING and request and request["verb"] == "stop":
-            return  # the plug is being pulled: whatever its monitor says on the way, it is about to end
+            return  # the plug is being pulled, so it is about to end in any case
         self._begun.set()
         machine.note(State.PAUSED, self._reason(fault), data=machine.data | {STANDSTILL: msgspec.to_builtins(fault)})
         self.recall()
         machine.spawn(self._look_into(), STANDSTILL)
 
     def recall(self) -> None:
-        """Have it among the problems, as far as that is known without a look at the host."""
+        """Make it a problem, as far as it is known without examining the host."""
         if (fault := self.fault) is not None:
             self._machine.problems[STANDSTILL] = self._problem(fault, None)
 
     def resumed(self, data: dict[str, Any]) -> dict[str, Any]:
-        """It isn't in one any more: its record's data without it."""
+        """It no longer stands still: the record's data without the fault."""
         self._machine.problems.pop(STANDSTILL, None)
         return {key: value for key, value in data.items() if key != STANDSTILL}
 
     async def _look_into(self) -> None:
-        """Find out what the event didn't tell, and tell people."""
+        """Find out what the event didn't say, then log and publish it."""
         machine = self._machine
         fault = self.fault
         if fault is not None and fault.kind == DISK and fault.disk is None:
@@ -150,7 +151,7 @@ class Standstill:
         self._machine.note(self._machine.state, self._reason(fault), data=data)
 
     async def look(self) -> None:
-        """Have the problem say how it is by now."""
+        """Update the problem."""
         if (fault := self.fault) is not None:
             space = await self._space(fault)
             if self.fault == fault:
@@ -166,13 +167,13 @@ class Standstill:
         return None
 
     async def require_none_for(self, what: str) -> None:
-        """Raise InvalidState, with the reason, while it is in one: the guest can't be asked for anything."""
+        """Raise InvalidState, with the reason, while it stands still and can't be asked for anything."""
         await self.look()
         if (problem := self._machine.problems.get(STANDSTILL)) is not None:
             raise errors.InvalidState(f"Cannot {what} {self._machine.name}: {problem.text}", hint=problem.hint)
 
     async def require_over(self) -> bool:
-        """Whether it is in one. Raises InvalidState while resuming it would be in vain."""
+        """Whether it stands still. Raises InvalidState as long as resuming it would be in vain."""
         machine, fault = self._machine, self.fault
         self._begun.clear()
         if fault is None:
@@ -185,11 +186,11 @@ class Standstill:
 
     @property
     def again(self) -> bool:
-        """Whether it has come to one since `require_over`."""
+        """Whether it has stood still again since `require_over`."""
         return self._begun.is_set()
 
     async def require_none(self) -> None:
-        """Raise InvalidState if it comes to one once more within a moment."""
+        """Raise InvalidState if it stands still again within a moment."""
         if await within(self._begun, RELAPSE):
             await self.look()
             if (problem := self._machine.problems.get(STANDSTILL)) is not None:
@@ -200,7 +201,7 @@ class Standstill:
     # In words
 
     def _path(self, fault: Fault) -> str:
-        """By its record and its definition: what QEMU says about that isn't gone by."""
+        """The disk's path by record and definition; QEMU isn't trusted with that."""
         machine = self._machine
         if fault.disk is None:
             return ""
@@ -213,7 +214,7 @@ class Standstill:
         return (disks[index].path or "") if index < len(disks) else ""
 
     def _index(self, number: int) -> int:
-        """Where in its definition the disk is that QEMU calls by `number`; an older virtd's are called by that."""
+        """The place in the definition of the disk with QEMU's `number`; with an older virtd both were the same."""
         numbers = self._machine.data.get("numbers")
         return numbers.index(number) if isinstance(numbers, list) and number in numbers else number
 
@@ -249,12 +250,14 @@ class Standstill:
             text += f" on the file system of {space.place}, {free} free"
             return Problem(text, "Free some space there, then: " + resume + ".")
         path = self._path(fault)
-        if fault.full and path and not path.startswith("/dev/"):  # not looked at yet, or it doesn't answer
+        if fault.full and path and not path.startswith("/dev/"):  # not examined yet, or it doesn't answer
             return Problem(text, "Free some space on its file system, then: " + resume + ".")
         if fault.full:
             hint = "Extend what it is on, such as an LVM thin pool (lvs shows these), then: "
             return Problem(text, hint + resume + ".")
-        return Problem(text, "journalctl -k shows what the host says about it. When that is mended: " + resume + ".")
+        return Problem(
+            text, "journalctl -k shows what the host says about it. When that is repaired: " + resume + "."
+        )
 
     def described(self) -> replies.Standstill | None:
         """For Info."""
@@ -271,7 +274,7 @@ class Standstill:
         )
 
 
-def _told(event: str, data: dict[str, Any]) -> Fault:
+def _reported(event: str, data: dict[str, Any]) -> Fault:
     if event != "BLOCK_IO_ERROR":
         return Fault(PANIC, now())
     disk = _number(NODE, data.get("node-name"))
@@ -289,7 +292,7 @@ def _told(event: str, data: dict[str, Any]) -> Fault:
 
 
 def _failed(blocks: object) -> dict[str, Any] | None:
-    """What query-block tells of the first disk that has failed."""
+    """What query-block says about the first failed disk."""
     for block in blocks if isinstance(blocks, list) else []:
         if isinstance(block, dict) and block.get("io-status") in ("failed", "nospace"):
             number = _number(DEVICE, block.get("qdev"))
@@ -309,7 +312,7 @@ def _words(text: object) -> str:
 
 
 def _space_of(path: str) -> Space:
-    """What is free where a file is. Raises OSError."""
+    """The file system of a file. Raises OSError."""
     place = os.path.realpath(path)
     status = os.statvfs(place)
     while not os.path.ismount(place):

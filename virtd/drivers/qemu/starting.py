@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 async def start(machine: QemuGuest, others: list[QemuGuest], users: Users, by: str) -> bool:
-    """See guests/start.py. `others`: the driver's other machines; `users`: whom each runs as."""
+    """See guests/start.py. `others`: the driver's other domains; `users`: the table of their users."""
 
     async def ready(domain: model.Domain) -> _Start:
         disks = await images.resolve(domain, machine.source, machine.peers, by)
@@ -76,7 +76,7 @@ class _Start(Start[QemuGuest, model.Domain]):
         self.user = userdb.Named(account.user, account.uid) if account.own else None
         self.systemd = 0
         kvm = machine.shared.services.facts.has_kvm()
-        self.hardware = hardware.settle(before, domain, machine.uuid, kvm=kvm)
+        self.hardware = hardware.assign(before, domain, machine.uuid, kvm=kvm)
         placed = self.hardware.devices
         self.nics = nics.plan(domain, machine.uuid, placed)
         self.vhost = bool(self.nics) and prerequisites.has_vhost(self.account)
@@ -118,7 +118,7 @@ class _Start(Start[QemuGuest, model.Domain]):
         assert self.child.stderr is not None
         images_open = opened.identified(self.devices)
         return {
-            # Where its own words begin, among them what ends it.
+            # Where the output of this run begins, which shows what ends it.
             "words_from": {"file": self.child.stderr.file, "offset": self.words_from},
             "disks": [disk.path for disk in self.disks],
             "numbers": [disk.number for disk in placing.of_kind(self.hardware.devices, placing.DISK)],
@@ -134,7 +134,7 @@ class _Start(Start[QemuGuest, model.Domain]):
         self.systemd = await (await self.services.units()).version()
 
     def prepare(self, _ends: Ends) -> None:
-        if self.hardware.known:  # else QEMU is asked first, see Kept.learn
+        if self.hardware.known:  # otherwise QEMU is asked first, see Kept.learn
             self.machine.hardware.keep(self.hardware)
         if self.user is not None:
             userdb.add(self.services.paths.userdb, self.user, self.machine.name)
@@ -164,7 +164,7 @@ class _Start(Start[QemuGuest, model.Domain]):
             once=True,
             argv=tuple(self._argv()),
             environment=ENVIRONMENT,
-            # By number where it is its own: no name that somebody else has too can come to mean another user.
+            # By number if it is the guest's own, so that a name can't come to mean another user.
             user=self.account.user if self.user is None else str(self.account.uid),
             group=self.account.group if self.user is None else str(self.account.gid),
             supplementary_groups=self.account.groups if self.host.kvm or self.nics else (),
@@ -192,7 +192,7 @@ class _Start(Start[QemuGuest, model.Domain]):
         return command.argv(self.definition, self.machine.uuid, self.host, self.devices, machine=kind, cpu=model)
 
     def _files(self) -> set[str]:
-        """Every file that the guest is shown, those of its volumes included."""
+        """Every file that the guest is shown, including those of its volumes."""
         files = (file.path for device in self.devices for file in device.files())
         return {*self.definition.boot.files, *files}
 
@@ -203,7 +203,7 @@ class _Start(Start[QemuGuest, model.Domain]):
         ended = asyncio.ensure_future(self.child.ended())
         try:
             await asyncio.wait((attaching, ended), return_when=asyncio.FIRST_COMPLETED)
-            # The monitor can break off with QEMU's end a moment before we are told of that.
+            # When QEMU ends, its monitor can break a moment before the end is noticed.
             if ended.done() or not self.child.alive():
                 units = await self.services.units()
                 how = ends.how(await units.ended(machine.unit))
@@ -228,14 +228,14 @@ class _Start(Start[QemuGuest, model.Domain]):
                     "guests run as one user, which is less secure."
                 ),
             )
-        told = super().explained(exc)
-        if (kind := self.hardware.type) and f'"{kind}"' in told.message:
+        explained = super().explained(exc)
+        if (kind := self.hardware.type) and f'"{kind}"' in explained.message:
             hint = do("upgrade-machine", "domain", self.machine.name) + " takes what this QEMU has instead."
-            return errors.StartFailed(f"{told.message}: the machine that it has had so far", hint=hint)
-        return told
+            return errors.StartFailed(f"{explained.message}: the machine that it has had so far", hint=hint)
+        return explained
 
     def own_words(self, words: str) -> str:
-        """QEMU's last lines without the program's name before each."""
+        """QEMU's last lines, without the program's name at the beginning of each."""
         lines = [
             line.partition(": ")[2] if line.split(":")[0].rpartition("/")[2].startswith("qemu") else line
             for line in words.splitlines()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One file by two names: two definitions whose disks are one by a hard link, a symbolic link or a bind mount.
+"""One file by two names: two definitions have the same disk by a hard link, a symbolic link or a bind mount.
 
-Another's file is looked at only if it is, as the mount table has it, on the file system of the one that is asked
-about, which has just answered: one that hangs must hold up nobody who defines a domain on another.
+Another domain's file is examined only if, by the mount table, it is on the same file system as the file in question,
+which has just answered: a file system that hangs must hold up nobody who defines a domain on another.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def warnings(domain: Domain, others: Iterable[Domain]) -> list[str]:
-    """What disks of others that are defined and off are the same as those of `domain`."""
+    """The disks of `domain` that others, which are defined and off, have too."""
     found: list[str] = []
     mine = [(index, disk) for index, disk in enumerate(domain.disk) if disk.path is not None]
     if not mine:
@@ -42,7 +42,7 @@ def _same(disk: Disk, theirs: list[tuple[str, Disk]], table: dict[str, str]) -> 
     for name, other in theirs:
         assert other.path is not None
         if other.path == disk.path or (other.readonly and disk.readonly):
-            continue  # told already, or no matter
+            continue  # reported already, or harmless
         if _file_system(other.path, table) == file_system and prerequisites.identity(other.path) == identity:
             yield name, other.path
 
@@ -53,7 +53,7 @@ def _mounts() -> dict[str, str]:
 
 
 def _file_system(path: str, table: dict[str, str]) -> str:
-    """On which a path is, if none of the directories in it is a link."""
+    """The file system of a path, provided that none of its directories is a link."""
     while path not in table and path != "/":
         path = os.path.dirname(path)
     return table.get(path, "")

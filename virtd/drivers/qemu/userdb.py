@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Names for the users and groups of guests: records in /run/userdb, which nss-systemd(8) reads.
 
-Without them systemd runs nothing as such a user (User= takes a number, but wants it known), and `ps` and `ls` show
-numbers. For each there are `NAME.user` and `NAME.group`, and links to these by number (systemd-userdbd.service(8);
-for the fields see USER_RECORD and GROUP_RECORD in systemd's documentation). None of it is secret, and none of it lets
-anybody log in.
+Without them systemd runs nothing as such a user (User= takes a number, but of a known user), and `ps` and `ls` show
+numbers. For each user there are `NAME.user` and `NAME.group`, and links to these by number
+(systemd-userdbd.service(8); for the fields see USER_RECORD and GROUP_RECORD in systemd's documentation). None of it
+is secret, and none of it lets anybody log in.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ... import errors, files
 PREFIX = "vm-"
 LONGEST = 31  # characters of a user's name: utmp(5) has room for no more
 KINDS = ("user", "group")
-SERVICE = "org.virtd1"  # whose records they are
+SERVICE = "org.virtd1"  # the service that the records belong to
 
 
 class Named(NamedTuple):
@@ -32,14 +32,14 @@ class Named(NamedTuple):
 
 
 def name_of(domain: str) -> str:
-    """The user's name: the domain's, and where that is too long, enough of it and a checksum."""
+    """The user's name, made of the domain's, or of its beginning and a checksum if that is too long."""
     name = PREFIX + domain
     # No domain has a "+" in its name.
     return name if len(name) <= LONGEST else f"{name[: LONGEST - 9]}+{zlib.crc32(domain.encode()):08x}"
 
 
 def add(directory: str, who: Named, domain: str) -> None:
-    """Make the records, or see that they are there. Raises HostError."""
+    """Make sure that the records exist. Raises HostError."""
     try:
         if not os.path.isdir(directory):
             os.makedirs(directory, exist_ok=True)
@@ -56,7 +56,7 @@ def add(directory: str, who: Named, domain: str) -> None:
 
 
 def is_whole(directory: str, who: Named, domain: str) -> bool:
-    """Whether all of a user's records are there, and say what they should."""
+    """Whether all of a user's records exist and are correct."""
     return all(
         _read(f"{directory}/{name}.{kind}") == _encode(fields)
         for kind, fields in zip(KINDS, _fields(who, domain), strict=True)
@@ -65,12 +65,12 @@ def is_whole(directory: str, who: Named, domain: str) -> bool:
 
 
 def uid_of(directory: str, name: str) -> int | None:
-    """The number that virtd's record of that name has; None if there is none."""
+    """The number in virtd's record of that name; None if there is none."""
     return _uid(_read(f"{directory}/{name}.user"))
 
 
 def remove(directory: str, who: Named) -> None:
-    """Remove them, but not those that are another user's by now. Idempotent. Raises HostError."""
+    """Remove them, except those that belong to another user by now. Idempotent. Raises HostError."""
     for kind in KINDS:
         link, path = f"{directory}/{who.uid}.{kind}", f"{directory}/{who.name}.{kind}"
         if os.path.islink(link) and os.readlink(link) == f"{who.name}.{kind}":
@@ -80,7 +80,7 @@ def remove(directory: str, who: Named) -> None:
 
 
 def listing(directory: str) -> set[str]:
-    """What is in the directory, for `mentioned` and `left_over`: one look for any number of users."""
+    """The directory's entries, for `mentioned` and `left_over`: read once for any number of users."""
     try:
         return set(os.listdir(directory))
     except OSError:
@@ -88,12 +88,12 @@ def listing(directory: str) -> set[str]:
 
 
 def mentioned(listed: set[str], who: Named) -> bool:
-    """Whether there is something by each of a user's names."""
+    """Whether each of a user's records has an entry."""
     return all(f"{name}.{kind}" in listed for name in who for kind in KINDS)
 
 
 def left_over(directory: str, listed: set[str], needed: set[Named]) -> list[Named]:
-    """Users whose records virtd has made, and that aren't `needed`."""
+    """Users with records of virtd that aren't `needed`."""
     found = set()
     names = {str(part) for who in needed for part in who}
     for entry in sorted(listed):
@@ -146,7 +146,7 @@ def _read(path: str) -> bytes:
 
 
 def _uid(content: bytes) -> int | None:
-    """Whose record this is, if it is one of ours."""
+    """The ID in this record, if it is one of virtd's."""
     with contextlib.suppress(msgspec.MsgspecError, ValueError, KeyError, TypeError, RecursionError):
         fields = msgspec.json.decode(content)
         if fields["service"] == SERVICE:
@@ -155,7 +155,7 @@ def _uid(content: bytes) -> int | None:
 
 
 def _link(target: str, path: str) -> None:
-    """A symbolic link, in place of whatever is there."""
+    """Make a symbolic link, replacing whatever is there."""
     with contextlib.suppress(OSError):
         if os.readlink(path) == target:
             return

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which domain has which user: an ID of its own for each, for a user and a group that are nobody else's.
+"""The users of domains: each has an ID of its own, for its user and its group.
 
-A domain keeps its ID for as long as there is one of its uuid, in a table in /var/lib/virtd: what a power cut leaves
-in its hands is in nobody else's afterwards. IDs are given out one after the other through the whole range before one
-is given out again, whatever becomes of the domains. The table is written before the ID is used; names of these users
-are in `userdb`, while they are needed.
+A domain keeps its ID as long as a domain of its uuid exists, in a table in /var/lib/virtd, so that files that it
+still owns after a power cut can't come to belong to another. IDs are assigned in turn through the whole range before
+one is used again, whatever happens to the domains. The table is written before the ID is used; the names of these
+users are in `userdb` while they are needed.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SUBORDINATE = ("/etc/subuid", "/etc/subgid")
-TRIES = 64  # IDs of other users, one after the other, until the range is taken for somebody else's
-PATIENCE = 10.0  # seconds for the host to say who has an ID; it may have to ask a directory service
+TRIES = 64  # consecutive IDs of other users after which the range counts as somebody else's
+PATIENCE = 10.0  # seconds for looking up an ID, which may involve a directory service
 
 
 class Table(msgspec.Struct, frozen=True):
-    """The file: IDs by uuid, and from which one on the next is looked for."""
+    """The file: IDs by uuid, and where the search for the next one begins."""
 
     ids: dict[str, int] = {}
     next: int = 0
@@ -48,7 +48,7 @@ class Table(msgspec.Struct, frozen=True):
 
 
 class Living(NamedTuple):
-    """A domain that there is: its uuid, and the ID that its guest runs with, if it does."""
+    """An existing domain: its uuid, and the ID that it runs with, if it runs."""
 
     uuid: str
     running: int | None
@@ -69,13 +69,13 @@ class Users:
         return Range(ids.GUESTS.owner, self._settings.first_uid, self._settings.uid_count)
 
     def leftovers(self, running: set[int]) -> ownership.Leftovers:
-        """Whose files to take for what a power cut has left; `running`: the IDs of other guests that run."""
+        """How to recognize files left by a power cut; `running` are the IDs of other running guests."""
         return ownership.Leftovers(self.within, running, prerequisites.group_of(self._settings))
 
     async def account(self, name: str, uuid: str, domains: Iterable[Living]) -> prerequisites.Account:
-        """Whom a domain's guest shall run as. `domains`: all of them.
+        """The user for a domain's guest. `domains`: all of them.
 
-        Raises HostError when there is no such user, or no ID left.
+        Raises HostError if there is no such user, or no ID left.
         """
         if self._settings.user:
             return prerequisites.account(self._settings, self._facts)
@@ -84,7 +84,7 @@ class Users:
         return prerequisites.own(userdb.name_of(name), uid)
 
     def seen(self, name: str, pid: int) -> userdb.Named | None:
-        """The user of its own that a domain's process has, or had; None if it hasn't one."""
+        """The user of its own that a domain's process runs or ran as; None if it has none."""
         user = userdb.name_of(name)
         uid = userdb.uid_of(self.directory, user)
         with contextlib.suppress(OSError):
@@ -109,7 +109,7 @@ class Users:
             log.warning("%s; each domain gets another user ID at its next start", exc.message)
             with contextlib.suppress(OSError):
                 os.rename(self._path, f"{self._path}.damaged")
-            # Not from the beginning: whoever had the first ones may have left files.
+            # Not from the beginning: the guests with the first IDs may have left files.
             return Table(next=self.within.first + int.from_bytes(os.urandom(4)) % self.within.many)
 
     async def _assigned(self, uuid: str, domains: list[Living]) -> int:
@@ -135,7 +135,7 @@ class Users:
 
 
 def _choose(within: Range, taken: list[Range], start: int) -> int:
-    """An ID that is nobody's: not on record, not the host's, of no process. Raises HostError. Blocks."""
+    """A free ID: not on record, not known to the host, and of no process. Raises HostError. Blocks."""
     taken = [*taken, *(Range("a process", uid, 1) for uid in _of_processes() if within.holds(uid))]
     for _ in range(TRIES):
         found = ids.free(within, 1, taken, start=start)
@@ -154,7 +154,7 @@ def _choose(within: Range, taken: list[Range], start: int) -> int:
 
 
 def known_as(uid: int) -> str | None:
-    """The user or group that the host knows by this number. Blocks, where a directory service is asked."""
+    """The user or group with this number on the host. Blocks while a directory service is asked."""
     with contextlib.suppress(KeyError):
         return pwd.getpwuid(uid).pw_name
     with contextlib.suppress(KeyError):
@@ -172,6 +172,6 @@ def _of_processes() -> set[int]:
 
 
 def running_as(data: dict[str, Any]) -> userdb.Named | None:
-    """The user of its own that a guest runs as, by its record's data; None if it runs as one that others have too."""
+    """The user of its own that a guest runs as, by its record's data; None if it shares its user with others."""
     kept = data.get("account")
     return userdb.Named(str(kept["name"]), int(kept["uid"])) if isinstance(kept, dict) else None

@@ -84,17 +84,17 @@ def test_on_another_bus_all_get_new_places() -> None:
 
 def test_more_than_there_is_room_for() -> None:
     domain = parse("disk = [" + ", ".join(f'{{ path = "/{number}" }}' for number in range(30)) + "]")
-    settled = hardware.settle(None, domain, UUID, kvm=False)
+    settled = hardware.assign(None, domain, UUID, kvm=False)
     with pytest.raises(errors.InvalidDefinition, match=r"disk\[29\]: q35 has no place left"):
         hardware.require_places(settled, domain, "x")
     fewer = msgspec.structs.replace(domain, disk=domain.disk[:29])
-    hardware.require_places(hardware.settle(settled, fewer, UUID, kvm=False), fewer, "x")
+    hardware.require_places(hardware.assign(settled, fewer, UUID, kvm=False), fewer, "x")
 
 
 def test_where_nothing_is_known_of_a_machine_qemu_finds_the_places() -> None:
     domain = parse('machine = "microvm"\nboot = { kernel = "/k" }\nnic = [{}]')
     assert [one.address for one in placing.place(domain)] == ["", ""]
-    hardware.require_places(hardware.settle(None, domain, UUID, kvm=False), domain, "x")
+    hardware.require_places(hardware.assign(None, domain, UUID, kvm=False), domain, "x")
 
 
 # The machine
@@ -125,7 +125,7 @@ DOMAIN = parse('disk = [{ path = "/a" }]')
 
 
 def first_start(domain: model.Domain, answers: Mapping[str, Any]) -> Hardware:
-    return asyncio.run(hardware.learn(hardware.settle(None, domain, UUID, kvm=False), asking(answers)))
+    return asyncio.run(hardware.learn(hardware.assign(None, domain, UUID, kvm=False), asking(answers)))
 
 
 def options(domain: model.Domain, found: Hardware) -> dict[str, str]:
@@ -135,15 +135,15 @@ def options(domain: model.Domain, found: Hardware) -> dict[str, str]:
 
 def test_a_newer_qemu_changes_nothing() -> None:
     """Started first by trixie's QEMU, where "q35" is pc-q35-10.0, and then by forky's, where it is pc-q35-11.1."""
-    settled = hardware.settle(None, DOMAIN, UUID, kvm=False)
+    settled = hardware.assign(None, DOMAIN, UUID, kvm=False)
     assert options(DOMAIN, settled) == {"-machine": "q35,accel=tcg", "-cpu": "max"}
     before = first_start(DOMAIN, TRIXIE)
     assert before.known
-    after = hardware.settle(msgspec.json.decode(msgspec.json.encode(before), type=Hardware), DOMAIN, UUID, kvm=False)
+    after = hardware.assign(msgspec.json.decode(msgspec.json.encode(before), type=Hardware), DOMAIN, UUID, kvm=False)
     assert after == before
     assert asyncio.run(hardware.learn(after, asking(FORKY))) == before
     assert options(DOMAIN, after) == {"-machine": "pc-q35-10.0,accel=tcg", "-cpu": MAX}
-    renewed = hardware.settle(msgspec.structs.replace(before, renew=True), DOMAIN, UUID, kvm=False)
+    renewed = hardware.assign(msgspec.structs.replace(before, renew=True), DOMAIN, UUID, kvm=False)
     assert options(DOMAIN, renewed) == {"-machine": "q35,accel=tcg", "-cpu": "max"}
     newer = asyncio.run(hardware.learn(renewed, asking(FORKY)))
     assert (newer.type, newer.devices, newer.renew) == ("pc-q35-11.1", before.devices, False)
@@ -160,14 +160,14 @@ def test_a_newer_qemu_changes_nothing() -> None:
 )
 def test_a_definition_that_asks_for_something_else(text: str, kvm: bool, kept: tuple[str, str]) -> None:
     before = first_start(DOMAIN, TRIXIE)
-    after = hardware.settle(before, parse(f'{text}disk = [{{ path = "/a" }}]'), UUID, kvm=kvm)
+    after = hardware.assign(before, parse(f'{text}disk = [{{ path = "/a" }}]'), UUID, kvm=kvm)
     assert (after.type, after.model) == kept
 
 
 def test_anothers_record_is_nobodys() -> None:
     before = first_start(DOMAIN, TRIXIE)
     other = UUID.replace("0", "9")
-    assert hardware.settle(before, DOMAIN, other, kvm=False) == hardware.settle(None, DOMAIN, other, kvm=False)
+    assert hardware.assign(before, DOMAIN, other, kvm=False) == hardware.assign(None, DOMAIN, other, kvm=False)
 
 
 @pytest.mark.parametrize(

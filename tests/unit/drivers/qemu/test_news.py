@@ -37,7 +37,7 @@ def event(name: str, **data: Any) -> dict[str, Any]:
 @on_loop
 async def test_a_flood_of_changes_is_summed_up(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each change is a record that is synced, signals and lines in the journal: 20 of them, and then a question."""
-    monkeypatch.setattr(module, "SETTLE", 0.05)
+    monkeypatch.setattr(module, "CATCH_UP", 0.05)
     async with world.daemon():
         await world.run("web1")
         machine = of(world)
@@ -72,7 +72,7 @@ async def test_reboots_are_told_of_now_and_then(world: World) -> None:
         of(world).news._reboots = Allowance(1, 0)
         of(world).news.on_event(event("RESET", guest=True))
         said = [message["text"] for message in world.messages if "rebooted itself" in message["text"]]
-        assert said[-1] == f"Domain web1 rebooted itself ({1000 - module.REBOOTS} more times that were not told of)"
+        assert said[-1] == f"Domain web1 rebooted itself ({1000 - module.REBOOTS} more times that were not logged)"
 
 
 @on_loop

@@ -176,7 +176,8 @@ async def test_an_error_that_the_guest_is_told_of(world: World, disk: str, tmp_p
             host.domains.driver.machines["web1"].news.on_event({"event": "BLOCK_IO_ERROR", "data": about})
         told = world.told(Message.DISK_FAILED)
         assert told[0]["text"] == (
-            f"web1: a read of disk[0], {tmp_path}/disk failed: Input/output error; the guest was told"
+            f"web1: a read of disk[0], {tmp_path}/disk failed: Input/output error; "
+            "the error was reported to the guest"
         )
         assert len(told) <= standstill.TOLD + 1
         assert (await host.domains.info("web1"))["state"] == "running"
@@ -188,7 +189,7 @@ ANYTHING = st.none() | st.integers() | st.text(max_size=8) | st.lists(st.integer
 @settings(deadline=None)  # a busy machine
 @given(st.dictionaries(st.sampled_from(["node-name", "qom-path", "operation", "nospace", "reason"]), ANYTHING))
 def test_any_event_is_understood(data: dict[str, Any]) -> None:
-    fault = standstill._told("BLOCK_IO_ERROR", data)
+    fault = standstill._reported("BLOCK_IO_ERROR", data)
     assert fault.operation in ("", "read", "write")
     assert fault.reason.isprintable()
     assert len(fault.reason) <= standstill.WORDS

@@ -246,7 +246,7 @@ def test_headers_that_lie(tmp_path: Path, data: bytes, why: str) -> None:
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        (header(backing=b"/etc/shadow", kind=b"raw"), 'stands on "/etc/shadow", which only a volume can'),
+        (header(backing=b"/etc/shadow", kind=b"raw"), 'has the backing file "/etc/shadow", which only a volume can'),
         (header(features=4), "its data is in another file"),
         (header()[:32] + struct.pack(">I", 2) + header()[36:], "it is encrypted"),
         (header(features=2), "marked as corrupt"),

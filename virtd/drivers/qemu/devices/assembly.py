@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""All devices of a guest, made of its definition. Pure: nothing is looked up here."""
+"""All devices of a guest, made of its definition. Pure: nothing on the host is examined."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def assemble(
 ) -> list[Device]:
     """Every device.
 
-    `disks` are the disks' files, as the definition has them unless given; `placed` says which device is which, see
-    `placing.place`, as if there had been none before unless given.
+    `disks` are the disks' files, by default as in the definition; `placed` has numbers and addresses, see
+    `placing.place`, by default as for a first start.
     """
     placed = placing.place(domain) if placed is None else placed
     return [
@@ -76,7 +76,7 @@ def builtin(domain: Domain, host: HostFacts, placed: Sequence[Placed]) -> list[D
 
 
 def drives(domain: Domain, disks: Sequence[Image] | None, placed: Sequence[Placed]) -> list[Device]:
-    """What the guest keeps its data on, in the order of the definition, which is that of booting."""
+    """Disks and CD-ROM drives in the order of the definition, which is also the boot order."""
     files = plain(domain) if disks is None else disks
     boots = domain.boot.kernel is None
     found: list[Device] = []
@@ -107,6 +107,6 @@ def cards(domain: Domain, uuid: str, placed: Sequence[Placed], host: HostFacts =
 
 
 def screen(host: HostFacts, placed: Sequence[Placed]) -> list[Device]:
-    """What there is to look at."""
+    """The display."""
     path = directory.vnc_socket(host.runtime)
     return [Display(number=at.number, address=at.address, path=path) for at in placing.of_kind(placed, placing.VIDEO)]

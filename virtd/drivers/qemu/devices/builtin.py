@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What comes with every guest, or is only switched on and off: monitors, console, random numbers, a screen."""
+"""Devices that every guest has, or that are only switched on and off: monitors, console, random numbers, display."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Monitor(Device, frozen=True, kw_only=True):
 class Console(Device, frozen=True):
     """The serial port, at QEMU's standard input and output.
 
-    A UART and no virtconsole: when the pipe is full a UART makes the guest wait, while QEMU drops what a virtconsole
-    writes then (hw/char/virtio-console.c, flush_buf). Ten times as fast, and not worth a byte.
+    A UART and not a virtconsole: when the pipe is full a UART makes the guest wait, while QEMU drops what a
+    virtconsole writes (hw/char/virtio-console.c, flush_buf). That would be ten times as fast, but lose output.
     """
 
     def arguments(self) -> list[str]:
@@ -29,7 +29,7 @@ class Console(Device, frozen=True):
 
 
 class Panic(Device, frozen=True):
-    """Through which a guest's kernel says that it has panicked. It is on no bus that has addresses."""
+    """The device by which a guest's kernel reports a panic. It needs no address."""
 
     def arguments(self) -> list[str]:
         return ["-device", "pvpanic"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What every device is asked, whatever its kind."""
+"""What all kinds of devices have in common."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class File(NamedTuple):
 class Device(msgspec.Struct, frozen=True):
     """One device of one guest.
 
-    `number` tells it from others of its kind, in QEMU's names for it too, and stays its own for as long as it is
-    in the definition; `key` is where the definition has it now, such as "disk[0]", or "" for what comes with every
-    guest. `address` is its place on the guest's bus, as -device takes it after a comma; "" leaves it to QEMU.
+    `number` distinguishes it from others of its kind, also in QEMU's names, and stays the same as long as it is in
+    the definition; `key` is its present place there, such as "disk[0]", or "" for what every guest has. `address` is
+    its place on the guest's bus, as -device takes it after a comma; "" leaves it to QEMU.
     """
 
     number: int = 0
@@ -37,7 +37,7 @@ class Device(msgspec.Struct, frozen=True):
         raise NotImplementedError
 
     def files(self) -> Iterator[File]:
-        """The files that it needs: what the sandbox shows, the guest's user is given, and others may not change."""
+        """Its files: the sandbox shows them, the guest's user is given access, and others may not change them."""
         yield from ()
 
     def host_devices(self) -> Iterator[str]:
@@ -49,12 +49,12 @@ class Device(msgspec.Struct, frozen=True):
         yield from ()
 
     def holdings(self, _bridge_of: Callable[[str], str]) -> Iterator[Holding]:
-        """What its definition wants for itself alone."""
+        """What it needs for itself alone."""
         yield from ()
 
     @property
     def uses_ip(self) -> bool:
-        """Whether QEMU itself speaks IP for it, in the host's name."""
+        """Whether QEMU itself uses the host's IP network for it."""
         return False
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Disk(Device, frozen=True, kw_only=True):
-    """A virtio-blk disk. `boot`: its turn among what the firmware boots from; 0: it isn't asked."""
+    """A virtio-blk disk. `boot` is its place in the boot order; 0: it isn't booted from."""
 
     image: Image
     boot: int = 0
@@ -28,7 +28,7 @@ class Disk(Device, frozen=True, kw_only=True):
         return [*self._nodes(), "-device", device]
 
     def _nodes(self) -> list[str]:
-        """What it stands on, the lowest first, and then itself."""
+        """Its backing files, the lowest first, and then itself."""
         image, number = self.image, self.number
         found: list[nodes.Node] = []
         below: str | None = None
@@ -50,7 +50,7 @@ class Disk(Device, frozen=True, kw_only=True):
         return _blockdevs(found)
 
     def files(self) -> Iterator[File]:
-        if self.image.path:  # where one in a pool is, is asked at the start
+        if self.image.path:  # it isn't known before the start where a volume of a pool is
             yield File(self.image.path, not self.image.readonly)
         for path, _format in self.image.backing:
             yield File(path, writes=False)

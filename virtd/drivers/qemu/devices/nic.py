@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Nic(Device, frozen=True, kw_only=True):
     """A virtio-net card: in a `network` of virtd's, at interface `tap`, or behind QEMU's own NAT.
 
-    `mac` is "" as long as its guest has no uuid.
+    `mac` is "" as long as the guest has no uuid.
     """
 
     mac: str
@@ -28,7 +28,7 @@ class Nic(Device, frozen=True, kw_only=True):
     def arguments(self) -> list[str]:
         backend = "user"
         if self.tap is not None:
-            # It is there already, and the guest's user's to open: QEMU needs no privilege for it, and no script.
+            # It exists already, and the guest's user may open it: QEMU needs neither privileges nor scripts.
             vhost = ",vhost=on" if self.vhost else ""
             backend = f"tap,ifname={escape(self.tap)},script=no,downscript=no{vhost}"
         net = f"net{self.number}"

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which device is which, and where it sits on the guest's buses: given once, and the same at every later start.
+"""The number and address of each device: assigned once, and the same at every later start.
 
-What is given first is what QEMU itself would give to devices without addresses, so that guests of an older virtd
-keep theirs.
+The first addresses are those that QEMU itself would assign, so that guests of an older virtd keep theirs.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ DISK, CDROM, NIC, RNG, VIDEO = "disk", "cdrom", "nic", "rng", "video"
 
 Place = tuple[str, int]  # a bus, and a slot or unit there
 
-# By machine type. On PCIe slot 0 is the bridge's and, on q35, 31 the chipset's; i440fx has its chipset in 1 as well.
+# By machine type. On PCIe slot 0 is the host bridge and, on q35, 31 the chipset; i440fx has its chipset in 1 as well.
 PCI: tuple[tuple[str, list[Place]], ...] = (
     (r"(pc-)?q35.*", [("pcie.0", slot) for slot in range(1, 31)]),
     (r"pc(-i440fx.*|-[0-9].*)?", [("pci.0", slot) for slot in range(2, 32)]),
@@ -36,8 +35,8 @@ IDE: tuple[tuple[str, list[Place]], ...] = (
 class Placed(msgspec.Struct, frozen=True):
     """One device, as the machine's record has it.
 
-    `kind` and `number` make its id; `what` tells it from others of its kind: a path, a volume, an address, a network.
-    `bus` is "" where QEMU is to find a place.
+    `kind` and `number` make its id; `what` distinguishes it from others of its kind: a path, a volume, an address, a
+    network. `bus` is "" if QEMU is to find a place.
     """
 
     kind: str
@@ -63,7 +62,7 @@ class Placed(msgspec.Struct, frozen=True):
 
 
 def wanted(domain: Domain) -> Iterator[tuple[str, str]]:
-    """The kind of each device that has a place, and what it is; in the order in which QEMU would place them."""
+    """The kind and identity of each device that has an address, in the order in which QEMU would place them."""
     if domain.rng:
         yield RNG, ""
     for disk in domain.disk:
@@ -77,10 +76,10 @@ def wanted(domain: Domain) -> Iterator[tuple[str, str]]:
 
 
 def place(domain: Domain, before: Sequence[Placed] = ()) -> list[Placed]:
-    """All of them, in the order of the definition; `before`: as they were at the last start.
+    """All devices in the order of the definition; `before`: as they were at the last start.
 
-    A device is the one of before that is the same thing, wherever in the definition it stands by now. Failing that,
-    it is the one that stood in its place: another file in the same drive.
+    A device is recognized by its identity, wherever in the definition it is now. Failing that, it is taken for the
+    one that was in its place: another file in the same drive.
     """
     now = list(wanted(domain))
     same = _recognized(now, before)
@@ -107,7 +106,7 @@ def place(domain: Domain, before: Sequence[Placed] = ()) -> list[Placed]:
 
 
 def lacks_place(domain: Domain, placed: Iterable[Placed]) -> Placed | None:
-    """The first device that there is no place left for."""
+    """The first device for which no place is left."""
     return next((one for one in placed if not one.bus and _places(domain, one.kind)), None)
 
 
@@ -116,7 +115,7 @@ def of_kind(placed: Iterable[Placed], kind: str) -> list[Placed]:
 
 
 def _recognized(now: list[tuple[str, str]], before: Sequence[Placed]) -> dict[int, Placed]:
-    """Which of before each one is, by its place among `now`."""
+    """For the index in `now` of each known device: what it was `before`."""
     left = list(before)
     found: dict[int, Placed] = {}
 
@@ -137,6 +136,6 @@ def _recognized(now: list[tuple[str, str]], before: Sequence[Placed]) -> dict[in
 
 
 def _places(domain: Domain, kind: str) -> list[Place]:
-    """Where a device of this kind can be; nowhere that is known, on machines that virtd knows little of."""
+    """The places for a device of this kind; none on machines that virtd knows little about."""
     table = IDE if kind == CDROM and domain.is_pc else PCI
     return next((places for machine, places in table if re.fullmatch(machine, domain.machine)), [])
