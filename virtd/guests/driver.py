@@ -168,7 +168,7 @@ class GuestDriver(Inventory[G, D]):
             self.found.rebuilt.append(name)
             self.problems.pop(f"record {name}", None)
             log.warning("%s %s was rebuilt from its unit: %s", self.noun.capitalize(), name, result or "as it was")
-            if new:
+            if new and name in self.machines:  # one without a definition that has ended is forgotten by now
                 self._publish("added", name)
 
     def to_autostart(self) -> list[G]:
