@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Definitions and settings: what is taken, and what a person is told of what isn't."""
+"""Definitions and settings: what is accepted, and how the rest is refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def wrong(text: str) -> errors.InvalidDefinition:
 
 
 def at(error: errors.InvalidDefinition) -> str:
-    """The key. msgspec before 0.19 doesn't tell which element of a list it was."""
+    """The key. msgspec before 0.19 doesn't say which element of a list it was."""
     return error.key.replace("[...]", "[0]")
 
 
@@ -270,7 +270,7 @@ JSON = st.recursive(
 
 @given(st.sampled_from(domain.Domain.__struct_fields__), JSON)
 def test_any_value_of_any_key_is_taken_or_explained(key: str, value: Any) -> None:
-    """Below TOML's syntax, so that values come through that nobody would think of writing."""
+    """Without TOML's syntax in between, so that values arrive that nobody would think of writing."""
     table: dict[str, Any] = {"name": "a", "memory": "1G", "boot": {"kernel": "/k"}} | {key: value}
     key_of = ""
     try:

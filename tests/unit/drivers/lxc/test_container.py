@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Containers: definitions, what is looked at on the host, LXC's configuration, and how an end is understood."""
+"""Containers: definitions, checks of the host, LXC's configuration, and how an end is judged."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_root_that_can_be_none(rootfs: str) -> None:
 
 
 def test_apparmor_takes_a_kernel_that_has_it_and_a_parser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither is on the machines that this is tested on: what LXC is told is all that can be looked at here."""
+    """No host that runs these tests has either: only LXC's configuration can be checked."""
     enabled, parser = tmp_path / "enabled", tmp_path / "apparmor_parser"
     monkeypatch.setattr(prerequisites, "APPARMOR", str(enabled))
     monkeypatch.setattr(prerequisites, "PARSERS", (str(parser),))
@@ -407,7 +407,7 @@ def test_names_of_interfaces_are_short_and_its_own() -> None:
 
 
 def test_a_mount_that_others_could_exchange_is_refused(tmp_path: Path) -> None:
-    """They would have something else of the host given to the container."""
+    """Others could make the container get something else of the host's."""
     (tmp_path / "open/data").mkdir(parents=True)
     definition = parse(f'[[mount]]\nsource = "{tmp_path}/open/data"\ntarget = "/mnt"\n')
     prerequisites.check_host(definition, "x")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """All above it looks as if everybody could pass, and only root could change it, wherever tests are run."""
+    """Make everything above it look passable for everybody and writable for root alone, wherever tests are run."""
     tmp_path.chmod(0o755)
     real = os.stat
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which IDs a container has: whole ranges, and no two any in common, however they come by them."""
+"""The IDs of containers: whole ranges, none shared, however a container gets its own."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Containers(dict[str, Any]):
         self.again()
 
     def again(self) -> None:
-        """As a new daemon has them."""
+        """What a new daemon finds."""
         self.maps = idmaps.Maps(self, str(self.directory), self.table, etc=self.etc)
 
     def parsed(self, name: str, more: str = "", root: str = "") -> model.Container:
@@ -149,7 +149,7 @@ def test_groups_count_as_well(tmp_path: Path) -> None:
 
 
 def test_whole_ranges_count(containers: Containers) -> None:
-    """One of twice the usual size reaches into what comes after it."""
+    """A range of twice the usual size reaches into the next one."""
     containers.define("wide", f"[idmap]\nfirst = {FIRST}\ncount = 131072\n")
     containers.define("odd", f"[idmap]\nfirst = {FIRST + 131072 + 7}\ncount = 3\n")
     for name in ("wide", "a", "odd", "b", "c"):
@@ -163,7 +163,7 @@ def test_whole_ranges_count(containers: Containers) -> None:
 
 
 def test_a_range_is_taken_before_anybody_else_looks(containers: Containers) -> None:
-    """Four that are started at once, none of which has a record yet, and one that is made meanwhile."""
+    """Four are started at once, before any has a record, and one is made meanwhile."""
     found = []
     for name in ("a", "b", "c", "d"):
         one = containers.define(name)
@@ -176,7 +176,7 @@ def test_a_range_is_taken_before_anybody_else_looks(containers: Containers) -> N
 
 
 def test_it_stays_its_own(containers: Containers) -> None:
-    """Over its end and the daemon's: what it has left in a [[mount]] never becomes another's."""
+    """Beyond its end and the daemon's: what it has left in a [[mount]] never becomes another container's."""
     for name in ("a", "b"):
         containers.define(name)
     first, second = containers.start("a"), containers.start("b")
@@ -219,7 +219,7 @@ def test_two_with_one_root_share_its_ids(containers: Containers) -> None:
 
 
 def test_those_that_overlap_already_are_told_of(containers: Containers) -> None:
-    """And run on; what doesn't run isn't started beside one that does."""
+    """And they run on; but none is started while another with the same IDs runs."""
     for name in ("a", "b"):
         containers.define(name, f"[idmap]\nfirst = {FIRST}\n")
     containers.define("c")

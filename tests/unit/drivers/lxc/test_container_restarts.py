@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What becomes of containers when the daemon is killed at each step of what is done to them."""
+"""What becomes of containers when the daemon is killed at each step of an operation on them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def frozen(group: cgroup.Group) -> bool:
 
 
 class Site:
-    """A world with LXC in it. Containers share the host's IDs here, for tests aren't root."""
+    """A world with LXC in it. Containers share the host's IDs here, since tests may not run as root."""
 
     def __init__(self, directory: Path, patch: pytest.MonkeyPatch, **options: Any) -> None:
         self.world = World(directory, patch, **options)
@@ -90,7 +90,7 @@ class Site:
         os.chmod(path, 0o755)
 
     def _group(self, monitor: int, _unit: str) -> cgroup.Group | None:
-        """A control group for each process: each has one of its own when it starts."""
+        """A control group of its own for each monitor."""
         if not monitor:
             return None
         path = f"{self._groups}-{monitor}"
@@ -112,7 +112,7 @@ class Site:
         await until(lambda: self.world.console("web1", "lxc").endswith(f"{word}\n"), word)
 
     async def holds(self, host: Host, where: str) -> dict[str, Any]:
-        """Whatever state it is in, it is whole in it; its description."""
+        """Check that it is complete in whatever state it is in: its description."""
         info = await host.containers.info("web1")
         assert not info["problems"], where
         if info["state"] in ("running", "paused"):
@@ -134,14 +134,14 @@ class Site:
 
 
 class Unowned(SteppingOs):
-    """As it is for who isn't root: nothing can be given to others."""
+    """The os module for tests that don't run as root: no file can be given to others."""
 
     def __getattr__(self, name: str) -> Any:
         return (lambda *_args: None) if name == "chown" else super().__getattr__(name)
 
 
 async def tidied(host: Host) -> None:
-    """Until what the daemon looks for in the background, at its start, is done."""
+    """Wait until the daemon has done what it does in the background at its start."""
     driver = host.containers.driver
     await driver.certain()
     await until(lambda: not driver._tasks, "what was left to be removed")
@@ -192,7 +192,7 @@ async def each_step(
 
 
 def _is_finished(machine: Container) -> bool:
-    """Whether the next daemon goes on with what was asked."""
+    """Whether the next daemon has finished what was asked."""
     return machine.request is not None and machine.request.verb != "reboot"
 
 
@@ -213,7 +213,7 @@ async def test_killed_at_every_step_of_a_shutdown(cuts: Cuts) -> None:
 
 @on_loop
 async def test_killed_at_every_step_of_a_reboot(cuts: Cuts) -> None:
-    """It has rebooted once or not at all, and is the same object: its unit, its slots, its console."""
+    """It has rebooted once or not at all, and still has its unit, its slots and its console."""
 
     async def reboot(host: Host) -> None:
         await host.containers.reboot("web1", 20, by=ROOT)
@@ -233,7 +233,7 @@ async def test_killed_at_every_step_of_a_reboot(cuts: Cuts) -> None:
 @pytest.mark.parametrize("on", [True, False])
 @on_loop
 async def test_killed_at_every_step_of_a_freeze(cuts: Cuts, on: bool) -> None:
-    """The kernel says what is; a record that was cut off doesn't."""
+    """The kernel knows its state; a record that was cut off may not."""
 
     async def change(host: Host) -> None:
         await (host.containers.freeze if on else host.containers.thaw)("web1", by=ROOT)
@@ -285,7 +285,7 @@ async def test_killed_at_every_step_of_an_undefine(cuts: Cuts) -> None:
 
 @on_loop
 async def test_killed_at_every_step_of_a_create(cuts: Cuts, tmp_path: Path) -> None:
-    """A whole root file system with its definition, or nothing."""
+    """A complete root file system with its definition, or nothing."""
 
     async def create_it(host: Host) -> None:
         await host.containers.create("made", str(image), by=ROOT)
@@ -312,7 +312,7 @@ async def test_killed_at_every_step_of_a_create(cuts: Cuts, tmp_path: Path) -> N
 
 @on_loop
 async def test_a_container_does_not_notice_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A terminal's bytes that nobody moved meanwhile included, and a reboot that nobody saw."""
+    """Including the bytes in its terminal that nobody moved, and a reboot that nobody saw."""
     site = Site(tmp_path, monkeypatch)
     try:
         async with site.world.daemon() as host:
@@ -340,7 +340,7 @@ async def test_a_container_does_not_notice_restarts(tmp_path: Path, monkeypatch:
 
 @on_loop
 async def test_lxc_is_faster_than_systemds_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """LXC's diary has told of the first program before anybody knows which process LXC is."""
+    """LXC's log reports the first program before virtd knows which process LXC is."""
     site = Site(tmp_path, monkeypatch)
     start = site.world.units.start
 
@@ -362,7 +362,7 @@ async def test_lxc_is_faster_than_systemds_answer(tmp_path: Path, monkeypatch: p
 
 @on_loop
 async def test_an_old_systemd_hangs_up_no_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before 254 it drops all slots when virtd is stopped, but has open what a unit was given until the unit goes."""
+    """Before 254 it drops all slots when virtd is stopped, but a unit keeps what it was given open."""
     site = Site(tmp_path, monkeypatch, old=True)
     start = site.world.units.start
     held: list[int] = []
@@ -388,7 +388,7 @@ async def test_an_old_systemd_hangs_up_no_terminal(tmp_path: Path, monkeypatch: 
             assert [problem["text"].split()[1] for problem in info["problems"]] == [
                 f"lxc/web1/{slot}" for slot in ("stdin", "stdout", "stderr")
             ]
-            # Nobody reads what it says; it says it all the same, and does what it is told.
+            # Nobody reads its output; it writes it all the same, and obeys.
             os.write(held[2], b"exit 3\n")
             await until(lambda: not host.containers.driver.find("web1").alive, "its end")
             ending = (await host.containers.info("web1"))["exit"]

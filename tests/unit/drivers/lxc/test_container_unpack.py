@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Archives from anywhere: what is made of them stays where it belongs, waits for nobody, and leaves room."""
+"""Archives from anywhere: unpacking them stays in its directory, never hangs, and leaves free space."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.
 
 
 def run(directory: Path, image: Path | None, source: str = "", **changes: object) -> subprocess.CompletedProcess[str]:
-    """As in the unit, but with the test's own IDs."""
+    """Run it as the unit does, but with the test's own IDs."""
     target = directory / "target"
     target.mkdir(exist_ok=True)
     code = (
@@ -78,7 +78,7 @@ def test_directories_with_odd_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["hostname", "machine-id"])
 @pytest.mark.parametrize("kind", [tarfile.FIFOTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.LNKTYPE])
 def test_what_has_the_names_that_are_written(tmp_path: Path, name: str, kind: bytes) -> None:
-    """A FIFO made this hang for ever, and everything that came after it."""
+    """A FIFO made this, and everything after it, hang for ever."""
     outside = tmp_path / "outside"
     outside.write_text("outside")
     image = archive(
@@ -152,7 +152,7 @@ def test_it_ends_before_the_disk_is_full(tmp_path: Path) -> None:
 
 
 def test_what_is_said_of_it_has_an_end(tmp_path: Path) -> None:
-    """Each member that can't be made is a line of tar's, and an archive has as many as it likes."""
+    """tar writes a line for each member that it can't make, and an archive may have any number of them."""
     members = [member("etc")] + [member(f"etc/{'x' * 90}{number}") for number in range(2000)]
     done = run(tmp_path, archive(tmp_path / "a.tar", *members))
     assert done.returncode == 1
@@ -160,7 +160,7 @@ def test_what_is_said_of_it_has_an_end(tmp_path: Path) -> None:
 
 
 def test_a_directory_with_holes(tmp_path: Path) -> None:
-    """2 GiB of nothing became 2 GiB on disk."""
+    """A hole of 2 GiB became 2 GiB on disk."""
     source = tmp_path / "source"
     source.mkdir()
     with open(source / "lastlog", "wb") as file:
@@ -210,7 +210,7 @@ def test_its_unit_sees_nothing_else() -> None:
 
 
 def test_no_container_without_a_filter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was left out in silence."""
+    """It was silently left out."""
     monkeypatch.setattr(prerequisites, "SECCOMP", (str(tmp_path / "common.seccomp"),))
     with pytest.raises(errors.HostError, match="seccomp") as caught:
         prerequisites.seccomp()
@@ -218,7 +218,7 @@ def test_no_container_without_a_filter(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_names_that_a_container_has_given_its_interfaces(tmp_path: Path) -> None:
-    """One that wasn't ASCII cost everybody the list of all objects."""
+    """One that wasn't ASCII made every list of objects fail."""
     address = "fd000000000000000000000000000001"
     names = ["a\u00e9".encode(), b"\xff\xfe", b"lo\xc2\x85x", b"\x85", b"lo"]
     (tmp_path / "if_inet6").write_bytes(

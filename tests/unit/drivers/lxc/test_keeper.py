@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What marks the control groups of containers, with directories in place of groups."""
+"""Marking the control groups of containers, with directories in place of groups."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAME = f"user.{keeper.MARK}"
 
 @pytest.fixture
 def marked(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The names of those that were marked: not every file system that tests run on has such attributes."""
+    """The names of those that are marked: not every file system supports such attributes."""
     found: set[str] = set()
 
     def setxattr(path: str, name: str, value: bytes) -> None:
@@ -47,7 +47,7 @@ def test_all_that_is_there_is_marked(tmp_path: Path, kept: keeper.Keeper, marked
 
 
 def test_what_is_made_later_is_marked_too(tmp_path: Path, kept: keeper.Keeper, marked: set[str]) -> None:
-    """And what is below it already when it is seen; what has gone again meanwhile is none of our business."""
+    """Including groups that exist below a new one when it is seen; those that have disappeared are ignored."""
     (tmp_path / "payload").mkdir()
     kept.take(str(tmp_path))
     (tmp_path / "payload/user.slice/session").mkdir(parents=True)
@@ -76,7 +76,7 @@ def test_an_old_kernel_has_them_elsewhere(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_after_reboots(tmp_path: Path) -> None:
-    """LXC 6 makes a container's groups anew, one deeper, each time; what had its first ones couldn't be frozen."""
+    """At each reboot LXC 6 makes a container's groups anew, one deeper; with the first ones it couldn't be frozen."""
     unit = "virtd-lxc-web1.service"
     assert keeper.payload(str(tmp_path)) is None
     (tmp_path / "lxc.pivot/lxc.pivot/payload").mkdir(parents=True)

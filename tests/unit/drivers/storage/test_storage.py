@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Pools without systemd: definitions, what images say of themselves, a directory in which nothing is half made."""
+"""Pools without systemd: definitions, image headers, and directories that never show an incomplete volume."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_what_is_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @on_loop
 async def test_a_mount_after_a_soft_reboot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """systemd has forgotten then that a unit is transient, and leaves its file when it is stopped."""
+    """By then systemd has forgotten that a unit is transient, and leaves its file behind when it is stopped."""
     monkeypatch.setattr(mounts, "TRANSIENT", str(tmp_path))
     left = tmp_path / "srv-m.mount"
     left.touch()
@@ -176,7 +176,7 @@ def header(
     features: int = 0,
     snapshots: tuple[tuple[bytes, bytes], ...] = (),
 ) -> bytes:
-    """A header as docs/interop/qcow2.txt has it, and a snapshot table behind it."""
+    """A header as in docs/interop/qcow2.txt, followed by a snapshot table."""
     extensions = (
         struct.pack(">II", 0xE2792ACA, len(kind)) + kind.ljust((len(kind) + 7) // 8 * 8, b"\0") if kind else b""
     )
@@ -253,7 +253,7 @@ def test_headers_that_lie(tmp_path: Path, data: bytes, why: str) -> None:
     ],
 )
 def test_an_image_that_is_more_than_its_file_is_no_disk(tmp_path: Path, data: bytes, why: str) -> None:
-    """QEMU would open what the header names; and without it the guest would see holes in the place of its data."""
+    """QEMU would open the file that the header names; without that the guest would see holes, not its data."""
     path = tmp_path / "disk.qcow2"
     text = f'name = "d"\nmemory = "64M"\n[[disk]]\npath = "{path}"\nformat = "%s"\n'
     who = qemu_host.Account("me", "me", os.getuid(), os.getgid(), ())
@@ -268,7 +268,7 @@ def test_an_image_that_is_more_than_its_file_is_no_disk(tmp_path: Path, data: by
 
 
 def test_what_was_changed_after_the_look_is_no_volume(tmp_path: Path) -> None:
-    """The owner of an image that is imported can write to it all the time."""
+    """The owner of an image can write to it while it is imported."""
     pool = directory(tmp_path)
 
     async def work() -> None:
@@ -359,7 +359,7 @@ def test_a_volume_is_there_when_it_is_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", ["meta", "link"])
 def test_a_commit_that_is_cut_off(tmp_path: Path, cut: str) -> None:
-    """What a SIGKILL leaves after each step of it, made by hand, is finished or swept away."""
+    """Whatever a SIGKILL leaves after each step, here made by hand, is finished or swept away."""
     pool = directory(tmp_path)
     top = pool.pool.path
 
@@ -443,7 +443,7 @@ def test_directories_that_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_directory_of_the_guests_user_becomes_roots(tmp_path: Path) -> None:
-    """An older virtd had it so; the pool may be active, and stays so."""
+    """An older virtd left it like that; the pool may be active, and stays active."""
     if os.geteuid():
         pytest.skip("only root gives files away")
     os.chown(tmp_path, 4321, 4321)
@@ -456,7 +456,7 @@ def test_a_directory_of_the_guests_user_becomes_roots(tmp_path: Path) -> None:
 
 
 def test_building_a_pool_in_a_directory_of_anothers(tmp_path: Path) -> None:
-    """It isn't made where its owner, or anybody, has put a link."""
+    """It isn't made where its owner, or anybody else, has put a link."""
     (tmp_path / "open").mkdir()
     (tmp_path / "open/link").symlink_to(tmp_path)
     (tmp_path / "open").chmod(0o777)
@@ -524,7 +524,7 @@ def test_wiping(tmp_path: Path) -> None:
 
 
 def test_nobody_hears_how_far_it_is(tmp_path: Path) -> None:
-    """As when systemd has dropped virtd's end of the pipe: the copy is made all the same."""
+    """As when systemd has dropped virtd's end of the pipe: the copy is still made."""
     (tmp_path / "a").write_bytes(os.urandom(1 << 20))
     (tmp_path / "b").touch()
     reader, writer = os.pipe()
@@ -591,7 +591,7 @@ def test_qemu_is_told_what_an_image_stands_on() -> None:
 )
 @pytest.mark.parametrize("path", ["/p/a", '/p/a,b:c "d\\\n', "/dev/vg/lv"])
 def test_nothing_is_left_to_what_an_image_says(path: str, lower: tuple[tuple[str, Format], ...]) -> None:
-    """Each node has its driver, and each that could stand on another one says that it does, or doesn't."""
+    """Each node names its driver, and each that could have a backing file says which, or that it has none."""
 
     def check(node: nodes.Node) -> int:
         assert node["driver"] in ("qcow2", "raw")
@@ -619,7 +619,7 @@ def test_nothing_is_left_to_what_an_image_says(path: str, lower: tuple[tuple[str
 
 
 def test_no_program_of_a_job_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """qemu-img is told each image's format, and opens none that it needn't."""
+    """qemu-img gets each image's format, and opens no image that it doesn't need."""
     monkeypatch.setattr(storage_host, "program", lambda _name, _package: "qemu-img")
     me = storage_host.Account("u", "g")
     lower = ("/p/base", Format.QCOW2)

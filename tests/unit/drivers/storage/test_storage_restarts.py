@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What becomes of volumes when the daemon is killed at each step of what is done to them."""
+"""What becomes of volumes when the daemon is killed at each step of an operation on them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DATA = b"what a guest has written" * 3000
 
 
 class Children(list[Child]):
-    """All that were made, so that what a killed daemon has open can be closed, as its end would do."""
+    """All children, so that the files that a killed daemon had open can be closed, as its end would do."""
 
     def __call__(self, *args: Any) -> Child:
         self.append(Child(*args))
@@ -69,13 +69,13 @@ def hosted(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
 
 async def settled(host: Host) -> None:
-    """Until nothing is under way any more; what waits for a client may."""
+    """Wait until no job is in progress any more, except those that wait for a client."""
     await host.volumes.driver.certain()
     await until(lambda: all(j.over.is_set() or j.state == "waiting" for j in host.volumes.driver.jobs))
 
 
 async def done(host: Host, answer: Reply) -> None:
-    """Until the job of an answer is over; the error that it ended with is raised."""
+    """Wait until the job of an answer is over, and raise the error that it ended with."""
     if answer["job"]:
         job = host.volumes.driver.jobs.find(answer["job"])
         await job.over.wait()
@@ -158,7 +158,7 @@ async def prepare(host: Host, directory: Path) -> None:
 
 
 def nothing_unfinished(world: World, pool: Path) -> None:
-    """No slot, no unit, no half a volume, and what is known of volumes is of volumes that there are."""
+    """No slot, no unit, no unfinished volume, and no record of a volume that doesn't exist."""
     assert world.slots() == []
     assert world.units.units == {}
     assert os.listdir(pool / ".virtd/new") == []
@@ -176,7 +176,7 @@ async def each_step(
     cut: Callable[[Path], None],
     after: Callable[[World, Path, Host], Awaitable[None]],
 ) -> list[str]:
-    """Cut `work` off at each of its steps; `cut` looks at what is there then, `after` at it with the next daemon."""
+    """Cut `work` off at each step; `cut` checks what is left, and `after` what the next daemon makes of it."""
     for root, patch in cuts:
         children = Children()
         with hosted(root, patch) as world:
@@ -200,7 +200,7 @@ async def each_step(
 @pytest.mark.parametrize("verb", MAKES)
 @on_loop
 async def test_killed_at_every_step_of_making_a_volume(cuts: Cuts, verb: str) -> None:
-    """A reader sees all of it or nothing, the next daemon finishes it or removes it, and the same call succeeds."""
+    """A reader sees all of it or nothing; the next daemon finishes or removes it; the same call then succeeds."""
     work, content = MAKES[verb]
 
     def cut(pool: Path) -> None:
@@ -232,7 +232,7 @@ async def test_killed_at_every_step_of_making_a_volume(cuts: Cuts, verb: str) ->
 @pytest.mark.parametrize("verb", CHANGES)
 @on_loop
 async def test_killed_at_every_step_of_changing_a_volume(cuts: Cuts, verb: str) -> None:
-    """It is as before, or done, or known to be damaged; and the same call then succeeds."""
+    """It is unchanged, or changed, or known to be damaged; the same call then succeeds."""
     work = CHANGES[verb]
     sizes = {
         "resize": ("source", {len(DATA), -(-(len(DATA) + 4096) // 512) * 512}),
@@ -240,7 +240,7 @@ async def test_killed_at_every_step_of_changing_a_volume(cuts: Cuts, verb: str) 
     }
 
     def cut(pool: Path) -> None:
-        """Nothing that is looked at without a daemon."""
+        """Nothing can be checked without a daemon."""
 
     async def after(world: World, pool: Path, host: Host) -> None:
         listed = {volume["name"]: volume for volume in await host.volumes.listing("p")}
@@ -277,7 +277,7 @@ async def test_killed_at_every_step_of_changing_a_volume(cuts: Cuts, verb: str) 
 async def test_a_pools_stop_that_cannot_be_put_on_record_is_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full /run doesn't keep it from being stopped, and the next daemon knows as soon as there is room."""
+    """It is stopped in spite of a full /run, and that is on record as soon as there is room."""
     monkeypatch.setattr("virtd.objects.persistent.SAVE_AGAIN", 0.01)
     with hosted(tmp_path, monkeypatch) as world:
         async with world.daemon() as host:
@@ -307,7 +307,7 @@ async def test_a_pools_stop_that_cannot_be_put_on_record_is_later(
 async def test_a_job_that_systemd_cannot_be_told_of_is_put_away_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bus broke off: the result counts at once, and what is left goes as soon as there is a bus."""
+    """The bus broke off: the result counts at once, and the rest is put away once the bus is back."""
     monkeypatch.setattr("virtd.children.ending.AGAIN", 0.01)
     children = Children()
     children.follow(monkeypatch)
@@ -333,7 +333,7 @@ async def test_a_job_that_systemd_cannot_be_told_of_is_put_away_later(
 
 @on_loop
 async def test_pools_are_not_what_is_looked_at_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which drivers are is known by the name of what does it."""
+    """Drivers that need it have a method of that name, which must not be something else in others."""
     (tmp_path / "host").mkdir()
     with hosted(tmp_path / "host", monkeypatch) as world:
         async with world.daemon() as host:
@@ -367,7 +367,7 @@ async def test_an_upload_whose_check_did_not_begin_waits_for_its_client_again(
 async def test_the_backing_volume_of_an_uploaded_image_is_on_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The daemon that finishes the upload may be another one than that which looked at the image."""
+    """The daemon that finishes an upload need not be the one that looked at the image."""
     (tmp_path / "host").mkdir()
     image = fake_qemu_img.header(1 << 20, b"source")
     with hosted(tmp_path / "host", monkeypatch) as world:
