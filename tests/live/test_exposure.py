@@ -21,8 +21,8 @@ PROBE = Path(__file__).with_name("exposure_probe.py")
 CHILD = 2.5
 # What is above that has its reason beside it.
 LIMITS = {
-    # 0.4 are for being root, 0.5 for the host's network, 0.3 to see what guests see; 0.8 would hide disks and pools, or
-    # keep them from being used.
+    # 0.4 are for being root, 0.5 for the host's network, 0.3 to see what guests see; 0.8 would hide disks and pools,
+    # or keep them from being used.
     "virtd.service": 3.0,
     "virtd-keeper.service": CHILD,
     "virtd-network-default.service": CHILD,
