@@ -36,7 +36,7 @@ LIMITS = {
     # A container's filters and namespaces are its unit's, so these refuse only what no system may do; LXC makes
     # namespaces and mounts, as root with SYS_ADMIN, and a command has to come in by the same way.
     "virtd-lxc-box.service": 6.7,
-    "virtd-exec-probe.service": 6.6,
+    "virtd-exec-probe.service": 6.1,
 }
 BOX = f"""name = "box"
 rootfs = "{containers.ROOT}"

@@ -100,6 +100,11 @@ def entering(runtime: str, *, privileged: bool, toplevel: list[str]) -> list[Pro
         ("ReadWritePaths", "as", ["/run", "-/sys/fs/cgroup"]),
         ("PrivateDevices", "b", True),
         ("PrivateMounts", "b", True),
+        # These four are of the unit's control group and mounts, and the command is in the container's.
+        ("IPAddressDeny", "a(iayu)", [(2, bytes(4), 0), (10, bytes(16), 0)]),
+        ("ProtectKernelTunables", "b", True),
+        ("ProtectProc", "s", "invisible"),
+        ("ProcSubset", "s", "pid"),
         ("ProtectKernelLogs", "b", True),
         ("ProtectKernelModules", "b", True),
         ("SystemCallFilter", "(bas)", (False, REFUSED)),
