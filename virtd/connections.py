@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The daemon's two connections to D-Bus, made anew whenever they are lost: one to systemd, one that is org.virtd1."""
+"""The daemon's two connections to D-Bus, reopened whenever they are lost: one to systemd, one for org.virtd1."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ HANGING = (
 
 
 def give_way() -> NoReturn:
-    """Let the next daemon go on, which costs nobody anything, where this one would be there and of no use."""
+    """Leave it to the next daemon: a restart costs nobody anything, and this one would be of no use."""
     os._exit(1)
 
 
 class Connections:
-    """`task` starts what runs beside the rest: a function without arguments that makes a coroutine."""
+    """`task` runs in the background what the function that it gets makes: a coroutine."""
 
     def __init__(self, task: Callable[[Callable[[], Any]], asyncio.Task[None]]) -> None:
         self._task = task
@@ -69,7 +69,7 @@ class Connections:
         return self._units
 
     async def leave(self) -> None:
-        """Answer callers what they have sent, and take nothing more."""
+        """Answer the calls that have come, and take no more."""
         if self._front_end is not None:
             await self._front_end.close()
 
@@ -153,7 +153,7 @@ class Connections:
             self._hangs_since = None
 
     async def _serve_bus(self, host: Host, limits: Limits, lost: asyncio.Event) -> bool:
-        """Have org.virtd1 on the bus; False when that can't be: a bus policy that isn't in force yet, most likely.
+        """Publish org.virtd1; False if the bus refuses, most likely by a policy that isn't in force yet.
 
         It has a connection of its own: what others send to that name must not stand in the way of what systemd
         answers. `lost` is set when that connection breaks.
@@ -188,7 +188,7 @@ class Connections:
             self._served = None
 
     def _machined(self, host: Host, units: Units) -> asyncio.Task[None]:
-        """Have what runs in `machinectl list`, where there is a machined. Nothing depends on it."""
+        """Have `machinectl list` show what runs, if systemd-machined is there. Nothing depends on it."""
         from .host.machined import Registrar
 
         async def machined() -> None:

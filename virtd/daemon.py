@@ -59,7 +59,7 @@ LISTENERS = ("varlink", "varlink-root")  # FileDescriptorName= in virtd.socket a
 LAST_LOOK = 0.2  # seconds that the end waits for what guests have just said to be in their logs
 TIDY_EVERY = 2.0
 LOOK_EVERY = 10.0  # seconds between two looks at what guests stand on
-WELL = 5.0  # seconds after which a crash is the first of its kind, see RestartSteps= in virtd.service
+WELL = 5.0  # seconds after which a crash counts as the first again, see RestartSteps= in virtd.service
 ITSELF = Caller(uid=0, pid=os.getpid(), name="virtd")
 
 
@@ -154,11 +154,11 @@ class Daemon:
         await units.on_reloaded(self._kept.due)
         if first:
             await self._recover()
-            for work in (self.host.autostart, self._be_well, self._kept.keep_looking):
+            for work in (self.host.autostart, self._forget_crashes, self._kept.keep_looking):
                 self._task(work)
 
     async def _recover(self) -> None:
-        """Second step: every record beside its unit. One that fails is a problem of its own."""
+        """Second step: compare every record with its unit. A failure stays with its object."""
         await self.host.reconcile()
         with contextlib.suppress(fdstore.NotifyFailed):
             await asyncio.to_thread(self._store.tidy)
@@ -182,8 +182,8 @@ class Daemon:
             )
         self._status_later()
 
-    async def _be_well(self) -> None:
-        """Have systemd start over with counting crashes, so that after the next one it waits for nothing."""
+    async def _forget_crashes(self) -> None:
+        """Have systemd count crashes from zero again, so that it doesn't delay the start after the next one."""
         await asyncio.sleep(WELL)
         with contextlib.suppress(errors.VirtdError):
             await (await self._connections.units()).reset_failed(UNIT)
@@ -215,7 +215,7 @@ class Daemon:
             await self.host.look()
 
     async def _watchdog(self) -> None:
-        """Tell systemd that the loop turns, twice as often as it asks for."""
+        """Tell systemd that the event loop runs, twice as often as it asks."""
         limit = os.environ.pop("WATCHDOG_USEC", "")
         os.environ.pop("WATCHDOG_PID", None)
         if not limit.isdecimal():
@@ -295,7 +295,7 @@ def announce(paths: Paths) -> None:
         files.write(path, msgspec.json.encode(content), mode=0o644)
     except errors.HostError as exc:
         log.warning("%s", exc)
-        # What an earlier daemon has left there is true of nobody by now.
+        # What an earlier daemon left there describes nobody now.
         with contextlib.suppress(errors.HostError):
             files.remove(path)
 

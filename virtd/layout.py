@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The directories that virtd works in. systemd-tmpfiles(8) makes them, and so does virtd, where it has not been asked
-to or somebody has removed them: of the same modes, which units/virtd.tmpfiles has as well.
+"""The directories that virtd works in. systemd-tmpfiles(8) makes them, and so does virtd where that hasn't
+run or somebody has removed them, with the modes that units/virtd.tmpfiles has.
 
 No StateDirectory= or its like, for `systemctl clean` deletes what those name: images, definitions and logs are their
-owners', and what is in /run tells of guests that run.
+owners', and what is in /run describes running guests.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def directories(paths: Paths) -> Iterator[tuple[str, int]]:
 
 
 def ensure(paths: Paths) -> None:
-    """Have them all there. What can't be made is told by whoever needs it.
+    """Have them all there. What can't be made is reported by whoever needs it.
 
     Those in /run get their mode back; the others' may be their owner's choice.
     """

@@ -50,7 +50,7 @@ class Paths:
 
     @property
     def userdb(self) -> str:
-        """Where names of users are put who come and go, nss-systemd(8)."""
+        """Where records of transient users are put, nss-systemd(8)."""
         return f"{self.root}/run/userdb"
 
     @property
@@ -103,8 +103,8 @@ class Paths:
 
 
 class Listing(NamedTuple):
-    """What is in a directory: names of objects; `odd`, files that are called as no object can be; and in `wrong` why
-    it can't be read.
+    """What is in a directory: `names` of objects, `odd` files, whose names no object can have, and, in `wrong`, why
+    the directory can't be read.
     """
 
     names: list[str]

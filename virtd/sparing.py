@@ -7,6 +7,8 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
+from .allowance import Allowance
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -15,13 +17,11 @@ EVERY = 60.0  # seconds for each one more
 
 
 class Sparing:
-    """Of more messages than that only the number is told, with the next one."""
+    """Messages past that are only counted; the next one says how many they were."""
 
     def __init__(self, log: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
         self._log = log
-        self._clock = clock
-        self._left = float(BURST)
-        self._at = clock()
+        self._allowance = Allowance(BURST, 1 / EVERY, clock)
         self._kept_back = 0
 
     def warning(self, text: str, *values: Any, exc_info: bool = False) -> None:
@@ -32,13 +32,9 @@ class Sparing:
         self._write(logging.ERROR, text, values, exc_info=True)
 
     def _write(self, level: int, text: str, values: tuple[Any, ...], *, exc_info: bool) -> None:
-        now = self._clock()
-        self._left = min(BURST, self._left + (now - self._at) / EVERY)
-        self._at = now
-        if self._left < 1:
+        if not self._allowance.take():
             self._kept_back += 1
             return
-        self._left -= 1
         if self._kept_back:
             text, values = text + " (%d more like this were kept back)", (*values, self._kept_back)
             self._kept_back = 0

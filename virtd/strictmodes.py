@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whether only root can change a file that root goes by.
+"""Whether only root can change a file that virtd trusts.
 
-Who writes a definition has QEMU opened whatever it names, so a user's own file, or one that everybody may write, is
-one that nobody should go by.
+Whoever can write a definition can have QEMU open any file, so one that belongs to a user, or that everybody may
+write, must not be trusted.
 """
 
 from __future__ import annotations

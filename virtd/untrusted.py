@@ -83,8 +83,8 @@ def tail(path: str, most: int, *, since: int = 0, dir_fd: int | None = None) -> 
 def connect(path: str, pid: int, start: int, *, dir_fd: int | None = None) -> socket.socket:
     """A stream connection, in non-blocking mode, to process `pid`, which listens on the Unix socket at `path`.
 
-    `pid` and `start` as in `process`. Raises Unfit for what is no socket and for who else listens there, wherever he
-    has it from; OSError: ENOENT and ECONNREFUSED when nobody listens yet, or any more, EAGAIN when it doesn't accept.
+    `pid` and `start` as in `process`. Raises Unfit for what isn't a socket, and when another process listens
+    there; OSError: ENOENT and ECONNREFUSED when nobody listens yet, or any more, EAGAIN when it doesn't accept.
     """
     where = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=dir_fd)
     try:

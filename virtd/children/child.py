@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One child: a process in a transient unit of its own, its pipes and logs in slots. The only place that starts one.
 
-The order, and what a crash of the daemon leaves at each point, is told in children/launch.py and children/ending.py.
+children/launch.py and children/ending.py say in which order, and what a crash of the daemon leaves at each step.
 """
 
 from __future__ import annotations
@@ -235,8 +235,8 @@ class Child:
     async def release(self) -> None:
         """Stop the pumps, drop the slots, close the logs. Idempotent.
 
-        Slots that PID 1 can't be told of now are dropped later: with the store's next change, or by the daemon's next
-        try (`Store.untidy`), or by the next daemon, for which they are nobody's.
+        Slots that can't be dropped while PID 1 takes no message go later: with the store's next change, at the
+        daemon's next attempt (`Store.untidy`), or by the next daemon, to which they belong to nothing.
         """
         await self.close()
         await asyncio.to_thread(self._drop_slots)
@@ -255,8 +255,10 @@ class Child:
 
 
 def sweep(services: Services) -> None:
-    """Remove the FIFOs of starts that were cut off before they had a slot, and aliases of what has no FIFOs. Before
-    this daemon starts anything."""
+    """Remove the FIFOs of starts that were cut off before they had a slot, and aliases of what has no FIFOs.
+
+    To be called before this daemon starts anything.
+    """
     for driver, name in fifos.owners(services.paths.fifos()):
         child = Child(services, driver, name)
         if fifos.fresh(child.pipes) and not any(slot in services.store for slot in child.slot_names()):

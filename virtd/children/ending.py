@@ -7,8 +7,8 @@
     unit             forgotten by systemd, and with it the exit status; then what the unit needed until here
     directories      removed, with FIFOs and aliases
 
-Each may be done twice, and what can't be done keeps nothing else from being done. The record tells of the child until
-all of it is: so whoever finds it there, in this process or the next, puts it away once more.
+Each step may be repeated, and one that fails doesn't keep the others from being done. The record names the child
+until all of them are done, so this process or the next tries again.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ async def put_away(
     forgotten: Callable[[], Awaitable[object]] = _nothing,
     remove: Callable[[], Awaitable[object]] = _nothing,
 ) -> list[Exception]:
-    """Put away what a child leaves that has ended, or whose launch is undone. Safe to repeat.
+    """Put away what is left of a child that has ended, or whose launch is undone. Safe to repeat.
 
     The owner's part: `give_back` undoes changes of the host, `forgotten` those that the unit needs until systemd has
-    forgotten it, `remove` takes its directories away. What was in the way: nothing when all is put away.
+    forgotten it, `remove` removes its directories. Returns the errors; none when all is put away.
     """
 
     async def drop() -> None:
@@ -72,8 +72,8 @@ async def put_away(
 async def _collect(child: Child) -> None:
     """Have systemd forget the unit.
 
-    A launch may have been undone while PID 1 couldn't be told: that very run is ended now, but no other one, which
-    somebody else has begun.
+    If its launch was undone while PID 1 couldn't be reached, that run is ended now. One that somebody else has
+    started isn't.
     """
     units = await child.services.units()
     try:
@@ -87,7 +87,7 @@ async def _collect(child: Child) -> None:
 
 
 async def _failure(step: Awaitable[object]) -> Exception | None:
-    """What was in the way of `step`, which must not keep the next one from being done."""
+    """The error of `step`, if it fails: the next one is to be done all the same."""
     try:
         await step
     except (errors.VirtdError, fdstore.StoreError, OSError) as exc:
@@ -98,7 +98,7 @@ async def _failure(step: Awaitable[object]) -> Exception | None:
 async def end(child: Child) -> None:
     """Kill what a launch that failed may have begun; what can't be done is left for others to find.
 
-    Once more where it was for nothing: the kill may come before the process, and the bus may have broken off.
+    Repeated where that failed: the kill may come before the process, and the connection to the bus may break.
     """
     for _ in range(TRIES):
         with contextlib.suppress(errors.VirtdError):
@@ -112,8 +112,8 @@ async def end(child: Child) -> None:
 async def watch(
     child: Child, finish: Callable[[], Awaitable[object]], held_up: Callable[[errors.VirtdError], object]
 ) -> None:
-    """Wait for the end of the process, and `finish`: again and again while a VirtdError is in the way (no bus at this
-    moment, a PID 1 that is very busy, a file system that doesn't answer), of which `held_up` is told.
+    """Wait for the end of the process, and `finish`, again after each VirtdError (no bus at this moment, a PID 1 that
+    is very busy, a file system that doesn't answer), which `held_up` gets.
     """
     await child.ended()
     while True:

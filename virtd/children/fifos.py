@@ -32,7 +32,7 @@ def make(directory: str, names: tuple[str, ...]) -> list[int]:
         for name in names:
             path = f"{directory}/{name}"
             os.mkfifo(path, 0o600)
-            # Whoever reads comes first: to open one for writing that nobody reads waits, or is an error.
+            # The read end comes first: opening a FIFO for writing blocks, or fails, while nobody reads it.
             opened.append(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
             opened.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
             os.set_blocking(opened[-2], True)
@@ -45,7 +45,7 @@ def make(directory: str, names: tuple[str, ...]) -> list[int]:
 
 
 def retire(directory: str) -> None:
-    """The child has its ends. To be repeated before the unit is stopped, in case that something was in the way."""
+    """For when the child has its ends; once more before the unit is stopped, in case that it failed."""
     for name in NAMES:
         path = f"{directory}/{name}"
         with contextlib.suppress(OSError):
@@ -65,7 +65,7 @@ def remove(directory: str) -> None:
 
 
 def clear(directory: str) -> None:
-    """As `remove`. Raises HostError when something of it stays."""
+    """As `remove`, but raises HostError if something is left."""
     remove(directory)
     if os.path.lexists(directory):
         raise errors.HostError(f"{directory} can't be removed")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One launch, the same for every child. What it adds step by step, and what a crash of the daemon leaves there:
+"""One launch, the same for every child. What each step adds, and what a crash of the daemon leaves after it:
 
     require     nothing is there, and nothing is changed     nothing
     reach       what it stands on, which others use, too     that
@@ -9,7 +9,7 @@
     keep        the slots                                    record and slots without a unit: rolled back
     spawn       the unit                                     it runs: adopted. It doesn't: rolled back
     identified  its PID on record                            adopted
-    come_up     it does what it is there for                 adopted
+    come_up     it is ready for use                          adopted
 
 Whatever fails on the way is undone by this process. The owner is an object with a record; one that has several
 children launches each by itself, and its record tells of all of them.
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 def promised(child: Child, descriptors: Mapping[str, int]) -> dict[str, Any]:
-    """What a record says of a child of which there is nothing yet."""
+    """What a record says of a child before anything of it exists."""
     return {
         "unit": child.unit,
         "slots": identities(descriptors),
@@ -60,7 +60,7 @@ class Launch:
     def __init__(self, child: Child, cannot: str, title: str, fields: Mapping[str, str]) -> None:
         self.child = child
         self.services = child.services
-        self.remembered = False  # whether the record tells of it
+        self.remembered = False  # whether it is on record
         self.words_from = 0  # where in its log of messages this one's begin
         self._cannot = cannot
         self._title = title
@@ -72,7 +72,7 @@ class Launch:
         """Look at the host before anything is done. Raises a VirtdError."""
 
     async def reach(self) -> None:
-        """Have what it stands on: other drivers' objects, which others use as well. Raises a VirtdError."""
+        """Bring up what it depends on: other drivers' objects, which others use as well. Raises a VirtdError."""
 
     def remember(self, promise: dict[str, Any]) -> None:
         """Put it on record, before anything of it exists; `promise`: what the record has to say. Raises HostError."""
@@ -85,7 +85,7 @@ class Launch:
         """Change the host as the record says by now. Raises HostError."""
 
     async def connect(self) -> None:
-        """The same, for what has to be waited for. Raises a VirtdError."""
+        """As `prepare`, for changes that have to be waited for. Raises a VirtdError."""
 
     def spec(self) -> UnitSpec:
         """The unit."""
@@ -96,7 +96,7 @@ class Launch:
         raise NotImplementedError
 
     async def come_up(self) -> None:
-        """Wait until it does what it is there for. Raises StartFailed."""
+        """Wait until it is ready for use. Raises StartFailed."""
 
     async def failed(self, why: BaseException) -> None:
         """It has ended, if it ever ran. Where it was `remembered`, say so on record and put away what there is."""
@@ -107,7 +107,7 @@ class Launch:
         return exc
 
     def trouble(self, text: str) -> None:
-        """It isn't all undone."""
+        """Report that not all of it could be undone."""
         raise NotImplementedError
 
     # The steps
@@ -138,8 +138,8 @@ class Launch:
             ends.close()
             child.discard(descriptors)
             await asyncio.shield(self._undo(exc))
-            if isinstance(exc, errors.VirtdError) and (told := self.explained(exc)) is not exc:
-                raise told from exc
+            if isinstance(exc, errors.VirtdError) and (explained := self.explained(exc)) is not exc:
+                raise explained from exc
             raise
 
     def _require_room(self) -> None:
@@ -155,7 +155,7 @@ class Launch:
             raise errors.BudgetExceeded(f"{self._cannot}: {exc}", hint=exc.hint) from exc
 
     async def _undo(self, why: BaseException) -> None:
-        """Whatever there is of it by now goes away again."""
+        """Remove whatever exists of it by now."""
         try:
             if self.remembered:
                 await ending.end(self.child)

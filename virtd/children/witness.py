@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How a child ended whose unit doesn't tell: the journal has it, from PID 1, or the kernel's own word for it.
+"""How a child ended whose unit no longer says: from PID 1's entries in the journal, or from the kernel.
 
 `systemctl reset-failed`, or a stop of a unit by somebody while virtd is away, and systemd forgets the unit with its
 exit status. An ExecStopPost= could write that down, and would make each stop longer by a process in PID 1's way (25
@@ -44,7 +44,7 @@ class Told(NamedTuple):
 
 
 async def ended(manager: Units, unit: str, invocation_id: str, seen: process.Seen | None = None) -> UnitState | None:
-    """As Units.ended; what the unit itself doesn't tell of that very run of it is looked up. `seen`: by ourselves.
+    """As Units.ended; what the unit doesn't say about that run is looked up. `seen`: what we have seen ourselves.
 
     A state that runs is of a unit that somebody has started again.
     """
@@ -83,7 +83,7 @@ def _tells(state: UnitState | None, invocation_id: str) -> bool:
 
 
 def _known(state: UnitState | None) -> UnitState | None:
-    """None for a unit that has ended and tells nothing of its main process: its "success" is no more than a default.
+    """None for a unit that has ended and says nothing about its main process: its "success" is only a default.
 
     One was loaded again from its file after a reset-failed, and never ran. The other is a race in systemd 257 and
     later. With PrivatePIDs= PID 1 hears of a process from the one that made it; while that has still to end, the new

@@ -183,7 +183,7 @@ class Boxes:
     ) -> None:
         """Have the box's next generation in PID 1, and the one before no more. Raises NotifyFailed, nothing changed.
 
-        `known`: descriptors of what is in there by now; any that isn't known is got out of the box. `crowded`: PID 1
+        `known`: descriptors of what is in there by now; one that isn't known is taken from the box. `crowded`: PID 1
         has no room for two generations at a time.
         """
         add = add or {}

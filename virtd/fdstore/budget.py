@@ -3,9 +3,9 @@
 
 Three limits apply, and the nearest one counts:
 
-- FileDescriptorStoreMax=: past it PID 1 closes what it was sent and tells only its own log. It counts entries, of
-  which a box (boxes.py) is one, whatever is in it. As soon as there are boxes one entry is left free, for the next
-  generation of one of them.
+- FileDescriptorStoreMax=: past it PID 1 closes what it was sent, and says so only in its own log. It counts
+  entries, of which a box (boxes.py) is one, whatever is in it. As soon as there are boxes one entry is left free, for
+  the next generation of one of them.
 - LimitNOFILE= (the soft limit): systemd applies it to the new process *before* it lays out the descriptors, so with
   too many of them the daemon fails to start (202/FDS), for good.
 - The kernel's limit of 128 KiB on one string of the environment, which $LISTEN_FDNAMES is: past it the daemon fails

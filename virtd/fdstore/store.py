@@ -139,15 +139,15 @@ class Store:
     def sockets(self) -> dict[str, list[int]]:
         """What came from socket units, by FileDescriptorName= (the socket unit's name if that isn't set).
 
-        Told from the slots by having no slash in the name; what another program stored without one is here too.
+        They differ from slots by having no slash in the name; what another program stored without one is here too.
         """
         return {name: list(fds) for name, fds in self._sockets.items()}
 
     def duplicates(self) -> dict[str, list[Slot]]:
         """All candidates of every name that came back more than once; `get()` answers the first, an arbitrary one.
 
-        It takes another program (or `systemd-notify --fd`) to make one: `put()` never leaves two. `resolve()` settles
-        it by what the daemon's own records say.
+        It takes another program (or `systemd-notify --fd`) to make one: `put()` never leaves two. `resolve()` chooses
+        by the daemon's own records.
         """
         return {name: found for name in self._held.doubles if len(found := self._held.candidates(name)) > 1}
 
@@ -172,7 +172,7 @@ class Store:
     def held(self, dump: Iterable[tuple[str, int, int]]) -> dict[str, list[tuple[int, int]]]:
         """What PID 1 holds, by slot: (dev, ino) of each descriptor, of `dump` as `verify` is given it.
 
-        A box of ours is told as what is in it. One that isn't ours is told as itself.
+        Our boxes are expanded into slots; foreign ones are listed as they are.
         """
         return unboxed(dump, self._boxes, self.slots())
 
@@ -324,7 +324,7 @@ class Store:
             self._unwanted.clear()
 
     def resolve(self, name: str, dev: int, ino: int) -> Slot:
-        """Settle a name that came back more than once: keep the candidate that is `dev:ino` and drop the others.
+        """Of a name that came back more than once, keep the candidate that is `dev:ino` and drop the others.
 
         MissingSlot, and nothing changed, if none of them is. For a name with one descriptor it only looks.
         """
@@ -363,7 +363,7 @@ class Store:
         self._tell(text)
 
     def reloading(self) -> None:
-        """Tell that a reload has begun, as Type=notify-reload wants it; `notify("READY=1")` says that it's over."""
+        """Say that a reload has begun, as Type=notify-reload wants it; `notify("READY=1")` says that it's over."""
         self.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def barrier(self, timeout: float = 5.0) -> bool:

@@ -5,7 +5,7 @@ A follower's place is a `Cursor`: the file's id ("dev:ino") and an offset. It ho
 place in it, so the id can't be used again for another file meanwhile. Reading it to its end and going on with
 `newer()` at offset 0 gives every byte once, over any number of rotations.
 
-The thread that writes (see logfile.py) tells of each rotation. The rest reads a snapshot and may be called from any
+The thread that writes (see logfile.py) reports each rotation. The rest reads a snapshot and may be called from any
 thread.
 """
 
@@ -74,7 +74,7 @@ class Chain:
         self._retired: OrderedDict[str, Retired] = OrderedDict()
         self._files: tuple[tuple[Segment, ...], Current] = ((), now)
 
-    # What the thread that writes tells
+    # The thread that writes
 
     def backup(self, number: int) -> str:
         """The path of the backup with this number; 1 is the newest."""

@@ -10,7 +10,7 @@ moved. A descriptor that was kept in the FD store is a short cut; if it leads el
 off or because somebody moved or removed the file by hand, the log goes on with the file at the path.
 
 One thread (the pump's) calls `take`, `rotate`, `check` and `close`. Who reads the log asks its chain of files
-(logchain.py).
+(chain.py).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class LogFile:
             _close(fd)
         self.chain = Chain(self.path, backups, self._now)
         try:
-            self._settle(announce=fd is not None)
+            self._open_current(announce=fd is not None)
         except OSError as error:
             # With a descriptor in hand the log still works, only its path is wrong; `check` tries again.
             if self.fd < 0:
@@ -163,7 +163,7 @@ class LogFile:
         """
         if not self._in_place():
             before = self.file
-            self._settle(announce=True)
+            self._open_current(announce=True)
             if self.file != before:
                 return self.fd
         fresh = self.path + ".new"
@@ -201,7 +201,7 @@ class LogFile:
             return False
         before = self.file
         try:
-            self._settle(announce=True)
+            self._open_current(announce=True)
         except OSError as error:
             logger.warning("log %s leads elsewhere and cannot be opened: %s", self.path, error.strerror)
         return self.file != before
@@ -217,7 +217,7 @@ class LogFile:
             self._now.size = os.lseek(self.fd, 0, os.SEEK_END)
         return True
 
-    def _settle(self, *, announce: bool) -> None:
+    def _open_current(self, *, announce: bool) -> None:
         """Put right what a rotation that was cut off has left, and hold the file at the path."""
         fresh = self.path + ".new"
         if os.path.lexists(fresh):

@@ -31,7 +31,7 @@ LINE = 8192
 STEP = 1 << 16
 """Bytes that one call reads at most."""
 BACKLOG = 1 << 20
-"""Bytes behind which it isn't worth to read on line by line; the end of the log is more telling."""
+"""Bytes behind which it isn't worthwhile to go on line by line; the end of the log says more."""
 
 
 class StderrLog:

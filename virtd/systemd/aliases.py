@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Odd paths in the properties of a unit, by names that mean the same to every systemd.
 
-What a unit is given over D-Bus systemd writes into a file, and goes by that after the next daemon-reload. There a
+systemd writes the properties that it gets over D-Bus into a file, which is what counts after a daemon-reload. There a
 space ends a path, a colon begins the next, and quotes, "\\", "%" and "$" are more than themselves; and since 254
 what sets up a sandbox reads such a text from the beginning, in which 257 loses quotes. So an odd path is named by a
 link to it, as /run/virtd/paths/qemu.web1/0: systemd follows links, both to what it binds and to where. The directory

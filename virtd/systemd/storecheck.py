@@ -30,9 +30,9 @@ Problems = dict[str, tuple[str, str]]  # by key: text and hint
 
 
 class Watch:
-    """Looks when it is due, once for however many times that it was meanwhile, and again where nothing could be seen.
+    """Looks when it is due (once, however often that was requested meanwhile), and again after a look that failed.
 
-    What `look` finds is put into `problems`, and told when it is new.
+    What `look` finds goes into `problems`, and into the journal when it is new.
     """
 
     def __init__(self, problems: Problems, look: Callable[[], Awaitable[Problems]]) -> None:
@@ -43,7 +43,7 @@ class Watch:
         self._failed = 0  # times in a row
 
     def due(self) -> None:
-        """systemd has read its units again, or just has been found."""
+        """systemd has read its units again, or has just been connected to."""
         self._due.set()
 
     async def keep_looking(self) -> None:
@@ -79,7 +79,7 @@ async def dropped(
     """How many of the store's entries systemd doesn't take, though it was given them again; and of how many.
 
     `count` says how many it has. Children start and end meanwhile, so a few looks have to agree that one is missing.
-    `give` false: it would take none, and tell of each in the journal.
+    `give` false: it would take none, and log each of them.
     """
     wanted = kept = 0
     for look in range(looks):
@@ -156,7 +156,7 @@ KEYS = ("store", "preserve", "files")
 
 
 def tell(before: Problems, found: Problems) -> None:
-    """Say in the journal what is wrong that wasn't before, and what is well again."""
+    """Report in the journal which problems are new, and which are over."""
     for key in KEYS:
         if key in found and found[key] != before.get(key):
             text, hint = found[key]

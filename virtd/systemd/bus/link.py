@@ -115,16 +115,16 @@ class Link:
     # The thread
 
     def _run(self, ready: asyncio.Future[None]) -> None:
-        """The thread: imports, connects, and waits for the connection's end, which only a GLib loop is told of."""
+        """The thread: imports, connects, and waits for the connection's end, of which only a GLib loop learns."""
         try:
             self._connect()
-            self._post(_settle, ready, None)
+            self._post(_resolve, ready, None)
             while not self._stopping:
                 self._context.iteration(may_block=True)
             self._disconnect()
             self._context.pop_thread_default()
         except BaseException as exc:
-            self._post(_settle, ready, exc)
+            self._post(_resolve, ready, exc)
         finally:
             # Whatever happened: `close` waits for it.
             self._post(self._finished.set)
@@ -170,8 +170,8 @@ class Link:
     def _disconnect(self) -> None:
         with contextlib.suppress(self._glib.Error):
             self._connection.close_sync(None)
-        # The closing is told by a source of this context, which holds the connection, which holds the context: unless
-        # it runs, none of them is ever freed.
+        # A source of this context reports the closing. It holds the connection, which holds the context: unless it
+        # runs, none of them is ever freed.
         while not self._told:
             self._context.iteration(may_block=True)
         self._connection.disconnect(self._closed_handler)
@@ -181,7 +181,7 @@ class Link:
         while not self._filter_freed.is_set() and time.monotonic() < deadline:
             if not self._context.iteration(may_block=False):
                 time.sleep(0.0005)
-        # GDBus leaves the socket of a connection that was lost open until its last reference has gone.
+        # GDBus leaves the socket of a connection that was lost open until its last reference is dropped.
         with contextlib.suppress(self._glib.Error):
             self._connection.get_stream().close(None)
 
@@ -216,7 +216,7 @@ class Link:
         self._lost()
 
 
-def _settle(future: asyncio.Future[None], exc: BaseException | None) -> None:
+def _resolve(future: asyncio.Future[None], exc: BaseException | None) -> None:
     if future.done():
         return
     if exc is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Signals that somebody waits for: match rules, whose signals count, and who owns the names meanwhile."""
+"""Subscriptions to signals: match rules, whose signals are accepted, and who owns the names."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Signals:
             self._speakers.add(owner)
 
     def receive(self, message: Any, unpack: Callable[[Any], tuple[Any, ...]]) -> None:
-        """Tell of a signal whoever has asked for it; `unpack` makes its values, if anybody has."""
+        """Pass a signal to those who have subscribed to it; `unpack` makes its values, if anybody has."""
         sender, path = message.get_sender(), message.get_path()
         interface, member = message.get_interface(), message.get_member()
         args: tuple[Any, ...] | None = None
