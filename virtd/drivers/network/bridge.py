@@ -35,7 +35,7 @@ def is_ours(name: str, mac: str) -> bool:
     return links.is_bridge(name) and links.mac(name) == mac
 
 
-def make_it(name: str, mac: str, alias: str) -> bool:
+def make(name: str, mac: str, alias: str) -> bool:
     """Make a bridge, down for now, unless it exists. Returns whether it was made. Raises HostError."""
     if links.exists(name):
         return False
@@ -69,7 +69,7 @@ def take_in(network: Network, known: Iterable[Port]) -> None:
         raise errors.HostError(f"Cannot put {', '.join(found)} into {name}: {exc.strerror}") from exc
 
 
-def lower_it(name: str, mac: str) -> bool:
+def delete(name: str, mac: str) -> bool:
     """Delete the bridge if it is ours; its ports are then in no bridge. Raises HostError."""
     if not is_ours(name, mac):
         return False

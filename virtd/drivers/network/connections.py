@@ -112,7 +112,7 @@ class Connections:
         for port in self.net.ports:
             if port.interface in self.refused:
                 text = f"{port.user} gave its interface {port.interface} another MAC address, and was disconnected"
-                hint = "Its QEMU may be in its guest's hands: stop it. It is connected again at its next start."
+                hint = "Its guest may control its QEMU: stop it. It is connected again at its next start."
                 self.net.problems[f"port {port.interface}"] = Problem(text, hint)
 
     async def take_over(self) -> None:

@@ -61,7 +61,7 @@ def setting(link: Link, key: str, value: int, *, vital: bool = True, new: bool =
         prerequisites.set_sysctl(path, str(value))
 
     text = f"{prerequisites.dotted(path)}: {found} instead of {value}"
-    hint = "Where /proc/sys can be written, sysctl -w NAME=VALUE sets what is named."
+    hint = "Where /proc/sys is writable, sysctl -w NAME=VALUE sets it."
     yield Drift(f"{link.name} {key}", text, mend, hint, vital=vital, new=new)
 
 

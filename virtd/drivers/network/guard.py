@@ -125,7 +125,7 @@ class Guard:
             except errors.VirtdError as exc:
                 log.error("The rules of network %s can't be applied: %s", net.name, exc)
                 if not isinstance(exc, errors.Busy):
-                    net.problems["rules"] = Problem(f"Its rules are gone: {exc.message}", exc.hint)
+                    net.problems["rules"] = Problem(f"Its rules are missing: {exc.message}", exc.hint)
         if restored:
             self._tell_restored(restored, f"The firewall rules of {_named(restored)}", why)
 
@@ -159,7 +159,7 @@ class Guard:
                 for ground, mark in zip(grounds, await asyncio.to_thread(firewall.replace, *grounds), strict=True):
                     self._nets[ground.network.name].rules.applied(ground, mark)
             if stale:
-                log.info("The rules of %s are those of this version now", _named(sorted(stale)))
+                log.info("The rules of %s were replaced by those of this version", _named(sorted(stale)))
             return [name for name in lost if name not in stale]
 
     # Isolation

@@ -127,5 +127,5 @@ async def _served(forwards: tuple[Forward, ...]) -> list[listening.Served]:
     try:
         return await asyncio.to_thread(listening.served, forwards)
     except OSError as exc:
-        log.warning("Which ports the host serves isn't known: %s", exc.strerror)
+        log.warning("Cannot list the ports that the host serves: %s", exc.strerror)
         return []

@@ -46,7 +46,7 @@ class Newcomers:
             try:
                 found = await asyncio.to_thread(listening.served, network.forward) if network.forward else []
             except OSError as exc:
-                log.debug("Which ports the host serves isn't known: %s", exc.strerror)
+                log.debug("Cannot list the ports that the host serves: %s", exc.strerror)
                 continue
             if net.state is State.ACTIVE and net.running is network:
                 said = _said(net)

@@ -56,7 +56,7 @@ class Pieces:
         await self._rules.apply(network)
         await self.allow_forwarding(network)
         alias = alias_of(network)
-        new = await asyncio.to_thread(bridge.make_it, network.bridge_name, net.mac, alias)
+        new = await asyncio.to_thread(bridge.make, network.bridge_name, net.mac, alias)
         await self._ensure()
         await asyncio.to_thread(bridge.take_in, network, net.ports)
         await self._tell_firewalld(network)
@@ -68,7 +68,7 @@ class Pieces:
         net = self._net
         await self._server.end()
         if kept := net.data.get("bridge"):
-            await asyncio.to_thread(bridge.lower_it, str(kept), net.mac)
+            await asyncio.to_thread(bridge.delete, str(kept), net.mac)
         await asyncio.to_thread(firewall.remove, net.name)
         fifos.clear(net.shared.services.paths.fifos(DRIVER, net.name))
         await asyncio.to_thread(files.remove_tree, net.runtime)
@@ -89,7 +89,7 @@ class Pieces:
 
     async def allow_forwarding(self, network: Network) -> None:
         for setting in await asyncio.to_thread(prerequisites.allow_forwarding, network):
-            text = f"Network {self._net.name}: the host forwards from now on: {setting}"
+            text = f"Network {self._net.name}: the host now forwards packets: {setting}"
             journal.send(text, level="notice", **self._net.fields())
 
     async def _tell_firewalld(self, network: Network) -> None:

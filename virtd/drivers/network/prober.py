@@ -105,7 +105,7 @@ class Prober:
                     try:
                         await self._look_for(name)
                     except Exception:  # the others are looked at nevertheless
-                        log.exception("Network %s: what its guests may do can't be tried", name)
+                        log.exception("Network %s: cannot try what firewalls let through", name)
                 # Our own tables were made and removed; changes by others meanwhile are announced.
                 now = _generation()
                 for name in sorted(names):
@@ -131,7 +131,7 @@ class Prober:
             found = await asyncio.shield(trying)
         except (errors.HostError, OSError) as exc:
             # Nothing is known then, and nothing is claimed.
-            log.debug("Network %s: what its guests may do can't be tried: %s", name, exc)
+            log.debug("Network %s: cannot try what firewalls let through: %s", name, exc)
             found = []
         finally:
             self._trying = None

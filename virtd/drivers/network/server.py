@@ -121,7 +121,7 @@ class Server(Tasks):
         self.stderr.end()
         for exc in await ending.put_away(child):
             # The store drops slots later, and the next launch, or the next daemon, has the unit forgotten.
-            log.warning("Not all that dnsmasq of network %s left is put away: %s", self.net.name, exc)
+            log.warning("dnsmasq of network %s left something that can't be put away yet: %s", self.net.name, exc)
         self.child = None
         for key in [key for key in self.net.problems if key.startswith("slot ")]:
             del self.net.problems[key]
