@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from ..children.child import Child, Services
+    from ..objects.object import D
     from ..records import Record, Records
     from ..systemd.state import Listed, UnitState
     from .guest import Guest
@@ -256,7 +257,7 @@ def _ours(services: Services, key: str) -> list[str]:
     return [slot for slot in services.store.names() if slot.startswith(f"{key}/")]
 
 
-def _process(machine: Guest[Any], unit: UnitState | None) -> list[Difference]:
+def _process(machine: Guest[D], unit: UnitState | None) -> list[Difference]:
     """Compare the unit of a running object with its record."""
     name, record = machine.name, machine.record
     if record is None or machine.child is None:
@@ -369,7 +370,7 @@ async def _mend(guests: Supervising, name: str, seen: Seen) -> None:
     guests.records.remove(name)
 
 
-async def _mend_running(guests: Supervising, machine: Guest[Any], seen: Seen) -> None:
+async def _mend_running(guests: Supervising, machine: Guest[D], seen: Seen) -> None:
     child = machine.live.child
     if not child.alive():
         await machine.finishing.finish()

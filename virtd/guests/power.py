@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import errors
 from ..hints import do, option
@@ -17,6 +17,7 @@ from ..text import span
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from ..objects.object import D
     from .guest import Guest
 
 TERM_LIMIT = 5.0
@@ -28,7 +29,7 @@ SHUTDOWN_GIVEN_UP = "shutdown given up"  # a request's verb
 
 
 async def shutdown(
-    machine: Guest[Any],
+    machine: Guest[D],
     timeout: float,
     by: str,
     *,
@@ -73,7 +74,7 @@ async def _at_once() -> bool:
 
 
 async def stop(
-    machine: Guest[Any],
+    machine: Guest[D],
     by: str,
     *,
     gently: Callable[[], Awaitable[bool]] = _at_once,
