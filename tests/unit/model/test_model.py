@@ -9,7 +9,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from virtd import errors
@@ -18,6 +19,8 @@ from virtd.model.state import ALIVE, State, require
 
 GOOD = 'name = "web1"\nmemory = "256M"\n[boot]\nkernel = "/boot/vmlinuz"\n'
 UUID = "0123abcd-4567-89ab-cdef-0123456789ab"
+# Where whatever makes the examples, or takes them, may have to wait for a CPU.
+ON_A_BUSY_HOST = examples(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def wrong(text: str) -> errors.InvalidDefinition:
@@ -255,6 +258,7 @@ def test_what_is_no_toml(text: str) -> None:
     assert len(error.message) < 300
 
 
+@ON_A_BUSY_HOST
 @given(st.text(max_size=300))
 def test_any_text_is_taken_or_explained(text: str) -> None:
     with contextlib.suppress(errors.InvalidDefinition):
@@ -268,6 +272,7 @@ JSON = st.recursive(
 )
 
 
+@ON_A_BUSY_HOST
 @given(st.sampled_from(domain.Domain.__struct_fields__), JSON)
 def test_any_value_of_any_key_is_taken_or_explained(key: str, value: Any) -> None:
     """Without TOML's syntax in between, so that values arrive that nobody would think of writing."""
@@ -288,6 +293,7 @@ PATHS = st.lists(st.from_regex(r"[a-z0-9 ,=]{1,8}", fullmatch=True), min_size=1,
 )
 
 
+@ON_A_BUSY_HOST
 @given(
     st.builds(
         domain.Domain,
@@ -347,6 +353,7 @@ def test_no_size(text: str | int) -> None:
         size.parse(text)
 
 
+@ON_A_BUSY_HOST
 @given(st.integers(0, 1 << 59))
 def test_sizes_are_shown_so_that_they_are_read(number: int) -> None:
     assert size.parse(size.show(number)) == number
