@@ -76,7 +76,7 @@ class Server:
         self._door = Door(self._refuse)
         self._kinds = kinds.load()
         self._members = kinds.members(self._kinds.values())
-        # The objects of each kind as the bus was last told of them: changes are sent as the difference to this.
+        # The objects of each kind as last announced on the bus: changes are sent as the difference from this.
         self._objects: dict[str, dict[str, Object]] = {segment: {} for segment in self._kinds}
         self._running = 0
         self._callers: dict[str, Caller] = {}
@@ -99,7 +99,7 @@ class Server:
     async def close(self) -> None:
         """Stop serving, with an answer for everybody. The Bus stays the owner's to close.
 
-        A call that comes from here on waits with the bus, which has virtd started again for it. What has come before
+        A call that arrives from here on waits in the bus, which has virtd started again for it. What arrived before
         is answered: with its result if that takes a moment only, else with an error. All this takes GRACE at most,
         unless the bus hangs.
         """
@@ -189,7 +189,7 @@ class Server:
         return call.answer(self._bus.codec.pack(signature, result))
 
     async def _caller_of(self, sender: str) -> Caller | None:
-        """Whose the connection is; None when it is gone."""
+        """The owner of the connection; None if it has left the bus."""
         by = self._callers.get(sender)
         if by is None:
             if (lookup := self._lookups.get(sender)) is None:
@@ -293,7 +293,7 @@ class Server:
                     pass
                 except Exception:
                     # What others have made of it costs it its place here, and no other object anything.
-                    self._sparing.exception("%s %s can't be told of on D-Bus", kind.segment, name)
+                    self._sparing.exception("%s %s can't be shown on D-Bus", kind.segment, name)
         return found
 
     async def _properties(self, call: MethodCall) -> tuple[Any, ...]:

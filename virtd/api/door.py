@@ -148,7 +148,7 @@ class Door:
                 self._strangers -= 1
                 if not sender.calls:
                     self._stranger_bytes -= sender.bytes
-                    del self._senders[name]  # whose it was could not be learnt, most likely as it is gone
+                    del self._senders[name]  # its owner is unknown, most likely because it has left
             elif sender.uid != 0:
                 self._users[sender.uid] -= 1
                 if not self._users[sender.uid]:

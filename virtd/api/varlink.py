@@ -110,7 +110,7 @@ class Connection:
         except (OSError, TooMuch, TimeoutError) as exc:
             log.debug("A client's connection ended: %r", exc)
         except Exception:
-            # Nobody waits for this task's end, and asyncio would tell of each one.
+            # Nobody awaits this task, and asyncio would log each one.
             self._sparing.exception("A bug: a connection of %s broke", self.caller.name)
         finally:
             self._socket.close()

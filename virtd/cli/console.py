@@ -155,7 +155,7 @@ class Console:
             poller.register(0, select.POLLIN)
         if self._typed and self._pipe >= 0:
             poller.register(self._pipe, select.POLLOUT)
-        poller.register(1, 0)  # tells when whoever reads the output has gone
+        poller.register(1, 0)  # reports when the reader of the output has closed it
         timers = [end - now for end in (self._until, self._last_words) if end is not None]
         ready = self._wait_for_daemon(now, 0.0 if self._unread else min([1.0, *timers]), poller)
         if ready.get(1, 0) & (select.POLLERR | select.POLLHUP | select.POLLNVAL):
@@ -384,8 +384,8 @@ def _escape(text: str) -> bytes | None:
 
 def options(parser: Parser, noun: str = "domain") -> None:
     parser.name(noun)
-    parser.add_argument("--force", action="store_true", help="take the console over from whoever writes to it now")
-    parser.add_argument("--read-only", action="store_true", help="only watch; any number can do that")
+    parser.add_argument("--force", action="store_true", help="take the console over from its present writer")
+    parser.add_argument("--read-only", action="store_true", help="only watch; several people may do so at once")
     parser.add_argument(
         "-n",
         "--lines",
@@ -404,8 +404,8 @@ def options(parser: Parser, noun: str = "domain") -> None:
         "--timeout",
         metavar="SECONDS",
         type=duration,
-        help="leave that long after the end of standard input, if that is no terminal, or after the start with "
-        "--read-only; unless given, output goes on until the guest ends",
+        help="leave that long after the end of standard input if that isn't a terminal, or, with --read-only, after "
+        "the start; by default output continues until the guest ends",
     )
 
 

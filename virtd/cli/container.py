@@ -52,7 +52,7 @@ COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
         "Run a command in a container",
         "run a command in {name}",
     ),
-    "create": ("container", "Definitions", "NAME", "Make a container of an image", "create {name}"),
+    "create": ("container", "Definitions", "NAME", "Make a container from an image", "create {name}"),
     "define": ("container", "Definitions", "FILE|-...", "Define containers, or change their definitions", ""),
     "undefine": ("container", "Definitions", "NAME...", "Remove the definitions of containers", ""),
     "dump": ("container", "Definitions", "NAME", "Print a container's definition", "print the definition of {name}"),
@@ -103,7 +103,7 @@ def _reboot_options(parser: Parser) -> None:
         "--timeout",
         metavar="SECONDS",
         type=domains.time_limit,
-        help="how long to wait until they have; shutdown_timeout of virtd.toml unless given",
+        help="how long to wait until they have (default: shutdown_timeout of virtd.toml)",
     )
 
 
@@ -119,12 +119,12 @@ def create(args: argparse.Namespace, session: Session) -> int:
 
 
 def _create_options(parser: Parser) -> None:
-    parser.add_argument("name", metavar="NAME", help="what the container is to be called")
+    parser.add_argument("name", metavar="NAME", help="the new container's name")
     parser.add_argument(
         "--image", metavar="ROOTFS.tar.xz|DIR", required=True, help="an archive of a root file system, or a directory"
     )
     parser.add_argument(
-        "--ids", metavar="COUNT", type=int, help="how many user and group IDs it has; 65536 unless given"
+        "--ids", metavar="COUNT", type=int, help="how many user and group IDs it has (default: 65536)"
     )
 
 

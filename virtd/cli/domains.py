@@ -225,7 +225,7 @@ def reload(_args: argparse.Namespace, session: Session) -> int:
 
 
 def time_limit(text: str) -> float:
-    """A length of time that the daemon is told."""
+    """A length of time, for the daemon."""
     limit = duration(text)
     return FOREVER if limit is None else limit
 
@@ -237,7 +237,7 @@ def names(parser: Parser) -> None:
 def kill_options(parser: Parser) -> None:
     parser.names()
     parser.add_argument(
-        "-s", "--signal", type=signal_number, default=15, help="a signal's name or number, SIGTERM unless given"
+        "-s", "--signal", type=signal_number, default=15, help="a signal's name or number (default: SIGTERM)"
     )
 
 
@@ -260,13 +260,13 @@ def _reboot_options(parser: Parser) -> None:
         "--timeout",
         metavar="SECONDS",
         type=time_limit,
-        help="how long to wait for the guests to power off; shutdown_timeout of virtd.toml unless given",
+        help="how long to wait for the guests to power off (default: shutdown_timeout of virtd.toml)",
     )
 
 
 def autostart_options(parser: Parser) -> None:
     parser.names()
-    parser.add_argument("--disable", action="store_true", help="don't start them at boot any longer")
+    parser.add_argument("--disable", action="store_true", help="no longer start them at boot")
 
 
 def define_options(parser: Parser) -> None:

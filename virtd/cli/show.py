@@ -50,7 +50,7 @@ def named(parser: Parser, noun: str) -> None:
 def listing(
     method: str = "List", driver: str = DRIVER, noun: str = "domain"
 ) -> Callable[[argparse.Namespace, Session], int]:
-    """The command that lists what `method` tells of."""
+    """The command that lists what `method` returns."""
 
     def run(args: argparse.Namespace, session: Session) -> int:
         found = [item for item in session.call(method)["objects"] if item.get("driver", driver) == driver]
@@ -87,7 +87,7 @@ def informing(
     details: Callable[[dict[str, Any]], list[tuple[str, str]]],
     who: str = "QEMU",
 ) -> Callable[[argparse.Namespace, Session], int]:
-    """The command that shows all that `method` tells of one object; `who` ended, when it has ended by itself."""
+    """The command that shows one object in full, from `method`; `who` names what ended when it ended by itself."""
 
     def run(args: argparse.Namespace, session: Session) -> int:
         item = session.call(method, {"name": args.name})["object"]
@@ -98,7 +98,7 @@ def informing(
         print(f"{dot(state)} {paint(clean(str(item.get('name'))), BOLD)} - {clean(what(item))}")
         reason = f" ({item['reason']})" if item.get("reason") else ""
         since = f" since {moment(item['since'])}" if item.get("since") else ""
-        # The colour goes around the finished line's word, so that cleaning the text leaves it alone.
+        # Coloured after the text is cleaned, which would remove the escape sequences.
         print(f"{'State':>10}: {paint(clean(state), STATE_COLOURS.get(state, ''))}{clean(reason)}{since}")
         pending = "\nchanged since the start; it takes effect with the next one" if item.get("pending") else ""
         exit_ = item.get("exit")

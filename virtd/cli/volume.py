@@ -28,15 +28,15 @@ COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
     "snapshots": ("volume", "Volumes", "POOL NAME", "List the snapshots in a volume", "list the snapshots of {name}"),
     "create": ("volume", "Volumes", "POOL NAME [SIZE]", "Make an empty volume", "create {name}"),
     "clone": ("volume", "Volumes", "POOL FROM TO", "Copy a volume", "clone {source}"),
-    "import": ("volume", "Volumes", "POOL NAME [FILE]", "Make a volume of an image", "import {name}"),
-    "upload": ("transfer", "Volumes", "POOL NAME FILE|-", "Make a volume of a file's content", "upload {name}"),
+    "import": ("volume", "Volumes", "POOL NAME [FILE]", "Make a volume from an image", "import {name}"),
+    "upload": ("transfer", "Volumes", "POOL NAME FILE|-", "Make a volume from a file", "upload {name}"),
     "download": ("transfer", "Volumes", "POOL NAME FILE|-", "Copy a volume's content into a file", "download {name}"),
     "resize": ("volume", "Volumes", "POOL NAME SIZE", "Change a volume's size", "resize {name}"),
     "wipe": ("volume", "Volumes", "POOL NAME", "Overwrite a volume with zeros", "wipe {name}"),
     "delete": ("volume", "Volumes", "POOL NAME...", "Delete volumes", ""),
-    "jobs": ("volume", "Jobs", "", "List the jobs under way, and the last that are over", "list jobs"),
+    "jobs": ("volume", "Jobs", "", "List running jobs, and the latest that ended", "list jobs"),
     "wait": ("volume", "Jobs", "JOB", "Wait until a job is over", "{job}"),
-    "cancel": ("volume", "Jobs", "JOB...", "End jobs, and remove what they have made", ""),
+    "cancel": ("volume", "Jobs", "JOB...", "End jobs, and remove what they made", ""),
 }
 
 
@@ -209,16 +209,16 @@ def _create_options(parser: Parser) -> None:
     parser.add_argument(
         "--preallocation",
         choices=("off", "metadata", "falloc", "full"),
-        help="how much of it is there from the beginning, off unless given",
+        help="how much of it is allocated from the beginning (default: off)",
     )
-    parser.add_argument("--backing", metavar="VOLUME", help="the volume that it stands on")
+    parser.add_argument("--backing", metavar="VOLUME", help="the volume that it is based on")
     parser.add_argument("--backing-pool", metavar="POOL", help="that volume's pool, if it is another one")
 
 
 def _clone_options(parser: Parser) -> None:
     pool_argument(parser)
     parser.add_argument("source", metavar="FROM", help="the volume to copy")
-    parser.add_argument("name", metavar="TO", help="what the copy is called")
+    parser.add_argument("name", metavar="TO", help="the copy's name")
     parser.add_argument("--to-pool", metavar="POOL", help="where the copy goes, if that is another pool")
 
 
@@ -235,15 +235,17 @@ def _import_options(parser: Parser) -> None:
         "--from", dest="source_format", metavar="FORMAT", help="what it is: raw, qcow2, vmdk, vdi, vhdx or vpc"
     )
     parser.add_argument(
-        "--probe", action="store_true", help="look at it to find that out; not for what a guest could write to"
+        "--probe", action="store_true", help="detect the format; not for an image that a guest could write to"
     )
-    format_option(parser, "what it shall be: as it is, if that is raw or qcow2, else qcow2")
+    format_option(parser, "the volume's format (default: that of the image if it is raw or qcow2, else qcow2)")
 
 
 def _resize_options(parser: Parser) -> None:
     volume_arguments(parser)
     parser.add_argument("size", metavar="SIZE", help="such as 20G")
-    parser.add_argument("--shrink", action="store_true", help="let it lose what is beyond a smaller size")
+    parser.add_argument(
+        "--shrink", action="store_true", help="allow a smaller size, which discards what is beyond it"
+    )
 
 
 def _delete_options(parser: Parser) -> None:

@@ -204,7 +204,7 @@ class Host:
             self._trouble(driver, "reconciled", exc)
 
     async def look(self) -> None:
-        """See whether everything is still there that nobody tells of when it goes; asked now and then."""
+        """Check, now and then, for what may disappear without notice."""
         for driver in self.drivers:
             if isinstance(driver, Looking):
                 await driver.look()
@@ -221,14 +221,14 @@ class Host:
         )
 
     def grown(self, key: str) -> None:
-        """The pump's word that bytes landed in a log: `key` is a slot's name."""
+        """The pump wrote to a log; `key` is a slot's name."""
         self.followers.grown(key)
         name = key.partition("/")[0]
         if name in self.drivers:
             self.drivers.get(name).grown(key)
 
     def refused(self, loss: Loss) -> None:
-        """The pump's word that a log can't be written, or can again."""
+        """The pump can't write to a log, or can again."""
         reason = "" if loss.over else loss.reason
         problem = None
         if reason:
@@ -248,11 +248,11 @@ class Host:
         return ", ".join(f"{count} {noun}{'' if count == 1 else 's'}" for count, noun in counted) or "0 domains"
 
     def settled(self) -> bool:
-        """Whether it is known of every object what became of it, so that a listing needn't wait."""
+        """Whether it is known of every object whether it runs, so that a listing needn't wait."""
         return all(driver.settled() for driver in self.drivers)
 
     async def close(self) -> None:
-        """Let go of everything in this process; what runs stays."""
+        """Release everything in this process; what runs is left alone."""
         if "boot" in self.__dict__:
             await self.boot.close()
         for task in list(self._tasks):
@@ -306,12 +306,12 @@ class Host:
         ]
 
     async def check_all(self, *, repair: bool, by: Caller | None) -> replies.Checked:
-        """Compare what systemd, /run, /etc and virtd tell of every object; with `repair`, mend what can be mended
+        """Compare what systemd, /run, /etc and virtd know of every object; with `repair`, mend what can be mended
         without touching what runs.
         """
         from . import fsck
 
-        async with self._comparing:  # each makes PID 1 tell of all its units and descriptors
+        async with self._comparing:  # each has PID 1 list all its units and descriptors
             rows = await fsck.compare(self.drivers, self.use, self.services, repair=repair)
         if repair and rows:
             who = by.name if by is not None else "nobody"
@@ -350,7 +350,7 @@ async def _bit_by_bit(work: Iterable[T]) -> AsyncIterator[T]:
 
 
 def _what(fd: int) -> str:
-    """What is open, as /proc says it; nothing of one that was closed just now, before its slot is dropped."""
+    """What is open, in /proc's words; empty if it was closed a moment ago, before its slot is dropped."""
     try:
         return os.readlink(f"/proc/self/fd/{fd}")
     except OSError:
@@ -358,5 +358,5 @@ def _what(fd: int) -> str:
 
 
 def _row(driver: str, name: str, problem: Problem) -> About:
-    """A problem of the object `name`, as every front end tells it."""
+    """A problem of the object `name`, as every front end reports it."""
     return About(object=f"{driver}/{name}" if name else driver, text=problem.text, hint=str(problem.hint))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The kernel's word that an interface, an address, a block device or a mount has come. Which one isn't looked at.
+"""Notices that an interface, an address, a block device or a mount has appeared; which one doesn't matter.
 
 Mounts: poll(2) of /proc/self/mountinfo gives POLLPRI after each change of the table, proc_pid_mountinfo(5).
 Interfaces and addresses: rtnetlink(7). Devices: kernel uevents, NETLINK_KOBJECT_UEVENT of netlink(7).
@@ -29,7 +29,7 @@ _ROOM = 1 << 16
 
 
 class Arrivals:
-    """Calls `came()` on the loop, once for a burst, until `close`. What can't be listened to is left out."""
+    """Calls `came()` on the loop, once for a burst, until `close`. Sources that can't be listened to are left out."""
 
     def __init__(self, came: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
@@ -77,7 +77,7 @@ class Arrivals:
             except BlockingIOError:
                 break
             except OSError as exc:
-                if exc.errno != errno.ENOBUFS:  # more came than we took: that, too, is word of it
+                if exc.errno != errno.ENOBUFS:  # more arrived than was read, which is news as well
                     log.warning("Netlink: %s", exc)
                     self._loop.remove_reader(one.fileno())
                 break

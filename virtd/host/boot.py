@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is started at boot, and what has to wait for something that comes later: a bridge, a disk, a mount.
+"""What is started at boot, and what has to wait for something that appears later: a bridge, a disk, a mount.
 
-Nobody sits there to try once more, so whatever can't be started is tried again for as long as the boot lasts: after
-growing pauses, and soon after an interface, a block device or a mount has appeared. What waits is on record beside
-the mark of the boot, for the next daemon goes on waiting for it.
+Nobody is there to try again, so whatever can't be started is retried for as long as the boot lasts: after growing
+pauses, and soon after an interface, a block device or a mount has appeared. What waits is on record beside the mark
+of the boot, so that the next daemon continues to wait for it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 ITSELF = "autostart"  # who starts them
 AT_ONCE = 8  # starts in parallel; more only slow each other down on a small host
 AGAIN = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # seconds before each further try; the last one from then on
-SETTLE = 0.5  # seconds between an arrival and the try: udev has its links to make, and a bridge gets its ports
+CALM = 0.5  # seconds between an arrival and the try: udev has its links to make, and a bridge gets its ports
 RATHER_NOT = 3.0  # seconds between two tries, however much arrives
 LIMIT = 1 << 20  # bytes of the record
 
@@ -58,7 +58,7 @@ class Waiting(msgspec.Struct, frozen=True):
 
 
 class Boot:
-    """`problems` and `subscribe` are the host's; `trouble(driver, what, exc)` tells of a bug in a driver."""
+    """`problems` and `subscribe` are the host's; `trouble(driver, what, exc)` reports a bug in a driver."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class Boot:
     def nudge(self) -> None:
         """Something has changed for which one of those that wait may have waited."""
         if self._waiters and self._nudging is None:
-            self._nudging = asyncio.get_running_loop().call_later(SETTLE, self._nudged)
+            self._nudging = asyncio.get_running_loop().call_later(CALM, self._nudged)
 
     def _nudged(self) -> None:
         self._nudging = None

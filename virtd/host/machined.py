@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What runs, told to systemd-machined, so that `machinectl list` and the like show it: qemu-NAME and lxc-NAME.
+"""Registers what runs with systemd-machined, so that `machinectl list` and the like show it: qemu-NAME and lxc-NAME.
 
 Nothing waits for it and nothing depends on it. It listens to the host's events as a front end does, and brings
 machined's list in line with what runs, whenever one of the two has changed.
 
 machined may have its own idea of ending things. When a container's first process ends, which a reboot of its own does
-too, systemd 258 and later sends SIGTERM to whoever registered it; so that is a process which has ended by then.
+too, systemd 258 and later sends SIGTERM to whoever registered it. So virtd registers it from a process that has ended
+by then.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ AWAY = ("org.freedesktop.DBus.Error.ServiceUnknown", "org.freedesktop.DBus.Error
 
 
 class Machine(NamedTuple):
-    """What machined is told. `leader`: the process, for a container its first one."""
+    """What machined learns of a guest. `leader`: its process, or a container's first one."""
 
     kind: str
     leader: int
@@ -93,7 +94,7 @@ class Registrar:
         if driver not in CLASSES:
             return
         name = name_of(driver, str(item["name"]), str(item.get("uuid", "")))
-        # While it starts its process isn't what it will be, and machined is told once.
+        # While it starts, its process isn't the final one, and machined is to be called once.
         if item.get("pid") and item.get("state") != "starting":
             self._wanted[name] = Machine(CLASSES[driver], int(item["pid"]), str(item["uuid"]))
         else:
@@ -108,7 +109,7 @@ class Registrar:
                 self._due.set()
 
     async def _tell(self) -> None:
-        """Everything that isn't as it should be; the rest later, when machined can't be reached."""
+        """Bring machined's list up to date; if machined can't be reached, the rest is done later."""
         try:
             for name, machine in list(self._told.items()):
                 if self._wanted.get(name) != machine:
@@ -118,7 +119,7 @@ class Registrar:
                     await self._register(name, machine)
             self._again = False
         except errors.VirtdError as exc:
-            # Where there is none, its coming is told.
+            # If there is none, NameOwnerChanged announces it when it appears.
             self._again = not isinstance(exc, BusError)
             log.debug("systemd-machined: %s", exc)
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 G = TypeVar("G", bound=Guest[Any])
 
-DOUBT = 5.0  # seconds that a listing waits for an object of which nobody knows yet whether it runs
+DOUBT = 5.0  # seconds that a listing waits until it is known whether an object runs
 
 
 class Settling(Protocol):
@@ -34,7 +34,7 @@ class Settling(Protocol):
 
 
 async def settled(objects: Iterable[Settling]) -> None:
-    """Wait until it is known of each what became of it, or for as long as a listing may wait."""
+    """Wait until it is known of each whether it runs, or for as long as a listing may wait."""
     doubtful = [asyncio.ensure_future(one.settled.wait()) for one in objects if not one.settled.is_set()]
     if doubtful:
         _, pending = await asyncio.wait(doubtful, timeout=DOUBT)
@@ -43,7 +43,7 @@ async def settled(objects: Iterable[Settling]) -> None:
 
 
 async def known(one: Settling, name: str, limit: float = DOUBT) -> None:
-    """Wait until it is known what became of it; `name`: what a person calls it. Raises Busy."""
+    """Wait until it is known whether it runs; `name`: what a person calls it. Raises Busy."""
     if not one.settled.is_set() and not await within(one.settled, limit):
         raise errors.Busy(
             f"virtd doesn't know yet what became of {name}", hint="Is D-Bus up? systemctl status dbus.service"
@@ -173,7 +173,7 @@ class Objects(Generic[G]):
                 yield reply
 
     async def find(self, name: str, limit: float = DOUBT) -> G:
-        """The machine, once it is known what became of it."""
+        """The guest, once it is known whether it runs."""
         machine = self._guests.find(name)
         await known(machine, machine.name, limit)
         return machine

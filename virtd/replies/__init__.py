@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the operations answer, as every front end tells it: one frozen Struct each, a module for each noun.
+"""What the operations return, as every front end sends it: one frozen Struct each, a module for each noun.
 
-A field's second annotation says what it is, with its unit, and GetInterfaceDescription tells it (api/types.py).
-Points of time are ISO 8601 in UTC with microseconds, as in records. Names stay once they are there, for scripts use
-them. Nobody pays for the annotations: they are strings until somebody asks for a description.
+A field's second annotation says what it is, with its unit, and GetInterfaceDescription repeats it (api/types.py).
+Points of time are ISO 8601 in UTC with microseconds, as in records. Names never change, because scripts use
+them. The annotations cost nothing: they are strings until somebody asks for a description.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Changed", "Defined", "Gone", "Named", "Problem", "Reply", "Summary",
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """It can be read as a mapping as well, for D-Bus's table speaks of fields by name."""
+    """It can be read as a mapping as well, because D-Bus's table names fields."""
 
     def __getitem__(self, name: str) -> Any:
         if name in self.__struct_fields__:
@@ -60,7 +60,7 @@ class Summary(Reply, frozen=True):
 
 
 class Gone(Reply, frozen=True):
-    """What is told of an object that is there no longer."""
+    """An object that no longer exists."""
 
     name: str
     driver: Annotated[str, "qemu, lxc, network or storage"]
@@ -73,31 +73,31 @@ class Named(Reply, frozen=True):
 
 
 class Changed(Reply, frozen=True):
-    """An operation that may have had nothing to do is done."""
+    """An operation is done; there may have been nothing to do."""
 
     name: str
-    changed: Annotated[bool, "false: it was so before"]
+    changed: Annotated[bool, "false: it already was so"]
 
 
 class Defined(Reply, frozen=True):
-    """A definition was taken, or would be."""
+    """A definition was accepted, or would be."""
 
     name: str
-    uuid: Annotated[str, "empty if it is still to be made"]
+    uuid: Annotated[str, "empty if it hasn't been generated yet"]
     created: Annotated[bool, "false: there was one of that name"]
     path: Annotated[str, "of the definition's file"]
-    warnings: Annotated[list[str], "what it names and the host doesn't have yet, or what waits for the next start"]
+    warnings: Annotated[list[str], "what the host lacks so far, or what takes effect at the next start"]
 
 
 class Trouble(Reply, frozen=True):
-    """Something that a person should look at."""
+    """Something that needs a person's attention."""
 
     text: str
     hint: Annotated[str, "what can be done about it; may be empty"]
 
 
 class Problem(Reply, frozen=True):
-    """The same, with what it is about."""
+    """The same, with its subject."""
 
     object: Annotated[str, 'such as "qemu/web1", or what else of virtd']
     text: str

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 class Recovered(Reply, frozen=True):
     """What the last start of the daemon found; names are those of domains, or DRIVER/NAME."""
 
-    objects: Annotated[int, "that ran"]
+    objects: Annotated[int, "how many were running"]
     ms: Annotated[float, "milliseconds from the process's first instruction until they were taken back"]
     adopted: list[str]
-    ended: Annotated[list[str], "while no daemon was there"]
-    rolled_back: Annotated[list[str], "starts that were cut off"]
+    ended: Annotated[list[str], "while no daemon ran"]
+    rolled_back: Annotated[list[str], "starts that were interrupted"]
     rebuilt: Annotated[list[str], "whose records were lost"]
 
 
@@ -54,12 +54,12 @@ class Slot(Reply, frozen=True):
 
 
 class Difference(Reply, frozen=True):
-    """Where units, slots, records, definitions and files don't tell the same."""
+    """Where units, slots, records, definitions and files disagree."""
 
-    kind: Annotated[str, "a word: unit, process, slot, record, definition, file, bridge, rules, volume and the like"]
-    object: Annotated[str, 'such as "qemu/web1"; empty for what is no object\'s']
+    kind: Annotated[str, "unit, process, slot, record, definition, file, bridge, rules, volume and the like"]
+    object: Annotated[str, 'such as "qemu/web1"; empty if it concerns no object']
     text: str
-    repair: Annotated[str, "what Repair does about it; empty: only a person can"]
+    repair: Annotated[str, "what Repair does about it; empty if only a person can"]
     repaired: bool
 
 
@@ -67,11 +67,11 @@ class Checked(Reply, frozen=True):
     """A comparison, or a repair."""
 
     differences: list[Difference]
-    objects: Annotated[int, "that were looked at"]
+    objects: Annotated[int, "how many were examined"]
 
 
 class Reloaded(Reply, frozen=True):
     """The definitions were read again."""
 
     changed: Annotated[list[str], "names of domains, or DRIVER/NAME"]
-    problems: Annotated[list[Problem], "what is wrong with definitions; the others are read"]
+    problems: Annotated[list[Problem], "definitions that couldn't be read"]

@@ -27,15 +27,15 @@ class Exit(Reply, frozen=True):
 
 
 class GuestInfo(Guest, frozen=True):
-    """All that is known of either kind."""
+    """Everything known about either kind."""
 
     unit: Annotated[str, "systemd's"]
     slots: Annotated[list[str], "what systemd's FD store holds for it, by name"]
-    exit: Annotated[Exit | None, "of the last time that it ran"]
+    exit: Annotated[Exit | None, "of its last run"]
     definition_path: Annotated[str | None, "the definition's file; null if it was removed while this runs"]
     pending: Annotated[bool, "whether the definition has changed since the start"]
     persistent: Annotated[bool, "whether there is a definition"]
-    log: Annotated[str, "the file with QEMU's or LXC's own words"]
+    log: Annotated[str, "the file with QEMU's or LXC's own messages"]
     console_log: Annotated[str, "the file with the console's output"]
     problems: list[Trouble]
 
@@ -51,22 +51,22 @@ class Nic(Reply, frozen=True):
 
 
 class Standstill(Reply, frozen=True):
-    """Why the guest stands still though nobody asked for it."""
+    """Why the guest is stopped although nobody asked for it."""
 
     kind: Annotated[str, "io-error, guest-panicked, internal-error or watchdog"]
     since: str
     disk: Annotated[str | None, 'by its place in the definition: "disk[0]"']
     path: Annotated[str | None, "of the disk"]
     operation: Annotated[str | None, "that failed: read or write"]
-    full: Annotated[bool, "whether it is for want of room"]
-    reason: Annotated[str | None, "as QEMU tells it"]
+    full: Annotated[bool, "whether the disk's file system is full"]
+    reason: Annotated[str | None, "as QEMU reports it"]
 
 
 class Events(Reply, frozen=True):
-    """What QEMU's monitor has told of."""
+    """Events from QEMU's monitor."""
 
-    taken: Annotated[int, "that were taken in"]
-    hung_up: Annotated[int, "how often the monitor was hung up on for telling too much"]
+    taken: Annotated[int, "how many were processed"]
+    hung_up: Annotated[int, "how often the connection was closed because there were too many"]
 
 
 class Device(Reply, frozen=True):
@@ -74,7 +74,7 @@ class Device(Reply, frozen=True):
 
     id: Annotated[str, 'its own for as long as it is defined, such as "disk0"']
     what: Annotated[str, "a path, POOL/VOLUME, an address or a network; empty where there is only one"]
-    bus: Annotated[str | None, "in QEMU's words; null: QEMU chooses the place"]
+    bus: Annotated[str | None, "QEMU's name for it; null if QEMU chooses the place"]
     slot: Annotated[int | None, "PCI slot, or unit on an IDE bus"]
 
 

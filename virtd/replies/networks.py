@@ -21,11 +21,11 @@ class Port(Reply, frozen=True):
     """A guest's interface."""
 
     interface: Annotated[str, "on the host"]
-    user: Annotated[str, "whose it is"]
+    user: Annotated[str, 'the guest, such as "qemu/web1"']
     mac: str
     trusted: bool
     ipv4: Annotated[list[str], "addresses that it may send from"]
-    refused: Annotated[int, "frames of it that were dropped"]
+    refused: Annotated[int, "frames from it that were dropped"]
 
 
 class NetworkInfo(Network, frozen=True):
@@ -43,12 +43,12 @@ class NetworkInfo(Network, frozen=True):
     persistent: Annotated[bool, "whether there is a definition"]
     pending: Annotated[bool, "whether a part of the definition waits for the next start"]
     definition_path: str | None
-    log: Annotated[str | None, "the file with dnsmasq's words"]
+    log: Annotated[str | None, "the file with dnsmasq's messages"]
     problems: list[Trouble]
 
 
 class Lease(Reply, frozen=True):
-    """What DHCP has given out."""
+    """A lease."""
 
     address: str
     family: Annotated[str, "ipv4 or ipv6"]

@@ -24,7 +24,7 @@ BRIDGE = 'name = "late"\nmode = "bridge"\nbridge = "virtd-nosuch0"\nautostart = 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("virtd.host.boot.AGAIN", (0.01, 0.01, 0.01))
-    monkeypatch.setattr("virtd.host.boot.SETTLE", 0.01)
+    monkeypatch.setattr("virtd.host.boot.CALM", 0.01)
     monkeypatch.setattr("virtd.host.boot.RATHER_NOT", 0.01)
 
 
