@@ -105,7 +105,7 @@ class Quarantined(msgspec.Struct, frozen=True):
 
 
 class Loaded(msgspec.Struct, frozen=True):
-    """What a driver's directory held; `wrong`: why it couldn't be read."""
+    """What was in a driver's directory; `wrong`: why it couldn't be read."""
 
     records: dict[str, Record] = {}
     quarantined: list[Quarantined] = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What no child of a driver may do, whichever it is. A driver adds what its own children needn't, either.
+"""What no child of any driver may do. A driver adds what its own children don't need.
 
 Names and types of the properties: org.freedesktop.systemd1(5); what they mean: systemd.exec(5).
 """
@@ -20,8 +20,8 @@ HARDENED: tuple[Property, ...] = (
     ("ProtectClock", "b", True),
     ("RestrictSUIDSGID", "b", True),
     ("RestrictRealtime", "b", True),
-    # "None" would be written as nothing, which a daemon-reload takes for "no restriction". Control groups are those
-    # that tell least, and who lacks CAP_SYS_ADMIN can't make that one either.
+    # "None" would be written as nothing, which a daemon-reload takes for "no restriction". Control group
+    # namespaces reveal least, and without CAP_SYS_ADMIN not even these can be made.
     ("RestrictNamespaces", "t", CLONE_NEWCGROUP),
     ("LockPersonality", "b", True),
     ("SystemCallArchitectures", "as", ["native"]),

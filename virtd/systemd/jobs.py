@@ -110,7 +110,7 @@ class JobSignals:
 
 
 class Patience:
-    """Pauses between one question and the next, ever longer ones; TimedOut in the end.
+    """Ever longer pauses between one look and the next; TimedOut in the end.
 
     Only the pauses count: how long an answer takes is the bus's business.
     """

@@ -95,12 +95,12 @@ class UnitState(msgspec.Struct, frozen=True):
 
     @property
     def unknown(self) -> bool:
-        """Whether it has failed, and nothing is known of how its main process ended."""
+        """Whether it has failed and doesn't say how its main process ended."""
         return self.exec_code == 0 and self.result not in ("", "success")
 
 
 class Listed(NamedTuple):
-    """One line of `list`: what a single call tells about many units."""
+    """One line of `list`: what a single call says about many units."""
 
     name: str
     description: str

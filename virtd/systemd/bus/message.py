@@ -42,7 +42,7 @@ class Descriptor(NamedTuple):
     fd: int
 
 
-NO_REPLY_EXPECTED: Final = 1  # a flag of messages, as the D-Bus specification has it
+NO_REPLY_EXPECTED: Final = 1  # a flag of messages, D-Bus specification
 RANGES: Final = {
     "n": (-1 << 15, (1 << 15) - 1), "q": (0, (1 << 16) - 1), "i": (-1 << 31, (1 << 31) - 1),
     "u": (0, (1 << 32) - 1), "x": (-1 << 63, (1 << 63) - 1), "t": (0, (1 << 64) - 1),
