@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.harness import LAB
+from virtd.connections import HANGING, UNITS_LIMIT
 
 if TYPE_CHECKING:
     from tests.harness import Lab
@@ -141,3 +143,39 @@ def test_reading_is_for_all_and_changing_for_root(lab: Lab) -> None:
     assert refused.returncode == 1
     assert "denied" in refused.stderr.lower()
     assert lab.info("web-1")["state"] == "stopped"
+
+
+def test_an_operation_waits_for_a_bus_that_hangs(lab: Lab) -> None:
+    """As dbus-daemon does while it waits for systemd-machined. One that isn't there isn't waited for that long."""
+    lab.define("web1")
+    lab.sh("systemctl kill -s STOP dbus.service && systemctl restart virtd.service")
+    with subprocess.Popen([LAB, "exec", lab.name, "--", "virtdctl", "start", "web1"]) as starting:
+        try:
+            lab.wait("the problem", lambda: told(lab) == [HANGING[0]], 60)
+            time.sleep(UNITS_LIMIT)
+            assert starting.poll() is None
+        finally:
+            lab.sh("systemctl kill -s CONT dbus.service")
+        assert starting.wait(60) == 0
+    assert lab.info("web1")["state"] == "running"
+    assert told(lab) == []
+    assert "D-Bus answers again" in lab.sh("journalctl -b -u virtd.service")
+
+
+def told(lab: Lab) -> list[str]:
+    problems = json.loads(lab.virtdctl("status", "--json", check=False).stdout)["problems"]
+    return [one["text"] for one in problems]
+
+
+def test_dbus_daemon_does_not_wait_for_machined(lab: Lab) -> None:
+    """For which it takes the file that the package brings, and a dbus-daemon that was started with it."""
+    lab.define("web1", start=True)
+    lab.wait("its registration", lambda: "qemu-web1" in lab.sh("machinectl --no-legend list"), 60)
+    lab.sh("systemctl restart dbus.service")
+    lab.wait("machined on the new bus", lambda: "qemu-web1" in lab.sh("machinectl --no-legend list", check=False), 60)
+    lab.sh("systemctl kill -s STOP systemd-machined.service; kill -HUP $(systemctl show -P MainPID dbus.service)")
+    try:
+        words = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus", "GetId")
+        assert lab.run("timeout", "20", "busctl", "call", *words).stdout.startswith("s ")
+    finally:
+        lab.sh("systemctl kill -s CONT systemd-machined.service")
