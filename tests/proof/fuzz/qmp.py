@@ -51,13 +51,15 @@ class Machine:
     name, alive, state, busy, record = "web1", True, State.RUNNING, False, None
 
     def __init__(self) -> None:
+        self.data: dict[str, Any] = {}
         self.guest_off = asyncio.Event()
         self.problems: dict[str, Any] = {}
         self.standstill = Standstill(self)  # type: ignore[arg-type]
 
-    def note(self, state: State, reason: str) -> None:
+    def note(self, state: State, reason: str, *, data: dict[str, Any] | None = None) -> None:
         assert reason.isprintable()
         self.state = state
+        self.data = self.data if data is None else data
 
     def fields(self) -> dict[str, str]:
         return {}

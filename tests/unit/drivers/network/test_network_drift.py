@@ -42,6 +42,12 @@ def file(name: str, text: str) -> Callable[[Site], None]:
     return change
 
 
+async def look(host: Host) -> None:
+    """Look at everything, and let the watch look at what that left to it, since the network was busy just then."""
+    await host.look()
+    await until(lambda: host.networks.driver._upkeep._task is None)
+
+
 CHANGES: dict[str, Callable[[Site], None]] = {
     "vd-lab: down": file("flags", "0x1002"),
     "vd-lab: ARP is off": file("flags", "0x1083"),
@@ -59,10 +65,10 @@ async def test_what_is_changed_is_put_back(site: Site, said: str) -> None:
         await site.define()
         await host.networks.start("lab", by=ROOT)
         site.world.messages.clear()
-        await host.look()
+        await look(host)
         assert site.world.messages == []
         CHANGES[said](site)
-        await host.look()
+        await look(host)
         (told,) = site.world.told(Message.NETWORK_PUT_BACK)
         assert said in told["text"]
         assert told["VIRTD_NAME"] == "lab"
@@ -81,13 +87,13 @@ async def test_a_route_that_wins_is_a_problem_until_it_goes(site: Site) -> None:
         await host.networks.start("lab", by=ROOT)
         for route in (Way("10.7.0.0/25", "tun0", 254), Way("", "tun0", 52)):
             site.kernel.routes["10.7.0.254"] = route
-            await host.look()
-            await host.look()
+            await look(host)
+            await look(host)
             (problem,) = (await site.info())["problems"]
             assert "through tun0" in problem["text"]
             assert "ip route get 10.7.0.254" in problem["hint"]
             site.kernel.routes.clear()
-            await host.look()
+            await look(host)
             assert (await site.info())["problems"] == []
         assert len(site.world.told(Message.NETWORK_BRIDGE_LOST)) == 2
         await host.networks.stop("lab", force=False, by=ROOT)
@@ -102,12 +108,12 @@ async def test_a_route_that_a_rule_refuses(site: Site) -> None:
         await site.define()
         await host.networks.start("lab", by=ROOT)
         site.kernel.routes["10.7.0.254"] = None
-        await host.look()
+        await look(host)
         (problem,) = (await site.info())["problems"]
         assert "what is for 10.7.0.254 is refused by a rule of policy routing" in problem["text"]
         assert problem["hint"].startswith("ip rule shows it")
         site.kernel.routes.clear()
-        await host.look()
+        await look(host)
         assert (await site.info())["problems"] == []
         await host.networks.stop("lab", force=False, by=ROOT)
 
@@ -136,7 +142,7 @@ async def test_who_goes_elsewhere_is_tried_again(
         tended.heard(route)
         assert doubted == (["lab"] if asked else [])
         file("mtu", "1400")(site)
-        await host.look()
+        await look(host)
         assert doubted[-1:] == ["lab"], "what was put back may be another one to somebody's rules"
         await host.networks.stop("lab", force=False, by=ROOT)
 
@@ -149,7 +155,7 @@ async def test_what_is_changed_again_and_again_is_left(site: Site, monkeypatch: 
         await host.networks.start("lab", by=ROOT)
         for _ in range(LIMIT + 3):
             file("mtu", "1400")(site)
-            await host.look()
+            await look(host)
         assert len(site.world.told(Message.NETWORK_PUT_BACK)) == LIMIT
         (problem,) = (await host.status())["problems"]
         assert "MTU 1400 instead of 1500 (put back 5 times" in problem["text"]
@@ -334,7 +340,7 @@ async def test_a_bridge_is_renamed(site: Site) -> None:
     async with site.world.daemon() as host:
         await site.define()
         await host.networks.start("lab", by=ROOT)
-        await host.look()
+        await look(host)
         number = site.kernel.number("vd-lab")
         site.kernel.rename("vd-lab", "br0")
         site.kernel.watches[0].link("br0", number)
@@ -352,7 +358,7 @@ async def test_a_tap_that_is_refused_stays_out(site: Site) -> None:
         await connect(host)
         site.kernel.write("vt-a-0", "address", MACS["vt-b-0"])
         for _ in range(2):
-            await host.look()
+            await look(host)
             assert links.master("vt-a-0") == ""
             assert ("vt-b-0", MACS["vt-b-0"]) in site.kernel.neighbours
             (problem,) = (await site.info())["problems"]
@@ -390,13 +396,13 @@ async def test_an_interface_that_goes_twice(site: Site, monkeypatch: pytest.Monk
         await connect(host)
         for _ in range(2):
             site.kernel.delete("vt-a-0")
-            await host.look()
+            await look(host)
             assert (await host.status())["problems"] == []
             now += upkeep.GRACE + 1
-            await host.look()
+            await look(host)
             (problem,) = (await host.status())["problems"]
             assert "vt-a-0: gone, qemu/a is cut off" in problem["text"]
             await connect(host)
-            await host.look()
+            await look(host)
             assert (await host.status())["problems"] == []
         await host.networks.stop("lab", force=True, by=ROOT)
