@@ -31,8 +31,7 @@ def of(monitor: int, unit: str) -> Group | None:
     except OSError:
         return None
     path = payload_of(own, unit)
-    # As the monitor sees it: in virtd's own mount namespace control groups are read-only.
-    return Group(f"/proc/{monitor}/root{path}") if path is not None else None
+    return Group(path) if path is not None else None
 
 
 class Group:
