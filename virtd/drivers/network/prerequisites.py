@@ -130,20 +130,29 @@ def allow_forwarding(network: Network) -> list[str]:
     for path in forwarding_needed(network):
         if sysctl(path) != "0":
             continue
-        if path == FORWARD6:
-            # A kernel that forwards takes no router advertisements and drops the routes that it has of them, unless
-            # the interface says 2: the host would be off the net.
-            with contextlib.suppress(OSError):
-                for interface in os.listdir(f"{PROC}/sys/net/ipv6/conf"):
-                    accept_ra = f"net/ipv6/conf/{interface}/accept_ra"
-                    if interface not in ("all", "lo") and sysctl(accept_ra) == "1":
-                        set_sysctl(accept_ra, "2")
-                        changed.append(f"{dotted(accept_ra)}=2")
         try:
+            if path == FORWARD6:
+                changed += _keep_advertisements()
             set_sysctl(path, "1")
         except errors.HostError as exc:
             raise errors.HostError(exc.message, hint=written_elsewhere(path)) from exc
         changed.append(f"{dotted(path)}=1")
+    return changed
+
+
+def _keep_advertisements() -> list[str]:
+    """Have the host go on taking router advertisements. Returns the settings that were changed.
+
+    A kernel that forwards takes none, and drops the routes that it has of them, unless the interface says 2: the host
+    would be off the net.
+    """
+    changed = []
+    with contextlib.suppress(OSError):
+        for interface in os.listdir(f"{PROC}/sys/net/ipv6/conf"):
+            path = f"net/ipv6/conf/{interface}/accept_ra"
+            if interface not in ("all", "lo") and sysctl(path) == "1":
+                set_sysctl(path, "2")
+                changed.append(f"{dotted(path)}=2")
     return changed
 
 

@@ -144,6 +144,19 @@ def test_settings_are_named_as_sysctl_has_them() -> None:
     assert prerequisites.dotted("net/ipv4/conf/br0.100/forwarding") == "net.ipv4.conf.br0/100.forwarding"
 
 
+def test_advertisements_that_cannot_be_kept(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever setting is refused, the hint names the one that the network needs."""
+
+    def refuse(name: str, value: str) -> None:
+        raise errors.HostError(f"Cannot set {name} to {value}: Read-only file system")
+
+    monkeypatch.setattr(prerequisites, "set_sysctl", refuse)
+    (proc / "sys/net/ipv4/ip_forward").write_text("1")
+    with pytest.raises(errors.HostError, match="eth0/accept_ra") as caught:
+        prerequisites.allow_forwarding(parse("10.9.0.1/24", six="fd00:2::1/64"))
+    assert "sysctl -w net.ipv6.conf.all.forwarding=1" in str(caught.value.hint)
+
+
 def message(kind: int, body: bytes) -> bytes:
     return struct.pack("=IHHII", 16 + len(body), kind, 0, 0, 0) + body
 
