@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The rules on a network's bridge, nftables' table `bridge virtd-NAME`: a port sends what is its own.
+"""The rules on a network's bridge, nftables' table `bridge virtd-NAME`: a port may send only from its own addresses.
 
-A frame from one of our ports has the port's own MAC, outside and in ARP; its IP addresses are those that the port was
-given, or, where none are given (IPv6, networks without DHCP), such as nobody else has used: first come, first served,
-as RFC 6620 has it. The kernel keeps that by itself, in sets that it fills. No DHCP server's or router's messages, no
-VLAN tags, no other protocols, nothing that would hide what it is in extension headers or fragments.
+A frame from one of our ports must carry the port's own MAC, in its header and in ARP. Its IP addresses must be those
+assigned to the port or, if none are assigned (IPv6, networks without DHCP), addresses that nobody else has used:
+first come, first served, as in RFC 6620. The kernel maintains that by itself, in sets that it fills. Ports may send
+no DHCP server or router messages, no VLAN tags, no other protocols, and nothing that hides its type in extension
+headers or fragments.
 
-Ports are known by the names of their interfaces, so all of it is there before an interface is, and also for one that
-a container's reboot makes anew. Other interfaces in the bridge are their owners' business. In a bridge of the host's
-an address with which they, or the host itself, ask for a neighbour is theirs for some minutes: no guest that doesn't
-have it may begin to use it. (Not one with which they answer: a proxy answers for everybody.)
+Ports are known by their interfaces' names, so the rules exist before an interface does, and cover one that a
+container's reboot recreates. Other interfaces in the bridge are their owners' business. On a bridge of the host's, an
+address from which they or the host solicit a neighbour is theirs for a few minutes: no guest without a prior claim to
+it may begin to use it. (An address in their replies isn't: a proxy replies for everybody.)
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ if TYPE_CHECKING:
 
 FAMILY = "bridge"
 LINK_LOCAL = 0xFE80 << 48
-KEPT = "2h"  # an address that a port has used is its own for so long after it was used last
-HELD = "2m"  # the same, for others' in a bridge of the host's: asking goes on for as long as a machine does anything
-PACE = "limit rate 1/minute burst 64 packets"  # of addresses that are new from one port
+KEPT = "2h"  # how long a port keeps an address after it last used it
+HELD = "2m"  # the same for others' on a bridge of the host's: an active machine keeps soliciting neighbours
+PACE = "limit rate 1/minute burst 64 packets"  # for addresses that a port starts to use
 SIZE = 65536
-# What the kernel fills while the rules stand; no part of what we compare.
+# Sets that the kernel fills while the rules stand; they are left out when rules are compared.
 OTHERS = ("others4", "others6")
 FILLED = frozenset({"first4", "first6", "claimed4", "claimed6", "pace", "dropped", *OTHERS})
 
-SOURCE6, TARGET6 = "@nh,64,128", "@nh,384,128"  # where an address is, from the beginning of IPv6's header
+SOURCE6, TARGET6 = "@nh,64,128", "@nh,384,128"  # offsets of the addresses in the IPv6 header
 
 
 def rules(ground: Ground, name: str, kept: dict[str, list[str]]) -> str:
-    """The commands that put the table in place of what there was. `kept`: what the kernel filled its sets with."""
+    """The commands that replace the table. `kept`: elements that the kernel had added to its sets, see filled()."""
     body = "\n".join([*_sets(ground, kept), *_chains(ground)])
     return f"add table {FAMILY} {name}\ndelete table {FAMILY} {name}\ntable {FAMILY} {name} {{\n{body}\n}}\n"
 
@@ -94,7 +95,7 @@ def _chains(ground: Ground) -> list[str]:
             "ether type arp goto of_arp",
             "ether type ip goto of_ip",
             "ether type ip6 goto of_ip6",
-            # VLAN tags, whose kind is another one, included.
+            # VLAN tags included: their EtherType is a different one.
             "goto refuse",
         ),
         _chain(
@@ -102,25 +103,25 @@ def _chains(ground: Ground) -> list[str]:
             "@nh,0,48 != 0x000108000604 goto refuse",  # Ethernet, IPv4 and the lengths of both
             "iifname . arp saddr ether != @macs goto refuse",
             "arp operation != { request, reply } goto refuse",
-            "arp saddr ip 0.0.0.0 arp operation request accept",  # asks whether another has it: RFC 5227
+            "arp saddr ip 0.0.0.0 arp operation request accept",  # address conflict probe: RFC 5227
             *_first_come4(ground, "arp saddr ip"),
         ),
         _chain(
             "of_ip",
             "udp dport 68 goto refuse",
             "udp dport 67 jump of_dhcp",
-            "ip protocol 103 goto refuse",  # PIM, and IGMP's query: who sends them gets everybody's multicast
+            "ip protocol 103 goto refuse",  # PIM, and IGMP queries below: their senders receive everybody's multicast
             "ip protocol 2 @th,0,8 0x11 goto refuse",
             *_first_come4(ground, "ip saddr"),
         ),
-        # A client speaks for itself. What is too short to tell, as a fragment may be, doesn't get through.
+        # A client may speak only for itself. Packets too short to tell, such as fragments, are refused.
         _chain(
             "of_dhcp",
             "iifname . @th,288,48 @chaddr ip saddr 0.0.0.0 ip daddr 255.255.255.255 accept",
             "iifname . @th,288,48 @chaddr return",
             "goto refuse",
         ),
-        # By number, and by its place in the header: nothing is looked for behind other headers.
+        # Matched by number at its fixed place in the header: nothing behind other headers is searched for.
         _chain(
             "of_ip6",
             "ip6 nexthdr 0 goto of_mld",
@@ -132,7 +133,7 @@ def _chains(ground: Ground) -> list[str]:
         ),
         _chain(
             "of_mld",
-            "@nh,320,16 != 0x3a00 goto refuse",  # ICMPv6 follows at once
+            "@nh,320,16 != 0x3a00 goto refuse",  # ICMPv6 follows immediately
             "@nh,384,8 != { 131, 132, 143 } goto refuse",
             f"{SOURCE6} 0 accept",
             "goto from_ip6",
@@ -145,7 +146,7 @@ def _chains(ground: Ground) -> list[str]:
         ),
         _chain(
             "of_icmp6",
-            # A query, an advertisement or a redirect of a router's, and what else only routers say.
+            # Queries, advertisements, redirects, and the other messages that only routers send.
             "@nh,320,8 { 130, 134, 137, 138, 151, 153 } goto refuse",
             "@nh,320,8 136 jump target6",
             f"@nh,320,8 135 {SOURCE6} 0 jump target6",
@@ -170,7 +171,7 @@ def _chains(ground: Ground) -> list[str]:
             _hook("output", "output", f"oifname @others {others}", f"oifname @members {others}"),
         ]
     lines = [
-        # Such a port sends back to where it came from what a [[forward]] leads there, and nothing else.
+        # Such a port may send back to itself only what a [[forward]] leads there.
         f"iifname {_name(port)} oifname {_name(port)} ether daddr != {port.mac} drop"
         for port in ground.ports
         if is_forwarded_to(ground.network, port)
@@ -204,7 +205,7 @@ def _first_come6(ground: Ground, source: str, then: str) -> list[str]:
     begins = source.removesuffix(",128")
     new = f"update @pace {{ iifname {PACE} }} add {both[0]} add {both[1]} {then}"
     if ground.network.ipv6 is None:
-        # Nobody's prefix: any address that can be a guest's own.
+        # No prefix of ours: any address that a guest can own.
         lines = [f"{source} {{ 0, 1 }} goto refuse", f"{begins},8 0xff goto refuse", new]
     else:
         lines = [f"{begins},{bits} 0x{value:0{bits // 4}x} {new}" for bits, value in _prefixes6(ground.network)]
@@ -220,23 +221,23 @@ def _first_come6(ground: Ground, source: str, then: str) -> list[str]:
 
 
 def addresses4(network: Network, port: Port) -> list[str]:
-    """What the port was given."""
+    """The IPv4 addresses assigned to the port."""
     given = {host.ipv4 for host in network.host if host.mac.lower() == port.mac} | {port.ipv4}
     return sorted(address for address in given if address)
 
 
 def is_forwarded_to(network: Network, port: Port) -> bool:
-    """Whether one of the host's ports leads to it.
+    """Whether a [[forward]] leads to this port.
 
     Under br_netfilter the bridge itself translates addresses, and what the guest sends to itself by way of the host
-    then has to leave by the port that it came from.
+    then has to leave by the port that it came in by.
     """
     mine = {*addresses4(network, port), *(host.ipv6 for host in network.host if host.mac.lower() == port.mac)}
     return not network.isolated_ports and any(forward.to in mine for forward in network.forward)
 
 
 def is_loose(network: Network, port: Port) -> bool:
-    """Whether its guest chooses an IPv4 address by itself."""
+    """Whether the port's guest chooses its IPv4 address itself."""
     return port.loose or network.range4 is None
 
 
@@ -249,7 +250,7 @@ def _taken4(ground: Ground) -> set[str]:
 
 
 def _prefixes6(network: Network) -> list[tuple[int, int]]:
-    """In which a guest may choose an address: how many bits, and which. Whole bytes, 64 bits at most."""
+    """The prefixes in which a guest may choose an address: (length in bits, value). Whole bytes, at most 64 bits."""
     found = [(64, LINK_LOCAL)]
     if network.interface6 is not None:
         bits = min(64, network.interface6.network.prefixlen // 8 * 8)
@@ -258,12 +259,12 @@ def _prefixes6(network: Network) -> list[tuple[int, int]]:
 
 
 def _made6(network: Network, mac: str) -> set[int]:
-    """The addresses that are made of a MAC."""
+    """The addresses derived from a MAC (EUI-64), as numbers."""
     return {int(ports_.eui64(value, mac)) for bits, value in _prefixes6(network) if bits == 64}
 
 
 def _addresses6(ground: Ground) -> tuple[list[str], list[str]]:
-    """What each port has, and all that somebody has: by a [[host]], or made of a MAC."""
+    """The IPv6 addresses of each port, and all that belong to somebody, by a [[host]] or derived from a MAC."""
     import ipaddress
 
     network = ground.network
@@ -312,7 +313,9 @@ def _hook(name: str, hook: str, *lines: str) -> str:
 def filled(
     items: list[dict[str, Any]], interfaces: Iterable[str], *, all_of_them: bool = False
 ) -> dict[str, list[str]]:
-    """What the kernel has filled sets of the table with, in the form of elements; of these interfaces, or of all."""
+    """The elements that the kernel has added to the table's sets, as nft writes them, by set; for these interfaces or
+    for all.
+    """
     found: dict[str, list[str]] = {}
     known = set(interfaces)
     for item in items:

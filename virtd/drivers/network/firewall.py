@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The rules of each network: two tables of nftables' that are ours alone, replaced in one transaction.
+"""The rules of each network: two nftables tables that belong to us alone, replaced in one transaction.
 
-`inet virtd-NAME` is for what the host forwards and takes in, `bridge virtd-NAME` for what its bridge does, see
-ethernet.py. Nothing outside of them is written. A table's text is made here and handed to libnftables, in this
-process: `nft` would be a child for every change, with the same library in it.
+`inet virtd-NAME` governs what the host forwards and accepts, `bridge virtd-NAME` what the network's bridge does, see
+ethernet.py. Nothing outside of them is written. A table's text is built here and handed to libnftables within this
+process: running `nft` would cost a child process for every change, for the same library.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 FAMILY = "inet"
 PREFIX = "virtd-"
-PROBE = "virtd_probe"  # probe.py's, and no network's
+PROBE = "virtd_probe"  # probe.py's table, which belongs to no network
 
-# At the usual places ("dstnat" is -100, which nft 1.0 doesn't take by that name for output). Among base chains at
-# one hook a packet has to pass all of them: what another table drops stays dropped.
+# The usual priorities ("dstnat" is -100; nft 1.0 doesn't accept that name at the output hook). A packet has to pass
+# all base chains at a hook: what another table drops stays dropped.
 _FORWARD = "type filter hook forward priority filter; policy accept;"
 _INPUT = "type filter hook input priority filter; policy accept;"
 _REJECT = "reject with icmpx type admin-prohibited"
 
-_lock = threading.Lock()  # libnftables(3) says nothing about threads; one at a time costs little
+_lock = threading.Lock()  # libnftables(3) promises no thread safety; serialising costs little
 _library: Any = None
 
 
 class NftError(errors.HostError):
-    """nftables refused; the message has its own words."""
+    """nftables refused a command; the message quotes its error."""
 
 
 def table(name: str) -> str:
@@ -61,7 +61,7 @@ def _inet(ground: Ground) -> str:
     members = ", ".join(f'"{port.interface}"' for port in ground.ports)
     chains = [
         f"\tset members {{ type ifname; {f'elements = {{ {members} }}' if members else ''} }}",
-        # The kernel hands to the host itself, and past the bridge, what is sent to 01:80:C2:00:00:0E and its like.
+        # The kernel passes frames sent to 01:80:C2:00:00:0E and the like to the host itself, past the bridge's rules.
         _chain("arriving", "type filter hook prerouting priority raw; policy accept;", ["iifname @members drop"]),
         _chain("forward", _FORWARD, _forward(network, ground.mac)),
     ]
@@ -76,13 +76,14 @@ def _inet(ground: Ground) -> str:
                 place = f"type nat hook {hook} priority -100; policy accept;"
                 chains.append(_chain(hook, place, _dnat(network, hook)))
     body = "\n".join(chains)
-    # To delete a table that isn't there fails, so it is added first: a no-operation where it is.
+    # Deleting a table that doesn't exist fails, so add it first: that does nothing if it exists.
     return f"add table {name}\ndelete table {name}\ntable {name} {{\n{body}\n}}\n"
 
 
 def made_of(ground: Ground) -> str:
-    """A checksum of the rules as they are written, to know those of another version or of other ports. (What others
-    put into a bridge of the host's, and take out, is looked at when there is another reason.)
+    """A checksum (CRC-32, hexadecimal) of the rules as generated, to recognise those of another version or of other
+    ports. (Ports that others add to a bridge of the host's, or remove, don't count; they are looked at on other
+    occasions.)
     """
     import zlib
 
@@ -101,7 +102,7 @@ def _chain(name: str, place: str, lines: list[str]) -> str:
 
 
 def _subnets(network: Network) -> list[tuple[str, Any]]:
-    """nftables' word for the family, and the prefix."""
+    """The network's prefixes, each with nftables' keyword for its family ("ip" or "ip6")."""
     return [("ip" if subnet.version == 4 else "ip6", subnet) for _key, subnet in network.subnets()]
 
 
@@ -109,10 +110,10 @@ def _forward(network: Network, mac: str) -> list[str]:
     bridge = f'"{network.bridge_name}"'
     lines = []
     if network.isolated_ports:
-        # Neighbours don't reach each other by way of the host either, but for what a [[forward]] leads to.
+        # Isolated neighbours can't reach each other by way of the host either, except through a [[forward]].
         lines.append(f"iifname {bridge} oifname {bridge} ct status dnat accept")
         lines.append(f"iifname {bridge} oifname {bridge} ether daddr {mac} {_REJECT}")
-    # With br_netfilter in the kernel, what goes from one guest to the other comes by here as well.
+    # With br_netfilter in the kernel, traffic between guests passes through here as well.
     lines.append(f"iifname {bridge} oifname {bridge} accept")
     if network.mode is not Mode.ISOLATED:
         for word, subnet in _subnets(network):
@@ -131,8 +132,8 @@ def _forward(network: Network, mac: str) -> list[str]:
 def _input(network: Network) -> list[str]:
     """What guests of an isolated network may send to the host: requests for a lease and for names, and pings.
 
-    All of it to the addresses of their own bridge only: behind the host's others, and those of its other bridges, may
-    be a DNS server that asks the whole world.
+    Only to the addresses of their own bridge: a DNS server that resolves names from all over the world may be
+    listening on the host's other addresses, including those of its other bridges.
     """
     bridge = f'"{network.bridge_name}"'
     own = "fib daddr . iif type"
@@ -141,17 +142,17 @@ def _input(network: Network) -> list[str]:
         "ct state established,related accept",
         f"meta l4proto {{ tcp, udp }} th dport 53 {own} local accept",
         f"udp dport {{ 67, 547 }} {own} {{ local, broadcast, multicast }} accept",
-        # ICMP and ICMPv6 by number: old nfts look their names up in /etc/protocols, which not every host has.
+        # ICMP and ICMPv6 by number: old nft versions look their names up in /etc/protocols, which not every host has.
         f"meta l4proto {{ 1, 58 }} {own} {{ local, broadcast, multicast }} accept",
         _REJECT,
     ]
 
 
 def _masquerade(network: Network) -> list[str]:
-    """Everything that leaves the subnet for elsewhere gets the host's address; not what is said to all neighbours.
+    """Traffic that leaves the subnet gets the host's address, except what goes to all neighbours.
 
-    So does what a guest sends to another one, or to itself, by way of a forwarded port: else the answer would come
-    back without the host, from an address that nobody has asked.
+    So does what a guest sends to another guest, or to itself, through a forwarded port: otherwise the answer would
+    bypass the host and come from an address that the guest never contacted.
     """
     bridge = network.bridge_name
     lines = []
@@ -170,7 +171,7 @@ def _dnat(network: Network, hook: str) -> list[str]:
         word = "ip6" if ":" in forward.to else "ip"
         port = forward.to_port or forward.port
         to = f"[{forward.to}]:{port}" if word == "ip6" else f"{forward.to}:{port}"
-        # Only what is meant for the host itself: a guest's call to port 443 of some server isn't.
+        # Only what is addressed to the host itself, not a guest's connection to port 443 of some server.
         condition = f"fib daddr type local meta nfproto {'ipv6' if word == 'ip6' else 'ipv4'}"
         if hook == "output":
             # A packet from 127.0.0.1 can't leave the host.
@@ -179,13 +180,13 @@ def _dnat(network: Network, hook: str) -> list[str]:
     return lines
 
 
-# Carried out: each of these blocks, for a millisecond or so
+# Below, functions that change or query the kernel: each blocks for about a millisecond.
 
 
 def replace(*grounds: Ground) -> list[Marks]:
     """Replace the rules of these networks, all or none, and return their marks. Raises NftError.
 
-    The kernel waits at the end of each transaction: for many networks one takes a tenth of the time.
+    The kernel waits at the end of each transaction: for many networks a single one takes a tenth of the time.
     """
     text = []
     for ground in grounds:
@@ -201,9 +202,9 @@ def remove(name: str) -> None:
 
 
 class Marks(NamedTuple):
-    """What identifies a network's tables: checksums of them as the kernel lists them, handles included.
+    """What identifies a network's tables: checksums of the kernel's listing, handles included.
 
-    Equal marks mean the very same rules, not only rules that look alike. "" where there is no table.
+    Equal marks mean the very same rules, not only rules that look alike. "" for a missing table.
     """
 
     inet: str
@@ -221,23 +222,25 @@ def mark(name: str) -> Marks:
 
 
 def marks(names: Iterable[str]) -> dict[str, Marks]:
-    """The marks of many networks. After a flush all are missing, which a single query shows."""
+    """The marks of many networks, by name. After a flush all are missing, which a single query shows."""
     there = tables()
     return {name: mark(name) if name in there else Marks("", "") for name in names}
 
 
 def listing(name: str, family: str = FAMILY) -> str:
-    """The network's table as the kernel has it, as JSON, without what the kernel itself fills in; "" for none."""
+    """The kernel's listing of the network's table as JSON, without the elements that the kernel adds; "" if there is
+    none.
+    """
     items = _items(family, name)
     for item in items:
         if (found := item.get("set")) is not None and found["name"] in ethernet.FILLED:
-            for key in ("elem", "count"):  # how many there are nft 1.1.7 tells, if not earlier
+            for key in ("elem", "count"):  # nft 1.1.7 and later (possibly earlier) list the number of elements
                 found.pop(key, None)
     return json.dumps(items, sort_keys=True) if items else ""
 
 
 def refused(name: str) -> dict[str, int]:
-    """How many frames of each interface were refused by the rules on the bridge."""
+    """How many frames from each interface the rules on the bridge have refused."""
     found = {}
     for element in ethernet.filled(_items(ethernet.FAMILY, name), [], all_of_them=True).get("dropped", []):
         interface, _, counter = element.partition(" counter packets ")
@@ -265,7 +268,7 @@ def tables() -> list[str]:
 
 
 def chains() -> list[dict[str, Any]]:
-    """All chains of everybody's, as nft(8) describes them in JSON. Raises NftError."""
+    """All chains on the host, in nft(8)'s JSON form. Raises NftError."""
     return [item["chain"] for item in _listed("chains") if "chain" in item]
 
 
@@ -289,7 +292,7 @@ class Owning:
     """A handle for tables with the flag "owner", which vanish when it is closed or this process dies."""
 
     def __init__(self) -> None:
-        """Raises NftError."""
+        """Load libnftables. Raises NftError."""
         self._library = _open()
 
     def __enter__(self) -> Self:
@@ -297,10 +300,10 @@ class Owning:
 
     def __exit__(self, *_exception: object) -> None:
         with _lock:
-            self._library = None  # which closes its socket
+            self._library = None  # dropping the library closes its socket
 
     def run(self, command: str) -> None:
-        """Raises NftError."""
+        """Run nft commands. Raises NftError."""
         _run(command, library=self._library)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What keeps guests of a network from doing what they do: somebody else's firewall, and what is said of it.
+"""Finds and reports other parties' firewall rules that block a network's guests.
 
-A packet has to pass the rules of everybody at each hook that it comes by; none of ours overrules what another drops.
-That isn't ours to change: the chain is named, and the commands that have it let through what guests need.
+A packet has to pass everybody's rules at each hook on its path; no rule of ours can overrule another's drop. Changing
+their rules isn't our business: the report names the chain, and the commands that make it accept what guests need.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from .trace import Step
 
 CONNTRACK = -200  # NF_IP_PRI_CONNTRACK, linux/netfilter_ipv4.h
-BUILT_IN = {"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"}  # the chains of iptables, also of its nft kind
+BUILT_IN = {"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"}  # iptables' built-in chains, iptables-nft's too
 
 
 class Drop(NamedTuple):
-    """Of one trial. `rule`: as nft lists it, "" for the policy of the chain; `within`: the chain that it is in."""
+    """Where one trial's packet was dropped. `rule`: as nft lists it, "" for the chain's policy; `within`: the chain
+    that contains the rule (`chain` is the base chain).
+    """
 
     chain: Chain
     rule: str
@@ -38,17 +40,17 @@ class Drop(NamedTuple):
 
 
 class Obstacle(NamedTuple):
-    """`unheard`: it may go away without a word from the kernel."""
+    """A problem with its remedy. `unheard`: the kernel doesn't announce when it ends, so it has to be polled."""
 
     problem: Problem
     unheard: bool
 
 
 def find(ground: Ground, over: Event) -> list[Obstacle]:
-    """Try what guests of an active network do. Raises HostError, or OSError, where that can't be done, or when it is
-    `over`.
+    """Try what guests of an active network do, and return what blocks them; this takes tens of milliseconds, or about
+    a second if much is dropped.
 
-    It takes some tens of milliseconds, or a second where much is dropped.
+    Raises HostError or OSError if trying is impossible, and OSError once `over` is set.
     """
     tried = trials.of(ground)
     if not tried:
@@ -59,13 +61,15 @@ def find(ground: Ground, over: Event) -> list[Obstacle]:
 
 
 def judged(lost: Iterable[Lost], chains: list[dict[str, Any]], bridge: str) -> list[Obstacle]:
-    """Who is at fault for what got lost. `chains`: all that there are, see firewall.py. Raises NftError."""
+    """Assign lost packets to the chains that dropped them. `chains`: all chains on the host, see firewall.py. Raises
+    NftError.
+    """
     groups: dict[tuple[Chain, str], list[Drop]] = {}
     for one in lost:
         if (drop := _blame(one, chains)) is not None:
             groups.setdefault((drop.chain, drop.trial.end), []).append(drop)
     for (_chain, end), mine in groups.items():
-        # What helps there helps the answers, too.
+        # Whatever lets packets out also lets the answers in.
         out = {one.trial.version for one in mine if end == FORWARD and not one.trial.via}
         mine[:] = [one for one in mine if one.trial.connection is None or one.trial.version not in out]
     return [
@@ -75,7 +79,7 @@ def judged(lost: Iterable[Lost], chains: list[dict[str, Any]], bridge: str) -> l
 
 
 def _blame(lost: Lost, chains: list[dict[str, Any]]) -> Drop | None:
-    """None where nobody's firewall is known to be at fault."""
+    """The drop behind a lost packet; None if no other party's firewall is known to be at fault."""
     dropped = next((step for step in lost.steps if step.verdict == "drop"), None)
     if dropped is None:
         return _not_nftables(lost)
@@ -92,7 +96,9 @@ def _blame(lost: Lost, chains: list[dict[str, Any]]) -> Drop | None:
 
 
 def _whose(dropped: Step, hook: str, chains: Iterable[str]) -> str:
-    """By the names of the chains in its table; what needs a tool that isn't there is nobody's."""
+    """The tool that a dropping table belongs to, recognised by the names of its `chains`; "" if unknown, or if the
+    tool needed to change it isn't installed.
+    """
     names = set(chains)
     if dropped.table == "firewalld":
         return "firewalld"
@@ -104,11 +110,11 @@ def _whose(dropped: Step, hook: str, chains: Iterable[str]) -> str:
         return ""
     if "DOCKER-USER" in names and hook == "forward":
         return "docker"
-    return "iptables" if len(names & BUILT_IN) > 1 else ""  # it makes all of a table's
+    return "iptables" if len(names & BUILT_IN) > 1 else ""  # iptables always creates several of a table's chains
 
 
 def _base(dropped: Step, steps: tuple[Step, ...]) -> str:
-    """The base chain from which a packet came to the chain that dropped it."""
+    """The base chain from which the packet reached the chain that dropped it."""
     chain = dropped.chain
     for step in reversed(steps[: steps.index(dropped)]):
         if (step.family, step.table, step.target) == (dropped.family, dropped.table, chain):
@@ -118,7 +124,7 @@ def _base(dropped: Step, steps: tuple[Step, ...]) -> str:
 
 def _not_nftables(lost: Lost) -> Drop | None:
     if not lost.hook or lost.through:
-        return None  # its way ended elsewhere: there is no route, say
+        return None  # lost for another reason, such as a missing route
     four = lost.trial.version == 4
     there = prerequisites.legacy_tables("ip_tables_names" if four else "ip6_tables_names")
     left = [name for name, (_, hooks) in LEGACY.items() if lost.hook in hooks and name not in lost.passed]

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Sends packets as guests do, and sees how far they get: what a firewall does is learned by trying, not by its rules.
+"""Sends packets as guests do and observes how far they get: firewalls are tested, their rules are not interpreted.
 
-A probe is a tap or two in a bridge, whose other ends this process holds: what is written there comes in as from a
-guest. It is seen, and taken out, by chains of a table of ours that are the last at their hooks: nobody who would drop
-it comes after them, and nothing of it leaves the host or reaches a program. What doesn't get there is sent once more
-and traced, which tells whose chain and rule dropped it. (Nothing is traced that arrives: where there are rules of
-legacy iptables, each step of a packet that is traced goes to the kernel's log.)
+A probe is one or two taps in a bridge whose other ends this process holds: whatever is written there enters as if a
+guest had sent it. Chains of our own, last at their hooks, see the packet and drop it: no other rule comes after them,
+and nothing leaves the host or reaches a program. Packets that don't arrive are sent once more and traced, which shows
+whose chain and rule dropped them. (Packets that arrive aren't traced: with legacy iptables rules loaded, each step of
+a traced packet goes to the kernel's log.)
 
-Nothing of it is left by a daemon that dies: taps go with their descriptors, and tables with the netlink socket that
-owns them. All of this blocks, for some tens of milliseconds where nothing is dropped: use a thread.
+A daemon that dies leaves nothing behind: taps disappear with their descriptors, and tables with the netlink socket
+that owns them. All of this blocks, for tens of milliseconds if nothing is dropped: use a thread.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
     from .uplink import Connection
 
 NUMBERS = 128  # packets of one probe
-FIRST, LAST = -2147483647, 2147483646  # priorities have 32 bits, with their sign
-SLICE = 0.05  # seconds; how long somebody waits who wants it to be over
-LIMIT = 0.25  # seconds for packets to get to their end; it takes microseconds, but not on a busy machine
+FIRST, LAST = -2147483647, 2147483646  # within the 32-bit signed range of priorities
+SLICE = 0.05  # seconds; how long a caller who wants to cancel may have to wait
+LIMIT = 0.25  # seconds for packets to arrive; usually microseconds, but not on a busy machine
 log = logging.getLogger(__name__)
 
 TAKE_OUT = ("meta nftrace set 1", "drop")
-# Where legacy iptables has its tables at the hooks: NF_IP_PRI_* of linux/netfilter_ipv4.h, and of ..._ipv6.h.
+# Where legacy iptables' tables sit at the hooks: NF_IP_PRI_* of linux/netfilter_ipv4.h and netfilter_ipv6.h.
 _ENDS = ("input", "forward", "output")
 LEGACY: dict[str, tuple[int, tuple[str, ...]]] = {
     "raw": (-300, ("prerouting", "output")),
@@ -50,22 +50,22 @@ LEGACY: dict[str, tuple[int, tuple[str, ...]]] = {
     "filter": (0, _ENDS),
     "security": (50, _ENDS),
 }
-FORWARDING = "3"  # a bridge's port, BR_STATE_FORWARDING of linux/if_bridge.h
+FORWARDING = "3"  # state of a bridge port, BR_STATE_FORWARDING of linux/if_bridge.h
 _IFF_TAP, _IFF_NO_PI, _TUNSETIFF = 0x0002, 0x1000, 0x400454CA  # linux/if_tun.h
 
-MACS = tuple(f"52:76:64:70:72:{index:02x}" for index in range(2))  # who is behind each tap in the bridge
-OUTER = "fe:76:64:70:72:ff"  # to which packets from outside go
+MACS = tuple(f"52:76:64:70:72:{index:02x}" for index in range(2))  # the guest behind each tap in the bridge
+OUTER = "fe:76:64:70:72:ff"  # destination of packets from outside
 
 INPUT, FORWARD, BRIDGED, ANSWERED = "input", "forward", "bridged", "answered"
 
 
 class Trial(NamedTuple):
-    """Something that guests do, in ways of which one has to work. `end`: where it is going to.
+    """Something that guests do, tried in several ways; one of them has to work. `end`: where its packets must arrive.
 
-    `ways` make a frame of its number. `to` is the address that they go to, where `end` is FORWARD, or that DHCP's
-    answer goes to, where it is ANSWERED: this alone reaches a program, dnsmasq. What comes from
-    outside does so by the interface `via`, and belongs to a `connection` or goes to a `port` of a protocol. `source`
-    is the prefix of guests that send outside.
+    `ways` build a frame from its number. `to`: the destination address if `end` is FORWARD; the address that DHCP's
+    answer goes to if it is ANSWERED (the only kind that reaches a program, dnsmasq). Packets from outside enter by
+    the interface `via`, and either belong to a `connection` or go to a `port` (protocol, number). `source`: the
+    prefix of guests that send packets out.
     """
 
     what: str
@@ -80,10 +80,10 @@ class Trial(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """A trial of which nothing arrived, and all that nftables did with the first way's packet.
+    """A trial none of whose packets arrived, with everything that nftables did to the first way's packet.
 
-    `hook`: the last one that it came to, "" for none; `through`: whether it got through that, or which of LEGACY's
-    places there it has `passed`.
+    `hook`: the last hook that the packet reached, "" if none; `through`: whether it got past that hook; `passed`: the
+    LEGACY tables that it passed there.
     """
 
     trial: Trial
@@ -94,7 +94,9 @@ class Lost(NamedTuple):
 
 
 class Tap:
-    """A tap that is there for as long as it is open: one of those in the bridge, or one whose packets `via` gets."""
+    """A tap that exists for as long as it is open: a port of `bridge`, or one whose packets the interface `via`
+    receives.
+    """
 
     def __init__(self, index: int, *, bridge: str = "", via: str = "") -> None:
         self.name = f"{links.PROBE}{index}"
@@ -114,7 +116,7 @@ class Tap:
 
     def _join(self, bridge: str, index: int) -> None:
         with Netlink() as netlink:
-            # A bridge whose own aren't set has the smallest MTU and the lowest MAC of its ports.
+            # A bridge whose MTU and MAC aren't set explicitly takes its ports' smallest MTU and lowest MAC.
             netlink.set_link(self.name, mtu=links.mtu(bridge), mac=f"fe:ff:ff:ff:ff:{index:02x}")
             netlink.set_link(self.name, master=bridge)
             netlink.set_port(self.name, isolated=False, locked=False, learning=False)
@@ -136,7 +138,7 @@ class Tap:
         os.write(self._fd, frame)
 
     def numbers(self) -> set[int]:
-        """Of the packets that have come out here."""
+        """The numbers of the packets that have come out of this tap."""
         found = set()
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -145,7 +147,7 @@ class Tap:
 
 
 class Probe:
-    """Use it in a with statement. Raises HostError, or OSError, where there is no way to try."""
+    """Runs trials on a bridge; use it in a with statement. Raises HostError or OSError if trying is impossible."""
 
     def __init__(self, bridge: str, trials: Sequence[Trial], over: Event) -> None:
         self._bridge = bridge
@@ -171,7 +173,7 @@ class Probe:
         self._stack.close()
 
     def _possible(self, stack: contextlib.ExitStack) -> list[Trial]:
-        """Trials for which the kernel has what they need; to have something come from outside not every one has."""
+        """The trials that this kernel supports; not every kernel can inject packets from outside."""
         found = []
         conntrack = stack.enter_context(uplink.Conntrack())
         for trial in self._trials:
@@ -188,7 +190,7 @@ class Probe:
         return found
 
     def lost(self) -> list[Lost]:
-        """The trials that nothing came of: by the first way, and where that is lost by all of them."""
+        """The trials that failed: first in their first way, then in all their ways."""
         left = self._not_arrived(self._trials, first=True)
         if left:
             left = self._not_arrived(left, first=False)
@@ -210,7 +212,7 @@ class Probe:
         return waiting
 
     def _traced(self, trial: Trial) -> Lost | None:
-        """None if it arrived this time, or nothing can be said."""
+        """Send a trial again with tracing; None if it arrived this time, or if the trace shows nothing."""
         if not self._tracing:
             self._nft.run(self._marks())
             self._tracing = True
@@ -236,8 +238,8 @@ class Probe:
         return Lost(trial, theirs, hook, through, passed) if number is not None else None
 
     def _send(self, way: Callable[[int], bytes], trial: Trial) -> int | None:
-        """Its number; None when all of them are used."""
-        if trial.end == ANSWERED:  # with none of the numbers that are taken out
+        """Send a packet; its number, or None when all numbers are used."""
+        if trial.end == ANSWERED:  # a number outside the range that our chains drop
             self._taps[0].send(way(self._first + NUMBERS))
             return self._first + NUMBERS
         number = self._next
@@ -248,7 +250,7 @@ class Probe:
         return number
 
     def _readable(self, until: float) -> bool:
-        """Wait for something to be read; False when the time has passed. Raises OSError when all of it is over."""
+        """Wait for something to read; False on timeout. Raises OSError (ECANCELED) once the probe is cancelled."""
         while not self._over.is_set():
             rest = min(SLICE, until - time.monotonic())
             if select.select([self._tracer.fileno(), self._taps[-1].fileno()], [], [], max(0.0, rest))[0]:
@@ -258,7 +260,7 @@ class Probe:
         raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
 
     def _last(self) -> str:
-        """The tables: what takes our packets out at their end, and keeps them out of other ports."""
+        """Our tables: they drop our packets where they arrive, and keep them away from other ports."""
         last: dict[str, list[str]] = {"last_input": [], "last_postrouting": []}
         for version, word in ((4, "ip"), (6, "ip6")):
             ours = self._ours(version)
@@ -268,7 +270,7 @@ class Probe:
         chains = [_chain(name, name.partition("_")[2], LAST, body) for name, body in last.items()]
         answers = [f"{one} {what}" for one in self._answers() for what in TAKE_OUT]
         chains.append(_chain("last_answer", "postrouting", LAST, answers))
-        # Nobody else gets them, nor is a broadcast to the host taken for one that was sent over the bridge.
+        # No other port gets our packets, and a broadcast to the host isn't mistaken for one sent across the bridge.
         ours = f'iifname "{links.PROBE}*"'
         lines = [f'{ours} oifname != "{links.PROBE}*" drop', f"{ours} ether daddr != {MACS[1]} drop"]
         lines.append(f'oifname "{links.PROBE}*" iifname != "{links.PROBE}*" drop')
@@ -276,11 +278,11 @@ class Probe:
         return _table("inet", chains) + _table("bridge", [bridged])
 
     def _marks(self) -> str:
-        """What has packets of ours traced, and tells between which hooks one was lost."""
+        """Tables that have our packets traced, and that show between which hooks one was lost."""
         chains = [
             _chain(f"{where}_{hook}", hook, priority, [])
             for hook in ("prerouting", "input", "forward", "output", "postrouting")
-            # After those that have it traced, and before the last that takes it out.
+            # After the rule that starts the trace, and before the last chain that drops the packet.
             for where, priority in (("before", FIRST + 1), ("behind", LAST - 1))
         ]
         chains += [
@@ -295,12 +297,12 @@ class Probe:
         return _table("inet", chains) + _table("bridge", [traced])
 
     def _answers(self) -> list[str]:
-        """How DHCP's answers are known that nobody else has asked for."""
+        """Matches of answers from DHCP to requests that only we have made."""
         mine = [trial.to for trial in self._trials if trial.end == ANSWERED]
         return [f'oifname "{self._bridge}" ip daddr {to} udp sport 67 udp dport 68' for to in mine]
 
     def _ours(self, version: int) -> str:
-        """How a packet is known as one of ours."""
+        """The match that recognises our packets by their number."""
         where = {4: "meta nfproto ipv4 @nh,32,16", 6: "meta nfproto ipv6 @nh,16,16"}[version]
         return f"{where} {self._first}-{self._first + NUMBERS - 1}"
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Decides when to look for obstacles (see obstacles.py): after a start, and when rules, the host's default route or
-something that was put back have changed. It looks in the background, in a thread, and networks show what was found
-last.
+"""Decides when to look for obstacles (see obstacles.py): after a start, and when rules, the host's default route or a
+repaired setting have changed. The search runs in the background, in a thread; networks show the latest findings.
 """
 
 from __future__ import annotations
@@ -29,33 +28,34 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 QUIET = 0.2  # seconds; changes within them are handled together
-PAUSE = 2.0  # seconds between two looks at the least: on some hosts rules change all the time
-SHARE = 4  # and so many times as long as the last one took
+PAUSE = 2.0  # minimum of seconds between two searches: on some hosts rules change all the time
+SHARE = 4  # and at least this many times as long as the last search took
 _GETGEN, _GEN_ID = NFTABLES | 16, 1  # NFT_MSG_GETGEN, NFTA_GEN_ID
-AGAIN = (10.0, 20.0, 40.0, 80.0, 160.0, 300.0)  # where rules, or what mends something, change without a word
+AGAIN = (10.0, 20.0, 40.0, 80.0, 160.0, 300.0)  # seconds between searches for unannounced changes
 
 
 class Prober:
-    """One for all networks."""
+    """Searches for obstacles in all networks."""
 
     def __init__(self, nets: dict[str, Net]) -> None:
         self._nets = nets
         self._doubtful: set[str] = set()
         self._running: asyncio.Task[None] | None = None
         self._again: asyncio.TimerHandle | None = None
-        self._times = 0  # that it was looked again without a word from anybody
+        self._times = 0  # how often the search was repeated without any announcement
         self._legacy = _legacy()
         self._next = 0.0
-        self._trying: tuple[str, asyncio.Future[list[Obstacle]]] | None = None  # in which network
-        self._over = threading.Event()  # tells the thread
+        self._trying: tuple[str, asyncio.Future[list[Obstacle]]] | None = None  # the network being searched
+        self._over = threading.Event()  # tells the thread to stop
 
     def doubt(self, names: Iterable[str]) -> None:
-        """Look at these networks in a moment: rules have changed, or they have just been started."""
+        """Search these networks shortly: rules have changed, or the networks have just been started."""
         self._times = 0
         self._look_at(names)
 
     def look(self) -> None:
-        """Look again if the tables of legacy iptables differ from before, which is all that costs nothing to see."""
+        """Search again if the set of legacy iptables' tables has changed, which is all that can be seen at no cost.
+        """
         before, self._legacy = self._legacy, _legacy()
         if self._legacy != before:
             self.doubt(net.name for net in self._nets.values() if net.active)
@@ -67,7 +67,7 @@ class Prober:
                 _recall(net)
 
     def begin(self) -> None:
-        """Second step: look again where something may have changed."""
+        """Second step: search wherever something may have changed."""
         now = _generation()
         for net in self._nets.values():
             if net.active and not (_is_same(net, now) and not self._legacy):
@@ -79,7 +79,7 @@ class Prober:
             self._running = asyncio.create_task(self._look(), name="look-for-obstacles")
 
     async def leave(self, name: str) -> None:
-        """Stop looking at a network that is about to be stopped."""
+        """Stop searching a network that is about to be stopped."""
         self._doubtful.discard(name)
         if self._trying is not None and self._trying[0] == name:
             self._over.set()
@@ -104,9 +104,10 @@ class Prober:
                 for name in sorted(names):
                     try:
                         await self._look_for(name)
-                    except Exception:  # the others are looked at nevertheless
+                    except Exception:  # continue with the other networks
                         log.exception("Network %s: cannot try what firewalls let through", name)
-                # Our own tables were made and removed; changes by others meanwhile are announced.
+                # The generation includes our own temporary tables; other parties' changes in the meantime are
+                # announced.
                 now = _generation()
                 for name in sorted(names):
                     if (net := self._nets.get(name)) is not None and net.state is State.ACTIVE:
@@ -130,7 +131,7 @@ class Prober:
         try:
             found = await asyncio.shield(trying)
         except (errors.HostError, OSError) as exc:
-            # Nothing is known then, and nothing is claimed.
+            # Then nothing is known, and no obstacle is reported.
             log.debug("Network %s: cannot try what firewalls let through: %s", name, exc)
             found = []
         finally:
@@ -139,7 +140,7 @@ class Prober:
             _tell(net, found)
 
     def _look_again(self) -> None:
-        """Legacy iptables and sysctls change without a word to anybody."""
+        """Schedule another search where legacy iptables and sysctls matter: they change unannounced."""
         if self._again is not None:
             self._again.cancel()
             self._again = None
@@ -155,7 +156,7 @@ class Prober:
 
 
 def _tell(net: Net, found: list[Obstacle]) -> None:
-    """Replace the problems that were found last; those no longer found are gone."""
+    """Replace the problems found last; those no longer found are dropped."""
     new = {f"obstacle {number}": one.problem for number, one in enumerate(found)}
     before = {key: problem for key, problem in net.problems.items() if key.startswith("obstacle ")}
     net.obstacles = found
@@ -174,13 +175,13 @@ def _tell(net: Net, found: list[Obstacle]) -> None:
 
 
 def _note(net: Net, generation: int | None) -> None:
-    """Record for the next daemon what was found, and with which rules."""
+    """Record the findings, and the rules' generation, for the next daemon."""
     found = [[one.problem.text, str(one.problem.hint), one.unheard] for one in net.obstacles]
     net.remember(obstacles={"found": found, "generation": generation, "ground": _ground(net)})
 
 
 def _noted(net: Net) -> list[tuple[Problem, bool]] | None:
-    """What was found last, each with whether its end is announced by nothing; None before the first look."""
+    """The findings of the last search, each with whether its end goes unannounced; None before the first search."""
     noted: Any = net.data.get("obstacles")
     try:
         return [(Problem(str(text), str(hint)), bool(unheard)) for text, hint, unheard in noted["found"]]
@@ -197,7 +198,7 @@ def _recall(net: Net) -> None:
 
 
 def _is_same(net: Net, generation: int | None) -> bool:
-    """Whether what was found last can't have changed."""
+    """Whether the last search's findings must still hold."""
     found = _noted(net)
     if found is None or any(unheard for _, unheard in found) or net.record is None:
         return False
@@ -210,13 +211,13 @@ def _ground(net: Net) -> str:
 
 
 def _find(ground: Ground, over: threading.Event) -> list[Obstacle]:
-    from . import obstacles  # no start of the daemon needs it
+    from . import obstacles  # imported late: the daemon can start without it
 
     return obstacles.find(ground, over)
 
 
 def _generation() -> int | None:
-    """The generation of nftables' rules, which each change of them increases; None if it isn't known."""
+    """nftables' generation number, which every change of rules increases; None if it isn't known."""
     try:
         with Requests(NETFILTER) as netlink:
             answer = netlink.answer(_GETGEN, NFGEN.pack(0, 0, 0))
@@ -226,6 +227,6 @@ def _generation() -> int | None:
 
 
 def _legacy() -> list[list[str]]:
-    """The tables of legacy iptables, whose changes the kernel doesn't announce; [] where there are none."""
+    """Legacy iptables' tables, whose changes the kernel doesn't announce; [] if there are none."""
     found = [sorted(prerequisites.legacy_tables(file)) for file in ("ip_tables_names", "ip6_tables_names")]
     return found if any(found) else []

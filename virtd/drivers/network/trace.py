@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What nftables did with a packet, rule by rule, from the trace that the kernel sends.
 
-`nft monitor trace` shows the same. The layout of the messages (NFT_MSG_TRACE) is include/uapi/linux/netfilter/
-nf_tables.h's.
+`nft monitor trace` shows the same. The layout of the messages (NFT_MSG_TRACE) is that of
+include/uapi/linux/netfilter/nf_tables.h.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _DROP, _ACCEPT, _JUMP, _GOTO = 0, 1, -3, -4
 
 
 class Step(NamedTuple):
-    """One thing that happened to the packet `number`, see packets.py; 0 where the message doesn't say.
+    """One step in the trace of the packet `number` (see packets.py; 0 if the message doesn't say).
 
-    `packet` is the kernel's own number, the same for all that happens in one place (a hook) of its way.
-    `handle` is the rule's, 0 for the policy of a chain. `verdict`: "drop", "accept", "jump", "continue" and so on, of
-    which only the first three matter here; `target` is where a jump goes.
+    `packet`: the kernel's own number, the same for all steps at one hook. `handle`: the rule's, 0 for a chain's
+    policy. `verdict`: "drop", "accept", "jump", "continue" and so on; only the first three matter here. `target`: the
+    chain that a jump goes to.
     """
 
     packet: int
@@ -51,19 +51,19 @@ class Tracer(Multicast):
         self._numbers: dict[int, int] = {}
 
     def steps(self) -> Iterator[Step]:
-        """What has been received by now."""
+        """The steps received so far."""
         for message in self.heard():
-            # Where somebody traces a lot and messages are lost, what is missing is taken for not seen.
+            # If messages are lost because somebody traces a lot, the missing steps count as not seen.
             if message is None or (step := parse(message)) is None:
                 continue
-            # The packet's header comes with the first step in each place only.
+            # Only the first step at each hook carries the packet's header.
             if step.number:
                 self._numbers[step.packet] = step.number
             yield step._replace(number=self._numbers.get(step.packet, 0))
 
 
 def parse(message: Message) -> Step | None:
-    """The step that a message reports; None for another message, or one that can't be read."""
+    """The step that a message reports; None for other messages and unreadable ones."""
     if message.kind != _TRACE:
         return None
     with contextlib.suppress(struct.error, LookupError):

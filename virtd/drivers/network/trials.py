@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What guests of a network do, to be tried by a probe: ask for a lease and for names, send things out and about.
+"""The trials that a probe runs: guests ask for a lease and for names, send packets out of the network and to each
+other.
 
-Each is tried as by a guest that nobody knows, and where that fails as by those that are connected, and in other ways:
-whoever lets one of them through has his reasons for what he doesn't.
+Each trial is first sent as an unknown guest; if that fails, also as the connected guests and in other ways. A
+firewall that lets any of these through is assumed to block the rest on purpose.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ if TYPE_CHECKING:
     from .ports import Ground
 
 ANSWER = "What the host answers to its guests' DHCP"
-GUESTS = 4  # of those that are connected, how many are tried as well
-# Servers far out in the net; nothing is ever sent to them.
+GUESTS = 4  # how many of the connected guests are tried as well
+# Servers out on the internet; nothing is ever actually sent to them.
 FAR = {4: "9.9.9.9", 6: "2620:fe::fe"}
-# What a bridge of the host's without an address of its own may carry.
+# Address pairs to try on a host's bridge that has no address of its own.
 ANYWHERE = (("10.118.0.8", "10.118.0.9"), ("192.168.118.8", "192.168.118.9"), ("172.30.118.8", "172.30.118.9"))
 
 
 class Guest(NamedTuple):
-    """Whose packets they are; "" for an address that it doesn't have."""
+    """The addresses that packets are sent from; "" for an address that the guest doesn't have."""
 
     mac: str
     ipv4: str = ""
@@ -43,7 +44,9 @@ class Guest(NamedTuple):
 
 
 class Outside(NamedTuple):
-    """An address beyond the host: by which `interface`, from which address of the `host`'s; who is `near` there."""
+    """An address `to` beyond the host, reached through `interface` from the host's address `host`; `near`: neighbours
+    of the host there.
+    """
 
     version: int
     to: str
@@ -53,17 +56,17 @@ class Outside(NamedTuple):
 
 
 def of(ground: Ground) -> list[Trial]:
-    """All that can be tried in a network that is active. Raises OSError."""
+    """All trials that apply to an active network. Raises OSError."""
     network = ground.network
     guests = _guests(ground)
     found = list(_asked(ground, guests)) if network.own else []
     if network.range4 is not None and _filters_output():
-        # dnsmasq's log tells of it: not without need.
+        # dnsmasq logs each of these requests, so make them only if a rule could block the answer.
         inform = partial(packets.dhcp_inform, MACS[0], address=guests[0].ipv4)
         found.append(Trial(ANSWER, 4, ANSWERED, (inform,), guests[0].ipv4))
     if network.mode in (Mode.NAT, Mode.ROUTED):
         found += _sent_out(ground, guests)
-    # A bridge of somebody else's that has no ports has a MAC that it loses with the first.
+    # A foreign bridge without ports takes the MAC of its first port, and loses it along with the port.
     peopled = network.own or links.members(network.bridge_name)
     if peopled and not network.isolated_ports and is_filtered(network.bridge_name):
         found += _sent_over(ground, guests)
@@ -71,7 +74,7 @@ def of(ground: Ground) -> list[Trial]:
 
 
 def _filters_output() -> bool:
-    """Whether anybody has a say in what the host itself sends."""
+    """Whether anybody filters what the host itself sends."""
     places = [(one.get("hook"), one.get("type")) for one in firewall.chains() if not firewall.is_ours(one["table"])]
     return any(hook == "output" and kind != "nat" for hook, kind in places) or bool(
         prerequisites.legacy_tables("ip_tables_names")
@@ -79,7 +82,7 @@ def _filters_output() -> bool:
 
 
 def is_filtered(bridge: str) -> bool:
-    """Whether the host's rules for IP see what goes over a bridge (br_netfilter)."""
+    """Whether the host's IP rules see the traffic of a bridge (br_netfilter)."""
     return any(
         "1"
         in (prerequisites.sysctl(f"net/bridge/bridge-nf-call-{tool}"), links.read(bridge, f"bridge/nf_call_{tool}"))
@@ -88,7 +91,7 @@ def is_filtered(bridge: str) -> bool:
 
 
 def _guests(ground: Ground) -> list[Guest]:
-    """The first is nobody's."""
+    """The guests to try as; the first is one that nobody knows."""
     network = ground.network
     four, six = network.interface4, network.interface6
     stranger = Guest(MACS[0], _free4(ground) if four else "", str(six.network[0x7664] if six else ""))
@@ -100,7 +103,7 @@ def _guests(ground: Ground) -> list[Guest]:
 
 
 def _free4(ground: Ground) -> str:
-    """An address of the prefix that is likely to be nobody's."""
+    """An address within the prefix that is probably unused."""
     network = ground.network
     assert network.interface4 is not None
     whole, given = network.interface4.network, network.range4
@@ -113,7 +116,7 @@ def _free4(ground: Ground) -> str:
 
 
 def _asked(ground: Ground, guests: list[Guest]) -> Iterator[Trial]:
-    """What they ask of the host."""
+    """What guests ask of the host."""
     network = ground.network
     four, six = network.interface4, network.interface6
     if network.range4 is not None:
@@ -140,13 +143,13 @@ def _asked(ground: Ground, guests: list[Guest]) -> Iterator[Trial]:
 
 
 def _to_all(mac: str, group: str) -> Way:
-    """To a group of the link's, and its MAC: RFC 2464."""
+    """From `mac` to a link-local multicast group, and the group's MAC (RFC 2464)."""
     last = packets.packed(group)[-4:]
     return Way(mac, packets.link_local(mac), "33:33:" + ":".join(f"{byte:02x}" for byte in last), group)
 
 
 def _sent_out(ground: Ground, guests: list[Guest]) -> Iterator[Trial]:
-    """What the host forwards for them, the answers, and what comes for a [[forward]]."""
+    """Packets that the host forwards for guests, the answers to them, and packets for each [[forward]]."""
     for version in (4, 6):
         mine = [(one.mac, one.ipv4 if version == 4 else one.ipv6) for one in guests]
         mine = [(mac, address) for mac, address in mine if address]
@@ -166,7 +169,7 @@ def _sent_out(ground: Ground, guests: list[Guest]) -> Iterator[Trial]:
 
 
 def _answers(ground: Ground, out: Outside, guest: str) -> Iterator[Trial]:
-    port, to_port = 40054, 53  # of no other trial's packets: they would belong to the connection as well
+    port, to_port = 40054, 53  # used by no other trial, whose packets would belong to this connection too
     mine = out.host if ground.network.mode is Mode.NAT else guest
     way = partial(packets.udp, Way(MACS[0], out.to, OUTER, mine), source=to_port, to=port)
     connection = Connection(guest, mine, out.to, port, to_port)
@@ -174,7 +177,7 @@ def _answers(ground: Ground, out: Outside, guest: str) -> Iterator[Trial]:
 
 
 def _forwarded(forward: Forward, out: Outside) -> Trial:
-    """As from far out, and from the host's own neighbours: it may be meant for these."""
+    """Sent from far away and from the host's own neighbours, since the port may be meant for neighbours only."""
     ways: list[Callable[[int], bytes]] = []
     for source in dict.fromkeys([out.to, *out.near]):
         way = Way(MACS[0], source, OUTER, out.host)
@@ -188,7 +191,7 @@ def _forwarded(forward: Forward, out: Outside) -> Trial:
 
 
 def _usual(ways: list[Way]) -> Iterator[Callable[[int], bytes]]:
-    """Web, names, ping."""
+    """HTTP(S), DNS and ping."""
     for way in ways:
         yield partial(packets.tcp, way, source=40443, to=443, flags=SYN)
         yield partial(packets.dns_query, way)
@@ -197,7 +200,8 @@ def _usual(ways: list[Way]) -> Iterator[Callable[[int], bytes]]:
 
 
 def _outside(ground: Ground, version: int, source: str) -> Outside | None:
-    """Where the host would route what comes from there, out of another interface; None for nowhere."""
+    """Where the host would route packets from `source`, through another interface than the bridge; None if nowhere.
+    """
     bridge = ground.network.bridge_name
     near = [
         (route.interface, str(route.prefix[at]))
@@ -219,7 +223,7 @@ def _outside(ground: Ground, version: int, source: str) -> Outside | None:
 
 
 def _sent_over(ground: Ground, guests: list[Guest]) -> Iterator[Trial]:
-    """What they send to each other."""
+    """What guests send to each other."""
     network = ground.network
     pairs: list[tuple[str, str]] = []
     if network.interface4 is not None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Packets that come in from outside, for probe.py: at whatever interface leads there, as if it had received them.
+"""Injects packets from outside, for probe.py, at the interface that leads there, as if it had received them.
 
 A tap's ingress qdisc redirects what is written to the tap to the receiving side of another interface (tc-mirred(8)).
-An answer is one to the kernel when there is a connection that it belongs to, so one is entered (as conntrack(8) does)
-and taken back. The layouts are include/uapi/linux/{pkt_sched,pkt_cls,tc_act/tc_mirred}.h's and
-netfilter/nfnetlink_conntrack.h's.
+The kernel takes a packet for an answer only if it belongs to a connection, so one is entered (as conntrack(8) does)
+and removed afterwards. The layouts are those of include/uapi/linux/{pkt_sched,pkt_cls,tc_act/tc_mirred}.h and
+netfilter/nfnetlink_conntrack.h.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ _CT_NEW, _CT_DELETE = CONNTRACK | 0, CONNTRACK | 2  # IPCTNL_MSG_CT_*
 _TUPLE_ORIG, _TUPLE_REPLY, _STATUS, _TIMEOUT, _NAT_SRC = 1, 2, 3, 7, 6
 _TUPLE_IP, _TUPLE_PROTO = 1, 2
 _CONFIRMED, _SEEN_REPLY = 1 << 3, 1 << 1  # IPS_CONFIRMED, IPS_SEEN_REPLY
-LASTS = 5  # seconds, if it isn't taken back
+LASTS = 5  # seconds, unless it is removed before
 
 
 class Connection(NamedTuple):
-    """A UDP connection of a guest's with the outside. `host`: the address that it has there, its own without NAT."""
+    """A guest's UDP connection to the outside. `host`: the source address seen outside, the guest's own without NAT.
+    """
 
     guest: str
     host: str
@@ -47,14 +48,15 @@ class Connection(NamedTuple):
 
 
 def redirect(tap: str, interface: str) -> None:
-    """Have `interface` receive whatever is written to a tap. Raises OSError, also where the kernel can't."""
+    """Have `interface` receive whatever is written to a tap. Raises OSError, also if the kernel doesn't support it.
+    """
     with Requests(socket.NETLINK_ROUTE) as netlink:
         index = socket.if_nametoindex(tap)
         netlink.change(
             _RTM_NEWQDISC, CREATE | EXCL,
             _TC.pack(0, index, _INGRESS, _INGRESS_ROOT, 0) + attribute(_KIND, "ingress"),
         )  # fmt: skip
-        # tc_u32_sel with one key that everything matches: nothing of the first four bytes has to be anything.
+        # tc_u32_sel with one key that matches everything: its mask over the first four bytes is 0.
         select = struct.pack("=BBBxHHhhI", 1, 0, 1, 0, 0, 0, 0, 0) + struct.pack("=IIii", 0, 0, 0, 0)
         mirred = struct.pack("=IIiiiiI", 0, 0, _STOLEN, 0, 0, _INGRESS_REDIRECT, socket.if_nametoindex(interface))
         action = attribute(_ACT_KIND, "mirred") + nested(_ACT_OPTIONS, attribute(_MIRRED_PARMS, mirred))
@@ -67,7 +69,7 @@ def redirect(tap: str, interface: str) -> None:
 
 
 class Conntrack:
-    """Connections that are entered, and deleted at the end. Use it in a with statement."""
+    """Temporary conntrack entries, deleted at the end. Use it in a with statement."""
 
     def __init__(self) -> None:
         self._netlink = Requests(NETFILTER)
@@ -83,9 +85,9 @@ class Conntrack:
         self._netlink.close()
 
     def enter(self, one: Connection) -> None:
-        """Raises OSError, also where the kernel can't."""
+        """Add an entry. Raises OSError, also if the kernel doesn't support it."""
         body = _nfgen(one) + _tuple(_TUPLE_ORIG, *_there(one))
-        # Without NAT; the kernel makes of it what it is with.
+        # The reply as it would be without NAT; the kernel derives the translated one.
         body += _tuple(_TUPLE_REPLY, one.to, one.guest, one.to_port, one.port)
         body += attribute(_STATUS, struct.pack("!I", _CONFIRMED | _SEEN_REPLY))
         body += attribute(_TIMEOUT, struct.pack("!I", LASTS))

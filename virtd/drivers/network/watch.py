@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Notifications of what others do to our rules and bridges: netlink(7) multicast, without polling.
+"""Notifications of changes that others make to our rules and bridges: netlink(7) multicast, without polling.
 
-Only names are taken from them. What has become of a thing is then looked at: several changes make one look, and when
-notifications were lost (a socket whose buffer ran over) everything is looked at.
+They only yield names. The current state is then read afresh: several changes cause a single read, and if
+notifications were lost (the socket's buffer overflowed) everything is read.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _NFTABLES_GROUP = 7  # NFNLGRP_NFTABLES, linux/netfilter/nfnetlink.h
 # IPV4_NETCONF, IPV6_NETCONF
 _ROUTING_GROUPS = (1, 5, 7, 8, 9, 11, 19, 24, 25)
 _NEWGEN = NFTABLES | 15  # NFT_MSG_NEWGEN: the end of a transaction; it has no table
-_TABLE = 1  # NFTA_*_TABLE: every message of nftables' but that one has its table's name first
-ALL = ""  # "look at everything"
+_TABLE = 1  # NFTA_*_TABLE: comes first in every nftables message except NEWGEN
+ALL = ""  # for `table` and LinkChanged: everything may have changed
 
 
 class Watch:
-    """Calls `table(name)` when something happened to a table of nftables', and `change` for what rtnetlink reports.
+    """Calls `table(name)` when an nftables table changed, and `change` for what rtnetlink reports.
 
-    They are called for ALL, with LinkChanged and RuleChanged, when notifications were lost.
+    If notifications were lost, both are called for ALL (`change` with LinkChanged and RuleChanged).
     """
 
     def __init__(self, table: Callable[[str], None], change: Callable[[Change], None]) -> None:
@@ -81,7 +81,7 @@ class Watch:
 
 
 def table_of(message: Message) -> str | None:
-    """The table that a message of nftables' is about; None for another message."""
+    """The table that an nftables message is about; None for other messages."""
     if message.kind & ~0xFF != NFTABLES or message.kind == _NEWGEN:
         return None
     return message.text(NFGEN, _TABLE)
