@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The operations, once. Every front end is a thin adapter over a Host.
+"""All operations of virtd, implemented once. Every front end is a thin adapter over a Host.
 
-What concerns the daemon itself is here. Each noun has a module of its own and an attribute of Host; those that not
-every host uses are made when they are first asked for.
+This module holds what concerns the daemon itself. Each noun has a module of its own and an attribute of Host;
+attributes that not every host needs are created on first use.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-TURN = 0.01  # seconds that reading definitions keeps everybody else waiting
+TURN = 0.01  # seconds for which reading definitions may keep the event loop from other work
 
 
 class Recovery(msgspec.Struct):
-    """What this start found; `ms` from the process's first instruction of ours until the guests were taken back."""
+    """What this start recovered; `ms`: milliseconds from our first instruction until the guests were taken back."""
 
     objects: int = 0
     ms: float = 0.0
@@ -86,7 +86,7 @@ class Host:
         self._comparing = asyncio.Lock()
         self.services = services
 
-    # The nouns
+    # Nouns
 
     @functools.cached_property
     def networks(self) -> Networks:
@@ -101,7 +101,7 @@ class Host:
         return Containers(self.services, cast("lxc.driver.Driver", self.use("lxc")), self.followers, self.subscribe)
 
     def supervised(self, driver: str) -> Objects[Any]:
-        """What can be asked of any driver whose objects are processes."""
+        """The operations that any driver whose objects are processes supports."""
         if driver not in self._supervised:
             guests = cast("GuestDriver[Any, Any]", self.use(driver))
             self._supervised[driver] = Objects(self.services, guests, self.followers, self.subscribe)
@@ -116,7 +116,7 @@ class Host:
     # Events
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
-        """Call `listener(event, object)` at each "added", "removed", "changed", "ended"; call the result to stop."""
+        """Call `listener(event, object)` on "added", "removed", "changed" and "ended". The result unsubscribes."""
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
@@ -133,7 +133,7 @@ class Host:
             for listener in list(self._listeners):
                 try:
                     listener(event, item)
-                except Exception:  # a front end's trouble is not the object's
+                except Exception:  # a front end's failure must not affect the object
                     log.exception("A listener failed on %s of %s/%s", event, driver, name)
 
         return publish
@@ -143,7 +143,7 @@ class Host:
             return []
         return cast("storage.driver.Driver", self.drivers.get("storage")).jobs.describe()
 
-    # The other nouns
+    # Other nouns
 
     @property
     def pools(self) -> Pools:
@@ -157,10 +157,10 @@ class Host:
 
         return Volumes(cast("storage.driver.Driver", self.use("storage")))
 
-    # The drivers
+    # Drivers
 
     def use(self, name: str) -> Driver:
-        """The driver `name`, for an operation: one that had nothing to do so far is made, and starts with nothing."""
+        """The driver `name`, for an operation. A driver that had nothing to do so far is created, without objects."""
         if name not in self.drivers:
             self._wake(name)
         return self.drivers.get(name)
@@ -173,7 +173,7 @@ class Host:
         task.add_done_callback(self._tasks.discard)
 
     def restore(self, started: float) -> None:
-        """The first step of a start; `started` is time.monotonic() at its beginning."""
+        """The first step of a start; `started` is time.monotonic() at its beginning, in seconds."""
         for name in self.drivers.wanted():
             self.drivers.get(name)
         for driver in self.drivers:
@@ -188,11 +188,11 @@ class Host:
     def _restore(self, driver: Driver) -> None:
         try:
             driver.restore()
-        except Exception as exc:  # one driver's trouble must not cost the others their daemon
+        except Exception as exc:  # one driver's failure must not take the daemon from the others
             self._trouble(driver, "restored", exc)
 
     async def reconcile(self) -> None:
-        """The second step, once systemd can be asked."""
+        """The second step of a start, once systemd can be queried."""
         self.events.begin()
         await asyncio.gather(*(self._reconcile(driver) for driver in self.drivers))
         self.events.compare()
@@ -204,13 +204,13 @@ class Host:
             self._trouble(driver, "reconciled", exc)
 
     async def look(self) -> None:
-        """Check, now and then, for what may disappear without notice."""
+        """Check for what may disappear without notice; called now and then."""
         for driver in self.drivers:
             if isinstance(driver, Looking):
                 await driver.look()
 
     async def autostart(self) -> None:
-        """Start what is to be started at boot, and go on trying where that can't be done yet."""
+        """Start what is marked for autostart, and keep trying where that isn't possible yet."""
         await self.boot.run()
 
     def _trouble(self, driver: Driver, what: str, exc: Exception) -> None:
@@ -228,7 +228,7 @@ class Host:
             self.drivers.get(name).grown(key)
 
     def refused(self, loss: Loss) -> None:
-        """The pump can't write to a log, or can again."""
+        """The pump cannot write to a log, or can do so again."""
         reason = "" if loss.over else loss.reason
         problem = None
         if reason:
@@ -243,16 +243,16 @@ class Host:
         return sum(driver.live() for driver in self.drivers)
 
     def summary(self) -> str:
-        """What runs: "2 domains, 1 network"."""
+        """What is running, such as "2 domains, 1 network"."""
         counted = [(driver.live(), driver.noun) for driver in self.drivers if driver.live()]
         return ", ".join(f"{count} {noun}{'' if count == 1 else 's'}" for count, noun in counted) or "0 domains"
 
     def settled(self) -> bool:
-        """Whether it is known of every object whether it runs, so that a listing needn't wait."""
+        """Whether every object is known to run or not to run, so that a listing needn't wait."""
         return all(driver.settled() for driver in self.drivers)
 
     async def close(self) -> None:
-        """Release everything in this process; what runs is left alone."""
+        """Release everything that this process holds; guests and other children keep running."""
         if "boot" in self.__dict__:
             await self.boot.close()
         for task in list(self._tasks):
@@ -283,7 +283,7 @@ class Host:
         )
 
     def found(self) -> dict[str, list[str]]:
-        """What this start found of every driver; what isn't a domain has its driver before its name."""
+        """What this start found, by kind of finding. Objects other than domains are named "driver/name"."""
         found: dict[str, list[str]] = {"adopted": [], "ended": [], "rolled_back": [], "rebuilt": []}
         for driver in self.drivers:
             prefix = "" if driver.name == DRIVER else f"{driver.name}/"
@@ -306,12 +306,12 @@ class Host:
         ]
 
     async def check_all(self, *, repair: bool, by: Caller | None) -> replies.Checked:
-        """Compare what systemd, /run, /etc and virtd know of every object; with `repair`, mend what can be mended
-        without touching what runs.
+        """Compare what systemd, /run, /etc and virtd know of every object. With `repair`, fix whatever can be fixed
+        without touching anything that runs.
         """
         from . import fsck
 
-        async with self._comparing:  # each has PID 1 list all its units and descriptors
+        async with self._comparing:  # each comparison has PID 1 list all its units and descriptors
             rows = await fsck.compare(self.drivers, self.use, self.services, repair=repair)
         if repair and rows:
             who = by.name if by is not None else "nobody"
@@ -321,7 +321,7 @@ class Host:
         )
 
     async def reload(self, *, by: Caller) -> replies.Reloaded:
-        """Read the definitions again, and apply again what others may have removed; nothing that runs is touched."""
+        """Reread the definitions, and reapply what others may have removed; nothing that runs is touched."""
         async with self._reloading:
             return await self._reload()
 
@@ -340,7 +340,7 @@ class Host:
 
 
 async def _bit_by_bit(work: Iterable[T]) -> AsyncIterator[T]:
-    """What `work` yields, with others having their turn after each few milliseconds of it."""
+    """The items of `work`; other tasks get a turn every TURN seconds."""
     turn = time.monotonic()
     for item in work:
         yield item
@@ -350,7 +350,7 @@ async def _bit_by_bit(work: Iterable[T]) -> AsyncIterator[T]:
 
 
 def _what(fd: int) -> str:
-    """What is open, in /proc's words; empty if it was closed a moment ago, before its slot is dropped."""
+    """What `fd` refers to, as /proc names it; empty if it was just closed, before its slot is dropped."""
     try:
         return os.readlink(f"/proc/self/fd/{fd}")
     except OSError:

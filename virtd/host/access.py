@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Who may do what, decided once for every front end.
 
-Each operation takes a right, which stands beside what answers it (virtd.api.interfaces). Root may do everything, and
-others may look.
+Each operation requires a right, which is declared beside the code that answers it (virtd.api.interfaces). Root may do
+everything, and others may look.
 
-What that doesn't decide may be asked of an authority, such as polkit. Its answer may take as long as a person does,
-so a front end doesn't let others wait for it, and stops asking when its caller is gone.
+An authority such as polkit may be asked about calls that this doesn't decide. A person may have to answer, which
+takes time, so a front end doesn't make other callers wait for it, and stops asking once its caller is gone.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from .. import errors
 if TYPE_CHECKING:
     from .base import Caller
 
-PATIENCE: Final = 120.0  # seconds for an authority's answer; a person may have to type a password
+PATIENCE: Final = 120.0  # seconds to wait for an authority; a person may have to type a password
 
 
 class Right(StrEnum):
     """What a caller must be allowed to do."""
 
-    LOOK = "look"  # at what there is and how it is
-    OVERHEAR = "overhear"  # read consoles, which may show what isn't for everybody, and type on them
+    LOOK = "look"  # see which objects exist, and their state
+    OVERHEAR = "overhear"  # read consoles, which may show confidential output, and type on them
     CHANGE = "change"
 
 
@@ -34,20 +34,21 @@ class Authority(Protocol):
     """Decides about callers other than root."""
 
     async def allows(self, by: Caller, operation: str, right: Right) -> bool:
-        """May take any time; cancelled when the answer is no longer wanted."""
+        """Whether `by` may call `operation`. May take any time; cancelled once the answer is no longer wanted."""
 
 
 class Access:
-    """The decision, which is immediate without an authority."""
+    """Decides whether a call is allowed; immediately, unless an authority must be asked."""
 
     def __init__(self, authority: Authority | None = None, patience: float = PATIENCE) -> None:
         self._authority = authority
         self._patience = patience
 
     def allows(self, by: Caller, operation: str, right: Right, called: str = "") -> bool:
-        """Whether `by` certainly may; if not, `ask`. Raises AccessDenied if `by` certainly may not.
+        """True if `by` may, False if the authority must be asked (see `ask`). Raises AccessDenied if `by` may not.
 
-        `operation`: its name on Varlink; `called`: in the front end, if that is another one.
+        `operation` is its name on Varlink; `called` is the name by which the caller knows it, if that is a different
+        one.
         """
         if by.uid == 0 or right is Right.LOOK:
             return True
@@ -56,7 +57,7 @@ class Access:
         raise _denied(by, called or _short(operation))
 
     async def ask(self, by: Caller, operation: str, right: Right, called: str = "") -> None:
-        """Wait for the authority's answer. Raises AccessDenied, also if there is none in time."""
+        """Wait for the authority's answer. Raises AccessDenied if it refuses or doesn't answer in time."""
         assert self._authority is not None
         called = called or _short(operation)
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Notices that an interface, an address, a block device or a mount has appeared; which one doesn't matter.
+"""Notices when an interface, an address, a block device or a mount appears, without saying which.
 
 Mounts: poll(2) of /proc/self/mountinfo gives POLLPRI after each change of the table, proc_pid_mountinfo(5).
 Interfaces and addresses: rtnetlink(7). Devices: kernel uevents, NETLINK_KOBJECT_UEVENT of netlink(7).
@@ -29,7 +29,7 @@ _ROOM = 1 << 16
 
 
 class Arrivals:
-    """Calls `came()` on the loop, once for a burst, until `close`. Sources that can't be listened to are left out."""
+    """Calls `came()` on the loop, once per burst, until `close`. Sources that cannot be watched are left out."""
 
     def __init__(self, came: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
@@ -77,7 +77,7 @@ class Arrivals:
             except BlockingIOError:
                 break
             except OSError as exc:
-                if exc.errno != errno.ENOBUFS:  # more arrived than was read, which is news as well
+                if exc.errno != errno.ENOBUFS:  # an overrun: more arrived than was read, so something did arrive
                     log.warning("Netlink: %s", exc)
                     self._loop.remove_reader(one.fileno())
                 break
@@ -85,7 +85,7 @@ class Arrivals:
 
     def _watch_mounts(self) -> None:
         self._mounts = os.open(MOUNTS, os.O_RDONLY | os.O_CLOEXEC)
-        # The file is always readable, so the loop's own selector would never sleep.
+        # The file is always readable, so the loop's own selector would spin.
         self._poll = select.epoll()
         self._poll.register(self._mounts, select.EPOLLPRI)
         self._loop.add_reader(self._poll.fileno(), self._mounted)

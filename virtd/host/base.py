@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What all operations share: who asks, and replies that carry descriptors."""
+"""What all operations share: the caller, and replies that carry file descriptors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Listener = Callable[[str, Reply], None]
 
 
 class Caller(msgspec.Struct, frozen=True):
-    """Who asks: SO_PEERCRED's answer, or D-Bus's."""
+    """The calling process, as reported by SO_PEERCRED or by the bus."""
 
     uid: int
     pid: int
@@ -21,12 +21,12 @@ class Caller(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, uid: int, pid: int) -> Caller:
-        """Users are numbers here, but for root: to ask for a name may mean to wait for a directory server."""
+        """A Caller named by its number, except for root: looking up a name may block on a directory server."""
         return cls(uid=uid, pid=pid, name="root" if uid == 0 else f"uid {uid}")
 
 
 class WithDescriptors(msgspec.Struct, frozen=True):
-    """A reply with descriptors, which the front end passes on and then closes."""
+    """A reply with file descriptors, which the front end passes on and then closes."""
 
     value: Reply
     fds: list[int]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is started at boot, and what has to wait for something that appears later: a bridge, a disk, a mount.
+"""Autostart at boot, including objects that must wait for something to appear: a bridge, a disk, a mount.
 
-Nobody is there to try again, so whatever can't be started is retried for as long as the boot lasts: after growing
-pauses, and soon after an interface, a block device or a mount has appeared. What waits is on record beside the mark
-of the boot, so that the next daemon continues to wait for it.
+Nobody is there to try again, so an object that cannot be started is retried until the host goes down: at increasing
+intervals, and soon after an interface, a block device or a mount appears. The objects that wait are recorded beside
+the boot's mark, so that the next daemon goes on with them.
 """
 
 from __future__ import annotations
@@ -35,30 +35,32 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ITSELF = "autostart"  # who starts them
-AT_ONCE = 8  # starts in parallel; more only slow each other down on a small host
-AGAIN = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # seconds before each further try; the last one from then on
-CALM = 0.5  # seconds between an arrival and the try: udev has its links to make, and a bridge gets its ports
-RATHER_NOT = 3.0  # seconds between two tries, however much arrives
-LIMIT = 1 << 20  # bytes of the record
+ITSELF = "autostart"  # the caller on whose behalf objects are started
+AT_ONCE = 8  # starts in parallel; more would only slow each other down on a small host
+AGAIN = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # seconds before each retry; the last value is repeated
+CALM = 0.5  # seconds between an arrival and a retry: udev has links to make, and a bridge gets its ports
+RATHER_NOT = 3.0  # minimum seconds between two retries, however much arrives
+LIMIT = 1 << 20  # maximum size of the record in bytes
 
 
 class Told(msgspec.Struct, frozen=True):
-    """A problem, in words."""
+    """A problem as text, with a hint."""
 
     text: str
     hint: str = ""
 
 
 class Waiting(msgspec.Struct, frozen=True):
-    """The record: of which boot, and for each "driver/name" what was wrong at its last try, and what helps."""
+    """The record: the boot ID, and for each "driver/name" the last failure and its hint."""
 
     boot: str
     objects: dict[str, Told] = {}
 
 
 class Boot:
-    """`problems` and `subscribe` are the host's; `trouble(driver, what, exc)` reports a bug in a driver."""
+    """Autostarts objects. `problems` and `subscribe` are the host's; `trouble(driver, what, exc)` reports a bug in a
+    driver.
+    """
 
     def __init__(
         self,
@@ -76,18 +78,19 @@ class Boot:
         self._boot = boot_id()
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._waiters: dict[str, asyncio.Task[None]] = {}
-        self._trying: set[str] = set()  # whose changes are of our own making
+        self._trying: set[str] = set()  # objects being started here, whose changes are our own doing
         self._written = Waiting(self._boot)
-        self._nudge = asyncio.Event()  # set, and replaced by a new one, when what was missing may be there
+        self._nudge = asyncio.Event()  # set, then replaced, when something that was missing may have appeared
         self._nudging: asyncio.TimerHandle | None = None
         self._arrivals: Arrivals | None = None
         self._unsubscribe: Callable[[], None] | None = None
 
     async def run(self) -> None:
-        """Start what is to be started: once per boot, which a soft reboot isn't. What can't be started waits.
+        """Start what is marked for autostart, once per boot (a soft reboot isn't a boot). What cannot be started
+        waits.
 
-        The mark says "begun" before the first one is started, so that a daemon that takes over in the middle goes on
-        with the rest. One driver comes after the other: what others stand on is first.
+        The mark says "begun" before the first start, so that a daemon that takes over in the middle goes on with the
+        rest. Drivers are handled in order, those that others depend on first.
         """
         if self._done():
             return self._go_on()
@@ -111,7 +114,7 @@ class Boot:
         return None
 
     async def close(self) -> None:
-        """What waits stays on record."""
+        """Stop retrying; the objects that wait stay on record."""
         tasks = list(self._waiters.values())
         for task in tasks:
             task.cancel()
@@ -119,7 +122,7 @@ class Boot:
         self._be_quiet()
 
     def nudge(self) -> None:
-        """Something has changed for which one of those that wait may have waited."""
+        """Something changed that a waiting object may have been waiting for."""
         if self._waiters and self._nudging is None:
             self._nudging = asyncio.get_running_loop().call_later(CALM, self._nudged)
 
@@ -138,7 +141,7 @@ class Boot:
         return False
 
     def _mark(self, text: str) -> None:
-        """Write how far autostarting is. Raises HostError when that can be done nowhere."""
+        """Record the progress of autostarting. Raises HostError if none of the marks can be written."""
         failed = []
         marks = self._paths.autostarted
         for mark in marks:
@@ -157,7 +160,7 @@ class Boot:
             self._wait(driver, one, failed)
 
     async def _try(self, driver: Driver, one: Startable) -> Problem | None:
-        """Start it; what is wrong, if that can't be done."""
+        """Start the object; returns the problem if it cannot be started."""
         async with self._slots:
             if not self._wanted(driver, one):
                 return None
@@ -224,7 +227,7 @@ class Boot:
             self._be_quiet()
 
     def _listen(self) -> None:
-        """Look out for what may come, only while somebody waits for it."""
+        """Watch for arrivals; only needed while something waits."""
         if self._arrivals is None:
             from .arrivals import Arrivals
 
@@ -232,7 +235,7 @@ class Boot:
             self._unsubscribe = self._subscribe(self._changed)
 
     def _changed(self, _event: str, item: Reply) -> None:
-        """A definition was changed, or what one of them stands on was started."""
+        """A definition changed, or an object that others depend on was started."""
         if f"{item['driver']}/{item['name']}" not in self._trying:
             self.nudge()
 
@@ -265,11 +268,11 @@ class Boot:
             else:
                 files.remove(self._paths.waiting)
             self._written = record
-        except errors.HostError as exc:  # it is written with the next change; until then this process knows
+        except errors.HostError as exc:  # it is written again on the next change; until then only this process knows
             log.warning("What waits to be autostarted isn't on record: %s", exc)
 
     def recall(self) -> None:
-        """Know what an earlier daemon of this boot has waited for, before anybody asks; `run` goes on with it."""
+        """Load what an earlier daemon of this boot was waiting for, before anyone asks; `run` continues it."""
         try:
             record = msgspec.json.decode(untrusted.read(self._paths.waiting, LIMIT), type=Waiting)
         except FileNotFoundError:
@@ -293,7 +296,7 @@ class Boot:
 
     def _go_on(self) -> None:
         for driver, one, failed in self._recalled():
-            if one.waits is not None:  # and nobody has ended that since
+            if one.waits is not None:  # and nothing has ended the wait since
                 self._wait(driver, one, failed)
         self._record()
         self.nudge()

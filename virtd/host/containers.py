@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Containers(Objects[Container]):
-    """What can be asked of virtd about containers."""
+    """The operations that virtd offers on containers."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Containers(Objects[Container]):
         container = await self.driver.create(name, image, ids)
         return replies.Made(name=container.name, uuid=container.uuid, path=container.source)
 
-    # Commands in it
+    # Commands in a container
 
     async def execute(
         self,
@@ -98,7 +98,7 @@ class Containers(Objects[Container]):
         try:
             result = await execs.result(units, unit)
         except GeneratorExit:
-            container.spawn(self._forget(unit), "forget")  # nobody waits for it any more
+            container.spawn(self._forget(unit), "forget")  # nobody is waiting for it any more
             raise
         yield replies.Ran(name=container.name, event="ended", code=result.code, signal=result.signal)
 
@@ -108,7 +108,7 @@ class Containers(Objects[Container]):
             await execs.result(units, unit)
 
     async def signal(self, name: str, token: str, signum: int, *, by: Caller) -> Named:
-        """Send a signal to a command that Execute has started."""
+        """Send signal number `signum` to a command that Execute started."""
         container = await self.find(name)
         if not execs.belongs(token, container):
             raise errors.NotFound(f"There is no command {token} in {container.name}")

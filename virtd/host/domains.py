@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Domains(Objects[QemuGuest]):
-    """What can be asked of virtd about domains."""
+    """The operations that virtd offers on domains."""
 
     def __init__(
         self,

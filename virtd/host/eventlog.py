@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The latest events, in a file of bounded size that outlives the daemon: one line of JSON each.
+"""The latest events, in a file of bounded size that survives a restart of the daemon: one line of JSON each.
 
-Among them are checkpoints: what subscribers had been told of every object by then. So the next daemon knows what is
-still to be told, however long ago an object last changed, and needs to read only the lines after the last checkpoint.
-An event exists once its line is complete; a line that a kill has cut off is removed, and its object is reported
-again. The file is in /run and need not outlive the host, so nothing is synced: an event costs one write(2).
+The file also holds checkpoints: the state of every object as last reported to subscribers. From these the next daemon
+knows what it still has to report, however long ago an object last changed, and needs to read only the lines after the
+last checkpoint. An event exists once its line is complete; a line cut off by a kill is removed, and its object is
+reported again. The file is in /run and need not survive a reboot, so nothing is synced: an event costs one write(2).
 
 The first number is the time in microseconds, so the numbers of an earlier boot are smaller.
 """
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT: Final = 1  # what the file's lines look like; a running daemon publishes it in daemon.json
-SIZE: Final = 1 << 20  # bytes of the file; more if a checkpoint is larger than half of EVERY
-EVERY: Final = 16 << 10  # bytes of events between two checkpoints, at least
+FORMAT: Final = 1  # version of the line format; a running daemon publishes it in daemon.json
+SIZE: Final = 1 << 20  # maximum size of the file in bytes; more if a checkpoint is larger than half of EVERY
+EVERY: Final = 16 << 10  # minimum bytes of events between two checkpoints
 Told = tuple[Any, ...]
 
 _CHECKPOINT = b'{"first":'
@@ -38,7 +38,7 @@ _EVENT = b'{"sequence":'
 
 
 def fingerprint(item: Any) -> Told:
-    """What makes a change of an object an event: not its processes, sizes and progress."""
+    """The fields whose change is an event; an object's processes, sizes and progress aren't among them."""
     return tuple(item.get(key) for key in ("uuid", "state", "reason", "since", "autostart", "waits", "error"))
 
 
@@ -47,9 +47,9 @@ def append(fd: int, data: bytes) -> int:
 
 
 def discard_unless(written: Any, path: str) -> None:
-    """Remove a log that the previous daemon didn't keep: `written` is the format that it published, if any.
+    """Remove a log that the previous daemon didn't keep; `written` is the format that it published, if any.
 
-    What happened under a virtd without this log is in no log, and subscribers must be told of the gap.
+    A virtd without this log recorded no events, so subscribers must learn that there is a gap.
     """
     if written != FORMAT and os.path.lexists(path):
         try:
@@ -59,24 +59,24 @@ def discard_unless(written: Any, path: str) -> None:
 
 
 class EventLog:
-    """`told`: what subscribers were last told of each object, by "kind/name".
+    """The file. `told` is the state last reported to subscribers, by "kind/name".
 
-    Methods may raise OSError; everything is then as before.
+    Methods may raise OSError; they then leave everything as it was.
     """
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._fd = -1
         self._size = 0
-        self._checkpoint = 0  # where the last one begins
-        self._after = EVERY  # bytes after which the next one is due
-        self._offsets: array[int] | None = None  # of the events' lines, once somebody wants to read them
-        self.first = 0  # the number of the oldest event in the file, or of the next one
-        self.last = -1  # the number of the newest event
+        self._checkpoint = 0  # offset at which the last checkpoint begins
+        self._after = EVERY  # bytes after which the next checkpoint is due
+        self._offsets: array[int] | None = None  # offsets of the events' lines, once a reader needs them
+        self.first = 0  # number of the oldest event in the file, or of the next one
+        self.last = -1  # number of the newest event
         self.told: dict[str, Told] = {}
 
     def open(self) -> bool:
-        """Continue the log of an earlier daemon. False if there is none that can be continued: then `begin`."""
+        """Continue an earlier daemon's log. False if there is none that can be continued; then call `begin`."""
         try:
             self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
             self._recall(os.pread(self._fd, os.fstat(self._fd).st_size, 0))
@@ -117,13 +117,13 @@ class EventLog:
         self._after = max(EVERY, 2 * len(head))
 
     def begin(self, told: dict[str, Told]) -> None:
-        """Begin a new log, for which everything that exists has been told."""
+        """Begin a new log in which `told`, the state of all existing objects, counts as reported."""
         self.told = told
         first = max(time.time_ns() // 1000, self.last + 2)
         self._replace(first, first - 1, b"", array("Q"))
 
     def append(self, change: Change, told: Told | None) -> None:
-        """`change` has the number after `last`."""
+        """Append an event; `change` must have the number after `last`."""
         data = _encode(change) + b"\n"
         if self._size + len(data) > SIZE + self._after - EVERY:
             self._shorten()
@@ -136,7 +136,7 @@ class EventLog:
         self._note(f"{change.kind}/{change.name}", told)
 
     def read(self, after: int, most: int) -> list[Change]:
-        """The events after number `after`, `most` at a time."""
+        """The events after number `after`, at most `most` of them."""
         from ..replies.events import Change
 
         if after >= self.last:
@@ -149,7 +149,7 @@ class EventLog:
         return [msgspec.json.decode(line, type=Change) for line in data.splitlines() if line.startswith(_EVENT)]
 
     def forget(self, key: str) -> None:
-        """An object that disappears without an event."""
+        """Drop an object that disappears without an event."""
         self.told.pop(key, None)
 
     def _note(self, key: str, told: Told | None) -> None:
@@ -189,7 +189,7 @@ class EventLog:
         self._checkpoint, self._after = self._size - len(head), max(EVERY, 2 * len(head))
 
     def _shorten(self) -> None:
-        """Drop the older half, and the checkpoints."""
+        """Drop the older half of the events, and all checkpoints."""
         offsets = self._index()
         kept = next((i for i, at in enumerate(offsets) if self._size - at <= SIZE // 2), len(offsets))
         start = offsets[kept] if kept < len(offsets) else self._size
@@ -199,9 +199,9 @@ class EventLog:
         self._replace(self.first + kept, self.last, b"".join(lines), array("Q", lengths)[:-1])
 
     def _replace(self, first: int, last: int, lines: bytes, offsets: array[int]) -> None:
-        """Write the file anew: the events `first` to `last`, whose `offsets` are those in `lines`.
+        """Rewrite the file with the events `first` to `last`, at `offsets` in `lines`.
 
-        A kill leaves the old file or the new one. The checkpoint comes last, but for the numbers in the first line.
+        A kill leaves either the old file or the new one. The checkpoint follows the events.
         """
         head = self._head(first, last)
         temporary = f"{self._path}.new"
@@ -230,5 +230,5 @@ class EventLog:
 def _encode(value: Any) -> bytes:
     try:
         return msgspec.json.encode(value)
-    except UnicodeEncodeError:  # a name that isn't UTF-8 came in by a path or somebody's words
+    except UnicodeEncodeError:  # a name that isn't UTF-8 came from a path or from somebody's text
         return msgspec.json.encode(plainly(msgspec.to_builtins(value)))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Every change of state, numbered, for subscribers that must miss none of them, even when virtd is restarted.
+"""Every change of state, numbered, for subscribers that must not miss any, not even when virtd restarts.
 
-An object's record, or its definition, is written first, then the event, and then the event is sent. If virtd is
-killed between the first two, the next one notices: it compares what exists with what was told, before anything else
-changes. Subscribers read the log, each at its own pace: one that stops reading costs nothing, and learns that it
-lagged.
+An object's record or definition is written first, then the event is logged, and then it is sent. If virtd is killed
+between the first two steps, the next daemon notices: before anything else changes, it compares what exists with what
+was reported. Each subscriber reads the log at its own pace: one that stops reading costs nothing, and learns that it
+has lagged.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 64  # events that a subscriber gets from one look into the log
-AGAIN = 1.0  # seconds until a log that couldn't be written is tried again
+AT_ONCE = 64  # maximum number of events per read of the log
+AGAIN = 1.0  # seconds before a failed write of the log is retried
 JOB = "job"
 
 
 class Events:
-    """`jobs()`: those that exist."""
+    """Detects and records events; `jobs()` lists the existing jobs."""
 
     def __init__(self, path: str, drivers: Drivers, jobs: Callable[[], Iterable[Reply]]) -> None:
         self._log = EventLog(path)
@@ -43,7 +43,7 @@ class Events:
         self._again: asyncio.TimerHandle | None = None
 
     def begin(self) -> None:
-        """Continue where the previous daemon ended, before anything changes. Calling it again does nothing."""
+        """Continue where the previous daemon stopped, before anything changes. Calling it again does nothing."""
         if self._begun:
             return
         self._begun = True
@@ -59,7 +59,7 @@ class Events:
             self._fail(exc)
 
     def compare(self) -> None:
-        """Report whatever differs from what was told."""
+        """Report whatever differs from what was last reported."""
         there = set()
         for key, item in list(self._present()):
             there.add(key)
@@ -67,12 +67,12 @@ class Events:
                 self._see(key, item)
         for key in [key for key in self._log.told if key not in there]:
             if key.startswith(f"{JOB}/"):
-                self._log.forget(key)  # its verdict is no longer kept
+                self._log.forget(key)  # its result is no longer kept
             else:
                 self._see(key, None)
 
     def _present(self) -> Iterator[tuple[str, Reply | None]]:
-        """All objects by key; None for one whose state isn't known yet."""
+        """All objects by key; None for an object whose state isn't known yet."""
         for driver in self._drivers:
             for name, item in driver.known():
                 yield f"{driver.noun}/{name}", item
@@ -80,7 +80,7 @@ class Events:
             yield f"{JOB}/{job['job']}", job
 
     def changed(self, kind: str, name: str, item: Reply | None) -> None:
-        """A driver's report; what has been told already isn't told again."""
+        """A driver reports a change; what has been reported already isn't reported again."""
         if self._begun:
             self._see(f"{kind}/{name}", item)
 
@@ -101,7 +101,7 @@ class Events:
     def _change(self, sequence: int, what: str, kind: str = "", name: str = "", item: Any = None) -> Change:
         state = item["state"] if item is not None else None
         reason = (item["error"] if kind == JOB else item["reason"]) if item is not None else None
-        from ..replies.events import Change  # not before somebody needs it: a restart may take a millisecond less
+        from ..replies.events import Change  # imported on first use, which saves a restart up to a millisecond
 
         return Change(
             sequence=sequence, at=now(), change=what, kind=kind, name=name, state=state, reason=reason, object=item
@@ -112,7 +112,9 @@ class Events:
         self._wake = asyncio.Event()
 
     def _fail(self, exc: OSError) -> None:
-        """Events are lost from now on; a new log, with larger numbers, makes subscribers lag."""
+        """Events are lost from now on. A later log starts with larger numbers, so subscribers notice that they
+        lagged.
+        """
         if not self._failing:
             self._failing = True
             log.warning("Events can't be recorded: %s", exc.strerror or exc)
@@ -124,7 +126,10 @@ class Events:
         self._rouse()
 
     async def subscribe(self, since: int | None) -> AsyncIterator[Change]:
-        """The events after number `since`, or from now on, without end. Raises NotFound if they aren't on record."""
+        """The events after number `since`, or from now on if None, without end.
+
+        Raises NotFound if they are no longer on record.
+        """
         last = self._log.last
         if since is not None and not self._log.first - 1 <= since <= last:
             older = since < self._log.first

@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from ..children.child import Services
     from ..drivers.loader import Drivers
 
-STARTING = 60.0  # seconds that a start may take from the making of its pipes to its unit
+STARTING = 60.0  # maximum seconds between the creation of a start's pipes and its unit
 
 
 async def compare(
     drivers: Drivers, use: Callable[[str], object], services: Services, *, repair: bool
 ) -> list[replies.Difference]:
-    """The differences.
+    """The differences between what virtd, systemd and the file system know.
 
-    `use(name)` makes a driver that had nothing to do so far.
+    `use(name)` returns a driver, creating one that had nothing to do so far.
     """
     units = await services.units()
     present = {unit.name for unit in await units.list("virtd-*.service")}
@@ -59,7 +59,7 @@ def _row(difference: Difference, key: str) -> replies.Difference:
 
 
 async def _strangers(services: Services) -> list[Difference]:
-    """Slots of no driver of ours: a newer virtd's, before a rollback. They may be all that keeps something alive."""
+    """Slots of unknown drivers: a newer virtd's, before a rollback. They may be all that keeps something alive."""
     units = await services.units()
     dump = await units.store_dump(services.unit)
     found = {name for name in services.store.held(dump or []) if name.partition("/")[0] not in MODULES}
@@ -67,7 +67,9 @@ async def _strangers(services: Services) -> list[Difference]:
 
 
 def _quarantine(services: Services, *, repair: bool) -> list[Difference]:
-    """Records that couldn't be read at a start. Their objects are rebuilt; the files are for a person."""
+    """Records that could not be read at a start. Their objects were rebuilt; the files are kept for a person to
+    inspect.
+    """
     found = []
     try:
         entries = sorted(os.listdir(services.paths.quarantine))
@@ -80,7 +82,7 @@ def _quarantine(services: Services, *, repair: bool) -> list[Difference]:
             try:
                 repaired = files.remove(path)
             except errors.HostError:
-                files.remove_tree(path)  # it was a directory that was called as a record
+                files.remove_tree(path)  # a directory in place of a record
                 repaired = not os.path.lexists(path)
         text = f"{plain(path)} is a record that couldn't be read; its object was rebuilt without it"
         found.append(Difference("record", "", text, "remove it", repaired))
@@ -88,7 +90,7 @@ def _quarantine(services: Services, *, repair: bool) -> list[Difference]:
 
 
 def _pipes(services: Services, present: set[str], *, repair: bool) -> list[Difference]:
-    """FIFOs and aliases of children that aren't there. Younger ones may be of a start that is under way."""
+    """FIFOs and aliases of children that don't exist. Recent ones may belong to a start in progress."""
     found = []
     paths = services.paths
     owned = [(paths.fifos(*owner), fifos.remove, *owner) for owner in fifos.owners(paths.fifos())]

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Registers what runs with systemd-machined, so that `machinectl list` and the like show it: qemu-NAME and lxc-NAME.
+"""Registers running guests with systemd-machined, so that `machinectl list` shows them as qemu-NAME and lxc-NAME.
 
-Nothing waits for it and nothing depends on it. It listens to the host's events as a front end does, and brings
-machined's list in line with what runs, whenever one of the two has changed.
+Nothing waits for this and nothing depends on it. It listens to the host's events like a front end, and brings
+machined's list in line with what runs whenever either changes.
 
-machined may have its own idea of ending things. When a container's first process ends, which a reboot of its own does
-too, systemd 258 and later sends SIGTERM to whoever registered it. So virtd registers it from a process that has ended
-by then.
+machined may decide on its own to end a machine. When a container's first process ends, which also happens when the
+container reboots, systemd 258 and later sends SIGTERM to the process that registered it. So virtd registers
+containers from a short-lived process, which has ended by then.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ MACHINED = "org.freedesktop.machine1"
 PATH = "/org/freedesktop/machine1"
 MANAGER = f"{MACHINED}.Manager"
 CLASSES = {"qemu": "vm", "lxc": "container"}
-NAME_MAX = 64  # of a host name, which a machine's name has to be
+NAME_MAX = 64  # maximum length of a host name, which a machine's name must be
 SUPERVISORS_SINCE = 258
-LIMIT = 10.0  # seconds for a call
-RETRY = 60.0  # seconds until a machined that didn't answer is tried again
+LIMIT = 10.0  # seconds for a call to machined
+RETRY = 60.0  # seconds before a machined that didn't answer is called again
 AWAY = ("org.freedesktop.DBus.Error.ServiceUnknown", "org.freedesktop.DBus.Error.NameHasNoOwner")
 
 
 class Machine(NamedTuple):
-    """What machined learns of a guest. `leader`: its process, or a container's first one."""
+    """A guest as registered with machined. `leader` is the PID of its process, or of a container's first one."""
 
     kind: str
     leader: int
@@ -54,13 +54,13 @@ class Machine(NamedTuple):
 
 
 def name_of(driver: str, name: str, uuid: str) -> str:
-    """As libvirt has them, but for its number: a domain and a container of one name are two."""
+    """The name as libvirt forms it, but without the number; a domain and a container of one name stay distinct."""
     whole = f"{driver}-{name}"
     return (whole if len(whole) <= NAME_MAX else f"{whole[: NAME_MAX - 9]}-{uuid[:8]}").rstrip(".-")
 
 
 class Registrar:
-    """Runs for as long as one connection to the bus."""
+    """Keeps machined's list up to date, for as long as one connection to the bus lasts."""
 
     def __init__(self, host: Host, units: Units) -> None:
         self._host = host
@@ -72,7 +72,7 @@ class Registrar:
         self._again = False
 
     async def run(self) -> None:
-        """Until it is cancelled."""
+        """Run until cancelled."""
         unsubscribe = self._host.subscribe(self._event)
         try:
             await self._bus.subscribe(DBUS, DBUS, "NameOwnerChanged", DBUS_PATH, self._owner_changed, arg0=MACHINED)
@@ -94,7 +94,7 @@ class Registrar:
         if driver not in CLASSES:
             return
         name = name_of(driver, str(item["name"]), str(item.get("uuid", "")))
-        # While it starts, its process isn't the final one, and machined is to be called once.
+        # While a guest starts, its PID isn't the final one, and machined should be called only once.
         if item.get("pid") and item.get("state") != "starting":
             self._wanted[name] = Machine(CLASSES[driver], int(item["pid"]), str(item["uuid"]))
         else:
@@ -104,12 +104,12 @@ class Registrar:
 
     def _owner_changed(self, _path: str, _interface: str, _member: str, args: tuple[Any, ...]) -> None:
         if args[0] == MACHINED and args[2]:
-            self._told.clear()  # it remembers, and then says so
+            self._told.clear()  # machined remembers its machines across a restart, and answers that they exist
             if self._wanted:
                 self._due.set()
 
     async def _tell(self) -> None:
-        """Bring machined's list up to date; if machined can't be reached, the rest is done later."""
+        """Bring machined's list up to date; if machined cannot be reached, the rest is done later."""
         try:
             for name, machine in list(self._told.items()):
                 if self._wanted.get(name) != machine:
@@ -119,7 +119,7 @@ class Registrar:
                     await self._register(name, machine)
             self._again = False
         except errors.VirtdError as exc:
-            # If there is none, NameOwnerChanged announces it when it appears.
+            # If machined isn't running, NameOwnerChanged announces it when it appears.
             self._again = not isinstance(exc, BusError)
             log.debug("systemd-machined: %s", exc)
 
@@ -154,7 +154,7 @@ class Registrar:
         await self._call("RegisterMachine", "sayssus", values)
 
     async def _add_by_another(self, name: str, machine: Machine) -> None:
-        """By a process that ends with it."""
+        """Register from a process that then exits."""
         words = (name, "16", *map(str, machine.id), "virtd", machine.kind, str(machine.leader), "")
         spec = UnitSpec(
             name=f"virtd-register-{name}.service",
@@ -170,7 +170,7 @@ class Registrar:
             await self._units.collect(spec.name)
 
     async def _leader(self, name: str) -> int:
-        """0 when machined doesn't know it."""
+        """The PID of the machine's leader; 0 if machined doesn't know the machine."""
         try:
             (path,) = await self._call("GetMachine", "s", (name,))
             values = await self._bus.properties(MACHINED, path, f"{MACHINED}.Machine", ("Leader",))

@@ -24,10 +24,10 @@ DRIVER = "network"
 
 
 class Networks:
-    """What can be asked of virtd about networks."""
+    """The operations that virtd offers on networks."""
 
     def __init__(self, drivers: Drivers, use: Callable[[str], Any], paths: Paths) -> None:
-        """`use(name)`: the driver of that name, for an operation; made if need be."""
+        """`use(name)` returns the driver of that name, created if necessary."""
         self._drivers = drivers
         self._use = use
         self._paths = paths
@@ -39,7 +39,7 @@ class Networks:
     # Reading
 
     async def listing(self) -> list[replies.Network]:
-        if DRIVER not in self._drivers:  # nothing has made it yet, so there is none
+        if DRIVER not in self._drivers:  # the driver was never created, so there are no networks
             return []
         await settled(self.driver.nets.values())
         return [self.driver.describe(self.driver.nets[name]) for name in sorted(self.driver.nets)]
@@ -63,7 +63,7 @@ class Networks:
     # Definitions
 
     async def define(self, text: str, source: str, *, check: bool, by: Caller) -> Defined:
-        """An active network takes the definition over at once, as far as that can be done live."""
+        """Define a network. An active one adopts the definition at once, as far as that can be done live."""
         driver = self.driver
         if check:
             network = driver.check(text, source)
@@ -83,7 +83,7 @@ class Networks:
             warnings = await net.adapt()
         except errors.VirtdError:
             if kept:
-                driver.define(kept, net.source)  # the old one is what is in force
+                driver.define(kept, net.source)  # the old definition is still the one in force
             raise
         return Defined(
             name=net.name,
@@ -94,7 +94,7 @@ class Networks:
         )
 
     async def define_default(self, *, by: Caller) -> Defined:
-        """The network "default", if there is none: NAT, with a private range that is free on this host."""
+        """Define the network "default" if it doesn't exist: NAT, with a private range that is free on this host."""
         driver = self.driver
         if (net := driver.nets.get("default")) is not None and net.definition is not None:
             return Defined(name=net.name, uuid=net.uuid, created=False, path=net.source, warnings=[])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What can be asked about everything that has a definition and a process: domains and containers."""
+"""The operations common to everything that has a definition and a process: domains and containers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 G = TypeVar("G", bound=Guest[Any])
 
-DOUBT = 5.0  # seconds that a listing waits until it is known whether an object runs
+DOUBT = 5.0  # seconds that a listing waits until each object is known to run or not to run
 
 
 class Settling(Protocol):
@@ -34,7 +34,7 @@ class Settling(Protocol):
 
 
 async def settled(objects: Iterable[Settling]) -> None:
-    """Wait until it is known of each whether it runs, or for as long as a listing may wait."""
+    """Wait until each object is known to run or not to run, for DOUBT seconds at most."""
     doubtful = [asyncio.ensure_future(one.settled.wait()) for one in objects if not one.settled.is_set()]
     if doubtful:
         _, pending = await asyncio.wait(doubtful, timeout=DOUBT)
@@ -43,7 +43,7 @@ async def settled(objects: Iterable[Settling]) -> None:
 
 
 async def known(one: Settling, name: str, limit: float = DOUBT) -> None:
-    """Wait until it is known whether it runs; `name`: what a person calls it. Raises Busy."""
+    """Wait up to `limit` seconds until the object is known to run or not; `name`: for errors. Raises Busy."""
     if not one.settled.is_set() and not await within(one.settled, limit):
         raise errors.Busy(
             f"virtd doesn't know yet what became of {name}", hint="Is D-Bus up? systemctl status dbus.service"
@@ -51,7 +51,7 @@ async def known(one: Settling, name: str, limit: float = DOUBT) -> None:
 
 
 class Objects(Generic[G]):
-    """The objects of one driver. `subscribe` is the host's."""
+    """The operations on one driver's objects. `subscribe` is the host's."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Objects(Generic[G]):
         return machine.definition_text
 
     async def wait(self, name: str, states: list[str], timeout: float | None) -> replies.Guest:
-        """Returns the object when it is in one of `states`. Raises TimedOut."""
+        """Wait until the object is in one of `states`, and return it. `timeout`: seconds or None. Raises TimedOut."""
         for state in states:
             if state not in State.__members__.values():
                 raise errors.InvalidState(f"There is no state {state}", hint=f"States: {', '.join(State)}.")
@@ -164,8 +164,8 @@ class Objects(Generic[G]):
     async def open_console(
         self, name: str, *, force: bool = False, token: str | None = None, by: Caller
     ) -> AsyncIterator[Reply | WithDescriptors]:
-        """See OpenConsole in org.virtd1.varlink. Closing the iterator gives the console up."""
-        # Who was attached before the daemon's restart must not lose the console to a slow start of ours.
+        """See OpenConsole in org.virtd1.varlink. Closing the iterator releases the console."""
+        # A client attached before the daemon's restart must not lose its console because our start is slow.
         machine = await self.find(name, DOUBT if token is None else 60.0)
         require("attach to the console of", machine.name, machine.state, self._guests.noun)
         async with contextlib.aclosing(self._viewers.write(machine, force=force, token=token, by=by)) as replies:
@@ -173,7 +173,7 @@ class Objects(Generic[G]):
                 yield reply
 
     async def find(self, name: str, limit: float = DOUBT) -> G:
-        """The guest, once it is known whether it runs."""
+        """The guest, once it is known whether it runs; waits up to `limit` seconds. Raises NotFound or Busy."""
         machine = self._guests.find(name)
         await known(machine, machine.name, limit)
         return machine

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Pools:
-    """What can be asked of virtd about pools."""
+    """The operations that virtd offers on storage pools."""
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Logs and consoles of whatever has a child: viewers get a log's file or a pipe's end, and ask when there is more."""
+"""Logs and consoles of anything with a child: viewers get a file or a pipe, and ask again to wait for more."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Viewed(Protocol):
-    """An object with a console and a log; `child` is None while nothing runs."""
+    """An object with a console and a log; `child` is None while it isn't running."""
 
     name: str
     child: Child | None
@@ -40,7 +40,7 @@ class Viewed(Protocol):
 
 
 class Viewers:
-    """Who reads the logs and who types on the consoles of one driver's objects."""
+    """Readers of the logs and writers on the consoles of one driver's objects."""
 
     def __init__(self, services: Services, driver: str, noun: str, followers: console.Followers) -> None:
         self._services = services
@@ -84,7 +84,7 @@ class Viewers:
         return WithDescriptors(value, [place.fd] if place.fd is not None else [])
 
     def _past_log(self, name: str, which: str) -> LogFile:
-        """The log of something that doesn't run."""
+        """The log of an object that isn't running."""
         paths = self._services.paths
         path = (paths.console_log if which == "console" else paths.stderr_log)(self._driver, name)
         if not os.path.exists(path):
@@ -95,7 +95,7 @@ class Viewers:
     async def write(
         self, viewed: Viewed, *, force: bool, token: str | None, by: Caller
     ) -> AsyncGenerator[Reply | WithDescriptors]:
-        """See OpenConsole in org.virtd1.varlink. Closing the iterator gives the console up."""
+        """See OpenConsole in org.virtd1.varlink. Closing the iterator releases the console."""
         if viewed.child is None or viewed.record is None:
             raise errors.InvalidState(f"Cannot attach to the console of {viewed.name}: it is {viewed.state}")
         kept = viewed.record.data.get("console")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The operations on volumes, and on the jobs that they start."""
+"""The operations on volumes, and on the jobs that these start."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from ..drivers.storage.volumes import Answer
     from .base import Caller
 
-LOOK = 0.25  # seconds between two looks at how far a job is
+LOOK = 0.25  # seconds between two checks of a job's progress
 
 
 class Volumes:
-    """What can be asked of virtd about volumes."""
+    """The operations that virtd offers on volumes."""
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
@@ -79,7 +79,7 @@ class Volumes:
         token: str | None = None,
         by: Caller,
     ) -> replies.Begun:
-        """Without a file: of what others have put into the pool under that name."""
+        """Import `file`, or, without one, adopt what others have put into the pool under that name."""
         if file is None:
             return await _answer(
                 self.driver.making.adopt(
@@ -147,7 +147,7 @@ class Volumes:
         return self.driver.jobs.describe()
 
     async def wait(self, job: str, timeout: float | None) -> replies.Job:
-        """The job when it is over, further on than it was, or when the time is up."""
+        """The job, once it is over or has made progress, or when `timeout` seconds have passed."""
         found = self.driver.jobs.find(job)
         await self.driver.certain()
         before = found.progress()
