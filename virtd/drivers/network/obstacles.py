@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from .trace import Step
 
 CONNTRACK = -200  # NF_IP_PRI_CONNTRACK, linux/netfilter_ipv4.h
-BUILT_IN = {"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"}  # iptables' built-in chains, iptables-nft's too
+# The built-in chains of iptables, and of iptables-nft.
+BUILT_IN = {"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"}
 
 
 class Drop(NamedTuple):
