@@ -37,7 +37,7 @@ LASTS = 5  # seconds, unless it is removed before
 
 
 class Connection(NamedTuple):
-    """A guest's UDP connection to the outside. `host`: the source address seen outside, the guest's own without NAT."""
+    """A guest's UDP connection to the outside. `host`: the source address seen outside (the guest's without NAT)."""
 
     guest: str
     host: str
@@ -47,7 +47,7 @@ class Connection(NamedTuple):
 
 
 def redirect(tap: str, interface: str) -> None:
-    """Have `interface` receive whatever is written to a tap. Raises OSError, also if the kernel doesn't support it."""
+    """Have `interface` receive whatever is written to a tap. Raises OSError, as when the kernel lacks it."""
     with Requests(socket.NETLINK_ROUTE) as netlink:
         index = socket.if_nametoindex(tap)
         netlink.change(
