@@ -35,6 +35,7 @@ def run_with_fixture(where: Path, body: str) -> subprocess.CompletedProcess[str]
     [
         ("os.dup(1)", "descriptor "),
         ("globals()['kept'] = os.pipe()", "descriptor "),
+        ("os.eventfd(0)", "descriptor "),
         (
             """
             async def main():
@@ -67,4 +68,10 @@ def test_a_clean_test_passes(tmp_path: Path) -> None:
         subprocess.run(['true'], check=True)
         """,
     )
+    assert ran.returncode == 0, ran.stdout
+
+
+def test_another_thread_may_close_an_eventfd_a_moment_later(tmp_path: Path) -> None:
+    """GDBus' thread does that with the main context of a connection that was closed."""
+    ran = run_with_fixture(tmp_path, "import threading\nthreading.Timer(0.5, os.close, [os.eventfd(0)]).start()")
     assert ran.returncode == 0, ran.stdout
