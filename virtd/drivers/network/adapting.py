@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Puts a changed definition of an active network in force, or says why it has to wait."""
+"""Puts a changed definition of an active network into force, or reports why that has to wait."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .server import Server
 
 log = logging.getLogger(__name__)
-PENDING = "pending"  # the problem of a definition that waits
+PENDING = "pending"  # key of the problem that a changed definition has to wait
 
 
 class Adapting:
@@ -37,10 +37,11 @@ class Adapting:
         self._connections = connections
 
     async def adapt(self) -> list[str]:
-        """Put a changed definition in force, as far as that can be done live; what waits, in words.
+        """Put a changed definition into force as far as possible while guests use the network; returns what has to
+        wait, in words.
 
-        Leases and connections go on: rules are replaced in one step and connections that are established stay
-        allowed, static leases and names are read again, and a dnsmasq that is replaced takes its leases over.
+        Leases and connections survive: rules are replaced in one step and established connections stay allowed,
+        static leases and names are reloaded, and a replacement dnsmasq takes over the leases.
         """
         net = self._net
         async with net.exclusive("reload"):
@@ -56,12 +57,12 @@ class Adapting:
             return []
 
     def recall(self) -> None:
-        """Say again what an earlier daemon said of a definition that waits."""
+        """Repeat an earlier daemon's report of a definition that has to wait."""
         if (waiting := self._waiting()) is not None:
             self._net.problems[PENDING] = waiting
 
     def _waiting(self) -> Problem | None:
-        """Why a changed definition can't be put in force while the network is active."""
+        """Why a changed definition can't be put into force while the network is active; None if it can."""
         net = self._net
         new, old = net.definition, net.running
         if net.state is not State.ACTIVE or new is None or not net.pending:

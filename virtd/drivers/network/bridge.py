@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A network's bridge and its ports: made as the definition says, or brought back to it. Everything may be repeated.
+"""A network's bridge and its ports: creates them as defined, or restores them. Every operation may be repeated.
 
 All of this blocks: call it in a thread.
 """
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from .ports import Port
 
 
-# Of a port. It has no address, and what gets past the bridge (frames to 01:80:C2:00:00:0E and such, as if they were
-# for the port itself) is for nobody: a strict reverse path takes nothing then, and nobody answers to ARP there.
+# Settings of a port. It has no address, and packets that bypass the bridge (frames to 01:80:C2:00:00:0E and the like,
+# which arrive as if they were for the port itself) are for nobody: a strict reverse path filter accepts none of them,
+# and ARP there goes unanswered.
 PORT_SETTINGS = {"ipv6/disable_ipv6": 1, "ipv4/rp_filter": 1, "ipv4/arp_ignore": 8}
 
 
 def mac_of(uuid: str) -> str:
-    """The address by which a network's bridge is known as its own: a locally administered one, made of its uuid."""
+    """The MAC that identifies a network's bridge as its own: locally administered, derived from the uuid."""
     digits = uuid.replace("-", "")
     return "56:44:" + ":".join(digits[at : at + 2] for at in range(0, 8, 2))
 
@@ -36,7 +37,7 @@ def is_ours(name: str, mac: str) -> bool:
 
 
 def make(name: str, mac: str, alias: str) -> bool:
-    """Make a bridge, down for now, unless it exists. Returns whether it was made. Raises HostError."""
+    """Create a bridge, down for now, unless it exists. Returns whether it was created. Raises HostError."""
     if links.exists(name):
         return False
     try:
@@ -49,7 +50,7 @@ def make(name: str, mac: str, alias: str) -> bool:
 
 
 def take_in(network: Network, known: Iterable[Port]) -> None:
-    """Put an older virtd's interfaces into the bridge: they carry our alias, and no record names them.
+    """Put into the bridge the interfaces that an older virtd made: they carry our alias, and no record names them.
 
     Raises HostError.
     """
@@ -70,7 +71,7 @@ def take_in(network: Network, known: Iterable[Port]) -> None:
 
 
 def delete(name: str, mac: str) -> bool:
-    """Delete the bridge if it is ours; its ports are then in no bridge. Raises HostError."""
+    """Delete the bridge if it is ours, leaving its ports without one; False if it isn't. Raises HostError."""
     if not is_ours(name, mac):
         return False
     try:
@@ -81,20 +82,20 @@ def delete(name: str, mac: str) -> bool:
 
 
 def address_of(port: Port) -> str:
-    """A tap's own address: the guest's with another first byte, so that people see which guest's it is."""
+    """A tap's own MAC: the guest's with a different first byte, so that people see which guest it belongs to."""
     return f"fe{port.mac[2:]}"
 
 
 def put_out(netlink: Netlink, port: Port) -> None:
-    """Take a tap out of its bridge, and give it its own address again. Raises NetlinkError."""
+    """Take a tap out of its bridge, and restore its own MAC. Raises NetlinkError."""
     netlink.set_link(port.interface, master="")
     netlink.set_link(port.interface, mac=address_of(port))
 
 
 def add_tap(port: Port, bridge: str, *, alias: str, uid: int, isolated: bool = False) -> None:
-    """Make a tap for processes of `uid` and put it into the bridge. Raises HostError, with none left.
+    """Make a tap for processes of `uid` and put it into the bridge. Raises HostError, leaving none behind.
 
-    Nobody sends to the tap's own address, see `address_of`.
+    Nobody sends to the tap's own MAC, see `address_of`.
     """
     interface = port.interface
     owner = links.read(interface, "ifalias")
@@ -124,7 +125,7 @@ def add_port(port: Port, bridge: str, *, alias: str, isolated: bool = False) -> 
 
 
 def remove(interface: str) -> bool:
-    """Delete an interface; False when there is none of that name. Raises HostError."""
+    """Delete an interface; False if there is none with that name. Raises HostError."""
     if not links.exists(interface):
         return False
     try:
@@ -135,16 +136,16 @@ def remove(interface: str) -> bool:
 
 
 def join(netlink: Netlink, interface: str, bridge: str, port: Port | None, *, isolated: bool) -> None:
-    """Put an interface into a bridge. What is set here for a port holds without firewall rules, too.
+    """Put an interface into a bridge. A port's settings made here hold even without firewall rules.
 
-    `port` is None when it isn't known what it may send.
+    `port` is None if it isn't known what the port may send.
     """
     for key, value in PORT_SETTINGS.items():
         family, _, what = key.partition("/")
-        # Where /proc/sys is read-only, a guest does without; wanted.py reports it.
+        # If /proc/sys is read-only, the guest runs without these settings; wanted.py reports it.
         with contextlib.suppress(errors.HostError):
             prerequisites.set_sysctl(f"net/{family}/conf/{interface}/{what}", str(value))
-    # First the MTU: a bridge whose own wasn't set takes the smallest of its ports'.
+    # The MTU first: a bridge whose MTU wasn't set explicitly takes the smallest of its ports'.
     netlink.set_link(interface, mtu=links.mtu(bridge))
     if port is not None and links.is_tap(interface):
         netlink.set_link(interface, mac=address_of(port))
@@ -154,13 +155,13 @@ def join(netlink: Netlink, interface: str, bridge: str, port: Port | None, *, is
 
 
 def rename(netlink: Netlink, interface: str, name: str) -> None:
-    """Rename an interface, which is down afterwards."""
+    """Rename an interface, and leave it down."""
     netlink.set_link(interface, up=False)
     netlink.set_link(interface, rename=name)
 
 
 def guard(netlink: Netlink, interface: str, port: Port | None, *, isolated: bool) -> None:
-    """Set what the bridge itself enforces at a port."""
+    """Set what the bridge itself enforces on a port."""
     locked = port is not None and not port.trusted
     if port is not None and locked:
         netlink.add_neighbour_of_port(interface, port.mac)
@@ -168,7 +169,7 @@ def guard(netlink: Netlink, interface: str, port: Port | None, *, isolated: bool
 
 
 def set_ports(ports: tuple[Port, ...], bridge: str, *, isolated: bool) -> None:
-    """Set the ports that are in the bridge as `join` does. Raises HostError."""
+    """Give ports that are already in the bridge the settings that `join` makes. Raises HostError."""
     try:
         with Netlink() as netlink:
             for port in ports:

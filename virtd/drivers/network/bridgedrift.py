@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How a network's bridge, and the forwarding that it needs, differ from what virtd made."""
+"""How a network's bridge, and the forwarding settings it needs, differ from what virtd made."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def bridge_key(network: Network) -> str:
-    """The key of the difference that there is no bridge."""
+    """The key of the difference "the bridge is missing"."""
     return f"{network.bridge_name} there"
 
 
@@ -60,7 +60,7 @@ def settings(ground: Ground, link: Link) -> Iterator[Drift]:
         yield Drift(f"{name} stp", f"{name}: spanning tree or a delay", lambda kernel: kernel.set_bridge(name))
     offload = checksums(name)
     if offload is not None and offload is not network.checksum_offload:
-        # An older virtd has left them to whoever gets the packet.
+        # An older virtd didn't set this, and left such packets to whoever gets them.
         yield Drift(
             f"{name} checksums", f"{name}: checksums are {'left out' if offload else 'computed'}",
             lambda _kernel: set_checksums(name, offload=network.checksum_offload), vital=False, quiet=True,
@@ -74,7 +74,7 @@ def settings(ground: Ground, link: Link) -> Iterator[Drift]:
     for key, value in prerequisites.calm(six).items():
         yield from setting(link, key, value, vital=six)
     for key, needed in (("ipv4/forwarding", network.ipv4), ("ipv6/forwarding", network.ipv6)):
-        # What is off for all is told of once.
+        # A setting that is off for all interfaces is reported only once.
         if forwards and needed is not None and prerequisites.sysctl(prerequisites.forwarding(key)) != "0":
             yield from setting(link, key, 1)
     if not link.values.get("arp", 1):
@@ -100,7 +100,7 @@ def addresses(ground: Ground, seen: Seen) -> Iterator[Drift]:
     wanted = {Address(*one) for one in prerequisites.addresses(network)}
     there = {one for one in seen.addresses.get(name, set()) if not is_link_local(one)}
     if network.ipv6 is not None:
-        # Which router advertisements come from. The kernel gives it with IPv6, and not again.
+        # The source address of router advertisements. The kernel assigns it when IPv6 comes up, and not again.
         mine = Address(str(eui64(LINK_LOCAL, ground.mac)), 64)
         wanted.add(mine)
         there |= {mine} & seen.addresses.get(name, set())

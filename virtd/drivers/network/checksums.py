@@ -12,7 +12,7 @@ _SIOCETHTOOL, _GTXCSUM, _STXCSUM = 0x8946, 0x16, 0x17  # linux/sockios.h, linux/
 
 
 def checksums(name: str) -> bool | None:
-    """Whether checksums of what the interface sends are left to the hardware; None where that can't be asked."""
+    """Whether the hardware computes the checksums of packets that are sent; None if that can't be queried."""
     try:
         return bool(_ethtool(name, _GTXCSUM, 0))
     except OSError:
@@ -20,14 +20,14 @@ def checksums(name: str) -> bool | None:
 
 
 def set_checksums(name: str, *, offload: bool) -> None:
-    """Raises OSError."""
+    """Set whether it does. Raises OSError."""
     _ethtool(name, _STXCSUM, int(offload))
 
 
 def _ethtool(name: str, command: int, value: int) -> int:
     argument = array.array("I", [command, value])
     request = struct.pack("16sP16x", name.encode(), argument.buffer_info()[0])
-    # Any socket will do, and our unit allows for no other kind.
+    # Any socket will do, and virtd's unit allows no other kind.
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as one:
         fcntl.ioctl(one, _SIOCETHTOOL, request)
     return argument[1]

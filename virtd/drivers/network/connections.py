@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who is connected to a network: on record, in its rules and in dnsmasq's lists, before an interface is there."""
+"""The guests connected to a network: recorded, and known to its rules and dnsmasq's lists, before an interface
+exists.
+"""
 
 from __future__ import annotations
 
@@ -26,21 +28,21 @@ log = logging.getLogger(__name__)
 
 
 class Connections:
-    """The ports of one network, which `net` keeps in its record; `follow` has rules and dnsmasq follow them."""
+    """The ports of one network, which `net` keeps in its record; `follow` updates rules and dnsmasq to match."""
 
     def __init__(self, net: NetRecord, follow: Callable[[model.Network], Awaitable[None]]) -> None:
         self.net = net
         self._follow = follow
-        self.coming: set[str] = set()  # interfaces that are on record, and about to be made
+        self.coming: set[str] = set()  # interfaces that are recorded and about to be made
 
     @property
     def refused(self) -> set[str]:
-        """Interfaces that are kept out of the bridge, see `refuse`. The next daemon finds them in the record."""
+        """Interfaces kept out of the bridge, see `refuse`. They are recorded, so the next daemon knows them."""
         kept = self.net.data.get("refused", [])
         return {name for name in kept if isinstance(name, str)} if isinstance(kept, list) else set()
 
     async def connect(self, interface: str, *, user: str, mac: str, trusted: bool) -> Port:
-        """Make rules, and set an address aside, for an interface that will be made; `disconnect` undoes it.
+        """Make rules and reserve an address for an interface that will be made; `disconnect` undoes it.
 
         May be repeated. Raises a VirtdError.
         """
@@ -86,15 +88,15 @@ class Connections:
             self.net.keep_data(refused=sorted(self.refused - {interface}))
 
     async def set_ports(self) -> None:
-        """Set what the bridge does with its ports, including those that a container's reboot made anew."""
+        """Set what the bridge enforces on its ports, including those that a container's reboot recreated."""
         network = self.net.running
         if network is not None and self.net.ports:
             await asyncio.to_thread(bridge.set_ports, self.net.ports, network.bridge_name, **self.flags)
 
     def refuse(self, interfaces: set[str]) -> None:
-        """Record, and report, that these stay out of the bridge until they are connected again.
+        """Record and report that these interfaces stay out of the bridge until they are connected again.
 
-        Their QEMU gave them another machine's address, and a program that does that once will do it again.
+        Their QEMU gave them another machine's MAC; a program that did so once will do it again.
         """
         net = self.net
         net.keep_data(refused=sorted(self.refused | interfaces))
@@ -116,7 +118,7 @@ class Connections:
                 self.net.problems[f"port {port.interface}"] = Problem(text, hint)
 
     async def take_over(self) -> None:
-        """Put guests on record that an older virtd has connected without doing so."""
+        """Record guests that an older virtd connected without recording them."""
         known = {port.interface for port in self.net.ports}
         missing = [one for one in links.ports() if one.network == self.net.name and one.interface not in known]
         if self.net.record is None or not missing:
@@ -138,6 +140,6 @@ class Connections:
 
     @property
     def flags(self) -> dict[str, bool]:
-        """How its ports are put into the bridge."""
+        """The options with which its ports join the bridge."""
         network = self.net.running
         return {"isolated": network is not None and network.isolated_ports}

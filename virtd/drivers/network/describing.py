@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A network as the front ends show it. Bridge, users and leases are read anew each time."""
+"""A network as the front ends show it. Bridge, users and leases are read afresh each time."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def long(net: Net, slots: list[str], log: str) -> replies.NetworkInfo:
 
 
 def _ports(net: Net) -> list[replies.Port]:
-    """Interfaces of guests, what they were given, and how many frames of theirs were refused."""
+    """Guests' interfaces, the addresses assigned to them, and how many of their frames were refused."""
     network = net.running
     if network is None:
         return []

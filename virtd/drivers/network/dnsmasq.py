@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""dnsmasq for one network: its files, its command line and the unit that it runs in.
+"""dnsmasq for one network: its files, its command line and its unit.
 
-dnsmasq.conf is read at its start. The two others are read again at SIGHUP: static leases and names change live.
+dnsmasq reads dnsmasq.conf only when it starts. It rereads the two other files at SIGHUP: static leases and names
+change live.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ if TYPE_CHECKING:
     from .ports import Port
     from .prerequisites import Account
 
-READY = b"started, version"  # what it writes when its sockets are open
+READY = b"started, version"  # logged once its sockets are open
 
-# capabilities(7), by number: the ports below 1024; addresses and ARP entries of clients that have none yet; pings.
+# capabilities(7), by number: ports below 1024; ARP entries for clients without an address yet; pings.
 CAPABILITIES = (1 << 10) | (1 << 12) | (1 << 13)
 
-LEASES6 = 32768  # of DHCPv6
+LEASES6 = 32768  # for DHCPv6
 
 
 class Files(NamedTuple):
-    """Where its files are. `leases` is on disk, and the only one that dnsmasq may write."""
+    """The paths of its files. `leases` is on disk, and the only one that dnsmasq may write."""
 
     config: str
     hosts: str
@@ -41,13 +42,13 @@ def files_in(runtime: str, state: str) -> Files:
 
 
 def config(network: Network, files: Files) -> str:
-    """dnsmasq.conf, one option a line as dnsmasq(8) has them, without the hyphens."""
+    """The text of dnsmasq.conf: one option of dnsmasq(8) per line, without the hyphens."""
     isolated = network.mode is Mode.ISOLATED
     lines = [
         f"# Network {network.name}: written by virtd, and again at each change.",
         f"interface={network.bridge_name}",
         "except-interface=lo",
-        # Addresses and bridges that come later are served as well, and other dnsmasqs are left their own.
+        # Serves addresses and bridges that appear later too, and leaves other dnsmasqs theirs.
         "bind-dynamic",
         f"dhcp-leasefile={files.leases}",
         f"dhcp-hostsfile={files.hosts}",
@@ -55,7 +56,7 @@ def config(network: Network, files: Files) -> str:
     if network.dns:
         lines += ["no-hosts", f"addn-hosts={files.names}", "domain-needed", "bogus-priv"]
         if isolated:
-            lines.append("no-resolv")  # a name is a way out, too
+            lines.append("no-resolv")  # DNS is a way out, too
     else:
         lines.append("port=0")
     if network.domain is not None:
@@ -72,16 +73,16 @@ def _dhcp4(network: Network, *, isolated: bool) -> list[str]:
         return []
     mask = network.interface4.netmask
     lines = [f"dhcp-range={given[0]},{given[1]},{mask},{network.ipv4.lease}", "dhcp-authoritative"]
-    # A guest has one MAC (ethernet.py) and as many client identifiers as it likes: it gets one address.
+    # A guest has one MAC (ethernet.py), but can invent client identifiers at will: it gets one address.
     lines += ["dhcp-no-override", "dhcp-ignore-clid"]
-    # The limit is one for IPv4 and IPv6, and nobody's DUIDs are to take what others need for IPv4.
+    # IPv4 and IPv6 share this limit; invented DUIDs must not use up the leases that others need for IPv4.
     beside = LEASES6 if network.range6 is not None else 0
     lines.append(f"dhcp-lease-max={min(int(given[1]) - int(given[0]) + 1 + beside, 65536)}")
-    # Names by which programs look for their surroundings are no guest's to take (CERT VU#598349).
+    # No guest may take a name by which programs discover their environment (CERT VU#598349).
     lines += [*(f"dhcp-name-match=set:surroundings,{name}" for name in ("wpad", "isatap"))]
     lines.append("dhcp-ignore-names=tag:surroundings")
     if isolated:
-        lines.append("dhcp-option=option:router")  # none
+        lines.append("dhcp-option=option:router")  # without a value: announce no router
     if network.mtu is not None:
         lines.append(f"dhcp-option=option:mtu,{network.mtu}")
     return lines
@@ -92,7 +93,7 @@ def _dhcp6(network: Network, *, isolated: bool) -> list[str]:
         return []
     given = network.range6
     if given is None:
-        # Static leases are given by DHCPv6 also where it has nothing for others.
+        # DHCPv6 serves static leases even if it has none for other guests.
         kind = "static,slaac" if any(host.ipv6 for host in network.host) else "slaac"
         lines = [f"dhcp-range={network.interface6.network.network_address},{kind},64,{network.ipv6.lease}"]
     else:
@@ -100,14 +101,14 @@ def _dhcp6(network: Network, *, isolated: bool) -> list[str]:
     lines.append("enable-ra")
     mtu = f"mtu:{network.mtu}," if network.mtu is not None else ""
     if isolated:
-        lines.append(f"ra-param={network.bridge_name},{mtu}0,0")  # a lifetime of 0: this is no router
+        lines.append(f"ra-param={network.bridge_name},{mtu}0,0")  # lifetime 0: not a default router
     elif mtu:
         lines.append(f"ra-param={network.bridge_name},{mtu}600")
     return lines
 
 
 def hosts(network: Network, ports: tuple[Port, ...] = ()) -> str:
-    """The static leases, for dhcp-hostsfile, and what was set aside for ports."""
+    """The text of dhcp-hostsfile: static leases, and the addresses reserved for ports."""
     lines = []
     aside = {port.mac: port.ipv4 for port in ports if port.ipv4}
     for host in network.host:
@@ -122,7 +123,7 @@ def hosts(network: Network, ports: tuple[Port, ...] = ()) -> str:
 def names(network: Network) -> str:
     """The names that DNS knows besides those of leases, in the format of hosts(5).
 
-    Names of static leases are in it, so that they are known also before their guests have asked for a lease.
+    Names of static leases are included, so they resolve even before their guests have asked for a lease.
     """
     lines = [f"{record.address} {record.name}" for record in network.record]
     for host in network.host:
@@ -161,10 +162,10 @@ def _sandbox(files: Files) -> list[Property]:
         ("SystemCallFilter", "(bas)", (True, ["@system-service"])),
         ("MemoryDenyWriteExecute", "b", True),
         ("UMask", "u", 0o027),
-        # The lease file is all that it writes, in a directory where it can't make another.
+        # It writes only the lease file, in a directory where it can't create others.
         ("LimitFSIZE", "t", leases.LIMIT),
         ("TimeoutStopUSec", "t", 5_000_000),
-        # 65,536 leases take some 20 MiB, and it forks for names that are asked for over TCP, 20 times at the most.
+        # 65,536 leases take some 20 MiB, and it forks for each DNS query over TCP, up to 20 times.
         ("MemoryMax", "t", 256 << 20),
         ("TasksMax", "t", 64),
     ]

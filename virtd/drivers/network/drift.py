@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Differences from what virtd made, and how those are found that bridges and ports have in common."""
+"""Differences from what virtd made, and the checks that bridges and ports share."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from .ports import Ground
     from .routes import Route
 
-MTU = 1500  # of a network whose definition has none
+MTU = 1500  # for a network whose definition doesn't set it
 
 
 class Drift(NamedTuple):
     """One thing that isn't as virtd made it.
 
-    `key` identifies the thing, `text` says what differs: "vt-web1-0: in no bridge". `mend` puts it back; None if that
-    is left to a person, whom `hint` says how. Not `vital`: guests can do without. `new`: nobody has changed anything,
-    a container's reboot has made its interface anew, say, and it is put back however often it comes. `quiet`: an
-    older virtd may have left it so. `gone`: it may be about to be taken off the record. `stray`: an interface that is
-    to be refused, and then put out of the bridge.
+    `key` identifies the thing, `text` says what differs: "vt-web1-0: in no bridge". `mend` restores it; None if a
+    person has to, for whom `hint` explains how. Not `vital`: guests can do without it. `new`: nobody changed anything
+    (a container's reboot recreated its interface, say), so it is restored however often it occurs. `quiet`: an older
+    virtd may have left it so. `gone`: it may be about to leave the record. `stray`: the name of an interface to be
+    refused, and then put out of the bridge.
     """
 
     key: str
@@ -41,7 +41,7 @@ class Drift(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What the kernel has of the interfaces that were looked at."""
+    """What the kernel reports of the interfaces that were looked at."""
 
     links: dict[str, Link]
     addresses: dict[str, set[Address]]
@@ -50,7 +50,7 @@ class Seen(NamedTuple):
 
 
 def setting(link: Link, key: str, value: int, *, vital: bool = True, new: bool = False) -> Iterator[Drift]:
-    """How a sysctl of an interface differs."""
+    """The difference, if any, of a sysctl of an interface."""
     found = link.values.get(key)
     if found is None or found == value:
         return
@@ -82,7 +82,7 @@ def is_link_local(one: Address) -> bool:
 
 
 def mtu_of(ground: Ground) -> int | None:
-    """The MTU of the bridge and its ports; None if it follows an interface that somebody else put in."""
+    """The MTU of the bridge and its ports; None if it follows an interface that somebody else added."""
     network = ground.network
     if network.mtu is not None or not network.own:
         return network.mtu

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The network driver: all networks, from their definitions, records, units and slots.
 
-Other drivers connect their guests by `interfaces`.
+Other drivers connect their guests through `interfaces`.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Driver(Inventory[Net, Network]):
         self._guard = Guard(services, self.nets, self.problems, publish, self._isolation, self._prober, self._upkeep)
 
     async def compare(self, *, repair: bool) -> list[Difference]:
-        from . import fsck  # no start of the daemon needs it
+        from . import fsck  # imported late: the daemon can start without it
 
         return await fsck.compare(self, self.interfaces.detach, repair=repair)
 
@@ -105,9 +105,9 @@ class Driver(Inventory[Net, Network]):
         self._guard.begin(beside_firewalld=False)
 
     def _sweep_leases(self) -> None:
-        """Remove the leases of networks that no longer exist, which an interrupted undefine leaves."""
+        """Remove leases of networks that no longer exist, left by an interrupted undefine."""
         top = f"{self._services.paths.lib}/{DRIVER}"
-        defined = listing(f"{self._services.paths.etc}/{DRIVER}", ".toml")  # also those that can't be read
+        defined = listing(f"{self._services.paths.etc}/{DRIVER}", ".toml")  # unreadable definitions included
         if defined.wrong:
             return
         with contextlib.suppress(OSError):
@@ -115,7 +115,7 @@ class Driver(Inventory[Net, Network]):
                 files.remove_tree(f"{top}/{name}")
 
     async def reconcile(self) -> None:
-        """Second step: compare with systemd and the kernel, finish what a crash cut off."""
+        """Second step: compare with systemd and the kernel, and finish what a crash interrupted."""
         _, others = await recovery.reconcile_all(self)
         for net in self.nets.values():
             if net.record is None and net.has_bridge:
@@ -123,7 +123,7 @@ class Driver(Inventory[Net, Network]):
         for name, unit in sorted(others.items()):
             try:
                 await self._rebuild(name, unit=unit)
-            except Exception as exc:  # it costs no other its reconciliation
+            except Exception as exc:  # the other networks are still reconciled
                 log.exception("Network %s can't be rebuilt", name)
                 self.left_alone(name, Problem(f"{name} can't be rebuilt: {exc}", "See: " + do("fsck") + "."))
         recovery.settle(self)
@@ -149,7 +149,7 @@ class Driver(Inventory[Net, Network]):
         return [net for net in self.nets.values() if net.definition and net.definition.autostart and not net.active]
 
     def grown(self, key: str) -> None:
-        """Called by the pump when bytes have landed in a watched log; `key` is the name of its slot."""
+        """Called by the pump when a watched log has grown; `key` is the name of its slot."""
         driver, name, slot = key.split("/")
         if (driver, slot) == (DRIVER, "stderr") and (net := self.nets.get(name)) is not None:
             net.server.stderr.forward()
@@ -200,7 +200,7 @@ class Driver(Inventory[Net, Network]):
     # Definitions
 
     async def reload(self) -> None:
-        """Put changed definitions in force, and put back what differs of rules and bridges."""
+        """Put changed definitions into force, and restore changed rules and bridges."""
         for net in list(self.nets.values()):
             try:
                 await net.adapt()
@@ -220,7 +220,7 @@ class Driver(Inventory[Net, Network]):
         uuid = network.uuid or (net.uuid if net is not None else "")
         if net is None or not net.active:
             routes.check(network, source)
-            if network.own:  # a bridge of the host's may come up later
+            if network.own:  # a bridge of the host's may appear later
                 prerequisites.check_bridge(network, source, bridge.mac_of(uuid) if uuid else "")
         return network
 
@@ -240,8 +240,8 @@ class Driver(Inventory[Net, Network]):
                     )
 
     async def warnings(self, network: Network) -> list[str]:
-        """What the definition claims although others have it, which is an error only at the start."""
-        from . import holdings  # no start of the daemon needs it
+        """What the definition claims although others have it; this is an error only when the network starts."""
+        from . import holdings  # imported late: the daemon can start without it
 
         return await holdings.warnings(self.nets.get(network.name), network, self._peers)
 
@@ -254,7 +254,9 @@ class Driver(Inventory[Net, Network]):
         one.remember(**one.in_force(definition, text))
 
     def default(self) -> str:
-        """A definition for the network "default": NAT, with a private range that is free here. Raises HostError."""
+        """The text of a definition of the network "default": NAT, with a private prefix that is free here. Raises
+        HostError.
+        """
         taken = [subnet for net in self.nets.values() if net.definition for _key, subnet in net.definition.subnets()]
         address = routes.free_prefix(taken)
         return f'name = "{DEFAULT}"\nmode = "nat"\nautostart = true\n\n[ipv4]\naddress = "{address}"\n'
@@ -263,24 +265,24 @@ class Driver(Inventory[Net, Network]):
         net = self.objects[name]
         super().forget(name)
         if name not in self.objects:
-            net.on_record.set()  # there is no record left to write
+            net.on_record.set()  # no record is left to write
 
     # Describing
 
     async def look(self) -> None:
-        """Look for changes, including those that the kernel doesn't announce."""
+        """Look for changes in all networks, including those that the kernel doesn't announce."""
         self._prober.look()
         await self._upkeep.restore(set(self.nets), why="by somebody else")
         await self._look_for_newcomers(self.nets.values())
 
     async def look_at(self, net: Net) -> None:
-        """The same for one network, before it is described."""
+        """Look for changes in one network, before it is described."""
         await self._upkeep.restore({net.name}, why="by somebody else")
         await self._look_for_newcomers([net])
 
     async def _look_for_newcomers(self, nets: Iterable[Net]) -> None:
         if self._newcomers is None:
-            from .newcomers import Newcomers  # no start of the daemon needs it
+            from .newcomers import Newcomers  # imported late: the daemon can start without it
 
             self._newcomers = Newcomers()
         await self._newcomers.look(nets)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Beside firewalld: its chains drop what comes from an interface that is in none of its zones.
+"""Coexistence with firewalld, whose chains drop what comes from interfaces in none of its zones.
 
-So each bridge is put into the zone "virtd", which the package brings: forwarding is ours to decide, by our own rules,
-and of the host's services guests reach DHCP and DNS. firewalld keeps that over a reload and forgets it when it ends.
+So each bridge is put into the zone "virtd", which the package brings: our own rules then decide about forwarding, and
+of the host's services guests reach only DHCP and DNS. firewalld keeps the assignment over a reload and forgets it
+when it stops.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ LIMIT = 10.0
 
 
 async def running(bus: Bus) -> bool:
-    """Whether firewalld is there, without starting it."""
+    """Whether firewalld is running; doesn't start it."""
     (there,) = await bus.call(DBUS, "/org/freedesktop/DBus", DBUS, "NameHasOwner", "s", (NAME,), timeout=LIMIT)
     return bool(there)
 
 
 async def adopt(units: Units, bridge: str) -> None:
-    """Put a bridge into our zone, where firewalld runs. Raises HostError."""
+    """Put a bridge into our zone if firewalld is running. Raises HostError."""
     bus = units.bus
     try:
         if await running(bus):
@@ -49,7 +50,7 @@ async def adopt(units: Units, bridge: str) -> None:
 
 
 async def watch(bus: Bus, changed: Callable[[], None]) -> Callable[[], Awaitable[None]]:
-    """Call `changed` when firewalld starts, is reloaded or ends. Returns a function that stops that."""
+    """Call `changed` when firewalld starts, reloads or stops. Returns a function that cancels this."""
 
     def owner(_path: str, _interface: str, _member: str, args: tuple[str, ...]) -> None:
         if args[0] == NAME:

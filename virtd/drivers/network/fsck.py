@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""fsck for networks: bridge, rules, dnsmasq with its files, unit and slots, and the interfaces of guests.
+"""fsck for networks: bridge, rules, dnsmasq with its files, unit and slots, and guests' interfaces.
 
-As with guests, what seems to differ is looked at again with the network's lock held. What is missing of an active one
-is made again, as a start does it; what an inactive one left is removed.
+As with guests, each apparent difference is checked again with the network's lock held. A repair remakes missing
+pieces of an active network as a start would, and removes what an inactive one left behind.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
     from .net import Net
 
     Nets = Inventory[Net, Network]
-    Detach = Callable[[str], Awaitable[object]]  # the interface of a guest
+    Detach = Callable[[str], Awaitable[object]]  # takes the name of a guest's interface
 
 
 class There(NamedTuple):
-    """What systemd and the kernel have: `bridges` by network, `tables` the networks that have one."""
+    """What systemd and the kernel have. `bridges`: by network; `tables`: the names of networks that have one."""
 
     seen: Seen
     bridges: dict[str, str]
@@ -75,7 +75,7 @@ async def _look(nets: Nets) -> There:
             bridges[words[2]] = interface
     try:
         tables = set(await asyncio.to_thread(firewall.tables))
-    except firewall.NftError:  # nothing can be said of them, and the error was reported where they are needed
+    except firewall.NftError:  # nothing can be said about tables, and the error was reported where they are needed
         tables = set()
     return There(seen, bridges, tables)
 
@@ -102,7 +102,7 @@ async def _settle(nets: Nets, name: str, *, repair: bool) -> list[Difference]:
 
 
 async def _findings(nets: Nets, name: str, there: There) -> list[Difference]:
-    """What differs about one network, right now."""
+    """The present differences of one network."""
     net = nets.objects.get(name)
     path = nets.services.paths.record(DRIVER, name)
     found = record_differences(path, name, net.record if net is not None else None)
@@ -112,7 +112,7 @@ async def _findings(nets: Nets, name: str, there: There) -> list[Difference]:
 
 
 async def _pieces(net: Net, seen: Seen) -> list[Difference]:
-    """What is missing of an active network, or differs from what virtd made."""
+    """What an active network lacks, or what differs from what virtd made."""
     network, name = net.running, net.name
     if network is None:
         return [Difference("definition", name, f"{name} is active with a definition that can't be read")]
@@ -144,7 +144,7 @@ async def _pieces(net: Net, seen: Seen) -> list[Difference]:
 
 
 def _leftovers(nets: Nets, name: str, there: There) -> list[Difference]:
-    """What exists for a network that is inactive or unknown."""
+    """What exists of a network that is inactive or unknown."""
     found = []
     if unit := there.seen.units.get(name):
         found.append(Difference("unit", name, f"{unit.name} is there, and {name} isn't active", "stop it"))
@@ -182,7 +182,7 @@ async def _mend(nets: Nets, name: str, there: There) -> None:
 
 
 async def _interfaces(nets: Nets, detach: Detach, *, repair: bool) -> list[Difference]:
-    """Taps and such that were made for a guest, by their alias; its record says whether it has anything running."""
+    """Guests' interfaces, found by their alias; the guest's record says whether it is running."""
     found = []
     for port in links.ports():
         if _has_something(nets, port.user):
@@ -211,5 +211,5 @@ def _has_something(nets: Nets, user: str) -> bool:
     except FileNotFoundError:
         return False
     except (OSError, ValueError):
-        return True  # nobody knows
+        return True  # unknown: assume that it does
     return bool(record.unit or record.slots or record.data)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Puts back what others take away from networks: rules, and firewalld's consent. Upkeep does the rest.
+"""Restores what others take away from networks: rules, and firewalld's zone. Upkeep restores the rest.
 
 Nothing is polled: the kernel announces changes of tables and interfaces, and firewalld its own start and reload.
 """
@@ -39,7 +39,7 @@ BUS_RETRY = 2.0
 
 
 class Guard:
-    """One for all networks; `problems` are the driver's. It begins with the first active network."""
+    """Guards all networks; `problems` are the driver's. It starts with the first active network."""
 
     def __init__(
         self,
@@ -59,20 +59,20 @@ class Guard:
         self._prober = prober
         self._upkeep = upkeep
         self._watch: Watch | None = None
-        self._doubtful: set[str] = set()  # tables that somebody has touched
+        self._doubtful: set[str] = set()  # tables that somebody has changed
         self._looking: asyncio.Task[None] | None = None
         self._restoring: asyncio.Task[None] | None = None
         self._beside: asyncio.Task[None] | None = None
 
     def begin(self, *, beside_firewalld: bool = True) -> None:
-        """Start to listen if a network is active; on the bus only with `beside_firewalld`."""
+        """Start listening if a network is active; on the bus only with `beside_firewalld`."""
         if not any(net.active for net in self._nets.values()):
             return
         if self._watch is None:
             try:
                 self._watch = Watch(self._touched, self._changed)
                 self._problems.pop("watch", None)
-                self._upkeep.link(ALL)  # or has happened before
+                self._upkeep.link(ALL)  # or may have changed before
             except OSError as exc:
                 self._problems["watch"] = Problem(
                     f"Rules that vanish won't be noticed: {exc.strerror}", "virtd.service needs CAP_NET_ADMIN."
@@ -92,7 +92,7 @@ class Guard:
     # Rules
 
     def _touched(self, table: str) -> None:
-        """A table of nftables was changed, perhaps by virtd itself."""
+        """Called when an nftables table was changed, perhaps by virtd itself."""
         if table == firewall.PROBE:
             return
         self._doubtful.add(table)
@@ -112,12 +112,12 @@ class Guard:
             self._looking = None
 
     async def restore_rules(self, which: set[str], *, why: str) -> None:
-        """Apply rules again that are missing or changed; one journal entry for all networks."""
+        """Reapply rules that are missing or changed; one journal entry for all networks."""
         nets = [net for name, net in sorted(self._nets.items()) if name in which]
         busy = [net for net in nets if net.busy]
         try:
             restored, rest = await self._restore(*(net for net in nets if net not in busy)), busy
-        except errors.VirtdError:  # one of them may be at fault, and not the others
+        except errors.VirtdError:  # one network may be at fault, and not the others
             restored, rest = [], nets
         for net in rest:
             try:
@@ -139,7 +139,9 @@ class Guard:
             self._publish("changed", name)
 
     async def _restore(self, *nets: Net) -> list[str]:
-        """Restore the rules that were missing or changed, all or none; of which networks. Raises a VirtdError."""
+        """Restore missing or changed rules, all or none; returns the names of the networks concerned. Raises a
+        VirtdError.
+        """
         async with contextlib.AsyncExitStack() as turns:
             for net in nets:
                 await turns.enter_async_context(net.exclusive("look after the rules of"))
@@ -165,7 +167,7 @@ class Guard:
     # Isolation
 
     def _changed(self, change: Change) -> None:
-        """Something of the kernel's routing was changed, perhaps by virtd itself."""
+        """Called when rtnetlink reports a change, perhaps virtd's own."""
         self._upkeep.heard(change)
         if isinstance(change, RuleChanged) and change.removed and self._restoring is None:
             self._restoring = asyncio.create_task(self._restore_routing(), name="look-at-routing")
@@ -177,7 +179,7 @@ class Guard:
             self._restoring = None
 
     async def restore_isolation(self, *, why: str) -> None:
-        """Restore the rules that isolate networks, and remove those that were left over."""
+        """Restore the rules that isolate networks, and remove leftover ones."""
         needed = {
             net.name: isolation.wanted(network)
             for net in self._nets.values()
@@ -194,7 +196,7 @@ class Guard:
             return
         for name in needed:
             self._nets[name].problems.pop("isolation", None)
-        # An older virtd had none of these.
+        # Networks started by an older virtd never had these rules.
         older = {name for name in needed if "rules_of" not in self._nets[name].data}
         if restored := sorted(name for name, rules in needed.items() if rules & missing and name not in older):
             self._tell_restored(restored, f"The rules of policy routing (ip rule) of {_named(restored)}", why)
@@ -202,9 +204,9 @@ class Guard:
     # firewalld
 
     async def _follow_firewalld(self) -> None:
-        """As long as the daemon runs, put our bridges into their zone whenever firewalld starts.
+        """For as long as the daemon runs, put our bridges into their zone whenever firewalld starts.
 
-        When it ends, what it had refused stops being a problem.
+        When firewalld stops, what it had refused is no longer a problem.
         """
         missed = False
         while True:
@@ -216,7 +218,7 @@ class Guard:
             await asyncio.sleep(BUS_RETRY)
 
     async def _once(self, *, missed: bool) -> None:
-        """Follow it until this bus is lost. `missed`: it may have started while there was no bus."""
+        """Follow firewalld until this bus connection is lost. `missed`: it may have started while there was none."""
         bus = (await self._services.units()).bus
         changed, closed = asyncio.Event(), asyncio.Event()
         bus.on_closed(_both(changed.set, closed.set))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Commands that have somebody else's firewall let through what guests need, in the words of the tool that it is kept
-with: nft, iptables, ufw, firewall-cmd.
+"""Commands that make other parties' firewalls accept what guests need, for the tool that manages each: nft, iptables,
+ufw or firewall-cmd.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ ANSWERS, FORWARDED = ("ct state established,related", "RELATED,ESTABLISHED"), ("
 class Chain(NamedTuple):
     """A base chain in which packets are dropped.
 
-    `family` "legacy": what drops them isn't nftables, and without a table not iptables either. `whose`: "docker",
-    "ufw", "firewalld", "iptables", if that is known, or how the tool of legacy iptables is called. `early`: before
-    connections are tracked.
+    `family` "legacy": not nftables; without a `table` not iptables either. `whose`: "docker", "ufw", "firewalld" or
+    "iptables", if that is known, or the name of legacy iptables' tool. `early`: before connection tracking.
     """
 
     family: str
@@ -42,7 +41,7 @@ class Chain(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """What shall be let through: `source` and `to` are addresses, `state` in the words of nft and of iptables."""
+    """What to accept: `source` and `to` are addresses, `state` is written as nft and iptables both do."""
 
     iif: str = ""
     oif: str = ""
@@ -54,19 +53,19 @@ class Pass(NamedTuple):
 
 
 def commands(chain: Chain, trials: list[Trial], bridge: str) -> list[Hint]:
-    """For what is dropped in a chain, all of it on the same way."""
+    """The commands for trials that were dropped in one chain, all with the same `end`."""
     if chain.whose == "firewalld":
         return [f"firewall-cmd --zone=virtd --change-interface={bridge}"]
     if chain.family == "bridge":
-        # By the names of domains' and containers' ports: to ask for the bridge's own not every kernel has.
+        # By the name patterns of domains' and containers' ports: not every kernel can match the bridge itself.
         passes = [one for mine in ("vt-*", "vl*") for one in (Pass(mine), Pass(oif=mine))]
     else:
         passes = list(dict.fromkeys(one for trial in trials for one in _passes(chain, trial, bridge)))
     if chain.whose == "ufw":
-        return [_ufw(one, chain) for one in passes if one.state != ANSWERS]  # these it lets through anyway
+        return [_ufw(one, chain) for one in passes if one.state != ANSWERS]  # ufw accepts answers anyway
     if chain.whose:
         found: list[Hint] = [_iptables(one, chain) for one in passes]
-        return [*found, do("reload")] if chain.family == "legacy" else found  # its changes are told to nobody
+        return [*found, do("reload")] if chain.family == "legacy" else found  # legacy changes aren't announced
     if chain.family == "legacy":
         return [f"tc filter show dev {bridge} ingress", "bpftool net show"]
     return [f"nft insert rule {chain.family} {chain.table} {chain.name} '{_nft(one)}'" for one in passes]
@@ -83,7 +82,7 @@ def _passes(chain: Chain, trial: Trial, bridge: str) -> Iterator[Pass]:
     elif trial.end == BRIDGED and chain.hook == "postrouting":
         yield Pass(oif=bridge)
     elif not trial.via and chain.hook == "postrouting":
-        yield Pass(source=trial.source)  # where iptables takes no interface that something came in by
+        yield Pass(source=trial.source)  # for iptables where it can't match the input interface
     elif not trial.via:
         yield Pass(bridge)
         if chain.hook == "forward":

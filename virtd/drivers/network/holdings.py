@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What only one network may have at a time; see objects/conflicts.py."""
+"""Resources that only one network may hold at a time; see objects/conflicts.py."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Owner(Protocol):
 
 
 class Beside(Protocol):
-    """Whoever else may have something."""
+    """Other objects that may hold something."""
 
     @property
     def peers(self) -> Peers: ...
@@ -48,7 +48,7 @@ class Beside(Protocol):
 
 
 def of(network: Network, mac: str) -> Iterator[Holding]:
-    """By its definition; `mac` is its bridge's, "" where that isn't known yet."""
+    """What a definition claims; `mac` is the bridge's, "" if not known yet."""
     if mac:
         yield conflicts.mac(network.bridge_name, mac, "bridge", network.name)
     if network.own:
@@ -60,7 +60,7 @@ def of(network: Network, mac: str) -> Iterator[Holding]:
 
 
 def all_of(nets: Mapping[str, Owner], *, running: bool) -> Iterator[tuple[str, Holding]]:
-    """As conflicts.Holder has it."""
+    """See conflicts.Holder."""
     for net in nets.values():
         in_force = net.running
         wanted = None if running or net.definition is in_force else net.definition
@@ -71,14 +71,14 @@ def all_of(nets: Mapping[str, Owner], *, running: bool) -> Iterator[tuple[str, H
 
 
 async def require(net: Owner, network: Network, beside: Beside) -> None:
-    """Raise Busy when somebody else has what the new definition `network` claims."""
+    """Raise Busy if somebody else holds what the new definition `network` claims."""
     before = net.running.forward if net.running is not None else ()
     await _require_unserved(net.name, network.forward, before)
     require_free(net, network, beside)
 
 
 def require_free(net: Owner, network: Network, beside: Beside) -> None:
-    """The same for what can be asked without waiting: other networks."""
+    """Like `require`, for what can be checked without waiting: other networks."""
     conflicts.require(beside.peers, f"network {net.name}", of(network, net.mac if network.own else ""))
     for other in beside.nets.values():
         theirs = other.running
@@ -103,7 +103,7 @@ async def _require_unserved(name: str, forwards: tuple[Forward, ...], before: tu
 
 
 async def warnings(net: Owner | None, network: Network, peers: Peers) -> list[str]:
-    """What others have that the definition claims, as warnings for whoever defines it."""
+    """What others hold that the definition claims, as warnings for whoever defines it."""
     found = [
         f"forward[{one.number}]: {one.text}: it can't be started like that" for one in await _served(network.forward)
     ]
@@ -112,7 +112,7 @@ async def warnings(net: Owner | None, network: Network, peers: Peers) -> list[st
 
 
 def _addresses(net: Owner | None, network: Network) -> list[str]:
-    """Addresses that the definition gives to one guest while another has them."""
+    """Addresses that the definition assigns to one guest while another has them."""
     given = {port.ipv4: port for port in net.ports if port.ipv4} if net is not None and net.active else {}
     return [
         f"host[{index}].ipv4: {host.ipv4} is {port.user.replace('/', ' ')}'s until its next start"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The interfaces of guests in networks, as other drivers ask for them: see peers.Networks."""
+"""Guests' interfaces in networks, as other drivers request them: see peers.Networks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Nets(Protocol):
-    """All networks, which are found by name and started when a guest needs one."""
+    """All networks, looked up by name and started when a guest needs one."""
 
     @property
     def nets(self) -> Mapping[str, Net]: ...
@@ -99,7 +99,7 @@ class Interfaces:
         return [lease.address for lease in net.leases() if lease.mac == mac.lower()] if net is not None else []
 
     async def _used(self, network: str, user: str) -> Net:
-        """The network, active. Raises NotFound, or what its start raises."""
+        """The network, active. Raises NotFound, or the errors of its start."""
         net = self._nets.find(network)
         await self._nets.certain()
         if net.state is not State.ACTIVE or net.lost_bridge():

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What keeps an isolated network isolated where there are no firewall rules: rules of policy routing, ip-rule(8).
+"""Policy routing rules (ip-rule(8)) that keep an isolated network isolated even without firewall rules.
 
-Nothing that comes from its bridge is routed on, and nothing from elsewhere to its prefixes. The table `local` is
-asked first (priority 0), so the host itself is reached, which is for the firewall to limit. `nft flush ruleset`
-leaves these rules alone, they need no daemon, and they may be there before the bridge is. (The bridge's own sysctl
-`forwarding` would not do: whoever writes net.ipv4.ip_forward sets it for all interfaces.)
+Nothing that enters by its bridge is routed further, and nothing from elsewhere is routed to its prefixes. The table
+`local` is consulted first (priority 0), so the host itself is reachable; limiting that is the firewall's job. These
+rules survive `nft flush ruleset`, need no daemon, and may exist before the bridge does. (The bridge's own sysctl
+`forwarding` wouldn't do: writing net.ipv4.ip_forward sets it for all interfaces.)
 
-They carry a protocol number by which they are known as ours, and are always compared for all networks together: what
-is missing is added and what no network needs is removed, so that the next comparison mends what a crash interrupted.
+They carry a protocol number that marks them as ours, and are always compared for all networks together: missing rules
+are added and those that no network needs removed, so the next comparison repairs what a crash interrupted.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from ...model.network import Network
 
-PROTOCOL = 86  # rtnetlink(7)'s rtm_protocol: no other program's in iproute2's list of them
-# After `local`, wherever others (Cilium) have moved it to, and before everything that routes: VRFs have 1000.
+PROTOCOL = 86  # rtnetlink(7)'s rtm_protocol: unassigned in iproute2's list
+# After `local`, wherever others (Cilium) have moved it to, and before everything that routes: VRFs use 1000.
 PRIORITY = 900
 
 
@@ -37,14 +37,14 @@ def wanted(network: Network) -> set[RoutingRule]:
         return set()
     found = {RoutingRule(version, PRIORITY, PROHIBIT, iif=network.bridge_name) for version in (4, 6)}
     for _key, subnet in network.subnets():
-        # The host's own packets go there, and its answer to "from where would I get this?" (rp_filter) is as ever.
+        # Lets the host's own packets through, and keeps its reverse path lookups (rp_filter) as they are.
         found.add(RoutingRule(subnet.version, PRIORITY - 1, TO_TABLE, iif="lo", to=str(subnet)))
         found.add(RoutingRule(subnet.version, PRIORITY, PROHIBIT, to=str(subnet)))
     return found
 
 
 def apply(networks: Iterable[Network], *, remove: bool = True) -> set[RoutingRule]:
-    """Add the rules that these networks need, and with `remove` delete others of ours. Returns what was missing.
+    """Add the rules that these networks need, and with `remove` delete our others. Returns the missing ones.
 
     Raises HostError.
     """
@@ -53,7 +53,7 @@ def apply(networks: Iterable[Network], *, remove: bool = True) -> set[RoutingRul
     try:
         with Kernel() as kernel:
             there = kernel.routing_rules(PROTOCOL)
-            # Those that let the host through come first, by their priority.
+            # The rules that let the host through have a lower priority number, and so are added first.
             for rule in sorted(needed - there):
                 try:
                     kernel.add_routing_rule(rule, PROTOCOL)
@@ -85,16 +85,16 @@ class Isolated(Protocol):
 
 
 class Isolation:
-    """The rules of all networks of the driver, changed by one caller at a time."""
+    """The rules of all the driver's networks, changed by one caller at a time."""
 
     def __init__(self, nets: Mapping[str, Isolated]) -> None:
         self._nets = nets
         self._turn = asyncio.Lock()
 
     async def apply(self) -> set[RoutingRule]:
-        """Apply what networks need that are active by their records. Returns what was missing. Raises HostError."""
+        """Apply the rules of networks that their records call active. Returns the missing ones. Raises HostError."""
         async with self._turn:
             running = [net.running for net in self._nets.values() if net.active]
-            # What a network needs whose definition can't be read isn't known.
+            # The needs of a network whose definition can't be read are unknown.
             known = [network for network in running if network is not None]
             return await asyncio.to_thread(apply, known, remove=len(known) == len(running))

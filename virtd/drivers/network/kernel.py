@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the kernel says of interfaces, addresses, neighbours, routes and rules: asked for, or announced.
+"""What the kernel reports about interfaces, addresses, neighbours, routes and rules, in replies and notifications.
 
-An interface's own settings (the sysctls below net.ipv4.conf and net.ipv6.conf, what a bridge does with a port) come
-in the same message of rtnetlink(7), IFLA_AF_SPEC and IFLA_LINKINFO of linux/if_link.h. Only what is asked for is
+An interface's own settings (the sysctls below net.ipv4.conf and net.ipv6.conf, the options of a bridge port) arrive
+in the same rtnetlink(7) message: IFLA_AF_SPEC and IFLA_LINKINFO of linux/if_link.h. Only what is requested is
 decoded: a thousand interfaces of others cost a few milliseconds.
 """
 
@@ -31,7 +31,7 @@ _PORT = {
     rt.BRPORT_ISOLATED: "isolated",
     rt.BRPORT_LOCKED: "locked",
 }
-# Where the settings are in the arrays that come: linux/ip.h (counted from 1), linux/ipv6.h.
+# Indexes of the settings in the arrays of the message: linux/ip.h (counted from 1), linux/ipv6.h.
 _CONF4 = {0: "ipv4/forwarding", 7: "ipv4/rp_filter", 18: "ipv4/arp_ignore"}
 _CONF6 = {0: "ipv6/forwarding", 3: "ipv6/accept_ra", 5: "ipv6/autoconf", 26: "ipv6/disable_ipv6"}
 _INET_CONF, _INET6_CONF, _INET6_ADDR_GEN_MODE = 1, 2, 8
@@ -44,10 +44,11 @@ _NETCONFA_IFINDEX = 1
 
 
 class Link(NamedTuple):
-    """An interface; `number` is its index, `kind` "bridge" or "veth", `master` the bridge that it is in, or "".
+    """An interface. `number`: its index; `kind`: "bridge", "veth" and so on; `master`: the bridge that it is in, or
+    "".
 
-    `values`: those of its settings that this kernel reports, by names such as "ipv6/accept_ra" (a sysctl), "arp",
-    "stp_state" (a bridge's) and "locked" (a port's).
+    `values`: the settings that this kernel reports, by names such as "ipv6/accept_ra" (a sysctl), "arp", "stp_state"
+    (a bridge's) and "locked" (a port's).
     """
 
     number: int
@@ -63,21 +64,21 @@ class Link(NamedTuple):
 
 
 class Address(NamedTuple):
-    """An interface's address as the kernel has it: text, length of the prefix."""
+    """An interface's address as the kernel has it: text and prefix length."""
 
     address: str
     prefix: int
 
 
 class Route(NamedTuple):
-    """By which interface something leaves the host, "" for what stays; and from which address if it is the host's."""
+    """The interface by which a packet leaves the host ("" if it stays), and the host's source address for it."""
 
     interface: str
     source: str
 
 
 class Way(NamedTuple):
-    """The route that a packet takes: `prefix` as text, "" for all the world.
+    """The route that a packet takes: `prefix` as text, "" for a default route.
 
     `interface` is "" for a route that leads nowhere.
     """
@@ -90,7 +91,7 @@ class Way(NamedTuple):
 class LinkChanged(NamedTuple):
     """An interface was made, changed or deleted, or had its addresses or settings changed.
 
-    `number` is its index. `name` is "" if no interface has that any more; of one that was renamed it is the new name.
+    `number`: its index. `name`: "" if no interface has that index any more; the new name if it was renamed.
     """
 
     name: str
@@ -98,7 +99,7 @@ class LinkChanged(NamedTuple):
 
 
 class RouteChanged(NamedTuple):
-    """A route was added or removed; `prefix` is its address as a number, `bits` how many of them count."""
+    """A route was added or removed; `prefix` is its address as a number, `bits` the prefix length."""
 
     version: int
     prefix: int
@@ -107,7 +108,7 @@ class RouteChanged(NamedTuple):
 
 
 class RuleChanged(NamedTuple):
-    """A rule of policy routing was added or removed."""
+    """A policy routing rule was added or removed."""
 
     removed: bool
 
@@ -116,11 +117,11 @@ Change = LinkChanged | RouteChanged | RuleChanged
 
 
 class Kernel(rt.Netlink):
-    """A socket to the kernel's routing that also reads. Everything raises NetlinkError."""
+    """A routing socket that also reads. All methods raise NetlinkError."""
 
     @understood()
     def links(self, names: Collection[str]) -> dict[str, Link]:
-        """Those of these interfaces that there are. From now on their names mean these to this socket."""
+        """Those of these interfaces that exist, by name. From now on this socket resolves their names to them."""
         index_of: dict[int, str] = {}
         found = []
         mask = attribute(_IFLA_EXT_MASK, _SKIP_STATS)
@@ -135,7 +136,7 @@ class Kernel(rt.Netlink):
 
     @understood()
     def all_addresses(self, indexes: dict[int, str]) -> dict[str, set[Address]]:
-        """Addresses by interface, of those whose index is given."""
+        """The addresses of the interfaces in `indexes` (names by index), by interface."""
         found: dict[str, set[Address]] = {}
         for index, _scope, address in self._addresses():
             if index in indexes:
@@ -144,7 +145,7 @@ class Kernel(rt.Netlink):
 
     @understood()
     def addresses(self, name: str) -> list[Address]:
-        """All addresses of an interface but the link-local ones."""
+        """All addresses of an interface except link-local ones."""
         mine = self._index(name)
         return [address for index, scope, address in self._addresses() if index == mine and scope < rt.SCOPE_LINK]
 
@@ -157,7 +158,7 @@ class Kernel(rt.Netlink):
 
     @understood()
     def neighbours_of_ports(self, indexes: dict[int, str]) -> set[tuple[str, str]]:
-        """Interface and MAC of the entries that `add_neighbour_of_port` made."""
+        """The (interface, MAC) pairs that `add_neighbour_of_port` made."""
         found = set()
         for message in self.dump(rt.RTM_GETNEIGH, rt.NEIGHBOUR.pack(socket.AF_BRIDGE, 0, 0, 0, 0)):
             _family, index, state, _flags, _type = message.head(rt.NEIGHBOUR)
@@ -169,7 +170,7 @@ class Kernel(rt.Netlink):
 
     @understood()
     def route(self, to: str, *, source: str = "", iif: str = "") -> Route:
-        """Where a packet goes that comes from `source` in by `iif`, or from the host itself."""
+        """The route of a packet from `source` that enters by `iif`, or of one from the host itself."""
         more = attribute(rt.RTA_SRC, rt.packed(source)[1]) if source else b""
         more += attribute(rt.RTA_IIF, self._index(iif)) if iif else b""
         message = self._route(to, 0, more, source=bool(source))
@@ -182,7 +183,7 @@ class Kernel(rt.Netlink):
 
     @understood()
     def route_to(self, address: str) -> Way | None:
-        """The route that a packet from the host to an address takes, all rules of policy routing considered."""
+        """The route that a packet from the host to an address takes, taking all policy routing rules into account."""
         try:
             message = self._route(address, _LOOKUP_TABLE | _FIB_MATCH)
         except OSError as exc:
@@ -206,7 +207,7 @@ class Kernel(rt.Netlink):
 
     @understood()
     def routing_rules(self, protocol: int) -> set[rt.RoutingRule]:
-        """Those that carry this protocol number, which says who made them."""
+        """The policy routing rules with this protocol number, which tells who made them."""
         found = set()
         for family, version in ((socket.AF_INET, 4), (socket.AF_INET6, 6)):
             for message in self.dump(rt.RTM_GETRULE, rt.RULE.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)):
@@ -223,7 +224,7 @@ class Kernel(rt.Netlink):
 
 @understood()
 def changed(message: Message) -> Change | None:
-    """What a notification of rtnetlink's is about; None for anything else. Raises NetlinkError."""
+    """What an rtnetlink notification is about; None for anything else. Raises NetlinkError."""
     match message.kind:
         case rt.RTM_NEWLINK | rt.RTM_DELLINK:
             name = message.text(rt.LINK, rt.IFLA_IFNAME)
@@ -284,7 +285,7 @@ def _array(known: dict[int, str], data: bytes) -> Iterator[tuple[str, int]]:
 
 
 def _name_of(index: int) -> str:
-    """The interface with this index; "" for none."""
+    """The name of the interface with this index; "" if there is none."""
     try:
         return socket.if_indextoname(index)
     except (OSError, OverflowError):

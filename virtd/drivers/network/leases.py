@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""dnsmasq's lease file, as it keeps it (dnsmasq(8), --dhcp-leasefile): read, never written."""
+"""dnsmasq's lease file, in dnsmasq's own format (dnsmasq(8), --dhcp-leasefile): read, never written."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from ...replies import networks as replies
 LIMIT = 16 << 20
 """Bytes that the file may have: more than 65,536 leases of each family, which is dnsmasq's own limit here."""
 
-# As far as a date has four digits for the year. (str.isdigit() knows digits that int() doesn't.)
+# Enough for all dates with a four-digit year. (str.isdigit() accepts digits that int() doesn't.)
 _SECONDS = r"[0-9]{1,11}"
 
 
 class Lease(msgspec.Struct, frozen=True):
-    """One lease. `mac` is "" for a DHCPv6 client whose identifier has none; `expires` 0 for a lease without end."""
+    """One lease. `mac`: "" if a DHCPv6 client's identifier contains none; `expires`: Unix time, 0 for an unlimited
+    lease.
+    """
 
     address: str
     mac: str
@@ -32,7 +34,7 @@ class Lease(msgspec.Struct, frozen=True):
         return "ipv6" if ":" in self.address else "ipv4"
 
     def described(self) -> replies.Lease:
-        """For Leases."""
+        """The lease as the operation Leases returns it."""
         return replies.Lease(
             address=self.address,
             family=self.family,
@@ -43,9 +45,9 @@ class Lease(msgspec.Struct, frozen=True):
 
 
 def read(path: str) -> list[Lease]:
-    """The leases in the file that haven't run out, by address; none when there is no such file.
+    """The unexpired leases in the file, sorted by address; none if the file doesn't exist.
 
-    It is dnsmasq's, which reads what anybody sends: whatever is in its place is no lease.
+    dnsmasq writes it, from what anybody may send: malformed lines are skipped.
     """
     try:
         data = untrusted.read(path, LIMIT)
@@ -58,7 +60,7 @@ def parse(lines: list[str], now: float) -> list[Lease]:
     found: list[tuple[tuple[int, bytes], Lease]] = []
     for line in lines:
         fields = line.split()
-        # "duid ..." is the server's own identifier; after it come the leases of DHCPv6.
+        # "duid ..." is the server's own identifier; DHCPv6 leases follow it.
         if len(fields) < 5 or not re.fullmatch(_SECONDS, fields[0]):
             continue
         expires, key, address, name, client = int(fields[0]), *fields[1:5]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The host's interfaces: those in sysfs, and the taps that are made for guests.
+"""The host's interfaces as sysfs shows them, and the taps made for guests.
 
-Reading costs microseconds and needs no privilege, so that a listing may ask the kernel each time.
+Reading costs microseconds and needs no privilege, so a listing may ask the kernel each time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 CLASS = "/sys/class/net"
 TUN = "/dev/net/tun"
-PROBE = "vt--probe-"  # how taps of probe.py's are called, and no guest's: a domain's name doesn't begin with a hyphen
+PROBE = "vt--probe-"  # prefix of probe.py's taps; no guest's: domain names don't begin with "-"
 
 # linux/if_tun.h
 _TUNSETIFF, _TUNSETPERSIST, _TUNSETOWNER = 0x400454CA, 0x400454CB, 0x400454CC
@@ -25,7 +25,7 @@ _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 
 
 class Port(NamedTuple):
-    """An interface in one of our networks, and its user, both from its alias."""
+    """An interface in one of our networks and its user, both taken from its alias."""
 
     interface: str
     network: str
@@ -41,7 +41,7 @@ def is_bridge(name: str) -> bool:
 
 
 def read(name: str, what: str) -> str:
-    """The text of one of the interface's files in sysfs; "" when there is none."""
+    """The text of one of the interface's files in sysfs; "" if it doesn't exist."""
     try:
         with open(f"{CLASS}/{name}/{what}", encoding="utf-8", errors="replace") as file:
             return file.read().strip()
@@ -73,7 +73,7 @@ def master(name: str) -> str:
 
 
 def members(bridge: str) -> list[str]:
-    """The interfaces that are in a bridge, whoever put them there."""
+    """The interfaces in a bridge, whoever put them there."""
     try:
         return sorted(os.listdir(f"{CLASS}/{bridge}/brif"))
     except OSError:
@@ -88,12 +88,12 @@ def all_names() -> list[str]:
 
 
 def alias_of(network: str, user: str) -> str:
-    """The alias of an interface of ours, by which people (`ip link` shows it) and the next daemon recognise it."""
+    """The alias of our interfaces, by which people (`ip link` shows it) and the next daemon recognise them."""
     return f"virtd network {network} for {user}"
 
 
 def ports() -> list[Port]:
-    """Every interface that carries such an alias."""
+    """All interfaces that carry such an alias."""
     found = []
     for name in all_names():
         words = read(name, "ifalias").split(" ")
@@ -103,7 +103,7 @@ def ports() -> list[Port]:
 
 
 def bearing(alias: str, mac: str = "", besides: Collection[str] = ()) -> str:
-    """The one interface with this alias, and address if given, whatever its name; "" for none or several."""
+    """The only interface with this alias, and MAC if given, whatever its name; "" if there are none or several."""
     found = [name for name in all_names() if name not in besides and read(name, "ifalias") == alias]
     found = [name for name in found if mac in ("", read(name, "address"))]
     return found[0] if len(found) == 1 else ""

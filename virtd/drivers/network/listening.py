@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which ports the host itself serves, whose services a [[forward]] would make unreachable.
+"""Ports that the host itself serves, whose services a [[forward]] would make unreachable.
 
-Sockets are listed by sock_diag(7), as ss(8) does. The process that has one is looked for in /proc, and only for the
-ports in question.
+Sockets are listed with sock_diag(7), as ss(8) does. The process that owns a socket is looked up in /proc, only for
+the ports in question.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from ...model.network import Forward
 
 PROC = "/proc"
-OURS = "virtd-network-"  # how the units of dnsmasq begin
+OURS = "virtd-network-"  # prefix of dnsmasq's units
 INIT = 1
 
 # linux/sock_diag.h, linux/inet_diag.h
 _SOCK_DIAG_BY_FAMILY = 20
-_REQUEST = struct.Struct("=BBBxI48x")  # inet_diag_req_v2: family, protocol, more that is wanted, states, socket
+_REQUEST = struct.Struct("=BBBxI48x")  # inet_diag_req_v2: family, protocol, extensions, states, socket
 _ANSWER = struct.Struct("=BBBB HH 16s16sI8x IIIII")  # inet_diag_msg; the ports are in network byte order
 _SKV6ONLY = 11
-# Who has bound a UDP socket and isn't connected to anybody counts as a server; TCP's have called listen(2).
+# A UDP socket that is bound and not connected counts as a server's; for TCP, one that listens.
 _STATES = {socket.IPPROTO_TCP: 1 << 10, socket.IPPROTO_UDP: 1 << 7}  # TCP_LISTEN, TCP_CLOSE: net/tcp_states.h
 
 
 class Listener(NamedTuple):
-    """A socket: "tcp" or "udp", and the IP versions by which it can be reached from elsewhere."""
+    """A listening socket: protocol "tcp" or "udp", and the IP versions by which it can be reached from elsewhere."""
 
     protocol: str
     versions: frozenset[int]
@@ -45,9 +45,9 @@ class Listener(NamedTuple):
 
 
 class Process(NamedTuple):
-    """The process that has a socket; `unit` is its unit on the host, or "".
+    """The process that owns a socket; `unit`: its unit on the host, or "".
 
-    `activated`: systemd holds the socket too, for a socket unit, and would start the service again.
+    `activated`: systemd holds the socket too, for a socket unit, and would restart the service.
     """
 
     pid: int
@@ -57,7 +57,7 @@ class Process(NamedTuple):
 
 
 class Served(NamedTuple):
-    """A forward whose port is served: its place in the list, who listens, as a sentence, and what can be done.
+    """A forward whose port is served: its index in the list, a sentence that says who listens, and possible remedies.
 
     `protocol` and `inode` are the socket's.
     """
@@ -70,7 +70,7 @@ class Served(NamedTuple):
 
 
 def served(forwards: Iterable[Forward]) -> list[Served]:
-    """Those of `forwards` whose port the host serves. Raises OSError when the kernel can't be asked."""
+    """Those of `forwards` whose ports the host serves. Raises OSError if the kernel can't be asked."""
     numbered = list(enumerate(forwards))
     if not numbered:
         return []
@@ -86,7 +86,7 @@ def served(forwards: Iterable[Forward]) -> list[Served]:
     told: dict[int, Served] = {}
     for index, one in found:
         who = owners.get(one.inode)
-        if who is None or not who.unit.startswith(OURS):  # of dnsmasq's addresses a forward takes what it is told to
+        if who is None or not who.unit.startswith(OURS):  # dnsmasq's own port may be forwarded
             told.setdefault(index, _sentence(index, one, who))
     return list(told.values())
 
@@ -97,7 +97,7 @@ def _sentence(index: int, one: Listener, who: Process | None) -> Served:
         name, hint = "the host itself", "ss -lnp shows who"
     else:
         name = f"{who.name} (PID {who.pid}{f', {who.unit}' if who.unit else ''})"
-        # What runs in a user's own systemd isn't the host's to stop by name.
+        # Units of a user's own systemd can't be stopped by name on the host.
         stoppable = who.unit.endswith(".service") and not who.unit.startswith("user@")
         hint = f"systemctl stop {word(who.unit)}" if stoppable else f"kill {who.pid}"
         if who.activated:
@@ -121,7 +121,7 @@ def listening() -> list[Listener]:
 
 
 class Diag(Requests):
-    """A socket for questions about sockets."""
+    """A socket for sock_diag requests."""
 
     def __init__(self) -> None:
         super().__init__(SOCK_DIAG)
@@ -144,7 +144,9 @@ def _listener(protocol: int, message: Message) -> Listener | None:
 
 
 def _versions(address: str, *, only6: bool) -> frozenset[int]:
-    """Packets for the host's own loopback are never forwarded."""
+    """The IP versions by which the address can be reached from elsewhere: packets for the loopback are never
+    forwarded.
+    """
     if address.startswith(("127.", "::ffff:127.")) or address == "::1":
         return frozenset()
     if ":" not in address or address.startswith("::ffff:"):
@@ -153,11 +155,11 @@ def _versions(address: str, *, only6: bool) -> frozenset[int]:
 
 
 def _owners(inodes: set[int]) -> dict[int, Process]:
-    """The process that has each socket open; one that isn't systemd if there are several."""
+    """The process that has each socket (inode) open; one other than systemd if there are several."""
     wanted = {f"socket:[{inode}]": inode for inode in inodes}
     found: dict[int, list[int]] = {}
     for pid in sorted((int(name) for name in os.listdir(PROC) if name.isdigit()), reverse=True):
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the process has ended
             for fd in os.listdir(f"{PROC}/{pid}/fd"):
                 with contextlib.suppress(OSError):
                     if (inode := wanted.get(os.readlink(f"{PROC}/{pid}/fd/{fd}"))) is not None:
@@ -178,7 +180,7 @@ def _read(pid: int, what: str) -> str:
 
 
 def _unit(cgroups: str) -> str:
-    """The outermost unit, which is the host's: units of a user's or a container's systemd may be below it."""
+    """The outermost unit, which is the host's: units of a user's or a container's systemd may be nested in it."""
     for line in cgroups.splitlines():
         if line.startswith("0::"):
             return next((name for name in line[3:].split("/") if name.endswith((".service", ".scope"))), "")

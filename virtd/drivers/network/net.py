@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One network and its life: a start puts it on record as "starting", makes its pieces, and puts it on record as
-"active". A start that was cut off is finished by making all of the pieces once more, a stop by removing them.
+"""One network and its life. A start records it as "starting", makes its pieces, then records it as "active". An
+interrupted start is finished by making all pieces again, an interrupted stop by removing them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STOP_AGAIN = 1.0  # seconds until a stop that couldn't be finished is tried again
+STOP_AGAIN = 1.0  # seconds until an unfinished stop is retried
 
 
 class Net(NetRecord):
@@ -48,7 +48,7 @@ class Net(NetRecord):
         self.standing = Standing(self)
         self.pieces = Pieces(self, self.rules, self.server, self.standing.ensure)
         self.adapting = Adapting(self, self.rules, self.server, self.pieces, self.connections)
-        self.obstacles: list[Obstacle] = []  # what was found last, see prober.py
+        self.obstacles: list[Obstacle] = []  # the latest findings, see prober.py
 
     # What it is
 
@@ -68,7 +68,7 @@ class Net(NetRecord):
             await self.server.read_hosts(network)
 
     async def make(self, network: Network) -> None:
-        """Make what is missing of its pieces. Raises a VirtdError."""
+        """Make the pieces that are missing. Raises a VirtdError."""
         await self.pieces.make(network)
 
     async def adapt(self) -> list[str]:
@@ -77,8 +77,8 @@ class Net(NetRecord):
     # Starting and stopping
 
     async def start(self, by: str) -> bool:
-        """Make all of its pieces, or those that are missing; False if it was whole. Raises a VirtdError."""
-        from . import holdings  # no start of the daemon needs it
+        """Make all pieces, or the missing ones; False if none was missing. Raises a VirtdError."""
+        from . import holdings  # imported late: the daemon can start without it
 
         async with self.exclusive("start"):
             if self.state is State.ACTIVE:
@@ -104,7 +104,7 @@ class Net(NetRecord):
                 | {"mac": bridge.mac_of(self.uuid)}
                 | self.still_connected(),
             )
-            holdings.require_free(self, network, self.shared)  # others may have had their turn since
+            holdings.require_free(self, network, self.shared)  # others may have claimed something meanwhile
             self.put(record)
             self.shared.publish("changed", self)
             try:
@@ -118,7 +118,7 @@ class Net(NetRecord):
             return True
 
     async def _repair(self) -> bool:
-        """Restore what is missing of an active network, and connect its users again; False if nothing was."""
+        """Restore what an active network lacks, and reconnect its users; False if nothing was missing."""
         network = self.running
         if network is None:
             raise errors.HostError(
@@ -137,7 +137,7 @@ class Net(NetRecord):
         return True
 
     async def _undo(self, why: BaseException) -> None:
-        """Undo a failed start: remove whatever exists by now."""
+        """Undo a failed start: remove whatever exists so far."""
         try:
             await self.pieces.unmake()
         except Exception as exc:
@@ -149,7 +149,7 @@ class Net(NetRecord):
         await self.pieces.no_longer_isolated()
 
     async def stop(self, by: str, *, force: bool) -> bool:
-        """Remove all of its pieces; False if it was inactive. Raises Busy when it is in use, unless `force`."""
+        """Remove all pieces; False if the network was inactive. Raises Busy if it is in use, unless `force`."""
         async with self.exclusive("stop"):
             if not self.active:
                 self.wait_for(None)
@@ -166,7 +166,7 @@ class Net(NetRecord):
             return True
 
     async def _finish(self, why: str) -> None:
-        """Finish a stop. If it raises a VirtdError, it is tried again."""
+        """Finish a stop. If this raises a VirtdError, it is retried later."""
         try:
             await self.pieces.unmake()
         except errors.VirtdError as exc:
@@ -188,7 +188,7 @@ class Net(NetRecord):
                 async with self.exclusive("stop"):
                     if self.state is State.STOPPING:
                         await self._finish(why)
-        self.problems.pop("stop", None)  # it was started instead
+        self.problems.pop("stop", None)  # the network was started instead
 
     # Taking it back
 
@@ -200,7 +200,7 @@ class Net(NetRecord):
             if record.slots:
                 self.server.adopt(record)
             if self.state is State.ACTIVE and not self.lost_bridge() and (not record.unit or self.server.alive):
-                # What the record says is good enough for answers; the rest is compared in a moment.
+                # The record suffices for answers; the rest is compared shortly.
                 self.settled.set()
 
     def recall(self) -> None:
@@ -215,7 +215,7 @@ class Net(NetRecord):
             self.server.recall()
         self.adapting.recall()
         if "served" in self.data:
-            from . import newcomers  # no start of the daemon needs it otherwise
+            from . import newcomers  # imported late: the daemon can otherwise start without it
 
             newcomers.recall(self)
 
@@ -264,6 +264,6 @@ class Net(NetRecord):
         return "adopted"
 
     async def close(self) -> None:
-        """Release everything in this process; the network stays as it is."""
+        """Release everything held in this process; the network stays as it is."""
         await self.server.close()
         await self.end_tasks()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A network's definition and record: all that its pieces need to know of it."""
+"""A network's definition and record: all that its pieces need to know about it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ON = (State.STARTING, State.ACTIVE, State.STOPPING)
 
 
 class Shared(NamedTuple):
-    """What all networks of the driver share. `publish(event, net)`: "changed"."""
+    """What all the driver's networks share. `publish(event, net)`: the event is "changed"."""
 
     services: Services
     records: Records
@@ -56,7 +56,7 @@ class NetRecord(Persistent):
         self.shared: Shared = shared
         self.definition: model.Network | None = None
         self.definition_text = ""
-        self.settled = asyncio.Event()  # cleared while nobody knows yet whether it is whole
+        self.settled = asyncio.Event()  # cleared until it is known whether the network is complete
         self.settled.set()
         self._turns = Turns(name)
 
@@ -70,7 +70,7 @@ class NetRecord(Persistent):
 
     @property
     def mac(self) -> str:
-        """The bridge's address; of an active network the one that it was made with."""
+        """The bridge's MAC; for an active network the one that it was made with."""
         kept = self.data.get("mac") if self.active else None
         return str(kept) if kept else bridge.mac_of(self.uuid)
 
@@ -93,7 +93,7 @@ class NetRecord(Persistent):
 
     @property
     def running(self) -> model.Network | None:
-        """The definition that is in force, or None while the network is inactive."""
+        """The definition in force; None while the network is inactive."""
         if not self.active or not (text := definitions.text_in_force(self.data)):
             return None
         if text == self.definition_text and self.definition is not None:
@@ -104,13 +104,13 @@ class NetRecord(Persistent):
 
     @property
     def current(self) -> model.Network:
-        """The definition in force of a network that is known to have one. Raises Bug when it has none."""
+        """The definition in force, for callers who know that there is one. Raises Bug otherwise."""
         if (network := self.running) is None:
             raise errors.Bug(f"network {self.name} has no definition in force")
         return network
 
     def parsed(self, text: str) -> model.Network | None:
-        """The definition that `text` holds, if it was put in force by this version of virtd."""
+        """Parse `text`, a definition that was put in force; None unless this version of virtd did so."""
         return definitions.parsed(self.data, text, model.Network)
 
     @property
@@ -125,15 +125,15 @@ class NetRecord(Persistent):
 
     @property
     def ports(self) -> tuple[Port, ...]:
-        """Who is connected, or was when the network was stopped."""
+        """The connected guests, or those connected when the network was stopped."""
         return ports_.recorded(self.data)
 
     def in_force(self, network: model.Network, text: str) -> dict[str, Any]:
-        # The bridge has to be removed also by a daemon that can't read the definition any more.
+        # A daemon that can't read the definition any more must still be able to remove the bridge.
         return definitions.in_force(network, text) | {"bridge": network.bridge_name if network.own else ""}
 
     def still_connected(self) -> dict[str, Any]:
-        """What the record of an inactive network keeps: its next start connects these guests again."""
+        """What the record of an inactive network keeps: its next start reconnects these guests."""
         return {"ports": kept} if (kept := self.data.get("ports")) else {}
 
     # What there is of it
@@ -142,7 +142,7 @@ class NetRecord(Persistent):
         return leases.read(f"{self.state_directory}/leases")
 
     def users(self) -> list[str]:
-        """Who is connected: "qemu/web1" for what virtd connected, the interface's name for everything else."""
+        """The connected users: "qemu/web1" for guests that virtd connected, the interface's name for others."""
         network = self.running
         if network is None:
             return []
@@ -155,12 +155,12 @@ class NetRecord(Persistent):
 
     @property
     def has_bridge(self) -> bool:
-        """Whether the bridge that its definition has virtd make is there."""
+        """Whether the bridge that virtd makes for this network exists."""
         network = self.definition
         return network is not None and network.own and bridge.is_ours(network.bridge_name, self.mac)
 
     def lost_bridge(self) -> str:
-        """What is wrong with the bridge of an active network, or ""."""
+        """What is wrong with an active network's bridge; "" if nothing."""
         network = self.running
         if network is None or self.state is not State.ACTIVE:
             return ""
@@ -183,7 +183,7 @@ class NetRecord(Persistent):
     # One operation at a time
 
     def exclusive(self, what: str) -> AbstractAsyncContextManager[None]:
-        """One operation at a time. Raises Busy when another takes too long."""
+        """Run one operation at a time. Raises Busy when another takes too long."""
         return self._turns.take(what)
 
     @property
@@ -197,6 +197,6 @@ class NetRecord(Persistent):
         self.save(data=self.data | data)
 
     def keep_data(self, **data: Any) -> None:
-        """The same for what happened by itself: changed in memory even if it can't be written."""
+        """Like `remember`, for changes that happened by themselves: kept in memory even if they can't be written."""
         if self.record is not None:
             self.keep(data=self.data | data)

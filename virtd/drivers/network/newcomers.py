@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Services that came to listen on a port of the host that is forwarded already: nobody outside reaches them.
+"""Services that began to listen on a port of the host that is already forwarded: nobody outside can reach them.
 
-A start is refused if somebody listens, see holdings.py. The kernel doesn't announce sockets, so they are listed now
-and then. UDP sockets may be clients', which use any port for a moment, so they count only after a while.
+A start is refused if somebody listens, see holdings.py. The kernel doesn't announce sockets, so they are listed from
+time to time. A UDP socket may be a client's, which uses any port for a moment, so it counts only after a while.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     from .listening import Served
     from .netrecord import NetRecord
 
-LASTING = 5.0  # seconds until a socket of UDP is taken for a server's
-KEY = "served "  # how these problems' keys begin
-NOTED = "served"  # where the record has them
+LASTING = 5.0  # seconds until a UDP socket is assumed to be a server's
+KEY = "served "  # prefix of these problems' keys
+NOTED = "served"  # their key in the record
 log = logging.getLogger(__name__)
 
 
 class Newcomers:
-    """Those on the ports of all networks."""
+    """The newcomers on all networks' forwarded ports."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._since: dict[int, float] = {}  # when a socket was seen first, by its inode
+        self._since: dict[int, float] = {}  # when each socket was first seen, by inode
 
     async def look(self, nets: Iterable[NetRecord]) -> None:
-        """Look at these networks: what is found is a problem of theirs for as long as it lasts."""
+        """Look at these networks; what is found is reported as their problem for as long as it lasts."""
         for net in list(nets):
             network = net.running if net.state is State.ACTIVE else None
             if network is None:
@@ -64,7 +64,7 @@ def recall(net: NetRecord) -> None:
 
 
 def _said(net: NetRecord) -> dict[str, str]:
-    """What was reported of a network before, perhaps by an earlier daemon: texts with their hints."""
+    """The reports so far, an earlier daemon's included: texts with their hints."""
     said = net.data.get(NOTED)
     return {str(text): str(hint) for text, hint in said.items()} if isinstance(said, dict) else {}
 

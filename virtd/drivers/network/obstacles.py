@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from .trace import Step
 
 CONNTRACK = -200  # NF_IP_PRI_CONNTRACK, linux/netfilter_ipv4.h
-# The built-in chains of iptables, and of iptables-nft.
-BUILT_IN = {"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"}
+BUILT_IN = {"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"}  # of iptables, legacy or nft
 
 
 class Drop(NamedTuple):

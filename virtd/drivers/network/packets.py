@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Frames such as guests and their servers send: Ethernet, IPv4 or IPv6, and in these UDP, TCP or ICMP.
+"""Frames like those of guests and their servers: Ethernet, with IPv4 or IPv6, with UDP, TCP or ICMP.
 
-Each carries a number by which it is recognised wherever it arrives, even behind NAT: in IPv4 the identification
-(16 bits), in IPv6 the flow label (of which as many are used).
+Each carries a number that identifies it wherever it arrives, even behind NAT: in IPv4's identification (16 bits), in
+the lower 16 bits of IPv6's flow label.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ ICMP, TCP, UDP, ICMP6 = 1, 6, 17, 58
 SYN, SYN_ACK = 0x02, 0x12
 BROADCAST = "ff:ff:ff:ff:ff:ff"
 HOPS = 64
-LINK_LOCAL_HOPS = 255  # what neighbour discovery asks for, RFC 4861
+LINK_LOCAL_HOPS = 255  # required for neighbour discovery, RFC 4861
 
 
 class Way(NamedTuple):
-    """From where to where: MACs and addresses, both of one family."""
+    """Source and destination of a frame: MACs and IP addresses, both of one family."""
 
     mac: str
     address: str
@@ -40,7 +40,7 @@ def udp(way: Way, number: int, source: int, to: int, body: bytes = b"") -> bytes
 
 
 def tcp(way: Way, number: int, source: int, to: int, flags: int) -> bytes:
-    """A segment without data; an acknowledgement is for the sequence number of our SYN."""
+    """A segment without data; an acknowledgement refers to our SYN's sequence number."""
     acknowledged = 2 if flags == SYN_ACK else 0
     body = struct.pack("!HHIIBBHHH", source, to, 1, acknowledged, 5 << 4, flags, 64240, 0, 0)
     return _frame(way, number, TCP, body, checksum=16)
@@ -56,14 +56,14 @@ def icmp6(way: Way, number: int, kind: int, body: bytes) -> bytes:
 
 
 def dhcp_discover(mac: str, number: int) -> bytes:
-    """DHCPDISCOVER, RFC 2131, as a client without an address sends it."""
+    """DHCPDISCOVER, RFC 2131, from a client without an address."""
     return udp(Way(mac, "0.0.0.0", BROADCAST, "255.255.255.255"), number, 68, 67, _dhcp(mac, 1, "0.0.0.0"))
 
 
 def dhcp_inform(mac: str, number: int, address: str) -> bytes:
-    """DHCPINFORM: the answer goes to the address that the client says it has, and no lease is given.
+    """DHCPINFORM: the answer goes to the address that the client states, and no lease is given.
 
-    To everybody, as DHCPDISCOVER is: the answer belongs to no connection then.
+    It is broadcast, like DHCPDISCOVER, so that the answer belongs to no connection.
     """
     return udp(Way(mac, address, BROADCAST, "255.255.255.255"), number, 68, 67, _dhcp(mac, 8, address))
 
@@ -76,7 +76,7 @@ def _dhcp(mac: str, kind: int, address: str) -> bytes:
 
 
 def dhcp6_solicit(way: Way, number: int) -> bytes:
-    """SOLICIT, RFC 8415, of a client that asks for nothing."""
+    """SOLICIT, RFC 8415, from a client that requests nothing."""
     client = struct.pack("!HHHH", 1, 10, 3, 1) + raw(way.mac)
     return udp(way, number, 546, 547, bytes([1]) + b"vrt" + client + struct.pack("!HHH", 8, 2, 0))
 
@@ -96,7 +96,7 @@ def neighbour_solicitation(way: Way, number: int, target: str) -> bytes:
 
 
 def link_local(mac: str) -> str:
-    """The IPv6 address that is made of a MAC."""
+    """The link-local IPv6 address derived from a MAC."""
     data = raw(mac)
     made = bytes([0xFE, 0x80]) + bytes(6) + bytes([data[0] ^ 2]) + data[1:3] + b"\xff\xfe" + data[3:]
     return socket.inet_ntop(socket.AF_INET6, made)
@@ -107,7 +107,7 @@ def packed(address: str) -> bytes:
 
 
 def number_of(header: bytes) -> int:
-    """The number in an IP header; 0 when `header` isn't one."""
+    """The number in an IP header; 0 if `header` isn't one."""
     if len(header) >= 20 and header[0] >> 4 == 4:
         return int.from_bytes(header[4:6], "big")
     if len(header) >= 4 and header[0] >> 4 == 6:
@@ -120,10 +120,10 @@ def number_in(frame: bytes) -> int:
 
 
 def _frame(way: Way, number: int, protocol: int, body: bytes, *, checksum: int, hops: int = HOPS) -> bytes:
-    """`checksum`: where in `body` it belongs."""
+    """Build a frame around `body`. `checksum`: the checksum's offset in `body`."""
     source, to = packed(way.address), packed(way.to)
     pseudo = b"" if protocol == ICMP else source + to + struct.pack("!II", len(body), protocol)
-    # In UDP a sum of 0 means none.
+    # In UDP a checksum of 0 means none.
     summed = struct.pack("!H", _sum(pseudo + body) or 0xFFFF)
     body = body[:checksum] + summed + body[checksum + 2 :]
     ethernet = raw(way.to_mac) + raw(way.mac)

@@ -5,7 +5,7 @@
     bridge    known as ours by its address, which is made of the uuid
     dnsmasq   a child like any other: slots, unit
 
-Each is made so that making it twice does nothing, and so is its removal.
+Making a piece twice does nothing the second time, nor does removing it twice.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class Pieces:
-    """The pieces of one network; `ensure` puts right what differs of its bridge and ports."""
+    """The pieces of one network; `ensure` repairs differences of its bridge and ports."""
 
     def __init__(self, net: NetRecord, rules: Rules, server: Server, ensure: Callable[[], Awaitable[None]]) -> None:
         self._net = net
@@ -44,14 +44,14 @@ class Pieces:
         self._ensure = ensure
 
     async def make(self, network: Network) -> None:
-        """Make what is missing. Raises a VirtdError, and may be repeated then."""
+        """Make the missing pieces. Raises a VirtdError, and may be repeated then."""
         net = self._net
         if not network.own:
             await asyncio.to_thread(prerequisites.check_bridge, network, net.source, net.mac)
             await self._rules.apply(network)
             await self._ensure()
             return
-        # What would be open without its rules isn't there before they are.
+        # Pieces that would be open without the rules are made after them.
         await net.shared.isolation.apply()
         await self._rules.apply(network)
         await self.allow_forwarding(network)
@@ -64,7 +64,7 @@ class Pieces:
             await self._server.run(network, afresh=new)
 
     async def unmake(self) -> None:
-        """Remove what is there. Raises HostError, and may be repeated then."""
+        """Remove all pieces that exist. Raises HostError, and may be repeated then."""
         net = self._net
         await self._server.end()
         if kept := net.data.get("bridge"):
@@ -76,7 +76,7 @@ class Pieces:
             raise errors.HostError(f"{net.runtime} can't be removed")
 
     async def no_longer_isolated(self) -> None:
-        """Remove its rules of policy routing, once its record says that nobody needs them.
+        """Remove its policy routing rules, once its record says that nobody needs them.
 
         If that fails, a later change of any network removes them.
         """
@@ -102,7 +102,7 @@ class Pieces:
             log.warning("%s: %s", net.name, exc)
 
     async def join_firewalld(self) -> None:
-        """Put the bridge into its zone, which firewalld has forgotten after its own start."""
+        """Put the bridge into its zone, which firewalld forgets when it restarts."""
         network = self._net.running
         if network is not None and network.own and self._net.state is State.ACTIVE:
             await self._tell_firewalld(network)

@@ -37,8 +37,8 @@ def differences(ground: Ground, port: Port, above: Link, seen: Seen) -> Iterator
         yield Drift(f"{name} there", f"{name}: gone, {port.user} is cut off", None, hint, gone=True)
         return
     if link.kind == "tun" and link.master == above.name and link.mac != bridge.address_of(port):
-        # Whoever has a tap open can change it (SIOCSIFHWADDR, for which the kernel asks no privilege there), and what
-        # is sent to that address a bridge keeps for the host, whoever had it until then: a neighbour is cut off.
+        # Whoever has a tap open can change its MAC (SIOCSIFHWADDR, which needs no privilege there), and the bridge
+        # then keeps for the host what is sent to that MAC: the neighbour who had it is cut off.
         text = f"{name}: MAC address {link.mac} instead of {bridge.address_of(port)}"
         if not port.loose:
             yield Drift(f"{name} stray", text, stray=name)
@@ -47,7 +47,7 @@ def differences(ground: Ground, port: Port, above: Link, seen: Seen) -> Iterator
         def rename(kernel: Kernel) -> None:
             kernel.set_link(name, mac=bridge.address_of(port))
 
-        yield Drift(f"{name} mac", text, rename, new=True)  # an older virtd has left the kernel's
+        yield Drift(f"{name} mac", text, rename, new=True)  # an older virtd left the kernel's choice
     locked = not port.trusted
     new = not link.alias and link.kind == "veth"
     flags = {"isolated": network.isolated_ports, "locked": locked, "learning": not locked}
@@ -90,7 +90,7 @@ def differences(ground: Ground, port: Port, above: Link, seen: Seen) -> Iterator
     for key, value in bridge.PORT_SETTINGS.items():
         yield from setting(link, key, value, vital=False, new=new)
     there = seen.addresses.get(name, set())
-    if link.values.get("ipv6/disable_ipv6") == 0:  # which gives it one
+    if link.values.get("ipv6/disable_ipv6") == 0:  # IPv6 would give the port an address
         there = {one for one in there if not is_link_local(one)}
     yield from strangers(name, there, new=new)
     if not link.up:
@@ -98,7 +98,7 @@ def differences(ground: Ground, port: Port, above: Link, seen: Seen) -> Iterator
 
 
 def _renamed(ground: Ground, port: Port) -> str:
-    """The present name of the port's interface; "" when there is none."""
+    """The present name of the port's interface; "" if there is none."""
     alias = links.alias_of(ground.network.name, port.user)
-    mac = bridge.address_of(port) if port.user.startswith("qemu/") else ""  # a veth has one that the kernel chose
+    mac = bridge.address_of(port) if port.user.startswith("qemu/") else ""  # a veth's MAC was chosen by the kernel
     return links.bearing(alias, mac, [one.interface for one in ground.ports])

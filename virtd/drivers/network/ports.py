@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The ports of a network: which guest is connected by which interface, and with which addresses.
+"""The ports of a network: the guest and interface of each, and its addresses.
 
-A port gets its IPv4 address when it is connected, before its guest asks for one, and dnsmasq then leases it that one.
+A port gets its IPv4 address when it is connected, before its guest asks for one; dnsmasq then leases it that address.
 So the rules know the address beforehand, and no daemon has to be running when the lease is given.
 """
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class Port(msgspec.Struct, frozen=True, omit_defaults=True):
     """A port in the network's record, with the name that its interface has or will have.
 
-    `ipv4` is the address set aside for it, None if a [[host]] has one or DHCP gives none. `loose`: a virtd connected
-    it that set nothing aside, so its guest's address isn't known.
+    `ipv4`: the address reserved for it; None if a [[host]] has one or DHCP gives none. `loose`: connected by a virtd
+    that reserved nothing, so its guest's address isn't known.
     """
 
     interface: str
@@ -39,8 +39,8 @@ class Port(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Ground(NamedTuple):
-    """All that a network's rules are made of; `mac` is its bridge's. `others`: what is in a bridge of the host's that
-    isn't virtd's. `refused`: interfaces of ports that are kept out of the bridge.
+    """All that a network's rules are made from. `mac`: its bridge's; `others`: the interfaces in a bridge of the
+    host's that aren't virtd's; `refused`: interfaces of ports that are kept out of the bridge.
     """
 
     network: Network
@@ -54,15 +54,15 @@ def recorded(data: dict[str, Any]) -> tuple[Port, ...]:
     """The ports in a record's data."""
     try:
         return tuple(msgspec.convert(data.get("ports", []), list[Port]))
-    except msgspec.ValidationError:  # a newer virtd's
+    except msgspec.ValidationError:  # written by a newer virtd
         return ()
 
 
 def set_aside(network: Network, mac: str, others: Iterable[Port], leases: Iterable[Lease]) -> str | None:
-    """An IPv4 address for the port with this MAC; None where DHCP gives none, or a [[host]] has it already.
+    """An IPv4 address for the port with this MAC; None if DHCP gives none, or a [[host]] already has one.
 
-    The address that it has a lease of, if nobody else has that; otherwise always the same one, as long as it is free.
-    Raises HostError when none is.
+    The address of its lease, unless somebody else has that; otherwise always the same one, as long as it is free.
+    Raises HostError if none is free.
     """
     import ipaddress
 
@@ -92,7 +92,7 @@ def set_aside(network: Network, mac: str, others: Iterable[Port], leases: Iterab
 
 
 def eui64(prefix: int, mac: str) -> IPv6Address:
-    """The address that a guest makes of its MAC (RFC 4291, appendix A); `prefix` is the upper half."""
+    """The address that a guest derives from its MAC (RFC 4291, appendix A); `prefix`: the upper 64 bits."""
     import ipaddress
 
     digits = bytearray.fromhex(mac.replace(":", ""))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What networks need of the host: its routes, its forwarding, dnsmasq and the user that this runs as."""
+"""What networks need of the host: routes, forwarding, dnsmasq and the user that it runs as."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ...model.settings import Dnsmasq
 
 PROC = "/proc"
-# What dnsmasq's sandbox hides, see dnsmasq.py.
+# Hidden by dnsmasq's sandbox, see dnsmasq.py.
 HIDDEN = ("/boot", "/home", "/root", "/srv", "/tmp")
 FORWARD4 = "net/ipv4/ip_forward"
 FORWARD6 = "net/ipv6/conf/all/forwarding"
@@ -35,14 +35,14 @@ class Account(NamedTuple):
 
 
 def account(settings: Dnsmasq, facts: Facts) -> Account:
-    """The configured user. Raises HostError when there is no such user, or it is root."""
+    """The configured user. Raises HostError if that user doesn't exist, or is root."""
     hint = "systemd-sysusers virtd.conf makes one; or set dnsmasq.user in virtd.toml to another user."
     uid, gid = facts.ids(settings.user, None, "dnsmasq", hint)
     return Account(settings.user, uid, gid)
 
 
 def dnsmasq(settings: Dnsmasq) -> str:
-    """The program. Raises HostError when it is missing or not executable."""
+    """The path of the program. Raises HostError if it is missing or not executable."""
     if settings.binary and os.access(settings.binary, os.X_OK):
         for place in (settings.binary, os.path.realpath(settings.binary)):
             if f"/{place.split('/')[1]}" in HIDDEN:
@@ -60,7 +60,7 @@ def dnsmasq(settings: Dnsmasq) -> str:
 
 
 def check_bridge(network: Network, source: str, mac: str) -> None:
-    """Refuse a name that something else has, or, for mode "bridge", one that no bridge has."""
+    """Refuse a bridge name that is taken by something else or, in mode "bridge", one that no bridge has."""
     name = network.bridge_name
     if not network.own:
         if not links.is_bridge(name):
@@ -77,7 +77,7 @@ def check_bridge(network: Network, source: str, mac: str) -> None:
         )
 
 
-# Settings of the kernel's
+# The kernel's settings
 
 
 def sysctl(name: str) -> str | None:
@@ -89,12 +89,12 @@ def sysctl(name: str) -> str | None:
 
 
 def dotted(name: str) -> str:
-    """A setting's name as sysctl(8) has it, which takes a dot in an interface's name as a slash."""
+    """A setting's name as sysctl(8) writes it, which replaces dots in interface names with slashes."""
     return name.translate(str.maketrans("/.", "./"))
 
 
 def set_sysctl(name: str, value: str) -> None:
-    """Write a setting unless it says so already. One that this kernel doesn't have is left out. Raises HostError."""
+    """Write a setting unless it already has that value; skip it if this kernel doesn't have it. Raises HostError."""
     if sysctl(name) in (value, None):
         return
     try:
@@ -105,12 +105,12 @@ def set_sysctl(name: str, value: str) -> None:
 
 
 def forwarding(key: str) -> str:
-    """The setting for all interfaces, of which `key` ("ipv4/forwarding") is one interface's."""
+    """The setting for all interfaces that corresponds to an interface's `key` ("ipv4/forwarding")."""
     return FORWARD4 if key.startswith("ipv4") else FORWARD6
 
 
 def forwarding_needed(network: Network) -> list[str]:
-    """The settings that have to be on for the network's guests."""
+    """The settings that must be on for the network's guests."""
     if network.mode not in (Mode.NAT, Mode.ROUTED):
         return []
     return [path for path, ip in ((FORWARD4, network.ipv4), (FORWARD6, network.ipv6)) if ip is not None]
@@ -122,7 +122,7 @@ def written_elsewhere(path: str) -> str:
 
 
 def allow_forwarding(network: Network) -> list[str]:
-    """Have the host forward what the network needs. Returns the settings that were changed.
+    """Make the host forward what the network needs. Returns the settings that were changed.
 
     They are never reset: others may have come to rely on them.
     """
@@ -141,10 +141,10 @@ def allow_forwarding(network: Network) -> list[str]:
 
 
 def _keep_advertisements() -> list[str]:
-    """Have the host go on taking router advertisements. Returns the settings that were changed.
+    """Have the host go on accepting router advertisements. Returns the settings that were changed.
 
-    A kernel that forwards takes none, and drops the routes that it has of them, unless the interface says 2: the host
-    would be off the net.
+    A kernel that forwards ignores them and drops the routes learned from them, unless the interface is set to 2: the
+    host would lose its connection.
     """
     changed = []
     with contextlib.suppress(OSError):
@@ -157,12 +157,12 @@ def _keep_advertisements() -> list[str]:
 
 
 def calm(wanted: bool) -> dict[str, int]:  # noqa: FBT001
-    """The bridge's settings of IPv6: its addresses are those of the definition, and no guest tells it any others.
+    """The bridge's IPv6 settings: it has the definition's addresses, and no guest can give it others.
 
     `wanted`: whether the network has IPv6.
     """
     return {
-        # Its link-local address is made of its MAC, and so known to the rules that keep others from using it.
+        # The link-local address is derived from the MAC, so the rules that reserve it know it.
         "ipv6/addr_gen_mode": 0,
         "ipv6/disable_ipv6": 0 if wanted else 1,
         "ipv6/accept_ra": 0,
@@ -171,7 +171,7 @@ def calm(wanted: bool) -> dict[str, int]:  # noqa: FBT001
 
 
 def addresses(network: Network) -> list[tuple[str, int]]:
-    """The bridge's addresses, as the kernel shows them, and the lengths of their prefixes."""
+    """The bridge's addresses as the kernel prints them, with their prefix lengths."""
     return [
         (canonical(str(interface.ip)), interface.network.prefixlen)
         for interface in (network.interface4, network.interface6)
@@ -189,7 +189,7 @@ def lines(path: str, most: int | None = None, skip: int = 0) -> list[str]:
 
 
 def legacy_tables(file: str) -> list[str]:
-    """The tables of an iptables that isn't nftables: "ip_tables_names" or "ip6_tables_names"."""
+    """The legacy iptables tables listed in `file`: "ip_tables_names" or "ip6_tables_names"."""
     return [line.rstrip("\n") for line in lines(f"net/{file}")]
 
 

@@ -54,7 +54,7 @@ class Prober:
         self._look_at(names)
 
     def look(self) -> None:
-        """Search again if the set of legacy iptables' tables has changed, all that can be seen at no cost."""
+        """Search again if the set of legacy iptables' tables has changed; nothing else is as cheap to check."""
         before, self._legacy = self._legacy, _legacy()
         if self._legacy != before:
             self.doubt(net.name for net in self._nets.values() if net.active)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Makes networks whole, or clears them away, of which only a unit, slots or a bridge are left and no record."""
+"""Restores or clears away networks of which only a unit, slots or a bridge is left, and no record."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ log = logging.getLogger(__name__)
 
 
 async def rebuild(net: Net, slots: dict[str, str], *, unit: bool) -> bool:
-    """Make the network whole by its definition if its bridge is there, or else clear it away; whether it is whole."""
+    """Restore the network by its definition if its bridge exists, otherwise clear it away; returns whether it was
+    restored.
+    """
     network = net.definition
     whole = network is not None and net.has_bridge
     data: dict[str, Any] = {}
@@ -44,7 +46,7 @@ async def rebuild(net: Net, slots: dict[str, str], *, unit: bool) -> bool:
         net.server.adopt(record)
     await net.reconcile(unit_exists=unit)
     if whole:
-        await net.start("virtd")  # what is missing of it
+        await net.start("virtd")  # makes what is missing
         log.warning("Network %s was rebuilt from its bridge", net.name)
     else:
         journal.send(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Routes and rules of others by which packets for guests would leave elsewhere than by their bridge."""
+"""Routes and rules of others that would send packets for guests elsewhere than to their bridge."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from .ports import Ground
     from .routes import Route
 
-MOST_ADDRESSES = 16  # of guests, whose routes are asked for
-DEFAULT = 253  # RT_TABLE_DEFAULT, asked after the main one
+MOST_ADDRESSES = 16  # maximum number of guests' addresses whose routes are queried
+DEFAULT = 253  # RT_TABLE_DEFAULT, consulted after the main table
 
 
 def differences(kernel: Kernel, ground: Ground, there: list[Route]) -> Iterator[Drift]:
-    """What keeps packets from the host to guests from leaving by the bridge."""
+    """What diverts the host's packets to guests away from the bridge."""
     network, name = ground.network, ground.network.bridge_name
     for _key, subnet in network.subnets():
         if why := routes.in_the_way(subnet, name, there):
@@ -62,7 +62,7 @@ def _lead(name: str, prefix: str, source: str, kernel: Kernel) -> None:
 
 
 def _lacks(route: Way, subnet: Any) -> bool:
-    """Whether it would go by the bridge, if the main table had the route."""
+    """Whether packets would go to the bridge if the main table had the route."""
     length = int(route.prefix.partition("/")[2] or 0)
     return route.table in (MAIN, DEFAULT) and length < subnet.prefixlen
 

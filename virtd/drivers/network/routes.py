@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The host's routes, and which of them would win over a network's own.
 
-The most specific route gets a packet. So a broader one, of a VPN that takes all, say, or one to nowhere, is none of a
-network's business; an equal one, or one to a part of the prefix, is. What rules of policy routing make of it the
-kernel is asked, see wanted.py.
+A packet takes the most specific route. So a broader route, such as a VPN's default route or one to nowhere, is none
+of a network's business; an equal route, or one to a part of the prefix, is. What policy routing rules make of them is
+asked of the kernel, see wanted.py.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 
     from ...model.network import Network
 
-# linux/route.h, linux/ipv6_route.h: leads nowhere; an address of the host's own; one of many
+# linux/route.h, linux/ipv6_route.h: unreachable; one of the host's own addresses; anycast
 _REJECT, _LOCAL, _ANYCAST = 0x0200, 0x80000000, 0x00100000
 
 
 class Route(NamedTuple):
-    """A route of the main table; `prefix` and `gateway` (or None) are of ipaddress. `interface` "": leads nowhere."""
+    """A route of the main table; `prefix` and `gateway` (or None) are ipaddress objects. `interface` "": leads
+    nowhere.
+    """
 
     prefix: Any
     interface: str
@@ -32,7 +34,7 @@ class Route(NamedTuple):
 
 
 def routes(most: int | None = None) -> list[Route]:
-    """IPv4 and IPv6, but link-local ones; the first `most` of each, for who asks often."""
+    """IPv4 and IPv6 routes except link-local ones; only the first `most` of each, for callers who ask often."""
     return [*_routes4(most), *_routes6(most)]
 
 
@@ -41,7 +43,7 @@ def _routes4(most: int | None) -> Iterator[Route]:
 
     for line in prerequisites.lines("net/route", most, skip=1):
         fields = line.split()
-        # Eight hexadecimal digits each, in the byte order of the machine.
+        # Eight hexadecimal digits each, in the machine's byte order.
         address, gateway, mask = (struct.pack("=I", int(fields[at], 16)) for at in (1, 2, 7))
         prefix = ipaddress.IPv4Network((address, bin(int.from_bytes(mask, "big")).count("1")), strict=False)
         nowhere = int(fields[3], 16) & _REJECT
@@ -55,7 +57,7 @@ def _routes6(most: int | None) -> Iterator[Route]:
         fields = line.split()
         flags = int(fields[8], 16)
         prefix = ipaddress.IPv6Network((bytes.fromhex(fields[0]), int(fields[1], 16)), strict=False)
-        # The local table's are in here too: addresses of the host, on whatever interface.
+        # This lists the local table too: the host's own addresses, on whatever interface.
         if flags & (_LOCAL | _ANYCAST) or prefix.is_link_local or prefix.is_multicast:
             continue
         nowhere = flags & _REJECT
@@ -66,7 +68,7 @@ def _routes6(most: int | None) -> Iterator[Route]:
 
 
 def in_the_way(subnet: Any, interface: str, there: Iterable[Route]) -> str:
-    """Why `subnet` can't be behind `interface`, as far as other routes go; "" when it can."""
+    """Why other routes keep `subnet` from being behind `interface`; "" if none does."""
     others = [route for route in there if route.prefix.version == subnet.version]
     others = [route for route in others if not interface or route.interface != interface]
     for route in others:
@@ -92,9 +94,9 @@ def check(network: Network, source: str) -> None:
 
 
 def free_prefix(taken: Iterable[Any]) -> str:
-    """An address with a prefix for a new network, such as "192.168.124.1/24": collides with nothing of the host's.
+    """An address with a prefix for a new network, such as "192.168.124.1/24", that collides with nothing on the host.
 
-    `taken`: prefixes of networks that are defined, whether or not they are active. Raises HostError.
+    `taken`: prefixes of all defined networks, active or not. Raises HostError.
     """
     import ipaddress
 
@@ -106,7 +108,7 @@ def free_prefix(taken: Iterable[Any]) -> str:
     candidates += [f"172.{second}.200.0/24" for second in range(20, 32)]
     prefixes = [ipaddress.IPv4Network(text) for text in candidates]
     free = [one for one in prefixes if not any(other.version == 4 and other.overlaps(one) for other in taken)]
-    # One of which the host knows nothing, rather than one that a broader route leads to.
+    # Preferably one that the host has no route to at all, not even a broader one.
     best = [one for one in free if not any(route.prefix.overlaps(one) for route in known)]
     for prefix in best or [one for one in free if not in_the_way(one, "", there)]:
         return f"{prefix.network_address + 1}/{prefix.prefixlen}"

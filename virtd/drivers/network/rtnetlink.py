@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What virtd changes by rtnetlink(7): bridges, their ports, addresses, routes and rules of policy routing.
+"""What virtd changes through rtnetlink(7): bridges, their ports, addresses, routes and policy routing rules.
 
 The layout of the messages is the kernel's, include/uapi/linux/{rtnetlink,if_link,if_addr,neighbour,fib_rules}.h.
 """
@@ -42,21 +42,22 @@ IFF_UP = 0x1
 _IFF_NOARP = 0x80
 SCOPE_LINK = 253
 _NODAD = 0x02  # IFA_F_NODAD
-_NUD_STATIC = 0x42  # NUD_NOARP | NUD_REACHABLE: an entry that doesn't age, iproute2's "static"
+_NUD_STATIC = 0x42  # NUD_NOARP | NUD_REACHABLE: a permanent entry, iproute2's "static"
 _NTF_MASTER, _NTF_STICKY = 0x04, 0x40
 UNICAST, _PROTO_KERNEL = 1, 2
 _METRIC6 = 256  # IP6_RT_PRIO_ADDRCONF
-TO_TABLE, PROHIBIT = 1, 8  # FR_ACT_TO_TBL, FR_ACT_PROHIBIT: what a rule of policy routing does
+TO_TABLE, PROHIBIT = 1, 8  # FR_ACT_TO_TBL, FR_ACT_PROHIBIT: actions of policy routing rules
 MAIN, LOCAL = 254, 255  # RT_TABLE_*
 
-# Of a bridge: no spanning tree, and no wait before a port forwards.
+# A bridge's settings: no spanning tree, and no delay before a port forwards.
 _NO_TREE, _NO_DELAY = attribute(BR_STP_STATE, 0), attribute(BR_FORWARD_DELAY, 0)
 
 
 class RoutingRule(NamedTuple):
-    """A rule of policy routing (ip-rule(8)): what comes in by `iif` and is meant for `to`, or either, if given.
+    """A policy routing rule (ip-rule(8)), for packets that enter by `iif` and go `to` a prefix; either may be absent.
 
-    `iif` "lo" is what the host itself sends. `to` is a prefix such as "10.7.0.0/24". TO_TABLE: the main one.
+    `iif` "lo" matches what the host itself sends. `to` is a prefix such as "10.7.0.0/24". TO_TABLE looks up the main
+    table.
     """
 
     version: int  # 4 or 6
@@ -67,10 +68,10 @@ class RoutingRule(NamedTuple):
 
 
 class Netlink(Requests):
-    """A socket to the kernel's routing. Everything raises NetlinkError.
+    """A routing socket. All methods raise NetlinkError.
 
-    `numbers`: interfaces by name whose index is known. Another one that has come by that name meanwhile is none of
-    them: what is asked for then fails with ENODEV, or is done to the one that was meant.
+    `numbers`: indexes of known interfaces by name. If another interface has taken a name meanwhile, requests still go
+    to the index that was meant, or fail with ENODEV.
     """
 
     def __init__(self) -> None:
@@ -78,14 +79,14 @@ class Netlink(Requests):
         self.numbers: dict[str, int] = {}
 
     def add_bridge(self, name: str, mac: str) -> None:
-        """Make a bridge with this address, by which it is known again. EEXIST for one that is there."""
+        """Make a bridge with this MAC, which identifies it later. EEXIST if it exists."""
         body = attribute(IFLA_IFNAME, name) + attribute(IFLA_ADDRESS, _mac(mac))
         body += _bridge(_NO_TREE + _NO_DELAY)
         self.change(RTM_NEWLINK, CREATE | EXCL, LINK.pack(0, 0, 0, 0, 0) + body)
 
     def set_bridge(self, name: str) -> None:
         """Give a bridge the settings that `add_bridge` makes it with."""
-        for data in (_NO_TREE, _NO_TREE + _NO_DELAY):  # with a spanning tree there is no delay of 0
+        for data in (_NO_TREE, _NO_TREE + _NO_DELAY):  # a delay of 0 is refused while there is a spanning tree
             self.change(RTM_NEWLINK, 0, LINK.pack(0, 0, self._index(name), 0, 0) + _bridge(data))
 
     def set_link(
@@ -101,7 +102,7 @@ class Netlink(Requests):
         rename: str | None = None,
     ) -> None:
         """Change what is given; `master` "" takes the interface out of its bridge. Most kernels `rename` an interface
-        only while it is down. `arp` has it answer who asks for its addresses.
+        only while it is down. `arp`: whether it answers ARP requests for its addresses.
         """
         changed = (0 if up is None else IFF_UP) | (_IFF_NOARP if arp else 0)
         body = LINK.pack(0, 0, self._index(name), IFF_UP if up else 0, changed)
@@ -118,13 +119,13 @@ class Netlink(Requests):
         self.change(RTM_NEWLINK, 0, body)
 
     def set_port(self, name: str, *, isolated: bool, locked: bool, learning: bool | None = None) -> None:
-        """Set what a bridge does with a port.
+        """Set the options of a bridge port.
 
-        `isolated`: nothing goes to or comes from other such ports. `locked`: it takes frames only from MACs that
+        `isolated`: no traffic to or from other isolated ports. `locked`: it accepts only frames from MACs that
         `add_neighbour_of_port` named, and learns none; kernels before 5.18 know only the latter. `learning`: whether
-        it learns who is behind it, by default unless it is locked.
+        the bridge learns MACs behind it, by default unless it is locked.
         """
-        # A guest doesn't become a multicast router's port, which gets everybody's, by saying that it is one.
+        # A guest must not make its port a multicast router's, which gets all multicast, by claiming to be one.
         flags = {
             BRPORT_ISOLATED: isolated,
             BRPORT_LOCKED: locked,
@@ -134,11 +135,11 @@ class Netlink(Requests):
         self._set_port(name, *(attribute(kind, bytes([value])) for kind, value in flags.items()))
 
     def set_port_forwarding(self, name: str) -> None:
-        """Have a port take and send frames, where no spanning tree decides that."""
+        """Set a port to forwarding, if no spanning tree decides about that."""
         self._set_port(name, attribute(BRPORT_STATE, bytes([_BR_STATE_FORWARDING])))
 
     def set_port_hairpin(self, name: str, *, on: bool) -> None:
-        """Set whether a port may send out again what came in by it."""
+        """Set whether a port may send a frame back out that came in by it."""
         self._set_port(name, attribute(BRPORT_MODE, bytes([on])))
 
     def _set_port(self, name: str, *settings: bytes) -> None:
@@ -146,12 +147,12 @@ class Netlink(Requests):
         self.change(RTM_SETLINK, 0, head + nested(IFLA_PROTINFO, *settings))
 
     def add_neighbour_of_port(self, name: str, mac: str) -> None:
-        """Fix by which port a bridge reaches a MAC, whatever comes in elsewhere."""
+        """Fix the port by which a bridge reaches a MAC, whatever arrives at other ports."""
         head = NEIGHBOUR.pack(socket.AF_BRIDGE, self._index(name), _NUD_STATIC, _NTF_MASTER | _NTF_STICKY, 0)
         self.change(RTM_NEWNEIGH, CREATE | REPLACE, head + attribute(NDA_LLADDR, _mac(mac)))
 
     def delete_link(self, name: str) -> bool:
-        """Delete an interface; False when there is none of that name."""
+        """Delete an interface; False if there is none with that name."""
         try:
             self.change(RTM_DELLINK, 0, LINK.pack(0, 0, self._index(name), 0, 0))
         except OSError as exc:
@@ -161,7 +162,7 @@ class Netlink(Requests):
         return True
 
     def add_address(self, name: str, address: str, prefix: int) -> None:
-        """Give an interface an address, at once: IPv6 doesn't look first whether another host has it."""
+        """Give an interface an address immediately, without IPv6's duplicate address detection."""
         family, data = packed(address)
         body = ADDRESS.pack(family, prefix, _NODAD, 0, self._index(name))
         body += attribute(IFA_LOCAL, data) + attribute(IFA_ADDRESS, data)
@@ -176,7 +177,7 @@ class Netlink(Requests):
         self.change(RTM_DELADDR, 0, body)
 
     def add_route(self, name: str, prefix: str, source: str) -> None:
-        """Add the route that the kernel itself adds for an interface's address."""
+        """Add the route that the kernel itself would add for an interface's address."""
         to, _, length = prefix.partition("/")
         family, data = packed(to)
         scope = SCOPE_LINK if family == socket.AF_INET else 0
@@ -189,7 +190,7 @@ class Netlink(Requests):
         self.change(RTM_NEWROUTE, CREATE | REPLACE, body)
 
     def add_routing_rule(self, rule: RoutingRule, protocol: int) -> None:
-        """Add a rule; the interface need not be there yet, and may come and go. EEXIST for one that is there."""
+        """Add a rule; its interface need not exist yet, and may come and go. EEXIST if the rule exists."""
         self.change(RTM_NEWRULE, CREATE | EXCL, _rule(rule, protocol))
 
     def delete_routing_rule(self, rule: RoutingRule, protocol: int) -> None:

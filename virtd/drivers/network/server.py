@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The dnsmasq of one network: started, watched, started again when it dies, reloaded and stopped."""
+"""The dnsmasq of one network: started, watched, restarted when it dies, reloaded and stopped."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STOP_LIMIT = 15.0
 
 
 class Server(Tasks):
-    """A network's dnsmasq, which is in the record of `net`."""
+    """A network's dnsmasq, recorded in the record of `net`."""
 
     def __init__(self, net: NetRecord) -> None:
         super().__init__(net.name, net.problems)
@@ -52,7 +52,7 @@ class Server(Tasks):
 
     @property
     def pid(self) -> int | None:
-        """The PID of the one that runs."""
+        """The PID of the running dnsmasq."""
         return self.child.pid if self.child is not None and self.child.alive() else None
 
     @property
@@ -62,7 +62,7 @@ class Server(Tasks):
     # Starting and stopping
 
     async def run(self, network: Network, *, afresh: bool) -> None:
-        """Have it run with the network's files; with `afresh` one that runs is replaced. Raises a VirtdError."""
+        """Have it run with the network's files; `afresh` replaces a running one. Raises a VirtdError."""
         changed = await asyncio.to_thread(serverfiles.update, self.net, network)
         if self.alive and not afresh and self.files.config not in changed:
             if changed:
@@ -78,7 +78,7 @@ class Server(Tasks):
             self.net.save(**ending.GONE)
             return
         if dnsmasq.config(old, self.files) != dnsmasq.config(new, self.files):
-            # A crash before the new definition is in force leaves one that has read either of them.
+            # After a crash before the new definition is in force, it may have read either one.
             self.net.remember(unsure=True)
         try:
             await self.run(new, afresh=False)
@@ -95,7 +95,7 @@ class Server(Tasks):
             ) from exc
 
     async def read_hosts(self, network: Network) -> None:
-        """Reload the addresses that are set aside. Raises HostError."""
+        """Reload the reserved addresses. Raises HostError."""
         if await asyncio.to_thread(serverfiles.update, self.net, network) and self.alive:
             await self._hangup()
 
@@ -104,7 +104,7 @@ class Server(Tasks):
         self.spawn(self._watch(await self._spawn(network)), "watch")
 
     async def end(self) -> None:
-        """Stop it and clear away what it leaves. May be repeated."""
+        """Stop it and clear away what it leaves behind. May be repeated."""
         await self.end_tasks()
         record = self.net.record
         if self.child is None and (record is None or not (record.unit or record.slots)):
@@ -114,20 +114,20 @@ class Server(Tasks):
         await self.clear()
 
     async def clear(self) -> None:
-        """Put away one that has ended; the caller changes the record."""
+        """Clear away one that has ended; the caller changes the record."""
         child = self.child or Child(self.net.shared.services, DRIVER, self.net.name)
         if self.child is not None:
             await child.drain()
         self.stderr.end()
         for exc in await ending.put_away(child):
-            # The store drops slots later, and the next launch, or the next daemon, has the unit forgotten.
+            # The store drops slots later, and the next launch, or the next daemon, has systemd forget the unit.
             log.warning("dnsmasq of network %s left something that can't be put away yet: %s", self.net.name, exc)
         self.child = None
         for key in [key for key in self.net.problems if key.startswith("slot ")]:
             del self.net.problems[key]
 
     async def _spawn(self, network: Network) -> Child:
-        from .serverlaunch import ServerLaunch  # no start of the daemon needs it
+        from .serverlaunch import ServerLaunch  # imported late: the daemon can start without it
 
         launch = ServerLaunch(self.net, network, self.begin, self.put_away)
         await launch.launch()
@@ -135,32 +135,32 @@ class Server(Tasks):
         return launch.child
 
     def begin(self, child: Child) -> None:
-        """Look after one that is on record."""
+        """Watch a recorded one."""
         self.child = child
         self.stderr.begin(child)
 
     async def put_away(self) -> None:
-        """Clear away one that has ended, and take it off the record."""
+        """Clear away one that has ended, and remove it from the record."""
         await self.clear()
         with contextlib.suppress(
             errors.HostError
-        ):  # a full disk: the next daemon finds nothing of what stays on record
+        ):  # a full disk: the next daemon finds that what is still recorded no longer exists
             self.net.save(**ending.GONE)
 
     async def _hangup(self) -> None:
-        """Have it reload its lists."""
+        """Make it reload its lists (SIGHUP)."""
         units = await self.net.shared.services.units()
-        with contextlib.suppress(errors.NotFound):  # it has just died, and is started again with the new lists
+        with contextlib.suppress(errors.NotFound):  # it has just died, and is restarted with the new lists
             await units.kill(self.net.unit, signal.SIGHUP)
 
-    # Its own end
+    # When it ends by itself
 
     async def _watch(self, child: Child) -> None:
         await child.ended()
         self.spawn(self._again(), "again")
 
     async def _again(self) -> None:
-        """Report that it died and start it again, after ever longer pauses if it keeps dying."""
+        """Report that it died and restart it, after ever longer pauses if it keeps dying."""
         from .serverlaunch import how
 
         net = self.net
@@ -200,7 +200,7 @@ class Server(Tasks):
                 return
 
     def _wanted(self) -> Network | None:
-        """The network's definition if a dnsmasq should run and none does."""
+        """The network's definition if dnsmasq should be running and isn't; otherwise None."""
         return self.net.running if self.net.state.value == "active" and not self.alive else None
 
     @property
@@ -209,7 +209,7 @@ class Server(Tasks):
         return BACKOFF[min(self._failures, len(BACKOFF) - 1)]
 
     def _say(self, text: str, hint: Hint = "") -> None:
-        """Report a problem of the network until its dnsmasq runs."""
+        """Report a problem of the network until dnsmasq runs again."""
         hint = hint or f"See: journalctl VIRTD_DRIVER=network VIRTD_NAME={self.net.name}."
         self.net.problems["server"] = Problem(text, f"It is started again in {span(self._pause)}. " + hint)
 
@@ -219,7 +219,7 @@ class Server(Tasks):
         """First step of a daemon's start: slots and pumps."""
         self.child = Child.adopt(self.net.shared.services, record)
         self.stderr.begin(self.child)
-        # Of one that doesn't run, slots that were on record and not put yet are no loss.
+        # If it isn't running, slots that were recorded but not yet stored are no loss.
         for slot in self.child.lost if self.child.alive() else ():
             self.net.lost(
                 slot,
@@ -228,12 +228,12 @@ class Server(Tasks):
             )
 
     def recall(self) -> None:
-        """First step, too: report one that an earlier daemon saw end and hasn't started again."""
+        """First step, too: report one that an earlier daemon saw end and hasn't restarted."""
         if self.net.record is not None and not self.net.record.unit and self._wanted() is not None:
             self._say("Its dnsmasq doesn't run: no leases and no names until it does")
 
     async def identify(self, *, unit_exists: bool) -> None:
-        """Ask systemd for the PID, if a crash came between the unit's start and its record."""
+        """Ask systemd for the PID if a crash came between the unit's start and its recording."""
         if self.child is None or self.alive or not unit_exists:
             return
         units = await self.net.shared.services.units()
@@ -243,7 +243,7 @@ class Server(Tasks):
             self.net.save(**self.child.identity())
 
     async def take_back(self, network: Network) -> None:
-        """Watch the one that runs, or start another one as if it had ended just now."""
+        """Watch the running one, or start another as if it had just ended."""
         child = self.child
         if self.net.data.get("unsure"):
             await asyncio.to_thread(serverfiles.update, self.net, network)
@@ -263,12 +263,12 @@ class Server(Tasks):
                 await self._hangup()
 
     async def close(self) -> None:
-        """Release everything in this process; dnsmasq and its slots stay."""
+        """Release everything held in this process; dnsmasq and its slots stay."""
         await self.end_tasks()
         if self.child is not None:
             await self.child.close()
 
 
 def _send(text: str, **fields: Any) -> None:
-    """Send a line of its log to the journal: mostly the routine of a server, hence level info."""
+    """Send a line of its log to the journal; most are a server's routine, hence level info."""
     journal.send(text, **fields | {"level": "warning" if "failed" in text or "error" in text else "info"})

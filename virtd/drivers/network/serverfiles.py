@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def update(net: NetRecord, network: Network) -> set[str]:
-    """Bring them up to date: the paths of those that were changed. Raises HostError."""
+    """Bring the files up to date; returns the paths of those that changed. Raises HostError."""
     mine = dnsmasq.files_in(net.runtime, net.state_directory)
     account = prerequisites.account(net.shared.settings, net.shared.services.facts)
     changed = set()
@@ -39,9 +39,9 @@ def update(net: NetRecord, network: Network) -> set[str]:
 
 
 def _own_leases(directory: str, path: str, account: prerequisites.Account) -> None:
-    """Make the one file that dnsmasq may write, which it changes in place, in a directory that isn't its own.
+    """Create the one file that dnsmasq may write, changing it in place, in a directory that it doesn't own.
 
-    A dnsmasq that was taken over can't fill that. An older virtd gave it the directory. Raises OSError.
+    So a compromised dnsmasq can't fill the directory. (An older virtd gave it the directory.) Raises OSError.
     """
     os.chown(directory, os.geteuid(), account.gid)
     os.chmod(directory, 0o710)
@@ -60,7 +60,7 @@ def _own_leases(directory: str, path: str, account: prerequisites.Account) -> No
 
 
 def content(path: str) -> str | None:
-    """A file's text, or None when it can't be read."""
+    """A file's text; None if it can't be read."""
     try:
         with open(path, encoding="utf-8") as file:
             return file.read()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The start of one network's dnsmasq, and what it says if it fails."""
+"""The start of one network's dnsmasq, and its error messages if that fails."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from .netrecord import NetRecord
 
 READY_LIMIT = 10.0  # seconds from its start until its sockets are open
-LOOK = 0.01  # seconds between two looks at whether they are
+LOOK = 0.01  # seconds between two checks for that
 
 
 class ServerLaunch(Launch):
-    """One attempt. `begun` is given the child once it is on record; `put_away` clears a failed one away."""
+    """One attempt. `begun` receives the child once it is recorded; `put_away` clears away a failed one."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class ServerLaunch(Launch):
         child, name = self.child, self.net.name
         deadline = time.monotonic() + READY_LIMIT
         while child.alive():
-            # The pump has it in the log within a tenth of a second, since somebody watches.
+            # The pump writes it to the log within a tenth of a second, because the log is watched.
             if dnsmasq.READY in _read(self.net, self.words_from):
                 return
             if time.monotonic() > deadline:
@@ -106,7 +106,7 @@ def how(state: UnitState | None) -> str:
 
 
 def _read(net: NetRecord, since: int) -> bytes:
-    """Its log from an offset on, at most 64 KiB."""
+    """At most 64 KiB of its log, from the offset `since`."""
     try:
         with open(net.shared.services.paths.stderr_log(DRIVER, net.name), "rb") as file:
             if os.fstat(file.fileno()).st_size < since:  # rotated meanwhile
@@ -118,10 +118,10 @@ def _read(net: NetRecord, since: int) -> bytes:
 
 
 def _explained(words: str, account: prerequisites.Account) -> tuple[str, str] | None:
-    """An explanation and a hint for an error that isn't about its configuration; None for others."""
+    """An explanation and a hint, for an error that isn't about the configuration; None for others."""
     if "create inotify: Too many open files" not in words:
         return None
-    from .. import inotify  # no start of the daemon needs it
+    from .. import inotify  # imported late: the daemon can start without it
 
     more = (
         f" (processes of {account.user} have {inotify.taken(account.uid)} inotify instances, and "
@@ -131,6 +131,6 @@ def _explained(words: str, account: prerequisites.Account) -> tuple[str, str] | 
 
 
 def _words(net: NetRecord, since: int) -> str:
-    """Its last words, without its name before each line."""
+    """Its last lines, without its name before each."""
     lines = _read(net, since).decode(errors="replace").splitlines()
     return "; ".join(line.partition(": ")[2] or line for line in lines[-2:] if line)

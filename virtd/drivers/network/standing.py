@@ -26,7 +26,7 @@ NOTED = "drift"  # in the record's data: the problem, for the next daemon
 
 
 class Stood(Protocol):
-    """A network, as this looks at it."""
+    """A network, as Standing sees it."""
 
     name: str
     problems: dict[str, Problem]
@@ -38,13 +38,13 @@ class Stood(Protocol):
     def current(self) -> Network: ...
     @property
     def tended(self) -> Ground:
-        """What is compared while it is active: all but ports that are still being made."""
+        """What is compared while it is active: all except ports that are still being made."""
 
     async def make(self, network: Network) -> None:
-        """Make what is missing of all its pieces. Raises a VirtdError."""
+        """Make whichever of its pieces are missing. Raises a VirtdError."""
 
     def refuse(self, interfaces: set[str]) -> None:
-        """Record, and report, that these ports stay out of the bridge."""
+        """Record and report that these ports stay out of the bridge."""
 
     def keep_data(self, **data: Any) -> None: ...
     def fields(self) -> dict[str, str]: ...
@@ -52,11 +52,11 @@ class Stood(Protocol):
 
 
 class Standing:
-    """Compares one network, and reports what is left."""
+    """Compares one network, and reports the remaining differences."""
 
     def __init__(self, net: Stood) -> None:
         self.net = net
-        self.said = 0  # how many reports were made, empty ones included
+        self.said = 0  # number of reports made, empty ones included
 
     @property
     def wrong(self) -> bool:
@@ -64,12 +64,12 @@ class Standing:
         return PROBLEM in self.net.problems
 
     async def differences(self) -> list[Drift]:
-        """All differences except interfaces that vanished just now, whose guests may be ending. Raises HostError."""
+        """All differences except interfaces that have just vanished, whose guests may be ending. Raises HostError."""
         told = self.net.problems.get(PROBLEM)
         return [one for one in await self._compare() if not one.gone or (told is not None and one.text in told.text)]
 
     async def ensure(self) -> None:
-        """Mend everything, for a start. Raises HostError when something can't be mended that guests need."""
+        """Repair everything, for a start. Raises HostError if something that guests need can't be repaired."""
         net = self.net
         mended = await self._mend(frozenset())
         left = [one for one in mended.left if not one.gone]
@@ -79,7 +79,7 @@ class Standing:
         self.say(left)
 
     async def put_back(self, spared: frozenset[str]) -> Mended:
-        """Put back what somebody changed, except these keys. The caller has the network's turn, and it is active.
+        """Restore what somebody changed, except these keys. The caller holds the network's lock, and it is active.
 
         Raises a VirtdError.
         """
@@ -89,14 +89,14 @@ class Standing:
         if not lost or key in spared:
             return await self._mend(spared)
         try:
-            await self.net.make(network)  # dnsmasq as well: it has lost its addresses
+            await self.net.make(network)  # dnsmasq too: it has lost its addresses
         except errors.VirtdError as exc:
-            # Somebody else may have made a bridge first, and that is then the difference to report.
+            # Somebody else may have made a bridge first; then that is the difference to report.
             left = await self._compare()
             if not any(one.key == key for one in left):
                 raise
             return wanted.Mended([], [_because(one, exc) if one.key == key and one.mend else one for one in left])
-        # make() has reported by now; something may have changed since.
+        # make() has reported already; something may have changed since.
         mended = await self._mend(spared)
         return wanted.Mended([one for one in lost if one not in mended.left] + mended.done, mended.left)
 
@@ -105,7 +105,7 @@ class Standing:
         return compared.drifts[0]
 
     async def _mend(self, spared: frozenset[str]) -> Mended:
-        """Mend differences. Strays are refused on record before they are put out, so that the next daemon knows."""
+        """Repair differences. Strays are recorded as refused before they are put out, for the next daemon."""
         mended = await asyncio.to_thread(wanted.put_back, self.net.tended, spared)
         strays = {one.stray for one in mended.left if one.stray}
         if not strays:
@@ -115,7 +115,7 @@ class Standing:
         return wanted.Mended(mended.done + again.done, again.left)
 
     def recall(self) -> None:
-        """Report what an earlier daemon couldn't mend, until the next look."""
+        """Report what an earlier daemon couldn't repair, until the next comparison."""
         record = self.net.record
         match record.data.get(NOTED) if record is not None else None:
             case [str(text), str(hint)]:
@@ -124,7 +124,7 @@ class Standing:
                 pass
 
     def say(self, left: list[Drift]) -> None:
-        """Report the differences that are left, or that there are none."""
+        """Report the remaining differences, or that there are none."""
         net = self.net
         self.said += 1
         before = net.problems.get(PROBLEM)

@@ -200,7 +200,7 @@ def _usual(ways: list[Way]) -> Iterator[Callable[[int], bytes]]:
 
 
 def _outside(ground: Ground, version: int, source: str) -> Outside | None:
-    """Where the host would route packets from `source`, past the bridge; None if nowhere."""
+    """Where the host would route packets from `source`, other than to the bridge; None if nowhere."""
     bridge = ground.network.bridge_name
     near = [
         (route.interface, str(route.prefix[at]))

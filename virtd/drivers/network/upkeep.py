@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Puts back what somebody else changes of bridges and ports.
+"""Restores what somebody else changes on bridges and ports.
 
 wanted.py finds the differences. The kernel announces most changes (watch.py), but not those of a few settings, so
-everything is compared every ten seconds as well. What is changed again and again is changed by a program that has its
-reasons: after some times it is left, which is reported, and tried again after ever longer pauses.
+everything is also compared every ten seconds. Something that changes again and again is changed by a program that has
+its reasons: after a few repairs it is left alone, which is reported, and retried after ever longer pauses.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 QUIET = 0.2  # seconds; changes within them are handled together
-BUSY = 0.5  # seconds until a network that is being started or stopped is looked at again
-LIMIT, WINDOW = 5, 60.0  # so often in so many seconds a thing is put back
-PAUSE, LONGEST = 60.0, 3600.0  # seconds that it is left then, doubled each time
+BUSY = 0.5  # seconds until a network that is starting or stopping is looked at again
+LIMIT, WINDOW = 5, 60.0  # at most so many repairs of a thing within so many seconds
+PAUSE, LONGEST = 60.0, 3600.0  # seconds that it is then left alone, doubled each time up to the maximum
 FORWARDED = (Mode.NAT, Mode.ROUTED)
-GRACE = 15.0  # seconds in which an interface that went goes off the record too, or comes back
+GRACE = 15.0  # seconds for a vanished interface to leave the record too, or to come back
 
 
 class Patience:
-    """Counts how often each thing was put back lately."""
+    """Counts how often each thing was restored lately."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._times: dict[str, list[float]] = {}
-        self._until: dict[str, tuple[float, float]] = {}  # and the pause that ends then
+        self._until: dict[str, tuple[float, float]] = {}  # by key: when the pause ends, and its length
 
     def did(self, key: str) -> None:
         now = self._clock()
@@ -62,28 +62,30 @@ class Patience:
 
     @property
     def spared(self) -> frozenset[str]:
-        """The keys of what is left as it is for now."""
+        """The keys of what is left alone for now."""
         now = self._clock()
         return frozenset(key for key, (until, _pause) in self._until.items() if until > now)
 
 
 class Upkeep:
-    """One for all networks of the driver. `doubt`: these are to be tried once more, see prober.py."""
+    """Tends all the driver's networks. `doubt`: called for networks that need another search for obstacles, see
+    prober.py.
+    """
 
     def __init__(self, nets: dict[str, Net], publish: Publish, doubt: Callable[[Iterable[str]], None]) -> None:
         self._nets = nets
         self._publish = publish
         self._doubt = doubt
         self._touched: set[tuple[str, int]] = set()  # interfaces: name and index
-        self._subnets: set[tuple[int, int, int]] = set()  # version, address and length of each network's prefixes
+        self._subnets: set[tuple[int, int, int]] = set()  # networks' prefixes: version, address, length
         self._patience: dict[str, Patience] = {}
-        self._gone: dict[str, dict[str, float]] = {}  # by network: what has gone, and since when
-        self._numbers: dict[int, str] = {}  # the interfaces that were looked at last, by index
+        self._gone: dict[str, dict[str, float]] = {}  # by network: vanished interfaces, and since when
+        self._numbers: dict[int, str] = {}  # the interfaces looked at last, by index
         self._task: asyncio.Task[None] | None = None
         self._begun = False
 
     async def begin(self) -> None:
-        """Start to put things back, now that what a crash interrupted has been finished."""
+        """Begin to restore things, now that reconciliation is complete."""
         self._begun = True
         await self.restore(set(self._nets), why="while virtd was away")
         if self._touched:
@@ -98,9 +100,9 @@ class Upkeep:
     # Notifications
 
     def link(self, name: str, number: int = 0) -> None:
-        """Called when something happened to an interface; ALL: to any.
+        """Called when something happened to an interface, or to any (ALL).
 
-        `number` is its index, which identifies a renamed one, whose old name the kernel doesn't report.
+        `number` is its index, which identifies a renamed one: the kernel doesn't report the old name.
         """
         self._touched.add((name, number))
         if self._task is None and self._begun:
@@ -117,12 +119,12 @@ class Upkeep:
                     self.link(ALL)
                 if (
                     change.bits <= 1 and change.table != LOCAL
-                ):  # each of a VPN's routes leads to one half of all addresses
-                    # What firewalls let through depends on where it goes.
+                ):  # a VPN may use two routes, one for each half of all addresses
+                    # What firewalls let through depends on where packets go.
                     self._doubt([net.name for net in self._live() if net.running and net.running.mode in FORWARDED])
 
     def _concerns(self, route: RouteChanged) -> bool:
-        """Whether a route leads to a network or a part of it; in tables besides the main one, any overlap counts."""
+        """Whether a route leads to a network or part of it; outside the main table any overlap counts."""
         for version, prefix, bits in self._subnets:
             if version == route.version and (route.bits >= bits or route.table not in (MAIN, LOCAL)):
                 width = (32 if version == 4 else 128) - min(bits, route.bits)
@@ -136,7 +138,7 @@ class Upkeep:
                 await asyncio.sleep(QUIET)
                 events, self._touched = self._touched, set()
                 touched = {self._numbers.get(number, name) for name, number in events} | {name for name, _ in events}
-                # A route in a network's way may end with any interface, and its end isn't announced.
+                # A route in a network's way may vanish together with any interface, and isn't announced then.
                 names = {
                     net.name
                     for net in self._live()
@@ -148,18 +150,18 @@ class Upkeep:
             self._task = None
 
     def _live(self) -> list[Net]:
-        """Active networks, and those being started, which are compared once they are active."""
+        """Networks that are active, and those being started, which are compared once they are active."""
         live = State.STARTING, State.ACTIVE
         return [net for net in self._nets.values() if net.state in live and net.running is not None]
 
-    # Putting back
+    # Restoring
 
     def forgive(self, name: str) -> None:
         """Leave nothing of a network alone any longer, since somebody has asked for it."""
         self._patience.pop(name, None)
 
     async def restore(self, names: set[str], *, why: str) -> bool:
-        """Compare these networks and put back what differs. Returns whether some were busy and come later."""
+        """Compare these networks and restore differences. Returns whether some were busy and have to be retried."""
         if not self._begun:
             return False
         live = self._live()
@@ -176,7 +178,7 @@ class Upkeep:
         return bool(busy)
 
     async def _look(self, nets: list[Net], why: str) -> list[Net]:
-        """The same; returns those that have become busy."""
+        """Like `restore`; returns the networks that turned out to be busy."""
         if not nets:
             return []
         said = [net.standing.said for net in nets]
@@ -188,7 +190,7 @@ class Upkeep:
         self._numbers = found.numbers if len(nets) == len(self._live()) else self._numbers | found.numbers
         busy, differing = [], []
         for net, drifts, before in zip(nets, found.drifts, said, strict=True):
-            # A report made meanwhile may be of a later look than this, or of an earlier one.
+            # A report made meanwhile may be older or newer than this comparison.
             if self._lasting(net, drifts) or net.standing.said != before:
                 differing.append(net)
             elif net.busy:
@@ -196,7 +198,7 @@ class Upkeep:
             else:
                 net.standing.say([])
         told: dict[str, list[Drift]] = {}
-        for net in sorted(differing, key=lambda net: net.busy):  # nobody waits for another
+        for net in sorted(differing, key=lambda net: net.busy):  # busy networks last, so that none waits for another
             try:
                 told[net.name] = await self._put_back(net)
             except errors.Busy:
@@ -205,7 +207,7 @@ class Upkeep:
                 log.error("Network %s: %s", net.name, exc)
         self._tell(told, why)
         if made := [name for name, done in told.items() if done]:
-            self._doubt(made)  # rules of others may name what it was by a number
+            self._doubt(made)  # other parties' rules may refer to the former interface by its index
         return busy
 
     async def _put_back(self, net: Net) -> list[Drift]:
@@ -232,7 +234,7 @@ class Upkeep:
         return one._replace(text=text, hint=hint)
 
     def _lasting(self, net: Net, found: list[Drift]) -> list[Drift]:
-        """The differences without interfaces that vanished just now, whose guests end or reboot."""
+        """The differences without interfaces that have just vanished, whose guests are ending or rebooting."""
         now = time.monotonic()
         before = self._gone.get(net.name, {})
         since = self._gone[net.name] = {one.key: before.get(one.key, now) for one in found if one.gone}

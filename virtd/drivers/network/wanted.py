@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Compares what the kernel has for networks with what virtd made, and puts it back; start, info, fsck and upkeep ask.
+"""Compares the kernel's state of networks with what virtd made, and restores it; used by start, info, fsck and
+upkeep.
 
-Firewall rules are compared by their marks (rules.py), rules of policy routing as a whole (isolation.py). All of this
+Firewall rules are compared by their marks (rules.py), policy routing rules as a whole (isolation.py). All of this
 blocks: call it in a thread.
 """
 
@@ -20,26 +21,26 @@ if TYPE_CHECKING:
 
     from .ports import Ground
 
-MOST_ROUTES = 500  # that are looked through each time; some hosts have a million
-PASSES = 4  # one thing may need another one first: an address of IPv6 a setting, a route an address
+MOST_ROUTES = 500  # maximum looked through each time; some hosts have a million
+PASSES = 4  # one repair may depend on another: an IPv6 address on a setting, a route on an address
 
 
 class Compared(NamedTuple):
-    """What differs of each network, and the interfaces that were looked at, by index."""
+    """The differences of each network, and the interfaces looked at, by index."""
 
     drifts: list[list[Drift]]
     numbers: dict[int, str]
 
 
 class Mended(NamedTuple):
-    """What was put back, and what couldn't be, with the reason in its text."""
+    """What was restored, and what couldn't be, with the reason in its text."""
 
     done: list[Drift]
     left: list[Drift]
 
 
 def names(grounds: Iterable[Ground]) -> set[str]:
-    """The interfaces that networks consist of."""
+    """The names of the interfaces that networks consist of."""
     found = set()
     for ground in grounds:
         found.add(ground.network.bridge_name)
@@ -48,7 +49,7 @@ def names(grounds: Iterable[Ground]) -> set[str]:
 
 
 def look(kernel: Kernel, interfaces: set[str]) -> Seen:
-    """Raises OSError."""
+    """Read what the kernel has of these interfaces. Raises OSError."""
     found = kernel.links(interfaces)
     indexes = {link.number: name for name, link in found.items()}
     there = routes.routes(MOST_ROUTES)
@@ -56,7 +57,7 @@ def look(kernel: Kernel, interfaces: set[str]) -> Seen:
 
 
 def compare(grounds: list[Ground]) -> Compared:
-    """The differences of all these networks, from one look at the kernel. Raises HostError."""
+    """The differences of all these networks, from a single reading of the kernel's state. Raises HostError."""
     try:
         with Kernel() as kernel:
             seen = look(kernel, names(grounds))
@@ -67,10 +68,10 @@ def compare(grounds: list[Ground]) -> Compared:
 
 
 def put_back(ground: Ground, spared: frozenset[str] = frozenset()) -> Mended:
-    """Mend what differs, except the keys in `spared`. Raises HostError."""
+    """Repair differences, except the keys in `spared`. Raises HostError."""
     done: dict[str, Drift] = {}
     failed: dict[str, str] = {}
-    over = set(spared)  # not tried (again)
+    over = set(spared)  # keys not to be tried (again)
     try:
         with Kernel() as kernel:
             for again in range(PASSES + 1):
@@ -86,7 +87,7 @@ def put_back(ground: Ground, spared: frozenset[str] = frozenset()) -> Mended:
                     except (errors.HostError, OSError) as exc:
                         cause = exc.__cause__ if isinstance(exc, errors.HostError) else exc
                         failed[one.key] = (isinstance(cause, OSError) and cause.strerror) or str(exc)
-                        # What was compared may have vanished since, and something else have taken its name.
+                        # The thing compared may have vanished since, and something else may have taken its name.
                         if not (isinstance(cause, OSError) and cause.errno in (errno.ENODEV, errno.ENOENT)):
                             over.add(one.key)
     except OSError as exc:
@@ -97,7 +98,7 @@ def put_back(ground: Ground, spared: frozenset[str] = frozenset()) -> Mended:
 
 
 def differences(kernel: Kernel, ground: Ground, seen: Seen) -> list[Drift]:
-    """The differences of a network; none of its ports while there is no bridge for them."""
+    """The differences of a network; without those of its ports while the bridge is missing."""
     network = ground.network
     name = network.bridge_name
     link = seen.links.get(name)
