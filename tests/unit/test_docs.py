@@ -254,6 +254,14 @@ def test_architecture_is_read_in_twenty_minutes_and_leads_to_the_details() -> No
     assert {name for name in markdown() if name.startswith("docs/internals/")} <= linked
 
 
+@pytest.mark.parametrize("name", pages())
+def test_each_page_has_headings_that_rst2man_takes(name: str) -> None:
+    title = name.rpartition(".")[0]
+    assert re.search(rf"^(=+)\n{re.escape(title)}\n\1\n\n-", page(name), re.M)
+    underlined = re.findall(r"^(\w.*)\n(=+|-+)$", page(name), re.M)
+    assert not [heading for heading, line in underlined if len(line) < len(heading)]
+
+
 def test_pages_refer_to_pages_that_there_are() -> None:
     ours = {tuple(name.rpartition(".")[::2]) for name in pages()}
     for name in pages():
