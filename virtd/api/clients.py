@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who is connected to the Varlink sockets: connections are taken, counted by user, and turned away.
+"""Clients of the Varlink sockets: connections are accepted, counted by user, and turned away.
 
-Of users without rights each has a few connections, and all together have some more. Who comes past that gets the
-place of a connection that has been idle, of their own or of the user with the most; where there is none, they are
-told so and hung up on. Taking a flood of connections leaves half of the loop's time to others.
+Each unprivileged user may have a few connections, and all of them together some more. A connection beyond that
+replaces one that has been idle, of the same user or of the user with the most; if there is none, the client gets an
+error and is disconnected. A flood of connections leaves half of the loop's time to others.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CONNECTIONS, ALL_CONNECTIONS = 64, 256
-IDLE = 5.0  # seconds without a call after which a connection may have to make room
-AT_ONCE = 64  # connections that are taken before others have the loop
-AGAIN = 0.1  # seconds after which a listener is looked at again that had no descriptor for a connection
+IDLE = 5.0  # seconds without a call after which a connection may be replaced
+AT_ONCE = 64  # connections accepted before others have the loop
+AGAIN = 0.1  # seconds before a listener is retried after descriptors ran out
 
 ERRORS = "org.virtd1"  # all interfaces share its errors
 
 
 class Client(Protocol):
-    """A connection that is served."""
+    """A connection being served."""
 
     caller: Caller
-    since: float | None  # of its being idle; None while a call is under way
+    since: float | None  # when it became idle; None while a call is under way
 
     async def serve(self) -> None: ...
     def close(self) -> None: ...
 
 
 class Clients:
-    """Accepts connections on listening sockets until `close`; `make` gives what serves one."""
+    """Accepts connections on listening sockets until `close`; `make` creates the Client for one."""
 
     def __init__(
         self, limits: Limits, caller_of: Callable[[socket.socket], Caller], make: Callable[..., Client]
@@ -66,7 +66,7 @@ class Clients:
             self._watch(listener)
 
     async def close(self) -> None:
-        """End every connection; the listening sockets stay the owner's."""
+        """End every connection; the listening sockets remain the owner's."""
         loop = asyncio.get_running_loop()
         for listener, timer in self._listeners.items():
             loop.remove_reader(listener)
@@ -102,7 +102,7 @@ class Clients:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as exc:
-                # Out of descriptors, most likely. Who waits in the backlog is served when there are some again.
+                # Out of descriptors, most likely. Clients in the backlog are served when there are some again.
                 self._sparing.warning("Cannot accept a client: %s", exc.strerror)
                 self._pause(listener, AGAIN)
                 return
@@ -137,7 +137,7 @@ class Clients:
             self._users.pop(client.caller.uid, None)
 
     def _room(self, uid: int) -> bool:
-        """Whether there is room for one more of this user's, which may have to be made."""
+        """Whether this user may have one more connection, for which an idle one may be closed."""
         own = self._users.get(uid, {})
         if len(own) >= CONNECTIONS:
             return self._evict(own)
@@ -149,7 +149,7 @@ class Clients:
         return True
 
     def _evict(self, clients: dict[Client, asyncio.Task[None]], *, any_of_them: bool = False) -> bool:
-        """End the connection that has been idle for the longest; the oldest one, if it has to be any."""
+        """End the connection that has been idle for the longest, or with `any_of_them` the oldest if none is idle."""
         idle = [client for client in clients if client.since is not None]
         longest = min(idle, key=lambda client: client.since or 0.0, default=None)
         if longest is None or longest.since is None or time.monotonic() - longest.since < IDLE:
@@ -161,7 +161,7 @@ class Clients:
 
 
 def caller_of(connection: socket.socket) -> Caller:
-    """Who is at the other end, as the kernel knows it (unix(7), SO_PEERCRED)."""
+    """The process at the other end, from the kernel (unix(7), SO_PEERCRED)."""
     pid, uid, _gid = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return Caller.of(uid, pid)
 

@@ -22,12 +22,12 @@ LATE: dict[str, Var] = {"Exit": Var("a{sv}", {}), "Addresses": Var("as", [])}
 
 
 async def listing(host: Host) -> Sequence[Object]:
-    """The short forms; a host without containers needn't import the module that knows about them."""
+    """The short forms; a host without containers needn't import their module."""
     return await host.containers.listing() if "lxc" in host.drivers else []
 
 
 def properties(item: Object) -> dict[str, Var]:
-    """From what `info` says; all but Exit and Addresses from the short form."""
+    """From `info`; all but Exit and Addresses from the short form."""
     found = supervised(item)
     if "exit" in item:
         found["Addresses"] = Var("as", item.get("addresses") or [])

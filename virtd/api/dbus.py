@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The D-Bus front end: org.virtd1, with an object for each domain, and each other thing, under an ObjectManager.
+"""The D-Bus front end: org.virtd1, with an object for each domain, network and so on, under an ObjectManager.
 
-    /org/virtd1                 org.virtd1.Manager
-    /org/virtd1/domain/<name>   org.virtd1.Domain; the name is escaped as sd_bus_path_encode(3) does it
-    ...                         the other kinds of kinds.py
+    /org/virtd1 org.virtd1.Manager /org/virtd1/domain/<name> org.virtd1.Domain; the name is escaped as by
+    sd_bus_path_encode(3) ... the other kinds of kinds.py
 
-Reading is for everybody, changing for root. An error's name is org.virtd1.Error.<class of virtd.errors>.
+Everybody may read, only root may change. An error's name is org.virtd1.Error.<class of virtd.errors>.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ FREEDESKTOP: Final = "org.freedesktop.DBus.Error"
 STANDARD: Final = (INTROSPECTABLE, PEER, PROPERTIES)
 RUNNING: Final = frozenset({"starting", "running", "paused", "stopping"})
 NO_USER: Final = (1 << 32) - 1
-COST: Final = 2.0  # a call, as compared to one on Varlink
+COST: Final = 2.0  # of a call, relative to one on Varlink
 GRACE: Final = 0.25  # seconds
 
 
@@ -97,11 +96,11 @@ class Server:
         await self._bus.own_name(NAME, lost)
 
     async def close(self) -> None:
-        """Stop serving, with an answer for everybody. The Bus stays the owner's to close.
+        """Stop serving, after answering everybody. Closing the Bus is up to its owner.
 
-        A call that arrives from here on waits in the bus, which has virtd started again for it. What arrived before
-        is answered: with its result if that takes a moment only, else with an error. All this takes GRACE at most,
-        unless the bus hangs.
+        A call that arrives from here on waits in the bus, which has virtd started again for it. Earlier calls are
+        answered: with their result if that takes only a moment, otherwise with an error. All this takes at most
+        GRACE, unless the bus hangs.
         """
         if self._unsubscribe is not None:
             self._unsubscribe()
@@ -168,7 +167,7 @@ class Server:
             self._door.leaves(call.sender)
 
     async def _reply(self, call: MethodCall, interface: str, method: Method, by: Caller, turn: Turn) -> int:
-        """Answer the call; the answer's size in bytes."""
+        """Answer the call; returns the answer's size in bytes."""
         signature = method.gives.signature
         waiting, shared = _costs(method)
         if waiting:
@@ -209,7 +208,7 @@ class Server:
         finally:
             del self._lookups[sender]
         by = Caller.of(about.get("UnixUserID", NO_USER), about.get("ProcessID", 0))
-        # A bus never gives a unique name out twice, so no entry goes stale; only their number is kept low.
+        # A bus never assigns a unique name twice, so no entry goes stale; only their number is limited.
         while len(self._callers) >= KNOWN:
             del self._callers[next(iter(self._callers))]
         self._callers[sender] = by
@@ -217,7 +216,7 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def _while_there(self, sender: str) -> AsyncIterator[None]:
-        """Ends what is in it when the caller leaves the bus."""
+        """Cancel the body when the caller leaves the bus."""
         ours = asyncio.current_task()
         gone = False
 
@@ -240,7 +239,7 @@ class Server:
             await unsubscribe()
 
     def _resolve(self, call: MethodCall) -> str:
-        """The interface that a call means: it may leave it out. Raises Refused when the call fits none."""
+        """The interface that a call is for, as the call may omit it. Raises Refused if the call fits none."""
         own = self._interfaces(call.path)
         if not own:
             raise Refused("UnknownObject", f"There is no object {call.path}")
@@ -279,7 +278,7 @@ class Server:
         ]
 
     async def _managed(self) -> dict[str, dict[str, dict[str, Var]]]:
-        """All objects with their properties; one that is gone by the time it is asked for isn't among them."""
+        """All objects with their properties, except those that have disappeared before they were asked for."""
         found = {}
         for kind in self._kinds.values():
             names = sorted(self._objects[kind.segment])
@@ -292,13 +291,13 @@ class Server:
                 except errors.NotFound:
                     pass
                 except Exception:
-                    # What others have made of it costs it its place here, and no other object anything.
+                    # An object that others have damaged is missing here; no other object is affected.
                     self._sparing.exception("%s %s can't be shown on D-Bus", kind.segment, name)
         return found
 
     async def _properties(self, call: MethodCall) -> tuple[Any, ...]:
         interface = call.args[0]
-        # An empty name means whatever interface the object has of its own; there is never more than one.
+        # An empty name means the object's own interface, of which there is never more than one.
         own = next((name for name in self._interfaces(call.path) if self._members[name].properties), None)
         if interface not in ("", *self._interfaces(call.path)):
             raise Refused("UnknownInterface", f"{call.path} has no interface {interface}")
@@ -321,7 +320,7 @@ class Server:
     # The tree of objects
 
     def _interfaces(self, path: str) -> tuple[str, ...]:
-        """The interfaces of the object at `path`; none when there is no such object."""
+        """The interfaces of the object at `path`; none if there is no such object."""
         if path == ROOT:
             return (MANAGER, OBJECT_MANAGER, *STANDARD)
         if path in ("/", "/org"):
@@ -342,7 +341,7 @@ class Server:
         return map(escape_label, sorted(self._objects[kind.segment])) if name is None else ()
 
     def _at(self, path: str) -> tuple[Kind, str | None]:
-        """The kind and name of the object at `path`; no name for the place above a kind's objects."""
+        """The kind and name of the object at `path`; no name for the path above a kind's objects."""
         segment, _, label = path.removeprefix(f"{ROOT}/").partition("/")
         if path.startswith(f"{ROOT}/") and (kind := self._kinds.get(segment)) is not None:
             if not label and not path.endswith("/"):
@@ -383,7 +382,7 @@ class Server:
             self._bus.emit(ROOT, OBJECT_MANAGER, "InterfacesAdded", "oa{sa{sv}}", path, everything)
         else:
             old, known[name] = known[name], item
-            # Events come in the short form, without what only the long one has.
+            # Events have the short form, without the fields of the long one.
             stale = list(kind.late) if event == "ended" or old.get("since") != item.get("since") else []
             self._changed(path, kind.interface, kind.properties(old), kind.properties(item), stale)
         if event == "ended" and kind.ended:
@@ -409,14 +408,14 @@ class Server:
 
 
 def _right(method: Method) -> Right:
-    """D-Bus's own methods only look: no property can be set, and Set says so."""
+    """D-Bus's own methods only look: no property can be set, and Set refuses."""
     if method.operation.startswith("org.freedesktop."):
         return Right.LOOK
     return interfaces.operation(method.operation).right
 
 
 def _costs(method: Method) -> tuple[bool, bool]:
-    """Whether it may last until something happens, and whether it costs much: see virtd.api.interfaces.Method."""
+    """Whether it may wait for something to happen, and whether it is expensive: see virtd.api.interfaces.Method."""
     if method.operation.startswith("org.freedesktop."):
         return False, method.operation in (f"{INTROSPECTABLE}.Introspect", f"{OBJECT_MANAGER}.GetManagedObjects")
     operation = interfaces.operation(method.operation)
@@ -424,7 +423,7 @@ def _costs(method: Method) -> tuple[bool, bool]:
 
 
 def path_of(name: str, segment: str = "domain") -> str:
-    """The object path of a domain, or of what else there is."""
+    """The object path of a domain, or of another object."""
     return f"{ROOT}/{segment}/{escape_label(name)}"
 
 

@@ -18,9 +18,9 @@ LATE: dict[str, Var] = {"Exit": Var("a{sv}", {})}
 
 
 def properties(item: Object) -> dict[str, Var]:
-    """From what Host.info says; all but Exit from the short form."""
+    """From Host.info; all but Exit from the short form."""
     number = item.get("id")
-    # What has no number isn't running: -1, as users of libvirt know it.
+    # A domain without a number isn't running: -1, as with libvirt.
     return supervised(item) | {"Id": Var("i", -1 if number is None else number)}
 
 

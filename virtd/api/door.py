@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which D-Bus calls get in: a bus passes on whatever anybody sends, and here they would wait without any bound.
+"""Admission of D-Bus calls: a bus passes on whatever anybody sends, and without this any number would wait here.
 
-GDBus reads messages in a thread of its own, faster than any call is answered. So each message is looked at there,
-before it is handed on: who is past what a user may have unanswered gets an error, and beyond a number of errors
-nothing. A bus lets a connection have 128 calls unanswered, so such a caller soon is stopped by the bus itself.
+GDBus reads messages in a thread of its own, faster than calls are answered. So each message is checked there, before
+it is handed on: a user with too many unanswered calls gets an error, and after too many errors nothing. A bus allows
+each connection 128 unanswered calls, so the bus itself soon stops such a caller.
 
-Root's calls are never refused. Whose a connection is isn't known at its first call; there is room for many of those,
-so that nobody's strangers keep root's out.
+Root's calls are never refused. At a connection's first call its user isn't known yet. Many such calls are admitted,
+so that a user with many new connections doesn't keep root out.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 SENDER: Final = 16  # calls of one connection
 USER: Final = 64  # of one user without rights
 ALL: Final = 256  # of all of them
-STRANGERS: Final = 1024  # of connections that aren't known yet
-SMALL: Final = 64 << 10  # bytes of a call of one who may only ask
-BYTES: Final = 8 << 20  # of all calls of strangers; small ones are let in all the same
+STRANGERS: Final = 1024  # of connections whose user isn't known yet
+SMALL: Final = 64 << 10  # bytes of an unprivileged user's call
+BYTES: Final = 8 << 20  # of all calls of strangers; small ones are admitted regardless
 LITTLE: Final = 4 << 10
-ERRORS: Final = 100.0  # a second; and answers to Ping
+ERRORS: Final = 100.0  # a second; also for answers to Ping
 KNOWN: Final = 1024  # connections that are remembered
 LIMITS_EXCEEDED: Final = "org.freedesktop.DBus.Error.LimitsExceeded"
 
@@ -46,7 +46,7 @@ class Sender:
 
 
 class Door:
-    """`refuse(message)` sends an error, and may be called in any thread. `admits` runs in GDBus's."""
+    """`refuse(message)` sends an error, and may be called in any thread. `admits` runs in GDBus's thread."""
 
     def __init__(self, refuse: Callable[[Any], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._refuse = refuse
@@ -59,7 +59,7 @@ class Door:
         self._pings = Bucket(ERRORS, ERRORS, clock())
 
     def admits(self, message: Any) -> bool:
-        """Whether a call may come in; it counts until `leaves`."""
+        """Whether to admit a call; it counts until `leaves`."""
         if message.get_interface() == PEER:
             return self._pinged()  # GDBus answers these itself
         name = message.get_sender() or ""
@@ -72,7 +72,7 @@ class Door:
                 return True
             silent = int(message.get_flags()) & NO_REPLY_EXPECTED
             if uid is not None and silent:
-                return False  # what they may do has no effect but its answer
+                return False  # what they may call has no effect but its answer
             if self._room(sender, uid):
                 body = message.get_body()
                 size = body.get_size() if body is not None else 0
@@ -119,13 +119,13 @@ class Door:
             self._users[uid] = self._users.get(uid, 0) + 1
 
     def _forget_some(self) -> None:
-        """The older half of those that have no call inside; a bus never gives a unique name out twice."""
+        """Forget the older half of the connections without a call here; a bus never assigns a unique name twice."""
         idle = [name for name, sender in self._senders.items() if not sender.calls]
         for name in idle[: max(1, len(idle) // 2)]:
             del self._senders[name]
 
     def learns(self, name: str, uid: int) -> None:
-        """Whose a connection with calls inside is."""
+        """The user of a connection that has calls here has become known."""
         with self._lock:
             sender = self._senders.get(name)
             if sender is None or sender.uid is not None:
@@ -138,7 +138,7 @@ class Door:
                 self._users[uid] = self._users.get(uid, 0) + sender.calls
 
     def leaves(self, name: str) -> None:
-        """A call was answered."""
+        """A call has been answered."""
         with self._lock:
             sender = self._senders.get(name)
             if sender is None:
@@ -148,7 +148,7 @@ class Door:
                 self._strangers -= 1
                 if not sender.calls:
                     self._stranger_bytes -= sender.bytes
-                    del self._senders[name]  # its owner is unknown, most likely because it has left
+                    del self._senders[name]  # its user is unknown, most likely because it has left the bus
             elif sender.uid != 0:
                 self._users[sender.uid] -= 1
                 if not self._users[sender.uid]:

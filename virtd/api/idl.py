@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The Varlink interfaces' own texts, read for what the server must know: each method's parameters and their types.
+"""The texts of the Varlink interfaces, parsed for what the server must know: each method's parameters and types.
 
-The text is what a client gets from GetInterfaceDescription (https://varlink.org/Interface-Definition), so what it
-says and what is accepted can't differ.
+The text is what a client gets from GetInterfaceDescription (https://varlink.org/Interface-Definition), so description
+and behaviour can't differ.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Parameter(NamedTuple):
 
 @functools.cache
 def text(interface: str) -> str:
-    """The file beside the module that answers for it."""
+    """The file beside the module that answers the interface."""
     found = importlib.util.find_spec(MODULES[interface])
     assert found is not None
     assert found.origin is not None
@@ -70,7 +70,7 @@ def _parameter(item: str) -> Parameter:
 
 
 def problem(interface: str, method: str, parameters: dict[str, Any]) -> str | None:
-    """The first parameter of `method` that is missing, unknown or of the wrong type; None when all is well."""
+    """The first parameter of `method` that is missing, unknown or of the wrong type; None if all are valid."""
     known = {parameter.name: parameter for parameter in methods(interface)[method]}
     for name in parameters:
         if name not in known:

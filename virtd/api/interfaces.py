@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The operations, by Varlink interface: which there are, and which module answers for each.
+"""The operations, by Varlink interface: which exist, and which module answers each.
 
 A module has METHODS, and may name the module of its kind of D-Bus objects as OBJECTS (kinds.py). The interface's
 text, with the parameters that are accepted, is the file of its name beside the module. Modules are imported at their
@@ -66,16 +66,16 @@ def methods(interface: str) -> dict[str, Method]:
 
 
 def operation(name: str) -> Method:
-    """The one of that name, such as "org.virtd1.Pool.Build"."""
+    """The operation of that name, such as "org.virtd1.Pool.Build"."""
     interface, _, method = name.rpartition(".")
     return methods(interface)[method]
 
 
 def given(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Those that were not left out."""
+    """The parameters that were not left out."""
     return {key: value for key, value in parameters.items() if value is not None}
 
 
 async def under(key: str, result: Awaitable[Any]) -> dict[str, Any]:
-    """A reply that has its value as `key`."""
+    """A reply with the result as its field `key`."""
     return {key: await result}

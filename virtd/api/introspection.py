@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What D-Bus interfaces consist of, for the server and for Introspect alike.
+"""The members of D-Bus interfaces, for both the server and Introspect.
 
-The interfaces of /org/virtd1 and of D-Bus itself are here, those of each kind of object in its own module (kinds.py).
+The interfaces of /org/virtd1 and of D-Bus itself are here; each kind of object has its own in a module (kinds.py).
 
-Nothing is quoted in the XML: D-Bus names have no character that would have to be, and xml.sax.saxutils brings an HTTP
-client along, 4 MB of the daemon's memory.
+Nothing is escaped in the XML: D-Bus names contain no character that needs it, and xml.sax.saxutils imports an HTTP
+client, which costs the daemon 4 MB of memory.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class Args(msgspec.Struct, frozen=True):
     text: str = ""
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
-        """Names and signatures, as Introspect tells them."""
+        """Names and signatures, as in Introspect's answer."""
         for item in self.text.split():
             name, _, signature = item.partition(":")
             yield name.partition("=")[0], signature
 
     @property
     def sources(self) -> list[tuple[str, str]]:
-        """What each is called on Varlink, and its signature."""
+        """Each argument's name on Varlink, and its signature."""
         return [(name.rpartition("=")[2], signature) for name, _, signature in _parted(self.text)]
 
     @property
@@ -54,10 +54,10 @@ class Args(msgspec.Struct, frozen=True):
 
 
 class Method(msgspec.Struct, frozen=True):
-    """A method: the operation that it is (virtd.host.access), what it takes, and what it gives of the reply.
+    """A method: its operation (virtd.host.access), its arguments, and the parts of the reply that it returns.
 
-    An argument is the operation's parameter of that name, and a value the reply's; "name=other" where that is called
-    otherwise, with a dot for what is inside of something.
+    An argument is the operation's parameter of that name, and a return value the reply's field; "name=other" if that
+    has another name, with a dot for a nested field.
     """
 
     operation: str
@@ -66,7 +66,7 @@ class Method(msgspec.Struct, frozen=True):
 
 
 class Property(msgspec.Struct, frozen=True):
-    """A property, read-only as all of ours are; `emits` is its EmitsChangedSignal."""
+    """A property, read-only like all of ours; `emits` is its EmitsChangedSignal."""
 
     signature: str
     emits: str = "true"
@@ -81,14 +81,14 @@ class Interface(msgspec.Struct, frozen=True):
 
 
 def methods(interface: str, **methods: tuple[str, str, str]) -> dict[str, Method]:
-    """Each with the operation's name in `interface`, what it takes and what it gives."""
+    """Each with the operation's name in `interface`, its arguments and its return values."""
     return {
         name: Method(f"{interface}.{operation}", Args(takes), Args(gives))
         for name, (operation, takes, gives) in methods.items()
     }
 
 
-# What every object has.
+# Common to all objects.
 COMMON: Final = {
     "Name": Property("s", "const"),
     "Driver": Property("s", "const"),
@@ -98,7 +98,7 @@ COMMON: Final = {
     "Since": Property("s"),
     "Autostart": Property("b"),
 }
-# What runs as a process in a unit of its own.
+# For objects that run as a process in a unit of their own.
 SUPERVISED: Final = COMMON | {
     "Unit": Property("s", "const"),
     "Pid": Property("u"),
@@ -106,7 +106,7 @@ SUPERVISED: Final = COMMON | {
 }
 
 DEFINE: Final = ("Define", "text:s source:s check:b", "name:s uuid:s created:b file=path:s warnings:as")
-# What domains and containers can both be asked.
+# Methods of both domains and containers.
 GUEST: Final = {
     "Info": ("Info", "", "info=object:a{sv}"),
     "Dump": ("Dump", "", "text:s"),

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 class Kind(NamedTuple):
-    """One kind.
+    """One kind of object.
 
-    `driver` is what its objects and events have as "driver". `listing` gives the short forms, `info` the long one;
-    `properties` makes the properties of either, and `late` names those that only the long form has, with the value
-    that stands for them until somebody asks. `ended` is for kinds whose objects end: the signal Ended carries what
-    the long form has as "exit". `manager` is the interface of /org/virtd1/<segment> itself, for what a kind offers
-    besides its objects, and `managing` what that consists of.
+    `driver` is the "driver" of its objects and events. `listing` returns the short forms, `info` the long one;
+    `properties` makes the properties from either, and `late` has those that only the long form contains, with a
+    placeholder until somebody asks. `ended` is for kinds whose objects end: the signal Ended carries the "exit" of
+    the long form. `manager` is the interface of /org/virtd1/<segment> itself, for what a kind offers besides its
+    objects, and `managing` has its members.
     """
 
     segment: str
@@ -42,14 +42,14 @@ class Kind(NamedTuple):
 
 
 def load() -> dict[str, Kind]:
-    """All kinds, by segment: KIND of each module that an interface's module names as OBJECTS."""
+    """All kinds, by segment: the KIND of each module that an interface's module names as OBJECTS."""
     modules = [importlib.import_module(module) for module in interfaces.MODULES.values()]
     kinds = [importlib.import_module(module.OBJECTS).KIND for module in modules if hasattr(module, "OBJECTS")]
     return {kind.segment: kind for kind in kinds}
 
 
 def members(kinds: Iterable[Kind]) -> dict[str, Interface]:
-    """All D-Bus interfaces by name, those that aren't of a kind included."""
+    """All D-Bus interfaces by name, including those that don't belong to a kind."""
     found = dict(introspection.OWN)
     for kind in kinds:
         found[kind.interface] = kind.members

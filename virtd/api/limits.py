@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What callers without rights may cost, on all front ends together: calls a second, calls at a time, unread replies.
+"""Limits for unprivileged callers, over all front ends: calls a second, concurrent calls, unread replies.
 
-Root is never made to wait. Of the others each user has a share, and all of them together have one, since there may
-be a thousand of them. Who is past it isn't refused: their next call is understood when its turn comes, one user after
-the other, and until then nothing more is read of what they send.
+Root never waits. Each other user has a share, and all of them together have one too, since there may be a thousand of
+them. A user beyond it isn't refused: the next call is handled when its turn comes, one user after the other, and
+until then nothing more is read from that user.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from ..allowance import Bucket
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# Calls a second, and how many may come at once after a rest. A call that everybody may make takes some 0.5 ms, one
-# with a large reply (a listing of a thousand guests) 10 ms: all together get about a quarter of the loop's time.
+# Calls a second, and how many at once after a pause. A call that everybody may make takes some 0.5 ms, one with a
+# large reply (a listing of a thousand guests) 10 ms: all users together get about a quarter of the loop's time.
 RATE, BURST = 200.0, 200.0
 ALL_RATE, ALL_BURST = 400.0, 400.0
-BIG = 16 << 10  # bytes of a reply that cost as much as a call
-RUNNING, ALL_RUNNING = 8, 16  # calls at a time; those that wait for something to happen don't count
-UNSENT, ALL_UNSENT = 2 << 20, 16 << 20  # bytes of replies that aren't read
-USERS = 1024  # that are remembered; one that was forgotten begins anew
+BIG = 16 << 10  # bytes of a reply that count as much as a call
+RUNNING, ALL_RUNNING = 8, 16  # concurrent calls, except those that wait for something to happen
+UNSENT, ALL_UNSENT = 2 << 20, 16 << 20  # bytes of unread replies
+USERS = 1024  # remembered; a forgotten one starts afresh
 
 
 class User:
-    """One user's part."""
+    """One user's usage."""
 
     __slots__ = ("arrivals", "bucket", "running", "unsent", "waiting")
 
     def __init__(self, now: float) -> None:
         self.bucket = Bucket(RATE, BURST, now)
-        self.arrivals = Bucket(RATE, BURST, now)  # connections, which cost something before they say anything
+        self.arrivals = Bucket(RATE, BURST, now)  # connections, which cost something even before the first call
         self.running = 0
         self.unsent = 0
         self.waiting: deque[asyncio.Future[None]] = deque()
@@ -45,7 +45,7 @@ class User:
 
 
 class Turn:
-    """The right to have one call answered. `leave` it when the answer is there, or is being waited for."""
+    """The right to have one call answered. `leave` it when the answer is ready, or when the call begins to wait."""
 
     __slots__ = ("_limits", "_user")
 
@@ -54,23 +54,23 @@ class Turn:
         self._user = user
 
     def leave(self, size: int = 0) -> None:
-        """Let the next one in; `size` of the reply in bytes. More than once is the same as once."""
+        """Let the next call in; `size` of the reply in bytes. Idempotent."""
         user, self._user = self._user, None
         if self._limits is not None and user is not None:
             self._limits._end(user, size)
 
 
 class TooMuch(Exception):
-    """More replies than the user may leave unread."""
+    """The user has left too many replies unread."""
 
 
 class Limits:
-    """The shares of all users but root. On the event loop only."""
+    """The shares of all users but root. For the event loop only."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._users: dict[int, User] = {}
-        self._queue: dict[int, User] = {}  # those who wait, in the order of their turns
+        self._queue: dict[int, User] = {}  # users who wait, in the order of their turns
         self._all = Bucket(ALL_RATE, ALL_BURST, clock())
         self._running = 0
         self._unsent = 0
@@ -87,7 +87,7 @@ class Limits:
         return user
 
     def arrives(self, uid: int) -> bool:
-        """Whether a new connection of this user's may be looked at: not when they come faster than calls may."""
+        """Whether to serve a new connection of this user: not if connections come faster than calls may."""
         if uid == 0:
             return True
         user = self.user(uid)
@@ -97,7 +97,7 @@ class Limits:
         return True
 
     async def turn(self, uid: int, cost: float = 1.0) -> Turn:
-        """Wait for one's turn to be answered."""
+        """Wait until the user's next call may be handled."""
         if uid == 0:
             return Turn()
         user = self.user(uid)
@@ -119,9 +119,9 @@ class Limits:
         return Turn(self, user)
 
     def unsent(self, uid: int, size: int) -> None:
-        """Count bytes that a client doesn't take yet, or, below 0, doesn't take any more.
+        """Count bytes that wait for a client to read them, or, if negative, no longer do.
 
-        Raises TooMuch, and counts nothing then. A user's first reply is allowed however large it is.
+        Raises TooMuch, and then counts nothing. A user's first reply is allowed however large it is.
         """
         if uid == 0:
             return
@@ -157,7 +157,7 @@ class Limits:
             self._look()
 
     def _look(self) -> None:
-        """Let in all whose turn it is, and come back when it is the next one's."""
+        """Let in all whose turn it is, and schedule the next look."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -174,7 +174,7 @@ class Limits:
             return
 
     def _next(self, now: float) -> tuple[int | None, float]:
-        """Whose turn it is; or nobody's, and for how many seconds."""
+        """Whose turn it is; or nobody, and for how many seconds."""
         soonest = float("inf")
         for uid, user in self._queue.items():
             if user.running < RUNNING:

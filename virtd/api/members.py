@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""D-Bus's methods as what they are: operations, answered by what answers them on Varlink."""
+"""D-Bus's methods as operations, answered by the same functions as on Varlink."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 async def answer(
     host: Host, method: Method, subject: str | None, args: tuple[Any, ...], by: Caller
 ) -> tuple[Any, ...]:
-    """The values that `method` gives; `subject`: the name of the object that it was called on."""
+    """The values that `method` returns; `subject`: the name of the object that it was called on."""
     operation = interfaces.operation(method.operation)
     assert operation.answer is not None
     reply: Any = await operation.answer(host, by, parameters(method, subject, args))

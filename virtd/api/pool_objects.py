@@ -21,7 +21,7 @@ POOL_MANAGER = "org.virtd1.PoolManager"
 
 
 async def listing(host: Host) -> Sequence[Object]:
-    """The short forms; a host without pools needn't import the module that knows about them."""
+    """The short forms; a host without pools needn't import their module."""
     return await host.pools.listing() if "storage" in host.drivers else []
 
 
@@ -52,10 +52,10 @@ MEMBERS = Interface(
         ListVolumes=("List", "", "volumes=objects:aa{sv}"),
         VolumeInfo=("Info", "volume=name:s", "info=object:a{sv}"),
         ListSnapshots=("Snapshots", "volume=name:s", "snapshots=objects:aa{sv}"),
-        # Each gives the job that goes on, "" when all is done.
+        # Each returns the job that is under way, "" when everything is done.
         CreateVolume=("Create", "volume=name:s size:s format:s", "job:s"),
         CloneVolume=("Clone", "volume=source:s to=name:s", "job:s"),
-        # `from` is the image's format, which is never guessed; without a file, of what is there under that name.
+        # `from` is the format, which is never guessed, of the image, or without one of the file that has that name.
         ImportVolume=("Import", "volume=name:s file:s from=source_format:s format:s", "job:s"),
         ResizeVolume=("Resize", "volume=name:s size:s", "job:s"),
         WipeVolume=("Wipe", "volume=name:s", "job:s"),
@@ -80,7 +80,8 @@ MANAGING = Interface(
         ListJobs=("Jobs", "", "jobs=objects:aa{sv}"),
         WaitJob=("Await", "job:s timeout:d", "job=object:a{sv}"),
         CancelJob=("Cancel", "job:s", "changed:b"),
-        # Everything has been written to what UploadVolume gave: the job that goes on, "" when all is done.
+        # To be called when everything has been written to UploadVolume's descriptor; returns the job that is under
+        # way, "" when everything is done.
         Uploaded=("Uploaded", "job:s", "job:s"),
     ),
 )

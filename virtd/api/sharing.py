@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Answers that cost much, shared by all who may only ask.
+"""Expensive answers, shared by all unprivileged callers.
 
-Who asks while one is being found out gets that one, and who asks shortly afterwards as well. Root's are always made
-for root, so that nobody can have it told something old.
+A caller who asks while an answer is being computed, or shortly afterwards, gets that answer. Root's are always
+computed afresh, so that nobody can make root get an outdated one.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Hashable
 
-FRESH = 1.0  # seconds for which an answer is good
-REST = 4.0  # times as long as it took: finding it out takes a fifth of the time at most
+FRESH = 1.0  # seconds for which an answer is valid
+REST = 4.0  # times as long as it took: computing takes a fifth of the time at most
 ENTRIES = 16
 
 
 class Sharing:
-    """Answers by what was asked."""
+    """Answers by question."""
 
     def __init__(self) -> None:
         self._running: dict[Hashable, asyncio.Task[Any]] = {}
         self._known: dict[Hashable, tuple[float, Any]] = {}
 
     async def get(self, key: Hashable, find: Callable[[], Awaitable[Any]]) -> Any:
-        """The answer to `key`, which `find` finds out; what that raises, all who wait for it get."""
+        """The answer to `key`, which `find` computes; if it raises, all callers that wait get the exception."""
         known = self._known.get(key)
         if known is not None and known[0] > time.monotonic():
             return known[1]
         task = self._running.get(key)
         if task is None:
             task = self._running[key] = asyncio.create_task(self._find(key, find), name="shared-answer")
-            # One that nobody waits for any more has its end looked at here.
+            # If nobody waits for it any more, its exception is retrieved here.
             task.add_done_callback(lambda done: None if done.cancelled() else done.exception())
         return await asyncio.shield(task)
 
@@ -50,7 +50,7 @@ class Sharing:
             return answer
         finally:
             del self._running[key]
-            # What is old isn't kept: a listing may be large.
+            # Outdated answers aren't kept: a listing may be large.
             asyncio.get_running_loop().call_later(2 * FRESH, self._forget)
 
     def _forget(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What every kind of object that runs as a process answers on Varlink."""
+"""The Varlink methods of every kind of object that runs as a process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def methods(of: Callable[[Host], Objects[Any]]) -> dict[str, Method]:
-    """`of` gives what the operations are called on."""
+    """`of` gets the object whose operations are called."""
     return {
         "List": look(lambda host, by, p: under("objects", of(host).listing())),
         "Info": look(lambda host, by, p: under("object", of(host).info(p["name"]))),

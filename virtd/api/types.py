@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The types of the Varlink interfaces, written from the replies' Structs: what is described is what is sent.
+"""The types of the Varlink interfaces, generated from the replies' Structs: what is described is what is sent.
 
-An interface has those that its methods' text names, and those that are inside of them.
+An interface has the types that its methods' text names, and those nested in them.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def description(interface: str) -> str:
 
 
 def fields(cls: type[Reply]) -> dict[str, Any]:
-    """The annotations of a Struct by field, in its order."""
+    """The annotations of a Struct by field, in order."""
     hints = typing.get_type_hints(cls, localns=dict(structs()), include_extras=True)
     return {name: hints[name] for name in cls.__struct_fields__}
 
 
 def _type(name: str, cls: type[Reply], wanted: list[str]) -> list[str]:
-    """What is said of fields stands before the type: not every parser of these texts takes it inside."""
+    """Comments on fields are put before the type: not every parser of these texts accepts them inside."""
     said = [line.strip() for line in (cls.__doc__ or "").strip().splitlines()]
     rows = []
     for field, annotated in fields(cls).items():
@@ -63,7 +63,7 @@ def _type(name: str, cls: type[Reply], wanted: list[str]) -> list[str]:
 
 
 def written(hint: Any, wanted: list[str]) -> str:
-    """A type as Varlink has it; the names of Structs in it are added to `wanted`."""
+    """A type in Varlink's notation; the names of Structs in it are added to `wanted`."""
     args = typing.get_args(hint)
     match typing.get_origin(hint):
         case types.UnionType | typing.Union:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""From what the host answers to D-Bus's types, and back."""
+"""Conversion of the host's answers to D-Bus's types, and back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..text import plain
 
 Object = Reply
 
-INT_END = 1 << 63  # of the largest type that D-Bus has for a number with a sign
+INT_END = 1 << 63  # end of D-Bus's largest signed type
 
 
 def dictionary(value: Reply | dict[str, Any]) -> dict[str, Var]:
@@ -56,7 +56,7 @@ def common(item: Object) -> dict[str, Var]:
 
 
 def supervised(item: Object) -> dict[str, Var]:
-    """The same for introspection.SUPERVISED; Exit is in the long form only."""
+    """Likewise for introspection.SUPERVISED; Exit is only in the long form."""
     found = common(item) | {
         "Unit": Var("s", item.get("unit") or unit_name(item["driver"], item["name"])),
         "Pid": Var("u", item.get("pid") or 0),

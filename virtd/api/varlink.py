@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The Varlink front end (https://varlink.org): JSON objects, each ended by a NUL byte, on a unix socket.
 
-virtdctl speaks it, and so does varlinkctl(1). It serves before the D-Bus front end can, since it needs nothing but a
-socket that systemd holds open while the daemon is away: a call made during a restart waits there and is answered.
+virtdctl speaks it, and so does varlinkctl(1). It is available before the D-Bus front end, since it needs only a
+socket, which systemd holds open while the daemon is away: a call made during a restart waits there and is answered.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ log = logging.getLogger(__name__)
 
 SERVICE = "org.varlink.service"
 LIMIT = 4 << 20  # bytes of one message; a definition has at most 1 MiB
-SMALL = 64 << 10  # of a user who may only ask
-PATIENCE = 30.0  # seconds for the rest of a message that was begun, and for a reply to be read
-LOOK = 1.0  # seconds between two looks at whether a client that can't be watched is still there
+SMALL = 64 << 10  # for an unprivileged user
+PATIENCE = 30.0  # seconds to finish sending a message, and to read a reply
+LOOK = 1.0  # seconds between checks whether a client that can't be watched is still there
 
 
 class Refused(Exception):
-    """A call that isn't one: an error of org.varlink.service."""
+    """An invalid call: an error of org.varlink.service."""
 
     def __init__(self, name: str, parameters: dict[str, str]) -> None:
         super().__init__(name)
@@ -54,7 +54,7 @@ class Refused(Exception):
 
 
 class Server:
-    """Serves listening sockets until `close`; they stay the owner's."""
+    """Serves listening sockets until `close`; they remain the owner's."""
 
     def __init__(self, host: Host, *listeners: socket.socket, limits: Limits | None = None) -> None:
         self._host = host
@@ -77,7 +77,7 @@ class Server:
 
 
 class Connection:
-    """One client. Its calls are answered in order, one at a time, as Varlink has it."""
+    """One client. Its calls are answered in order, one at a time, as Varlink requires."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class Connection:
             if self.caller.uid == 0:
                 chunk = await self._loop.sock_recv(self._socket, 1 << 16)
             else:
-                # Who has begun a message has to end it: until then it takes room of ours.
+                # A client must finish a message that it has begun: until then it occupies our memory.
                 if begun is None and searched:
                     begun = self._loop.time()
                 async with asyncio.timeout_at(None if begun is None else begun + PATIENCE):
@@ -191,8 +191,8 @@ class Connection:
             except ConnectionError:
                 raise
             except Exception as exc:
-                # A bug of ours, or a file system that we didn't expect. Hanging up instead would look like a restart
-                # of the daemon, after which clients repeat their call.
+                # A bug of ours, or a file system that behaves unexpectedly. Hanging up instead would look like a
+                # restart of the daemon, after which clients repeat their call.
                 self._sparing.exception("%s failed", plain(method[:100]))
                 failure = errors.HostError(
                     f"{method.rpartition('.')[2]} failed: {exc}", hint="See: journalctl -u virtd.service"
@@ -209,7 +209,7 @@ class Connection:
         return True
 
     def _find(self, method: str, parameters: dict[str, Any]) -> interfaces.Method | None:
-        """The method, if its parameters fit and it isn't certain that its caller may not; None for one of
+        """The method, if its parameters fit and its caller isn't known to lack the right; None for
         org.varlink.service.
         """
         interface, _, name = method.rpartition(".")
@@ -220,7 +220,7 @@ class Connection:
         table = interfaces.methods(interface)
         if name not in table:
             raise Refused(f"{SERVICE}.MethodNotFound", {"method": method})
-        self._host.access.allows(self.caller, method, table[name].right)  # or nothing is said about parameters
+        self._host.access.allows(self.caller, method, table[name].right)  # before anything is said about parameters
         if (wrong := idl.problem(interface, name, parameters)) is not None:
             raise Refused(f"{SERVICE}.InvalidParameter", {"parameter": wrong})
         return table[name]
@@ -228,7 +228,7 @@ class Connection:
     async def _call(
         self, found: interfaces.Method | None, method: str, parameters: dict[str, Any], turn: Turn
     ) -> Any:
-        """What answers it; the whole reply as bytes, if others get the same."""
+        """The answer; the whole reply as bytes, if others get the same."""
         if found is None:
             return _service(method.rpartition(".")[2], parameters)
         assert found.answer is not None
@@ -247,7 +247,7 @@ class Connection:
         return await answer(self._host, self.caller, parameters)
 
     async def _unless_gone(self, answer: Awaitable[Any]) -> Any:
-        """What `answer` brings; it ends when the client hangs up, who doesn't want it any more then."""
+        """The result of `answer`, which is cancelled when the client hangs up and so no longer wants it."""
         task = asyncio.ensure_future(answer)
         try:
             await asyncio.sleep(0)
@@ -265,7 +265,7 @@ class Connection:
             self._loop.remove_reader(self._socket)
 
     def _look(self, task: asyncio.Future[Any]) -> None:
-        """Cancel `task` when the client has hung up, as soon as that can be seen."""
+        """Cancel `task` as soon as it can be seen that the client has hung up."""
         if task.done():
             return
         self._loop.remove_reader(self._socket)
@@ -277,7 +277,7 @@ class Connection:
         elif events[0][1] & ~select.POLLIN:
             task.cancel()
         else:
-            # The next call is here already; after it no end shows but by looking.
+            # The next call has already arrived; behind it, an end of file shows only by polling.
             self._loop.call_later(LOOK, self._look, task)
 
     async def _stream(self, replies: AsyncIterator[Reply | WithDescriptors]) -> None:

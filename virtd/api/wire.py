@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Replies that can always be sent. What they tell of was made by others: names of files that are no UTF-8, numbers
-that are larger than any type on the wire.
+"""Encoding of replies that never fails, although others determine their content: file names that aren't UTF-8,
+numbers larger than any type on the wire.
 
-A reply that can't be encoded would end its connection, which a client takes for a restart, and asks again.
+A reply that couldn't be encoded would end its connection, which a client takes for a restart and repeats its call.
 """
 
 from __future__ import annotations
