@@ -59,7 +59,6 @@ class Unit:
             invocation_id=self.invocation_id,
             exec_code=code,
             exec_status=abs(status or 0),
-            started_at=self.started_at,
             exited_at=self.exited_at,
             description=self.spec.description,
         )

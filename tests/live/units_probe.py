@@ -87,8 +87,6 @@ async def check_stdio_environment_and_status(systemd: Units) -> None:
     assert state.running
     assert len(bytes.fromhex(state.invocation_id)) == 16
     assert state.description == "probe child"
-    assert state.started_at is not None
-    assert abs(state.started_at - time.time()) < 60
     assert state.exited_at is None
     with open(f"/proc/{state.main_pid}/cgroup") as file:
         assert file.read().strip().endswith("/virtd.slice/virtd-qemu.slice/virtd-qemu-child.service")
@@ -106,7 +104,7 @@ async def check_stdio_environment_and_status(systemd: Units) -> None:
     assert (ended.exec_code, ended.exec_status, ended.result, ended.active) == (CLD_EXITED, 42, "exit-code", "failed")
     assert ended.invocation_id == state.invocation_id
     assert ended.exited_at is not None
-    assert ended.exited_at >= state.started_at
+    assert abs(ended.exited_at - time.time()) < 60
     await systemd.collect(state.name)
     assert await systemd.state(state.name) is None
 

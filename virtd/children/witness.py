@@ -153,7 +153,6 @@ def _gone(unit: str) -> UnitState:
         invocation_id="",
         exec_code=0,
         exec_status=0,
-        started_at=None,
         exited_at=None,
         description="",
     )

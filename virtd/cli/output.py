@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from virtd.errors import VirtdError
 
-GREEN, YELLOW, RED, BOLD, UNDERLINE, NORMAL = "1;32", "1;33", "1;31", "1", "4", "0"
+GREEN, YELLOW, RED, BOLD, UNDERLINE = "1;32", "1;33", "1;31", "1", "4"
 STATE_COLOURS = {
     "running": GREEN,
     "active": GREEN,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..children.child import Services
     from ..model.settings import Settings
     from ..objects.peers import Networks, Volumes, WithInterfaces
-    from ..objects.protocol import Driver, Publish
+    from ..objects.protocol import Driver, Factory, Publish
 
 # Name -> module, in the order of restoring and autostarting: dependencies come first.
 MODULES: dict[str, str] = {
@@ -61,8 +61,8 @@ class Drivers:
     def get(self, name: str) -> Driver:
         """The driver `name`, made if need be. The caller restores and reconciles one that is made late."""
         if name not in self._made:
-            module = importlib.import_module(MODULES[name])
-            self._made[name] = module.make(self._services, self._settings, self._publisher(name), self)
+            make: Factory = importlib.import_module(MODULES[name]).make
+            self._made[name] = make(self._services, self._settings, self._publisher(name), self)
         return self._made[name]
 
     def wanted(self) -> list[str]:

@@ -17,7 +17,6 @@ from .. import errors
 MAGIC = b"QFI\xfb"
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQ")  # up to and including snapshots_offset, 72 bytes
 _SNAPSHOT = struct.Struct(">QIHHIIQII")
-_BACKING_FORMAT = 0xE2792ACA
 _DATA_FILE = 1 << 2  # incompatible feature bit: the data is in another file
 _CORRUPT = 1 << 1
 _SNAPSHOTS_MAX = 65536
@@ -44,13 +43,11 @@ class Snapshot(msgspec.Struct, frozen=True):
 
 
 class Header(msgspec.Struct, frozen=True):
-    """`backing` and `backing_format` are empty if there is none or the header has none."""
+    """`backing` is empty if there is none."""
 
     version: int
     size: int
-    cluster: int
     backing: str = ""
-    backing_format: str = ""
     corrupt: bool = False
     data_file: bool = False
     encrypted: bool = False
@@ -92,9 +89,7 @@ def read(fd: int, name: str, *, snapshots: bool = False) -> Header:
     return Header(
         version=version,
         size=size,
-        cluster=1 << bits,
         backing=name_of_backing,
-        backing_format=_backing_format(fd, header_length, backing_at or 1 << bits),
         corrupt=bool(features & _CORRUPT),
         data_file=bool(features & _DATA_FILE),
         encrypted=encryption != 0,
@@ -120,21 +115,6 @@ def _bad(name: str, why: str) -> errors.InvalidState:
     return errors.InvalidState(
         f"{name} is no usable qcow2 image: {why}", hint="It may be damaged, or of another format."
     )
-
-
-def _backing_format(fd: int, at: int, end: int) -> str:
-    """The extension of the header that names the backing file's format; "" without one."""
-    while at + 8 <= end:
-        head = os.pread(fd, 8, at)
-        if len(head) < 8:
-            return ""
-        kind, length = struct.unpack(">II", head)
-        if kind == 0 or at + 8 + length > end:
-            return ""
-        if kind == _BACKING_FORMAT:
-            return os.pread(fd, min(length, 64), at + 8).decode(errors="replace")
-        at += 8 + (length + 7) // 8 * 8
-    return ""
 
 
 def _snapshots(fd: int, name: str, count: int, at: int, length: int) -> tuple[Snapshot, ...]:

@@ -16,12 +16,13 @@ import select
 import socket
 from typing import TYPE_CHECKING
 
+from .. import mountinfo
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
-MOUNTS = "/proc/self/mountinfo"
 _UEVENT = 15  # NETLINK_KOBJECT_UEVENT, linux/netlink.h
 _KERNEL = 1  # the group of the kernel's own events; udev's is 2
 _ROUTE = 0x1 | 0x10 | 0x100 | 0x40 | 0x400  # RTMGRP_LINK, _IPV4_IFADDR, _IPV6_IFADDR, _IPV4_ROUTE, _IPV6_ROUTE
@@ -45,7 +46,7 @@ class Arrivals:
         try:
             self._watch_mounts()
         except OSError as exc:
-            log.warning("%s can't be watched: %s", MOUNTS, exc.strerror)
+            log.warning("%s can't be watched: %s", mountinfo.PATH, exc.strerror)
 
     def close(self) -> None:
         for one in self._sockets:
@@ -84,7 +85,7 @@ class Arrivals:
         self._came()
 
     def _watch_mounts(self) -> None:
-        self._mounts = os.open(MOUNTS, os.O_RDONLY | os.O_CLOEXEC)
+        self._mounts = os.open(mountinfo.PATH, os.O_RDONLY | os.O_CLOEXEC)
         # The file is always readable, so the loop's own selector would spin.
         self._poll = select.epoll()
         self._poll.register(self._mounts, select.EPOLLPRI)

@@ -14,6 +14,7 @@ import time
 from typing import TYPE_CHECKING
 
 from .. import journal
+from ..allowance import Bucket
 from .chain import Cursor
 
 if TYPE_CHECKING:
@@ -56,8 +57,7 @@ class StderrLog:
         self._sort = sort
         self._send = send
         self._clock = clock
-        self._allowance = float(BURST)
-        self._counted_at = clock()
+        self._allowance = Bucket(RATE, BURST, clock())
         self._unsent = 0
         current = log.chain.files()[-1]
         if cursor is None:
@@ -109,10 +109,7 @@ class StderrLog:
             self._unsent += 1
 
     def _may_send(self) -> bool:
-        now = self._clock()
-        self._allowance = min(float(BURST), self._allowance + (now - self._counted_at) * RATE)
-        self._counted_at = now
-        return self._allowance >= 1
+        return self._allowance.due(self._clock()) == 0
 
     def _forward_line(self, line: bytes) -> None:
         text = line.decode(errors="backslashreplace").rstrip()
@@ -124,7 +121,7 @@ class StderrLog:
             return
         if self._unsent:
             self._say_unsent()
-        self._allowance -= 1
+        self._allowance.take()
         self._send(text, level=level, **self._fields)
 
     def _say_unsent(self) -> None:

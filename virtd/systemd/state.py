@@ -51,7 +51,6 @@ SERVICE_PROPERTIES: Final = (
     "Result",
     "ExecMainCode",
     "ExecMainStatus",
-    "ExecMainStartTimestamp",
     "ExecMainExitTimestamp",
 )
 
@@ -73,7 +72,6 @@ class UnitState(msgspec.Struct, frozen=True):
     invocation_id: str
     exec_code: int
     exec_status: int
-    started_at: float | None
     exited_at: float | None
     description: str
     job: int = 0  # of one that is queued for it
@@ -129,7 +127,6 @@ def parse_state(name: str, properties: dict[str, Any]) -> UnitState:
         invocation_id=bytes(properties["InvocationID"]).hex(),
         exec_code=properties["ExecMainCode"],
         exec_status=properties["ExecMainStatus"],
-        started_at=_seconds(properties["ExecMainStartTimestamp"]),
         exited_at=_seconds(properties["ExecMainExitTimestamp"]),
         description=properties["Description"],
         job=properties["Job"][0],

@@ -39,7 +39,7 @@ ENDS = ((CLD_EXITED, 0, "success"), (CLD_EXITED, 3, "exit-code"), (CLD_KILLED, 9
 UNITS = (None, *(
     UnitState(
         name="virtd-lxc-web1.service", load="loaded", active="active", sub="exited", result=result, main_pid=0,
-        invocation_id="", exec_code=code, exec_status=status, started_at=1.0, exited_at=2.0, description="",
+        invocation_id="", exec_code=code, exec_status=status, exited_at=2.0, description="",
     )
     for code, status, result in ENDS
 ))  # fmt: skip

@@ -101,7 +101,7 @@ async def test_reset_failed_at_once(world: World, monkeypatch: pytest.MonkeyPatc
         async def ended(name: str, *args: Any, **more: Any) -> UnitState | None:
             state = await real(name, *args, **more)
             assert state is not None
-            return UnitState(name, "loaded", "inactive", "dead", "success", 0, "", 0, 0, None, None, "")
+            return UnitState(name, "loaded", "inactive", "dead", "success", 0, "", 0, 0, None, "")
 
         monkeypatch.setattr(world.units, "ended", ended)
         world.journal[UNIT] = killed()

@@ -20,7 +20,6 @@ PROPERTIES: dict[str, Any] = {
     "Result": "exit-code",
     "ExecMainCode": 1,
     "ExecMainStatus": 42,
-    "ExecMainStartTimestamp": 1_700_000_000_250_000,
     "ExecMainExitTimestamp": 0,
 }
 
@@ -37,7 +36,6 @@ def test_parsing_a_state() -> None:
         invocation_id="000102030405060708090a0b0c0d0e0f",
         exec_code=CLD_EXITED,
         exec_status=42,
-        started_at=1_700_000_000.25,
         exited_at=None,
         description="a guest",
     )

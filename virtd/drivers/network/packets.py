@@ -30,9 +30,6 @@ class Way(NamedTuple):
     def version(self) -> int:
         return 6 if ":" in self.to else 4
 
-    def back(self) -> Way:
-        return Way(self.to_mac, self.to, self.mac, self.address)
-
 
 def udp(way: Way, number: int, source: int, to: int, body: bytes = b"") -> bytes:
     head = struct.pack("!HHHH", source, to, 8 + len(body), 0)

@@ -51,10 +51,6 @@ def revoke(path: str, uid: int) -> None:
     os.setxattr(path, ATTRIBUTE, _packed(left))
 
 
-def granted(path: str, uid: int) -> bool:
-    return any((entry.tag, entry.id) == (USER, uid) and entry.perm & READ for entry in read(path))
-
-
 def read(path: str) -> list[Entry]:
     """The file's list; for a file without one, the three entries that are equivalent to its mode.
 

@@ -284,7 +284,7 @@ def log(words: str, level: str = "INFO    ") -> str:
 def unit(code: int = CLD_EXITED, status: int = 0, result: str = "success") -> UnitState:
     return UnitState(
         name="virtd-lxc-web1.service", load="loaded", active="active", sub="exited", result=result, main_pid=0,
-        invocation_id="", exec_code=code, exec_status=status, started_at=1.0, exited_at=2.0, description="",
+        invocation_id="", exec_code=code, exec_status=status, exited_at=2.0, description="",
     )  # fmt: skip
 
 

@@ -38,7 +38,6 @@ def unit(code: int, status: int, result: str = "success") -> UnitState:
         invocation_id="ab" * 16,
         exec_code=code,
         exec_status=status,
-        started_at=1.0,
         exited_at=EXITED_AT,
         description="",
     )
