@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The D-Bus front end: org.virtd1, with an object for each domain, network and so on, under an ObjectManager.
 
-    /org/virtd1 org.virtd1.Manager /org/virtd1/domain/<name> org.virtd1.Domain; the name is escaped as by
-    sd_bus_path_encode(3) ... the other kinds of kinds.py
+    /org/virtd1                 org.virtd1.Manager
+    /org/virtd1/domain/<name>   org.virtd1.Domain; the name is escaped as by sd_bus_path_encode(3)
+    ...                         the other kinds of kinds.py
 
 Everybody may read, only root may change. An error's name is org.virtd1.Error.<class of virtd.errors>.
 """

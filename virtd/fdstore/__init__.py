@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Named slots over systemd's FD store: descriptors that live longer than the daemon. README.md tells how to use it.
+"""Named slots in systemd's FD store: descriptors that outlive the daemon. README.md explains how to use it.
 
-It needs systemd-python and nothing else of virtd, so that any Python daemon can have it.
+It needs systemd-python and no other part of virtd, so that any Python daemon can use it.
 """
 
 from virtd.fdstore.budget import Budget, Limit

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Many slots in one entry of PID 1's store: a socket whose queue holds one message, their names and descriptors.
+"""Many slots in one entry of PID 1's store: a socket whose queue holds one message with their names and descriptors.
 
-PID 1 compares each descriptor that it is given with all that it has, and at a daemon-reload all of them anew: with
-5,000 it stands still for many seconds. So beyond the first hundred or so, slots share entries.
+PID 1 compares each descriptor that it is given with all those that it has, and at a daemon-reload compares all of
+them anew: with 5,000 it is blocked for many seconds. So beyond the first hundred or so, slots share entries.
 
-A box never changes. To put something in or take something out, another one with the new contents is stored under the
-next generation's name, and then the old one is removed: fdstore/box/3.17 gives way to fdstore/box/3.18. PID 1 reads
-both messages in this order, so whatever cuts us off, it has a whole box, and of two generations the later one counts.
+A box never changes. To add or remove a slot, a box with the new contents is stored under the next generation's name,
+and then the old one is removed: fdstore/box/3.18 replaces fdstore/box/3.17. PID 1 reads both messages in this order,
+so at whatever point we are killed, it has a complete box, and of two generations the later one counts.
 
-The message is "virtd.fdstore 1" and the names, a line each; its descriptors are theirs, in the same order. Its sender
-is closed at once: what is in a datagram socket's queue stays there as long as the socket is open anywhere.
+The message is "virtd.fdstore 1" followed by the names, one a line, with their descriptors in the same order. Its
+sender is closed at once: a datagram socket's queue is kept as long as the socket is open anywhere.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 # The kernel takes 253 descriptors with a message (SCM_MAX_FD). Packing this many takes 50 µs, unpacking 120 µs.
 CAPACITY = 125
 HEADER = "virtd.fdstore 1"
-# What one more box takes of $LISTEN_FDNAMES at the most: its name with two long numbers, and the colon.
+# The most that one more box adds to $LISTEN_FDNAMES: its name with two long numbers, and the colon.
 NAME_BYTES = len(BOX) + 24
 _SCM_MAX_FD = 253
 _LONGEST = 1 << 17
 
 
 class Box(NamedTuple):
-    """One box as it is now. `since`: its slots, and the generation with which each came in."""
+    """The present state of a box. `since`: its slots, with the generation in which each was added."""
 
     id: int
     generation: int
@@ -57,7 +57,7 @@ def name_of(number: int, generation: int) -> str:
 
 
 def parse(name: str) -> tuple[int, int] | None:
-    """The box and the generation that an entry's name says, or None if it isn't a box."""
+    """The number and generation of the box with this entry name, or None if it isn't a box."""
     match = re.fullmatch(r"([1-9][0-9]{0,17})\.([1-9][0-9]{0,17})", name.removeprefix(BOX), re.ASCII)
     return (int(match[1]), int(match[2])) if match and name.startswith(BOX) else None
 
@@ -79,9 +79,9 @@ def pack(slots: Mapping[str, int]) -> int:
 
 
 def unpack(fd: int) -> dict[str, int] | None:
-    """The slots in a box, which stay there too; the descriptors are the caller's to close.
+    """The slots in a box, which keeps them; the caller closes the returned descriptors.
 
-    None, and nothing opened, if it isn't a box that we know to read, or not all of it could be opened.
+    None, with nothing left open, if it isn't a box in a known format, or if not all of it could be opened.
     """
     fds = array("i")
     try:
@@ -106,7 +106,7 @@ def unpack(fd: int) -> dict[str, int] | None:
 
 
 def _duplicate(fd: int) -> socket.socket:
-    """Raises OSError, for what isn't a socket."""
+    """Raises OSError if it isn't a socket."""
     duplicate = os.dup(fd)
     try:
         return socket.socket(fileno=duplicate)
@@ -120,8 +120,8 @@ class Boxes:
 
     def __init__(self, tell: Callable[..., None]) -> None:
         self._tell = tell
-        self._all: dict[int, Box] = {}  # replaced, not changed, when it changes
-        # Generations that have successors: they are removed before anything else is done.
+        self._all: dict[int, Box] = {}  # changes replace the dict, and never modify it
+        # Generations that have successors: they are removed before anything else.
         self._stale: list[str] = []
 
     def __bool__(self) -> bool:
@@ -131,15 +131,15 @@ class Boxes:
         return list(self._all.values())
 
     def of(self, name: str) -> list[Box]:
-        """Those that the slot is in: none or one, as a rule."""
+        """The boxes that contain the slot: usually none or one."""
         return [box for box in self.all() if name in box.since]
 
     def sizes(self) -> dict[str, int]:
-        """How many slots are in each."""
+        """The number of slots in each."""
         return {box.name: len(box.since) for box in self.all()}
 
     def name(self, number: int) -> str:
-        """The name of a box, or the one that it will have."""
+        """The entry name of a box, even if it doesn't exist yet."""
         return self._all[number].name if number in self._all else name_of(number, 1)
 
     def place(self, count: int) -> int | None:
@@ -148,12 +148,13 @@ class Boxes:
         return min(((room, number) for room, number in rooms if room >= count), default=(0, None))[1]
 
     def next_number(self, taken: Iterable[str]) -> int:
-        """The number of a new box; `taken`: entries that others have."""
+        """The number of a new box; `taken`: other entries' names."""
         others = [key[0] for name in taken if (key := parse(name)) is not None]
         return max([0, *self._all, *others]) + 1
 
     def open(self, number: int, fds: dict[int, int]) -> dict[str, int] | None:
-        """Take a box that came back, in generations: the descriptors in the latest. None: it can't be read."""
+        """Take over a box that systemd returned, in `generations`: the descriptors in the latest. None: it can't be
+        read."""
         latest = max(fds)
         content = unpack(fds[latest])
         if content is None:
@@ -167,7 +168,7 @@ class Boxes:
         return content
 
     def tidy(self) -> None:
-        """Remove what has a successor. Raises NotifyFailed."""
+        """Remove generations that have a successor. Raises NotifyFailed."""
         while self._stale:
             self._tell(f"FDSTOREREMOVE=1\nFDNAME={self._stale[-1]}")
             self._stale.pop()
@@ -181,10 +182,10 @@ class Boxes:
         add: Mapping[str, int] | None = None,
         crowded: bool = False,
     ) -> None:
-        """Have the box's next generation in PID 1, and the one before no more. Raises NotifyFailed, nothing changed.
+        """Replace the box in PID 1 by its next generation. Raises NotifyFailed, with nothing changed.
 
-        `known`: descriptors of what is in there by now; one that isn't known is taken from the box. `crowded`: PID 1
-        has no room for two generations at a time.
+        `known`: descriptors of slots that are in it already; others are read from the box. `crowded`: PID 1 has no
+        room for two generations at a time.
         """
         add = add or {}
         old = self._all.get(number)
@@ -216,7 +217,7 @@ class Boxes:
             os.close(old.fd)
             if not crowded:
                 self._stale.append(old.name)
-                with contextlib.suppress(NotifyFailed):  # before the next change, then
+                with contextlib.suppress(NotifyFailed):  # then before the next change
                     self.tidy()
 
     def send_again(self) -> None:
@@ -224,14 +225,14 @@ class Boxes:
             self._tell(f"FDSTORE=1\nFDPOLL=0\nFDNAME={box.name}", box.fd)
 
     def sort(self, dump: Iterable[tuple[str, int, int]]) -> tuple[list[tuple[str, int, int]], list[str]]:
-        """What PID 1 holds: the entries that aren't boxes of ours, and the slots in those that are."""
+        """Split what PID 1 holds: the entries that aren't our boxes, and the slots in our boxes."""
         ours = self._all
         others: list[tuple[str, int, int]] = []
         seen: dict[int, int] = {}
         for entry in dump:
             number, generation = parse(entry[0]) or (0, 0)
             box = ours.get(number)
-            # The dump may be older than what we know by now: what has come in since is not in it.
+            # The dump may be older than our own state: slots that were added since are not in it.
             if box and (
                 generation < box.generation or (generation, *entry[1:3]) == (box.generation, box.dev, box.ino)
             ):

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How many slots a unit can have, which is not only what FileDescriptorStoreMax= says.
+"""How many slots a unit can have, which doesn't depend on FileDescriptorStoreMax= alone.
 
-Three limits apply, and the nearest one counts:
+Three limits apply, and the one that is reached first counts:
 
-- FileDescriptorStoreMax=: past it PID 1 closes what it was sent, and says so only in its own log. It counts
-  entries, of which a box (boxes.py) is one, whatever is in it. As soon as there are boxes one entry is left free, for
-  the next generation of one of them.
+- FileDescriptorStoreMax=: beyond it PID 1 closes what it is sent, and says so only in its own log. It counts entries;
+  a box (boxes.py) is one entry, whatever it contains. As soon as there are boxes, one entry is left free for the next
+  generation of one of them.
 - LimitNOFILE= (the soft limit): systemd applies it to the new process *before* it lays out the descriptors, so with
   too many of them the daemon fails to start (202/FDS), for good.
-- The kernel's limit of 128 KiB on one string of the environment, which $LISTEN_FDNAMES is: past it the daemon fails
-  to start as well (203/EXEC).
+- The kernel's limit of 128 KiB for one string of the environment, here $LISTEN_FDNAMES: beyond it the daemon fails to
+  start as well (203/EXEC).
 
-The first loses one descriptor; the other two lose all of them, at some later start, which is why a slot that would
-cross one of them must be refused while the daemon still runs.
+Exceeding the first loses one descriptor; exceeding either of the others loses all of them at some later start. So a
+slot that would exceed a limit must be refused while the daemon still runs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FIRST_FD = 3
 
 
 class Limit(StrEnum):
-    """What bounds the number of slots."""
+    """A limit on the number of slots."""
 
     STORE = "FileDescriptorStoreMax"
     FILES = "LimitNOFILE"
@@ -47,11 +47,11 @@ HINTS = {
 
 
 class Budget(NamedTuple):
-    """Where the store stands: `used` slots of `max`.
+    """Usage of the store: `used` slots of `max`.
 
-    `limited_by` is the limit that will be met first, if the names to come are as long as those there are. The limits
-    one by one: `store_max` and `files_max` in slots (None: there is none), `names_bytes` of `names_bytes_max`.
-    `entries`: how many descriptors PID 1 has for it, one for each slot or box.
+    `limited_by` is the limit that will be reached first, if future names are as long as the present ones. The limits
+    one by one: `store_max` and `files_max` in slots (None: no limit), `names_bytes` of `names_bytes_max`. `entries`:
+    how many descriptors PID 1 holds for it, one for each box and each slot outside a box.
     """
 
     used: int
@@ -70,14 +70,15 @@ class Budget(NamedTuple):
 
 
 def names_bytes(names: Sequence[str]) -> int:
-    """The length of LISTEN_FDNAMES= with these names, in bytes, without its NUL."""
+    """The length of LISTEN_FDNAMES= with these names, in bytes, without the NUL."""
     return _PREFIX + sum(map(len, names)) + max(0, len(names) - 1)
 
 
 class Stock(NamedTuple):
-    """What a store holds: the names of slots that are entries of their own, and of boxes, with how many are in each.
+    """What a store holds: the names of slots that are entries of their own, and of boxes with the number of their
+    slots.
 
-    `direct`: so many slots get entries of their own before boxes are begun; None: all of them.
+    `direct`: how many slots get entries of their own before boxes are used; None: all of them.
     """
 
     alone: Sequence[str]
@@ -91,20 +92,20 @@ class Stock(NamedTuple):
 
     @property
     def entries(self) -> int:
-        """That PID 1 must have room for, the free one included."""
+        """The entries that PID 1 must have room for, including the free one."""
         return len(self.alone) + len(self.boxes) + bool(self.boxes)
 
     def growth(self, entries: float) -> tuple[int, int]:
-        """With so many more entries: slots of their own, and boxes."""
+        """The stock after adding entries: slots of their own, and boxes."""
         near = int(entries) if self.direct is None else max(0, min(int(entries), self.direct - len(self.alone)))
         rest = int(entries) - near
         if not self.boxes and rest:
-            # The first box takes two: one is left free.
+            # The first box takes two entries: one is left free.
             return (near, rest - 1) if rest > 1 else (near + rest, 0)
         return near, rest
 
     def places(self, alone: int, boxes: int) -> int:
-        """How many slots there can be in all, with so many more entries of each kind."""
+        """The total number of slots possible after adding entries of each kind."""
         room = sum(CAPACITY - held for held in self.boxes.values())
         return self.used + alone + boxes * CAPACITY + room
 
@@ -112,12 +113,12 @@ class Stock(NamedTuple):
 def measure(stock: Stock, store_max: int | None, files: int | None) -> Budget:
     """The budget of a store that holds `stock`.
 
-    `store_max` is FileDescriptorStoreMax=; `files` is how many descriptors in all may be passed to the daemon. None:
-    no limit.
+    `store_max` is FileDescriptorStoreMax=; `files` is the total number of descriptors that may be passed to the
+    daemon. None: no limit.
     """
     alone, boxes = stock.alone, stock.boxes
     in_use = names_bytes([*alone, *boxes, *stock.sockets])
-    # The names that will follow are taken to be as long as the average of those there are (a plausible 24 at first).
+    # Future names are assumed to be as long as the average of the present ones (a plausible 24 at first).
     each = sum(map(len, alone)) / len(alone) + 1 if alone else 25.0
     left = max(0, NAMES_BYTES - in_use)
     near = int(left // each) if stock.direct is None else min(int(left // each), max(0, stock.direct - len(alone)))
@@ -129,17 +130,17 @@ def measure(stock: Stock, store_max: int | None, files: int | None) -> Budget:
         limits.append((files_max, Limit.FILES))
     if store_max is not None:
         over = stock.entries - store_max
-        # What is over it PID 1 has dropped by now, and of the boxes none can be replaced.
+        # PID 1 has already dropped what exceeds it, and no box can be replaced.
         slots_max = stock.places(*stock.growth(-over)) if over <= 0 else stock.used - max(0, over - bool(boxes))
         limits.append((slots_max, Limit.STORE))
-    # Of equal ones the last, which is the one that a person would look at first.
+    # Of equal limits the last, which is the one that a person would check first.
     most, limited_by = min(reversed(limits), key=lambda limit: limit[0])
     entries = len(alone) + len(boxes)
     return Budget(stock.used, most, limited_by, slots_max, files_max, in_use, entries=entries)
 
 
 def exceeded(stock: Stock, store_max: int | None, files: int | None) -> Limit | None:
-    """The limit that a store in this state is over, or None if it's within all of them."""
+    """The limit that a store in this state exceeds, or None."""
     if store_max is not None and stock.entries > store_max:
         return Limit.STORE
     if files is not None and stock.used + len(stock.sockets) + len(stock.boxes) + bool(stock.boxes) > files:

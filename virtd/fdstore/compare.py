@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What PID 1 has of the store, and how it differs from what the store thinks."""
+"""What PID 1 holds of the store, and how that differs from what the store expects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class StoredEntry(NamedTuple):
-    """One descriptor as PID 1 has it; `dev` and `ino` as fstat() gives them."""
+    """One descriptor in PID 1; `dev` and `ino` as from fstat()."""
 
     name: str
     dev: int
@@ -22,16 +22,16 @@ class StoredEntry(NamedTuple):
 
     @classmethod
     def from_dump(cls, entry: Iterable[Any]) -> Self:
-        """From one element of what DumpUnitFileDescriptorStore() answers: (name, mode, major, minor, inode, ...)."""
+        """From one element of DumpUnitFileDescriptorStore()'s answer: (name, mode, major, minor, inode, ...)."""
         name, _mode, major, minor, inode = list(entry)[:5]
         return cls(name, os.makedev(major, minor), inode)
 
 
 class Difference(NamedTuple):
-    """What the store thinks against what PID 1 has, as sorted names; false if they agree.
+    """What the store expects against what PID 1 holds, as sorted names; false if they agree.
 
-    `missing` slots aren't in PID 1, `unknown` ones only there, `mismatched` ones are other descriptors there, or more
-    than one.
+    `missing` slots aren't in PID 1, `unknown` ones are only there, `mismatched` ones are different descriptors there,
+    or several.
     """
 
     missing: tuple[str, ...] = ()

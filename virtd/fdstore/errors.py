@@ -4,9 +4,9 @@
     StoreError
      ├── BadName        a name that systemd would not keep as it is (also a ValueError)
      ├── MissingSlot    there is no such slot (also a KeyError)
-     ├── AlreadyStored  the descriptor is stored under another name, and PID 1 keeps one name for each
-     ├── StoreFull      one more, and it wouldn't be kept, or the daemon couldn't be started again
-     └── NotifyFailed   PID 1 doesn't take messages
+     ├── AlreadyStored  the descriptor is stored under another name, and PID 1 keeps only one name for it
+     ├── StoreFull      one more wouldn't be kept, or would keep the daemon from being started again
+     └── NotifyFailed   PID 1 doesn't accept messages
 
 This tree is the package's own, because the package is meant to be used without the rest of virtd.
 """
@@ -28,11 +28,11 @@ class StoreError(Exception):
 
 
 class BadName(StoreError, ValueError):
-    """The name isn't one that a slot can have."""
+    """The name isn't valid for a slot."""
 
 
 class MissingSlot(StoreError, KeyError):
-    """The store has no slot of that name, or its descriptor was taken out with `take()`."""
+    """The store has no slot of that name, or its descriptor was removed with `take()`."""
 
 
 class AlreadyStored(StoreError):
@@ -40,7 +40,7 @@ class AlreadyStored(StoreError):
 
 
 class StoreFull(StoreError):
-    """The budget doesn't allow what was asked for; `limited_by` names the limit, `hint` how to raise it."""
+    """The budget doesn't allow it; `limited_by` names the limit, `hint` says how to raise it."""
 
     def __init__(self, message: str, *, limited_by: str, hint: str) -> None:
         super().__init__(message, hint=hint)

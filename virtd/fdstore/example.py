@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A TCP echo that numbers what it echoes, and whose connections don't notice its restarts. See example.service."""
+"""A TCP echo server that numbers what it echoes, and whose clients don't notice its restarts. See example.service."""
 
 import os
 import selectors
@@ -8,7 +8,7 @@ import sys
 
 from virtd.fdstore import Store
 
-# As the unit says it; from systemd 254 on it says so itself.
+# The unit's value; from systemd 254 on systemd passes it in the environment.
 store = Store.from_environment(fallback_max=1000)
 if "echo/listener" not in store:
     with socket.create_server(("127.0.0.1", int(sys.argv[1]))) as server:
@@ -25,7 +25,7 @@ store.notify(f"READY=1\nSTATUS=Kept {len(clients)} connections")
 
 
 def echo(fd: int) -> bool:
-    """Answer what has come; False if the client is gone."""
+    """Answer what has arrived; False if the client is gone."""
     try:
         if line := os.read(fd, 4096):
             number = int(os.pread(count, 20, 0) or 0) + 1
@@ -33,7 +33,7 @@ def echo(fd: int) -> bool:
             os.write(fd, b"%d %s" % (number, line))
         return bool(line)
     except ConnectionError:
-        # A broken connection must not end the daemon: the next start would find it in its slot and end as well.
+        # A broken connection must not end the daemon: the next one would find it in its slot and end as well.
         return False
 
 

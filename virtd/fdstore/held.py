@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The descriptors that this process has of its slots, by name and by what they are."""
+"""This process's descriptors of its slots, by name and by identity."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # fcntl.F_DUPFD_QUERY of Linux 6.10, which Python knows from 3.14 on.
 _F_DUPFD_QUERY = 1027
 
-# The tuples of this package are not frozen dataclasses because those take 0.7 ms each to make, at every start.
+# This package uses tuples instead of frozen dataclasses because each of those takes 0.7 ms to create, at every start.
 
 
 class Slot(NamedTuple):
@@ -36,16 +36,17 @@ class Slot(NamedTuple):
 class Held:
     """Slots by name. Locking is the store's; readers need none.
 
-    `alone`: how many entries of its own a slot has in PID 1, one if it isn't in a box, more if others made doubles.
+    `alone`: how many entries of its own a slot has in PID 1: one if it isn't in a box, more if others made
+    duplicates.
     """
 
     def __init__(self) -> None:
         self.slots: dict[str, Slot] = {}
-        # This one is replaced, not changed, when it changes, so that readers need no lock. The others are read as a
-        # whole, which is one step under the GIL.
+        # Changes replace this dict and never modify it, so that readers need no lock. The others are read as a whole,
+        # which is one step under the GIL.
         self.doubles: dict[str, tuple[Slot, ...]] = {}
         self.alone: dict[str, int] = {}
-        # Which slots may be the same open file, by dev:ino; asking the kernel about each pair would be quadratic.
+        # Slots that may be the same open file, by dev:ino; asking the kernel about each pair would be quadratic.
         self._by_inode: dict[tuple[int, int], set[str]] = {}
 
     def get(self, name: str) -> int:
@@ -58,16 +59,17 @@ class Held:
         return slot.fd
 
     def known(self) -> dict[str, int]:
-        """The descriptors that are surely the slots': none that was taken out, or whose name came back twice."""
+        """The descriptors that certainly belong to their slots: none that was removed, or whose name was returned
+        twice."""
         return {name: slot.fd for name, slot in self.slots.items() if slot.fd >= 0 and name not in self.doubles}
 
     def candidates(self, name: str) -> list[Slot]:
-        """Every descriptor that we have under that name: one as a rule."""
+        """Every descriptor of that name: usually one."""
         first = self.slots.get(name)
         return [*([first] if first is not None else []), *self.doubles.get(name, ())]
 
     def found(self, slot: Slot) -> None:
-        """One more that came back."""
+        """Add one that systemd returned."""
         if slot.name in self.slots:
             self.doubles[slot.name] = (*self.doubles.get(slot.name, ()), slot)
         else:
@@ -78,7 +80,7 @@ class Held:
         self._by_inode.setdefault(slot[2:], set()).add(slot.name)
 
     def forget(self, name: str) -> None:
-        """Close what we have under that name and drop the entry."""
+        """Close the descriptors of that name and drop the entry."""
         for slot in self.candidates(name):
             if slot.fd >= 0:
                 os.close(slot.fd)
@@ -91,7 +93,8 @@ class Held:
         self.alone.pop(name, None)
 
     def duplicate(self, descriptors: Mapping[str, int], new: dict[str, Slot]) -> set[str]:
-        """Fill `new` with duplicates; the names whose slots hold the same open file already. Raises AlreadyStored."""
+        """Fill `new` with duplicates; returns the names whose slots already hold the same open file. Raises
+        AlreadyStored."""
         again = set()
         for name, fd in descriptors.items():
             slot = new[name] = Slot.of(name, fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3))
@@ -109,7 +112,7 @@ class Held:
         return again
 
     def _twin(self, slot: Slot) -> str | None:
-        """The name of the slot that is the same open file description; None if there is none, or no way to tell.
+        """The name of the slot with the same open file description; None if there is none, or no way to tell.
 
         Its own name first, if it is one of several.
         """
@@ -118,7 +121,7 @@ class Held:
 
 
 def _same_open_file(one: int, other: int) -> bool:
-    """Whether two descriptors are one open file description. A kernel before 6.10 can't say; then no."""
+    """Whether two descriptors refer to one open file description. False on kernels before 6.10, which can't tell."""
     if one < 0:
         return False
     try:

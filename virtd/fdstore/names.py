@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Names of slots: which ones survive the way through PID 1."""
+"""Which names of slots PID 1 preserves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # descriptor with any other name isn't refused by PID 1 but stored under the name "stored", and so lost to its owner.
 # A backslash PID 1 keeps, but libsystemd takes it for an escape when it reads $LISTEN_FDNAMES.
 LONGEST = 255
-# Of boxes (boxes.py), which are the store's own.
+# Reserved for boxes (boxes.py).
 BOX = "fdstore/box/"
 _FIRST, _LAST = " ", "~"
 
@@ -22,7 +22,7 @@ _FIRST, _LAST = " ", "~"
 def check(name: str) -> str:
     """`name` itself if it can name a slot, else BadName.
 
-    Two or more parts joined by "/", none of them empty: the slash is what tells a slot from the sockets of a socket
+    Two or more parts joined by "/", none of them empty: the slash distinguishes slots from the sockets of a socket
     unit, whose names are unit names unless FileDescriptorName= says otherwise.
     """
     if len(name) > LONGEST:

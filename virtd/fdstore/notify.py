@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Messages to the service manager.
 
-This is not systemd-python's notify(), for two reasons, both tried with version 235. It sends on a blocking socket and
-keeps the GIL meanwhile: when PID 1 is busy (a daemon-reload takes seconds with thousands of stored descriptors) and
-its queue is full, *every* thread of the daemon stands still; with a notify() held up for 1.5 s, the main thread got
-to run once. And it reads NOTIFY_SOCKET from the environment at each call, so the variable would have to stay where
-every child inherits it.
+systemd-python's notify() isn't used, for two reasons, both observed with version 235. It sends on a blocking socket
+and holds the GIL meanwhile: when PID 1 is busy (a daemon-reload takes seconds with thousands of stored descriptors)
+and its queue is full, *every* thread of the daemon is blocked; while a notify() was held up for 1.5 s, the main
+thread ran once. And it reads NOTIFY_SOCKET from the environment at each call, so the variable would have to stay
+where every child inherits it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Transport = Callable[[str, Sequence[int]], None]
 
 
 def _address(path: str) -> str:
-    """The socket address that a NOTIFY_SOCKET value stands for."""
+    """The socket address for a value of NOTIFY_SOCKET."""
     if path.startswith("@"):
         return "\0" + path[1:]
     if path.startswith("/"):
@@ -43,16 +43,16 @@ def _address(path: str) -> str:
 
 
 def connect(path: str, patience: float = PATIENCE, *, reserve: bool = False) -> Sender:
-    """What sends one message and its descriptors to the NOTIFY_SOCKET of that value; see Sender."""
+    """A function that sends one message and its descriptors to this NOTIFY_SOCKET; see Sender."""
     return Sender(_address(path), patience, reserve=reserve)
 
 
 class Sender:
     """Called with a message and descriptors, it returns when they are in the manager's queue, where they outlive this
     process: SIGKILL in the next instruction doesn't unsend them. Raises NotifyFailed if there was no room for
-    `patience` seconds, or nobody is there. Any thread may call it.
+    `patience` seconds, or nobody listens. Any thread may call it.
 
-    With `reserve` there is a socket that is used when no other can be had, because too many files are open.
+    With `reserve` a spare socket is kept for when no other can be created because too many files are open.
     """
 
     def __init__(self, address: str, patience: float, *, reserve: bool = False) -> None:
@@ -62,7 +62,7 @@ class Sender:
         self._sparing = threading.Lock()
 
     def close(self) -> None:
-        """Let go of the spare socket."""
+        """Close the spare socket."""
         if self._spare is not None:
             self._spare.close()
             self._spare = None
@@ -74,8 +74,9 @@ class Sender:
         control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
         deadline = time.monotonic() + self._patience
         try:
-            # A socket for each message costs 10 µs and spares us the lock, and the question what to do when the
-            # manager has made itself a new one. Connected, because poll() sees the peer's full queue only then.
+            # A socket for each message costs 10 µs, and needs neither a lock nor special treatment when the manager
+            # has created a new socket. It is connected, because only then does poll() notice that the peer's queue is
+            # full.
             with self._one() as sock:
                 sock.connect(self._address)
                 while True:
@@ -122,7 +123,7 @@ def _wait_for_room(sock: socket.socket, deadline: float) -> None:
 
 
 def barrier(send: Transport, timeout: float) -> bool:
-    """Whether the manager has dealt with all that was sent before, waiting for it up to `timeout` seconds.
+    """Whether the manager has processed everything sent before, waiting for up to `timeout` seconds.
 
     It says that the messages were read, *not* that the descriptors were kept; `Store.verify` is for that.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where slots go, and whether there is room: entries of their own in PID 1's store first, then boxes."""
+"""Placement of slots, and whether there is room: first entries of their own in PID 1's store, then boxes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 class Room:
-    """`store_max`: FileDescriptorStoreMax=. `files_max`: how many descriptors may be passed to us. None: no limit."""
+    """`store_max`: FileDescriptorStoreMax=. `files_max`: how many descriptors may be passed to this process. None: no
+    limit."""
 
     def __init__(
         self,
@@ -40,11 +41,11 @@ class Room:
         return measure(self._stock(), self.store_max, self.files_max)
 
     def crowded(self) -> bool:
-        """Whether no entry is left free, because FileDescriptorStoreMax= was lowered since."""
+        """Whether no entry is left free, because FileDescriptorStoreMax= has been lowered."""
         return self.store_max is not None and self._stock().entries > self.store_max
 
     def place(self, names: Iterable[str]) -> dict[str, int]:
-        """Where those of `names` that aren't there would go: the number of a box, or 0 for an entry of their own.
+        """Where each new one of `names` would go: the number of a box, or 0 for an entry of its own.
 
         Raises BadName or StoreFull.
         """
@@ -76,7 +77,7 @@ class Room:
         )
 
     def _distributed(self, new: list[str], stock: Stock) -> dict[str, int]:
-        """All of them by themselves or all in boxes, in one if there is one with room for them."""
+        """Either all as entries of their own or all in boxes, in one box if one has room for them."""
         alone = dict.fromkeys(new, 0)
         if self._direct is None or len(stock.alone) + len(new) <= self._direct:
             return alone

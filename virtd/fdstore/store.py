@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The store: named slots that hold descriptors over the end of the process."""
+"""The store: named slots that keep descriptors beyond the end of the process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Descriptors that the daemon opens for itself, beside the stored ones: sockets, clients, epoll, files in passing.
 HEADROOM = 128
-# So many slots are entries of their own in PID 1's store, where everybody sees them; more are put into boxes.
+# The number of slots that are entries of their own in PID 1's store, visible to everybody; others are put into boxes.
 DIRECT = 128
 _OURS = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID", "FDSTORE", "NOTIFY_SOCKET")
 
@@ -32,9 +32,9 @@ _OURS = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID", "FDSTOR
 class Store:
     """Named slots, kept by the service manager while no process of ours is there.
 
-    Changing methods may be called from any thread and are let through one at a time; reading ones never wait. A
-    changing method returns when its message is in PID 1's queue, where it outlives this process. That takes
-    microseconds, but up to `notify.PATIENCE` seconds while PID 1 is busy with itself (daemon-reload).
+    Changing methods may be called from any thread and are serialized; reading ones never wait. A changing method
+    returns when its message is in PID 1's queue, where it outlives this process. That takes microseconds, but up to
+    `notify.PATIENCE` seconds while PID 1 is busy with a daemon-reload.
     """
 
     def __init__(
@@ -51,9 +51,10 @@ class Store:
         self._held = Held()
         self._boxes = Boxes(self._tell)
         self._sockets: dict[str, list[int]] = {}
-        # What was dropped, and is still in PID 1.
+        # Dropped slots that are still in PID 1.
         self._unwanted: set[str] = set()
-        # As it is now: the daemon may raise its own soft limit later, and the next start begins with this one again.
+        # The present limit: the daemon may raise its own soft limit later, but the next start begins with this one
+        # again.
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._room = Room(
             self._held,
@@ -74,7 +75,7 @@ class Store:
                 self._held.alone[name] = self._held.alone.get(name, 0) + 1
         for number, fds in generations.items():
             if (content := self._boxes.open(number, fds)) is None:
-                # It stays as it is, in slots like any others.
+                # It is left as it is, in ordinary slots.
                 content = {boxes.name_of(number, generation): fd for generation, fd in fds.items()}
                 self._held.alone |= dict.fromkeys(content, 1)
             for name, fd in content.items():
@@ -94,13 +95,13 @@ class Store:
     ) -> Self:
         """Take over what the service manager passed to this process; call it once, early, before anything is spawned.
 
-        The variables that say so are removed from `environ`, NOTIFY_SOCKET with them, so that no child can take them
-        for its own. `fallback_max` is the unit's FileDescriptorStoreMax=, for systemd before 254, which doesn't tell
-        it: where neither it nor $FDSTORE says that there is a store, `put()` refuses rather than lose what it is
-        given. `headroom` is how many descriptors the daemon opens beside its slots. `direct` is how many slots are
-        entries of their own in PID 1 before more are put into boxes (boxes.py); None: all of them. `inherited` (names
-        by number) and `notify` stand in for systemd in tests. With `reserve` one descriptor is kept for messages, so
-        that a daemon that has run out of them is not killed by its watchdog.
+        The variables for this are removed from `environ`, including NOTIFY_SOCKET, so that no child takes them for
+        its own. `fallback_max` is the unit's FileDescriptorStoreMax=, for systemd before 254, which doesn't pass it:
+        if neither it nor $FDSTORE says that there is a store, `put()` refuses rather than lose descriptors.
+        `headroom` is how many descriptors the daemon opens besides its slots. `direct` is how many slots are entries
+        of their own in PID 1 before boxes (boxes.py) are used; None: all of them. `inherited` (names by number) and
+        `notify` stand in for systemd in tests. With `reserve` one descriptor is kept for messages, so that a daemon
+        that has run out of them is not killed by its watchdog.
         """
         if inherited is None:
             inherited = _listen_fds() if "LISTEN_FDS" in environ else {}
@@ -115,7 +116,7 @@ class Store:
 
     @property
     def persistent(self) -> bool:
-        """Whether there is a service manager to keep the slots; without one the store works, but in memory only."""
+        """Whether a service manager keeps the slots; without one the store works, but only in memory."""
         return self._send is not None
 
     # Reading.
@@ -123,7 +124,7 @@ class Store:
     def get(self, name: str) -> int:
         """The slot's descriptor. It stays the store's: don't close it, and don't keep it past a `put()` or `drop()`.
 
-        MissingSlot if there is no such slot, or its descriptor was taken out.
+        MissingSlot if there is no such slot, or its descriptor was removed by `take()`.
         """
         return self._held.get(name)
 
@@ -137,22 +138,23 @@ class Store:
         return dict(self._held.slots)
 
     def sockets(self) -> dict[str, list[int]]:
-        """What came from socket units, by FileDescriptorName= (the socket unit's name if that isn't set).
+        """Sockets from socket units, by FileDescriptorName= (the socket unit's name if that isn't set).
 
-        They differ from slots by having no slash in the name; what another program stored without one is here too.
+        Unlike slots they have no slash in the name; descriptors that another program stored without one are here too.
         """
         return {name: list(fds) for name, fds in self._sockets.items()}
 
     def duplicates(self) -> dict[str, list[Slot]]:
-        """All candidates of every name that came back more than once; `get()` answers the first, an arbitrary one.
+        """All candidates for every name that was returned more than once; `get()` answers the first, an arbitrary
+        one.
 
-        It takes another program (or `systemd-notify --fd`) to make one: `put()` never leaves two. `resolve()` chooses
+        Only another program (or `systemd-notify --fd`) can cause this: `put()` never leaves two. `resolve()` chooses
         by the daemon's own records.
         """
         return {name: found for name in self._held.doubles if len(found := self._held.candidates(name)) > 1}
 
     def kept_as(self, name: str) -> str:
-        """The entry of PID 1's store that holds the slot: of its own name, or a box's. Raises MissingSlot."""
+        """The name of the entry in PID 1's store that holds the slot: its own, or a box's. Raises MissingSlot."""
         if name not in self._held.slots:
             raise MissingSlot(f"there is no slot {name}")
         found = self._boxes.of(name)
@@ -163,14 +165,15 @@ class Store:
         return self._room.budget()
 
     def room_for(self, names: Iterable[str]) -> None:
-        """Return if all `names` could be put together; else raise StoreFull, which says what to change in the unit.
+        """Return if all `names` could be put together; otherwise raise StoreFull, which says what to change in the
+        unit.
 
         Also BadName, for a name that can't be put at all.
         """
         self._room.place(names)
 
     def held(self, dump: Iterable[tuple[str, int, int]]) -> dict[str, list[tuple[int, int]]]:
-        """What PID 1 holds, by slot: (dev, ino) of each descriptor, of `dump` as `verify` is given it.
+        """What PID 1 holds, by slot: (dev, ino) of each descriptor, from a `dump` as for `verify`.
 
         Our boxes are expanded into slots; foreign ones are listed as they are.
         """
@@ -179,8 +182,8 @@ class Store:
     def verify(self, dump: Iterable[tuple[str, int, int]]) -> Difference:
         """Compare with what PID 1 holds, given as StoredEntry or plain (name, dev, ino).
 
-        By name and by what the descriptors are: only this tells that PID 1 kept what it was sent. Ask for the dump
-        after `barrier()`, or messages of the last moment aren't in it.
+        By name and by the descriptors' identity: only this shows that PID 1 has kept what it was sent. Request the
+        dump after `barrier()`, otherwise the latest messages aren't in it.
         """
         return compare(self.held(dump), self.slots())
 
@@ -189,19 +192,20 @@ class Store:
     def put(self, name: str, fd: int) -> Slot:
         """Store a duplicate of `fd` under `name`; the caller keeps its own, and may close it.
 
-        A slot of that name is replaced, and its old descriptor closed. If it isn't in a box, some microseconds lie
-        between its removal and the new one's arrival in which a SIGKILL leaves neither, since PID 1 can only drop
-        *all* of a name: replace what can be opened again (a log file), and put what can't be (a pipe, a connection)
-        under a name of its own before the old one is dropped. Putting what the slot holds already sends it again, and
-        removes nothing.
+        A slot of that name is replaced, and its old descriptor closed. If it isn't in a box, a SIGKILL in the
+        microseconds between its removal and the arrival of the new one leaves neither, since PID 1 can only drop
+        *all* descriptors of a name: replace only what can be opened again (a log file), and put anything else (a
+        pipe, a connection) under another name before the old one is dropped. Putting what the slot holds already
+        sends it again, and removes nothing.
 
-        Raises BadName, StoreFull, AlreadyStored or NotifyFailed. With the last, a slot that was to be replaced may be
-        gone from PID 1, while `get()` still answers the old descriptor.
+        Raises BadName, StoreFull, AlreadyStored or NotifyFailed. With the last, PID 1 may no longer hold a slot that
+        was to be replaced, while `get()` still answers the old descriptor.
         """
         return self.put_all({name: fd})[name]
 
     def put_all(self, descriptors: Mapping[str, int]) -> dict[str, Slot]:
-        """`put` for several that belong together: with few messages, and those that share a box all or none.
+        """`put` for several slots that belong together, with few messages; of those that share a box, all or none are
+        stored.
 
         NotifyFailed may leave some of the others in the store.
         """
@@ -215,7 +219,8 @@ class Store:
                 for name in [name for name in new if name in self._held.alone or placed.get(name) == 0]:
                     if name in self._held.slots and (name not in again or name in self._held.doubles):
                         self._tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
-                    # FDPOLL=0: else PID 1 drops a pipe when its writer dies, and with it what nobody has read yet.
+                    # FDPOLL=0: otherwise PID 1 drops a pipe when its writer dies, and with it whatever nobody has
+                    # read yet.
                     self._tell(f"FDSTORE=1\nFDPOLL=0\nFDNAME={name}", new[name].fd)
                     for box in self._boxes.of(name):
                         self._repack(box.id, without={name})
@@ -231,7 +236,7 @@ class Store:
             return new
 
     def _put_boxed(self, new: dict[str, Slot], placed: dict[str, int]) -> None:
-        """Those of `new` that aren't entries of their own, a message or two for each box."""
+        """Store those of `new` that aren't entries of their own, with a message or two for each box."""
         changes: dict[int, dict[str, Slot]] = {}
         for name, slot in new.items():
             if name in self._held.alone:
@@ -247,25 +252,27 @@ class Store:
                 self._held.keep(slot)
 
     def _repack(self, number: int, *, without: Collection[str] = (), add: Mapping[str, int] | None = None) -> None:
-        # What was taken out isn't ours any more, and which of two doubles is in there only the box itself can say.
+        # A descriptor that was taken isn't ours any more, and only the box itself can tell which of two duplicates it
+        # holds.
         self._boxes.change(number, self._held.known(), without=without, add=add, crowded=self._room.crowded())
 
     def take(self, name: str) -> int:
-        """The slot's descriptor, which becomes the caller's to close. PID 1 keeps its own until `drop(name)`."""
+        """The slot's descriptor, which the caller now owns and closes. PID 1 keeps its own until `drop(name)`."""
         with self._changing:
             fd = self.get(name)
             self._held.slots[name] = self._held.slots[name]._replace(fd=-1)
             return fd
 
     def drop(self, name: str) -> None:
-        """Forget the slot, here and in PID 1, and close its descriptor. One that isn't there is dropped already.
+        """Forget the slot, here and in PID 1, and close its descriptor. No error if there is no such slot.
 
-        NotifyFailed: it is still there, and goes with the next change or `tidy`, unless it is put anew before.
+        After NotifyFailed, PID 1 still has it, and drops it with the next change or `tidy`, unless it is put anew
+        before.
         """
         self._drop([name])
 
     def expel(self, name: str) -> None:
-        """Drop the slot also if only PID 1 knows of it (see `verify`)."""
+        """Drop the slot even if only PID 1 knows of it (see `verify`)."""
         with self._changing:
             if name not in self._held.alone:
                 self._tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
@@ -277,15 +284,16 @@ class Store:
             self.tidy()
 
     def renew(self, name: str) -> None:
-        """Send the slot's descriptor to PID 1 again, as the only one of its name; here it stays the same.
+        """Send the slot's descriptor to PID 1 again, as the only one of its name; here nothing changes.
 
-        For a store that lost it, or has something else there. Raises MissingSlot or NotifyFailed.
+        For when PID 1 has lost it, or has something else under that name. Raises MissingSlot or NotifyFailed.
         """
         with self._changing:
             fd = self.get(name)
             self.tidy()
             if name in self._held.alone:
-                # First as one more of that name: if we are killed before the rest is done, the next start can choose.
+                # First as an additional one of that name: if we are killed before the rest is done, the next start
+                # can choose.
                 self._tell(f"FDSTORE=1\nFDPOLL=0\nFDNAME={name}", fd)
                 self._tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
                 self._tell(f"FDSTORE=1\nFDPOLL=0\nFDNAME={name}", fd)
@@ -294,18 +302,19 @@ class Store:
                     self._repack(box.id)
 
     def drop_prefix(self, prefix: str) -> list[str]:
-        """Drop `prefix` itself and all below it, part by part: qemu/web1 spares qemu/web10. Returns their names."""
+        """Drop `prefix` itself and everything below it, part by part: qemu/web1 spares qemu/web10. Returns their
+        names."""
         with self._changing:
             dropped = sorted(slot_names.below(self._held.slots, prefix))
             self._drop(dropped)
             return dropped
 
     def untidy(self) -> bool:
-        """Whether PID 1 still has what was dropped, because it took no message at that time."""
+        """Whether PID 1 still has dropped slots, because it accepted no message at that time."""
         return bool(self._unwanted)
 
     def tidy(self) -> None:
-        """Remove from PID 1 what a crash between two messages, or a drop that failed, has left there.
+        """Remove from PID 1 whatever a crash between two messages, or a failed drop, has left there.
 
         Every change does it. Raises NotifyFailed.
         """
@@ -324,9 +333,9 @@ class Store:
             self._unwanted.clear()
 
     def resolve(self, name: str, dev: int, ino: int) -> Slot:
-        """Of a name that came back more than once, keep the candidate that is `dev:ino` and drop the others.
+        """For a name that was returned more than once, keep the candidate with `dev:ino` and drop the others.
 
-        MissingSlot, and nothing changed, if none of them is. For a name with one descriptor it only looks.
+        Raises MissingSlot, with nothing changed, if none matches. For a name with one descriptor it only checks.
         """
         with self._changing:
             for slot in self._held.candidates(name):
@@ -335,7 +344,7 @@ class Store:
             raise MissingSlot(f"no descriptor in slot {name} is the one sought ({dev}:{ino})")
 
     def resize(self, store_max: int, files: int | None = None, headroom: int = HEADROOM) -> None:
-        """FileDescriptorStoreMax= is `store_max` now, and LimitNOFILE= `files` (None: there is none).
+        """FileDescriptorStoreMax= is now `store_max`, and LimitNOFILE= `files` (None: no limit).
 
         A daemon-reload may change them under a running daemon.
         """
@@ -344,9 +353,10 @@ class Store:
             self._room.files_max = files_limit(-1 if files is None else files, headroom)
 
     def send_again(self) -> None:
-        """Send PID 1 every slot once more. It keeps those that it has; what it dropped is there again, if it fits.
+        """Send every slot to PID 1 once more. It keeps those that it has, and stores those that it has dropped, if
+        they fit.
 
-        For after a daemon-reload, which drops what is over FileDescriptorStoreMax=. Slots that were taken out are
+        For use after a daemon-reload, which drops what exceeds FileDescriptorStoreMax=. Slots removed by `take()` are
         left to their owner. Raises NotifyFailed.
         """
         with self._changing:
@@ -358,20 +368,21 @@ class Store:
     def notify(self, text: str) -> None:
         """Send fields of sd_notify(3), one a line: READY=1, STATUS=..., STOPPING=1, WATCHDOG=1, ...
 
-        Without a service manager it does nothing. NotifyFailed if the text is over 4,096 bytes, too.
+        Does nothing without a service manager. Raises NotifyFailed also if the text is longer than 4,096 bytes.
         """
         self._tell(text)
 
     def reloading(self) -> None:
-        """Say that a reload has begun, as Type=notify-reload wants it; `notify("READY=1")` says that it's over."""
+        """Announce a reload, as Type=notify-reload requires; `notify("READY=1")` announces its end."""
         self.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def barrier(self, timeout: float = 5.0) -> bool:
-        """Whether PID 1 has read all that was sent so far, waiting up to `timeout` seconds; not that it kept it."""
+        """Whether PID 1 has read everything sent so far, waiting up to `timeout` seconds; not whether it has kept
+        it."""
         return self._send is None or messages.barrier(self._send, timeout)
 
     def close(self) -> None:
-        """Close this process's descriptors, the sockets' too. PID 1 keeps what is stored. May be called again."""
+        """Close this process's descriptors, including the sockets. PID 1 keeps what is stored. Idempotent."""
         with self._changing:
             for name in list(self._held.slots):
                 self._held.forget(name)
@@ -393,7 +404,7 @@ def _listen_fds() -> dict[int, str]:
 
     libsystemd checks LISTEN_PID, and LISTEN_PIDFDID from version 259 on.
     """
-    # Here, because it takes 2 ms to import and a daemon's first start, or a test, has no use for it.
+    # Imported here because it takes 2 ms, and a daemon's first start, or a test, doesn't need it.
     from systemd.daemon import listen_fds_with_names
 
     passed: dict[int, str] = listen_fds_with_names(unset_environment=False)
