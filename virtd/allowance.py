@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How often something may happen: so many times at once, and so many a second from then on."""
+"""Rate limits: how often something may happen at once, and how often a second from then on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 
 class Bucket:
-    """Tokens: `rate` new ones a second, `burst` at the most. What is taken and isn't there is owed."""
+    """A token bucket: `rate` new tokens a second, at most `burst`. Tokens that are taken from an empty bucket are
+    owed."""
 
     __slots__ = ("_at", "_burst", "_rate", "level")
 
@@ -22,7 +23,7 @@ class Bucket:
         self.level = burst
 
     def due(self, now: float) -> float:
-        """Seconds until a whole token is there; 0 when there is one."""
+        """Seconds until a whole token is available; 0 if there is one."""
         self.level = min(self._burst, self.level + (now - self._at) * self._rate)
         self._at = now
         return 0.0 if self.level >= 1 else (1 - self.level) / self._rate
@@ -36,7 +37,7 @@ class Bucket:
 
 
 class Allowance:
-    """`burst` times at once; what was used comes back at `rate` a second."""
+    """Allows `burst` uses at once, replenished at `rate` a second."""
 
     __slots__ = ("_bucket", "_clock")
 
@@ -45,7 +46,7 @@ class Allowance:
         self._clock = clock
 
     def take(self) -> bool:
-        """Use one, if there is one left."""
+        """Use one, if one is left."""
         if self._bucket.due(self._clock()) > 0:
             return False
         self._bucket.take()

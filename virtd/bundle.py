@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The code of all modules that a start imports, in one file: a tenth of a restart is finding and reading one by one.
+"""The code of all modules that a start imports, in one file: finding each by itself takes a tenth of a restart.
 
-    bundle.make()      writes it, beside virtd's other byte code; the package's %post runs this file
-    bundle.use()       takes code from it from now on
+    bundle.make()      writes it, next to virtd's other byte code; the package's %post runs this file
+    bundle.use()       makes imports take code from it
 
-A module's code is taken from there while its source is the very file that it was: device, inode, change time, size.
-An upgrade, a rollback, an edit or a copy of the whole system makes it another one. So does another Python make all
-of them, and so does what is installed in a directory that comes before theirs in sys.path. Then, and when the bundle
-isn't there or can't be read, modules are imported as always.
+A module's code is used while its source is still the same file: device, inode, change time and size. An upgrade, a
+rollback, an edit or a copy of the whole system invalidates it. Another version of Python invalidates the whole
+bundle, as does a change in a directory that precedes the modules' own in sys.path. Then, or if the bundle is missing
+or can't be read, modules are imported as usual.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import os
 import sys
 from importlib.machinery import ModuleSpec, SourceFileLoader
 
-TYPE_CHECKING = False  # typing is 2 ms, and asyncio's
+TYPE_CHECKING = False  # importing typing takes 2 ms, which is left to asyncio
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import CodeType, ModuleType
 
     Identity = tuple[int, int, int, int]
-    Entry = tuple[str, Identity, bool, bytes]  # path, which file that is, whether it is a package, code
+    Entry = tuple[str, Identity, bool, bytes]  # path, the file's identity, whether it is a package, code
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PATH = f"{HERE}/__pycache__/start.{sys.implementation.cache_tag}.bundle"
-# What a start imports besides: the drivers that there is something for, and what the first guest needs.
+# Other modules that a start imports: the drivers that have objects, and what the first guest needs.
 BESIDES = ("encodings.ascii", "virtd.drivers.qemu.driver", "virtd.guests.driver", "virtd.objects.recovery")
 
 
 class _Loader(SourceFileLoader):
-    """As for any module with a source, but its code is there already."""
+    """Like the loader of any module with a source, but with its code at hand."""
 
     def __init__(self, name: str, path: str, code: bytes) -> None:
         super().__init__(name, path)
@@ -68,7 +68,7 @@ def use(path: str = PATH) -> None:
     except (OSError, ValueError, EOFError, TypeError):
         return
     if version == sys.version and before == _before(sys.path[: len(before)]):
-        # Behind the built-in and frozen modules, and before those that are looked for.
+        # After the finders for built-in and frozen modules, and before the one that searches sys.path.
         sys.meta_path.insert(2, _Finder(entries))
 
 
@@ -97,14 +97,14 @@ def make(path: str = PATH) -> None:
 
 
 def _directories(entries: dict[str, Entry]) -> list[str]:
-    """Those in which a module could be put that would be found instead of one of these."""
+    """The directories in which a module would be found before one of these."""
     used = {os.path.dirname(os.path.dirname(entry[0]) if entry[2] else entry[0]) for entry in entries.values()}
     last = max((number for number, directory in enumerate(sys.path) if directory in used), default=0)
     return sys.path[:last]
 
 
 def _before(directories: Iterable[str]) -> dict[str, int]:
-    """When something was added to, or taken from, each of these; 0 where it isn't there."""
+    """When an entry was last added to or removed from each of these; 0 if it doesn't exist."""
     found = {}
     for directory in directories:
         try:

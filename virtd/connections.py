@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("virtd")
 
-CLIENT_NAME = "org.virtd1.Client"  # by which the bus's policy knows what nobody may send anything to
+CLIENT_NAME = "org.virtd1.Client"  # the bus's policy forbids sending anything to this name
 BUS_RETRY = 1.0
 NAME_RETRY = 10.0
-GRACE = 0.05  # seconds after READY=1 in which those who waited for it are answered before D-Bus is brought up
-UNITS_LIMIT = 20.0  # seconds that an operation waits for D-Bus to come (back)
-HANG_LIMIT = 80.0  # and so much longer where the bus is there and hangs, see bus.PATIENCE
-HUNG = 5.0  # seconds for a connection, after which the bus counts as hanging
+GRACE = 0.05  # seconds after READY=1 for answering clients that waited for it, before connecting to D-Bus
+UNITS_LIMIT = 20.0  # seconds that an operation waits for D-Bus to be connected (again)
+HANG_LIMIT = 80.0  # and so much longer if the bus is connected but hangs, see bus.PATIENCE
+HUNG = 5.0  # seconds to connect, after which the bus counts as hanging
 HANGING = (
     "D-Bus hangs: it takes connections and doesn't answer",
     "Operations wait for it, usually less than a minute. What helps for good: virtd(8), under systemd-machined.",
@@ -39,12 +39,13 @@ HANGING = (
 
 
 def give_way() -> NoReturn:
-    """Leave it to the next daemon: a restart costs nobody anything, and this one would be of no use."""
+    """Exit and leave the work to the next daemon: a restart costs nobody anything, and this one would be of no
+    use."""
     os._exit(1)
 
 
 class Connections:
-    """`task` runs in the background what the function that it gets makes: a coroutine."""
+    """`task(function)` runs the coroutine that the function returns in the background."""
 
     def __init__(self, task: Callable[[Callable[[], Any]], asyncio.Task[None]]) -> None:
         self._task = task
@@ -56,7 +57,7 @@ class Connections:
         self._served: Bus | None = None
 
     async def units(self) -> Units:
-        """systemd, as soon as it can be asked. Raises HostError when D-Bus doesn't come."""
+        """systemd, as soon as it can be reached. Raises HostError if D-Bus doesn't come up."""
         if not self._units_there.is_set():
             self._units_wanted.set()
             there = await within(self._units_there, UNITS_LIMIT)
@@ -69,19 +70,19 @@ class Connections:
         return self._units
 
     async def leave(self) -> None:
-        """Answer the calls that have come, and take no more."""
+        """Answer the calls that have arrived, and accept no more."""
         if self._front_end is not None:
             await self._front_end.close()
 
     async def keep(self, host: Host, limits: Limits, connected: Callable[[Units, bool], Awaitable[None]]) -> None:
-        """Bring up D-Bus and what needs it, again whenever the bus was lost.
+        """Bring up D-Bus and everything that needs it, again whenever the bus is lost.
 
-        `connected` is awaited before org.virtd1 is served, with whether it is for the first time.
+        `connected` is awaited before org.virtd1 is served; its argument says whether it is for the first time.
         """
         from .systemd.bus import Bus
         from .systemd.units import Units
 
-        # Importing gi holds the interpreter's lock for tens of milliseconds: not before the first listing is out.
+        # Importing gi holds the GIL for tens of milliseconds: so not before the first listing has been sent.
         if host.settled():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(GRACE):
@@ -93,7 +94,7 @@ class Connections:
                 with self._watched(host):
                     bus = await Bus.open()
             except errors.HostError as exc:
-                # Once it hangs, that some call has timed out explains nothing.
+                # If the bus hangs, the timeout of one call explains nothing.
                 if self._hangs_since is None:
                     host.problems["bus"] = (exc.message, str(exc.hint))
                 await asyncio.sleep(BUS_RETRY)
@@ -108,7 +109,7 @@ class Connections:
             try:
                 await connected(self._units, first)
                 if first and lost.is_set():
-                    # What couldn't be asked then would never be asked again by this process.
+                    # This process would never retry what failed then.
                     log.warning("The bus was lost while guests were taken back: the next daemon does it again")
                     give_way()
                 first = False
@@ -131,7 +132,8 @@ class Connections:
 
     @contextlib.contextmanager
     def _watched(self, host: Host) -> Iterator[None]:
-        """Around an attempt to connect: the bus hangs once that takes too long, and until it comes to something."""
+        """Around an attempt to connect: the bus counts as hanging once that takes too long, until the attempt
+        ends."""
         loop = asyncio.get_running_loop()
         begun = loop.time()
 
@@ -155,8 +157,8 @@ class Connections:
     async def _serve_bus(self, host: Host, limits: Limits, lost: asyncio.Event) -> bool:
         """Publish org.virtd1; False if the bus refuses, most likely by a policy that isn't in force yet.
 
-        It has a connection of its own: what others send to that name must not stand in the way of what systemd
-        answers. `lost` is set when that connection breaks.
+        It has a connection of its own, so that messages to that name don't delay systemd's answers. `lost` is set
+        when that connection breaks.
         """
         from .systemd.bus import Bus
 
@@ -170,7 +172,7 @@ class Connections:
             await self._front_end.start()
             host.problems.pop("org.virtd1", None)
             return True
-        except Exception as exc:  # its clients do without then; guests and virtdctl don't
+        except Exception as exc:  # only D-Bus clients are affected, not guests and virtdctl
             log.exception("org.virtd1 is not served")
             host.problems["org.virtd1"] = (
                 f"org.virtd1 is not served on D-Bus: {exc}",
@@ -188,7 +190,7 @@ class Connections:
             self._served = None
 
     def _machined(self, host: Host, units: Units) -> asyncio.Task[None]:
-        """Have `machinectl list` show what runs, if systemd-machined is there. Nothing depends on it."""
+        """Register what runs with systemd-machined, if available, for `machinectl list`. Nothing depends on it."""
         from .host.machined import Registrar
 
         async def machined() -> None:

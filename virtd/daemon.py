@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Wiring, signals and the order of a start.
 
-    1. slots and records are taken over, pumps run     (no bus, no D-Bus libraries: no guest should wait for them)
+    1. slots and records are taken over, pumps run     (no bus, no D-Bus libraries: no guest has to wait for them)
     2. the Varlink socket is served, READY=1
     3. in the background: D-Bus, each record compared with its unit, org.virtd1, the monitors
     4. autostart, once per boot
 
-The end is short: everything that matters is in a record, a slot or a file at any time, so SIGTERM just leaves.
+The end is short: everything that matters is in a record, a slot or a file at any time, so SIGTERM just exits.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("virtd")
 
 CODE_ID = "/usr/share/virtd/code-id"
-STORE_MAX = 4096  # FileDescriptorStoreMax= in virtd.service; systemd < 254 doesn't tell
+STORE_MAX = 4096  # FileDescriptorStoreMax= in virtd.service, which systemd < 254 doesn't pass on
 UNIT = "virtd.service"
 LISTENERS = ("varlink", "varlink-root")  # FileDescriptorName= in virtd.socket and virtd-root.socket
-LAST_LOOK = 0.2  # seconds that the end waits for what guests have just said to be in their logs
+LAST_LOOK = 0.2  # seconds that the end waits for guests' latest output to be written to their logs
 TIDY_EVERY = 2.0
-LOOK_EVERY = 10.0  # seconds between two looks at what guests stand on
-WELL = 5.0  # seconds after which a crash counts as the first again, see RestartSteps= in virtd.service
+LOOK_EVERY = 10.0  # seconds between checks of what guests depend on
+WELL = 5.0  # seconds after which a crash counts as the first one again, see RestartSteps= in virtd.service
 ITSELF = Caller(uid=0, pid=os.getpid(), name="virtd")
 
 
@@ -103,7 +103,7 @@ class Daemon:
         announce(self._paths)
         self._notify(f"READY=1\nSTATUS={self._status()}")
         self.host.events.begin()  # before anything can change
-        # Collecting was off during the imports; none of what they made will ever be garbage.
+        # The garbage collector was off during the imports; nothing that they created will ever be garbage.
         gc.freeze()
         gc.enable()
         self.host.subscribe(lambda _event, _item: self._status_later())
@@ -113,16 +113,16 @@ class Daemon:
         self._task(self._look)
         await self._stopping.wait()
         self._notify("STOPPING=1")
-        # Our successor would find it in the pipes, but when the host goes down nobody comes after us.
+        # Our successor would find it in the pipes, but when the host goes down there is no successor.
         if last := [asyncio.wrap_future(one) for one in self.pump.drain_all()]:
             await asyncio.wait(last, timeout=LAST_LOOK)
-        # For callers only: what has been sent to us is answered, and what comes now waits for our successor.
+        # Only for callers: what has been sent to us is answered, and later calls wait for our successor.
         await self._connections.leave()
 
     # Start-up
 
     def _listeners(self) -> list[socket.socket]:
-        """systemd's sockets, or, when run by hand, one of our own."""
+        """systemd's sockets, or one of our own when run by hand."""
         sockets = self._store.sockets()
         if inherited := [fd for name in LISTENERS for fd in sockets.get(name, [])]:
             return [socket.socket(fileno=os.dup(fd)) for fd in inherited]
@@ -138,7 +138,7 @@ class Daemon:
         stray = [name for name in self._store.names() if name.partition("/")[0] not in MODULES]
         stray += [name for name in self._store.sockets() if name not in LISTENERS]
         if stray:
-            # Perhaps a newer virtd's, before a rollback. They are as safe as our own, and none of our business.
+            # Perhaps those of a newer virtd, before a rollback. They are as safe as our own, and not ours to touch.
             self.host.degraded.append(f"the FD store holds what this version doesn't know: {', '.join(stray)}")
         if not self._store.persistent:
             self.host.degraded.append("not run by systemd: nothing is kept over a restart")
@@ -158,7 +158,7 @@ class Daemon:
                 self._task(work)
 
     async def _recover(self) -> None:
-        """Second step: compare every record with its unit. A failure stays with its object."""
+        """Second step: compare every record with its unit. A failure affects only its object."""
         await self.host.reconcile()
         with contextlib.suppress(fdstore.NotifyFailed):
             await asyncio.to_thread(self._store.tidy)
@@ -183,7 +183,7 @@ class Daemon:
         self._status_later()
 
     async def _forget_crashes(self) -> None:
-        """Have systemd count crashes from zero again, so that it doesn't delay the start after the next one."""
+        """Reset systemd's count of crashes, so that it doesn't delay the start after the next one."""
         await asyncio.sleep(WELL)
         with contextlib.suppress(errors.VirtdError):
             await (await self._connections.units()).reset_failed(UNIT)
@@ -202,7 +202,7 @@ class Daemon:
             self._notify(f"READY=1\nSTATUS={self._status()}")
 
     async def _keep_tidy(self) -> None:
-        """Drop what couldn't be dropped when it should have been."""
+        """Drop slots that couldn't be dropped in time."""
         while True:
             await asyncio.sleep(TIDY_EVERY)
             if self._store.untidy():
@@ -215,7 +215,7 @@ class Daemon:
             await self.host.look()
 
     async def _watchdog(self) -> None:
-        """Tell systemd that the event loop runs, twice as often as it asks."""
+        """Tell systemd that the event loop runs, twice as often as required."""
         limit = os.environ.pop("WATCHDOG_USEC", "")
         os.environ.pop("WATCHDOG_PID", None)
         if not limit.isdecimal():
@@ -228,7 +228,7 @@ class Daemon:
         self.host.grown(key)
 
     def _lost(self, loss: Loss) -> None:
-        """The pump couldn't write to a log, or can again."""
+        """The pump can't write to a log, or can again."""
         self.host.refused(loss)
         if loss.over:
             log.warning("%s can be written again; %d bytes were dropped", loss.path, loss.dropped)
@@ -249,7 +249,7 @@ class Daemon:
         return f"{self.host.summary()} running; {recovered} at the last start"
 
     def _status_later(self) -> None:
-        """Tell systemd the new status, once for a burst of changes."""
+        """Send the new status to systemd, once for a burst of changes."""
         if not self._status_due:
             self._status_due = True
             self._loop.call_later(0.2, self._tell_status)
@@ -295,13 +295,13 @@ def announce(paths: Paths) -> None:
         files.write(path, msgspec.json.encode(content), mode=0o644)
     except errors.HostError as exc:
         log.warning("%s", exc)
-        # What an earlier daemon left there describes nobody now.
+        # What an earlier daemon left there is out of date.
         with contextlib.suppress(errors.HostError):
             files.remove(path)
 
 
 def _published(path: str) -> dict[str, Any]:
-    """What the previous daemon published of itself."""
+    """What the previous daemon published about itself."""
     try:
         with open(path, "rb") as file:
             content = msgspec.json.decode(file.read(1 << 16))

@@ -6,18 +6,17 @@
      ├── NotFound            no object of that name
      ├── Exists              the name, uuid or file is taken
      ├── InvalidState        the operation makes no sense in the object's present state
-     ├── Busy                somebody else holds the object, or a resource of it
+     ├── Busy                somebody else holds the object, or a resource that it needs
      ├── AccessDenied        the caller may read, but not do this
-     ├── BudgetExceeded      one slot more and the daemon could not be started again
-     ├── StartFailed         the child did not come up; carries its own words
-     ├── TimedOut            a limit passed; says of what
+     ├── BudgetExceeded      with one more slot the daemon could not be started again
+     ├── StartFailed         the child did not come up; contains its own messages
+     ├── TimedOut            a time limit passed; says for what
      ├── MonitorError        QEMU refused a command, or its monitor doesn't answer
      ├── HostError           systemd, the kernel or a file system refused something
      └── Disconnected        (clients) the daemon went away and didn't come back in time
 
-An error crosses a front end as its class name plus `fields()`; `from_wire` makes the same error of it on the other
-side.
-Anything else that is raised is a bug and may be loud: a Bug, where the code itself notices.
+An error crosses a front end as its class name plus `fields()`; `from_wire` recreates it on the other side. Any other
+exception is a bug and may be loud: a Bug if the code itself detects it.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ if TYPE_CHECKING:  # typing itself costs virtdctl 3 ms
 
 
 class Bug(Exception):
-    """What can't be, unless virtd itself is wrong. It names the object, and no front end has words for it."""
+    """Something impossible unless virtd itself is wrong. It names the object; no front end translates it."""
 
 
 class VirtdError(Exception):
@@ -57,7 +56,7 @@ class VirtdError(Exception):
 
 
 class InvalidDefinition(VirtdError):
-    """A file says something that can't be: `file`, `key` (dotted, as in `disk[0].path`) and what was `expected`."""
+    """A file has an invalid value: `file`, `key` (dotted, as in `disk[0].path`) and what was `expected`."""
 
     details = ("file", "key", "expected")
 
@@ -97,7 +96,7 @@ class StartFailed(VirtdError):
 
 
 class TimedOut(VirtdError):
-    """A limit passed before the thing happened."""
+    """A time limit passed before the expected event."""
 
 
 class MonitorError(VirtdError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The one place that replaces a file, so that a reader and a crash see the old content or the new, never a part."""
+"""The one place that replaces files: readers and crashes see either the old or the new content, never a part."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ log = logging.getLogger(__name__)
 
 
 def write(path: str, data: bytes, *, mode: int = 0o600, group: int = -1, sync_directory: bool = True) -> None:
-    """Replace `path` by `data`: temporary file, fsync, rename, fsync of the directory.
+    """Replace the content of `path` by `data`: temporary file, fsync, rename, fsync of the directory.
 
-    `group` -1: our own. Raises HostError (a full or read-only file system, mostly); the old file is then as it was.
+    `group` -1: our own. Raises HostError (mostly for a full or read-only file system); then the old file is
+    unchanged.
     """
     directory, name = os.path.split(path)
-    # A fixed name: what a crash leaves is overwritten by the next try instead of piling up. Writers of one path
-    # take turns, since each object has one lock.
+    # A fixed name, so that the next attempt overwrites what a crash leaves, instead of leftovers piling up. Writers
+    # of one path take turns, since each object has one lock.
     temporary = f"{directory}/.{name}.new"
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
@@ -44,7 +45,7 @@ def write(path: str, data: bytes, *, mode: int = 0o600, group: int = -1, sync_di
 
 
 def make_directory(path: str, mode: int) -> None:
-    """Make `path` if it isn't there, and what is above it; of that mode, whatever the umask. Raises OSError."""
+    """Make `path` if it doesn't exist, with its parents, in that mode whatever the umask. Raises OSError."""
     try:
         os.mkdir(path, mode)
     except FileExistsError:
@@ -81,22 +82,22 @@ def remove(path: str) -> bool:
 
 
 def remove_tree(directory: str) -> None:
-    """Remove a directory and all that is in it, or what is in its place; what can't be removed stays."""
+    """Remove a directory with its contents, or whatever is in its place; what can't be removed stays."""
     import shutil  # 4 ms, and no start of the daemon needs it
 
     with contextlib.suppress(OSError):
         if not stat.S_ISDIR(os.lstat(directory).st_mode):
-            os.unlink(directory)  # rmtree() would open it, and wait for whoever writes into a FIFO
+            os.unlink(directory)  # rmtree() would open it, and wait for a writer if it is a FIFO
             return
     try:
         shutil.rmtree(directory, ignore_errors=True)
-    except RecursionError:  # deeper than any tree is that hasn't been made for this
+    except RecursionError:  # deeper than any tree that wasn't made on purpose
         _flatten(directory)
         shutil.rmtree(directory, ignore_errors=True)
 
 
 def _flatten(directory: str) -> None:
-    """Move all directories that are in it, however deep, to its top. What can't be moved stays."""
+    """Move all directories inside it, however deep, to its top. What can't be moved stays."""
     try:
         top = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
@@ -125,9 +126,9 @@ def _directories(fd: int) -> list[str]:
 
 
 def sync(directory: str) -> None:
-    """Make a rename in `directory` outlive a power cut, as far as the file system lets us.
+    """Make a rename in `directory` survive a power cut, as far as the file system allows it.
 
-    What was renamed or removed is that already, for everybody who looks: to call it a failure would be wrong.
+    Errors are ignored: the rename or removal is already visible to everybody, so it hasn't failed.
     """
     try:
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -140,7 +141,7 @@ def sync(directory: str) -> None:
 
 
 def hint(exc: OSError) -> str:
-    """What a person can do about `exc`, where that is known."""
+    """What a person can do about `exc`, if that is known."""
     import errno
 
     match exc.errno:

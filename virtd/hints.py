@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What an error or a problem says that a person can do: text, and operations, which it doesn't know the words for.
+"""The advice in an error or a problem: text, and operations that each front end words for its users.
 
     "Start it first: " + do("start", "network", "lan") + "."
 
-As text it is worded as virtdctl's users ask for it (virtd.wording); a front end with other users words the `parts`.
+As text it has the words of virtdctl's users (virtd.wording); a front end with other users words the `parts`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Do(NamedTuple):
-    """An operation. `noun` is the object's, "" for virtd itself; an option is True, or has a value."""
+    """An operation. `noun` is the kind of object, "" for virtd itself; an option is True, or has a value."""
 
     verb: str
     noun: str = ""
@@ -29,7 +29,7 @@ class Do(NamedTuple):
 
 
 class Option(NamedTuple):
-    """An option of the operation that failed, or of the one before."""
+    """An option of the operation that failed, or of the preceding one."""
 
     name: str
 
@@ -38,7 +38,7 @@ class Option(NamedTuple):
 
 
 class Advice:
-    """Text and operations, in turns. It equals what it reads as, which is what is on record of it."""
+    """Text and operations. It equals its own text, which is what records contain."""
 
     __slots__ = ("parts",)
 
@@ -68,7 +68,7 @@ Hint = str | Advice
 
 
 def do(verb: str, noun: str = "", *operands: str, **options: str | bool) -> Advice:
-    """An operation, by the names that virtdctl has for it: do("stop", "network", "lan", force=True)."""
+    """An operation, by virtdctl's names: do("stop", "network", "lan", force=True)."""
     return Advice(Do(verb, noun, operands, tuple((name, value) for name, value in options.items() if value)))
 
 
@@ -78,7 +78,7 @@ def option(name: str) -> Advice:
 
 
 def joined(separator: str, found: Iterable[Hint]) -> Hint:
-    """`separator` between each of them and the next."""
+    """The parts with `separator` between them."""
     whole: Hint = ""
     for number, one in enumerate(found):
         whole = whole + separator + one if number else one

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The directories that virtd works in. systemd-tmpfiles(8) makes them, and so does virtd where that hasn't
-run or somebody has removed them, with the modes that units/virtd.tmpfiles has.
+"""The directories that virtd works in. systemd-tmpfiles(8) makes them; if that hasn't run or somebody has removed
+them, virtd does, with the modes in units/virtd.tmpfiles.
 
-No StateDirectory= or its like, for `systemctl clean` deletes what those name: images, definitions and logs are their
-owners', and what is in /run describes running guests.
+There is no StateDirectory= or the like, because `systemctl clean` deletes what those name: images, definitions and
+logs belong to their owners, and /run describes running guests.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from .paths import Paths
 
-OURS = {  # in /run, where all is made by virtd
+OURS = {  # in /run, where virtd makes everything
     "": 0o755,
-    # Children reach what is theirs by name, and who else there is, is none of their business.
+    # Children reach their own files by name, and must not see whose else there are.
     "qemu": 0o711,
     "network": 0o711,
     "lxc": 0o700,
@@ -37,16 +37,16 @@ LOG = {"": 0o711, "qemu": 0o700, "network": 0o700, "lxc": 0o700, "storage": 0o70
 
 
 def directories(paths: Paths) -> Iterator[tuple[str, int]]:
-    """Each with its mode, those above first."""
+    """All directories with their modes, parents first."""
     for base, table in ((paths.run, OURS), (paths.etc, ETC), (paths.lib, LIB), (paths.log, LOG)):
         for name, mode in table.items():
             yield f"{base}/{name}".rstrip("/"), mode
 
 
 def ensure(paths: Paths) -> None:
-    """Have them all there. What can't be made is reported by whoever needs it.
+    """Make all that are missing. If one can't be made, whoever needs it reports that.
 
-    Those in /run get their mode back; the others' may be their owner's choice.
+    Those in /run get their mode restored; the mode of the others may be their owner's choice.
     """
     for path, mode in directories(paths):
         with contextlib.suppress(OSError):

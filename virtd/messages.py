@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The MESSAGE_ID of every journal entry that has an explanation in units/virtd.catalog (`journalctl -x` shows it).
 
-An id is for ever: people's scripts and alerts filter on it. The text around it may change.
+An id never changes: people's scripts and alerts filter on it. The text around it may change.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is mounted, proc_pid_mountinfo(5). Reading it doesn't touch the file systems."""
+"""The mounts, from proc_pid_mountinfo(5). Reading it doesn't touch the file systems."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PATH = "/proc/self/mountinfo"
 
 
 class Mount(NamedTuple):
-    """One mount. `device` is "major:minor"; `root` is the directory of the file system that is at `point`.
+    """One mount. `device` is "major:minor"; `root` is the directory in the file system that is mounted at `point`.
 
     `source` is what mount(8) calls it, and `options` are those of the file system, not of this mount.
     """
@@ -24,7 +24,7 @@ class Mount(NamedTuple):
 
 
 def mounts() -> list[Mount]:
-    """All of them, in the order in which they were mounted: a later one at the same point hides an earlier one."""
+    """All mounts, in the order in which they were mounted: a later one at the same point hides an earlier one."""
     found = []
     with open(PATH, encoding="utf-8", errors="surrogateescape") as file:
         for line in file:
@@ -36,5 +36,5 @@ def mounts() -> list[Mount]:
 
 
 def _plain(field: str) -> str:
-    """The kernel writes spaces, tabs, line ends and backslashes in octal."""
+    """Decode the spaces, tabs, line ends and backslashes that the kernel writes in octal."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where things are. One object, so that a test can have a whole host under a directory of its own."""
+"""All paths. They are in one object so that a test can have a whole host in a directory of its own."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class Paths:
         return f"{self.run}/{driver}/{name}.json"
 
     def runtime(self, driver: str, name: str) -> str:
-        """The object's own directory: sockets and such, gone when it ends."""
+        """The object's own directory for sockets and the like, removed when it ends."""
         return f"{self.run}/{driver}/{name}"
 
     def fifos(self, driver: str = "", name: str = "") -> str:
-        """A child's pipes, see fifos.py; without a child, where all of them are."""
+        """The directory of a child's pipes, see fifos.py; without a child, the one of all."""
         return f"{self.run}/fifos" + (f"/{driver}.{name}" if driver else "")
 
     def aliases(self, driver: str = "", name: str = "") -> str:
-        """Harmless names of what a unit is shown, see aliases.py; without a unit, where all of them are."""
+        """The directory of a unit's harmless names for odd paths, see aliases.py; without a unit, the one of all."""
         return f"{self.run}/paths" + (f"/{driver}.{name}" if driver else "")
 
     def console_log(self, driver: str, name: str) -> str:
@@ -50,17 +50,17 @@ class Paths:
 
     @property
     def userdb(self) -> str:
-        """Where records of transient users are put, nss-systemd(8)."""
+        """The directory for records of transient users, nss-systemd(8)."""
         return f"{self.root}/run/userdb"
 
     @property
     def qemu_ids(self) -> str:
-        """Which domain has which user ID."""
+        """The file that says which domain has which user ID."""
         return f"{self.lib}/qemu-ids.json"
 
     @property
     def transient(self) -> str:
-        """Where systemd has the files of the transient units that it has loaded, systemd.unit(5)."""
+        """The directory of systemd's files of loaded transient units, systemd.unit(5)."""
         return f"{self.root}/run/systemd/transient"
 
     @property
@@ -69,18 +69,18 @@ class Paths:
 
     @property
     def autostarted(self) -> tuple[str, str]:
-        """Marks of the boot in which everything was autostarted. One in /run alone would be lost where somebody
-        clears that, and then what was stopped on purpose would be started; in /run older versions look for it.
+        """Files that mark the boot in which everything was autostarted. If only the one in /run existed and somebody
+        cleared /run, objects stopped on purpose would be started again; older versions look for it in /run.
         """
         return f"{self.lib}/autostarted", f"{self.run}/autostarted"
 
     @property
     def waiting(self) -> str:
-        """What couldn't be autostarted in this boot yet; where the mark is that nobody clears by chance."""
+        """What couldn't be autostarted in this boot yet, beside the mark that nobody clears by accident."""
         return f"{self.lib}/waiting.json"
 
     def hardware(self, domain: str) -> str:
-        """What a domain's guest sees of its machine."""
+        """The hardware that a domain's guest sees."""
         return f"{self.lib}/qemu/{domain}.json"
 
     @property
@@ -89,12 +89,12 @@ class Paths:
         return f"{self.run}/events.log"
 
     def mountpoint(self, pool: str) -> str:
-        """Which file system a directory pool was on when it was last active."""
+        """The file system that a directory pool was on when it was last active."""
         return f"{self.lib}/storage/{pool}.json"
 
     @property
     def launched(self) -> str:
-        """The mark of a run that hasn't come to its regular end (yet); /usr/libexec/virtd makes it."""
+        """The mark of a run that hasn't ended regularly (yet); /usr/libexec/virtd makes it."""
         return f"{self.run}/launched"
 
     @property
@@ -103,7 +103,7 @@ class Paths:
 
 
 class Listing(NamedTuple):
-    """What is in a directory: `names` of objects, `odd` files, whose names no object can have, and, in `wrong`, why
+    """The content of a directory: `names` of objects, `odd` files, whose names no object can have, and in `wrong` why
     the directory can't be read.
     """
 
@@ -113,9 +113,9 @@ class Listing(NamedTuple):
 
 
 def listing(directory: str, suffix: str) -> Listing:
-    """The files in `directory` that end in `suffix`, without it, sorted; hidden ones (half-written) left out.
+    """The files in `directory` that end in `suffix`, without it, sorted; hidden (half-written) ones are left out.
 
-    A directory that isn't there has nothing wrong with it.
+    It is not an error if the directory doesn't exist.
     """
     try:
         entries = os.listdir(directory)

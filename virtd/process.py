@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who a process is: a PID together with its start time, since a PID alone is given out again."""
+"""The identity of a process: its PID together with its start time, since PIDs are reused."""
 
 from __future__ import annotations
 
@@ -11,24 +11,33 @@ import struct
 import time
 from typing import NamedTuple
 
-_INFO = struct.Struct("=QQ11Ii")  # the 64 bytes of linux/pidfd.h's pidfd_info that every kernel with it has
+_INFO = struct.Struct("=QQ11Ii")  # the first 64 bytes of pidfd_info in linux/pidfd.h, which every kernel with it has
 _GET_INFO = 3 << 30 | _INFO.size << 16 | 0xFF << 8 | 11  # _IOWR(PIDFS_IOCTL_MAGIC, 11, struct pidfd_info)
 _EXIT = 1 << 3  # PIDFD_INFO_EXIT
-REAPED = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)  # seconds until PID 1 may have waited for a process that has ended
+REAPED = (
+    0.001,
+    0.002,
+    0.005,
+    0.01,
+    0.02,
+    0.05,
+)  # seconds until PID 1 may have reaped an ended process
 
 
 class Seen(NamedTuple):
-    """What was seen of a process's end: when (seconds since the epoch), and how, as waitpid(2) has it, if known."""
+    """The observed end of a process: the time in seconds since the epoch, and its status as in waitpid(2), if
+    known."""
 
     at: float
     status: int | None = None
 
 
 def start_time(pid: int) -> int:
-    """Clock ticks since boot at which `pid` started (proc_pid_stat(5), field 22); 0 when it is gone or a zombie."""
+    """Clock ticks since boot at which `pid` started (proc_pid_stat(5), field 22); 0 if it has ended or is a
+    zombie."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            # The command's name may hold spaces and parentheses: fields are counted from the last ')'.
+            # The command's name may contain spaces and parentheses: fields are counted from the last ')'.
             fields = file.read().rpartition(b")")[2].split()
     except (OSError, ValueError):
         return 0
@@ -36,17 +45,17 @@ def start_time(pid: int) -> int:
 
 
 def alive(pid: int, start: int) -> bool:
-    """Whether the process that was `pid` at `start` still runs."""
+    """Whether the process that had `pid` at `start` still runs."""
     return pid > 0 and start > 0 and start_time(pid) == start
 
 
 def open_pidfd(pid: int, start: int) -> int | None:
-    """A pidfd of that very process, or None when it has ended. The caller closes it."""
+    """A pidfd of that very process, or None if it has ended. The caller closes it."""
     if pid <= 0:
         return None
     with contextlib.suppress(ProcessLookupError):
         fd = os.pidfd_open(pid)
-        # Checked after opening: from here on the PID can't come to mean another process without us noticing.
+        # Checked after opening: from here on the PID can't be reused without us noticing.
         if alive(pid, start):
             return fd
         os.close(fd)
@@ -54,9 +63,9 @@ def open_pidfd(pid: int, start: int) -> int | None:
 
 
 def exit_status(pidfd: int) -> int | None:
-    """How the process ended, as waitpid(2) has it; None until its parent has waited for it.
+    """The status of an ended process, as in waitpid(2); None until its parent has waited for it.
 
-    Raises OSError where the kernel can't tell: before Linux 6.15.
+    Raises OSError if the kernel can't tell: before Linux 6.15.
     """
     info = bytearray(_INFO.size)
     _INFO.pack_into(info, 0, _EXIT, *(0,) * 13)
@@ -66,7 +75,8 @@ def exit_status(pidfd: int) -> int | None:
 
 
 async def ended(pid: int, start: int) -> Seen | None:
-    """Wait until the process that was `pid` at `start` has ended: what was seen of that, None if it had before."""
+    """Wait for the end of the process that had `pid` at `start`. Returns what was seen; None if it had ended
+    before."""
     pidfd = open_pidfd(pid, start)
     if pidfd is None:
         return None
@@ -82,7 +92,7 @@ async def ended(pid: int, start: int) -> Seen | None:
 
 
 async def _reaped(pidfd: int) -> int | None:
-    """How a process has ended that PID 1 is about to wait for."""
+    """The status of an ended process that PID 1 is about to reap."""
     with contextlib.suppress(OSError):
         for pause in REAPED:
             if (status := exit_status(pidfd)) is not None:
@@ -93,6 +103,6 @@ async def _reaped(pidfd: int) -> int | None:
 
 
 def boot_id() -> str:
-    """The running kernel's boot, 32 hex digits (random(4)); a soft reboot doesn't change it."""
+    """The boot ID of the running kernel, 32 hex digits (random(4)); a soft reboot doesn't change it."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         return file.read().strip().replace("-", "")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A file by a path of which nobody but root could exchange a step.
+"""Opening a file by a path no component of which anybody but root could replace.
 
-What root does to a file that is named to it (give it away, show it to a guest, read it) would otherwise be done to
-whatever a user puts into its place in that moment, by a link, a rename or a new file. So the path is walked one name
-at a time, and a directory that others can write ends it. What holds then holds for systemd too, which resolves the
-same path again when it sets up a sandbox, at the start of a unit and before its ExecStop=.
+When root is told a path and changes the file's owner, shows it to a guest or reads it, a user could otherwise put
+something else in its place at that moment, by a link, a rename or a new file. So the path is walked one name at a
+time, and a directory that others can write is refused. The result also holds for systemd, which resolves the same
+path again when it sets up a sandbox, at the start of a unit and before its ExecStop=.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ EVERYBODY = -1
 
 
 class Reached(NamedTuple):
-    """What is at the end of a path. `fd` is an O_PATH descriptor, see open(2); `path` has no links in it."""
+    """The file at the end of a path. `fd` is an O_PATH descriptor, see open(2); `path` contains no links."""
 
     fd: int
     path: str
@@ -42,12 +42,12 @@ class Reached(NamedTuple):
 
     @property
     def itself(self) -> str:
-        """A name of this very file, whatever its path leads to by now; for this process and while `fd` is open."""
+        """A path to this very file, whatever its path leads to by now; valid in this process while `fd` is open."""
         return f"/proc/self/fd/{self.fd}"
 
 
 class Trust(Enum):
-    """Who may be able to exchange what is reached."""
+    """Who may be able to replace the file that is reached."""
 
     ROOT = "root"
     OWNER = "owner"  # nor anybody but the file's own owner, who could have put anything into it anyway
@@ -58,7 +58,7 @@ class Trust(Enum):
 def reached(path: str, trust: Trust = Trust.ROOT) -> Iterator[Reached]:
     """Walk an absolute path, following links.
 
-    Raises OSError as open(2) does, and HostError when somebody who isn't trusted could exchange what is there.
+    Raises OSError like open(2), and HostError if somebody who isn't trusted could replace the file.
     """
     fd, canonical = _walk(path, trust)
     try:
@@ -68,13 +68,13 @@ def reached(path: str, trust: Trust = Trust.ROOT) -> Iterator[Reached]:
 
 
 def look(path: str) -> os.stat_result:
-    """stat(2) of what `reached` leads to, with its errors."""
+    """stat(2) of the file that `reached` finds, with its errors."""
     with reached(path) as found:
         return found.status
 
 
 def trouble(path: str) -> str:
-    """Why `look` fails, for a person; "" when it doesn't."""
+    """Why `look` fails, for a person; "" if it doesn't."""
     try:
         look(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -87,7 +87,7 @@ def trouble(path: str) -> str:
 
 
 def defined(path: str, source: str, key: str) -> os.stat_result:
-    """`look` at what a definition names in `key`. Raises InvalidDefinition."""
+    """`look` at the path in `key` of a definition. Raises InvalidDefinition."""
     try:
         return look(path)
     except OSError:
@@ -97,19 +97,19 @@ def defined(path: str, source: str, key: str) -> os.stat_result:
 
 
 def opened(path: str, flags: int) -> int:
-    """open(2) of what `reached` leads to, with its errors; the caller's to close."""
+    """open(2) of the file that `reached` finds, with its errors; the caller closes it."""
     with reached(path) as found:
         return os.open(found.itself, flags | os.O_CLOEXEC)
 
 
 def require_directory(found: Reached) -> None:
-    """Raise HostError when others could exchange what is in the directory."""
+    """Raise HostError if others could replace the directory's contents."""
     if (others := _others(found.fd, found.path, "what is", found.status)) is not None:
         raise others.error
 
 
 def make_directory(path: str, mode: int) -> bool:
-    """mkdir(2), with what is missing above it; False when it is there. Raises as `reached`."""
+    """mkdir(2), with missing parents; False if the directory exists. Raises like `reached`."""
     try:
         with reached(path):
             return False
@@ -120,7 +120,7 @@ def make_directory(path: str, mode: int) -> bool:
     with reached(above) as found:
         try:
             os.mkdir(name, mode, dir_fd=found.fd)
-            os.chmod(name, mode, dir_fd=found.fd)  # a umask of ours was in the way
+            os.chmod(name, mode, dir_fd=found.fd)  # our umask has restricted it
         except FileExistsError:
             return False
     return True
@@ -176,21 +176,21 @@ def _names(path: str) -> list[str]:
 
 def _step(name: str, here: int) -> int:
     try:
-        # O_DIRECTORY has the kernel mount what is to be mounted there on demand; O_PATH by itself doesn't.
+        # With O_DIRECTORY the kernel triggers automounts; O_PATH alone doesn't.
         return os.open(name, _PATH | os.O_DIRECTORY, dir_fd=here)
     except NotADirectoryError:
         return os.open(name, _PATH, dir_fd=here)
 
 
 class Others(NamedTuple):
-    """Who could exchange a name in a directory: one user, or EVERYBODY for several; and the error that says so."""
+    """Who could replace a name in a directory: one user, or EVERYBODY for several; and the error that says so."""
 
     user: int
     error: errors.HostError
 
 
 def _others(here: int, directory: str, name: str, entry: os.stat_result) -> Others | None:
-    """Who else could put something in the place of `entry`, which is `name` in the open directory `here`."""
+    """Who else could replace `entry`, which is `name` in the open directory `here`."""
     status = os.fstat(here)
     ours = (0, os.geteuid())
     if user := _mounted_by(status, entry):
@@ -204,11 +204,11 @@ def _others(here: int, directory: str, name: str, entry: os.stat_result) -> Othe
     if status.st_mode & _OTHERS:
         who, what = "everybody", f"chmod o-w {word(directory)}"
     elif status.st_mode & _GROUP and (status.st_gid or _has_acl(here)):
-        # With an access control list these bits are what the list may grant at most, see acl(5).
+        # With an access control list these bits are the most that the list may grant, see acl(5).
         who, what = f"group {status.st_gid} or an ACL", f"chmod g-w {word(directory)}"
     else:
         return None
-    # As in /tmp: only its owner can rename or remove it. But anybody could have made another link of a file.
+    # As in /tmp: only its owner can rename or remove it. But anybody could have hard-linked a file.
     alone = bool(status.st_mode & stat.S_ISVTX) and (stat.S_ISDIR(entry.st_mode) or entry.st_nlink == 1)
     if alone and entry.st_uid in ours:
         return None
@@ -226,10 +226,10 @@ def _has_acl(fd: int) -> bool:
 
 
 def _mounted_by(above: os.stat_result, entry: os.stat_result) -> int:
-    """The user who serves the file system that begins at `entry`, fuse(4); 0 for root, and where none begins."""
+    """The user who serves the file system mounted at `entry`, fuse(4); 0 for root, or if none is mounted there."""
     if entry.st_dev == above.st_dev or os.major(entry.st_dev):
         return 0
-    from . import mountinfo  # few file systems are a user's
+    from . import mountinfo  # few file systems belong to a user
 
     device = f"{os.major(entry.st_dev)}:{os.minor(entry.st_dev)}"
     options = next((mount.options for mount in mountinfo.mounts() if mount.device == device), ())

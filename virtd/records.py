@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Records: what the daemon knows of one object, in a JSON file that outlives it.
+"""Records: what the daemon knows of each object, in a JSON file that outlives the daemon.
 
 `/run/virtd/<driver>/<name>.json`, mode 0600, replaced atomically. A newer daemon reads every older schema. An older
-one (after a rollback) reads the fields that it knows and writes back, unchanged, those that it doesn't.
+one (after a rollback) reads the fields that it knows and writes unknown ones back unchanged.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .paths import Paths, listing
 from .text import plain, plainly
 
 SCHEMA = 1
-LIMIT = 16 << 20  # bytes; the largest part is a definition, in its text and parsed
+LIMIT = 16 << 20  # bytes; the largest part is a definition, as text and parsed
 
 
 class Exit(msgspec.Struct, frozen=True, omit_defaults=False):
@@ -37,7 +37,7 @@ class Exit(msgspec.Struct, frozen=True, omit_defaults=False):
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """One object. `slots` maps a slot's name to its "dev:ino"; `data` is the driver's own part, plain JSON."""
+    """One object. `slots` maps a slot's name to its "dev:ino"; `data` is the driver's part, plain JSON."""
 
     driver: str
     name: str
@@ -66,7 +66,7 @@ _FIELDS = frozenset(Record.__struct_fields__) - {"unknown"}
 
 
 def decode(raw: bytes) -> Record:
-    """The record that `raw` holds; raises ValueError with the reason when it can't be read."""
+    """The record in `raw`; raises ValueError with the reason if it can't be read."""
     try:
         table = msgspec.json.decode(raw)
         if not isinstance(table, dict):
@@ -80,7 +80,7 @@ def decode(raw: bytes) -> Record:
 
 
 def read(path: str) -> Record:
-    """The record in a file. Raises OSError, or ValueError with the reason when it can't be read."""
+    """The record in a file. Raises OSError, or ValueError with the reason if it can't be read."""
     return decode(untrusted.read(path, LIMIT))
 
 
@@ -89,13 +89,13 @@ def encode(record: Record) -> bytes:
     table = table.pop("unknown") | table
     try:
         text = msgspec.json.encode(table)
-    except UnicodeEncodeError:  # a name that isn't UTF-8 came in by a path or somebody's words
+    except UnicodeEncodeError:  # a path or some message contains a name that isn't UTF-8
         text = msgspec.json.encode(plainly(msgspec.to_builtins(table)))
     return msgspec.json.format(text, indent=1) + b"\n"
 
 
 class Quarantined(msgspec.Struct, frozen=True):
-    """A record that couldn't be read: where it was, where it is now, and why."""
+    """A record that couldn't be read: its former path, its present one, and why."""
 
     driver: str
     name: str
@@ -105,7 +105,7 @@ class Quarantined(msgspec.Struct, frozen=True):
 
 
 class Loaded(msgspec.Struct, frozen=True):
-    """What was in a driver's directory; `wrong`: why it couldn't be read."""
+    """The content of a driver's directory; `wrong`: why it couldn't be read."""
 
     records: dict[str, Record] = {}
     quarantined: list[Quarantined] = []
@@ -121,7 +121,8 @@ class Records:
         self._directory = f"{paths.run}/{driver}"
 
     def load(self) -> Loaded:
-        """Every record; those that can't be read are moved aside, so that one bad file keeps nobody from starting."""
+        """Load all records; unreadable ones are moved aside, so that one bad file doesn't keep the daemon from
+        starting."""
         found = listing(self._directory, ".json")
         loaded = Loaded(wrong=found.wrong and f"{self._directory} can't be read: {found.wrong}")
         for entry in found.odd:
@@ -142,7 +143,7 @@ class Records:
         return loaded
 
     def save(self, record: Record) -> None:
-        """Raises HostError; the record on disk is then the older one, whole."""
+        """Raises HostError; then the record on disk is still the older one, complete."""
         path = self._paths.record(self._driver, record.name)
         try:
             files.write(path, encode(record))
@@ -167,17 +168,17 @@ class Records:
             files.make_directory(self._paths.quarantine, 0o700)
             os.rename(path, target)
         except OSError as exc:
-            # A full /run, perhaps. The file is ignored where it lies and reported again at the next start.
+            # /run may be full. The file is left in place, ignored, and reported again at the next start.
             return Quarantined(self._driver, plain(name), path, path, f"{reason}; not moved: {exc.strerror}")
         return Quarantined(self._driver, plain(name), path, target, reason)
 
 
 def now() -> str:
-    """The present time as records have it: ISO 8601, UTC, microseconds."""
+    """The present time in the format of records: ISO 8601, UTC, microseconds."""
     return stamp(dt.datetime.now(dt.UTC).timestamp())
 
 
 def stamp(seconds: float) -> str:
-    """Seconds since the epoch as records have them."""
+    """Seconds since the epoch in the format of records."""
     moment = dt.datetime.fromtimestamp(seconds, dt.UTC)
     return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")

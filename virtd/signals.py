@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Signals as events of the loop: what asyncio's add_signal_handler() does, but without importing inspect for it."""
+"""Signals as events of the loop: like asyncio's add_signal_handler(), but without importing inspect."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def listen(loop: asyncio.AbstractEventLoop, actions: Mapping[signal.Signals, Callable[[], object]]) -> None:
-    """From now on each of these signals calls its action, in the loop. For the main thread, once in a process."""
+    """From now on each signal calls its action in the loop. To be called in the main thread, once in a process."""
     ours, kernels = socket.socketpair()
     ours.setblocking(False)
     kernels.setblocking(False)
@@ -24,7 +24,7 @@ def listen(loop: asyncio.AbstractEventLoop, actions: Mapping[signal.Signals, Cal
                 actions[number]()
 
     loop.add_reader(ours, come)
-    # The interpreter writes each signal's number there, whichever thread the kernel has chosen for it.
+    # The interpreter writes each signal's number to it, whichever thread the kernel has delivered the signal to.
     signal.set_wakeup_fd(kernels.detach(), warn_on_full_buffer=False)
     for number in actions:
         signal.signal(number, lambda *_: None)

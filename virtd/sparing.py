@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Messages to the journal that somebody without rights can cause: a few at once, then one in a while."""
+"""Journal messages that an unprivileged user can cause: a few at once, then one from time to time."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 BURST = 5
-EVERY = 60.0  # seconds for each one more
+EVERY = 60.0  # seconds until one more is allowed
 
 
 class Sparing:
-    """Messages past that are only counted; the next one says how many they were."""
+    """Messages beyond that are only counted; the next one says how many were suppressed."""
 
     def __init__(self, log: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
         self._log = log
@@ -28,7 +28,7 @@ class Sparing:
         self._write(logging.WARNING, text, values, exc_info=exc_info)
 
     def exception(self, text: str, *values: Any) -> None:
-        """With the traceback of what is being handled."""
+        """With the traceback of the exception being handled."""
         self._write(logging.ERROR, text, values, exc_info=True)
 
     def _write(self, level: int, text: str, values: tuple[Any, ...], *, exc_info: bool) -> None:

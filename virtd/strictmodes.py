@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Whether only root can change a file that virtd trusts.
 
-Whoever can write a definition can have QEMU open any file, so one that belongs to a user, or that everybody may
+Whoever can write a definition can make QEMU open any file, so one that belongs to a user, or that everybody may
 write, must not be trusted.
 """
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def fault(status: os.stat_result) -> str:
-    """Who else can write what has this status, as a sentence; "" when nobody can.
+    """Who else can write a file with this status, as a sentence; "" if nobody can.
 
-    In a directory with the sticky bit others may make files of their own, and leave root's alone.
+    A directory with the sticky bit is acceptable: others may create files in it, but can't replace root's.
     """
     mode = status.st_mode
     if status.st_uid not in (0, os.geteuid()):
@@ -36,7 +36,7 @@ def fault(status: os.stat_result) -> str:
 
 
 def require(path: str, status: os.stat_result) -> None:
-    """Raise InvalidDefinition when others than root can write the file `path`, which has this status."""
+    """Raise InvalidDefinition if anybody but root can write the file `path`, which has this status."""
     if wrong := fault(status):
         name = word(path)
         raise errors.InvalidDefinition(
@@ -46,9 +46,9 @@ def require(path: str, status: os.stat_result) -> None:
 
 
 def require_directories(path: str) -> None:
-    """Raise InvalidDefinition when others than root can put another file where the link `path` leads to.
+    """Raise InvalidDefinition if anybody but root can replace the file that the link `path` leads to.
 
-    Raises OSError where it leads nowhere.
+    Raises OSError if it is dangling.
     """
     try:
         with reach.reached(path):
@@ -60,7 +60,7 @@ def require_directories(path: str) -> None:
 
 
 def faults_above(path: str) -> Iterator[tuple[str, str]]:
-    """The directories above `path`, which has no links in it, that others than root can write, and who can."""
+    """The directories above `path`, which contains no links, that anybody but root can write, and who can."""
     while path != "/":
         path = os.path.dirname(path)
         if wrong := fault(os.stat(path)):

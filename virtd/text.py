@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Text that can be encoded, whatever it was made of.
+"""Text that can be encoded, wherever it comes from.
 
-A file's name is bytes to the kernel. Python has those that aren't UTF-8 as lone surrogates (PEP 383), and to write
-such text to the journal, into JSON or onto a bus is an error: one that nobody expects of a file's name.
+To the kernel a file's name is bytes. Python represents those that aren't UTF-8 by lone surrogates (PEP 383), and
+writing such text to the journal, to JSON or to a bus is an error that nobody expects from a file's name.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def span(value: float) -> str:
-    """A span as a person writes it: "2 s" for 1.99983, "0.25 s", "3600 s"."""
+    """A duration for people: "2 s" for 1.99983, "0.25 s", "3600 s"."""
     return f"{value:.0f} s" if value >= 100 else f"{value:.3g} s"
 
 
 def plain(text: str) -> str:
-    """`text`, with what can't be encoded as a person would write it: the byte 0xff as \\xff."""
+    """`text`, with what can't be encoded written out: the byte 0xff as \\xff."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -34,7 +34,7 @@ def _escaped(character: str) -> str:
 
 
 def word(text: str) -> str:
-    """As a shell has to be given it, in quotes where that makes a difference: for commands in hints."""
+    """`text` for a shell, in quotes if necessary: for commands in hints."""
     import re
 
     if re.fullmatch(r"[A-Za-z0-9/._+,@=:-]+", text):
@@ -43,7 +43,7 @@ def word(text: str) -> str:
 
 
 def plainly(value: Any) -> Any:
-    """JSON's kinds of values with each text in them made `plain`: for what could not be encoded as it is."""
+    """A JSON value with each text in it made `plain`: for values that could not be encoded as they are."""
     match value:
         case str():
             return plain(value)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Opening what may be anything: put there by hand, by accident, or by a child in a directory of its own.
+"""Opening files that may be anything: put there by hand, by accident, or by a child in its own directory.
 
-A FIFO would hold up open(2) for ever, a device do something when it is opened, /dev/zero never end, a link lead
-anywhere; a lease (fcntl(2)) makes who opens a file wait for 45 s. So it is first looked at with O_PATH, which opens
-nothing, and what was looked at is what is opened, without waiting. A socket's other end is looked at as well.
+A FIFO would block open(2) for ever, opening a device may have effects, /dev/zero never ends, a link may lead
+anywhere, and a lease (fcntl(2)) delays open(2) by 45 s. So the file is first inspected through O_PATH, which opens
+nothing, and then exactly this file is opened, without blocking. The peer of a socket is checked as well.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ KINDS = {
 
 
 class Unfit(OSError):
-    """It isn't a regular file, or is too large. `strerror` says so, as a sentence's end: "it is a FIFO ..."."""
+    """It isn't a regular file, or is too large. `strerror` says so, as the end of a sentence: "it is a FIFO ..."."""
 
 
 def open_regular(path: str, flags: int = os.O_RDONLY, *, follow: bool = False, dir_fd: int | None = None) -> int:
-    """A descriptor of the regular file at `path`; it doesn't block, and the caller closes it.
+    """A non-blocking descriptor of the regular file at `path`; the caller closes it.
 
-    The last component may be a link only with `follow`; then it may lead to a regular file anywhere. Raises Unfit, or
+    The last component may be a link only with `follow`, and then lead to a regular file anywhere. Raises Unfit or
     OSError.
     """
     where = os.open(path, os.O_PATH | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW), dir_fd=dir_fd)
@@ -47,7 +47,7 @@ def open_regular(path: str, flags: int = os.O_RDONLY, *, follow: bool = False, d
 
 
 def read(path: str, limit: int, *, follow: bool = False, dir_fd: int | None = None) -> bytes:
-    """All of a regular file, which may have `limit` bytes. Raises Unfit, or OSError."""
+    """The content of a regular file of at most `limit` bytes. Raises Unfit or OSError."""
     fd = open_regular(path, follow=follow, dir_fd=dir_fd)
     try:
         return read_open(fd, path, limit)
@@ -56,10 +56,10 @@ def read(path: str, limit: int, *, follow: bool = False, dir_fd: int | None = No
 
 
 def read_open(fd: int, path: str, limit: int) -> bytes:
-    """As `read`, of a regular file that is open."""
+    """Like `read`, for an open regular file."""
     size = os.fstat(fd).st_size
     found = bytearray()
-    # One byte more than it may have, for a file that grows meanwhile.
+    # One byte more than allowed, to notice a file that grows meanwhile.
     while len(found) <= limit >= size and (chunk := os.read(fd, limit + 1 - len(found))):
         found += chunk
     if max(size, len(found)) > limit:
@@ -68,7 +68,7 @@ def read_open(fd: int, path: str, limit: int) -> bytes:
 
 
 def tail(path: str, most: int, *, since: int = 0, dir_fd: int | None = None) -> bytes:
-    """The last `most` bytes of a regular file, or what comes after offset `since` if that is less.
+    """The last `most` bytes of a regular file, or those after offset `since` if they are fewer.
 
     Raises Unfit, or OSError.
     """
@@ -81,10 +81,10 @@ def tail(path: str, most: int, *, since: int = 0, dir_fd: int | None = None) -> 
 
 
 def connect(path: str, pid: int, start: int, *, dir_fd: int | None = None) -> socket.socket:
-    """A stream connection, in non-blocking mode, to process `pid`, which listens on the Unix socket at `path`.
+    """A non-blocking stream connection to process `pid`, which listens on the UNIX socket at `path`.
 
-    `pid` and `start` as in `process`. Raises Unfit for what isn't a socket, and when another process listens
-    there; OSError: ENOENT and ECONNREFUSED when nobody listens yet, or any more, EAGAIN when it doesn't accept.
+    `pid` and `start` as in `process`. Raises Unfit if it isn't a socket, or if another process listens; OSError:
+    ENOENT and ECONNREFUSED if nobody listens yet, or any more, EAGAIN if the process doesn't accept.
     """
     where = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=dir_fd)
     try:
@@ -105,6 +105,6 @@ def connect(path: str, pid: int, start: int, *, dir_fd: int | None = None) -> so
 
 
 def listener(connection: socket.socket) -> int:
-    """The PID of who called listen(2) at the other end (unix(7), SO_PEERCRED); 0 if it can't be seen from here."""
+    """The PID of the process that called listen(2) (unix(7), SO_PEERCRED); 0 if it isn't visible from here."""
     credentials = struct.Struct("3i")  # pid, uid, gid
     return int(credentials.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size))[0])

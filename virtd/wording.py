@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How virtdctl's users ask for an operation: how hints of errors and problems read."""
+"""Operations in the words of virtdctl's users, for the hints of errors and problems."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 COMMAND = "virtdctl"
-# Whose commands an object's are among, where that isn't its noun: virtdctl speaks of domains unless told otherwise.
+# The noun of an object's commands, if it isn't its own: virtdctl's commands are about domains by default.
 GROUPS = {"domain": "", "job": "volume"}
-# Verbs that are called something else there.
+# Verbs with another name in virtdctl.
 VERBS = {("job", "list"): "jobs", ("container", "resume"): "thaw"}
 
 
 def operation(verb: str, noun: str, operands: Iterable[str], options: Mapping[str, str | bool]) -> str:
-    """The command; see virtd.hints.do."""
+    """The command for an operation; see virtd.hints.do."""
     words = [COMMAND, GROUPS.get(noun, noun), VERBS.get((noun, verb), verb)]
     words += [option(name) for name, value in options.items() if value is True]
     words += map(word, operands)
