@@ -83,6 +83,12 @@ class Paths:
         """The hardware that a domain's guest sees."""
         return f"{self.lib}/qemu/{domain}.json"
 
+    def nvram(self, domain: str, uuid: str, *, secure: bool) -> str:
+        """A domain's UEFI variables, others with secure boot than without. Its name may be another's later, its uuid
+        not.
+        """
+        return f"{self.lib}/qemu/{domain}/{uuid}{'.secure' if secure else ''}.fd"
+
     @property
     def events(self) -> str:
         """The latest changes of state, for subscribers."""

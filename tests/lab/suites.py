@@ -14,7 +14,7 @@ _PACKAGES = (
     "systemd", "systemd-sysv", "dbus", "python3", "python3-gi", "gir1.2-glib-2.0", "python3-systemd",
     "python3-pydbus", "qemu-system-x86", "seabios", "ipxe-qemu", "qemu-utils", "dnsmasq-base", "nftables", "iproute2",
     "python3-nftables", "firewalld", "iputils-ping", "rpm", "kmod", "strace", "procps", "util-linux", "less", "jq",
-    "lxc", "xz-utils", "systemd-container", "e2fsprogs", "xfsprogs", "btrfs-progs", "libnss-systemd",
+    "lxc", "xz-utils", "systemd-container", "e2fsprogs", "xfsprogs", "btrfs-progs", "libnss-systemd", "ovmf",
 )  # fmt: skip
 
 # What the guest and its disk are made of: fetched and unpacked, never installed.

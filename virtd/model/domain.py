@@ -65,9 +65,18 @@ class OnCrash(StrEnum):
     RESTART = "restart"
 
 
-class Boot(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Where the guest boots from: a kernel given here, or, without one, its first disk."""
+class Firmware(StrEnum):
+    """What runs in the guest before its boot loader."""
 
+    BIOS = "bios"
+    UEFI = "uefi"
+
+
+class Boot(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Where the guest boots from: a kernel given here, or, without one, its first disk; and by which firmware."""
+
+    firmware: Firmware = Firmware.BIOS
+    secure_boot: bool = False
     kernel: str | None = None
     initrd: str | None = None
     cmdline: str = ""
@@ -180,6 +189,8 @@ def check(domain: Domain, source: str) -> None:
         raise refuse("boot.kernel", "expected a kernel, since boot.initrd or boot.cmdline is set")
     if domain.boot.kernel is None and not (domain.disk or any(cdrom.path for cdrom in domain.cdrom)):
         raise refuse("boot.kernel", "expected a kernel, a [[disk]] or a [[cdrom]] to boot from, found none")
+    if domain.boot.secure_boot and domain.boot.firmware is not Firmware.UEFI:
+        raise refuse("boot.secure_boot", 'expected boot.firmware = "uefi" with it')
     if "\n" in domain.boot.cmdline or len(domain.boot.cmdline) > 2047:
         raise refuse("boot.cmdline", "expected one line of at most 2047 characters (the limit of Linux on x86)")
     for key, path in paths(domain):

@@ -18,7 +18,7 @@ import msgspec
 
 from ... import errors, files, untrusted
 from ...hints import do
-from ...model.domain import MACHINE
+from ...model.domain import MACHINE, Firmware
 from .devices import placing
 from .devices.placing import Placed
 
@@ -38,12 +38,27 @@ MISTOLD = ("family", "model", "stepping")
 FEATURES = 1024  # QEMU 11 knows some 400
 
 
+class Build(msgspec.Struct, frozen=True):
+    """One build of UEFI: its program and the template of its variable store, each with its format.
+
+    `secure`: with secure boot switched on; `smm`: System Management Mode protects the store from the guest's kernel.
+    """
+
+    program: str
+    program_format: str
+    template: str
+    template_format: str
+    secure: bool = False
+    smm: bool = False
+
+
 class Hardware(msgspec.Struct, frozen=True):
     """That of one guest.
 
     `machine` and `cpu` are what was asked for, by the definition or by default, such as "q35" and "max"; `type` and
     `model` are what that means, as QEMU's arguments -machine and -cpu take it, each "" until QEMU has been asked.
-    `renew`: a person wants whatever it means to the next QEMU.
+    `firmware` is its build of UEFI, or None for QEMU's own BIOS. `renew`: a person wants whatever the definition
+    means to the next QEMU.
     """
 
     uuid: str
@@ -52,6 +67,7 @@ class Hardware(msgspec.Struct, frozen=True):
     type: str = ""
     model: str = ""
     devices: tuple[Placed, ...] = ()
+    firmware: Build | None = None
     renew: bool = False
     schema: int = 1
 
@@ -89,7 +105,10 @@ def assign(before: Hardware | None, domain: Domain, uuid: str, *, kvm: bool) -> 
         kind = before.type if before.machine == domain.machine else ""
         model = before.model if kind and before.cpu == cpu else ""
     placed = placing.place(domain, before.devices if before is not None else ())
-    return Hardware(uuid, domain.machine, cpu, kind, model, tuple(placed))
+    build = before.firmware if before is not None and not before.renew else None
+    if build is not None and (domain.boot.firmware is not Firmware.UEFI or build.secure != domain.boot.secure_boot):
+        build = None
+    return Hardware(uuid, domain.machine, cpu, kind, model, tuple(placed), build)
 
 
 def require_places(hardware: Hardware, domain: Domain, source: str) -> None:

@@ -17,6 +17,8 @@ import pytest
 from virtd.children.hardening import HARDENED
 from virtd.drivers.qemu import command, images, nics, prerequisites, sandbox
 from virtd.drivers.qemu.devices import assembly, placing
+from virtd.drivers.qemu.devices.flash import Flash
+from virtd.drivers.qemu.hardware import Build
 from virtd.model import domain as model
 from virtd.model.domain import Format
 
@@ -29,13 +31,17 @@ VOLUMES = {
     ),
     ("vg0", "data"): images.Image("/dev/vg0/data"),
 }
+UEFI = Build("/usr/share/OVMF/CODE.secboot.fd", "raw", "/usr/share/OVMF/VARS.ms.fd", "raw", secure=True, smm=True)
 
 
 def outcome(domain: model.Domain) -> str:
     assert domain.uuid is not None
     runtime = f"/run/virtd/qemu/{domain.name}"
     taps = {nic.index: nic.interface for nic in nics.plan(domain, domain.uuid, placing.place(domain))}
-    host = command.HostFacts("/usr/bin/qemu-system-x86_64", kvm=False, runtime=runtime, taps=taps)
+    flash = None
+    if domain.boot.firmware is model.Firmware.UEFI:
+        flash = Flash(build=UEFI, store=f"/var/lib/virtd/qemu/{domain.name}/{domain.uuid}.secure.fd")
+    host = command.HostFacts("/usr/bin/qemu-system-x86_64", kvm=False, runtime=runtime, flash=flash, taps=taps)
     disks = [VOLUMES.get((image.pool, image.volume), image) for image in images.plain(domain)]
     devices = assembly.assemble(domain, domain.uuid, host, disks)
     arguments = command.argv(domain, domain.uuid, host, devices)

@@ -12,6 +12,7 @@ from ..images import Image, plain
 from . import placing
 from .builtin import Console, Display, Monitor, Panic, Rng
 from .disk import Cdrom, Disk
+from .flash import Flash
 from .nic import Nic
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class HostFacts(msgspec.Struct, frozen=True):
     runtime: str = ""  # the guest's own directory, see directory.py
     taps: dict[int, str] = {}  # the interface of each NIC that is in a network, by its place in the definition
     vhost: bool = False
+    flash: Flash | None = None  # None: QEMU's own BIOS
 
 
 NONE = HostFacts()
@@ -69,6 +71,8 @@ def builtin(domain: Domain, host: HostFacts, placed: Sequence[Placed]) -> list[D
         Monitor(name="shutdown", path=directory.shutdown_socket(host.runtime)),
         Console(),
     ]
+    if host.flash is not None:
+        found.append(host.flash)
     if domain.is_pc:
         found.append(Panic())
     found += [Rng(number=at.number, address=at.address) for at in placing.of_kind(placed, placing.RNG)]
