@@ -143,8 +143,9 @@ def _hardware(hardware: dict[str, Any] | None) -> str:
     """The machine type that is on record."""
     if not hardware or not hardware.get("machine"):
         return ""
+    firmware = f", UEFI {hardware['firmware']}" if hardware.get("firmware") else ""
     renew = ", upgraded at the next start" if hardware.get("renew") else ""
-    return f"{hardware['machine']}{renew}"
+    return f"{hardware['machine']}{firmware}{renew}"
 
 
 def _empty(cdroms: list[str | None]) -> list[str]:

@@ -83,6 +83,7 @@ class Hardware(Reply, frozen=True):
 
     machine: Annotated[str | None, 'the type with its version, such as "pc-q35-10.0"; null until QEMU has told']
     cpu: Annotated[str | None, "as QEMU's option -cpu; null until QEMU has told"]
+    firmware: Annotated[str | None, "the file of its UEFI; null for QEMU's own BIOS"]
     renew: Annotated[bool, "whether the next start takes what QEMU has by then"]
     devices: list[Device]
 

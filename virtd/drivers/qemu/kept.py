@@ -143,6 +143,7 @@ class Kept:
         return replies.Hardware(
             machine=found.type or None,
             cpu=found.model or None,
+            firmware=found.firmware.program if found.firmware is not None else None,
             renew=found.renew,
             devices=[
                 replies.Device(id=one.id, what=one.what, bus=one.bus or None, slot=one.slot if one.bus else None)
