@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One child: a process in a transient unit of its own, its pipes and logs in slots. The only place that starts one.
+"""One child: a process in a transient unit of its own, its pipes and logs in slots. The only place that starts
+children.
 
-children/launch.py and children/ending.py say in which order, and what a crash of the daemon leaves at each step.
+children/launch.py and children/ending.py define the order, and say what a crash of the daemon leaves at each step.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ log = logging.getLogger(__name__)
 
 
 class Services(NamedTuple):
-    """What the drivers work with. `units` waits for the connection to systemd, which comes up after the adoption."""
+    """What the drivers use. `units` waits for the connection to systemd, which comes up after children are
+    adopted."""
 
     paths: Paths
     store: fdstore.Store
@@ -52,7 +54,7 @@ class Services(NamedTuple):
 class Child:
     """A child of the driver's object `name`.
 
-    `lost`: the slots that a record promised and the store didn't have. `seen`: what was seen of its end.
+    `lost`: slots in the record that were missing from the store. `seen`: what was seen of its end.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class Child:
 
     @property
     def console(self) -> LogFile | None:
-        """The log of what it writes; None while it has none open."""
+        """The log of its output; None while it isn't open."""
         return self._output.console
 
     @property
@@ -110,12 +112,12 @@ class Child:
     # Making one
 
     def prepare(self, *, terminal: bool = False, forgets: bool = False) -> tuple[Ends, dict[str, int]]:
-        """Open the logs and make the pipes: the child's ends, and what belongs into the slots. Raises HostError.
+        """Open the logs and make the pipes: the child's ends, and the descriptors for the slots. Raises HostError.
 
-        With `terminal` the child has a terminal in place of standard input and output: its master end is in the slot
-        of stdin, and what comes out of it goes through a pipe of our own, whose read end is in the slot of stdout.
-        `forgets`: systemd drops the slots when virtd is stopped. So that this hangs nothing up, the unit is given the
-        master end as well, which PID 1 has open for as long as the unit is there.
+        With `terminal` the child has a terminal instead of standard input and output: its master end is in the slot
+        of stdin, and its output goes through a pipe of our own, whose read end is in the slot of stdout. `forgets`:
+        systemd drops the slots when virtd is stopped. So that this doesn't hang up the terminal, the unit is given
+        the master end as well, which PID 1 keeps open as long as the unit exists.
         """
         from . import pipes  # no start of the daemon needs it
 
@@ -128,7 +130,8 @@ class Child:
         return ends, {self.slot(name): fd for name, fd in (ours | logs).items()}
 
     async def keep(self, descriptors: dict[str, int]) -> None:
-        """Put `descriptors` into their slots and see that PID 1 has them. Raises HostError, with none left there."""
+        """Put `descriptors` into their slots and verify that PID 1 has them. Raises HostError, with none left
+        there."""
         store = self.services.store
         try:
             store.put_all(descriptors)
@@ -143,7 +146,7 @@ class Child:
             self.discard(descriptors)
 
     def discard(self, descriptors: dict[str, int]) -> None:
-        """Close what `prepare` has given for the slots, but for the logs, which go on to be used. Idempotent."""
+        """Close the descriptors that `prepare` has returned, except for the logs, which stay in use. Idempotent."""
         for name in (STDIN, STDOUT, STDERR):
             if (fd := descriptors.pop(self.slot(name), -1)) >= 0:
                 os.close(fd)
@@ -160,8 +163,8 @@ class Child:
         return state
 
     def identify(self, state: UnitState) -> None:
-        """Take from the unit's state which process it is."""
-        if state.active != "activating":  # by which time it has opened what it was given
+        """Note the child's process from the unit's state."""
+        if state.active != "activating":  # by then it has opened its pipes
             fifos.retire(self.pipes)
         self.pid = state.main_pid
         self.start = process.start_time(self.pid)
@@ -172,15 +175,15 @@ class Child:
 
     @classmethod
     def adopt(cls, services: Services, record: Record) -> Child:
-        """The child that `record` tells of, its pumps running.
+        """The child described by `record`, with its pumps running.
 
-        A pipe that is missing from the store is in `lost`; logs are opened again.
+        A pipe that is missing from the store is listed in `lost`; logs are reopened.
         """
         child = cls(services, record.driver, record.name, record.main_pid, record.main_start, record.invocation_id)
         doubles = services.store.duplicates()
         for name, identity in record.slots.items():
             if name.endswith("log"):
-                # Opened by its path if need be: one that was just being rotated may well be missing.
+                # Opened by its path if necessary: the slot of a log that was just being rotated may well be missing.
                 if name in doubles:
                     services.store.drop(name)
                 continue
@@ -189,13 +192,13 @@ class Child:
                 services.store.resolve(name, int(dev or 0), int(ino or 0))
             except (fdstore.MissingSlot, ValueError):
                 child.lost.append(name)
-                services.store.drop(name)  # what there is isn't ours, whatever it is: nothing is read from it
+                services.store.drop(name)  # it isn't ours, whatever it is: nothing is read from it
         child._output.adopt()
         child._output.start()
         return child
 
     def identity(self) -> dict[str, Any]:
-        """What a record says of which process it is."""
+        """The identity of the process, for a record."""
         return {"main_pid": self.pid, "main_start": self.start, "invocation_id": self.invocation_id}
 
     def alive(self) -> bool:
@@ -204,28 +207,28 @@ class Child:
     # While it runs
 
     async def ended(self) -> None:
-        """Wait until the process has ended; `seen` says how, as far as that can be seen."""
+        """Wait until the process has ended; then `seen` says how, as far as that can be seen."""
         if (seen := await process.ended(self.pid, self.start)) is not None:
             self.seen = seen
 
     async def verdict(self) -> UnitState | None:
-        """How the process ended, from its unit or else from the journal; None when nobody knows.
+        """How the process ended, from its unit or otherwise from the journal; None if that isn't known.
 
-        A state that runs: somebody has started the unit again. Raises HostError or TimedOut.
+        If the state is running, somebody has started the unit again. Raises HostError or TimedOut.
         """
-        from . import witness  # no start of the daemon needs it before there is a bus
+        from . import witness  # the daemon's start doesn't need it before the bus is connected
 
         units = await self.services.units()
         return await witness.ended(units, self.unit, self.invocation_id, self.seen)
 
     def stdin(self) -> int:
-        """The write end of its standard input; stays the store's. Raises MissingSlot."""
+        """The write end of its standard input, which belongs to the store. Raises MissingSlot."""
         return self.services.store.get(self.slot(STDIN))
 
     # The end
 
     async def move_words(self) -> None:
-        """Have in the log what it has said on stderr until now."""
+        """Move what it has written to stderr so far to the log."""
         await self._output.move_words()
 
     async def drain(self) -> None:
@@ -235,8 +238,8 @@ class Child:
     async def release(self) -> None:
         """Stop the pumps, drop the slots, close the logs. Idempotent.
 
-        Slots that can't be dropped while PID 1 takes no message go later: with the store's next change, at the
-        daemon's next attempt (`Store.untidy`), or by the next daemon, to which they belong to nothing.
+        Slots that can't be dropped while PID 1 accepts no message are dropped later: with the store's next change, at
+        the daemon's next attempt (`Store.untidy`), or by the next daemon, which finds that they belong to nothing.
         """
         await self.close()
         await asyncio.to_thread(self._drop_slots)
@@ -244,7 +247,7 @@ class Child:
         aliases.remove(self.aliases)
 
     async def close(self) -> None:
-        """Let go of the logs and pipes; the slots stay with PID 1."""
+        """Close the logs and pipes; PID 1 keeps the slots."""
         await self._output.close()
 
     def _drop_slots(self) -> None:
@@ -255,7 +258,7 @@ class Child:
 
 
 def sweep(services: Services) -> None:
-    """Remove the FIFOs of starts that were cut off before they had a slot, and aliases of what has no FIFOs.
+    """Remove the FIFOs of starts that were cut off before they had a slot, and aliases of units without FIFOs.
 
     To be called before this daemon starts anything.
     """

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One ending, the same for every child, once it is known why it ended and that is on record:
+"""The end of every child, once it is known why it ended and that is on record:
 
-    logs and pipes   this process lets go of them
+    logs and pipes   closed by this process
     slots            dropped
-    (the owner's)    changes of the host given back
-    unit             forgotten by systemd, and with it the exit status; then what the unit needed until here
+    (the owner's)    changes of the host reverted
+    unit             forgotten by systemd, with the exit status; then the owner reverts what the unit needed so far
     directories      removed, with FIFOs and aliases
 
-Each step may be repeated, and one that fails doesn't keep the others from being done. The record names the child
-until all of them are done, so this process or the next tries again.
+Each step can be repeated, and one that fails doesn't prevent the others. The record names the child until all of them
+are done, so this process or the next one tries again.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from .child import Child
 
 TRIES = 3
-AGAIN = 1.0  # seconds until what couldn't be done at an end is tried again
+AGAIN = 1.0  # seconds until a failed step is tried again
 
-# What a record says of a child that is put away.
+# The record's fields after a child has been put away.
 GONE: dict[str, Any] = {"unit": "", "slots": {}, "main_pid": 0, "main_start": 0}
 
 
@@ -45,17 +45,17 @@ async def put_away(
     forgotten: Callable[[], Awaitable[object]] = _nothing,
     remove: Callable[[], Awaitable[object]] = _nothing,
 ) -> list[Exception]:
-    """Put away what is left of a child that has ended, or whose launch is undone. Safe to repeat.
+    """Clean up what is left of a child that has ended, or whose launch is undone. Safe to repeat.
 
-    The owner's part: `give_back` undoes changes of the host, `forgotten` those that the unit needs until systemd has
-    forgotten it, `remove` removes its directories. Returns the errors; none when all is put away.
+    The owner's part: `give_back` reverts changes of the host, `forgotten` those that the unit needs until systemd has
+    forgotten it, `remove` removes its directories. Returns the errors; none if everything is cleaned up.
     """
 
     async def drop() -> None:
         await asyncio.to_thread(child.services.store.drop_prefix, f"{child.key}/")
 
     async def forget() -> None:
-        fifos.retire(child.pipes)  # or its ExecStop= may wait in one
+        fifos.retire(child.pipes)  # otherwise its ExecStop= may block on one
         await _collect(child)
         await forgotten()
 
@@ -64,16 +64,16 @@ async def put_away(
         aliases.remove(child.aliases)
 
     await child.close()
-    # Directories after the unit: its ExecStop= runs once more, in a sandbox that has them in it.
+    # Directories after the unit: its ExecStop= runs once more, in a sandbox that contains them.
     steps = (drop, give_back, forget, clear, remove)
     return [exc for step in steps if (exc := await _failure(step())) is not None]
 
 
 async def _collect(child: Child) -> None:
-    """Have systemd forget the unit.
+    """Make systemd forget the unit.
 
-    If its launch was undone while PID 1 couldn't be reached, that run is ended now. One that somebody else has
-    started isn't.
+    If its launch was undone while PID 1 couldn't be reached, that run is ended now, but not one that somebody else
+    has started.
     """
     units = await child.services.units()
     try:
@@ -87,7 +87,7 @@ async def _collect(child: Child) -> None:
 
 
 async def _failure(step: Awaitable[object]) -> Exception | None:
-    """The error of `step`, if it fails: the next one is to be done all the same."""
+    """The error of `step`, if it fails: the next one is done all the same."""
     try:
         await step
     except (errors.VirtdError, fdstore.StoreError, OSError) as exc:
@@ -96,9 +96,9 @@ async def _failure(step: Awaitable[object]) -> Exception | None:
 
 
 async def end(child: Child) -> None:
-    """Kill what a launch that failed may have begun; what can't be done is left for others to find.
+    """Kill what a failed launch may have started; whatever can't be killed is left for others to find.
 
-    Repeated where that failed: the kill may come before the process, and the connection to the bus may break.
+    Repeated if it fails: the kill may come before the process, and the connection to the bus may break.
     """
     for _ in range(TRIES):
         with contextlib.suppress(errors.VirtdError):
@@ -112,8 +112,8 @@ async def end(child: Child) -> None:
 async def watch(
     child: Child, finish: Callable[[], Awaitable[object]], held_up: Callable[[errors.VirtdError], object]
 ) -> None:
-    """Wait for the end of the process, and `finish`, again after each VirtdError (no bus at this moment, a PID 1 that
-    is very busy, a file system that doesn't answer), which `held_up` gets.
+    """Wait for the end of the process, and `finish`, again after each VirtdError (no bus at the moment, a very busy
+    PID 1, a file system that doesn't answer), which is passed to `held_up`.
     """
     await child.ended()
     while True:

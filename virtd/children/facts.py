@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What drivers ask of the host they run on, where tests answer in its place."""
+"""Facts about the host that drivers ask for, which tests can replace."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ KVM = "/dev/kvm"
 
 
 def ids(user: str, group: str | None, what: str, hint: str) -> tuple[int, int]:
-    """UID and GID to run `what` as; without a group it is the user's own.
+    """UID and GID to run `what` as; without `group`, the user's primary group.
 
-    Raises HostError, with `hint`, when there is no such user or group, or the user is root.
+    Raises HostError, with `hint`, if there is no such user or group, or the user is root.
     """
     import grp
     import pwd
@@ -35,7 +35,7 @@ def ids(user: str, group: str | None, what: str, hint: str) -> tuple[int, int]:
 
 
 def has_kvm() -> bool:
-    """Whether the kernel offers KVM: the device is there and opens."""
+    """Whether the kernel offers KVM: the device exists and can be opened."""
     try:
         os.close(os.open(KVM, os.O_RDWR | os.O_CLOEXEC))
     except OSError:
@@ -44,7 +44,7 @@ def has_kvm() -> bool:
 
 
 class Facts(NamedTuple):
-    """One way to ask each; see the functions of the same names."""
+    """A function for each fact; see those of the same names."""
 
     ids: Callable[[str, str | None, str, str], tuple[int, int]] = ids
     has_kvm: Callable[[], bool] = has_kvm

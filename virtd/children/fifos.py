@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The pipes of a child as FIFOs, which systemd opens by their paths.
 
-PID 1 keeps each descriptor that a unit is given until it ends, and forks twice to close it whenever it reads its
-units anew: three for each of a thousand children made a daemon-reload five times as long. A path costs nothing.
+PID 1 keeps each descriptor that a unit is given until the unit ends, and at each daemon-reload forks twice to close
+it: three for each of a thousand children made a daemon-reload five times as long. A path costs nothing.
 
-The directory is root's alone, for systemd opens what is in it as root. Once the child has its ends, links to
-/dev/null take the FIFOs' places: systemd opens the same paths for ExecStop=, and where it has dropped our ends of the
-pipes (before 254, at a stop of virtd) it would wait there for ever.
+The directory is accessible to root only, because systemd opens the FIFOs as root. Once the child has its ends, links
+to /dev/null replace the FIFOs: systemd opens the same paths for ExecStop=, and if it has dropped our ends of the
+pipes (before 254, at a stop of virtd), it would block there for ever.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NAMES = ("stdin", "stdout", "stderr")
 
 
 def make(directory: str, names: tuple[str, ...]) -> list[int]:
-    """Those of NAMES in `directory`: the read and write end of each, as pipe2(2) gives them.
+    """Make a FIFO for each of NAMES in `directory`: the read and write end of each, like pipe2(2).
 
     Raises OSError, with nothing left behind.
     """
@@ -32,7 +32,7 @@ def make(directory: str, names: tuple[str, ...]) -> list[int]:
         for name in names:
             path = f"{directory}/{name}"
             os.mkfifo(path, 0o600)
-            # The read end comes first: opening a FIFO for writing blocks, or fails, while nobody reads it.
+            # The read end comes first: opening a FIFO for writing blocks, or fails, as long as it has no reader.
             opened.append(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
             opened.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
             os.set_blocking(opened[-2], True)
@@ -45,7 +45,7 @@ def make(directory: str, names: tuple[str, ...]) -> list[int]:
 
 
 def retire(directory: str) -> None:
-    """For when the child has its ends; once more before the unit is stopped, in case that it failed."""
+    """To be called when the child has its ends, and again before the unit is stopped, in case that failed."""
     for name in NAMES:
         path = f"{directory}/{name}"
         with contextlib.suppress(OSError):
@@ -65,14 +65,14 @@ def remove(directory: str) -> None:
 
 
 def clear(directory: str) -> None:
-    """As `remove`, but raises HostError if something is left."""
+    """Like `remove`, but raises HostError if something is left."""
     remove(directory)
     if os.path.lexists(directory):
         raise errors.HostError(f"{directory} can't be removed")
 
 
 def owners(directory: str) -> list[tuple[str, str]]:
-    """Driver and name of each child that has a directory in `directory`."""
+    """Driver and name of each child with a directory in `directory`."""
     try:
         entries = os.listdir(directory)
     except OSError:
@@ -81,5 +81,5 @@ def owners(directory: str) -> list[tuple[str, str]]:
 
 
 def fresh(directory: str) -> bool:
-    """Whether the links aren't there yet: the child may not have opened its FIFOs, or they aren't even made."""
+    """Whether the links don't exist yet: the child may not have opened its FIFOs, or they haven't even been made."""
     return not os.path.islink(f"{directory}/{NAMES[-1]}")

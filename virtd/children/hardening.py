@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What no child of any driver may do. A driver adds what its own children don't need.
+"""Sandbox properties for the children of all drivers. Each driver adds what its own children don't need.
 
-Names and types of the properties: org.freedesktop.systemd1(5); what they mean: systemd.exec(5).
+Names and types of the properties are from org.freedesktop.systemd1(5), their meanings in systemd.exec(5).
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ HARDENED: tuple[Property, ...] = (
     ("RestrictNamespaces", "t", CLONE_NEWCGROUP),
     ("LockPersonality", "b", True),
     ("SystemCallArchitectures", "as", ["native"]),
-    # A core dump of a guest's memory, or of whatever was read from an image, is nobody's business.
+    # A core dump would expose a guest's memory, or data read from an image.
     ("LimitCORE", "t", 0),
 )
 
-# What programs need of the host's file system; the rest of it is hidden behind empty directories.
+# The parts of the host's file system that programs need; the rest is hidden behind empty directories.
 KEPT = frozenset({"bin", "sbin", "lib", "lib32", "lib64", "libx32", "usr", "proc", "sys", "dev", "nix"})
 LIBRARIES = ("/etc/ld.so.cache", "/etc/alternatives")
 
-# What no program that we start asks of the kernel, for SystemCallFilter=.
+# System calls that none of our programs needs, for SystemCallFilter=.
 FILTERED = (
     "@clock", "@cpu-emulation", "@debug", "@keyring", "@module", "@mount", "@obsolete", "@raw-io", "@reboot",
     "@resources", "@swap",
 )  # fmt: skip
 
-# For a tool that needs nothing but a unix socket, and is over in a moment.
+# For a short-lived tool that needs nothing but a UNIX socket.
 TOOL: tuple[Property, ...] = (
     *HARDENED,
     ("CapabilityBoundingSet", "t", 0),

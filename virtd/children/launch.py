@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One launch, the same for every child. What each step adds, and what a crash of the daemon leaves after it:
+"""The launch of every child. What each step adds, and what a crash of the daemon after it leaves:
 
-    require     nothing is there, and nothing is changed     nothing
-    reach       what it stands on, which others use, too     that
+    require     nothing exists, and nothing is changed       nothing
+    reach       shared objects that it depends on            those
     pipes       logs opened, FIFOs made                      FIFOs without a slot: swept up
     remember    the record: unit and slots                   a record alone: rolled back
     prepare     changes of the host, as the record says      the same
@@ -11,8 +11,8 @@
     identified  its PID on record                            adopted
     come_up     it is ready for use                          adopted
 
-Whatever fails on the way is undone by this process. The owner is an object with a record; one that has several
-children launches each by itself, and its record tells of all of them.
+If a step fails, this process undoes the launch. The owner is an object with a record; one that has several children
+launches each separately, and its record describes all of them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 def promised(child: Child, descriptors: Mapping[str, int]) -> dict[str, Any]:
-    """What a record says of a child before anything of it exists."""
+    """The record's fields for a child before anything of it exists."""
     return {
         "unit": child.unit,
         "slots": identities(descriptors),
@@ -49,65 +49,66 @@ def promised(child: Child, descriptors: Mapping[str, int]) -> dict[str, Any]:
 
 
 class Launch:
-    """One try to have `child` run.
+    """One attempt to start `child`.
 
-    `cannot`: "Cannot start web1", as an error begins; `title`: "Domain web1", as a message in the journal begins,
-    whose fields are `fields`.
+    `cannot`: "Cannot start web1", the beginning of errors; `title`: "Domain web1", the beginning of messages in the
+    journal, which have these `fields`.
     """
 
-    terminal = False  # whether it has a terminal in place of standard input and output
+    terminal = False  # whether it has a terminal instead of standard input and output
 
     def __init__(self, child: Child, cannot: str, title: str, fields: Mapping[str, str]) -> None:
         self.child = child
         self.services = child.services
         self.remembered = False  # whether it is on record
-        self.words_from = 0  # where in its log of messages this one's begin
+        self.words_from = 0  # where the messages of this attempt begin in the log
         self._cannot = cannot
         self._title = title
         self._fields = fields
 
-    # What each does in its own way
+    # To be overridden
 
     def require(self) -> None:
-        """Look at the host before anything is done. Raises a VirtdError."""
+        """Check the host before anything is done. Raises a VirtdError."""
 
     async def reach(self) -> None:
-        """Bring up what it depends on: other drivers' objects, which others use as well. Raises a VirtdError."""
+        """Start what it depends on: other drivers' objects, which others use as well. Raises a VirtdError."""
 
     def remember(self, promise: dict[str, Any]) -> None:
-        """Put it on record, before anything of it exists; `promise`: what the record has to say. Raises HostError."""
+        """Put it on record before anything of it exists; `promise`: the fields that the record needs. Raises
+        HostError."""
         raise NotImplementedError
 
     def begin(self) -> None:
-        """It is on record: have the owner look after it."""
+        """It is on record: make the owner look after it."""
 
     def prepare(self, ends: Ends) -> None:
-        """Change the host as the record says by now. Raises HostError."""
+        """Change the host as the record now says. Raises HostError."""
 
     async def connect(self) -> None:
-        """As `prepare`, for changes that have to be waited for. Raises a VirtdError."""
+        """Like `prepare`, for changes that take time. Raises a VirtdError."""
 
     def spec(self) -> UnitSpec:
         """The unit."""
         raise NotImplementedError
 
     def know(self, identity: dict[str, Any]) -> None:
-        """Put on record which process it is. Raises HostError."""
+        """Record the process. Raises HostError."""
         raise NotImplementedError
 
     async def come_up(self) -> None:
         """Wait until it is ready for use. Raises StartFailed."""
 
     async def failed(self, why: BaseException) -> None:
-        """It has ended, if it ever ran. Where it was `remembered`, say so on record and put away what there is."""
+        """It has ended, if it ever ran. If it was `remembered`, record that and clean up what exists."""
         raise NotImplementedError
 
     def explained(self, exc: errors.VirtdError) -> errors.VirtdError:
-        """The error that the caller gets, with the child's own words, where it left any."""
+        """The error for the caller, with the child's own messages, if any."""
         return exc
 
     def trouble(self, text: str) -> None:
-        """Report that not all of it could be undone."""
+        """Report that not everything could be undone."""
         raise NotImplementedError
 
     # The steps
@@ -118,7 +119,7 @@ class Launch:
         self.require()
         self._require_room()
         units = await self.services.units()
-        await units.collect(child.unit)  # before there is anything to undo: what runs there isn't ours to end
+        await units.collect(child.unit)  # before there is anything to undo: a unit that runs there isn't ours to end
         await self.reach()
         forgets = self.terminal and not await units.preserves_stores()
         ends, descriptors = child.prepare(terminal=self.terminal, forgets=forgets)
@@ -155,7 +156,7 @@ class Launch:
             raise errors.BudgetExceeded(f"{self._cannot}: {exc}", hint=exc.hint) from exc
 
     async def _undo(self, why: BaseException) -> None:
-        """Remove whatever exists of it by now."""
+        """Undo whatever exists of it so far."""
         try:
             if self.remembered:
                 await ending.end(self.child)

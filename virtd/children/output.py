@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The way into its logs of what a child writes: the two logs, the pump, and a feeder where there is a terminal."""
+"""The path of a child's output into its logs: the two logs, the pump, and a feeder for a terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 
 class Output:
-    """Of the child whose slots are `key`/NAME. `paths`: of the console's log and of the one for stderr."""
+    """The output of the child whose slots are `key`/NAME. `paths`: those of the console log and of the one for
+    stderr."""
 
     def __init__(self, key: str, paths: tuple[str, str], store: Store, pump: Pump, limits: Log) -> None:
         self.console: LogFile | None = None
@@ -35,7 +36,7 @@ class Output:
         self._renewal = Renewal(store)
 
     def open(self) -> dict[str, int]:
-        """Open the logs; what belongs into their slots stays this object's. Raises HostError."""
+        """Open the logs; the descriptors for their slots remain this object's. Raises HostError."""
         self.console = self._log(CONSOLE_LOG)
         try:
             self.stderr = self._log(STDERR_LOG)
@@ -45,7 +46,7 @@ class Output:
         return {CONSOLE_LOG: self.console.fd, STDERR_LOG: self.stderr.fd}
 
     def adopt(self) -> None:
-        """Open the logs again, from their slots if possible. Raises HostError."""
+        """Reopen the logs, from their slots if possible. Raises HostError."""
         held = {name: self._slot(name) in self._store for name in (CONSOLE_LOG, STDERR_LOG)}
         self.console = self._log(CONSOLE_LOG, held=held[CONSOLE_LOG])
         self.stderr = self._log(STDERR_LOG, held=held[STDERR_LOG])
@@ -54,23 +55,23 @@ class Output:
                 self._renewal.rotated(self._slot(name), file.fd)
 
     def start(self) -> None:
-        """Begin to move what the slots' pipes hold."""
+        """Begin to move data from the slots' pipes."""
         store = self._store
         if self._feeder is None and self._slot(STDIN) in store and self._slot(STDOUT) in store:
             stdin = store.get(self._slot(STDIN))
             if os.isatty(stdin):
                 from ..logs.feeder import Feeder  # few children have a terminal
 
-                # Before the pump, for which a pipe without a writer has ended.
+                # Before the pump, which treats a pipe without a writer as ended.
                 self._feeder = Feeder(stdin, store.get(self._slot(STDOUT)))
         if self.console is not None and self._slot(STDOUT) in store:
             self._pump.add(self._slot(STDOUT), store.get(self._slot(STDOUT)), self.console)
         if self.stderr is not None and self._slot(STDERR) in store:
             self._pump.add(self._slot(STDERR), store.get(self._slot(STDERR)), self.stderr, size=1)
-            self._pump.watch(self._slot(STDERR))  # the journal is to have it soon
+            self._pump.watch(self._slot(STDERR))  # it should reach the journal soon
 
     async def move_words(self) -> None:
-        """Have in the log what has been said on stderr until now."""
+        """Move what has been written to stderr so far to the log."""
         if self._slot(STDERR) in self._store:
             await asyncio.wrap_future(self._drain(STDERR))
 
@@ -81,7 +82,7 @@ class Output:
         await asyncio.gather(*(asyncio.wrap_future(self._drain(name)) for name in (STDOUT, STDERR)))
 
     async def close(self) -> None:
-        """Let go of the logs and pipes; the slots stay with PID 1. Idempotent."""
+        """Close the logs and pipes; PID 1 keeps the slots. Idempotent."""
         if self._feeder is not None:
             self._feeder.close()
             self._feeder = None
@@ -91,7 +92,7 @@ class Output:
         await self._renewal.close()
 
     def close_logs(self) -> None:
-        """For logs that nothing is moved to. Idempotent."""
+        """Close logs that nothing is moved to. Idempotent."""
         for file in (self.console, self.stderr):
             if file is not None:
                 file.close()
@@ -110,6 +111,6 @@ class Output:
             limit=self._limits.max_bytes,
             backups=self._limits.backups,
             on_rotate=lambda fd: self._renewal.rotated(slot, fd),
-            # A duplicate: the store may have to send its own to PID 1 once more.
+            # A duplicate, because the store may have to send its own to PID 1 once more.
             fd=os.dup(self._store.get(slot)) if held else None,
         )

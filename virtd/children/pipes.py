@@ -21,11 +21,11 @@ ThreeStdio: TypeAlias = tuple[Stdio, Stdio, Stdio]
 
 
 class Ends(msgspec.Struct):
-    """The child's ends of its pipes, ours until it has opened them by the paths in `stdio`.
+    """The child's ends of its pipes, kept open by us until it has opened them by the paths in `stdio`.
 
-    With a terminal, `stdout` is its slave end, which can be read as well, `stdin` is none (systemd would make a
-    terminal on standard input the child's controlling one), and `tty` is its name, "/dev/pts/3". `held`: the unit has
-    the master end, too, as standard error, and what is to be standard error as standard input; the child swaps them.
+    With a terminal, `stdout` is its slave end, which can be read as well, `stdin` is unused (systemd would make a
+    terminal on standard input the child's controlling one), and `tty` is its name, "/dev/pts/3". `held`: the unit
+    also has the master end, as standard error, and the future standard error as standard input; the child swaps them.
     """
 
     stdin: int
@@ -44,9 +44,9 @@ class Ends(msgspec.Struct):
 
 
 def make(directory: str, owner: str, *, terminal: bool, held: bool) -> tuple[Ends, dict[str, int]]:
-    """The child's ends, and ours by the names of their slots. FIFOs are made in `directory`.
+    """The child's ends, and ours by slot name. FIFOs are made in `directory`.
 
-    `terminal`, `held`: see Child.prepare. `owner` is for the log. Raises OSError, with nothing left behind.
+    `terminal`, `held`: see Child.prepare. `owner` is for log messages. Raises OSError, with nothing left behind.
     """
     opened: list[int] = []
     try:
@@ -64,7 +64,7 @@ def make(directory: str, owner: str, *, terminal: bool, held: bool) -> tuple[End
     in_read, in_write, out_read, out_write, err_read, err_write = opened
     _enlarge(out_read, owner)
     if terminal:
-        os.close(out_write)  # the feeder opens it again whenever there is one
+        os.close(out_write)  # the feeder opens it again whenever it runs
         out_write = slave
     stdin, stdout, stderr = (f"{directory}/{name}" for name in fifos.NAMES)
     stdio: ThreeStdio = (os.devnull, slave, stderr) if terminal else (stdin, stdout, stderr)
@@ -76,13 +76,13 @@ def make(directory: str, owner: str, *, terminal: bool, held: bool) -> tuple[End
 
 
 def _enlarge(pipe: int, owner: str) -> None:
-    """Only the console's: QEMU says little on stderr, and where root hasn't CAP_SYS_RESOURCE (in a container) all its
-    large pipes come out of one allowance of 64 MiB.
+    """Enlarge the console's pipe only: QEMU writes little to stderr, and if root lacks CAP_SYS_RESOURCE (in a
+    container), all its large pipes share one allowance of 64 MiB.
     """
     try:
         fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
     except OSError as exc:
-        # Past fs.pipe-user-pages-soft. It works, but not for long without us.
+        # Beyond fs.pipe-user-pages-soft. It works, but the small pipe fills quickly while we are away.
         size = fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)
         log.warning(
             "%s gets a pipe of %d bytes only (%s): while virtd is away, its output may be lost past that. "

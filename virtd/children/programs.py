@@ -8,11 +8,11 @@ import os
 PLACES = (
     "/usr/bin", "/usr/sbin", "/usr/libexec", "/bin", "/sbin", "/usr/local/bin", "/usr/local/sbin",
 )  # fmt: skip
-# All that a child gets of an environment: nothing of ours.
+# A child's whole environment: nothing is inherited from ours.
 HOMELESS = (("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), ("LANG", "C.UTF-8"))
 ENVIRONMENT = (*HOMELESS, ("HOME", "/"))
 
 
 def find(name: str) -> str | None:
-    """Where a program is; None when no place has one that can be run."""
+    """The path of a program; None if no directory has an executable one."""
     return next((path for place in PLACES if os.access(path := f"{place}/{name}", os.X_OK)), None)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""After a rotation: having a log's slot follow it to its new file.
+"""After a rotation: making a log's slot follow the log to its new file.
 
-A slot may be late: the log is found by its path all the same.
+The slot may lag behind: the log is found by its path all the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EVERY = 1.0  # seconds between two renewals of one slot: a log that rotates all 
 
 
 class Renewal:
-    """Renews the slots of one child's logs. To be made on the event loop, and ended with `close`."""
+    """Renews the slots of one child's logs. Create it on the event loop, and end it with `close`."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -31,8 +31,8 @@ class Renewal:
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def rotated(self, slot: str, fd: int) -> None:
-        """A log goes on in the file `fd`, which stays the caller's. From the pump's thread, which mustn't wait for
-        PID 1.
+        """A log continues in the file `fd`, which remains the caller's. Called in the pump's thread, which mustn't
+        wait for PID 1.
         """
         self._loop.call_soon_threadsafe(self._renew, slot, os.dup(fd))
 
@@ -43,7 +43,7 @@ class Renewal:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     def _renew(self, slot: str, fd: int) -> None:
-        """On the loop: the newest file wins."""
+        """Runs on the loop: the newest file wins."""
         if (older := self._fresh.pop(slot, None)) is not None:
             os.close(older)
         self._fresh[slot] = fd
@@ -57,7 +57,8 @@ class Renewal:
                 try:
                     await asyncio.shield(putting)
                 except asyncio.CancelledError:
-                    # The thread goes on: what it puts must be there before anybody drops it, and the descriptor open.
+                    # The thread continues: its slot must be there before anybody drops it, and the descriptor must
+                    # stay open.
                     await asyncio.wait([putting])
                     raise
                 except fdstore.StoreError as exc:

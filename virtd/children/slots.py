@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The slots of a child: their names, and how it is made sure that PID 1 has what was put into them."""
+"""The slots of a child: their names, and how we verify that PID 1 has what was put into them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 STDIN, STDOUT, STDERR, CONSOLE_LOG, STDERR_LOG = SLOTS = ("stdin", "stdout", "stderr", "console.log", "log")
 
-LOOKS = 3  # at what PID 1 has, before a descriptor counts as not kept
+LOOKS = 3  # at PID 1's store, before a descriptor counts as not kept
 PAUSE = 0.02  # seconds between two of them
 
 
 def identities(descriptors: Mapping[str, int]) -> dict[str, str]:
-    """What a record says of slots: "device:inode" of what is in each."""
+    """The slots' identities for a record: "device:inode" of each descriptor."""
     found = {}
     for name, fd in descriptors.items():
         status = os.fstat(fd)
@@ -31,9 +31,9 @@ def identities(descriptors: Mapping[str, int]) -> dict[str, str]:
 
 
 async def verify(store: Store, units: Units, unit: str, wanted: list[str]) -> None:
-    """See that PID 1 has these slots in the store of `unit`. Raises HostError.
+    """Verify that PID 1 has these slots in the store of `unit`. Raises HostError.
 
-    That a message was sent says nothing, and sd_notify(3) doesn't say that the store is full.
+    A message that was sent proves nothing, and sd_notify(3) doesn't report a full store.
     """
     boxed = any(store.kept_as(name) != name for name in wanted)
     missing: set[str] = set()
@@ -48,7 +48,7 @@ async def verify(store: Store, units: Units, unit: str, wanted: list[str]) -> No
         if not missing:
             return
     if boxed:
-        # Others' slots are in that box as well: PID 1 is to have them, whatever became of ours.
+        # The box also contains others' slots, which PID 1 must keep whatever happens to ours.
         await asyncio.to_thread(store.send_again)
     raise errors.HostError(
         f"systemd didn't keep {', '.join(sorted(missing))} in its FD store",

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How a child ended whose unit no longer says: from PID 1's entries in the journal, or from the kernel.
+"""How a child ended if its unit no longer says: from PID 1's entries in the journal, or from the kernel.
 
-`systemctl reset-failed`, or a stop of a unit by somebody while virtd is away, and systemd forgets the unit with its
-exit status. An ExecStopPost= could write that down, and would make each stop longer by a process in PID 1's way (25
-ms at the least, measured on 257); what systemd says in its log costs nothing. Facts: sd-messages.h, and `journalctl
--o verbose _PID=1`.
+After `systemctl reset-failed`, or if somebody stops a unit while virtd is away, systemd forgets the unit with its
+exit status. An ExecStopPost= could record it, but would lengthen each stop by a process (at least 25 ms of PID 1's
+time, measured on 257); what systemd logs costs nothing. Facts: sd-messages.h, and `journalctl -o verbose _PID=1`.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ UNIT_FAILURE = "d9b373ed55a64feb8242e02dbe79a49c"  # "Failed with result 'signal
 UNIT_SUCCESS = "7ad2d189f7e94e70a38c781354912448"  # "Deactivated successfully."
 CODES = {"exited": CLD_EXITED, "killed": CLD_KILLED, "dumped": CLD_DUMPED}
 RESTART_LIMIT = 10.0  # seconds
-LOOKS = (0.0, 0.05, 0.2, 0.5)  # seconds before each look: what was just said may not be written yet
+LOOKS = (0.0, 0.05, 0.2, 0.5)  # seconds before each look: the latest entries may not be written yet
 
 
 class Told(NamedTuple):
-    """One entry of PID 1's about a unit; `at` in seconds since the epoch."""
+    """A journal entry of PID 1 about a unit; `at` in seconds since the epoch."""
 
     message_id: str
     at: float
@@ -44,15 +43,16 @@ class Told(NamedTuple):
 
 
 async def ended(manager: Units, unit: str, invocation_id: str, seen: process.Seen | None = None) -> UnitState | None:
-    """As Units.ended; what the unit doesn't say about that run is looked up. `seen`: what we have seen ourselves.
+    """Like Units.ended; what the unit doesn't say about that run is looked up. `seen`: what we have observed
+    ourselves.
 
-    A state that runs is of a unit that somebody has started again.
+    If the state is running, somebody has started the unit again.
     """
     patience = Patience(RESTART_LIMIT, f"{unit} is still being stopped")
     while (state := await manager.ended(unit, invocation_id)) is not None:
         if state.running:
             return state
-        # A restart goes by here, and isn't an end until it is known what comes after.
+        # A restart passes through this state, and isn't an end until it is known what follows.
         if not state.job and state.active not in ("deactivating", "activating"):
             break
         try:
@@ -63,7 +63,7 @@ async def ended(manager: Units, unit: str, invocation_id: str, seen: process.See
         return state
     if state is not None and seen is not None and seen.status is not None:
         return by_status(unit, state, seen.at, seen.status)
-    if not invocation_id:  # a crash before it was on record: any run might be meant
+    if not invocation_id:  # a crash before it was recorded: any run might be meant
         return _known(state)
     for pause in LOOKS:
         await asyncio.sleep(pause)
@@ -83,12 +83,12 @@ def _tells(state: UnitState | None, invocation_id: str) -> bool:
 
 
 def _known(state: UnitState | None) -> UnitState | None:
-    """None for a unit that has ended and says nothing about its main process: its "success" is only a default.
+    """None for a unit that has ended and doesn't say how its main process did: its "success" is only a default.
 
-    One was loaded again from its file after a reset-failed, and never ran. The other is a race in systemd 257 and
-    later. With PrivatePIDs= PID 1 hears of a process from the one that made it; while that has still to end, the new
-    one counts as nobody's child ("Supervising process 4711 which is not our child"). When such a process ends, and
-    its cgroup is seen to be empty before the SIGCHLD comes, its unit is "exited", and the status is thrown away.
+    Either it was loaded again from its file after a reset-failed, and never ran, or this is a race in systemd 257 and
+    later. With PrivatePIDs=, PID 1 learns of a process from its parent; as long as that hasn't ended, the new process
+    counts as nobody's child ("Supervising process 4711 which is not our child"). If such a process ends, and its
+    cgroup is found to be empty before the SIGCHLD arrives, its unit becomes "exited", and the status is discarded.
     """
     if state is not None and not state.running and state.exec_code == 0 and state.result in ("", "success"):
         return None
@@ -96,7 +96,7 @@ def _known(state: UnitState | None) -> UnitState | None:
 
 
 def by_status(unit: str, state: UnitState | None, at: float, status: int) -> UnitState:
-    """The unit's state with what is known from elsewhere: `status` as waitpid(2) has it."""
+    """The unit's state with what is known from elsewhere: `status` as in waitpid(2)."""
     if os.WIFSIGNALED(status):
         dumped = os.WCOREDUMP(status)
         code, number = CLD_DUMPED if dumped else CLD_KILLED, os.WTERMSIG(status)
@@ -111,9 +111,9 @@ def by_status(unit: str, state: UnitState | None, at: float, status: int) -> Uni
 
 
 def judge(unit: str, invocation_id: str, told: Iterable[Told]) -> UnitState | None:
-    """What these entries say of the end of the unit's main process; None when they say nothing.
+    """What these entries say about the end of the unit's main process; None if they don't mention it.
 
-    A "success" may be an exit status of 0, or a SIGTERM: `exec_code` is 0 then, for nobody knows.
+    A "success" may be an exit status of 0 or a SIGTERM: then `exec_code` is 0, because nobody knows.
     """
     result, code, status, at = "", 0, 0, None
     for entry in told:
@@ -142,7 +142,7 @@ def judge(unit: str, invocation_id: str, told: Iterable[Told]) -> UnitState | No
 
 
 def _gone(unit: str) -> UnitState:
-    """One that PID 1 has forgotten."""
+    """The state of a unit that PID 1 has forgotten."""
     return UnitState(
         name=unit,
         load="not-found",
@@ -159,7 +159,7 @@ def _gone(unit: str) -> UnitState:
 
 
 def _status(fields: Mapping[str, Any]) -> int:
-    """EXIT_STATUS: a number, or a signal's name."""
+    """Parse EXIT_STATUS: a number, or a signal's name."""
     text = str(fields.get("EXIT_STATUS", ""))
     with contextlib.suppress(ValueError):
         return int(text)
@@ -169,7 +169,7 @@ def _status(fields: Mapping[str, Any]) -> int:
 
 
 def entries(unit: str, invocation_id: str) -> list[Told]:
-    """What PID 1 has said of that run of the unit. Raises ImportError or OSError. It may take some time."""
+    """PID 1's entries about that run of the unit. Raises ImportError or OSError. It may take some time."""
     from systemd import journal
 
     found = []
@@ -182,5 +182,5 @@ def entries(unit: str, invocation_id: str) -> list[Told]:
 
 
 def entry_id(value: Any) -> str:
-    """A MESSAGE_ID, which systemd-python has made a UUID of."""
+    """A MESSAGE_ID, which systemd-python has turned into a UUID."""
     return str(value or "").replace("-", "")
