@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""From a pipe to a log file: who moves the bytes, how the file grows and rotates, who reads it."""
+"""From a pipe to a log file: moving bytes, growth and rotation of the file, and reading it."""

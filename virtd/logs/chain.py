@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The files of a log, for those who read it: which there are, which follows which, where a line begins.
+"""The files of a log, for its readers: which exist, in which order, and where lines begin.
 
-A follower's place is a `Cursor`: the file's id ("dev:ino") and an offset. It holds the file open while it has a
-place in it, so the id can't be used again for another file meanwhile. Reading it to its end and going on with
-`newer()` at offset 0 gives every byte once, over any number of rotations.
+A follower's place is a `Cursor`: the file's id ("dev:ino") and an offset. The follower keeps that file open, so the
+id can't be reused for another file meanwhile. Reading the file to its end and continuing with `newer()` at offset 0
+gives every byte once, across any number of rotations.
 
-The thread that writes (see logfile.py) reports each rotation. The rest reads a snapshot and may be called from any
+The writing thread (see logfile.py) reports each rotation. Everything else reads a snapshot and may be called from any
 thread.
 """
 
@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Files that left the chain and are still remembered for followers that hold them open.
+# Files that have left the chain and are still remembered for followers that hold them open.
 RETIRED = 64
-UNKNOWN = -1  # bytes that were missed, and perhaps none
+UNKNOWN = -1  # an unknown number of bytes was missed, perhaps none
 
 _BLOCK = 1 << 16
 
@@ -43,7 +43,7 @@ class Cursor(NamedTuple):
 
 
 class Retired(NamedTuple):
-    """A file that was removed: its size, the file after it, and the bytes that were in others between the two."""
+    """A removed file: its size, the file after it, and the number of bytes in other files between the two."""
 
     size: int
     successor: str
@@ -51,12 +51,12 @@ class Retired(NamedTuple):
 
 
 def file_id(status: os.stat_result) -> str:
-    """What a file is called in a cursor."""
+    """The id of a file in a cursor."""
     return f"{status.st_dev}:{status.st_ino}"
 
 
 class Current:
-    """The file that grows. A rotation makes a new object, so that a snapshot is of one moment."""
+    """The file that grows. A rotation makes a new object, so that a snapshot is consistent."""
 
     __slots__ = ("file", "size")
 
@@ -74,14 +74,14 @@ class Chain:
         self._retired: OrderedDict[str, Retired] = OrderedDict()
         self._files: tuple[tuple[Segment, ...], Current] = ((), now)
 
-    # The thread that writes
+    # For the writing thread
 
     def backup(self, number: int) -> str:
         """The path of the backup with this number; 1 is the newest."""
         return f"{self.path}.{number}"
 
     def found(self, now: Current) -> None:
-        """The log is at this file, whatever it was at before; its backups are those in the directory."""
+        """This is now the log's current file, whatever it was before; its backups are those in the directory."""
         older = self._scan()
         before = self._files[1]
         if now is not before:
@@ -91,7 +91,7 @@ class Chain:
         self._files = (older, now)
 
     def rotated(self, now: Current) -> None:
-        """The current file has become the newest backup, and this one took its place."""
+        """The current file has become the newest backup, and this one has replaced it."""
         files = self._snapshot()
         kept = files[-self.backups :] if self.backups else ()
         gone = files[: len(files) - len(kept)]
@@ -116,7 +116,7 @@ class Chain:
         return tuple(older)
 
     def _reuse(self, file: str) -> None:
-        """A new file has the number of one that was removed, which ext4 gives away at once: that one is forgotten."""
+        """Forget a removed file whose inode number a new file has, as ext4 reuses them at once."""
         if (old := self._retired.get(file)) is None:
             return
         for other, gone in list(self._retired.items()):
@@ -129,7 +129,7 @@ class Chain:
         while len(self._retired) > RETIRED:
             self._retired.popitem(last=False)
 
-    # Reading: any thread
+    # Reading, for any thread
 
     def _snapshot(self) -> tuple[Segment, ...]:
         older, now = self._files
@@ -140,9 +140,7 @@ class Chain:
         return list(self._snapshot())
 
     def newer(self, file: str) -> str | None:
-        """The id of the file that follows `file`; None for the current one. A file nobody remembers is older than
-        all.
-        """
+        """The id of the file after `file`; None for the current one. An unknown file counts as the oldest."""
         chain = [segment.file for segment in self._snapshot()]
         for _ in range(RETIRED + 1):
             if file in chain:
@@ -156,10 +154,10 @@ class Chain:
         return chain[0]
 
     def locate(self, cursor: Cursor) -> tuple[Cursor, int]:
-        """Where a follower goes on, and how many bytes it can read there in that file (0: it has everything).
+        """Where a follower continues, and how many bytes of that file it can read there (0: it has everything).
 
-        At the end of an older file that is the next newer one at offset 0. A file that was cut short begins again
-        at 0. A file that has left the chain can be read to its end by whoever still holds it open.
+        At the end of an older file, that is the next newer one at offset 0. A truncated file begins again at 0. A
+        file that has left the chain can be read to its end by anybody who still holds it open.
         """
         for _ in range(self.backups + RETIRED + 2):
             sizes = {segment.file: segment.size for segment in self._snapshot()}
@@ -176,9 +174,9 @@ class Chain:
         return cursor, 0
 
     def missed(self, place: Cursor, found: Cursor) -> int:
-        """How many bytes came after the file of `place` and before that of `found`, and can't be read any more.
+        """How many bytes between the file of `place` and that of `found` can't be read any more.
 
-        Whoever is at `place` holds that file and reads it to its end. UNKNOWN for a file that nobody remembers.
+        The reader at `place` holds that file and reads it to its end. UNKNOWN if that file is unknown.
         """
         lost, file = 0, place.file
         chain = {segment.file for segment in self._snapshot()}
@@ -191,9 +189,8 @@ class Chain:
         return lost
 
     def _was_cut(self, cursor: Cursor) -> bool:
-        """Whether the current file ends before the cursor. Only the file knows: a reader may be ahead of `size` by
-        a move.
-        """
+        """Whether the current file ends before the cursor. Asks the file: readers may be ahead of `size` by a
+        move."""
         try:
             status = os.stat(self.path, follow_symlinks=False)
         except OSError:
@@ -222,7 +219,7 @@ class Chain:
                     end = len(block)
                     if last:
                         last = False
-                        # The stream's final line end closes the last line; it doesn't begin another.
+                        # The stream's final line end ends the last line; it doesn't begin another.
                         end -= block.endswith(b"\n")
                     while (at := block.rfind(b"\n", 0, end)) >= 0:
                         lines -= 1
@@ -254,7 +251,7 @@ def _backwards(fd: int, size: int) -> Iterator[tuple[int, bytes]]:
         start = max(0, size - _BLOCK)
         block = os.pread(fd, size - start, start)
         if len(block) < size - start:
-            # Somebody cut the file while it was read; what is left still has lines.
+            # Somebody truncated the file while it was read; the rest still has lines.
             block = block.ljust(size - start, b"\0")
         yield start, block
         size = start

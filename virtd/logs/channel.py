@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One pipe and its log, and the state that the pump's thread keeps of them."""
+"""One pipe and its log, and the pump thread's state of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAST_WORDS = 5.0
 
 
 class Loss(NamedTuple):
-    """A log that can't be written: since when (seconds since the epoch), why, bytes dropped so far, and whether it
+    """A log that can't be written: since when (seconds since the epoch), why, bytes dropped so far, and whether that
     is over.
     """
 
@@ -36,7 +36,7 @@ class Loss(NamedTuple):
 
 
 class Refusal:
-    """A file that takes no bytes (a full disk, most often), from the first error until it takes one again."""
+    """A file that can't be written (mostly because of a full disk), from the first error until a write succeeds."""
 
     __slots__ = ("dropped", "hung_up_at", "reason", "retry_at", "since")
 
@@ -45,12 +45,13 @@ class Refusal:
         self.reason = error.strerror or str(error)
         self.dropped = 0  # bytes
         self.retry_at = 0.0
-        self.hung_up_at = 0.0  # when the writers were found to be gone
+        self.hung_up_at = 0.0  # when the writers were found to have closed it
 
     def excess(self, fill: int, capacity: int, now: float) -> int:
-        """How many of the oldest of `fill` bytes to drop: past half of the pipe, all but a quarter of it.
+        """How many of the oldest of `fill` bytes to drop: if more than half of the pipe is full, all but a quarter of
+        it.
 
-        Once the writers are gone and LAST_WORDS are over, that is everything.
+        That is everything once the writers are gone and LAST_WORDS have passed.
         """
         if self.hung_up_at and now - self.hung_up_at >= LAST_WORDS:
             return fill
@@ -58,7 +59,7 @@ class Refusal:
 
 
 class Channel:
-    """One pipe and its log; touched by the pump's thread only. Times are those of time.monotonic()."""
+    """One pipe and its log; used only by the pump's thread. Times are those of time.monotonic()."""
 
     __slots__ = (
         "armed",
@@ -87,28 +88,28 @@ class Channel:
         self.fd = fd
         self.log = log
         self.on_eof = on_eof
-        self.capacity = capacity  # of the pipe, in bytes: wanted at first, then what the kernel gave
-        self.moved = 0  # bytes, in this process's life
+        self.capacity = capacity  # of the pipe, in bytes: first the wanted one, then what the kernel granted
+        self.moved = 0  # bytes, by this process
         self.watchers = 0
         self.gone = False  # removed, though it may still be in a queue
-        # When its next turn is: see schedule.py
-        self.armed = False  # epoll will say when there is something
+        # Its next turn: see schedule.py
+        self.armed = False  # epoll will report data
         self.due = 0  # the millisecond at which its nap ends; 0 when it isn't napping
-        # What the last turns have found: see mover.py
+        # Results of the latest turns: see mover.py
         self.empty = 0  # long naps in a row that ended with an empty pipe
-        self.last = 0.0  # the last look, for the rate
-        self.check_at = 0.0  # when to look next at where the log's path leads
-        self.owed = False  # bytes have landed of which the watchers don't know yet
-        self.told_at = 0.0  # when the watchers were last told
+        self.last = 0.0  # time of the latest look, for the rate
+        self.check_at = 0.0  # when to check next where the log's path leads
+        self.owed = False  # bytes have been written that watchers don't know of yet
+        self.told_at = 0.0  # when the watchers were last notified
         self.drains: list[tuple[int, int, Future[int]]] = []  # `moved` at the request, bytes to move, the answer
         self.refusal: Refusal | None = None
 
     def answer(self, *, everything: bool = False) -> None:
-        """Answer the drains that are done: all of them with `everything`, be they done or not."""
+        """Answer the drains that are done, or with `everything` all of them."""
         left = []
         for start, wanted, future in self.drains:
             moved = self.moved - start
-            # One byte more than was there, so that an end of file that comes next is reported first.
+            # One byte more than was there, so that an end of file right behind it is reported first.
             if everything or moved > wanted:
                 answer(future, moved)
             else:
@@ -126,12 +127,12 @@ class Channel:
         return bool(poll.poll(0))
 
     def widen(self) -> None:
-        """Make the pipe hold `capacity` bytes, or as many as it may; `capacity` is its size from then on."""
+        """Enlarge the pipe to `capacity` bytes, or as far as allowed; `capacity` is its size from then on."""
         self.capacity = _widen(self.fd, self.capacity)
 
 
 def answer(future: Future[T], result: T) -> None:
-    """Set the result, unless whoever wanted it has cancelled meanwhile (a follower that hung up)."""
+    """Set the result, unless it has been cancelled meanwhile (by a follower that hung up)."""
     if future.set_running_or_notify_cancel():
         future.set_result(result)
 
@@ -142,7 +143,7 @@ def _widen(fd: int, wanted: int) -> int:
     except OSError:
         return 1 << 16
     while wanted > size:
-        # Past the user's share of pipe memory the kernel says EPERM; a smaller one may still fit.
+        # Beyond the user's share of pipe memory the kernel answers EPERM; a smaller size may still be allowed.
         try:
             return fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, wanted)
         except OSError:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """From a terminal's master end into the pipe that the pump reads, by splice(2), on the event loop.
 
-The pump can't take a terminal itself: one of splice's two ends must be a pipe. As with the pump no byte is ever in
-this process. After a SIGKILL each is in the terminal, in the pipe or in the log, and PID 1 holds both of the former.
-What a terminal holds by itself is little (some tens of KiB); who writes more while nobody feeds waits.
+The pump can't take a terminal itself: one of splice's two ends must be a pipe. As with the pump, no byte is ever in
+this process. After a SIGKILL each byte is in the terminal, in the pipe or in the log, and PID 1 holds the first two.
+A terminal's buffer is small (some tens of KiB); a program that writes more while no feeder runs is blocked.
 """
 
 from __future__ import annotations
@@ -18,28 +18,29 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 16
 NAP = 0.01  # seconds until a full pipe is tried again
-HUNG_UP = 0.5  # seconds until a terminal that nobody has open is looked at again
+HUNG_UP = 0.5  # seconds until a terminal that nobody has open is tried again
 TRIES = 3  # a pipe that stays full this often, although it was drained, is left alone
 
 
 class Feeder:
-    """Feeds until `close`. The two descriptors stay the caller's; the pipe's write end is opened here."""
+    """Feeds until `close`. The two descriptors remain the caller's; the pipe's write end is opened here."""
 
     def __init__(self, master: int, pipe: int) -> None:
         self._loop = asyncio.get_running_loop()
         self._master = os.dup(master)
         try:
-            # The pipe has no other writer: before this, and after `close`, its reader is at the end of file.
+            # The pipe has no other writer: before this, and after `close`, its reader gets an end of file.
             self._pipe = os.open(f"/proc/self/fd/{pipe}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except BaseException:
             os.close(self._master)
             raise
-        os.set_blocking(self._master, False)  # splice(2) obeys this of a terminal, and not its own flag
+        os.set_blocking(self._master, False)  # for terminals, splice(2) obeys this and not its own flag
         self._timer: asyncio.TimerHandle | None = None
         self._loop.add_reader(self._master, self._feed)
 
     def _move(self) -> int:
-        """Bytes moved; 0 when there are none, or no room for them. OSError (EIO) while nobody has the terminal."""
+        """The number of bytes moved; 0 if there are none, or no room for them. OSError (EIO) while nobody has the
+        terminal open."""
         try:
             return os.splice(self._master, self._pipe, CHUNK, flags=os.SPLICE_F_NONBLOCK)
         except BlockingIOError:
@@ -61,7 +62,7 @@ class Feeder:
         self._loop.add_reader(self._master, self._feed)
 
     async def drain(self, empty: Callable[[], Awaitable[object]]) -> None:
-        """Move what is in the terminal now; `empty` has the pump empty the pipe."""
+        """Move what is in the terminal now; `empty` makes the pump empty the pipe."""
         tries = 0
         while self._master >= 0 and tries < TRIES:
             try:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A log with a size limit and numbered backups, filled by splice(2), that a SIGKILL at any instant leaves whole.
+"""A log with a size limit and numbered backups, filled by splice(2), which a SIGKILL at any instant leaves intact.
 
     web1.console.log      the current file, the only one that grows
     web1.console.log.1    the newest backup ... .N the oldest
-    web1.console.log.new  there only while a rotation is under way; always empty
+    web1.console.log.new  exists only during a rotation; always empty
 
 The path is the truth: whatever leads there is the current file, and its size says how much of the pipe has been
-moved. A descriptor that was kept in the FD store is a short cut; if it leads elsewhere, because a rotation was cut
-off or because somebody moved or removed the file by hand, the log goes on with the file at the path.
+moved. A descriptor from the FD store is only a shortcut; if it refers to another file, because a rotation was cut off
+or because somebody moved or removed the file by hand, the log continues with the file at the path.
 
-One thread (the pump's) calls `take`, `rotate`, `check` and `close`. Who reads the log asks its chain of files
+One thread (the pump's) calls `take`, `rotate`, `check` and `close`. Readers of the log use its chain of files
 (chain.py).
 """
 
@@ -46,11 +46,11 @@ _SPLICE = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 class LogFile:
     """A log open for writing at its end. `limit` is in bytes and soft (a line is finished first); 0 means no limit.
 
-    `on_rotate(fd)` is called, in the thread that writes, with the descriptor of each new current file that takes
-    the place of another, once it is at the path; it belongs to this object and is valid during the call.
+    `on_rotate(fd)` is called, in the writing thread, with the descriptor of each new current file that replaces
+    another, once it is at the path; it belongs to this object and is valid during the call.
 
-    `fd`: one that an earlier daemon kept, and that passes to the log. If the path leads elsewhere, the log goes on
-    there, and `on_rotate` has been called by then. Raises HostError.
+    `fd`: one that an earlier daemon kept, and that the log now owns. If the path leads elsewhere, the log continues
+    there, after calling `on_rotate`. Raises HostError.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class LogFile:
         try:
             self._open_current(announce=fd is not None)
         except OSError as error:
-            # With a descriptor in hand the log still works, only its path is wrong; `check` tries again.
+            # With a descriptor the log still works, only its path is wrong; `check` tries again.
             if self.fd < 0:
                 raise HostError(f"cannot open the log {self.path}: {error.strerror}") from error
             logger.warning(
@@ -93,7 +93,7 @@ class LogFile:
 
     @property
     def size(self) -> int:
-        """The current file's size in bytes; what a reader finds there may be ahead of it by one move."""
+        """The current file's size in bytes; the file itself may be ahead of it by one move."""
         return self._now.size
 
     def close(self) -> None:
@@ -102,18 +102,18 @@ class LogFile:
             os.close(self.fd)
             self.fd = -1
 
-    # Writing: one thread only
+    # Writing, for one thread only
 
     def take(self, pipe_fd: int, most: int) -> int:
-        """Move up to `most` bytes from the pipe to the end of the log; returns how many, 0 when the writers are gone.
+        """Move up to `most` bytes from the pipe to the end of the log; returns how many, 0 if the writers are gone.
 
         Fewer than `most` means that the pipe was found empty then.
 
-        Raises BlockingIOError when the pipe is empty, OSError when the file can't take them (they are then still in
-        the pipe).
+        Raises BlockingIOError if the pipe is empty, OSError if the file can't be written (the bytes then stay in the
+        pipe).
         """
         now = self._now
-        # Somebody may have cut it (logrotate's copytruncate): written on at the old place it would begin with a hole.
+        # Somebody may have truncated it (logrotate's copytruncate): writing on at the old offset would leave a hole.
         if os.fstat(self.fd).st_size != now.size:
             now.size = os.lseek(self.fd, 0, os.SEEK_END)
         if self._turn_at - now.size >= most:
@@ -123,7 +123,7 @@ class LogFile:
         return self._take_and_turn(pipe_fd, most)
 
     def _take_and_turn(self, pipe_fd: int, most: int) -> int:
-        """The same where the limit may be in the way; moves on in the new file."""
+        """Like `take`, if the limit may be reached; continues in the new file."""
         moved = 0
         while moved < most:
             now = self._now
@@ -131,7 +131,7 @@ class LogFile:
             if room <= 0 and (self._at_line_end() or room <= -LINE_SEARCH):
                 self._turn()
                 continue
-            # A pipe can't be peeked into, so the rest of the line goes byte by byte.
+            # One can't peek into a pipe, so the rest of the line is moved byte by byte.
             wanted = min(room, most - moved) if room > 0 else 1
             try:
                 step = os.splice(pipe_fd, self.fd, wanted, flags=_SPLICE)
@@ -158,8 +158,8 @@ class LogFile:
     def rotate(self) -> int:
         """Make the current file the newest backup and begin an empty one; returns its descriptor.
 
-        Killed at any step, nothing is lost: files only move up to a free number or over the oldest, and the bytes
-        are still in the pipe. Raises OSError, with the current file still the current one.
+        A kill at any step loses nothing: files only move up to a free number or over the oldest, and the bytes are
+        still in the pipe. Raises OSError; then the current file is still the current one.
         """
         if not self._in_place():
             before = self.file
@@ -171,8 +171,8 @@ class LogFile:
         fd = os.open(fresh, _OPEN | os.O_EXCL, 0o600)
         try:
             last = self._first_gap()
-            # A rename over a file makes ext4 write the moved one to the disk there and then, which costs more than
-            # all the rest here; so the oldest is removed first.
+            # A rename over a file makes ext4 write the moved one to disk immediately, which costs more than
+            # everything else here; so the oldest is removed first.
             _remove(self.chain.backup(last) if last else self.path)
             for number in range(last, 1, -1):
                 os.rename(self.chain.backup(number - 1), self.chain.backup(number))
@@ -192,10 +192,11 @@ class LogFile:
         return self.fd
 
     def check(self) -> bool:
-        """See whether the path still leads to this file and go on with what is there if not; True if it was replaced.
+        """Check that the path still leads to this file, and otherwise continue with the file there; True if it was
+        replaced.
 
-        Somebody's `truncate` or `>>` is noticed too, so that no hole appears and nothing is written over. If no
-        file can be had at the path, the log goes on with the one it holds.
+        A `truncate` or `>>` is noticed too, so that no hole appears and nothing is overwritten. If no file can be
+        opened at the path, the log continues with the one that it has.
         """
         if self._in_place():
             return False
@@ -218,7 +219,7 @@ class LogFile:
         return True
 
     def _open_current(self, *, announce: bool) -> None:
-        """Put right what a rotation that was cut off has left, and hold the file at the path."""
+        """Repair what an interrupted rotation has left, and open the file at the path."""
         fresh = self.path + ".new"
         if os.path.lexists(fresh):
             if os.path.lexists(self.path):
@@ -257,11 +258,11 @@ class LogFile:
         try:
             self.on_rotate(self.fd)
         except Exception:
-            # The slot that wasn't replaced is a short cut only; the log goes on.
+            # The slot that wasn't replaced is only a shortcut; the log continues.
             logger.exception("log %s: its new descriptor was not taken", self.path)
 
     def _first_gap(self) -> int:
-        """The first number that is free; the last one there may be if none is."""
+        """The first free number; the last permitted one if none is free."""
         for number in range(1, self.backups):
             if not os.path.lexists(self.chain.backup(number)):
                 return number
@@ -269,7 +270,7 @@ class LogFile:
 
 
 def _usable(fd: int) -> bool:
-    """Whether a log can be kept with this descriptor: a regular file, read and written, and (for splice) not
+    """Whether this descriptor is suitable for a log: a regular file, readable and writable, and (for splice) not
     O_APPEND.
     """
     try:
@@ -284,7 +285,7 @@ def _usable(fd: int) -> bool:
 
 
 def _measure(fd: int) -> Current:
-    """Put the descriptor's position at the file's end."""
+    """Set the descriptor's position to the file's end."""
     return Current(file_id(os.fstat(fd)), os.lseek(fd, 0, os.SEEK_END))
 
 

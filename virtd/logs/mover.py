@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a channel does with its turn: one move from the pipe to the log, and the decision when to look again.
+"""A channel's turn: one move from the pipe to the log, and the decision when to look again.
 
-Bytes are as safe in the pipe as in the file, so when to wake is a choice. A pipe that was found with little in it is
-looked at again after a nap; one that fills fast, after as long as it would take to be half full; one that is empty is
-left to epoll, so that silent guests cost nothing at all. A pipe that somebody watches gets its first bytes moved at
-once, and its naps are short.
+Bytes are as safe in the pipe as in the file, so the pump is free to choose when to wake. A pipe with little in it is
+looked at again after a nap; one that fills fast, when it should be half full; an empty one is left to epoll, so that
+silent guests cost nothing at all. If somebody watches a pipe, its first bytes are moved at once, and its naps are
+short.
 
-A file that can't take bytes (a full disk, most often) never blocks a guest: its pipe keeps what fits in half of it,
-older bytes are dropped and counted, and the file is tried again every second. The owner hears of it at the beginning
-and at the end. No mark is left in the log, which holds what the guest wrote and nothing else.
+A file that can't be written (mostly because of a full disk) never blocks a guest: its pipe keeps what fits in half of
+it, older bytes are dropped and counted, and the file is tried again every second. The owner is notified at the
+beginning and at the end. The log gets no mark: it contains what the guest wrote and nothing else.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# One move; while it lasts the kernel holds the pipe's lock and the guest's write waits.
+# Bytes in one move, during which the kernel holds the pipe's lock and the guest's write waits.
 CHUNK = 1 << 20
 
 NAP = 100
@@ -48,9 +48,10 @@ RETRY = 1.0
 
 
 class Mover:
-    """The work of the pump's thread, which makes all calls but `close`.
+    """The work of the pump's thread, which makes all calls except `close`.
 
-    `on_bytes(key)`, `on_drop(loss)` and `on_end(channel)`, by when everything is in the log, are called in it too.
+    `on_bytes(key)`, `on_drop(loss)` and `on_end(channel)`, when everything is in the log, are called in that thread
+    too.
     """
 
     def __init__(
@@ -68,12 +69,12 @@ class Mover:
         self._null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
-        """Idempotent. For when the thread has ended."""
+        """Idempotent. To be called when the thread has ended."""
         if self._null >= 0:
             os.close(self._null)
             self._null = -1
 
-    # What the owner asks for
+    # Requests of the owner
 
     def enter(self, channel: Channel) -> None:
         channel.widen()
@@ -91,7 +92,7 @@ class Mover:
         answer(future, None)
 
     def watched(self, channel: Channel, step: int) -> None:
-        """Somebody more, or fewer, watches."""
+        """The number of watchers has changed."""
         channel.watchers = max(0, channel.watchers + step)
         if step > 0:
             self._hurry(channel)
@@ -104,7 +105,7 @@ class Mover:
             return
         try:
             wanted = channel.fill()
-        except OSError:  # the pipe was closed under us: a bug elsewhere, for which nobody here has to wait for ever
+        except OSError:  # the pipe was closed under us: a bug elsewhere, which must not make anybody wait for ever
             answer(future, 0)
             raise
         channel.drains.append((channel.moved, wanted, future))
@@ -113,11 +114,11 @@ class Mover:
         self._hurry(channel)
 
     def _hurry(self, channel: Channel) -> None:
-        """Give it its turn soon. One that is armed has nothing to move, and needs none."""
+        """Give it its turn soon. An armed one has nothing to move, and needs none."""
         if not self._schedule.hurry(channel) and channel.armed:
             channel.answer(everything=channel.fill() == 0)
 
-    # A turn
+    # Turns
 
     def serve(self, channel: Channel, now: float) -> None:
         """One move, and the decision when to look again."""
@@ -142,7 +143,7 @@ class Mover:
                 self._finish(channel)
 
     def stumbled(self, channel: Channel, now: float) -> None:
-        """Its turn has failed by a bug: let it wait a second."""
+        """A bug made its turn fail: let it wait a second."""
         self._schedule.nap(channel, int(now * 1000) + 1000)
 
     def _found_empty(self, channel: Channel, now: float) -> None:
@@ -173,13 +174,14 @@ class Mover:
         if moved > 4096:
             channel.empty = PATIENCE
         half = channel.capacity >> 1
-        # The rate is what came since the pipe was last left empty; a move itself can last longer than all the rest.
+        # The rate counts bytes since the pipe was last left empty; a move itself can last longer than everything
+        # else.
         since, channel.last = now - channel.last, time.monotonic()
         if moved >= half or moved >= CHUNK or channel.drains:
             self._schedule.again(channel)
             return
         if moved > 4096:
-            # At that rate it takes this long until the pipe is half full; a first look tells nothing.
+            # The time until the pipe is half full at that rate; a first look says nothing.
             seconds = since * half / moved if since < 1.0 else FIRST
             if seconds < BRIEF:
                 self._schedule.again(channel, seconds)
@@ -211,7 +213,7 @@ class Mover:
         channel.told_at = now
         self._on_bytes(channel.key)
 
-    # A file that refuses
+    # Files that refuse writes
 
     def _refused(self, channel: Channel, now: float, error: OSError) -> None:
         refusal = channel.refusal
@@ -228,7 +230,7 @@ class Mover:
         """Make room in the pipe of a log that refuses."""
         fill = channel.fill()
         if not fill:
-            # Nothing to lose any more: either everyone is gone, or epoll says when there is something again.
+            # Nothing to lose any more: either all writers are gone, or epoll reports new data.
             refusal.retry_at = 0.0
             if channel.hung_up():
                 self._finish(channel)
@@ -246,7 +248,7 @@ class Mover:
         self._schedule.nap(channel, int(now * 1000) + (1 if excess else NAP))
 
     def _accepted(self, channel: Channel) -> None:
-        """The log is written again, or never will be: its refusal, if there is one, is over."""
+        """The log can be written again, or never will be: its refusal, if any, is over."""
         if channel.refusal is not None:
             self._say(channel, channel.refusal, over=True)
             channel.refusal = None

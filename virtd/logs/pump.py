@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One thread that moves bytes from the guests' pipes to their logs.
 
-It is a thread of its own so that neither a slow disk nor a guest that floods its console holds up the event loop,
-and the other way round. Bytes move with splice(2) in one step in the kernel and are never in this process: whatever
-kills it, they are either still in the pipe or already in the file.
+It is a thread of its own so that neither a slow disk nor a guest that floods its console delays the event loop, nor
+the event loop the pump. splice(2) moves bytes in one step in the kernel, so that they are never in this process:
+whatever kills it, they are either still in the pipe or already in the file.
 
-What is moved when, and what happens to bytes that a file doesn't take, is in mover.py and schedule.py.
+When bytes are moved, and what happens to those that a file refuses, is in mover.py and schedule.py.
 
-All methods are called by the owner's thread. Callbacks come through `notify(function, *arguments)`, which has to run
-`function(*arguments)` in that thread; `loop.call_soon_threadsafe` is made for it.
+All methods are for the owner's thread. Callbacks are made through `notify(function, *arguments)`, which has to run
+`function(*arguments)` in that thread, like `loop.call_soon_threadsafe`.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ logger = logging.getLogger(__name__)
 
 
 class Pump:
-    """Pipes in, log files out. Needs `start()`, ends with `close()`.
+    """Moves pipes' bytes to log files, from `start()` to `close()`.
 
-    `on_bytes(key)` says that bytes have landed for a key that is watched; `on_drop(loss)` that a log can't be
-    written, once, and once more when it can again. `on_death()` says, in the thread itself, that it ends by a bug.
+    `on_bytes(key)` reports new bytes in the log of a watched key; `on_drop(loss)` that a log can't be written, once,
+    and once more when it can again. `on_death()` is called in the thread itself if a bug ends it.
     """
 
     def __init__(
@@ -67,17 +67,15 @@ class Pump:
         self._running = False
         self._thread = threading.Thread(target=self._run, name="pump", daemon=True)
 
-    # The owner's side
+    # For the owner's thread
 
     def start(self) -> None:
-        """Begin to move. What was added before waits until now."""
+        """Begin to move, also for pipes that were added before."""
         self._running = True
         self._thread.start()
 
     def close(self) -> None:
-        """Stop the thread; idempotent. What is in the pipes stays there. The pipes and logs are the caller's to
-        close.
-        """
+        """Stop the thread; idempotent. Bytes in the pipes stay there. The caller closes the pipes and logs."""
         if self._thread.is_alive():
             self._post(self._stop)
             self._thread.join()
@@ -97,12 +95,12 @@ class Pump:
         *,
         size: int | None = None,
     ) -> None:
-        """Move what comes out of the pipe to the log until `remove` or the end of file.
+        """Move bytes from the pipe to the log until `remove` or the end of file.
 
-        The pipe is made to hold `size` bytes, 1 MiB if None, or as many as the kernel allows.
+        The pipe is enlarged to `size` bytes, 1 MiB if None, or as far as the kernel allows.
 
-        Both stay the caller's, who leaves them alone until the future of `remove` is done or `on_eof(key)` was
-        called; at that call everything is in the log, and the key is free. ValueError if the key is in use.
+        Both remain the caller's, who must not touch them until the future of `remove` is done or `on_eof(key)` has
+        been called; by then everything is in the log, and the key is free. ValueError if the key is in use.
         """
         if key in self._channels:
             raise ValueError(f"{key} is pumped already")
@@ -111,9 +109,8 @@ class Pump:
         self._post(self._mover.enter, channel)
 
     def remove(self, key: str) -> Future[None]:
-        """Stop moving; when the future is done the thread has let go of pipe and log. What is in the pipe stays
-        there.
-        """
+        """Stop moving; once the future is done, the thread uses neither pipe nor log. Bytes in the pipe stay
+        there."""
         future: Future[None] = Future()
         channel = self._channels.pop(key, None)
         if channel is None:
@@ -123,10 +120,10 @@ class Pump:
         return future
 
     def drain(self, key: str) -> Future[int]:
-        """Move what is in the pipe now, at once; the future has the number of bytes moved.
+        """Move at once what is in the pipe now; the future's result is the number of bytes moved.
 
-        Less than all of it only if the file refuses it. If the writers are gone, `on_eof` is called before the future
-        is done. For a key that isn't pumped (any more), 0.
+        Less than all of it only if the file can't be written. If the writers are gone, `on_eof` is called before the
+        future is done. The result is 0 for a key that isn't pumped (any more).
         """
         future: Future[int] = Future()
         channel = self._channels.get(key)
@@ -137,19 +134,19 @@ class Pump:
         return future
 
     def drain_all(self) -> list[Future[int]]:
-        """`drain` for every pipe there is."""
+        """`drain` every pipe."""
         return [self.drain(key) for key in list(self._channels)]
 
     def watch(self, key: str) -> None:
-        """Somebody follows: bytes that are in the pipe are moved now, later ones soon, each time with an
-        `on_bytes(key)`.
+        """Add a follower: bytes in the pipe are moved now, later ones soon, each time with an `on_bytes(key)`.
 
-        Watch first and look at the log's size afterwards, then no byte is missed. Counted; an unknown key is ignored.
+        To miss no byte, watch first and look at the log's size afterwards. Calls are counted; an unknown key is
+        ignored.
         """
         self._watched(key, 1)
 
     def unwatch(self, key: str) -> None:
-        """One follower less."""
+        """Remove a follower."""
         self._watched(key, -1)
 
     def _watched(self, key: str, step: int) -> None:
@@ -158,18 +155,18 @@ class Pump:
             self._post(self._mover.watched, channel, step)
 
     def _post(self, function: Callable[..., None], *arguments: object) -> None:
-        """Have the thread call it."""
+        """Make the thread call it."""
         self._commands.append((function, arguments))
         self._schedule.wake()
 
     def _ended(self, channel: Channel) -> None:
-        """The writers are gone and everything they wrote is in the log."""
+        """The writers are gone, and everything that they wrote is in the log."""
         if self._channels.get(channel.key) is channel:
             del self._channels[channel.key]
             if channel.on_eof is not None:
                 channel.on_eof(channel.key)
 
-    # The thread's side
+    # In the thread
 
     def _run(self) -> None:
         try:
@@ -180,7 +177,7 @@ class Pump:
                 self._on_death()
 
     def _go_round(self) -> None:
-        # Signals are for the main thread; here they would only cut naps short.
+        # The main thread handles signals; here they would only cut naps short.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while self._running:
             if self._schedule.wait():
@@ -190,7 +187,7 @@ class Pump:
                 try:
                     self._mover.serve(channel, now)
                 except Exception:
-                    # A bug that concerns one guest must not stop the others' logs.
+                    # A bug that affects one guest must not stop the others' logs.
                     logger.exception("%s: the pump stumbled", channel.key)
                     self._mover.stumbled(channel, now)
 
@@ -206,8 +203,8 @@ class Pump:
         self._running = False
 
     def _tell(self, function: Callable[..., object] | None, *arguments: object) -> None:
-        """Have the owner's thread call it."""
+        """Make the owner's thread call it."""
         if function is not None:
-            # The owner's loop may be closed already, at the very end; then nobody is there to tell.
+            # At the very end the owner's loop may already be closed; then there is nobody to notify.
             with contextlib.suppress(RuntimeError):
                 self._notify(function, *arguments)

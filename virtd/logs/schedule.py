@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """When each channel has its next turn.
 
-Between two turns a channel is in one of three places: armed in epoll, which reports when its pipe has something;
-napping until a certain millisecond; or in the queue for the next round. Naps end on a grid, so that one wake serves
-many channels.
+Between two turns a channel is in one of three places: armed in epoll, which reports when its pipe has data; napping
+until a certain millisecond; or in the queue for the next round. Naps end on a grid, so that one wake-up serves many
+channels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BRIEF = 0.002
 
 
 class Schedule:
-    """Of the pump's thread, but for `wake`, which any thread may call. Ends with `close`."""
+    """Used by the pump's thread, except for `wake`, which any thread may call. Ends with `close`."""
 
     def __init__(self) -> None:
         self.channels: dict[int, Channel] = {}  # by descriptor
@@ -46,15 +46,15 @@ class Schedule:
             self._woken = -1
 
     def wake(self) -> None:
-        """Have `wait` return True."""
+        """Make `wait` return True."""
         if self._woken >= 0:
             os.eventfd_write(self._woken, 1)
 
     def wait(self) -> bool:
-        """Until there are turns to be had; True if `wake` was called."""
+        """Wait until there are turns; True if `wake` was called."""
         if self._queue:
             if self._brief:
-                # epoll counts in milliseconds, which is longer than a fast guest needs to fill its pipe.
+                # epoll's unit is a millisecond, which is longer than a fast guest needs to fill its pipe.
                 time.sleep(self._brief)
             timeout = 0.0
         elif self._ticks:
@@ -72,7 +72,7 @@ class Schedule:
         return woken
 
     def turns(self, now: float) -> Iterator[Channel]:
-        """The channels whose turn it is: each once in a round, however much more a flooding one has to say."""
+        """The channels whose turn it is: each once a round, however much a flooding one has to write."""
         self._end_naps(int(now * 1000))
         self._brief = BRIEF
         for _ in range(len(self._queue)):
@@ -80,10 +80,10 @@ class Schedule:
         if self._brief == BRIEF:
             self._brief = 0.0
 
-    # Where a channel waits
+    # Places to wait
 
     def add(self, channel: Channel) -> None:
-        """Take a channel in, armed. Raises OSError when its descriptor can't be polled."""
+        """Add a channel, armed. Raises OSError if its descriptor can't be polled."""
         channel.armed = True
         self._epoll.register(channel.fd, select.EPOLLIN | select.EPOLLONESHOT)
         self.channels[channel.fd] = channel
@@ -97,7 +97,7 @@ class Schedule:
                 self._epoll.unregister(channel.fd)
 
     def arm(self, channel: Channel) -> None:
-        """Its pipe is empty: have epoll report when it isn't."""
+        """Its pipe is empty: let epoll report when it isn't."""
         channel.armed = True
         self._epoll.modify(channel.fd, select.EPOLLIN | select.EPOLLONESHOT)
 
@@ -112,12 +112,12 @@ class Schedule:
             sleepers.append(channel)
 
     def again(self, channel: Channel, pause: float = 0.0) -> None:
-        """Let it have its turn in the next round, which begins after `pause` seconds, or earlier for another one."""
+        """Give it its turn in the next round, which begins after `pause` seconds, or earlier for another channel."""
         self._brief = min(self._brief, pause)
         self._queue.append(channel)
 
     def hurry(self, channel: Channel) -> bool:
-        """End its nap; False if it isn't napping, so that its turn comes as soon as there is something anyway."""
+        """End its nap; False if it isn't napping, in which case its turn comes as soon as there is data anyway."""
         if not channel.due or channel.gone:
             return False
         channel.due = 0

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a guest's process says on stderr, repeated in the journal under the guest's name.
+"""Repeats in the journal, under the guest's name, what a guest's process writes to stderr.
 
-The lines are read from the log file, where they already are, from a place that the caller keeps in the record: a line
-is sent first and counted as sent afterwards, so a crash between the two sends it once more and never loses it. A
-child that floods its stderr fills its own log only: past a rate, lines are not repeated here but counted, and the
-journal says how many and where they are.
+The lines are read from the log file, where they already are, from a position that the caller keeps in the record: a
+line is sent first and counted as sent afterwards, so a crash between the two repeats it and never loses it. A child
+that floods its stderr fills only its own log: beyond a certain rate, lines are not repeated but counted, and the
+journal says how many there are, and where.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BACKLOG = 1 << 20
 
 
 class StderrLog:
-    """Forwards one log. `cursor` is the place to keep; without one it begins at the log's end.
+    """Forwards one log. `cursor` is the position to keep; without one, forwarding begins at the log's end.
 
     `fields` are the journal's (VIRTD_DRIVER= and so on). `sort` gives a line's level, or None to leave it out.
     `send(text, level=..., **fields)` writes one entry.
@@ -63,14 +63,15 @@ class StderrLog:
         if cursor is None:
             cursor = Cursor(current.file, current.size)
         elif all(segment.file != cursor.file for segment in log.chain.files()):
-            # Its file is gone, and how much of the older ones was sent is unknown: better little twice than all.
+            # Its file is gone, and how much of the older ones was sent is unknown: repeating little is better than
+            # repeating all.
             cursor = Cursor(current.file, 0)
         self.cursor = cursor
 
     def forward(self, *, final: bool = False) -> bool:
-        """Send what has come since; True if there is more, and the call should be repeated when there is time.
+        """Send what is new; True if there is more, and the call should be repeated when there is time.
 
-        A line that isn't finished waits for its end; with `final`, when nothing more can come, it is sent as it is.
+        An unfinished line waits for its end; with `final`, when nothing more can follow, it is sent as it is.
         """
         self._skip_backlog()
         cursor, size = self._log.chain.locate(self.cursor)
@@ -99,7 +100,7 @@ class StderrLog:
             os.close(fd)
 
     def _skip_backlog(self) -> None:
-        """Jump over what nobody would read in the journal."""
+        """Skip lines that are too many for anybody to read in the journal."""
         files = self._log.chain.files()
         at = next((index for index, segment in enumerate(files) if segment.file == self.cursor.file), 0)
         behind = sum(segment.size for segment in files[at:]) - self.cursor.offset
