@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Odd paths in the properties of a unit, by names that mean the same to every systemd.
+"""Aliases for odd paths in a unit's properties, which mean the same to every systemd.
 
-systemd writes the properties that it gets over D-Bus into a file, which is what counts after a daemon-reload. There a
-space ends a path, a colon begins the next, and quotes, "\\", "%" and "$" are more than themselves; and since 254
-what sets up a sandbox reads such a text from the beginning, in which 257 loses quotes. So an odd path is named by a
-link to it, as /run/virtd/paths/qemu.web1/0: systemd follows links, both to what it binds and to where. The directory
-of the links is bound as well, for /run may be hidden by the time that the second is looked for.
+systemd writes the properties that it gets over D-Bus to a file, which counts after a daemon-reload. There a space
+ends a path, a colon begins the next, and quotes, "\\", "%" and "$" have special meanings; and since 254 the process
+that sets up a sandbox always reads such a text, from which 257 loses quotes. So an odd path is replaced by a link to
+it, such as /run/virtd/paths/qemu.web1/0: systemd follows links, in both the source and the destination of a bind
+mount. The directory of the links is bound as well, because /run may be hidden by the time that the destination is
+resolved.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ if TYPE_CHECKING:
 Property = tuple[str, str, Any]
 
 PLAIN: Final = r"/[A-Za-z0-9/._+,@=-]*"
-# Text that is nothing but itself to systemd, in whatever property: no specifiers, variables, escapes or quotes. Names
-# of units have escapes, which stay what they are.
+# Text without a special meaning to systemd in any property: no specifiers, variables, escapes or quotes. The escapes
+# in names of units are preserved.
 WORDS: Final = r"[ !#&()*+,./0-9:<=>?@A-Z\[\]^_a-z{|}~-]*"
 UNITS: Final = r"[A-Za-z0-9/._@:\\-]*"
 
 BINDS: Final = ("BindPaths", "BindReadOnlyPaths")
 LISTS: Final = ("ReadWritePaths", "ReadOnlyPaths", "InaccessiblePaths", "ExecPaths", "NoExecPaths")
 DEPENDENCIES: Final = ("After", "Before", "Requires", "Wants", "BindsTo", "Conflicts")
-# Quoted in the file, and what systemd 252 makes of a quoted "$" or ";" there is no matter to a program that runs.
+# Quoted in the file; how systemd 252 reads a quoted "$" or ";" there doesn't affect a program that runs already.
 COMMANDS: Final = ("ExecStart",)
 
 
 def harmless(properties: Iterable[Property], directory: str) -> tuple[list[Property], list[str]]:
-    """The properties with aliases in `directory` in the places of odd paths, and these, the first being alias 0.
+    """The properties with odd paths replaced by aliases in `directory`, and these paths, beginning with alias 0.
 
-    Raises HostError for other text that would come to mean something else. Pure.
+    Raises HostError for other text whose meaning would change. Pure.
     """
     odd: list[str] = []
 
@@ -67,7 +68,7 @@ def harmless(properties: Iterable[Property], directory: str) -> tuple[list[Prope
 
 
 def _check(key: str, value: Any) -> None:
-    """Raise HostError when a text in `value` isn't plain."""
+    """Raise HostError if a text in `value` isn't plain."""
     match value:
         case str() if not re.fullmatch(UNITS if key in DEPENDENCIES else WORDS, value):
             raise errors.HostError(f"systemd could mistake a part of {key}={value!r}")
@@ -79,7 +80,7 @@ def _check(key: str, value: Any) -> None:
 
 
 def make(directory: str, odd: list[str]) -> None:
-    """Links to `odd` in a new directory. Raises HostError, with nothing left behind."""
+    """Make links to `odd` in a new directory. Raises HostError, with nothing left behind."""
     remove(directory)
     if not odd:
         return

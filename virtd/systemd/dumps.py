@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What PID 1 holds in a unit's FD store, asked once for all who want to know at the same time."""
+"""The content of a unit's FD store in PID 1, requested once for all concurrent callers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ StoreEntries: TypeAlias = list[tuple[str, int, int]]
 
 
 class Dumps:
-    """Callers that come while an answer is awaited (guests being started) share the next one.
+    """Callers that arrive during a request (guests being started) share the next one.
 
-    A dump has an entry for every slot of every guest, so one is asked for after the last of them came.
+    A dump has an entry for every slot of every guest, so one request serves all of these callers.
     """
 
     def __init__(self, bus: Bus) -> None:
@@ -44,7 +44,7 @@ class Dumps:
 
     async def _dump(self, unit: str) -> Table | None:
         async with self._asking:
-            del self._next[unit]  # whoever comes from here on needs a later one
+            del self._next[unit]  # callers that arrive from here on need a later one
             try:
                 return await self._bus.table(
                     SYSTEMD, MANAGER_PATH, MANAGER, "DumpUnitFileDescriptorStore", "s", (unit,)

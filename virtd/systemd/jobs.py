@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Waiting for systemd: for the end of its jobs, and for what it notices a moment later."""
+"""Waiting for systemd: for the end of its jobs, and until it notices a change."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Jobs:
         self._changed.set()
 
     async def wait(self, job: str | None, timeout: float) -> str:
-        """Wait for the end of that job, or, where its path isn't known, of the first one.
+        """Wait for the end of that job, or of the first one if its path isn't known.
 
-        What systemd has done in time is told later where the bus hangs.
+        If the bus hangs, the signal may be late although the job isn't.
         """
         while not await self._ended(job, timeout):
             if not await self._hung():
@@ -63,7 +63,7 @@ class Jobs:
 
 
 class JobSignals:
-    """systemd's signals about the ends of jobs, for those who wait for one."""
+    """systemd's signals about the ends of jobs, for callers that wait for one."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
@@ -73,7 +73,7 @@ class JobSignals:
 
     @contextlib.asynccontextmanager
     async def of(self, unit: str) -> AsyncIterator[Jobs]:
-        """Note how a unit's jobs end from now on: the signal can be here before the job's path is known."""
+        """Record how a unit's jobs end from now on: the signal can arrive before the job's path is known."""
         jobs = Jobs(unit, self._bus.flush)
         watchers = self._watchers.setdefault(unit, [])
         watchers.append(jobs)
@@ -86,7 +86,7 @@ class JobSignals:
                 self._watchers.pop(unit, None)
 
     async def subscribe(self) -> None:
-        """Have systemd send its signals; asked for once, however many starts come at the same time."""
+        """Make systemd send its signals; requested once, however many starts are concurrent."""
         if self._subscribing is None or (self._subscribing.done() and self._subscribing.exception() is not None):
             self._subscribing = asyncio.ensure_future(self._subscribe())
         # Shielded: the first caller may be cancelled while others wait for the same thing.
@@ -110,9 +110,9 @@ class JobSignals:
 
 
 class Patience:
-    """Ever longer pauses between one look and the next; TimedOut in the end.
+    """Ever longer pauses between attempts; TimedOut in the end.
 
-    Only the pauses count: how long an answer takes is the bus's business.
+    Only the pauses count: the time that an answer takes depends on the bus.
     """
 
     def __init__(self, timeout: float, complaint: str) -> None:

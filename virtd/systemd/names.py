@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The names that things have in systemd and on the bus: units, their D-Bus paths, mount units, targets."""
+"""Names in systemd and on the bus: units, their D-Bus paths, mount units, targets."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 
 MAX_UNIT_NAME: Final = 255
 
-# Where the end of the host is the end of a child as well. Not shutdown.target, which stops every other service: a
-# soft reboot comes by there too, and children live through that.
+# The targets that end children when the host goes down. Not shutdown.target, which stops other services: a soft
+# reboot reaches it too, and children survive that.
 FINAL_TARGETS: Final = ("poweroff.target", "reboot.target", "halt.target", "kexec.target")
-# When the host goes down, all that is Before= this target stays until the children have ended: virtd itself,
+# When the host goes down, everything that is Before= this target stays until the children have ended: virtd itself,
 # networks, mounts. See units/virtd-guests-pre.target.
 GROUND: Final = "virtd-guests-pre.target"
 
@@ -44,12 +44,13 @@ def object_path(unit: str) -> str:
 
 
 def escape_label(text: str) -> str:
-    """One element of a D-Bus path: `_` and two hex digits for each byte but letters and, later than first, digits."""
+    """One element of a D-Bus path: all bytes but letters, and digits except the first, become `_` and two hex
+    digits."""
     return "_" if not text else re.sub(rb"[^A-Za-z0-9]|^[0-9]", lambda m: b"_%02x" % m[0][0], text.encode()).decode()
 
 
 def unescape_label(label: str) -> str:
-    """The inverse of `escape_label`; ValueError for what it can't have made."""
+    """The inverse of `escape_label`; ValueError for anything that it can't have made."""
     text = (
         ""
         if label == "_"
@@ -61,12 +62,12 @@ def unescape_label(label: str) -> str:
 
 
 def mount_units(path: str) -> list[str]:
-    """The mount units that `path` may be on, if they exist: one for each directory above it, systemd.mount(5)."""
+    """The mount units that may contain `path`, if they exist: one for each directory above it, systemd.mount(5)."""
     parts = path.strip("/").split("/")[:-1]
     return [mount_unit("/".join(parts[:count])) for count in range(1, len(parts) + 1)]
 
 
 def mount_unit(path: str) -> str:
-    """The unit of a mount point, systemd.unit(5): "/" becomes "-", and what would be ambiguous \\xNN."""
+    """The unit of a mount point, systemd.unit(5): "/" becomes "-", and ambiguous characters \\xNN."""
     escaped = re.sub(rb"[^A-Za-z0-9:_./]|^\.", lambda match: b"\\x%02x" % match[0][0], os.fsencode(path.strip("/")))
     return f"{escaped.replace(b'/', b'-').decode() or '-'}.mount"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What systemd says of a unit: whether it runs, how it ended, and why it couldn't be started."""
+"""The state of a unit: whether it runs, how it ended, and why it couldn't be started."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLD_DUMPED: Final = 3
 
 EXIT_GROUP: Final = 216
 EXIT_USER: Final = 217
-# systemd's exit statuses for what goes wrong between fork and exec, systemd.exec(5). {path} is the program.
+# systemd's exit statuses for failures between fork and exec, systemd.exec(5). {path} is the program.
 EXEC_STATUS: Final = {
     200: ("CHDIR", "cannot change to the working directory"),
     202: ("FDS", "cannot set up the file descriptors"),
@@ -74,11 +74,11 @@ class UnitState(msgspec.Struct, frozen=True):
     exec_status: int
     exited_at: float | None
     description: str
-    job: int = 0  # of one that is queued for it
+    job: int = 0  # of a queued job for the unit
 
     @property
     def running(self) -> bool:
-        """Whether the main process is there; a unit that is being stopped counts while it is."""
+        """Whether the main process exists, also while the unit is being stopped."""
         return self.main_pid > 0
 
     @property
@@ -88,17 +88,17 @@ class UnitState(msgspec.Struct, frozen=True):
 
     @property
     def killed_by(self) -> str | None:
-        """The name of the signal, if one has killed the main process."""
+        """The name of the signal that killed the main process, if any."""
         return signal_name(self.exec_status) if self.exec_code in (CLD_KILLED, CLD_DUMPED) else None
 
     @property
     def unknown(self) -> bool:
-        """Whether it has failed and doesn't say how its main process ended."""
+        """Whether the unit failed without saying how its main process ended."""
         return self.exec_code == 0 and self.result not in ("", "success")
 
 
 class Listed(NamedTuple):
-    """One line of `list`: what a single call says about many units."""
+    """One line of `list`, which describes many units in a single call."""
 
     name: str
     description: str
@@ -108,7 +108,7 @@ class Listed(NamedTuple):
 
 
 class StartFailed(errors.StartFailed):
-    """systemd could not start the unit; `state` is what is left of it, to be collected (None: nothing is)."""
+    """systemd could not start the unit; `state` is that of its remains, to be collected (None: there are none)."""
 
     def __init__(self, message: str, *, hint: Hint = "", state: UnitState | None = None) -> None:
         super().__init__(message, hint=hint)
@@ -138,7 +138,7 @@ def _seconds(microseconds: int) -> float | None:
 
 
 def failure(program: str, job: str, state: UnitState | None) -> str:
-    """Why a start failed, in words, from the job's result and what is left of the unit."""
+    """Why a start failed, in words, from the job's result and the unit's state."""
     if state is None:
         return f"systemd could not start the unit: {job}"
     code = state.exit_code

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whether systemd still keeps what virtd has given it, and would start virtd with it.
+"""Whether systemd still keeps virtd's descriptors, and could start virtd with them.
 
 A daemon-reload may change virtd.service under a running daemon, and drop descriptors or make the next start
-impossible. As long as this process runs it has them all; only the next one would miss them. So it is said now.
+impossible. As long as this process runs it has all descriptors; only the next one would miss them. So the problem is
+reported now.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-AGAIN, AGAIN_AT_MOST = 1.0, 64.0  # seconds until what couldn't be seen is looked at again, doubled each time
-LOOKS = 4  # at what systemd has of the store's entries, before one counts as dropped
+AGAIN, AGAIN_AT_MOST = 1.0, 64.0  # seconds until a failed check is repeated, doubled each time
+LOOKS = 4  # at systemd's entries, before one counts as dropped
 BEFORE = "before virtd is stopped or restarted"
 
 Problems = dict[str, tuple[str, str]]  # by key: text and hint
 
 
 class Watch:
-    """Looks when it is due (once, however often that was requested meanwhile), and again after a look that failed.
+    """Checks when requested (once for all requests during a check), and again after a check that failed.
 
-    What `look` finds goes into `problems`, and into the journal when it is new.
+    The findings of `look` go into `problems`, and new ones into the journal.
     """
 
     def __init__(self, problems: Problems, look: Callable[[], Awaitable[Problems]]) -> None:
@@ -43,7 +44,7 @@ class Watch:
         self._failed = 0  # times in a row
 
     def due(self) -> None:
-        """systemd has read its units again, or has just been connected to."""
+        """To be called when systemd has reloaded its units, or has just been connected to."""
         self._due.set()
 
     async def keep_looking(self) -> None:
@@ -69,17 +70,18 @@ class Watch:
 
 
 def headroom(soft: int) -> int:
-    """Half of the open files are for slots: to each guest's five there are two logs, a pidfd, a monitor, clients."""
+    """Half of the open files are for slots: besides its five slots each guest has two logs, a pidfd, a monitor,
+    clients."""
     return max(fdstore.HEADROOM, soft // 2)
 
 
 async def dropped(
     store: fdstore.Store, count: Callable[[], Awaitable[int]], *, give: bool = True, looks: int = LOOKS
 ) -> tuple[int, int]:
-    """How many of the store's entries systemd doesn't take, though it was given them again; and of how many.
+    """How many of the store's entries systemd doesn't keep although they were sent again, and the total.
 
-    `count` says how many it has. Children start and end meanwhile, so a few looks have to agree that one is missing.
-    `give` false: it would take none, and log each of them.
+    `count` returns how many it has. Children start and end meanwhile, so several looks have to agree that one is
+    missing. `give` false: systemd would refuse all, and log each of them.
     """
     wanted = kept = 0
     for look in range(looks):
@@ -96,7 +98,7 @@ async def dropped(
 
 
 async def look(store: fdstore.Store, units: Units, unit: str) -> Problems:
-    """Compare with systemd, and give it back what it has dropped: what is wrong now.
+    """Compare with systemd, and send it again what it has dropped. Returns the remaining problems.
 
     Raises VirtdError or StoreError.
     """
@@ -110,7 +112,7 @@ async def look(store: fdstore.Store, units: Units, unit: str) -> Problems:
         store,
         lambda: units.store_count(unit),
         give=loaded and store.budget().entries <= unit_max,
-        looks=LOOKS if loaded else 1,  # each but the first is a message to a unit that gets none
+        looks=LOOKS if loaded else 1,  # further looks would only send messages that are lost
     )
     if missing:
         text = f"systemd has dropped {missing} of {wanted} entries of the FD store, which guests need"
@@ -139,13 +141,13 @@ async def look(store: fdstore.Store, units: Units, unit: str) -> Problems:
 
 
 def files(soft: int) -> tuple[int | None, int]:
-    """RLIMIT_NOFILE as the store wants it, and the headroom; `soft` as systemd has it, with 2^64 - 1 for none."""
+    """RLIMIT_NOFILE for the store, and the headroom; `soft` is systemd's value, 2^64 - 1 for none."""
     limit = soft if soft < 1 << 63 else None
     return limit, headroom(limit or 0)
 
 
 async def keeps(units: Units, unit: str) -> bool | None:
-    """Whether the store outlives a stop; None with a systemd that can't do that in any case, or doesn't say."""
+    """Whether the store outlives a stop; None if this systemd can't do that anyway, or doesn't say."""
     try:
         return bool(await units.service_property(unit, "FileDescriptorStorePreserve") == "yes")
     except errors.VirtdError:

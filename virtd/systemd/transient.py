@@ -12,22 +12,23 @@ from .names import FINAL_TARGETS, GROUND
 if TYPE_CHECKING:
     from .aliases import Property
 
-SURVIVAL_SINCE: Final = 255  # SurviveFinalKillSignal=; soft reboots themselves are of 254
+SURVIVAL_SINCE: Final = 255  # SurviveFinalKillSignal=; soft reboots exist since 254
 
-# What a child's standard input, output or error is to be: a descriptor, or a path that systemd opens. PID 1 keeps a
-# descriptor until the unit ends (see children/fifos.py), so a path is better for what lives long.
+# A child's standard input, output or error: a descriptor, or a path that systemd opens. PID 1 keeps a descriptor
+# until the unit ends (see children/fifos.py), so a path is better for a long-lived child.
 Stdio: TypeAlias = int | str
 
 
 class UnitSpec(msgspec.Struct, frozen=True):
-    """What a child's unit shall be. `environment` is all that the child gets, besides what systemd itself sets.
+    """The specification of a child's unit. `environment` is the child's whole environment, except what systemd itself
+    sets.
 
-    `properties` are more of them, for the sandbox and limits: (D-Bus name, signature, value). `after`: units, mounts
-    for example, that stay until the child has ended when the host goes down; they need not exist. `ground`: other
-    children stand on this one, and it stays until the last of them has ended. None of them names it: systemd keeps a
-    unit loaded that a loaded unit names, so it couldn't be collected, nor started again, while one of them runs.
-    `once`: nobody else can start it again, or restart it. `aliases`: the directory for those of odd paths in
-    `properties`, of this unit alone; it is to be there until the unit has ended.
+    `properties` are additional ones for the sandbox and limits: (D-Bus name, signature, value). `after`: units, for
+    example mounts, that stay until the child has ended when the host goes down; they need not exist. `ground`: other
+    children depend on this one, and it stays until the last of them has ended. They don't name it: systemd keeps a
+    unit loaded as long as a loaded unit names it, so it could be neither collected nor started again while one of
+    them runs. `once`: nobody else can start or restart it. `aliases`: the directory for aliases of odd paths in
+    `properties`, used by this unit alone; it must exist until the unit has ended.
     """
 
     name: str
@@ -50,15 +51,16 @@ def transient_properties(spec: UnitSpec, stdio: tuple[Stdio, Stdio, Stdio], vers
     found: list[Property] = [
         ("Description", "s", spec.description),
         ("Slice", "s", spec.slice),
-        # "exec": the job is done when the program runs, and fails when it can't.
+        # "exec": the job is done when the program has been executed, and fails if it can't be.
         ("Type", "s", "exec"),
-        # systemd.service(5), "Command lines": a "$" is doubled, or what follows it is taken for a variable's name.
+        # systemd.service(5), "Command lines": a "$" must be doubled, otherwise it begins a variable's name.
         ("ExecStart", "a(sasb)", [(spec.argv[0], [word.replace("$", "$$") for word in spec.argv], False)]),
-        # An exit status stays readable until collected: a success by this, a failure by CollectMode=inactive.
+        # An exit status stays readable until collected: after a success because of this, after a failure because of
+        # CollectMode=inactive.
         ("RemainAfterExit", "b", True),
         ("KillMode", "s", "mixed"),
         ("Environment", "as", [f"{key}={value}" for key, value in spec.environment]),
-        # A soft reboot ends all but what says this; a real end of the host ends the child first of all.
+        # A soft reboot ends every unit without this; a real shutdown of the host ends the child first of all.
         ("DefaultDependencies", "b", False),
         ("IgnoreOnIsolate", "b", True),
         ("Conflicts", "as", list(FINAL_TARGETS)),

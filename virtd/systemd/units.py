@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Transient service units over systemd's D-Bus interface, org.freedesktop.systemd1(5), of systemd 252 and later.
 
-Each child is one such unit, so PID 1 is its parent: it outlives this process, and its exit status stays readable,
-however long nobody asks, until `collect`.
+Each child is such a unit, so PID 1 is its parent: it outlives this process, and its exit status stays readable until
+`collect`, however late that is.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from .bus import Bus
     from .dumps import StoreEntries
 
-STORE_SINCE = 254  # an FD store that is kept while its service is stopped, and can be looked into
+STORE_SINCE = 254  # an FD store that is kept while its service is stopped, and that can be inspected
 
 
 class Units:
-    """Starts, watches, stops and collects transient units over one Bus. Make a new one for a new Bus."""
+    """Starts, watches, stops and collects transient units over one Bus. A new Bus needs a new one."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
@@ -50,21 +50,22 @@ class Units:
         return self._version
 
     async def preserves_stores(self) -> bool:
-        """Whether an FD store can outlive a stop of its service, and be looked into."""
+        """Whether an FD store can outlive a stop of its service, and can be inspected."""
         return await self.version() >= STORE_SINCE
 
     @property
     def bus(self) -> Bus:
-        """The connection, for what else there is on it."""
+        """The connection, for other uses."""
         return self._bus
 
     async def start(self, spec: UnitSpec, stdio: tuple[Stdio, Stdio, Stdio], *, timeout: float = 60.0) -> UnitState:
-        """Start a unit whose standard input, output and error are `stdio`, which stay the caller's; await the exec.
+        """Start a unit with `stdio`, which the caller still owns, as standard input, output and error; await the
+        exec.
 
-        A child that was started and ended at once is no error here: the returned state says so.
+        It is not an error if the child ends at once after its start: the returned state says so.
 
-        Raises Exists (a unit of that name is there, perhaps only its remains), StartFailed, TimedOut, or HostError
-        when systemd refuses a property.
+        Raises Exists (there is a unit of that name, perhaps only its remains), StartFailed, TimedOut, or HostError if
+        systemd refuses a property.
         """
         wanted, odd = aliases.harmless(transient_properties(spec, stdio, await self.version()), spec.aliases)
         if odd:
@@ -97,24 +98,25 @@ class Units:
     async def start_other(
         self, name: str, properties: tuple[tuple[str, str, Any], ...], *, timeout: float = 60.0
     ) -> str:
-        """Start a transient unit that isn't a service: how its job ended, "done" if well. Raises BusError."""
+        """Start a transient unit that isn't a service. Returns the result of its job, "done" for success. Raises
+        BusError."""
         async with self._jobs.of(name) as jobs:
             values = [(key, Var(signature, value)) for key, signature, value in properties]
             (job,) = await self._call("StartTransientUnit", "ssa(sv)a(sa(sv))", (name, "fail", values, []))
             return await jobs.wait(job, timeout)
 
     async def state(self, name: str) -> UnitState | None:
-        """The unit's state, or None when systemd has no such unit loaded."""
+        """The unit's state, or None if systemd has no such unit loaded."""
         path = object_path(name)
         while True:
-            # Both at once: one round trip. PID 1 answers one and then the other, so an end can fall between the two.
+            # Both at once: one round trip. PID 1 answers one and then the other, so the unit can end between the two.
             unit, service = await asyncio.gather(
                 self._bus.properties(SYSTEMD, path, UNIT, UNIT_PROPERTIES),
                 self._bus.properties(SYSTEMD, path, SERVICE, SERVICE_PROPERTIES),
             )
             if unit["SubState"] != "running" or service["MainPID"] != 0:
                 break
-        # To ask for a unit by its path makes systemd try to load it, so there is always an answer.
+        # Asking for a unit by its path makes systemd try to load it, so there is always an answer.
         if unit["LoadState"] == "not-found" and unit["ActiveState"] == "inactive":
             return None
         return parse_state(name, unit | service)
@@ -125,10 +127,11 @@ class Units:
         return [Listed(*unit[:5]) for unit in units]
 
     async def ended(self, name: str, invocation_id: str = "", *, timeout: float = 10.0) -> UnitState | None:
-        """The state after the main process has ended. None: the unit is gone, and with it whatever it could tell.
+        """The state after the main process has ended. None: the unit is gone, and with it all information.
 
-        For when the end is known already, from a pidfd or an EOF: PID 1 learns of it at the same time as we do. With
-        `invocation_id` that of this run is meant; what comes back runs if somebody has started the unit again.
+        For use when the end is already known, from a pidfd or an EOF: PID 1 learns of it at the same time as we do.
+        With `invocation_id` only this run counts; the returned state is running if somebody has started the unit
+        again.
         """
         patience = Patience(timeout, f"systemd did not notice the end of {name}")
         while (state := await self.state(name)) is not None and state.running:
@@ -138,7 +141,8 @@ class Units:
         return state
 
     async def stop(self, name: str, *, timeout: float = 120.0) -> None:
-        """Stop the unit by its KillMode= and timeouts, and wait for it. One that isn't there counts as stopped."""
+        """Stop the unit according to its KillMode= and timeouts, and wait for it. A unit that doesn't exist counts as
+        stopped."""
         async with self._jobs.of(name) as jobs:
             try:
                 (job,) = await self._call("StopUnit", "ss", (name, "replace"))
@@ -151,7 +155,7 @@ class Units:
             raise errors.HostError(f"systemd could not stop {name}: {result}", hint=f"See: systemctl status {name}")
 
     async def kill(self, name: str, signum: int, *, whole: bool = False) -> None:
-        """Send a signal to the main process, or to all of the unit's. Raises NotFound when there is none."""
+        """Send a signal to the main process, or to all of the unit's processes. Raises NotFound if there is none."""
         try:
             await self._call("KillUnit", "ssi", (name, "all" if whole else "main", signum))
         except BusError as exc:
@@ -160,9 +164,9 @@ class Units:
             raise
 
     async def collect(self, name: str, *, timeout: float = 10.0) -> None:
-        """Have systemd forget a unit whose process has ended; its exit status is gone afterwards.
+        """Make systemd forget a unit whose process has ended, together with its exit status.
 
-        Raises Busy when the process runs.
+        Raises Busy if the process is running.
         """
         patience = Patience(timeout, f"systemd did not unload {name}")
         while units := await self.list(name):
@@ -174,22 +178,22 @@ class Units:
                 await self.stop(name)
             elif active in ("active", "activating", "reloading"):
                 raise errors.Busy(f"{name} is still running", hint=f"See: systemctl status {name}")
-            # What is deactivating, or dead but not unloaded yet, only takes a moment.
+            # A unit that is deactivating, or dead but not unloaded yet, only takes a moment.
             await patience.pause()
 
     async def reset_failed(self, name: str) -> None:
-        """Have systemd forget its past failures, and how often it was restarted because of them."""
+        """Make systemd forget the unit's past failures, and how often it was restarted because of them."""
         await self._call("ResetFailedUnit", "s", (name,))
 
     async def store_dump(self, unit: str, names: Container[str] | None = None) -> StoreEntries | None:
-        """What PID 1 holds in a unit's FD store, or what it holds there of `names`: (name, device, inode) each.
+        """The entries of a unit's FD store in PID 1, or only those of `names`: (name, device, inode) each.
 
-        None: systemd is older than 254. Callers that come at the same time share an answer, see dumps.py.
+        None: systemd is older than 254. Concurrent callers share an answer, see dumps.py.
         """
         return await self._dumps.get(unit, names)
 
     async def on_reloaded(self, call: Callable[[], object]) -> None:
-        """Have `call()` called whenever systemd has read its units again, by a daemon-reload or a daemon-reexec."""
+        """Have `call()` called whenever systemd has reloaded its units, by a daemon-reload or a daemon-reexec."""
 
         def reloading(_path: str, _interface: str, _member: str, args: tuple[Any, ...]) -> None:
             if not args[0]:
@@ -199,7 +203,7 @@ class Units:
         await self._bus.subscribe(SYSTEMD, MANAGER, "Reloading", MANAGER_PATH, reloading)
 
     async def store_count(self, unit: str) -> int:
-        """How many descriptors are in a unit's FD store; all that systemd 252 and 253 can tell."""
+        """How many descriptors are in a unit's FD store; systemd 252 and 253 can tell no more."""
         return int(await self.service_property(unit, "NFileDescriptorStore"))
 
     async def service_property(self, unit: str, name: str) -> Any:
@@ -229,9 +233,10 @@ class Units:
 
 
 def _once(name: str, properties: list[tuple[str, Var]]) -> tuple[Any, ...]:
-    """The arguments that start a service which nobody can start by hand, nor restart: StartTransientUnit neither.
+    """The arguments that start a service which nobody can start or restart by hand, which StartTransientUnit can't do
+    either.
 
-    So it is a dependency of a slice, the cheapest kind of unit, which goes away in the same instant.
+    So it is started as a dependency of a slice, the cheapest kind of unit, which goes away at once.
     """
     starter = [
         ("Requires", Var("as", [name])),

@@ -27,13 +27,13 @@ log = logging.getLogger(__name__)
 SYSTEM_BUS: Final = "unix:path=/run/dbus/system_bus_socket"
 PEER: Final = "org.freedesktop.DBus.Peer"
 
-# Seconds until a call counts as unanswered. A bus can hang for the better part of a minute and be well afterwards:
-# when dbus-daemon reads its configuration it looks users up, with systemd-machined as well, which may be waiting for
-# the bus itself just then (systemd's issue 40562), until both give up. virtdctl waits a little longer than this.
+# Seconds until a call counts as unanswered. A bus can hang for the better part of a minute and then recover: when
+# dbus-daemon reads its configuration, it looks up users, also in systemd-machined, which may itself be waiting for
+# the bus (systemd's issue 40562), until both give up. virtdctl waits a little longer than this.
 PATIENCE: Final = 100.0
 
-# Flags and answers of org.freedesktop.DBus.RequestName. Neither "allow replacement" nor "queue": whoever has the name
-# keeps it, and whoever comes second is told at once.
+# Flags and answers of org.freedesktop.DBus.RequestName. Neither "allow replacement" nor "queue": the owner keeps the
+# name, and a second one gets an error at once.
 DO_NOT_QUEUE: Final = 4
 PRIMARY_OWNER: Final = 1
 ALREADY_OWNER: Final = 4
@@ -42,8 +42,8 @@ ALREADY_OWNER: Final = 4
 class Bus:
     """A connection, for use on the asyncio loop that called `open`.
 
-    A connection that was lost stays lost: `on_closed` callbacks run once, every call raises BusError, and whoever
-    owns the Bus opens a new one.
+    A lost connection stays lost: `on_closed` callbacks run once, every call raises BusError, and the owner of the Bus
+    opens a new one.
     """
 
     def __init__(self, address: str) -> None:
@@ -59,7 +59,7 @@ class Bus:
     async def open(cls, address: str | None = None) -> Bus:
         """Connect to `address`, or to the system bus ($DBUS_SYSTEM_BUS_ADDRESS is honoured).
 
-        Raises HostError when there is no bus, or gi and pydbus are not installed.
+        Raises HostError if there is no bus, or if gi and pydbus are not installed.
         """
         bus = cls(address or os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or SYSTEM_BUS)
         try:
@@ -70,7 +70,7 @@ class Bus:
         return bus
 
     async def close(self) -> None:
-        """Disconnect. Safe to call twice, and after the connection was lost."""
+        """Disconnect. Idempotent, also after the connection has been lost."""
         await self._link.close()
         self._fail_pending()
         self._on_closed.clear()
@@ -80,7 +80,7 @@ class Bus:
 
     @property
     def unique_name(self) -> str:
-        """Ours on the bus."""
+        """Our unique name on the bus."""
         return self._link.unique_name
 
     @property
@@ -89,11 +89,11 @@ class Bus:
 
     @property
     def codec(self) -> Codec:
-        """What makes bodies of values, and values of bodies."""
+        """Converts values to bodies of messages and back."""
         return self._link.codec
 
     def on_closed(self, callback: Callable[[], None]) -> None:
-        """Have `callback` called when the connection is lost (not by `close`)."""
+        """Have `callback` called when the connection is lost, but not for `close`."""
         self._on_closed.append(callback)
 
     def _was_lost(self) -> None:
@@ -122,11 +122,11 @@ class Bus:
         fds: Sequence[int] = (),
         timeout: float = PATIENCE,
     ) -> tuple[Any, ...]:
-        """Call a method; the reply's values.
+        """Call a method; returns the reply's values.
 
-        `signature` is of the arguments, without the outer parentheses. A `v` takes a Var. An `h` takes an index into
-        `fds`, which stay the caller's. A descriptor in the reply (one that isn't inside an array or a struct) is the
-        caller's to close. Raises BusError (an error reply, or no connection) or TimedOut.
+        `signature` is that of the arguments, without the outer parentheses. A `v` takes a Var. An `h` takes an index
+        into `fds`, which remain the caller's. The caller closes a descriptor in the reply (one that isn't inside an
+        array or a struct). Raises BusError (an error reply, or no connection) or TimedOut.
         """
         return self.codec.unpack(
             await self._roundtrip(destination, path, interface, method, signature, args, fds=fds, timeout=timeout)
@@ -144,13 +144,13 @@ class Bus:
         fds: Sequence[int] = (),
         timeout: float,
     ) -> Any:
-        """Send a call; the message that answers it, which isn't an error."""
+        """Send a call; returns the message that answers it. Raises BusError for an error."""
         message = self.codec.gio.DBusMessage.new_method_call(destination, path, interface, method)
         if signature:
             message.set_body(self.codec.pack_as_is(signature, args))
         self.codec.attach(message, fds)
         serial = self._link.send(message)
-        # Replies are looked up on this very loop, so none can come before its future is in place.
+        # Replies are handled on this loop, so none can be handled before its future is in place.
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._pending[serial] = future
         try:
@@ -170,16 +170,16 @@ class Bus:
     async def table(
         self, destination: str, path: str, interface: str, method: str, signature: str = "", args: Sequence[Any] = ()
     ) -> Table:
-        """`call` for a method whose answer begins with an array of structs, and holds no descriptors."""
+        """`call` for a method whose answer begins with an array of structs, and contains no descriptors."""
         reply = await self._roundtrip(destination, path, interface, method, signature, args, timeout=PATIENCE)
         return Table(reply.get_body().get_child_value(0))
 
     async def properties(
         self, destination: str, path: str, interface: str, names: Sequence[str], *, timeout: float = PATIENCE
     ) -> dict[str, Any]:
-        """Some of an object's properties, in one call; BusError when it lacks one of them.
+        """Some of an object's properties, in one call; BusError if it lacks one of them.
 
-        The others aren't turned into Python values: a service unit has some 400, which would take milliseconds.
+        The others aren't converted to Python values: a service unit has some 400, which would take milliseconds.
         """
         reply = await self._roundtrip(
             destination, path, "org.freedesktop.DBus.Properties", "GetAll", "s", (interface,), timeout=timeout
@@ -194,14 +194,14 @@ class Bus:
         return found
 
     def emit(self, path: str, interface: str, member: str, signature: str = "", *values: Any) -> None:
-        """Send a signal to everybody. Dropped when the connection is gone."""
+        """Broadcast a signal. Dropped if the connection is lost."""
         message = self.codec.gio.DBusMessage.new_signal(path, interface, member)
         message.set_body(self.codec.pack(signature, values))
         with contextlib.suppress(BusError):
             self._link.send(message)
 
     def send(self, message: Any) -> None:
-        """Send a message that somebody else has made, from any thread. Dropped when the connection is gone."""
+        """Send a ready-made message, from any thread. Dropped if the connection is lost."""
         with contextlib.suppress(BusError):
             self._link.send(message)
 
@@ -251,31 +251,32 @@ class Bus:
         *,
         arg0: str | None = None,
     ) -> Callable[[], Awaitable[None]]:
-        """Have `callback(path, interface, member, args)` called for each such signal, from when this returns.
+        """Have `callback(path, interface, member, args)` called for each such signal, as soon as this returns.
 
-        With `arg0` the bus sends only those whose first argument is that; the callback may get others that somebody
-        else has asked for.
+        With `arg0` the bus sends only those with this first argument; the callback may also get others that another
+        subscription has requested.
 
-        Signals of a well-known name count only when its owner sent them: everybody on a bus may send us anything. The
-        result, awaited, ends the subscription.
+        Signals of a well-known name count only if its owner sent them: everybody on a bus may send us anything. Call
+        and await the result to end the subscription.
         """
         return await self._signals.subscribe(sender, interface, member, path, callback, arg0=arg0)
 
     # Being a service
 
     def serve(self, handler: Callable[[MethodCall], None] | None, gate: Callable[[Any], bool] | None = None) -> None:
-        """Have `handler` called, on the loop, for every call that comes in, but for org.freedesktop.DBus.Peer's.
+        """Have `handler` called, on the loop, for every incoming call except those of org.freedesktop.DBus.Peer.
 
-        `gate` is asked about each message first, Peer's as well, and False drops it. It runs in GDBus's worker
-        thread; until it returns no other message gets through.
+        `gate` is first called with each message, including Peer's, and False drops it. It runs in GDBus's worker
+        thread; no other message gets through until it returns.
         """
         self._handler = handler
         self._gate = gate
 
     async def own_name(self, name: str, lost: Callable[[], None] | None = None) -> None:
-        """Take a well-known name, for good: nobody can take it from us, and `lost` runs if the bus does all the same.
+        """Take a well-known name for good: nobody can take it from us, and `lost` runs if the bus does so
+        nevertheless.
 
-        Raises Exists when somebody has it, BusError when the bus's policy says no.
+        Raises Exists if somebody has it, BusError if the bus's policy forbids it.
         """
         (answer,) = await self.call(DBUS, DBUS_PATH, DBUS, "RequestName", "su", (name, DO_NOT_QUEUE))
         if answer not in (PRIMARY_OWNER, ALREADY_OWNER):
@@ -283,13 +284,13 @@ class Bus:
         self._lost[name] = lost or (lambda: None)
 
     async def release_name(self, name: str, *, timeout: float = PATIENCE) -> None:
-        """Give a name back; `lost` isn't called. Whatever was sent to the name before is here when this returns."""
+        """Release a name; `lost` isn't called. Everything sent to the name before has arrived when this returns."""
         self._lost.pop(name, None)
         await self.call(DBUS, DBUS_PATH, DBUS, "ReleaseName", "s", (name,), timeout=timeout)
 
     async def flush(self, *, timeout: float = PATIENCE) -> None:
-        """Returns when the bus has taken everything that was sent; `close` would throw the rest away."""
-        # Not Ping: the usual policy of a system bus lets nobody send that to the bus itself, and logs each try.
+        """Wait until the bus has received everything that was sent; `close` would discard the rest."""
+        # Not Ping: the usual policy of a system bus forbids sending it to the bus itself, and logs each attempt.
         await self.call(DBUS, DBUS_PATH, DBUS, "GetId", timeout=timeout)
 
     def _name_lost(self, name: str) -> None:

@@ -2,8 +2,8 @@
 """GDBus's connection, the thread that waits for its end, and the one way from GDBus to the asyncio loop.
 
 pydbus makes the connection (a private one, which never ends the process when the bus goes away). Its synchronous
-proxies and its server half are left alone. Instead, one message filter hands every incoming message to the asyncio
-loop, and all outgoing ones are sent from there. That is one hop for each message from GDBus's own worker thread, and
+proxies and its server half aren't used. Instead, one message filter hands every incoming message to the asyncio loop,
+and all outgoing ones are sent from there. That is one hop for each message from GDBus's own worker thread, and
 nothing else: no introspection before a call, no GLib main loop in the path, any number of calls in flight, and no
 GDBusMethodInvocation, which most PyGObject versions leak (about 3 kB for each call that a service answers).
 
@@ -27,23 +27,23 @@ from .message import DBUS, DBUS_PATH, DISCONNECTED, BusError, Codec
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# Seconds that a close waits for GDBus to let go of us.
+# Seconds that a close waits for GDBus to release us.
 LINGER: Final = 1.0
 
 
 class Way(enum.Enum):
-    """Where a message that came in goes."""
+    """The destination of an incoming message."""
 
     LOOP = enum.auto()
-    GDBUS = enum.auto()  # which answers org.freedesktop.DBus.Peer for us
+    GDBUS = enum.auto()  # it answers org.freedesktop.DBus.Peer for us
     NOWHERE = enum.auto()
 
 
 class Link:
     """A connection, from `open` on, for use on the asyncio loop that made it.
 
-    `sort` is asked, in GDBus's worker thread, where each incoming message goes. `receive` gets it on the loop. `lost`
-    runs on the loop, once, when the connection is lost (not by `close`). A connection that was lost stays lost.
+    `sort` decides, in GDBus's worker thread, where each incoming message goes. `receive` gets it on the loop. `lost`
+    runs on the loop, once, when the connection is lost (but not for `close`). A lost connection stays lost.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class Link:
         self._thread: threading.Thread | None = None
 
     async def open(self) -> None:
-        """Raises HostError when there is no bus, or gi and pydbus are not installed."""
+        """Raises HostError if there is no bus, or if gi and pydbus are not installed."""
         ready: asyncio.Future[None] = self._loop.create_future()
         self._thread = threading.Thread(target=self._run, args=(ready,), name="virtd-bus", daemon=True)
         self._thread.start()
         await ready
 
     async def close(self) -> None:
-        """Disconnect and end the thread. Safe to call twice, and after the connection was lost."""
+        """Disconnect and end the thread. Idempotent, also after the connection has been lost."""
         self._stopping = True
         if self._context is not None:
             self._context.wakeup()
@@ -92,7 +92,7 @@ class Link:
         self.closed = True
         if self._connection is None:
             return
-        # The worker thread may be the last to hold the connection, whose end frees descriptors.
+        # The worker thread may hold the last reference to the connection, whose release frees descriptors.
         freed = asyncio.Event()
         self._connection.weak_ref(self._post, freed.set)
         self._connection = self._context = None
@@ -102,7 +102,7 @@ class Link:
                 await freed.wait()
 
     def send(self, message: Any) -> int:
-        """The serial that the message was given; from any thread. Raises BusError when the connection is gone."""
+        """Send a message from any thread; returns its serial. Raises BusError if the connection is lost."""
         if self.closed or self._connection is None:
             raise BusError(DISCONNECTED, "the D-Bus connection is closed")
         try:
@@ -115,7 +115,7 @@ class Link:
     # The thread
 
     def _run(self, ready: asyncio.Future[None]) -> None:
-        """The thread: imports, connects, and waits for the connection's end, of which only a GLib loop learns."""
+        """The thread: imports, connects, and waits for the connection's end, which only a GLib loop notices."""
         try:
             self._connect()
             self._post(_resolve, ready, None)
@@ -155,7 +155,7 @@ class Link:
         wrapper.con = None
         connection.set_exit_on_close(False)
         self._closed_handler = connection.connect("closed", self._on_closed_signal)
-        # An object of its own, so that it can be seen when GDBus has let go of it.
+        # An object of its own, so that it can be seen when GDBus has released it.
         listener = functools.partial(self._filter)
         self._filter_number = connection.add_filter(listener)
         weakref.finalize(listener, self._filter_freed.set).atexit = False
@@ -176,7 +176,8 @@ class Link:
             self._context.iteration(may_block=True)
         self._connection.disconnect(self._closed_handler)
         self._connection.remove_filter(self._filter_number)
-        # Another source frees the filter. It comes when the worker thread has returned from it, perhaps later.
+        # Another source frees the filter. It is dispatched when the worker thread has returned from the filter,
+        # perhaps later.
         deadline = time.monotonic() + LINGER
         while not self._filter_freed.is_set() and time.monotonic() < deadline:
             if not self._context.iteration(may_block=False):
@@ -190,10 +191,10 @@ class Link:
         self._post(self._closed)
 
     def _filter(self, _connection: Any, message: Any, incoming: bool, *_: Any) -> Any:  # noqa: FBT001
-        """Runs in GDBus's worker thread. What it returns goes on to GDBus.
+        """Runs in GDBus's worker thread. GDBus handles the message that it returns.
 
-        Everybody on a bus may send us as much as they like, and what is handed on waits for the loop without any
-        bound: so what nobody has asked for ends here.
+        Everybody on a bus may send us as much as they like, and an unlimited number of messages can wait for the
+        loop: so those that nobody has subscribed to end here.
         """
         if not incoming:
             return message
@@ -205,7 +206,7 @@ class Link:
     # The loop
 
     def _post(self, function: Callable[..., None], *args: Any) -> None:
-        # The loop may have been closed without us; then there is nobody left to tell.
+        # The loop may have been closed meanwhile; then there is nobody left to notify.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(function, *args)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is in D-Bus messages: values, calls that came in, answers that are tables, and errors."""
+"""The content of D-Bus messages: values, incoming calls, tables in answers, and errors."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class BusError(errors.HostError):
 
 
 class Var(NamedTuple):
-    """A value for a `v`, with the signature that D-Bus needs and Python doesn't have."""
+    """A value for a `v`, with the signature that D-Bus needs and a Python value doesn't have."""
 
     signature: str
     value: Any
 
 
 class Descriptor(NamedTuple):
-    """A value for an `h` of a reply. It is closed when the reply is under way."""
+    """A value for an `h` of a reply. It is closed when the reply has been sent."""
 
     fd: int
 
@@ -50,7 +50,7 @@ RANGES: Final = {
 
 
 def sendable(value: Any) -> Any:
-    """The same values with all text in them plain, and numbers that are too large as they may be."""
+    """The same values with all text in them plain, and numbers that are too large reduced to what fits."""
     match value:
         case str():
             return plain(value)
@@ -70,7 +70,7 @@ def sendable(value: Any) -> Any:
 
 
 class Codec:
-    """Between Python's values and the bodies of messages. It holds gi's modules, which are imported late."""
+    """Converts between Python's values and the bodies of messages. It holds gi's modules, which are imported late."""
 
     def __init__(self, gio: Any, glib: Any) -> None:
         self.gio = gio
@@ -78,7 +78,7 @@ class Codec:
         self._glib = glib
 
     def attach(self, message: Any, fds: Sequence[int]) -> None:
-        """Have duplicates of these go with a message, whose `h` are indices into them."""
+        """Attach duplicates of these to a message, whose `h` are indices into them."""
         if fds:
             handles = self.gio.UnixFDList.new()
             for fd in fds:
@@ -86,14 +86,14 @@ class Codec:
             message.set_unix_fd_list(handles)
 
     def pack(self, signature: str, values: Sequence[Any]) -> Any:
-        """A body for what we tell others, which is always sent: see `sendable`."""
+        """A body for what we send to others, which never fails: see `sendable`."""
         try:
             return self.pack_as_is(signature, values)
         except (UnicodeEncodeError, OverflowError):
             return self.pack_as_is(signature, sendable(tuple(values)))
 
     def pack_as_is(self, signature: str, values: Sequence[Any]) -> Any:
-        """A body; UnicodeEncodeError or OverflowError for what D-Bus has no way to say."""
+        """A body; UnicodeEncodeError or OverflowError for values that D-Bus can't represent."""
         return self._glib.Variant(f"({signature})", tuple(self._wrap(value) for value in values))
 
     def _wrap(self, value: Any) -> Any:
@@ -108,7 +108,7 @@ class Codec:
         return value
 
     def unpack(self, message: Any) -> tuple[Any, ...]:
-        """The values of a message; descriptors in it are the caller's to close."""
+        """The values of a message; the caller closes descriptors in it."""
         body = message.get_body()
         if body is None:
             return ()
@@ -130,7 +130,7 @@ class Codec:
 
 
 class Connection(Protocol):
-    """What a call came by; see Bus."""
+    """The connection of a call; see Bus."""
 
     @property
     def codec(self) -> Codec: ...
@@ -138,24 +138,24 @@ class Connection(Protocol):
 
 
 class MethodCall:
-    """A call that a peer made to us. Exactly one of `reply` and `error` has to follow, at any time."""
+    """A call by a peer to us. Exactly one of `reply` and `error` has to follow, at any time."""
 
     def __init__(self, bus: Connection, message: Any) -> None:
         self._bus = bus
         self._message = message
         self.sender: str = message.get_sender() or ""
-        self.path: str = message.get_path() or ""  # missing where its header is of another type
+        self.path: str = message.get_path() or ""  # missing if its header is of another type
         self.interface: str = message.get_interface() or ""
         self.member: str = message.get_member() or ""
         self.signature: str = message.get_signature()
 
     @functools.cached_property
     def args(self) -> tuple[Any, ...]:
-        """To be asked for when `signature` is as expected: what a stranger sends may be of any kind and size."""
+        """To be read only if `signature` is as expected: a stranger may send values of any type and size."""
         return self._bus.codec.unpack(self._message)
 
     def answer(self, body: Any) -> int:
-        """Reply with what Codec.pack made; its size in bytes."""
+        """Reply with a body from Codec.pack; returns its size in bytes."""
         if self._wants_reply():
             reply = self._message.new_method_reply()
             reply.set_body(body)
@@ -187,9 +187,9 @@ class MethodCall:
 
 
 class Table:
-    """An answer that is an array of structs. Rows become Python values when they are asked for.
+    """An array of structs in an answer. Rows are converted to Python values on demand.
 
-    To unpack all of a large one takes PyGObject 8 microseconds for each value.
+    Unpacking a large one takes PyGObject 8 microseconds for each value.
     """
 
     def __init__(self, array: Any) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Subscriptions to signals: match rules, whose signals are accepted, and who owns the names."""
+"""Subscriptions to signals: match rules, the accepted senders, and the owners of names."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ class Signal(NamedTuple):
 
 
 class Signals:
-    """The subscriptions of one connection. `call(method, signature, *arguments)` asks the bus itself."""
+    """The subscriptions of one connection. `call(method, signature, *arguments)` calls the bus itself."""
 
     def __init__(self, call: Callable[..., Awaitable[tuple[Any, ...]]]) -> None:
         self._call = call
         self._signals: list[Signal] = []
         self._matches: dict[str, int] = {}
         self._owners: dict[str, str] = {}
-        self._speakers: set[str | None] = {DBUS}  # whose signals are listened to; the worker thread reads it
+        self._speakers: set[str | None] = {DBUS}  # accepted senders; the worker thread reads it
 
     def clear(self) -> None:
         self._signals.clear()
 
     def listens(self, message: Any) -> bool:
-        """Whether anybody here may want this signal. Asked in GDBus's worker thread."""
+        """Whether anybody here may want this signal. Called in GDBus's worker thread."""
         sender = message.get_sender()
         if sender == DBUS and message.get_member() == "NameOwnerChanged":
-            # Known before the loop has it, for the new owner may go on at once.
+            # Noted before the loop gets the signal, because the new owner may send others at once.
             name, _, owner = message.get_body().unpack()
             if owner and name in self._owners:
                 self._speakers.add(owner)
@@ -89,14 +89,14 @@ class Signals:
         self._owners[name] = ""
         rule = _match(type="signal", sender=DBUS, interface=DBUS, member="NameOwnerChanged", path=DBUS_PATH)
         await self._add_match(f"{rule},arg0='{name}'")
-        # A name without an owner yet is one that will be activated; NameOwnerChanged tells.
+        # A name without an owner will be activated; NameOwnerChanged announces that.
         with contextlib.suppress(BusError):
             (owner,) = await self._call("GetNameOwner", "s", name)
             self._owners[name] = owner
             self._speakers.add(owner)
 
     def receive(self, message: Any, unpack: Callable[[Any], tuple[Any, ...]]) -> None:
-        """Pass a signal to those who have subscribed to it; `unpack` makes its values, if anybody has."""
+        """Pass a signal to its subscribers; `unpack` extracts its values, if there are any subscribers."""
         sender, path = message.get_sender(), message.get_path()
         interface, member = message.get_interface(), message.get_member()
         args: tuple[Any, ...] | None = None
