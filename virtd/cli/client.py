@@ -3,8 +3,8 @@
 
 A message is a JSON object followed by a NUL byte (https://varlink.org/Wire-Protocol); file descriptors come with a
 reply as SCM_RIGHTS. The daemon's socket belongs to systemd and stays open while the daemon is away, so that a call
-made meanwhile waits in the backlog. A call that the old daemon had taken and not answered breaks, and is sent again
-to the new one when that can't do harm.
+made meanwhile waits in the backlog. A call that the old daemon had accepted and not answered breaks off, and is sent
+again to the new one if that can't do harm.
 
 Every import here is paid for at each start of virtdctl, hence no dataclasses, typing or asyncio.
 """
@@ -30,17 +30,17 @@ ADDRESS = "/run/virtd/virtd.sock"
 ROOT_ADDRESS = "/run/virtd/root.sock"  # where nobody else can stand in root's way
 CGROUPS = "/sys/fs/cgroup/system.slice"  # virtd.service's is in it while virtd runs
 INTERFACE = "org.virtd1."
-PATIENCE = 30.0  # seconds that a daemon which went away may take to come back, unless --daemon-timeout says otherwise
-QUIET = 2.0  # seconds of its absence that aren't worth a word
+PATIENCE = 30.0  # seconds to wait for a daemon that went away, unless --daemon-timeout says otherwise
+QUIET = 2.0  # seconds of its absence that aren't reported
 RETRY = 0.05  # seconds between two attempts to connect
-BROKEN = 4  # times that one daemon may break one call off, before that is no restart but its answer
+BROKEN = 4  # times that the same daemon may break off a call before that counts as a failure and not as a restart
 MAX_FDS = 16  # a reply carries one; the rest is room for a newer daemon
 HINT = "systemctl status virtd"
 KNOCK = "org.varlink.service.GetInfo"
 
 
 class Reply:
-    """One reply: its parameters, the descriptors that came with it, the receiver's now, and whether more follow."""
+    """One reply: its parameters, its descriptors, which the receiver owns, and whether more replies follow."""
 
     __slots__ = ("continues", "fds", "parameters")
 
@@ -56,7 +56,7 @@ class Reply:
 
 
 class Connection:
-    """A connected socket. Raises OSError as the kernel says it; what that means to a person, the callers know."""
+    """A connected socket. Raises the kernel's OSError, which callers translate for people."""
 
     def __init__(self, address: str, wait: float = PATIENCE) -> None:
         self._buffer = bytearray()
@@ -78,13 +78,13 @@ class Connection:
             os.close(self._fds.pop())
 
     def send(self, method: str, parameters: Parameters, *, more: bool = False) -> None:
-        """Send one call, by its whole name or what comes after "org.virtd1."."""
+        """Send one call, by its full name or the part after "org.virtd1."."""
         whole = method if method.startswith("org.") else INTERFACE + method
         message: Parameters = {"method": whole, "parameters": parameters}
         if more:
             message["more"] = True
         try:
-            # As it is, not with escapes: those would let through what isn't UTF-8, which no daemon takes.
+            # Without escapes: those would let through text that isn't UTF-8, which no daemon accepts.
             data = json.dumps(message, separators=(",", ":"), ensure_ascii=False).encode() + b"\0"
         except UnicodeEncodeError as exc:
             bad = str(exc.object)[exc.start : exc.end].encode("utf-8", "backslashreplace").decode()
@@ -93,9 +93,9 @@ class Connection:
         self._socket.sendall(data)
 
     def receive(self, timeout: float | None) -> Reply | None:
-        """The next reply, or None when none came in `timeout` seconds (0: look only, None: no limit).
+        """The next reply, or None if none arrives within `timeout` seconds (0: only look, None: no limit).
 
-        Raises the VirtdError that the daemon sent, and ConnectionError when the daemon closed the connection.
+        Raises the VirtdError that the daemon sent, and ConnectionError if the daemon closed the connection.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         searched = 0
@@ -117,19 +117,19 @@ class Connection:
             self._buffer += data
         message = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
-        # The kernel never joins bytes that come after descriptors to those before, so that all that have arrived so
-        # far belong to this message.
+        # The kernel never joins bytes after descriptors to those before them, so all bytes received so far belong to
+        # this message.
         reply, self._fds = Reply({}, self._fds, continues=False), []
         return _decode(message, reply)
 
 
 def _connected(address: str, wait: float) -> socket.socket:
-    """Raises BlockingIOError when the backlog has been full for `wait` seconds."""
+    """Connect; raises BlockingIOError if the backlog has been full for `wait` seconds."""
     link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if wait:
-            # Not settimeout(): who doesn't block is told at once of a full backlog, and has to try their luck. Who
-            # does stands in line (unix(7); a struct timeval for SO_SNDTIMEO).
+            # Not settimeout(): if the backlog is full, a non-blocking connect fails at once and has to be retried,
+            # whereas a blocking one queues up (unix(7); a struct timeval for SO_SNDTIMEO).
             size = 8 if sys.maxsize > 1 << 32 else 4
             parts = (int(wait), int(wait % 1 * 1_000_000))
             link.setsockopt(
@@ -176,7 +176,7 @@ def _error(name: str, parameters: Parameters) -> VirtdError:
 
 
 def unreachable(address: str, exc: OSError) -> VirtdError:
-    """What a failed connect means to a person."""
+    """The error for a failed connect, for people."""
     if isinstance(exc, PermissionError):
         return AccessDenied(f"No access to {address}")
     if isinstance(exc, FileNotFoundError) and address == ADDRESS and _has_process(CGROUPS):
@@ -192,7 +192,7 @@ def unreachable(address: str, exc: OSError) -> VirtdError:
 
 
 def _has_process(cgroups: str) -> bool:
-    """Whether virtd's control group has a process in it."""
+    """Whether virtd's control group contains a process."""
     try:
         with open(os.path.join(cgroups, "virtd.service", "cgroup.procs"), "rb") as file:
             return bool(file.read())
@@ -201,10 +201,10 @@ def _has_process(cgroups: str) -> bool:
 
 
 class Session:
-    """Where the daemon is, and how long virtdctl waits for it. `patience` None: as long as it takes.
+    """The daemon's address, and how long virtdctl waits for it. `patience` None: without limit.
 
-    `wakes` says whether a call that broke may start a daemon that was stopped, as any connection to systemd's socket
-    does.
+    `wakes` says whether repeating an interrupted call may start a stopped daemon, as any connection to systemd's
+    socket does.
     """
 
     def __init__(
@@ -216,7 +216,8 @@ class Session:
         self._cgroups = cgroups or (CGROUPS if address == ADDRESS else "")
 
     def instance(self) -> str:
-        """Which daemon there is: each writes this file anew before it answers anybody. Nothing if that isn't seen."""
+        """The identity of the running daemon, from a file that each rewrites before it answers anybody. Empty if it
+        isn't visible."""
         try:
             found = os.stat(os.path.join(os.path.dirname(self.address), "daemon.json"))
         except OSError:
@@ -224,10 +225,11 @@ class Session:
         return f"{found.st_ino}:{found.st_mtime_ns}"
 
     def must_wait(self) -> bool:
-        """Whether the daemon was stopped, and only a command may start it: a viewer that wants to go on must not.
+        """Whether the daemon was stopped and must not be started by this call: only a command may, not a viewer that
+        continues.
 
-        Whether there is a process in its control group tells this without asking anybody. Where there are no such
-        groups as systemd makes them, nothing can be told, and the answer is no.
+        A process in its control group shows this without asking anybody. Without systemd's control groups it can't be
+        known, and the answer is no.
         """
         if self.wakes or not os.path.isdir(self._cgroups):
             return False
@@ -238,24 +240,24 @@ class Session:
         print("virtdctl: virtd went away, waiting for it to come back...", file=sys.stderr, flush=True)
 
     def call(self, method: str, parameters: Parameters | None = None) -> Parameters:
-        """A reading call that carries no descriptors: its reply's parameters."""
+        """A read-only call without descriptors; returns the reply's parameters."""
         call = Call(self, method, constant(parameters or {}), limit=self.patience)
         with call:
             return call.result().parameters
 
 
 def constant(parameters: Parameters) -> Callable[[int], Parameters]:
-    """For calls that ask for the same however often."""
+    """Parameters that are the same for every attempt."""
     return lambda _attempt: parameters
 
 
 class Call:
-    """One call on a connection of its own, sent when it is made, so that several run at once.
+    """One call on a connection of its own, sent on construction, so that several can run at once.
 
-    `parameters(attempt)` is asked for each attempt: 0 for the first, 1 and more after the daemon went away, so that a
-    call with a time limit asks for what is left of it. `repeat=False` is for what must not happen twice: it then ends
-    with Disconnected. `limit` is how many seconds the daemon may take to answer, None for no limit. With `more` there
-    are many replies, each of which `result` waits for.
+    `parameters(attempt)` is called for each attempt: 0 for the first, more after the daemon went away, so that a call
+    with a time limit can pass the remaining time. `repeat=False` is for calls that must not be made twice: they then
+    end with Disconnected. `limit` is how many seconds the daemon may take to answer, None for no limit. With `more`
+    there are many replies, each of which `result` waits for.
     """
 
     def __init__(
@@ -285,9 +287,9 @@ class Call:
             self._connection = self._connect()
             self._send()
         except ConnectionError:
-            pass  # it broke at once: result() finds out the same way and decides
+            pass  # it broke off at once: result() will notice that and decide
         except VirtdError as error:
-            self._failed = error  # told when this call's turn comes, in the order of the command line
+            self._failed = error  # reported when this call's turn comes, in the order of the command line
 
     def __enter__(self) -> Call:
         return self
@@ -306,7 +308,7 @@ class Call:
         return self.attempt > 0
 
     def result(self) -> Reply:
-        """Wait for the reply. Raises what the daemon sent, Disconnected, or TimedOut when it never answers."""
+        """Wait for the reply. Raises the daemon's error, Disconnected, or TimedOut if it never answers."""
         if self._failed is not None:
             raise self._failed
         while True:
@@ -322,7 +324,7 @@ class Call:
                 from virtd.text import span
 
                 raise TimedOut(f"virtd didn't answer within {span(self._limit or 0)}", hint=HINT)
-            self._broken = 0  # of a call with many replies: it wasn't in vain
+            self._broken = 0  # a call with many replies has made progress
             return reply
 
     def _send(self) -> None:
@@ -333,7 +335,7 @@ class Call:
             raise TimedOut("virtd doesn't read what it is sent", hint=HINT) from exc
 
     def _connect(self) -> Connection:
-        """The first connection: a daemon that was never there isn't waited for."""
+        """Connect for the first time: this doesn't wait for a daemon that wasn't there."""
         while True:
             try:
                 return Connection(self._session.address)
@@ -346,10 +348,10 @@ class Call:
                 raise unreachable(self._session.address, exc) from exc
 
     def _again(self) -> None:
-        """Wait for the daemon to be back and send the call to it.
+        """Wait for the daemon to come back, and send it the call.
 
-        A connection tells nothing, for it is systemd that holds the socket: only an answer does. So the new daemon is
-        asked for something small first, and the wait for the call itself begins when that came.
+        A connection proves nothing, because systemd holds the socket: only an answer does. So first a small question
+        is sent to the new daemon, and the wait for the call itself begins when that is answered.
         """
         self.close()
         if not self._repeat:
@@ -378,10 +380,11 @@ class Call:
         try:
             self._send()
         except ConnectionError:
-            self.close()  # gone once more: result() finds no connection and comes here again
+            self.close()  # it went away again: result() finds no connection and calls this again
 
     def _count(self, lost: float) -> None:
-        """Tell a restart from a daemon that breaks this call off each time, by its being the same one still."""
+        """Distinguish a restart from a daemon that breaks off this call each time, by checking whether it is still
+        the same one."""
         instance = self._session.instance()
         if instance != self._instance:
             self._instance, self._broken = instance, 0
@@ -400,7 +403,7 @@ class Call:
         time.sleep(min(1.0, RETRY * 2**self._broken))
 
     def _knock(self) -> bool:
-        """Take one short step towards an answer of the new daemon; whether it came."""
+        """Take one short step towards an answer of the new daemon; returns whether it has answered."""
         try:
             if self._connection is None:
                 if self._session.must_wait():
@@ -410,7 +413,7 @@ class Call:
                 self._connection.send(KNOCK, {})
             return self._connection.receive(QUIET / 8) is not None
         except VirtdError:
-            return True  # it doesn't know the question, but it is there
+            return True  # it doesn't know the question, but it has answered
         except PermissionError as exc:
             raise unreachable(self._session.address, exc) from exc
         except OSError:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""virtdctl console: a domain's serial console, which goes on while virtd is restarted.
+"""virtdctl console: a domain's serial console, which continues while virtd is restarted.
 
-Three ways run side by side, none of them through the daemon: keys go into the guest's stdin pipe, whose write end the
-daemon has handed out; output is read from the console log, from the place that was reached; and two connections ask
-the daemon only who may write and when there is more to read. When they break, both are made anew and ask for the same
-again.
+Three things run side by side. Keys go into the guest's stdin pipe, whose write end the daemon has handed out, and
+output is read from the console log at the current place, neither of them through the daemon. Two connections ask the
+daemon only who may write and when there is more to read; if they break, they are made anew and repeat their
+questions.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 
 ESCAPE = "^]"
 PIECE = 4096  # PIPE_BUF: a pipe that poll(2) calls writable takes as much without blocking
-TYPED_AHEAD = 1 << 20  # bytes kept for a guest that doesn't read; what is pasted beyond is refused with a bell
-PIPED_AHEAD = 1 << 16  # as much of a piped standard input; the rest waits in the pipe
-LAST_WORDS = 5.0  # seconds that the daemon may take, after the guest's end, to have its last output in the log
+TYPED_AHEAD = 1 << 20  # bytes kept for a guest that doesn't read; more pasted text is refused with a bell
+PIPED_AHEAD = 1 << 16  # the same for a piped standard input; the rest waits in the pipe
+LAST_WORDS = 5.0  # seconds that the daemon may take, after the guest's end, to move its last output to the log
 
 
 class Console:
-    """One visit to a console. `run()` returns virtdctl's exit status."""
+    """One console session. `run()` returns virtdctl's exit status."""
 
     def __init__(self, args: argparse.Namespace, session: Session, noun: str = "domain", prefix: str = "") -> None:
         self._noun = noun
         self._virtdctl = "virtdctl" if noun == "domain" else f"virtdctl {noun}"
-        self._prefix = prefix  # of the methods that are asked, "Container." for one
+        self._prefix = prefix  # of the methods' names, such as "Container."
         self._name: str = args.name
         self._session = session
         self._force: bool = args.force
@@ -54,14 +54,14 @@ class Console:
         lines = args.lines if args.lines is not None else 1 if os.isatty(1) else 0
         self._cursor = Cursor(args.name, "console", lines, self._say)
         self._unread = False  # the file may hold more than was printed
-        self._news = False  # the last answer of Follow led to something new
+        self._news = False  # the latest answer of Follow led to something new
         self._follow = Link(session, self._where, more=False)
         self._control: Link | None = None if args.read_only else Link(session, self._claim, more=True)
         self._token: str | None = None
         self._pipe = -1
         self._typed = bytearray()
-        # Without the right to write, a terminal is read for the escape character, and anything else isn't read at
-        # all.
+        # Without the right to write, a terminal is read only for the escape character, and anything else isn't read
+        # at all.
         self._reading = self._terminal.is_terminal or not args.read_only
         self._until: float | None = None  # when to leave, once input has ended
         self._last_words: float | None = None  # when to leave at the latest, once the guest has ended
@@ -69,21 +69,21 @@ class Console:
         self._status: int | None = None
         self._farewell = ""
 
-    # What is asked of the daemon.
+    # Questions to the daemon.
 
     def _where(self, again: bool) -> tuple[str, Parameters]:  # noqa: FBT001 (Link calls it so)
-        # Where to begin, and after a restart whether something came meanwhile, is answered at once.
+        # The place to begin, or after a restart whether there is new output, is answered at once.
         return f"{self._prefix}Follow", self._cursor.parameters(wait=self._cursor.file is not None and not again)
 
     def _claim(self, _again: bool) -> tuple[str, Parameters]:  # noqa: FBT001
-        # With the token it isn't a new claim, so that force isn't needed and would only take it from a later writer.
+        # With the token it isn't a new claim, so force isn't needed, and would only displace a later writer.
         return f"{self._prefix}OpenConsole", {
             "name": self._name,
             "force": self._force and self._token is None,
             "token": self._token,
         }
 
-    # The visit.
+    # The session.
 
     def run(self) -> int:
         try:
@@ -103,27 +103,27 @@ class Console:
             self._drop_pipe()
         if self._farewell:
             self._say(self._farewell)
-        # What was to be shown could not be.
+        # The output could not be shown.
         return FAILURE if not self._status and self._cursor.refused else self._status or OK
 
     def _say(self, text: str, *, alone: bool = False) -> None:
-        """A line of virtdctl's own, on stderr, so that a script that reads the output isn't bothered.
+        """Print a message of virtdctl itself on stderr, so that it isn't mixed into the output that a script reads.
 
-        On a terminal the guest's output may stand in the same line before it, unless it is `alone`.
+        On a terminal the guest's output may precede it on the same line, unless it is `alone`.
         """
         end = self._terminal.line_end()
         begin = end if self._terminal.is_terminal and not alone else ""
         write_all(2, f"{begin}{clean(text)}{end}".encode(errors="replace"))
 
     def _open(self) -> None:
-        """Get the right to write, then the place to read from, before anything is read from the user."""
+        """Get the right to write, then the place to read from, before reading any input."""
         if self._control is not None:
             try:
                 self._control.open()
                 self._await(lambda: self._pipe >= 0)
             except Busy as error:
                 if not self._terminal.is_terminal:
-                    raise  # what is to be sent couldn't be
+                    raise  # the input couldn't be sent
                 error.hint = error.hint or "--force takes it over"
                 complain(error, f"write to the console of {self._name}")
                 print("Showing its output only.", file=sys.stderr)
@@ -138,7 +138,7 @@ class Console:
             )
 
     def _await(self, settled: Callable[[], bool]) -> None:
-        """Wait for a first answer: nothing else is to happen before."""
+        """Wait for the first answer, before anything else."""
         deadline = time.monotonic() + (self._session.patience or PATIENCE)
         while not settled():
             now = time.monotonic()
@@ -147,7 +147,7 @@ class Console:
             self._wait_for_daemon(now, 0.25, select.poll())
 
     def _step(self) -> None:
-        """Wait until something can be done, and do it."""
+        """Wait for an event, and handle it."""
         now = time.monotonic()
         self._leave_in_time(now)
         poller = select.poll()
@@ -155,7 +155,7 @@ class Console:
             poller.register(0, select.POLLIN)
         if self._typed and self._pipe >= 0:
             poller.register(self._pipe, select.POLLOUT)
-        poller.register(1, 0)  # reports when the reader of the output has closed it
+        poller.register(1, 0)  # reports that the reader of the output has closed it
         timers = [end - now for end in (self._until, self._last_words) if end is not None]
         ready = self._wait_for_daemon(now, 0.0 if self._unread else min([1.0, *timers]), poller)
         if ready.get(1, 0) & (select.POLLERR | select.POLLHUP | select.POLLNVAL):
@@ -168,7 +168,8 @@ class Console:
             self._print()
 
     def _wait_for_daemon(self, now: float, timeout: float, poller: select.poll) -> dict[int, int]:
-        """Poll, with the connections, and take what the daemon says; the events of the other descriptors."""
+        """Poll, also for the connections, and handle the daemon's replies; returns the events of the other
+        descriptors."""
         links: dict[int, Link] = {}
         for link in (self._control, None if self._unread else self._follow):
             if link is not None and (fd := link.poll_fd(now)) >= 0:
@@ -200,7 +201,7 @@ class Console:
             self._noticed = True
             self._say("virtdctl: virtd went away, waiting for it to come back...")
 
-    # What the daemon says.
+    # Replies of the daemon.
 
     def _receive(self, link: Link) -> Reply | None:
         try:
@@ -208,10 +209,10 @@ class Console:
         except (InvalidState, NotFound):
             if self._cursor.file is None:
                 raise
-            # It ended, or was even undefined, while the daemon was away.
+            # The guest ended, or was even undefined, while the daemon was away.
             self._guest_ended()
             if link is self._follow:
-                # Nobody will say any more when all is read, but what is in the file can be.
+                # Nobody will report the end of the output any more, but the rest of the file can be read.
                 self._unread = self._cursor.ended = True
                 self._news = False
         except (Busy, AccessDenied) as error:
@@ -242,7 +243,7 @@ class Console:
         self._unread = True
 
     def _guest_ended(self) -> None:
-        """No more input; output goes on until the log is complete, which Follow tells."""
+        """Stop input; output continues until the log is complete, which Follow reports."""
         if self._control is not None:
             self._control.close()
             self._control = None
@@ -255,7 +256,8 @@ class Console:
     def _wants_input(self) -> bool:
         if not self._reading:
             return False
-        # A terminal is always read, else the escape character would be stuck behind what the guest doesn't take.
+        # A terminal is always read, otherwise the escape character would be stuck behind input that the guest doesn't
+        # read.
         return self._terminal.is_terminal or (self._pipe >= 0 and len(self._typed) < PIPED_AHEAD)
 
     def _read_input(self) -> None:
@@ -276,7 +278,7 @@ class Console:
             return
         self._typed += data
         if self._status is not None and self._typed:
-            self._write_input()  # what was typed before the escape character, as far as the guest takes it
+            self._write_input()  # input before the escape character, as far as the guest reads it
 
     def _input_ended(self) -> None:
         self._reading = False
@@ -297,13 +299,13 @@ class Console:
             except BlockingIOError:
                 return
             except BrokenPipeError:
-                # The guest is gone, which the daemon is about to say.
+                # The guest has ended, which the daemon is about to report.
                 self._drop_pipe()
                 self._typed.clear()
                 return
             del self._typed[:written]
         if not self._typed and not self._reading and self._control is not None:
-            # All that there was to send is sent: let another one write.
+            # All input has been sent: let another client write.
             self._control.close()
             self._control = None
             self._drop_pipe()
@@ -314,7 +316,7 @@ class Console:
             self._pipe = -1
 
     def _print(self) -> None:
-        """One piece at a time, so that keys and the escape character get through a long output."""
+        """Print one piece at a time, so that keys and the escape character are handled during a long output."""
         data = self._cursor.read()
         if data:
             write_all(1, data)
@@ -332,7 +334,8 @@ class Console:
 
     def _leave_in_time(self, now: float) -> None:
         if self._last_words is not None and now >= self._last_words:
-            # It never said that all is read: the domain was started again meanwhile, or is gone altogether.
+            # The daemon never reported the end of the output: the domain was started again meanwhile, or no longer
+            # exists.
             self._finish()
         elif self._until is not None and now >= self._until and not self._unread:
             self._status = OK

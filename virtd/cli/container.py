@@ -83,13 +83,13 @@ def _details(item: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _of(used: str, limit: str) -> str:
-    """ "5 of 100", as far as it is known."""
+    """ "5 of 100", as far as known."""
     return " of ".join(filter(None, [used, limit])) if used else (f"at most {limit}" if limit else "")
 
 
 def reboot(args: argparse.Namespace, session: Session) -> int:
     def begin(name: str) -> Call:
-        # Not repeated: a second time would undo what it has booted since the first.
+        # Not repeated: a second reboot would interrupt the boot after the first.
         parameters: dict[str, Any] = {"name": name, "timeout": args.timeout}
         limit = None if args.timeout is None else args.timeout + domains.WORK
         return Call(session, "Container.Reboot", constant(parameters), limit=limit, repeat=False)
@@ -108,7 +108,7 @@ def _reboot_options(parser: Parser) -> None:
 
 
 def create(args: argparse.Namespace, session: Session) -> int:
-    # Not repeated: what the first attempt has made would be in the way.
+    # Not repeated: the result of the first attempt would be in the way.
     parameters: dict[str, Any] = {"name": args.name, "image": os.path.abspath(args.image)}
     if args.ids is not None:
         parameters["ids"] = args.ids

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The commands that change something, from define to reload.
 
-Those that take several names have all of them under way at once, answer for them in the order of the command line,
-and end with the exit status of the first that failed. As systemctl does, they say nothing when all went well.
+Those that take several names act on all of them at once, report failures in the order of the command line, and end
+with the exit status of the first failure. Like systemctl, they print nothing on success.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 
 AT_ONCE = 64  # calls under way at the same time; each has a connection
 WORK = 120.0  # seconds that the daemon may take for one command; its own limits, for systemd and QEMU, are shorter
-ASKED = 1.0  # seconds after which a guest counts as asked by `shutdown --no-wait`, if nothing else was said
-FOREVER = 1e9  # no limit: none at all would mean the daemon's own
+ASKED = 1.0  # seconds without an error after which `shutdown --no-wait` counts as successful
+FOREVER = 1e9  # no limit: leaving it out would mean the daemon's own
 
 
 def act(names: Sequence[str], verb: str, begin: Callable[[str], Call], end: Callable[[str, Call], object]) -> int:
-    """Begin a call for each of `names`, end them in the same order, and say which failed; the exit status."""
+    """Begin a call for each of `names`, finish them in the same order, and report failures; returns the exit
+    status."""
     status = OK
     for at in range(0, len(names), AT_ONCE):
         for name, call in [(name, begin(name)) for name in names[at : at + AT_ONCE]]:
@@ -49,7 +50,7 @@ def _result(_name: str, call: Call) -> Reply:
 
 
 def plain(verb: str, method: str) -> Callable[[argparse.Namespace, Session], int]:
-    """A command that is one method with a name and nothing else."""
+    """A command that calls one method with just a name."""
 
     def run(args: argparse.Namespace, session: Session) -> int:
         def begin(name: str) -> Call:
@@ -74,7 +75,7 @@ def killing(method: str = "Kill") -> Callable[[argparse.Namespace, Session], int
 
 
 def shutting_down(prefix: str = "", virtdctl: str = "virtdctl") -> Callable[[argparse.Namespace, Session], int]:
-    """The command that asks to end; `prefix` is the interface's, "Container." for one."""
+    """The command that asks guests to shut down; `prefix` is the interface's, such as "Container."."""
 
     def run(args: argparse.Namespace, session: Session) -> int:
         now = time.monotonic()
@@ -82,11 +83,11 @@ def shutting_down(prefix: str = "", virtdctl: str = "virtdctl") -> Callable[[arg
 
         def begin(name: str) -> Call:
             def parameters(_attempt: int) -> Parameters:
-                # After a restart of the daemon in the middle, only what is left of the time is asked for.
+                # After a restart of the daemon in the middle, only the remaining time is passed.
                 return {"name": name, "timeout": None if until is None else max(0.0, until - time.monotonic())}
 
             if args.no_wait:
-                # The daemon goes on whether or not anybody waits. What makes no sense, it says at once.
+                # The daemon continues whether or not anybody waits. Invalid requests are refused at once.
                 return Call(session, f"{prefix}Shutdown", parameters, limit=max(0.0, now + ASKED - time.monotonic()))
             return Call(
                 session, f"{prefix}Shutdown", parameters, limit=None if until is None else args.timeout + PATIENCE
@@ -104,7 +105,8 @@ def shutting_down(prefix: str = "", virtdctl: str = "virtdctl") -> Callable[[arg
                 )
                 raise
             except InvalidState:
-                # It may have ended while the daemon was away: then the second attempt found nothing to shut down.
+                # The guest may have ended while the daemon was away: then the second attempt found nothing to shut
+                # down.
                 if not call.repeated:
                     raise
                 if session.call(f"{prefix}Info", {"name": name})["object"].get("state") not in ("stopped", "crashed"):
@@ -117,7 +119,7 @@ def shutting_down(prefix: str = "", virtdctl: str = "virtdctl") -> Callable[[arg
 
 def reboot(args: argparse.Namespace, session: Session) -> int:
     def begin(name: str) -> Call:
-        # Not repeated: a second time would undo what the guest has booted since the first.
+        # Not repeated: a second reboot would interrupt the boot after the first.
         parameters: Parameters = {"name": name, "force": args.force, "timeout": args.timeout}
         limit = None if args.timeout is None else args.timeout + WORK
         return Call(session, "Reboot", constant(parameters), limit=limit, repeat=False)
@@ -152,7 +154,7 @@ def undefining(method: str = "Undefine") -> Callable[[argparse.Namespace, Sessio
 
 
 def autostarting(method: str = "Autostart") -> Callable[[argparse.Namespace, Session], int]:
-    """The command that says what is started at boot, by `method`."""
+    """The command that sets what is started at boot, by `method`."""
 
     def run(args: argparse.Namespace, session: Session) -> int:
         def begin(name: str) -> Call:
@@ -167,7 +169,7 @@ def autostarting(method: str = "Autostart") -> Callable[[argparse.Namespace, Ses
 def defining(method: str = "Define") -> Callable[[argparse.Namespace, Session], int]:
     """The command that takes definitions by `method`.
 
-    One file after the other, for a later one may name what an earlier one defines.
+    One file after the other, because a later one may refer to what an earlier one defines.
     """
 
     def run(args: argparse.Namespace, session: Session) -> int:
@@ -225,7 +227,7 @@ def reload(_args: argparse.Namespace, session: Session) -> int:
 
 
 def time_limit(text: str) -> float:
-    """A length of time, for the daemon."""
+    """A duration for the daemon."""
     limit = duration(text)
     return FOREVER if limit is None else limit
 

@@ -35,14 +35,14 @@ def events(args: argparse.Namespace, session: Session) -> int:
         except NotFound:
             if not begun:
                 raise
-        # The log was lost, or a virtd without one has run: the stream begins anew, and that is not to be overlooked.
+        # The log was lost, or a virtd without one has run: the stream begins anew, which must not be overlooked.
         lagged = next(_changes(session, None)) | {"change": "lagged"}
         known = int(lagged["sequence"])
         _print(lagged, as_json=args.json)
 
 
 def _changes(session: Session, since: int | None) -> Iterator[Parameters]:
-    """The replies to Subscribe, over restarts of virtd. Raises NotFound when it can't continue where it was."""
+    """The replies to Subscribe, across restarts of virtd. Raises NotFound if it can't continue where it was."""
     known = since
 
     def question(_attempt: int) -> Parameters:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """virtdctl container exec: a command in a container, with this terminal or these pipes, its exit status and signals.
 
-Its terminal, or its pipes, are handed over by the daemon, and bytes then pass between the command and virtdctl alone.
-When the daemon is restarted meanwhile, the new one is asked for the exit status.
+The daemon hands over the command's terminal or pipes, and bytes then pass only between the command and virtdctl. If
+the daemon is restarted meanwhile, the new one is asked for the exit status.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from virtd.cli.options import Parser
 
 PIECE = 65536
-LINGER = 0.3  # seconds of silence after which what a process in the background may still write isn't waited for
-AT_MOST = 1.5  # seconds that it is listened to after the command's end, however much it has to say
+LINGER = 0.3  # seconds of silence after which virtdctl doesn't wait for output of background processes
+AT_MOST = 1.5  # seconds for which output is read after the command's end, however much there is
 PASSED = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -128,7 +128,7 @@ class Execution:
         if data:
             self._unsent = data
         elif self._input in self._outputs:
-            self._unsent = b"\x04"  # a terminal has no other end of file
+            self._unsent = b"\x04"  # the only end of file that a terminal has
         else:
             os.close(self._input)
             self._input = -1
@@ -171,7 +171,8 @@ class Execution:
             print(f"virtdctl: {error.message}", file=sys.stderr)
 
     def _wait(self, timeout: float, poller: select.poll) -> dict[int, int]:
-        """Poll, with the connection, and take what the daemon says; the events of the other descriptors."""
+        """Poll, also for the connection, and handle the daemon's replies; returns the events of the other
+        descriptors."""
         fd = self._link.poll_fd(time.monotonic()) if self._status is None else -1
         if fd >= 0:
             poller.register(fd, select.POLLIN)

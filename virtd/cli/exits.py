@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""virtdctl's exit statuses, those of systemctl where it has one for the case."""
+"""virtdctl's exit statuses, the same as systemctl's where it has one."""
 
 from virtd.errors import NotFound, VirtdError
 

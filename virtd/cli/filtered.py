@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A log on a terminal: what a guest wrote, without what a terminal would obey.
+"""A log on a terminal: what a guest wrote, without control characters that a terminal would obey.
 
-Colours are let through, and line ends, tabs and returns. The rest a terminal takes for commands, some of which write
-to the clipboard (OSC 52), answer as if typed, or lock it; it is shown as it would be written, `\\x1b` and so on.
+Colours, line ends, tabs and carriage returns are let through. Terminals take other control characters for commands,
+some of which write to the clipboard (OSC 52), produce input as if typed, or lock the terminal; they are shown
+escaped, as `\\x1b` and so on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if
 
 
 class Filter:
-    """Takes the bytes of a log in pieces of any length, whose ends may be anywhere."""
+    """Takes the bytes of a log in pieces that may end anywhere."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
@@ -24,7 +25,7 @@ class Filter:
         self._coloured = False
 
     def pass_on(self, data: bytes, *, last: bool = False) -> bytes:
-        """What of it may be shown; with `last` all that was kept back, in the terminal's own colours again."""
+        """The text to show; with `last` also everything kept back, and the terminal's colours are reset."""
         text = self._rest + self._decoder.decode(data, last)
         begun = None if last else _BEGUN.search(text)
         self._rest = begun.group() if begun else ""

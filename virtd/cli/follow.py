@@ -2,7 +2,7 @@
 """The place in a log that a viewer has reached.
 
 The daemon hands out the log *file* and says when there is more in it; the bytes don't pass through the daemon. The
-place, (file, offset), means the same to any daemon, so that a viewer goes on after a restart where it was: nothing is
+place, (file, offset), means the same to any daemon, so a viewer continues after a restart where it was: nothing is
 printed twice and nothing is left out.
 """
 
@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 CHUNK = 65536
 
 
-UNKNOWN = -1  # bytes that were skipped, and perhaps none
+UNKNOWN = -1  # an unknown number of bytes was skipped, perhaps none
 
 
 class Cursor:
-    """Where in which file; owns its descriptor. It begins with the last `lines` lines: -1 for all, 0 for none.
+    """A file and an offset; owns the file's descriptor. It begins with the last `lines` lines: -1 for all, 0 for
+    none.
 
-    `say` is called with a sentence about what can't be shown. `skipped`: the bytes that aren't, before those that
-    come next, for the reader to put back to 0. `refused`: why the log can't be written at present.
+    `say` is called with a sentence about what can't be shown. `skipped`: the number of bytes missing before the next
+    ones, which the reader resets to 0. `refused`: why the log can't be written at present.
     """
 
     def __init__(self, name: str, log: str, lines: int, say: Callable[[str], None]) -> None:
@@ -47,7 +48,7 @@ class Cursor:
         self._fd = -1
 
     def parameters(self, *, wait: bool) -> Parameters:
-        """What to ask Follow for: the start, or what comes after this place."""
+        """Parameters of Follow: for the start, or for what follows this place."""
         started = self.file is not None
         return {
             "name": self._name,
@@ -59,7 +60,7 @@ class Cursor:
         }
 
     def accept(self, reply: Reply) -> bool:
-        """Take a reply of Follow; whether it leads on, to another file."""
+        """Accept a reply of Follow; returns whether it leads to another file."""
         parameters = reply.parameters
         self.ended = bool(parameters.get("ended"))
         self.state = str(parameters.get("state", ""))
@@ -106,11 +107,11 @@ class Cursor:
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Write to a terminal, pipe or file, whatever part of it each write(2) takes."""
+    """Write everything to a terminal, pipe or file, whatever part each write(2) accepts."""
     view = memoryview(data)
     while view:
         try:
             view = view[os.write(fd, view) :]
         except BlockingIOError:
-            # Whoever else has this terminal made it so, which a shell's children can't prevent.
+            # Another user of this terminal has made it non-blocking, which a shell's children can't prevent.
             select.select([], [fd], [])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""virtdctl fsck: whether all that is known of each object, in all places where it is known, tells the same."""
+"""virtdctl fsck: whether all sources of information about each object agree."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from virtd.cli.client import Session
     from virtd.cli.options import Parser
 
-WORK = 600.0  # seconds: each object is waited for if something is being done with it
+WORK = 600.0  # seconds: an object is waited for while an operation on it is under way
 AWAY = (
     "Only virtd can compare what it knows. Its start repairs what a crash left: systemctl start virtd. "
     "Until then, see: systemctl list-units 'virtd-*'; systemd-analyze fdstore virtd.service; ls /run/virtd/*"
@@ -24,9 +24,9 @@ AWAY = (
 
 
 def fsck(args: argparse.Namespace, session: Session) -> int:
-    """Exit status 0 when nothing differs, or nothing does any more, 1 when something does, 3 (in main) without virtd.
+    """Exit status 0 if nothing differs (any more), 1 if something does, 3 (in main) without virtd.
 
-    A repair that was cut off may be asked for again: it begins by looking.
+    An interrupted repair may be requested again: it begins with a check.
     """
     method = "Repair" if args.repair else "Check"
     try:

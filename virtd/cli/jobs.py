@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from virtd.cli.client import Parameters, Session
 
 OVER = ("done", "failed", "cancelled")
-ASK = 1.0  # seconds that one question waits for news
-WORK = 600.0  # seconds until the daemon answers: it syncs what it finishes, or has just been started
-QUIET = 0.5  # seconds in which nobody wonders how far it is
+ASK = 1.0  # seconds that one request waits for news
+WORK = 600.0  # seconds until the daemon answers: it may sync a finished volume, or have just been started
+QUIET = 0.5  # seconds before progress is shown
 STEP = 10  # percent between two lines
 
 
 def token() -> str:
-    """What makes a repeated call the same call."""
+    """A token that identifies repeated calls as the same."""
     return os.urandom(8).hex()
 
 
 def run(session: Session, method: str, parameters: Parameters, what: str) -> Parameters:
-    """Make the call, and wait for its job if it has one: the call's reply. Raises VirtdError."""
+    """Make the call, and wait for its job if it has one; returns the call's reply. Raises VirtdError."""
     with Call(session, method, constant(parameters), limit=WORK) as call:
         reply = call.result().parameters
     if job := str(reply.get("job") or ""):
@@ -39,7 +39,7 @@ def run(session: Session, method: str, parameters: Parameters, what: str) -> Par
 
 
 def wait(session: Session, job: str, what: str) -> None:
-    """Until the job is over, showing how far it is. Raises VirtdError when it has failed."""
+    """Wait until the job is finished, showing its progress. Raises VirtdError if it fails."""
     show = Progress(what)
     try:
         while True:
@@ -62,7 +62,7 @@ def wait(session: Session, job: str, what: str) -> None:
 
 
 class Progress:
-    """How far one thing is, on stderr: nothing for what is over at once."""
+    """The progress of one job, on stderr; nothing is shown for one that finishes at once."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -88,5 +88,5 @@ class Progress:
     def end(self) -> None:
         if self._open:
             self._open = False
-            # The bar goes: what is left on the terminal is what the command says.
+            # Erase the bar: only the command's own messages stay on the terminal.
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A connection that is made anew whenever the daemon goes away, for a loop that has other things to do meanwhile."""
+"""A connection that is renewed whenever the daemon goes away, for a loop that has other things to do meanwhile."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ RETRY = 0.1  # seconds between two attempts to connect
 
 
 class Link:
-    """A connection for one long question, made anew, and asked again, whenever it breaks.
+    """A connection for one long question, renewed, with the question repeated, whenever it breaks.
 
-    `question(again)` gives method and parameters. A new connection first asks something small, because the answer to
-    the question itself may be hours away, and only an answer shows that a daemon is there.
+    `question(again)` returns method and parameters. A new connection first asks something small, because the answer
+    to the question itself may be hours away, and only an answer shows that a daemon is running.
     """
 
     def __init__(self, session: Session, question: Callable[[bool], tuple[str, Parameters]], *, more: bool) -> None:
@@ -35,7 +35,7 @@ class Link:
         self.asked = False
 
     def open(self) -> None:
-        """Connect for the first time; a daemon that isn't there is an error then."""
+        """Connect for the first time, when an absent daemon is an error."""
         try:
             self._connection = Connection(self._session.address, 0)
             self._ask(again=False)
@@ -45,7 +45,7 @@ class Link:
             raise unreachable(self._session.address, exc) from exc
 
     def poll_fd(self, now: float) -> int:
-        """The descriptor to wait for; -1 while there is none. Connects, when it is time to."""
+        """The descriptor to poll; -1 while there is none. Connects if it is time to."""
         if self._connection is None and now >= self._retry_at:
             if self._session.must_wait():
                 self._lose()
@@ -59,7 +59,7 @@ class Link:
         return -1 if self._connection is None else self._connection.fileno()
 
     def ask(self) -> None:
-        """Ask the next question on the connection that there is."""
+        """Ask the next question on the present connection."""
         if self._connection is not None and not self._knocking and not self.asked:
             try:
                 self._ask(again=False)
@@ -67,7 +67,7 @@ class Link:
                 self._lose()
 
     def receive(self) -> Reply | None:
-        """The reply, if it is here. Raises the VirtdError that the daemon answered with."""
+        """The reply, if it has arrived. Raises the VirtdError that the daemon answered with."""
         if self._connection is None:
             return None
         try:
@@ -87,7 +87,7 @@ class Link:
             if self._connection.receive(0) is None:
                 return None
         except VirtdError:
-            pass  # it doesn't know that question, but it is there
+            pass  # it doesn't know that question, but it is running
         self._knocking = False
         self.lost_at = None
         self._ask(again=True)

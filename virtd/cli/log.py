@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from virtd.cli.client import Parameters, Session
     from virtd.cli.options import Parser
 
-TAIL = 10  # lines that `-f` begins with, as tail(1) and journalctl do
+TAIL = 10  # lines that `-f` begins with, like tail(1) and journalctl
 
 
 def _ask(cursor: Cursor, wait: bool, attempt: int) -> Parameters:  # noqa: FBT001 (bound by partial)
@@ -28,10 +28,10 @@ def _ask(cursor: Cursor, wait: bool, attempt: int) -> Parameters:  # noqa: FBT00
 
 
 def chunks(session: Session, cursor: Cursor, *, follow: bool, method: str = "Follow") -> Iterator[bytes]:
-    """All bytes from `cursor` on: to the end of the newest file, or with `follow` until the guest has ended."""
+    """All bytes from `cursor` on: to the end of the newest file, or with `follow` until the guest ends."""
     while True:
-        # The first question is where to begin, and after a restart of the daemon the first is whether something was
-        # missed: both are answered at once.
+        # The first question is where to begin, or after a restart of the daemon whether something was missed: both
+        # are answered at once.
         wait = follow and cursor.file is not None
         limit = None if wait else session.patience
         ask = partial(_ask, cursor, wait)
@@ -72,7 +72,7 @@ def _say(text: str) -> None:
 
 
 def _shown(source: Iterator[bytes]) -> None:
-    """For eyes: with nothing that would work on the terminal."""
+    """For display: without anything that the terminal would obey."""
     from virtd.cli.filtered import Filter
 
     shown = Filter()
@@ -84,9 +84,9 @@ def _shown(source: Iterator[bytes]) -> None:
 
 
 def _as_json(source: Iterator[bytes], cursor: Cursor, style: str) -> None:
-    """One object for each line: its text without the line end, the file, and the offset at which it begins there.
+    """One object for each line: its text without the line end, its file, and the offset in it.
 
-    The first line after some that could not be read has `skipped` besides: their bytes, or null if that isn't known.
+    The first line after missing ones also has `skipped`: the number of missing bytes, or null if that isn't known.
     """
     rest = b""
     begun: tuple[str | None, int] | None = None
@@ -95,7 +95,7 @@ def _as_json(source: Iterator[bytes], cursor: Cursor, style: str) -> None:
         position = cursor.offset - len(data)
         at = 0
         if cursor.skipped:
-            if begun:  # its end is among what is missing
+            if begun:  # its end is missing
                 _line(rest, begun, style, skipped)
                 rest, begun = b"", None
             skipped, cursor.skipped = cursor.skipped, 0
@@ -103,7 +103,7 @@ def _as_json(source: Iterator[bytes], cursor: Cursor, style: str) -> None:
             _line(rest + data[at:end], begun or (cursor.file, position + at), style, skipped)
             rest, begun, at, skipped = b"", None, end + 1, 0
         if at < len(data):
-            # Rotation may cut a line in two; it is counted to the file in which it began.
+            # Rotation may cut a line in two; it belongs to the file in which it begins.
             begun = begun or (cursor.file, position + at)
             rest += data[at:]
     if begun:

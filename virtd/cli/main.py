@@ -17,8 +17,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# command -> (module, group, arguments, summary, what failed when it fails). The module's OPTIONS and RUN hold, for
-# each of its commands, what adds its options to the parser and what carries it out.
+# command -> (module, group, arguments, summary, action for error messages). For each of its commands, the module's
+# OPTIONS and RUN have the functions that add its options to the parser and that run it.
 COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
     "list": ("show", "Domains", "", "List domains with their state", "list domains"),
     "info": ("show", "Domains", "NAME", "Show all about one domain", "show {name}"),
@@ -49,8 +49,8 @@ COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
     "slots": ("slots", "The daemon", "[NAME]", "Show which descriptors systemd keeps for whom", "list slots"),
     "reload": ("domains", "The daemon", "", "Make virtd read the definitions again", "reload the definitions"),
 }
-# What isn't a domain: `virtdctl NOUN COMMAND ...`. noun -> (module, summary); the module has a COMMANDS of the same
-# shape, whose entries name modules again, and its own OPTIONS and RUN.
+# Other nouns than domains: `virtdctl NOUN COMMAND ...`. noun -> (module, summary); the module has a COMMANDS of the
+# same shape, whose entries also name modules, and its own OPTIONS and RUN.
 NOUNS: dict[str, tuple[str, str]] = {
     "container": ("container", "Control LXC containers"),
     "network": ("network", "Control the networks that guests are connected to"),
@@ -70,12 +70,12 @@ See virtdctl(1) for details."""
 
 
 def whole(module: str) -> str:
-    """The name to import a command's module by: they are here, but for those of others."""
+    """The full name of a command's module: relative ones are in this package."""
     return module if "." in module else f"virtd.cli.{module}"
 
 
 def help_text(noun: str = "") -> str:
-    """What `virtdctl [NOUN] --help` prints: the commands by group, as systemctl shows its own."""
+    """The output of `virtdctl [NOUN] --help`: the commands by group, like systemctl's."""
     commands = commands_of(noun)
     about = NOUNS[noun][1] if noun else "Control the virtual machines of virtd"
     usage = " ".join(filter(None, ["virtdctl", noun, "[OPTIONS...] COMMAND ..."]))
@@ -104,10 +104,11 @@ def commands_of(noun: str) -> dict[str, tuple[str, str, str, str, str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run virtdctl with the arguments `argv`; the process's exit status."""
+    """Run virtdctl with the arguments `argv`; returns the exit status."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            # Closed by whoever started us; in this order, each gets its number back and no socket of ours takes it.
+            # If our parent closed standard descriptors, reopen them in this order, so that no socket of ours gets
+            # their numbers.
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (as long-lived as the process)
     try:
         status = _main(list(sys.argv[1:] if argv is None else argv))
@@ -125,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _drop_output() -> None:
-    """Let what couldn't be written, and what Python would try to write once more at exit, go nowhere."""
+    """Discard output that couldn't be written, and that Python would try to write again at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     os.dup2(nowhere, 1)
     os.close(nowhere)
@@ -165,7 +166,7 @@ def _main(words: list[str]) -> int:
 
 
 def _split(words: list[str]) -> tuple[str | None, list[str]]:
-    """The command and all other words: options may stand before it as well as after."""
+    """The command and all other words: options may come before it as well as after."""
     from virtd.cli.options import WITH_VALUE
 
     # `--json` takes its value after "=" only, else it would swallow the name in `info --json web1`.

@@ -14,8 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
-# Options whose value may be the next word: main has to step over it to find the command in `virtdctl --address X
-# list`.
+# Options whose value may be the next word: main has to skip it to find the command in `virtdctl --address X list`.
 WITH_VALUE = frozenset(
     {
         "--address",
@@ -37,7 +36,7 @@ _UNITS = {"": 1.0, "s": 1.0, "sec": 1.0, "ms": 0.001, "m": 60.0, "min": 60.0, "h
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Knows its width beforehand: argparse would import shutil for it, at every start, with or without --help."""
+    """Has a fixed width: argparse would import shutil to find it out, at every start, with or without --help."""
 
     def __init__(self, prog: str, **more: Any) -> None:
         columns = os.environ.get("COLUMNS", "")
@@ -46,7 +45,7 @@ class _Formatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A command's parser: exact options only, and errors in one line, as systemctl has them."""
+    """A command's parser: exact options only, and errors in one line, like systemctl's."""
 
     def __init__(self, command: str, summary: str) -> None:
         super().__init__(
@@ -79,7 +78,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--no-legend", action="store_true", help="print neither the header nor the footer")
 
     def common(self) -> None:
-        """What every command takes."""
+        """Options of every command."""
         self.add_argument(
             "--daemon-timeout",
             metavar="SECONDS",

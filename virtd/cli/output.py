@@ -29,8 +29,8 @@ STATE_COLOURS = {
     "crashed": RED,
 }
 
-# A guest writes what ends up in reasons, log lines and QEMU's errors, and a terminal obeys control characters: a
-# table must not carry them. (The console is printed as it is; that is what a console is for.)
+# Reasons, log lines and QEMU's errors can contain text from a guest, and a terminal obeys control characters: a table
+# must not contain them. (The console is printed as it is; that is its purpose.)
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
 
 _JSON_CONTROL = {code: f"\\u{code:04x}" for code in range(127, 160)}
@@ -48,12 +48,12 @@ UNITS = (
 
 
 def clean(text: str) -> str:
-    """`text` without anything that a terminal would obey; tabs and line ends stay."""
+    """`text` without control characters that a terminal would obey; tabs and line ends stay."""
     return text.translate(_CONTROL).encode("utf-8", "backslashreplace").decode()
 
 
 def autostarts(item: dict[str, Any]) -> str:
-    """Whether an object starts at boot; "waits": it was to, and something that it needs isn't there yet."""
+    """Whether an object starts at boot; "waits": it should have, but something that it needs doesn't exist yet."""
     return ("waits" if item.get("waits") else "yes") if item.get("autostart") else "no"
 
 
@@ -77,7 +77,7 @@ def write_json(value: object, style: str) -> None:
         text = json.dumps(value, indent=2, ensure_ascii=False)
     else:
         text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-    # JSON has escapes for what it must, which C1 controls and lone surrogates aren't.
+    # JSON needn't escape C1 controls and lone surrogates, so it is done here.
     print(text if text.isascii() else text.translate(_JSON_CONTROL).encode("utf-8", "backslashreplace").decode())
 
 
@@ -104,7 +104,7 @@ def listing(
     *,
     colour: int | None = None,
 ) -> int:
-    """Print items as --json and --no-legend of a listing's `args` have it: the exit status."""
+    """Print items according to --json and --no-legend in a listing's `args`; returns the exit status."""
     if args.json:
         write_json(items, args.json)
         return OK
@@ -125,7 +125,7 @@ def labelled(lines: Iterable[tuple[str, str]], width: int = 10) -> None:
 
 
 def rounded(number: int) -> str:
-    """Bytes as people read them, to three digits: `512M`, `1.5G`, `9.31T`; always a multiple of 1024's powers."""
+    """Bytes for people, to three digits: `512M`, `1.5G`, `9.31T`; units are powers of 1024."""
     value, units = float(number), "BKMGTP"
     while value >= 1000 and len(units) > 1 and not (value < 1024 and value == int(value)):
         value, units = value / 1024, units[1:]
@@ -135,7 +135,7 @@ def rounded(number: int) -> str:
 
 
 def size_of(number: object) -> str:
-    """A size out of a reply, which may not be known."""
+    """A size from a reply, which may be unknown."""
     return rounded(number) if isinstance(number, int) else "-"
 
 
@@ -161,7 +161,7 @@ def seconds(iso: str) -> float | None:
 
 
 def span(length: float) -> str:
-    """A length of time in two units, as systemctl shows it: `2h 5min`, `1 week 3 days`."""
+    """A duration in two units, like systemctl's: `2h 5min`, `1 week 3 days`."""
     rest = int(length)
     words: list[str] = []
     smaller: str | None = None
@@ -177,7 +177,7 @@ def span(length: float) -> str:
 
 
 def ago(iso: str) -> str:
-    """`3min 2s ago`, or nothing when the time isn't known."""
+    """`3min 2s ago`, or nothing if the time isn't known."""
     then = seconds(iso)
     if then is None:
         return ""
@@ -207,7 +207,7 @@ def signal_name(number: object) -> str:
 
 
 def how_it_ended(exit_: dict[str, Any], what: str = "QEMU") -> str:
-    """One phrase for a guest's end, from `exit` as `virtdctl info --json` has it."""
+    """One phrase for a guest's end, from `exit` as in `virtdctl info --json`."""
     by = f" by {exit_['by']}" if exit_.get("by") else ""
     cause = exit_.get("cause")
     signal = exit_.get("signal")
@@ -230,7 +230,7 @@ def how_it_ended(exit_: dict[str, Any], what: str = "QEMU") -> str:
 
 
 def complain(error: VirtdError, doing: str) -> None:
-    """Print an error: what failed and why, and below it what can be done about it.
+    """Print an error: what failed and why, and below that what can be done about it.
 
     An error in a definition stands alone, because `file: key: expected` is what editors jump to.
     """

@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     from virtd.cli.options import Parser
 
 STATES = ("stopped", "starting", "running", "paused", "stopping", "crashed")
-DRIVER = "qemu"  # what virtdctl calls a domain; the other drivers' objects have nouns of their own
+DRIVER = "qemu"  # its objects are virtdctl's domains; those of other drivers have nouns of their own
 
 
 def named(parser: Parser, noun: str) -> None:
-    """The options of what shows one object, or its definition."""
+    """The options of commands that show one object, or its definition."""
     parser.name(noun)
     parser.json()
 
@@ -87,7 +87,7 @@ def informing(
     details: Callable[[dict[str, Any]], list[tuple[str, str]]],
     who: str = "QEMU",
 ) -> Callable[[argparse.Namespace, Session], int]:
-    """The command that shows one object in full, from `method`; `who` names what ended when it ended by itself."""
+    """The command that shows one object in full, from `method`; `who` names what ended if it ended by itself."""
 
     def run(args: argparse.Namespace, session: Session) -> int:
         item = session.call(method, {"name": args.name})["object"]
@@ -140,7 +140,7 @@ def _details(item: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _hardware(hardware: dict[str, Any] | None) -> str:
-    """The machine type that is on record."""
+    """The recorded machine type."""
     if not hardware or not hardware.get("machine"):
         return ""
     firmware = f", UEFI {hardware['firmware']}" if hardware.get("firmware") else ""
@@ -153,7 +153,7 @@ def _empty(cdroms: list[str | None]) -> list[str]:
 
 
 def _events(events: dict[str, Any] | None) -> str:
-    """Nothing where nothing was held back."""
+    """Empty if no events were held back."""
     if not events or not events.get("hung_up"):
         return ""
     return f"{events['taken']} taken; hung up on {events['hung_up']} times, for there were too many"
@@ -164,7 +164,7 @@ def text(value: object) -> str:
 
 
 def size(value: object) -> str:
-    """Bytes in the largest unit that holds them without a rest; a text as it is."""
+    """Bytes in the largest unit that divides them; text as it is."""
     if not isinstance(value, int) or isinstance(value, bool):
         return text(value)
     for unit in ("B", "K", "M", "G"):
@@ -175,7 +175,7 @@ def size(value: object) -> str:
 
 
 def _part(value: object) -> str:
-    """A disk or a NIC: its path or what else comes first, then the rest of it."""
+    """A disk or a NIC: first its path or the like, then the rest."""
     if not isinstance(value, dict):
         return text(value)
     rest = [f"{key} {part}" for key, part in value.items() if key != "path" and part not in (None, "", False)]
@@ -197,7 +197,7 @@ def _slot(value: object) -> str:
 
 
 def status(args: argparse.Namespace, session: Session) -> int:
-    """Exit status 0 when all is well, 1 with problems, and (in main) 3 when the daemon can't be reached."""
+    """Exit status 0 without problems, 1 with problems, and (in main) 3 if the daemon can't be reached."""
     it = session.call("Status")["status"]
     problems = it.get("problems") or []
     degraded = it.get("degraded") or []
@@ -237,7 +237,7 @@ def show_problems(problems: list[dict[str, Any]]) -> None:
 
 
 def _job(job: dict[str, Any]) -> str:
-    """One that is under way; nothing for one that is over."""
+    """A job that is under way; nothing for a finished one."""
     if job.get("state") not in ("running", "waiting"):
         return ""
     progress = job.get("progress")
@@ -272,7 +272,7 @@ def dumping(method: str = "Dump") -> Callable[[argparse.Namespace, Session], int
 
 
 def waiting(method: str = "Wait") -> Callable[[argparse.Namespace, Session], int]:
-    """The command that waits by `method`."""
+    """The command that waits, by `method`."""
 
     def run(args: argparse.Namespace, session: Session) -> int:
         limit: float | None = args.timeout

@@ -35,7 +35,7 @@ def slots(args: argparse.Namespace, session: Session) -> int:
 
 
 def _belongs(slot: str, name: str) -> bool:
-    """Whether it is of the object `name`: "web1" or "qemu/web1"."""
+    """Whether it belongs to the object `name`: "web1" or "qemu/web1"."""
     return slot.startswith(f"{name}/") or slot.split("/")[1:2] == [name]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The user's terminal, handed to a guest and taken back on every way out."""
+"""The user's terminal, handed to a guest and restored on every way out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Terminated(BaseException):
-    """SIGTERM or SIGHUP (`number`) arrived. No Exception, so that nothing on the way out takes it for an error."""
+    """SIGTERM or SIGHUP (`number`) arrived. Not an Exception, so that no handler takes it for an error."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -25,9 +25,9 @@ class Terminated(BaseException):
 
 
 class RawTerminal:
-    """A context in which `fd` passes every key on, and in which SIGTERM and SIGHUP leave through the context's end.
+    """A context in which `fd` passes every key on, and which SIGTERM and SIGHUP leave in order.
 
-    `fd` that is no terminal is left alone; the signals are taken care of all the same.
+    If `fd` isn't a terminal, it is left alone; the signals are handled all the same.
     """
 
     def __init__(self, fd: int) -> None:
@@ -50,7 +50,7 @@ class RawTerminal:
             signal.signal(number, handler)
         self._is_raw = False
         if self._modes:
-            # It may have been hung up, and then nobody looks at it any more.
+            # It may have been hung up; then nobody sees it any more.
             with contextlib.suppress(termios.error):
                 termios.tcsetattr(self._fd, termios.TCSANOW, self._modes)
 
@@ -60,18 +60,18 @@ class RawTerminal:
             self._is_raw = True
 
     def _continued(self, _number: int, _frame: FrameType | None) -> None:
-        """After a stop from outside (kill -STOP) the shell has set modes of its own."""
+        """After a stop from outside (kill -STOP), the shell has set its own modes."""
         with contextlib.suppress(termios.error):
             self._raw()
 
     def resize(self, other: int) -> None:
-        """Tell another terminal's size to be this one's; a pipe has none."""
+        """Set another terminal's size to this one's; a pipe has none."""
         if self.is_terminal and os.isatty(other):
             with contextlib.suppress(OSError):
                 fcntl.ioctl(other, termios.TIOCSWINSZ, fcntl.ioctl(self._fd, termios.TIOCGWINSZ, bytes(8)))
 
     def line_end(self) -> str:
-        """What ends a line of virtdctl's own: a raw terminal doesn't return the carriage by itself."""
+        """The line end for virtdctl's own messages: a raw terminal doesn't add a carriage return."""
         return "\r\n" if self._is_raw else "\n"
 
 

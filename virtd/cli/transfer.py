@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """virtdctl volume upload and download: the daemon hands out a descriptor, and the bytes don't pass through it.
 
-So a restart of the daemon in the middle isn't noticed. What was a hole stays one, and what was cut off goes on where
-it ended: a file's size says how far it is.
+So a restart of the daemon in the middle has no effect. Holes stay holes, and an interrupted transfer continues where
+it ended: the file's size says how far it got.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def download(args: argparse.Namespace, session: Session) -> int:
 
 
 def _target(args: argparse.Namespace) -> tuple[int, int]:
-    """Where a download goes, and how much of it is there already."""
+    """The target of a download, and how much of it exists already."""
     if args.file == "-":
         return 1, 0
     flags = os.O_RDWR if args.resume else os.O_RDWR | os.O_CREAT | (0 if args.force else os.O_EXCL)
@@ -108,7 +108,7 @@ def _target(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def _close(fd: int) -> None:
-    """Unless it is standard input or output."""
+    """Close it unless it is standard input or output."""
     if fd > 2:
         os.close(fd)
 
@@ -138,7 +138,7 @@ def copy(source: int, target: int, offset: int, what: str) -> None:
             except OSError as exc:
                 if exc.errno != errno.ENXIO:
                     raise
-                break  # nothing but a hole is left
+                break  # only a hole is left
             while start < end:
                 start += _piece(source, target, start, min(CHUNK, end - start))
                 show.at(start * 100 / size)
@@ -171,13 +171,13 @@ def _write(target: int, data: bytes, at: int) -> None:
 
 
 def _stream(source: int, target: int, offset: int) -> None:
-    """From or to a pipe or a device."""
+    """Copy from or to a pipe or a device."""
     skip = offset
     try:
         os.lseek(source, skip, os.SEEK_SET)
         skip = 0
     except OSError:
-        pass  # a pipe: what is there already is read past
+        pass  # a pipe: skip what exists already by reading it
     seekable = True
     try:
         os.lseek(target, offset, os.SEEK_SET)

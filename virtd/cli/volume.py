@@ -117,7 +117,7 @@ def _snapshot(item: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _work(method: str, what: str, *keys: str) -> Callable[[argparse.Namespace, Session], int]:
-    """A command that makes a call of these of its arguments and waits for the job; `what` is shown meanwhile."""
+    """A command that makes a call with these of its arguments and waits for the job; `what` is shown meanwhile."""
 
     def run(args: argparse.Namespace, session: Session) -> int:
         given = {key: getattr(args, key) for key in ("pool", "name", *keys)}
@@ -129,7 +129,7 @@ def _work(method: str, what: str, *keys: str) -> Callable[[argparse.Namespace, S
 
 def delete(args: argparse.Namespace, session: Session) -> int:
     status = OK
-    for name in args.names:  # one after the other: the next may be what this one stands on
+    for name in args.names:  # one after the other: the next may be this one's backing file
         parameters = {"pool": args.pool, "name": name}
         with Call(session, "Volume.Delete", constant(parameters), limit=jobs.WORK) as call:
             try:
@@ -228,7 +228,7 @@ def _import_options(parser: Parser) -> None:
         "file",
         metavar="FILE",
         nargs="?",
-        type=os.path.abspath,  # the daemon's working directory is another one
+        type=os.path.abspath,  # the daemon has another working directory
         help="an image; without it, what others have put into the pool as NAME",
     )
     parser.add_argument(
