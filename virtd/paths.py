@@ -7,7 +7,7 @@ import os
 import re
 from typing import NamedTuple
 
-from .model.domain import NAME
+from .model.naming import NAME
 
 
 class Paths:

@@ -15,7 +15,7 @@ from virtd.guests.guest import Guest
 from virtd.guests.power import stop
 from virtd.guests.verdict import End
 from virtd.model import document
-from virtd.model.domain import canonical_uuid
+from virtd.model.naming import canonical_uuid
 from virtd.model.state import Cause, State
 from virtd.records import Exit, now, stamp
 from virtd.systemd.transient import UnitSpec

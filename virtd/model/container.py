@@ -10,8 +10,9 @@ from typing import Annotated
 import msgspec
 
 from .. import errors
-from . import document, size
-from .domain import ENDINGS, MAC, NAME, VOLUME, canonical_uuid, shown
+from . import document, naming, size
+from .document import shown
+from .naming import MAC, NAME, VOLUME
 
 HOSTNAME = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,62}[A-Za-z0-9])?"
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
@@ -131,9 +132,7 @@ def parse(text: str, source: str) -> Container:
     """
     container = document.decode(text, source, Container)
     check(container, source)
-    if container.uuid is None:
-        return container
-    return msgspec.structs.replace(container, uuid=canonical_uuid(container.uuid))
+    return naming.canonical(container, container.uuid)
 
 
 def check(container: Container, source: str) -> None:
@@ -149,18 +148,7 @@ def check(container: Container, source: str) -> None:
         if "/../" in path + "/":
             raise refuse(key, f"expected a path without '..', got {shown(path)}")
 
-    if not re.fullmatch(NAME, container.name):
-        raise refuse(
-            "name",
-            "expected 1 to 64 letters, digits, '.', '_' or '-', the first one no '.' or '-', "
-            f"got {shown(container.name)}",
-        )
-    if container.name.endswith(ENDINGS):
-        raise refuse(
-            "name", f"expected a name that doesn't end in {' or '.join(ENDINGS)}, got {shown(container.name)}"
-        )
-    if container.uuid is not None and canonical_uuid(container.uuid) is None:
-        raise refuse("uuid", f"expected a UUID, got {shown(container.uuid)}")
+    naming.check(container, refuse)
     if isinstance(container.rootfs, Root):
         if not re.fullmatch(NAME, container.rootfs.pool):
             raise refuse("rootfs.pool", f"expected a pool's name, got {shown(container.rootfs.pool)}")

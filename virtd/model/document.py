@@ -130,3 +130,9 @@ def _type_at(kind: type[msgspec.Struct], path: str) -> Any:
         if here is None:
             return None
     return here
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: quoted, and cut where it is long."""
+    text = f'"{value}"' if isinstance(value, str) else str(value)
+    return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"

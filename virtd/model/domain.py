@@ -7,27 +7,19 @@ What can only be known by looking (does the disk exist, is there enough memory) 
 from __future__ import annotations
 
 import re
-import uuid as uuidlib
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
 from .. import errors
-from . import document, size
+from . import document, naming, size
+from .document import shown
+from .naming import MAC, NAME, VOLUME
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# Not compiled here: a daemon that takes running guests over has no definition to check.
-NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,63})"
-# What no name may end in: its NAME.log would be the console log of the one without that ending, and its directory in
-# /run/virtd be where the record of that one is, or the mark of its making.
-ENDINGS = (".console", ".json", ".creating")
-# A volume is a file of this name in a pool's directory, or a logical volume. lvm(8) allows a few characters less.
-VOLUME = r"[A-Za-z0-9_][A-Za-z0-9._+@-]{0,126}"
-UUID = r"[0-9A-Fa-f]{8}(-?)(?:[0-9A-Fa-f]{4}\1){3}[0-9A-Fa-f]{12}"
-MAC = r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}"
 MACHINE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 CPU = r"[A-Za-z0-9][A-Za-z0-9._+-]*(?:,[+-]?[A-Za-z0-9._-]+(?:=(?:on|off))?)*"
 
@@ -155,8 +147,7 @@ def parse(text: str, source: str) -> Domain:
     """
     domain = document.decode(text, source, Domain)
     check(domain, source)
-    # One spelling from here on, so that the same uuid written twice in two ways is still the same.
-    return msgspec.structs.replace(domain, uuid=canonical_uuid(domain.uuid)) if domain.uuid is not None else domain
+    return naming.canonical(domain, domain.uuid)
 
 
 def check(domain: Domain, source: str) -> None:
@@ -165,16 +156,7 @@ def check(domain: Domain, source: str) -> None:
     def refuse(key: str, expected: str, hint: str = "") -> errors.InvalidDefinition:
         return errors.InvalidDefinition(source, key, expected, hint=hint)
 
-    if not re.fullmatch(NAME, domain.name):
-        raise refuse(
-            "name",
-            "expected 1 to 64 letters, digits, '.', '_' or '-', the first one no '.' or '-', "
-            f"got {shown(domain.name)}",
-        )
-    if domain.name.endswith(ENDINGS):
-        raise refuse("name", f"expected a name that doesn't end in {' or '.join(ENDINGS)}, got {shown(domain.name)}")
-    if domain.uuid is not None and canonical_uuid(domain.uuid) is None:
-        raise refuse("uuid", f"expected a UUID such as {uuidlib.UUID(int=0)}, got {shown(domain.uuid)}")
+    naming.check(domain, refuse)
     try:
         memory = domain.memory_bytes
     except ValueError:
@@ -259,15 +241,3 @@ def paths(domain: Domain) -> list[tuple[str, str]]:
         (f"cdrom[{index}].path", cdrom.path) for index, cdrom in enumerate(domain.cdrom) if cdrom.path is not None
     ]
     return found
-
-
-def canonical_uuid(text: str) -> str | None:
-    """The UUID in lower case with hyphens, or None when `text` isn't one."""
-    # uuid.UUID alone takes much more for one: digits of other scripts, underscores, "urn:" anywhere.
-    return str(uuidlib.UUID(text)) if re.fullmatch(UUID, text) else None
-
-
-def shown(value: object) -> str:
-    """A value as an error shows it: quoted, and cut where it is long."""
-    text = f'"{value}"' if isinstance(value, str) else str(value)
-    return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"

@@ -7,14 +7,12 @@ Whether a prefix collides with a route of the host's, or a bridge's name is take
 from __future__ import annotations
 
 import re
-import uuid as uuidlib
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from .. import errors
-from . import document
-from .domain import ENDINGS, MAC, NAME, canonical_uuid, shown
+from . import document, naming
+from .document import shown
+from .naming import MAC
 from .network import INTERFACE_MAX, Mode, Network
 
 if TYPE_CHECKING:
@@ -44,7 +42,7 @@ def parse(text: str, source: str) -> Network:
     """
     network = document.decode(text, source, Network)
     check(network, source)
-    return msgspec.structs.replace(network, uuid=canonical_uuid(network.uuid)) if network.uuid else network
+    return naming.canonical(network, network.uuid)
 
 
 def check(network: Network, source: str) -> None:
@@ -64,18 +62,7 @@ class _Check:
 
     def all(self) -> None:
         network = self.network
-        if not re.fullmatch(NAME, network.name):
-            raise self.refuse(
-                "name",
-                "expected 1 to 64 letters, digits, '.', '_' or '-', the first one no '.' or '-', "
-                f"got {shown(network.name)}",
-            )
-        if network.name.endswith(ENDINGS):
-            raise self.refuse(
-                "name", f"expected a name that doesn't end in {' or '.join(ENDINGS)}, got {shown(network.name)}"
-            )
-        if network.uuid is not None and canonical_uuid(network.uuid) is None:
-            raise self.refuse("uuid", f"expected a UUID such as {uuidlib.UUID(int=0)}, got {shown(network.uuid)}")
+        naming.check(network, self.refuse)
         self.bridge()
         if network.mode is Mode.BRIDGE:
             self.nothing_else()

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from .. import errors
-from . import document, size
-from .domain import NAME, VOLUME, Format, canonical_uuid, shown
+from . import document, naming, size
+from .document import shown
+from .domain import Format
+from .naming import VOLUME
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,7 +62,7 @@ def parse(text: str, source: str) -> Pool:
     """The definition that `text` (TOML) holds. Raises InvalidDefinition; `source` is the file's name in it."""
     pool = document.decode(text, source, Pool)
     check(pool, source)
-    return msgspec.structs.replace(pool, uuid=canonical_uuid(pool.uuid)) if pool.uuid is not None else pool
+    return naming.canonical(pool, pool.uuid)
 
 
 def check(pool: Pool, source: str) -> None:
@@ -69,15 +71,9 @@ def check(pool: Pool, source: str) -> None:
     def refuse(key: str, expected: str, hint: str = "") -> errors.InvalidDefinition:
         return errors.InvalidDefinition(source, key, expected, hint=hint)
 
-    if not re.fullmatch(NAME, pool.name):
-        raise refuse(
-            "name",
-            f"expected 1 to 64 letters, digits, '.', '_' or '-', the first one no '.' or '-', got {shown(pool.name)}",
-        )
+    naming.check(pool, refuse, ())
     if pool.name.startswith(JOB):
         raise refuse("name", f'expected a name that doesn\'t begin with "{JOB}", got {shown(pool.name)}')
-    if pool.uuid is not None and canonical_uuid(pool.uuid) is None:
-        raise refuse("uuid", f"expected a UUID, got {shown(pool.uuid)}")
     if not _is_path(pool.path):
         raise refuse("path", f"expected an absolute path without '.', '..' or '//', got {shown(pool.path)}")
     if pool.type is not Type.FILESYSTEM:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Generic
 
 from .. import errors, files
 from ..hints import do
-from ..model.domain import canonical_uuid
+from ..model.naming import canonical_uuid
 from ..replies import Gone, Reply, Trouble
 from . import restoring
 from .defining import Defining

@@ -14,7 +14,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from virtd import errors
-from virtd.model import document, domain, settings, size
+from virtd.model import document, domain, naming, settings, size
 from virtd.model.state import ALIVE, State, require
 
 GOOD = 'name = "web1"\nmemory = "256M"\n[boot]\nkernel = "/boot/vmlinuz"\n'
@@ -287,7 +287,7 @@ def test_any_value_of_any_key_is_taken_or_explained(key: str, value: Any) -> Non
     assert key_of.startswith((key, "boot")) or not key_of
 
 
-NAMES = st.from_regex(domain.NAME, fullmatch=True)
+NAMES = st.from_regex(naming.NAME, fullmatch=True)
 PATHS = st.lists(st.from_regex(r"[a-z0-9 ,=]{1,8}", fullmatch=True), min_size=1, max_size=3).map(
     lambda parts: "/" + "/".join(parts)
 )
@@ -360,10 +360,10 @@ def test_sizes_are_shown_so_that_they_are_read(number: int) -> None:
 
 
 def test_canonical_uuid() -> None:
-    assert domain.canonical_uuid(UUID.upper()) == UUID
-    assert domain.canonical_uuid(UUID.replace("-", "")) == UUID
+    assert naming.canonical_uuid(UUID.upper()) == UUID
+    assert naming.canonical_uuid(UUID.replace("-", "")) == UUID
     for text in ("", "web1", "{" + UUID + "}", UUID[:-1], UUID.replace("-", "", 1), " " + UUID[1:]):
-        assert domain.canonical_uuid(text) is None
+        assert naming.canonical_uuid(text) is None
 
 
 @pytest.mark.parametrize(

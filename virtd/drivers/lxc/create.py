@@ -22,7 +22,8 @@ from ... import errors, files, untrusted
 from ...children.programs import HOMELESS
 from ...hints import do
 from ...model import container as model
-from ...model.domain import ENDINGS, NAME, shown
+from ...model.document import shown
+from ...model.naming import ENDINGS, NAME
 from ...paths import names
 from ...systemd import aliases
 from ...systemd.transient import UnitSpec

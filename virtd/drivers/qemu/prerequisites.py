@@ -17,6 +17,7 @@ from ...children import programs
 from ...hints import do
 from ...model import domain as model
 from ...model import size
+from ...model.document import shown
 from ...text import word
 from ..nodes import is_device
 
@@ -204,7 +205,7 @@ def _check_qcow2(key: str, path: str, source: str) -> None:
         raise errors.InvalidDefinition(
             source,
             key,
-            f"{path} has the backing file {model.shown(header.backing)}, which only a volume can",
+            f"{path} has the backing file {shown(header.backing)}, which only a volume can",
             hint="Import both into a pool: "
             + do("import", "volume")
             + f"; or make one image of both: qemu-img convert -O qcow2 {word(path)} NEW.",
