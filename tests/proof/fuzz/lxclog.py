@@ -57,5 +57,7 @@ def target(data: bytes) -> None:
     for unit in UNITS:
         for verb in ("", "stop", "kill", "shutdown"):
             request = Request(verb, "root", "") if verb else None
-            end = ends.judge(unit, words, pid, request, command=bool(verb), host_down=not verb, seen="now")
+            end = ends.judge(
+                ends.evidence(unit, words, pid, request, command=bool(verb), host_down=not verb, seen="now")
+            )
             msgspec.json.encode(end.exit)

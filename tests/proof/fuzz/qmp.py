@@ -70,7 +70,9 @@ class Machine:
 
 def target(data: bytes) -> None:
     words = data.decode(errors="replace")
-    end = ends.judge(None, ends.latest(ends.traced(words), []), None, words, "2026-01-01T00:00:00.000000Z")
+    end = ends.judge(
+        ends.evidence(None, ends.latest(ends.traced(words), []), None, words, "2026-01-01T00:00:00.000000Z")
+    )
     assert len(end.reason) < 200 + len(words)
     asyncio.run(_talk(data))
 

@@ -218,7 +218,7 @@ def test_the_diary_has_the_time() -> None:
     events = [
         {"event": "SHUTDOWN", "data": {"reason": "guest-shutdown"}, "timestamp": {"seconds": 5, "microseconds": 1}}
     ]
-    end = ends.judge(None, events, None, "", stamp(100.0))
+    end = ends.judge(ends.evidence(None, events, None, "", stamp(100.0)))
     assert end.exit.at == stamp(5.000001)
     for lie in (
         {"seconds": 1 << 60, "microseconds": 0},
@@ -227,7 +227,7 @@ def test_the_diary_has_the_time() -> None:
         7,
         None,
     ):
-        end = ends.judge(None, [events[0] | {"timestamp": lie}], None, "", stamp(100.0))
+        end = ends.judge(ends.evidence(None, [events[0] | {"timestamp": lie}], None, "", stamp(100.0)))
         assert end.exit.at == stamp(100.0), lie
 
 

@@ -59,7 +59,7 @@ class Container(Guest[model.Container]):
 
     def judge(self, unit: UnitState | None) -> End:
         definition = self.running_definition
-        return ends.judge(
+        known = ends.evidence(
             unit,
             self.last_words(),
             self.init_pid,
@@ -68,6 +68,7 @@ class Container(Guest[model.Container]):
             host_down=os.path.exists(f"{self.runtime}/host-shutdown"),
             seen=self.seen_at,
         )
+        return ends.judge(known)
 
     def adopted(self) -> None:
         self.stderr.forward()  # what LXC wrote while no daemon was there

@@ -118,18 +118,8 @@ RULES: tuple[verdict.Rule[Evidence], ...] = (
 )  # fmt: skip
 
 
-def judge(
-    unit: UnitState | None,
-    words: str,
-    pid: int,
-    request: Request | None,
-    *,
-    command: bool,
-    host_down: bool,
-    seen: str,
-) -> End:
-    """The end of a container; see `evidence`."""
-    known = evidence(unit, words, pid, request, command=command, host_down=host_down, seen=seen)
+def judge(known: Evidence) -> End:
+    """The end of a container."""
     return verdict.deciding(RULES, known).verdict(known)
 
 

@@ -165,11 +165,8 @@ RULES: tuple[verdict.Rule[Evidence], ...] = (
 )  # fmt: skip
 
 
-def judge(
-    unit: UnitState | None, events: list[dict[str, Any]], request: Request | None, words: str, seen: str
-) -> End:
-    """The end of a guest; see `evidence`."""
-    known = evidence(unit, events, request, words, seen)
+def judge(known: Evidence) -> End:
+    """The end of a guest."""
     return verdict.deciding(RULES, known).verdict(known)
 
 

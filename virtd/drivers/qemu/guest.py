@@ -135,7 +135,7 @@ class QemuGuest(Guest[model.Domain]):
         words = "\n".join(line for line in words.splitlines() if not ends.is_aside(line))
         if not words and self.data.get(AGAIN):
             words = "(nobody heard)"  # one that somebody else restarted writes to /dev/null
-        return ends.judge(unit, events, self.request, words, self.seen_at)
+        return ends.judge(ends.evidence(unit, events, self.request, words, self.seen_at))
 
     def _words_from(self) -> int:
         """The offset in its log where this run begins; 0 after a rotation, because all of the file is of this run."""

@@ -347,7 +347,7 @@ def test_why_it_ended(
     state: State, cause: Cause, code: int | None, signal: str | None,
 ) -> None:  # fmt: skip
     request = ASKED[asked] if asked else None
-    end = ends.judge(state_of, said(words), 7, request, command=command, host_down=down, seen="later")
+    end = ends.judge(ends.evidence(state_of, said(words), 7, request, command=command, host_down=down, seen="later"))
     assert (end.state, end.exit.cause, end.exit.code, end.exit.signal) == (state, cause.value, code, signal)
     assert end.exit.by == ("root" if end.exit.cause in ("stop", "shutdown", "killed") and asked else None)
 

@@ -148,7 +148,7 @@ def test_the_verdict(
     by: str | None,
 ) -> None:
     request = Request(verb, "ann", "") if verb else None
-    end = judge(unit, events(*happened), request, words, SEEN)
+    end = judge(evidence(unit, events(*happened), request, words, SEEN))
     assert (end.state, end.exit.cause, end.exit.by) == (state, cause, by)
     assert end.reason.startswith(reason)
     # Time and status are the witness's own; without one it is when we noticed.
@@ -177,7 +177,7 @@ def test_the_documented_rules_are_those_of_the_code() -> None:
 
 
 def test_the_signal_that_qemu_caught_is_on_record() -> None:
-    end = judge(EXIT_0, events("SHUTDOWN:host-signal"), None, SAID.replace("15", "2"), SEEN)
+    end = judge(evidence(EXIT_0, events("SHUTDOWN:host-signal"), None, SAID.replace("15", "2"), SEEN))
     assert (end.exit.signal, end.exit.code) == ("SIGINT", 0)
 
 
@@ -200,7 +200,7 @@ EVENT = st.fixed_dictionaries(
 def test_there_is_always_a_verdict(
     unit: UnitState | None, happened: list[dict[str, Any]], request: Request | None, words: str
 ) -> None:
-    end = judge(unit, happened, request, words, SEEN)
+    end = judge(evidence(unit, happened, request, words, SEEN))
     assert end.state in ("stopped", "crashed")
     assert end.reason
 
@@ -240,7 +240,7 @@ def test_a_guest_that_broke_out_writes_what_it_likes(tmp_path: Path, junk: bytes
     (tmp_path / "events.out").write_bytes(junk + b"\r\n" + b'{"event": "STOP"}\r\n')
     found = read_events(str(tmp_path / "events"))
     assert [event["event"] for event in found] == ["STOP"]
-    assert judge(EXIT_0, found, None, "", SEEN).state == "stopped"
+    assert judge(evidence(EXIT_0, found, None, "", SEEN)).state == "stopped"
 
 
 TRACED = "qemu_system_shutdown_request reason="
