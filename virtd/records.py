@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import os
-from typing import Any
+from typing import Any, TypedDict
 
 import msgspec
 
@@ -60,6 +60,33 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def key(self) -> str:
         return f"{self.driver}/{self.name}"
+
+
+class Process(TypedDict, total=False):
+    """Changes of what a record says of the object's process; see Record."""
+
+    unit: str
+    slots: dict[str, str]
+    main_pid: int
+    main_start: int
+    invocation_id: str
+
+
+class Details(Process, total=False):
+    """Changes that may come with a new state."""
+
+    since: str
+    id: int
+    boot_id: str
+    data: dict[str, Any]
+    exit: Exit | None
+
+
+class Changes(Details, total=False):
+    """Changes of any kind."""
+
+    state: str
+    reason: str
 
 
 _FIELDS = frozenset(Record.__struct_fields__) - {"unknown"}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..logs.pump import Pump
     from ..model.settings import Log
     from ..paths import Paths
-    from ..records import Record
+    from ..records import Process, Record
     from ..systemd.state import UnitState
     from ..systemd.transient import UnitSpec
     from ..systemd.units import Units
@@ -197,7 +197,7 @@ class Child:
         child._output.start()
         return child
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Process:
         """The identity of the process, for a record."""
         return {"main_pid": self.pid, "main_start": self.start, "invocation_id": self.invocation_id}
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import errors, fdstore
 from ..systemd import aliases
@@ -25,13 +25,14 @@ from . import fifos
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from ..records import Process
     from .child import Child
 
 TRIES = 3
 AGAIN = 1.0  # seconds until a failed step is tried again
 
 # The record's fields after a child has been put away.
-GONE: dict[str, Any] = {"unit": "", "slots": {}, "main_pid": 0, "main_start": 0}
+GONE: Process = {"unit": "", "slots": {}, "main_pid": 0, "main_start": 0}
 
 
 async def _nothing() -> None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import errors, fdstore, journal
 from ..messages import Message
@@ -30,6 +30,7 @@ from .slots import identities
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ..records import Process
     from ..systemd.transient import UnitSpec
     from .child import Child
     from .pipes import Ends
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def promised(child: Child, descriptors: Mapping[str, int]) -> dict[str, Any]:
+def promised(child: Child, descriptors: Mapping[str, int]) -> Process:
     """The record's fields for a child before anything of it exists."""
     return {
         "unit": child.unit,
@@ -74,7 +75,7 @@ class Launch:
     async def reach(self) -> None:
         """Start what it depends on: other drivers' objects, which others use as well. Raises a VirtdError."""
 
-    def remember(self, promise: dict[str, Any]) -> None:
+    def remember(self, promise: Process) -> None:
         """Put it on record before anything of it exists; `promise`: the fields that the record needs. Raises
         HostError."""
         raise NotImplementedError
@@ -92,7 +93,7 @@ class Launch:
         """The unit."""
         raise NotImplementedError
 
-    def know(self, identity: dict[str, Any]) -> None:
+    def know(self, identity: Process) -> None:
         """Record the process. Raises HostError."""
         raise NotImplementedError
 

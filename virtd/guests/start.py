@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from ..objects.conflicts import Holding
     from ..objects.peers import Peers
+    from ..records import Process
 
 G = TypeVar("G", bound=Guest[Any])
 
@@ -94,7 +95,7 @@ class Start(Launch, Generic[G, D]):
 
         conflicts.require(self.peers, f"{self.machine.noun} {self.machine.name}", self.holdings())
 
-    def remember(self, promise: dict[str, Any]) -> None:
+    def remember(self, promise: Process) -> None:
         machine = self.machine
         # Checked again, for other starts may have come in between. Once it is on record they see what is ours.
         self._check_conflicts()
@@ -124,7 +125,7 @@ class Start(Launch, Generic[G, D]):
         machine.shared.publish("changed", machine)
         machine.stderr.begin(self.child)
 
-    def know(self, identity: dict[str, Any]) -> None:
+    def know(self, identity: Process) -> None:
         self.machine.save(**identity)
 
     def _running(self) -> None:

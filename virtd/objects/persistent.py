@@ -18,9 +18,10 @@ from .protocol import Problem
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from enum import StrEnum
+    from typing import Unpack
 
     from ..hints import Hint
-    from ..records import Record, Records
+    from ..records import Changes, Details, Record, Records
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ class Persistent(Tasks):
             return str(self.definition.uuid)
         return self.record.uuid if self.record is not None else ""
 
-    def save(self, **changes: Any) -> None:
+    def save(self, **changes: Unpack[Changes]) -> None:
         """Change the record and write it. Raises HostError; what is in memory is then as before."""
         self.put(msgspec.structs.replace(self.recorded, **changes))
 
@@ -155,7 +156,7 @@ class Persistent(Tasks):
         self.record = record
         self._recorded()
 
-    def note(self, state: StrEnum, reason: str, **changes: Any) -> None:
+    def note(self, state: StrEnum, reason: str, **changes: Unpack[Details]) -> None:
         """Enter a state that can't be refused: always in memory, and on disk as soon as the file system permits."""
         before = self.recorded
         if (state.value, reason) == (before.state, before.reason) and not changes:
@@ -166,7 +167,7 @@ class Persistent(Tasks):
             self.wait_for(None)
         self.shared.publish("changed", self)
 
-    def keep(self, **changes: Any) -> None:
+    def keep(self, **changes: Unpack[Changes]) -> None:
         """Change the record as `note` does, without publishing an event."""
         self.record = record = msgspec.structs.replace(self.recorded, **changes)
         try:

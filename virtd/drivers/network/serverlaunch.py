@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ... import errors
 from ...children.child import Child
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from ...model.network import Network
+    from ...records import Process
     from ...systemd.transient import UnitSpec
     from .netrecord import NetRecord
 
@@ -55,7 +56,7 @@ class ServerLaunch(Launch):
         self.account = prerequisites.account(settings, self.services.facts)
         self.binary = prerequisites.dnsmasq(settings)
 
-    def remember(self, promise: dict[str, Any]) -> None:
+    def remember(self, promise: Process) -> None:
         self.net.save(**promise)
 
     def begin(self) -> None:
@@ -64,7 +65,7 @@ class ServerLaunch(Launch):
     def spec(self) -> UnitSpec:
         return dnsmasq.spec(self.network, self.net.unit, self.binary, self.files, self.account)
 
-    def know(self, identity: dict[str, Any]) -> None:
+    def know(self, identity: Process) -> None:
         self.net.save(**identity)
 
     async def come_up(self) -> None:

@@ -27,12 +27,13 @@ from .users import running_as
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from enum import StrEnum
+    from typing import Unpack
 
     from ...guests.verdict import End
     from ...model.settings import Qemu
     from ...objects.conflicts import Holding
     from ...objects.peers import Peers
-    from ...records import Record
+    from ...records import Details, Record
     from ...systemd.state import UnitState
     from .kept import Kept
     from .standstill import Standstill
@@ -85,7 +86,7 @@ class QemuGuest(Guest[model.Domain]):
 
         return Standstill(self)
 
-    def note(self, state: StrEnum, reason: str, **changes: Any) -> None:
+    def note(self, state: StrEnum, reason: str, **changes: Unpack[Details]) -> None:
         """See Persistent. A guest that is no longer paused doesn't stand still either."""
         if state is not State.PAUSED and STANDSTILL in self.data:
             changes["data"] = self.standstill.resumed(changes.get("data", self.data))

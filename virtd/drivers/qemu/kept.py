@@ -19,10 +19,11 @@ from .hardware import Hardware
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Unpack
 
     from ...guests.guestrecord import Shared
     from ...model.domain import Domain
-    from ...records import Record
+    from ...records import Changes, Record
     from .devices.placing import Placed
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class Owner(Protocol):
     def uuid(self) -> str: ...
     @property
     def running_definition(self) -> Domain | None: ...
-    def keep(self, **changes: Any) -> None: ...
+    def keep(self, **changes: Unpack[Changes]) -> None: ...
 
 
 class Kept:

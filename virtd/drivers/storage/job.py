@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -32,6 +32,9 @@ from .verdict import why_failed
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
+    from typing import Unpack
+
+    from ...records import Process
 
 log = logging.getLogger(__name__)
 
@@ -109,11 +112,12 @@ class Job:
 
     # Its record
 
-    def save(self, state: State, data: Data | None = None, **changes: Any) -> None:
-        """Raises HostError; what is in memory is then as before."""
+    def save(self, state: State, data: Data | None = None, since: str = "", **changes: Unpack[Process]) -> None:
+        """`since`: when it entered the state, if it did only now. Raises HostError, and changes nothing then."""
         data = data or self.data
         known = self.record.data | msgspec.to_builtins(data)
-        record = msgspec.structs.replace(self.record, state=state.value, data=known, **changes)
+        since = since or self.record.since
+        record = msgspec.structs.replace(self.record, state=state.value, data=known, since=since, **changes)
         self.shared.records.save(record)
         self.record, self.data, self.recorded = record, data, True
 

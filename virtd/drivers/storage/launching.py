@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...children.child import Child
 from ...children.launch import Launch
@@ -14,6 +14,7 @@ from .task import DRIVER, State
 
 if TYPE_CHECKING:
     from ...children.pipes import Ends
+    from ...records import Process
     from .job import Job
     from .task import Program
 
@@ -40,7 +41,7 @@ class _Launch(Launch):
         self.program = program
         self.waited = job.recorded  # for its client, and does so again when this fails
 
-    def remember(self, promise: dict[str, Any]) -> None:
+    def remember(self, promise: Process) -> None:
         self.job.save(State.RUNNING, **promise)
 
     def begin(self) -> None:
@@ -63,7 +64,7 @@ class _Launch(Launch):
             properties=program.properties,
         )
 
-    def know(self, identity: dict[str, Any]) -> None:
+    def know(self, identity: Process) -> None:
         self.job.save(State.RUNNING, **identity)
 
     async def failed(self, _why: BaseException) -> None:
