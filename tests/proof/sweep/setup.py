@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 INSIDE = "/root/sweep"
-# Lines that each kind of guest says at a tick of its clock, 18.2 times a second.
-GUESTS = {"tiny": 1, "fast": 60}
+# What each kind of guest is compiled with: the lines that it says at a tick of its clock, 18.2 times a second.
+GUESTS = {"tiny": ["-DLINES=1"], "fast": ["-DLINES=60"], "writing": ["-DLINES=1", "-DWRITES"]}
 
 
 def install(lab: Lab) -> None:
     """Put everything into the lab; what an earlier sweep left there is replaced."""
     with tempfile.TemporaryDirectory() as scratch:
         built = [tracer(Path(scratch)), program(Path(scratch))]
-        built += [guest(Path(scratch), kind, lines) for kind, lines in GUESTS.items()]
+        built += [guest(Path(scratch), kind, flags) for kind, flags in GUESTS.items()]
         for path in built:
             lab.copy(path, f"{INSIDE}/{path.name}")
         for path in sorted(HERE.glob("*.py")):
@@ -46,10 +46,10 @@ def program(directory: Path) -> Path:
     return target
 
 
-def guest(directory: Path, name: str, lines: int) -> Path:
-    """A boot sector: it says `lines` lines at each tick of its clock."""
+def guest(directory: Path, name: str, flags: list[str]) -> Path:
+    """A boot sector, see tiny.S."""
     compiled, target = directory / f"{name}.o", directory / f"{name}.img"
-    subprocess.run(["cc", "-c", f"-DLINES={lines}", "-o", compiled, HERE / "tiny.S"], check=True)
+    subprocess.run(["cc", "-c", *flags, "-o", compiled, HERE / "tiny.S"], check=True)
     subprocess.run(["ld", "-Ttext", "0x7c00", "--oformat", "binary", "-o", target, compiled], check=True)
     return target
 

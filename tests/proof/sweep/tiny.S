@@ -4,7 +4,8 @@
  *
  * It says "tiny ready" on its serial port, then LINES numbered lines at each tick of the clock (18.2 a second), in the
  * form that tests/harness.py checks; repeats each line that it is sent, between its own; and powers off when the power
- * button is pressed. The registers are those of QEMU's q35: serial port at 0x3f8, ACPI's PM1 block at 0x600.
+ * button is pressed. With WRITES it also writes a sector of its disk at each tick, each time 4 KiB further on, in the 32
+ * MiB from 32 MiB on. The registers are those of QEMU's q35: serial port at 0x3f8, ACPI's PM1 block at 0x600.
  */
 
 #ifndef LINES
@@ -46,6 +47,13 @@ tick:   sti
         jz tick
         call count
         decb %bh
+#ifdef WRITES
+        movw $packet, %si
+        movw $0x4300, %ax           /* the BIOS's extended write */
+        movb $0x80, %dl
+        int $0x13
+        addw $8, packet + 8
+#endif
         jmp 2b
 
 /* Take what was typed; a finished line is said. */
@@ -125,6 +133,10 @@ digits: .asciz "0000000000 "
 stop:   .ascii " ."
 newline: .asciz "\r\n"
 start:  .byte 0
+#ifdef WRITES
+packet: .byte 16, 0                 /* its size; one sector, of this program; to where */
+        .word 1, 0x7c00, 0, 0, 1, 0, 0
+#endif
 
         .org 510
         .word 0xaa55

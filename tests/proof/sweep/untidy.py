@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The sweep's operations on a host that isn't tidy: what others change, what comes late, is odd or taken."""
+"""The sweep's operations on a host that isn't tidy: what others change, what comes late, is odd, full or taken."""
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import subprocess
@@ -14,14 +15,16 @@ from tests.proof.sweep import scene
 from tests.proof.sweep.operations import Operation, expect
 from tests.proof.sweep.others import NETWORK, OfNetwork
 from tests.proof.sweep.others import state as state_of
-from tests.proof.sweep.scene import ALIVE, IMAGES, Broken, Refused, call, info, until
+from tests.proof.sweep.scene import ALIVE, HERE, IMAGES, Broken, Refused, call, info, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PORTER, ODD, LATE, FIRST, RIVAL = "porter", "odd", "late", "first", "rival"
+PORTER, ODD, LATE, WRITER, FIRST, RIVAL = "porter", "odd", "late", "writer", "first", "rival"
 BRIDGE, TAP = f"vd-{NETWORK}", f"vt-{PORTER}-0"
 ODD_PATH = f'{IMAGES}/it\'s "odd" 100% $HOME; a\\b ü.img'
+SMALL = "/srv/small"  # a file system that can be full
+ROOM = "48M"
 AT_BOOT = 45.0  # seconds in which what waits is surely tried once more
 
 
@@ -248,6 +251,80 @@ class LateAutostart(Operation):
             os.unlink(scene.image(LATE))
 
 
+class Standstill(Operation):
+    """A guest writes to a disk that is full, stands still, and is resumed once there is room."""
+
+    name = "standstill"
+
+    def prepare(self) -> None:
+        if not os.path.ismount(SMALL):
+            os.makedirs(SMALL, exist_ok=True)
+            run("mount", "-t", "tmpfs", "-o", f"size={ROOM},mode=711", "sweep", SMALL)
+        self.give_room()
+        disk = f"{SMALL}/disk.img"
+        if state(WRITER) not in ALIVE:
+            with open(f"{HERE}/writing.img", "rb") as file:
+                sector = file.read()
+            with open(disk, "wb") as file:
+                file.write(sector)
+                file.truncate(66 << 20)
+            os.chown(disk, 0, 0)
+            os.chmod(disk, 0o600)
+            text = f'name = "{WRITER}"\nmemory = "16M"\nrng = false\n[[disk]]\npath = "{disk}"\nformat = "raw"\n'
+            call("Define", text=text, source="sweep")
+            call("Start", name=WRITER)
+        call("Resume", name=WRITER)
+        run("fallocate", "--punch-hole", "-o", "4096", "-l", str(65 << 20), disk)
+
+    def give_room(self) -> None:
+        run("mount", "-o", f"remount,size={ROOM}", SMALL)
+
+    def act(self) -> None:
+        until("a full file system", self.fill)
+        until("the standstill", self.stands_still)
+        try:
+            call("Resume", name=WRITER)
+        except Refused as exc:
+            expect("the refusal", "stands still" in str(exc), True)
+        else:
+            raise Broken("it was resumed though its disk is full")
+        self.give_room()
+        call("Resume", name=WRITER)
+
+    def fill(self) -> bool:
+        """Leave no room. Raises Broken when the guest has just written one more page."""
+        used = os.statvfs(SMALL)
+        run("mount", "-o", f"remount,size={(used.f_blocks - used.f_bfree) * used.f_bsize}", SMALL)
+        return True
+
+    def stands_still(self) -> bool:
+        """On record, and told with its disk."""
+        found = info(WRITER)
+        told = call("Status")["status"]["problems"]
+        return (
+            found["state"] == "paused"
+            and (found["standstill"] or {}).get("disk") == "disk[0]"
+            and any(" free" in problem["text"] for problem in told)
+        )
+
+    def judge(self) -> None:
+        self.give_room()
+        if state(WRITER) == "paused":
+            call("Resume", name=WRITER)
+        expect("it stands still", info(WRITER)["standstill"], None)
+
+    def again(self) -> None:
+        self.judge()
+        size = os.stat(f"{scene.LOGS}/{WRITER}.console.log").st_size
+        until("its next line", lambda: os.stat(f"{scene.LOGS}/{WRITER}.console.log").st_size > size)
+
+    def clear(self) -> None:
+        remove(WRITER)
+        for path in glob.glob(f"{scene.LOGS}/{WRITER}.*"):
+            os.unlink(path)
+        run("umount", SMALL)
+
+
 class Conflict(OfNetwork):
     """A start that is refused, for another has what it needs: a guest's disk, a network's port of the host."""
 
@@ -302,6 +379,6 @@ class Conflict(OfNetwork):
 
 def untidy_operations() -> Iterator[Operation]:
     for kind in (
-        PutBackPort, PutBackBridge, PutBackRules, Probe, OddStart, OddStop, LateAutostart, Conflict,
+        PutBackPort, PutBackBridge, PutBackRules, Probe, OddStart, OddStop, LateAutostart, Standstill, Conflict,
     ):  # fmt: skip
         yield kind()
