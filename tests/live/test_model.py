@@ -128,6 +128,10 @@ def test_any_sequence_of_operations_kills_and_deaths(agent: Agent) -> None:
                 agent("die", name=name, away=away)
                 self.settle(name, "crashed")
 
+        @rule(away=st.booleans())
+        def somebody_meddles_with_a_network(self, away: bool) -> None:
+            agent("meddle", away=away)
+
         @rule()
         def restart(self) -> None:
             agent("restart")

@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 from tests.proof.sweep import scene
+from tests.proof.sweep.others import NETWORK, OfNetwork
 from tests.proof.sweep.scene import DEFINITIONS, Broken, Gone, Refused, call, until
 
 
@@ -55,6 +56,25 @@ def die(name: str, *, away: bool) -> None:
     until("its end on record", lambda: scene.info(name)["state"] == "crashed")
 
 
+def meddle(*, away: bool) -> None:
+    """Somebody deletes a network's bridge and all rules, with the daemon there or stopped; all of it comes back."""
+    net = OfNetwork()
+    net.prepare()
+    call("Network.Start", name=NETWORK)
+    if away:
+        scene.systemctl("stop", "virtd.socket", "virtd.service")
+    subprocess.run(["ip", "link", "del", f"vd-{NETWORK}"], check=True)
+    subprocess.run(["nft", "flush", "ruleset"], check=True)
+    if away:
+        scene.systemctl("start", "virtd.socket", "virtd.service")
+
+    def agrees() -> bool:
+        net.agreement()
+        return True
+
+    until("the network as it was", agrees)
+
+
 def restart() -> None:
     scene.systemctl("restart", "virtd.service")
 
@@ -71,7 +91,7 @@ def look() -> dict[str, Any]:
     return there
 
 
-COMMANDS = {"do": do, "do_and_kill": do_and_kill, "die": die, "restart": restart, "look": look}
+COMMANDS = {"do": do, "do_and_kill": do_and_kill, "die": die, "meddle": meddle, "restart": restart, "look": look}
 
 
 def main() -> int:
