@@ -7,6 +7,7 @@ their rules isn't our business: the report names the chain, and the commands tha
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...children import programs
@@ -24,19 +25,22 @@ if TYPE_CHECKING:
     from .probe import Lost, Trial
     from .trace import Step
 
+NOTRACK = re.compile(r"\bnotrack\b|xt target \"(CT|NOTRACK)\"")
 CONNTRACK = -200  # NF_IP_PRI_CONNTRACK, linux/netfilter_ipv4.h
 BUILT_IN = {"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"}  # of iptables, legacy or nft
 
 
 class Drop(NamedTuple):
     """Where one trial's packet was dropped. `rule`: as nft lists it, "" for the chain's policy; `within`: the chain
-    that contains the rule (`chain` is the base chain).
+    that contains the rule (`chain` is the base chain). `untracked`: nothing dropped it, but its connection isn't
+    tracked, and without that there is no NAT.
     """
 
     chain: Chain
     rule: str
     within: str
     trial: Trial
+    untracked: bool = False
 
 
 class Obstacle(NamedTuple):
@@ -64,17 +68,17 @@ def judged(lost: Iterable[Lost], chains: list[dict[str, Any]], bridge: str) -> l
     """Assign lost packets to the chains that dropped them. `chains`: all chains on the host, see firewall.py. Raises
     NftError.
     """
-    groups: dict[tuple[Chain, str], list[Drop]] = {}
+    groups: dict[tuple[Chain, str, bool], list[Drop]] = {}
     for one in lost:
         if (drop := _blame(one, chains)) is not None:
-            groups.setdefault((drop.chain, drop.trial.end), []).append(drop)
-    for (_chain, end), mine in groups.items():
+            groups.setdefault((drop.chain, drop.trial.end, drop.untracked), []).append(drop)
+    for (_chain, end, _), mine in groups.items():
         # Whatever lets packets out also lets the answers in.
         out = {one.trial.version for one in mine if end == FORWARD and not one.trial.via}
         mine[:] = [one for one in mine if one.trial.connection is None or one.trial.version not in out]
     return [
         Obstacle(_problem(chain, end, mine, bridge), chain.family == "legacy" or end == BRIDGED)
-        for (chain, end), mine in groups.items()
+        for (chain, end, _), mine in groups.items()
     ]
 
 
@@ -82,9 +86,13 @@ def _blame(lost: Lost, chains: list[dict[str, Any]]) -> Drop | None:
     """The drop behind a lost packet; None if no other party's firewall is known to be at fault."""
     dropped = next((step for step in lost.steps if step.verdict == "drop"), None)
     if dropped is None:
-        return _not_nftables(lost)
+        return _untracking(lost, chains) or (None if lost.untracked else _not_nftables(lost))
     if firewall.is_ours(dropped.table):
         return None
+    return _by(dropped, lost, chains)
+
+
+def _by(dropped: Step, lost: Lost, chains: list[dict[str, Any]]) -> Drop:
     family, table, base = dropped.family, dropped.table, _base(dropped, lost.steps)
     mine = {one["name"]: one for one in chains if (one["family"], one["table"]) == (family, table)}
     itself = mine.get(base, {})
@@ -93,6 +101,22 @@ def _blame(lost: Lost, chains: list[dict[str, Any]]) -> Drop | None:
     rule = firewall.rule(family, table, dropped.chain, dropped.handle) if dropped.handle else ""
     chain = Chain(family, table, base, hook, _whose(dropped, hook, mine), early)
     return Drop(chain, rule, dropped.chain, lost.trial)
+
+
+def _untracking(lost: Lost, chains: list[dict[str, Any]]) -> Drop | None:
+    """By whom its connection isn't tracked: a rule with "notrack"."""
+    for step in lost.steps:
+        if step.handle and step.verdict == "continue":
+            drop = _by(step, lost, chains)
+            if NOTRACK.search(drop.rule):
+                return drop._replace(untracked=True)
+    four = lost.trial.version == 4
+    if lost.untracked and "raw" in prerequisites.legacy_tables("ip_tables_names" if four else "ip6_tables_names"):
+        whose = "iptables-legacy" if four else "ip6tables-legacy"
+        return Drop(
+            Chain("legacy", "raw", "PREROUTING", "prerouting", whose, early=True), "", "", lost.trial, untracked=True
+        )
+    return None
 
 
 def _whose(dropped: Step, hook: str, chains: Iterable[str]) -> str:
@@ -145,7 +169,8 @@ def _problem(chain: Chain, end: str, drops: list[Drop], bridge: str) -> Problem:
     else:
         what = _listed(one.trial.what for one in drops).replace(" What", " what").replace(", What", ", what")
         what += f" ({_listed(f'IPv{one.trial.version}' for one in drops)})"
-    text = f"{what} is dropped by {_named(chain, drops)}"
+    how = "is kept from NAT, for its connections aren't tracked," if drops[0].untracked else "is dropped"
+    text = f"{what} {how} by {_named(chain, drops)}"
     if end == BRIDGED and chain.family != "bridge":
         text += ", to which br_netfilter shows what goes over a bridge"
     return Problem(text, joined("; ", hints.commands(chain, [one.trial for one in drops], bridge)))

@@ -56,6 +56,8 @@ _IFF_TAP, _IFF_NO_PI, _TUNSETIFF = 0x0002, 0x1000, 0x400454CA  # linux/if_tun.h
 MACS = tuple(f"52:76:64:70:72:{index:02x}" for index in range(2))  # the guest behind each tap in the bridge
 OUTER = "fe:76:64:70:72:ff"  # destination of packets from outside
 
+UNTRACKED = "untracked"  # a chain of ours, for what isn't translated for want of connection tracking
+
 INPUT, FORWARD, BRIDGED, ANSWERED = "input", "forward", "bridged", "answered"
 
 
@@ -65,7 +67,7 @@ class Trial(NamedTuple):
     `ways` build a frame from its number. `to`: the destination address if `end` is FORWARD; the address that DHCP's
     answer goes to if it is ANSWERED (the only kind that reaches a program, dnsmasq). Packets from outside enter by
     the interface `via`, and either belong to a `connection` or go to a `port` (protocol, number). `source`: the
-    prefix of guests that send packets out.
+    prefix of guests that send packets out; `translated`: their addresses are, which takes connection tracking.
     """
 
     what: str
@@ -77,13 +79,14 @@ class Trial(NamedTuple):
     connection: Connection | None = None
     port: tuple[str, int] = ("", 0)
     source: str = ""
+    translated: bool = False
 
 
 class Lost(NamedTuple):
     """A trial none of whose packets arrived, with everything that nftables did to the first way's packet.
 
     `hook`: the last hook that the packet reached, "" if none; `through`: whether it got past that hook; `passed`: the
-    LEGACY tables that it passed there.
+    LEGACY tables that it passed there. `untracked`: it would have left the host, but with a guest's address.
     """
 
     trial: Trial
@@ -91,6 +94,7 @@ class Lost(NamedTuple):
     hook: str
     through: bool
     passed: frozenset[str] = frozenset()
+    untracked: bool = False
 
 
 class Tap:
@@ -235,7 +239,8 @@ class Probe:
         hook, through = (marks[-1][2], marks[-1][0] == "behind") if marks else ("", False)
         passed = frozenset(mark[0] for mark in marks if mark[2] == hook)
         theirs = tuple(step for step in steps if step.table != firewall.PROBE)
-        return Lost(trial, theirs, hook, through, passed) if number is not None else None
+        untracked = any((step.table, step.chain) == (firewall.PROBE, UNTRACKED) for step in steps)
+        return Lost(trial, theirs, hook, through, passed, untracked) if number is not None else None
 
     def _send(self, way: Callable[[int], bytes], trial: Trial) -> int | None:
         """Send a packet; its number, or None when all numbers are used."""
@@ -268,6 +273,13 @@ class Probe:
             if to := ", ".join({one.to for one in self._trials if one.to and one.version == version}):
                 last["last_postrouting"] += [f"{word} daddr {{ {to} }} {ours} {what}" for what in TAKE_OUT]
         chains = [_chain(name, name.partition("_")[2], LAST, body) for name, body in last.items()]
+        translated = [one for one in self._trials if one.translated]
+        untracked = [
+            f"{'ip6' if one.version == 6 else 'ip'} daddr {one.to} {self._ours(one.version)} ct state untracked {what}"
+            for one in translated
+            for what in TAKE_OUT
+        ]
+        chains.append(_chain(UNTRACKED, "postrouting", LAST - 2, untracked))
         answers = [f"{one} {what}" for one in self._answers() for what in TAKE_OUT]
         chains.append(_chain("last_answer", "postrouting", LAST, answers))
         # No other port gets our packets, and a broadcast to the host isn't mistaken for one sent across the bridge.

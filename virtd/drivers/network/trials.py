@@ -161,7 +161,10 @@ def _sent_out(ground: Ground, guests: list[Guest]) -> Iterator[Trial]:
         ways = [Way(mac, address, ground.mac, out.to) for mac, address in mine]
         own = ground.network.interface4 if version == 4 else ground.network.interface6
         prefix = str(own.network) if own is not None else ""
-        yield Trial("What its guests send outside", version, FORWARD, tuple(_usual(ways)), out.to, source=prefix)
+        yield Trial(
+            "What its guests send outside", version, FORWARD, tuple(_usual(ways)), out.to,
+            source=prefix, translated=ground.network.mode is Mode.NAT,
+        )  # fmt: skip
         yield from _answers(ground, out, mine[0][1])
         for forward in ground.network.forward:
             if (6 if ":" in forward.to else 4) == version:
