@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...hints import do
-from .probe import ANSWERED, BRIDGED, INPUT
+from .probe import ANSWERED, BRIDGED, INPUT, RESOLVED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,6 +75,8 @@ def _passes(chain: Chain, trial: Trial, bridge: str) -> Iterator[Pass]:
     if trial.end == INPUT and chain.hook in ("prerouting", "input"):
         for protocol, port in SERVICES[trial.what]:
             yield Pass(bridge, protocol=protocol, port=port)
+    elif trial.end == RESOLVED:
+        yield Pass(oif=bridge) if chain.hook in ("output", "egress") else Pass(bridge)
     elif trial.end == ANSWERED:
         yield Pass(oif=bridge, protocol="udp", port=68)
     elif trial.end == BRIDGED and chain.hook == "forward":

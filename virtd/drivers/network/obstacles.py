@@ -15,7 +15,7 @@ from ...hints import joined
 from ...objects.protocol import Problem
 from . import firewall, hints, prerequisites, trials
 from .hints import Chain
-from .probe import BRIDGED, FORWARD, INPUT, LEGACY, Probe
+from .probe import BRIDGED, FORWARD, INPUT, LEGACY, RESOLVED, Probe
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -71,7 +71,8 @@ def judged(lost: Iterable[Lost], chains: list[dict[str, Any]], bridge: str) -> l
     groups: dict[tuple[Chain, str, bool], list[Drop]] = {}
     for one in lost:
         if (drop := _blame(one, chains)) is not None:
-            groups.setdefault((drop.chain, drop.trial.end, drop.untracked), []).append(drop)
+            end = INPUT if drop.trial.end == RESOLVED else drop.trial.end
+            groups.setdefault((drop.chain, end, drop.untracked), []).append(drop)
     for (_chain, end, _), mine in groups.items():
         # Whatever lets packets out also lets the answers in.
         out = {one.trial.version for one in mine if end == FORWARD and not one.trial.via}

@@ -15,6 +15,8 @@ ICMP, TCP, UDP, ICMP6 = 1, 6, 17, 58
 SYN, SYN_ACK = 0x02, 0x12
 BROADCAST = "ff:ff:ff:ff:ff:ff"
 HOPS = 64
+ARP_REPLY = 1 << 20  # no packet's number
+_ARP = b"\x08\x06"
 LINK_LOCAL_HOPS = 255  # required for neighbour discovery, RFC 4861
 
 
@@ -50,6 +52,13 @@ def ping(way: Way, number: int, *, reply: bool = False) -> bytes:
 
 def icmp6(way: Way, number: int, kind: int, body: bytes) -> bytes:
     return _frame(way, number, ICMP6, struct.pack("!BBH", kind, 0, 0) + body, checksum=2, hops=LINK_LOCAL_HOPS)
+
+
+def arp_probe(mac: str, number: int, *, address: str) -> bytes:
+    """Who has this address? As somebody without one asks, RFC 5227, which leaves nothing behind. It has no number."""
+    del number
+    body = struct.pack("!HHBBH", 1, 0x0800, 6, 4, 1) + raw(mac) + bytes(10) + packed(address)
+    return raw(BROADCAST) + raw(mac) + _ARP + body
 
 
 def dhcp_discover(mac: str, number: int) -> bytes:
@@ -113,6 +122,9 @@ def number_of(header: bytes) -> int:
 
 
 def number_in(frame: bytes) -> int:
+    """The number of a frame of ours; ARP_REPLY for any answer to `arp_probe`, and 0 for what has none."""
+    if frame[12:14] == _ARP and frame[20:22] == b"\0\2":
+        return ARP_REPLY
     return number_of(frame[14:]) if frame[12:14] in (b"\x08\x00", b"\x86\xdd") else 0
 
 

@@ -50,6 +50,7 @@ LEGACY: dict[str, tuple[int, tuple[str, ...]]] = {
     "filter": (0, _ENDS),
     "security": (50, _ENDS),
 }
+_WORDS = {4: "ip", 6: "ip6"}
 FORWARDING = "3"  # state of a bridge port, BR_STATE_FORWARDING of linux/if_bridge.h
 _IFF_TAP, _IFF_NO_PI, _TUNSETIFF = 0x0002, 0x1000, 0x400454CA  # linux/if_tun.h
 
@@ -58,16 +59,17 @@ OUTER = "fe:76:64:70:72:ff"  # destination of packets from outside
 
 UNTRACKED = "untracked"  # a chain of ours, for what isn't translated for want of connection tracking
 
-INPUT, FORWARD, BRIDGED, ANSWERED = "input", "forward", "bridged", "answered"
+INPUT, FORWARD, BRIDGED, ANSWERED, RESOLVED = "input", "forward", "bridged", "answered", "resolved"
 
 
 class Trial(NamedTuple):
     """Something that guests do, tried in several ways; one of them has to work. `end`: where its packets must arrive.
 
     `ways` build a frame from its number. `to`: the destination address if `end` is FORWARD; the address that DHCP's
-    answer goes to if it is ANSWERED (the only kind that reaches a program, dnsmasq). Packets from outside enter by
-    the interface `via`, and either belong to a `connection` or go to a `port` (protocol, number). `source`: the
-    prefix of guests that send packets out; `translated`: their addresses are, which takes connection tracking.
+    answer goes to if it is ANSWERED (the only kind that reaches a program, dnsmasq); with RESOLVED, ARP's answer has
+    to come back. Packets from outside enter by the interface `via`, and either belong to a `connection` or go to a
+    `port` (protocol, number). `source`: the prefix of guests that send packets out; `translated`: their addresses
+    are, which takes connection tracking.
     """
 
     what: str
@@ -209,7 +211,7 @@ class Probe:
         waiting, until = list(trials), time.monotonic() + LIMIT
         while waiting and self._readable(until):
             ends = [step for step in self._tracer.steps() if _took_out(step)]
-            come_over = self._taps[-1].numbers()
+            come_over = self._come_over()
             for number, trial in sent.items():
                 if trial in waiting and _is_there(trial, number, ends, come_over):
                     waiting.remove(trial)
@@ -228,9 +230,13 @@ class Probe:
             for step in self._tracer.steps():
                 if (step.table, step.chain) == (firewall.PROBE, "answer"):
                     answers.add(step.packet)
-                if step.packet in answers if trial.end == ANSWERED else step.number == number:
+                if trial.end == RESOLVED:
+                    mine = step.number == 0 and step.family in ("arp", "bridge", "netdev")
+                else:
+                    mine = step.packet in answers if trial.end == ANSWERED else step.number == number
+                if mine:
                     steps.append(step)
-            if _is_there(trial, number, list(filter(_took_out, steps)), self._taps[-1].numbers()):
+            if _is_there(trial, number, list(filter(_took_out, steps)), self._come_over()):
                 return None
             if any(step.verdict == "drop" and step.table != firewall.PROBE for step in steps):
                 break
@@ -254,11 +260,16 @@ class Probe:
         (self._outer[trial.via] if trial.via else self._taps[0]).send(way(number))
         return number
 
+    def _come_over(self) -> set[int]:
+        """The numbers of packets that have come out of the bridge."""
+        return set[int]().union(*(tap.numbers() for tap in self._taps))
+
     def _readable(self, until: float) -> bool:
         """Wait for something to read; False on timeout. Raises OSError (ECANCELED) once the probe is cancelled."""
+        ends = [self._tracer.fileno(), *(tap.fileno() for tap in self._taps)]
         while not self._over.is_set():
             rest = min(SLICE, until - time.monotonic())
-            if select.select([self._tracer.fileno(), self._taps[-1].fileno()], [], [], max(0.0, rest))[0]:
+            if select.select(ends, [], [], max(0.0, rest))[0]:
                 return True
             if rest < SLICE:
                 return False
@@ -267,17 +278,17 @@ class Probe:
     def _last(self) -> str:
         """Our tables: they drop our packets where they arrive, and keep them away from other ports."""
         last: dict[str, list[str]] = {"last_input": [], "last_postrouting": []}
-        for version, word in ((4, "ip"), (6, "ip6")):
+        for version, word in _WORDS.items():
             ours = self._ours(version)
             last["last_input"] += [f'iifname "{self._bridge}" {ours} {what}' for what in TAKE_OUT]
             if to := ", ".join({one.to for one in self._trials if one.to and one.version == version}):
                 last["last_postrouting"] += [f"{word} daddr {{ {to} }} {ours} {what}" for what in TAKE_OUT]
         chains = [_chain(name, name.partition("_")[2], LAST, body) for name, body in last.items()]
-        translated = [one for one in self._trials if one.translated]
         untracked = [
-            f"{'ip6' if one.version == 6 else 'ip'} daddr {one.to} {self._ours(one.version)} ct state untracked {what}"
-            for one in translated
+            f"{self._ours(one.version)} {_WORDS[one.version]} daddr {one.to} ct state untracked {what}"
+            for one in self._trials
             for what in TAKE_OUT
+            if one.translated
         ]
         chains.append(_chain(UNTRACKED, "postrouting", LAST - 2, untracked))
         answers = [f"{one} {what}" for one in self._answers() for what in TAKE_OUT]
@@ -306,7 +317,11 @@ class Probe:
         answers = [f"{one} meta nftrace set 1" for one in self._answers()]
         chains.append(_chain("answer", "output", FIRST, answers))
         traced = _chain("traced", "prerouting", FIRST, [f'iifname "{links.PROBE}*" meta nftrace set 1'])
-        return _table("inet", chains) + _table("bridge", [traced])
+        arp = [
+            _chain(hook, hook, FIRST, [f'{way} "{self._bridge}" arp {end} ether {MACS[0]} meta nftrace set 1'])
+            for hook, way, end in (("input", "iifname", "saddr"), ("output", "oifname", "daddr"))
+        ]
+        return _table("inet", chains) + _table("bridge", [traced]) + _table("arp", arp)
 
     def _answers(self) -> list[str]:
         """Matches of answers from DHCP to requests that only we have made."""
@@ -321,6 +336,8 @@ class Probe:
 
 def _is_there(trial: Trial, number: int | None, ends: list[Step], come_over: set[int]) -> bool:
     match trial.end:
+        case "resolved":
+            return packets.ARP_REPLY in come_over
         case "bridged":
             return number in come_over
         case "answered":

@@ -17,7 +17,7 @@ from ...model.network import Mode, Protocol
 from . import firewall, links, packets, ports, prerequisites, routes
 from .kernel import Kernel
 from .packets import SYN, Way
-from .probe import ANSWERED, BRIDGED, FORWARD, INPUT, MACS, OUTER, Trial
+from .probe import ANSWERED, BRIDGED, FORWARD, INPUT, MACS, OUTER, RESOLVED, Trial
 from .uplink import Connection
 
 if TYPE_CHECKING:
@@ -119,6 +119,9 @@ def _asked(ground: Ground, guests: list[Guest]) -> Iterator[Trial]:
     """What guests ask of the host."""
     network = ground.network
     four, six = network.interface4, network.interface6
+    if four is not None:
+        asking = tuple(partial(packets.arp_probe, one.mac, address=str(four.ip)) for one in guests[:1])
+        yield Trial("ARP", 4, RESOLVED, asking)
     if network.range4 is not None:
         yield Trial("DHCP", 4, INPUT, tuple(partial(packets.dhcp_discover, one.mac) for one in guests))
     if network.dns and four is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from virtd.drivers.network import firewall, hints, netlink, obstacles, packets, prerequisites, trace
 from virtd.drivers.network.packets import SYN, Way
-from virtd.drivers.network.probe import ANSWERED, BRIDGED, FORWARD, INPUT, Lost, Trial
+from virtd.drivers.network.probe import ANSWERED, BRIDGED, FORWARD, INPUT, RESOLVED, Lost, Trial
 from virtd.drivers.network.trace import Step
 from virtd.drivers.network.uplink import Connection
 
@@ -237,3 +237,46 @@ def test_a_chain_before_connection_tracking() -> None:
         (obstacle,) = obstacles.judged([lost], [chain], "vd-lab")
         hint = str(obstacle.problem.hint)
         assert hint == f"nft insert rule ip raw early 'iifname \"eth0\" {words} accept'"
+
+
+def test_arp_is_asked_for_beside_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = packets.arp_probe("52:54:00:00:00:01", 77, address="10.7.0.1")
+    answer = asked[:20] + b"\0\2" + asked[22:]
+    assert (packets.number_in(asked), packets.number_in(answer)) == (0, packets.ARP_REPLY)
+    arp = Lost(trial("ARP", RESOLVED), (step("netdev n c", 0, "drop"),), "", through=False)
+    dns = Lost(trial("DNS", INPUT), arp.steps, "", through=False)
+    for hook, word in (("ingress", "iifname"), ("egress", "oifname")):
+        ((text, hint),) = found(monkeypatch, [arp], [("netdev", "n", "c", hook)])
+        assert text == "What its guests ask of the host (ARP) is dropped by the chain netdev n c, by its policy"
+        assert hint == f"nft insert rule netdev n c '{word} \"vd-lab\" accept'"
+    ((text, _),) = found(monkeypatch, [arp, dns], [("netdev", "n", "c", "ingress")])
+    assert text.startswith("What its guests ask of the host (ARP and DNS) is dropped by ")
+
+
+def test_what_leaves_the_host_untranslated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is dropped then; each rule that somebody's packet came by may be the one."""
+    steps = (step("ip mine a", 3, "continue"), step("ip raw pre", 7, "continue"), step("ip filter f", 9, "accept"))
+    lost = Lost(SENT, steps, "postrouting", through=False, untracked=True)
+    rules = {3: "counter packets 1 bytes 2", 7: "ip protocol udp notrack", 9: "accept"}
+
+    def judged(one: Lost) -> list[tuple[str, str]]:
+        monkeypatch.setattr(firewall, "rule", lambda _family, _table, _chain, handle: rules[handle])
+        chain = {"family": "ip", "table": "raw", "name": "pre", "hook": "prerouting", "prio": -300}
+        return [(one.problem.text, str(one.problem.hint)) for one in obstacles.judged([one], [chain], "vd-lab")]
+
+    ((text, hint),) = judged(lost)
+    assert text == (
+        f"{OUT} (IPv4) is kept from NAT, for its connections aren't tracked, "
+        "by the chain ip raw pre (“ip protocol udp notrack”)"
+    )
+    assert hint == "nft insert rule ip raw pre 'iifname \"vd-lab\" accept'"
+    ((text, _),) = judged(lost._replace(trial=ANSWERED_OUTSIDE, untracked=False))  # which ends in the host itself
+    assert text.startswith("What is answered from outside (IPv4) is kept from NAT")
+    # By legacy iptables, which leaves no trace, or by nobody who is known.
+    rules[7] = "counter"
+    monkeypatch.setattr(prerequisites, "legacy_tables", lambda _file: ["raw"])
+    ((text, hint),) = judged(lost)
+    assert text.endswith("by legacy iptables, in its chain PREROUTING of the table raw")
+    assert hint == "iptables-legacy -t raw -I PREROUTING -i vd-lab -j ACCEPT; virtdctl reload"
+    monkeypatch.setattr(prerequisites, "legacy_tables", lambda _file: [])
+    assert judged(lost) == []
