@@ -127,6 +127,22 @@ DROPPING: dict[str, tuple[str, dict[str, str]]] = {
     ),
 }  # fmt: skip
 
+# What cuts guests off without dropping any of their IP packets. (One whose neighbours are known already goes on.)
+WITHOUT_A_DROP: dict[str, tuple[str, dict[str, str]]] = {
+    "ARP": (
+        table("arp filter", base("in", "input", 'iifname "vd-lab" counter drop', policy="accept")),
+        {INPUT: "arp filter in"},
+    ),
+    "ARP's answers": (
+        table("arp filter", base("out", "output", 'oifname "vd-lab" counter drop', policy="accept")),
+        {INPUT: "arp filter out"},
+    ),
+    "no connection tracking": (
+        table("ip raw", base("early", "prerouting", 'iifname "vd-lab" notrack', priority="raw", policy="accept")),
+        {FORWARD: "ip raw early"},
+    ),
+}  # fmt: skip
+
 # What lets everything through in the end, though it may look as if it didn't.
 ACCEPTING: dict[str, str] = {
     "a set": table(
@@ -229,6 +245,13 @@ def test_what_is_dropped_is_told_and_the_hint_mends_it(net: Lab) -> None:
                 assert passes() is not bool({FORWARD, BACK} & expected.keys()), name
                 mended(net)
                 assert passes(), name
+
+
+def test_what_cuts_guests_off_in_other_ways(net: Lab) -> None:
+    for name, (text, expected) in WITHOUT_A_DROP.items():
+        with rules(net, text):
+            net.wait(f"what is dropped by {name}", lambda expected=expected: told(net) == expected, 60)
+            mended(net)
 
 
 def test_what_is_let_through_is_not_told(net: Lab) -> None:
