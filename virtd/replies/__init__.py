@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the operations return, as every front end sends it: one frozen Struct each, a module for each noun.
+"""The replies of the operations, as every front end sends them: one frozen Struct each, a module for each noun.
 
-A field's second annotation says what it is, with its unit, and GetInterfaceDescription repeats it (api/types.py).
-Points of time are ISO 8601 in UTC with microseconds, as in records. Names never change, because scripts use
-them. The annotations cost nothing: they are strings until somebody asks for a description.
+A field's second annotation describes it, with its unit, and GetInterfaceDescription repeats it (api/types.py). Points
+of time are ISO 8601 in UTC with microseconds, as in records. Names never change, because scripts use them. The
+annotations cost nothing: they are strings until somebody asks for a description.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Changed", "Defined", "Gone", "Named", "Problem", "Reply", "Summary",
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """It can be read as a mapping as well, because D-Bus's table names fields."""
+    """It can also be read as a mapping, because D-Bus's table names fields."""
 
     def __getitem__(self, name: str) -> Any:
         if name in self.__struct_fields__:
@@ -40,7 +40,7 @@ class Reply(msgspec.Struct, frozen=True):
 
 
 class Summary(Reply, frozen=True):
-    """What a listing shows of each object that has a process: its fields come first in every reply about one."""
+    """A listing's entry for an object that has a process: its fields come first in every reply about one."""
 
     name: str
     driver: Annotated[str, "qemu, lxc or network"]
@@ -76,7 +76,7 @@ class Changed(Reply, frozen=True):
     """An operation is done; there may have been nothing to do."""
 
     name: str
-    changed: Annotated[bool, "false: it already was so"]
+    changed: Annotated[bool, "false: there was nothing to do"]
 
 
 class Defined(Reply, frozen=True):
@@ -97,8 +97,8 @@ class Trouble(Reply, frozen=True):
 
 
 class Problem(Reply, frozen=True):
-    """The same, with its subject."""
+    """Trouble, with its subject."""
 
-    object: Annotated[str, 'such as "qemu/web1", or what else of virtd']
+    object: Annotated[str, 'such as "qemu/web1", or a part of virtd']
     text: str
     hint: Annotated[str, "what can be done about it; may be empty"]

@@ -15,7 +15,7 @@ class Recovered(Reply, frozen=True):
     """What the last start of the daemon found; names are those of domains, or DRIVER/NAME."""
 
     objects: Annotated[int, "how many were running"]
-    ms: Annotated[float, "milliseconds from the process's first instruction until they were taken back"]
+    ms: Annotated[float, "milliseconds from the process's first instruction until they were recovered"]
     adopted: list[str]
     ended: Annotated[list[str], "while no daemon ran"]
     rolled_back: Annotated[list[str], "starts that were interrupted"]

@@ -31,7 +31,7 @@ class GuestInfo(Guest, frozen=True):
 
     unit: Annotated[str, "systemd's"]
     slots: Annotated[list[str], "what systemd's FD store holds for it, by name"]
-    exit: Annotated[Exit | None, "of its last run"]
+    exit: Annotated[Exit | None, "that of its last run"]
     definition_path: Annotated[str | None, "the definition's file; null if it was removed while this runs"]
     pending: Annotated[bool, "whether the definition has changed since the start"]
     persistent: Annotated[bool, "whether there is a definition"]
@@ -79,33 +79,35 @@ class Device(Reply, frozen=True):
 
 
 class Hardware(Reply, frozen=True):
-    """What a guest sees of its machine, from its first start on."""
+    """The hardware that a guest sees, from its first start on."""
 
     machine: Annotated[str | None, 'the type with its version, such as "pc-q35-10.0"; null until QEMU has told']
-    cpu: Annotated[str | None, "as QEMU's option -cpu; null until QEMU has told"]
+    cpu: Annotated[str | None, "as QEMU's option -cpu; null until QEMU has reported it"]
     firmware: Annotated[str | None, "the file of its UEFI; null for QEMU's own BIOS"]
-    renew: Annotated[bool, "whether the next start takes what QEMU has by then"]
+    renew: Annotated[bool, "whether the next start asks QEMU anew"]
     devices: list[Device]
 
 
 class DomainInfo(GuestInfo, frozen=True):
-    """All that is known of a domain."""
+    """Everything known about a domain."""
 
     memory: Annotated[int | None, "bytes"]
     vcpus: int | None
-    machine: Annotated[str | None, "QEMU's machine type, as the definition has it"]
-    hardware: Annotated[Hardware | None, "what is on record; null before the first start"]
+    machine: Annotated[str | None, "QEMU's machine type, as in the definition"]
+    hardware: Annotated[Hardware | None, "as recorded; null before the first start"]
     disks: Annotated[list[str], "paths, or POOL/VOLUME"]
     cdroms: Annotated[list[str | None], "paths; null for an empty one"]
     nics: list[Nic]
-    monitor: Annotated[str | None, "how the connection to QEMU's monitor is; null while it doesn't run"]
+    monitor: Annotated[
+        str | None, "the state of the connection to QEMU's monitor; null while the domain isn't running"
+    ]
     standstill: Standstill | None
     events: Events
     vnc: Annotated[str | None, "the socket, while there is one"]
 
 
 class ContainerInfo(GuestInfo, frozen=True):
-    """All that is known of a container."""
+    """Everything known about a container."""
 
     rootfs: Annotated[str | None, "the directory; a volume's is known while it is mounted"]
     volume: Annotated[dict[str, str] | None, "pool and volume, if the root file system is one"]
@@ -114,16 +116,16 @@ class ContainerInfo(GuestInfo, frozen=True):
     privileged: bool | None
     ids: Annotated[list[int] | None, "the range that its user IDs are mapped to: the first, and how many"]
     limits: Annotated[dict[str, float | None], "memory in bytes, cpus, pids; null: none"]
-    used: Annotated[dict[str, int], "memory in bytes, pids; at this moment, as far as the kernel tells"]
+    used: Annotated[dict[str, int], "memory in bytes, pids; at this moment, as far as the kernel reports it"]
     addresses: list[str]
     interfaces: Annotated[list[str], "on the host"]
 
 
 class Started(Reply, frozen=True):
-    """A start is done."""
+    """A start has succeeded."""
 
     name: str
-    changed: Annotated[bool, "false: it ran before"]
+    changed: Annotated[bool, "false: it was running already"]
     pid: Annotated[int, "of QEMU, or of the container's first program, on the host"]
 
 
@@ -138,28 +140,28 @@ class Made(Reply, frozen=True):
 class Place(Reply, frozen=True):
     """A place in a log."""
 
-    file: Annotated[str, "which one it is, for the next call"]
+    file: Annotated[str, "its id, for the next call"]
     offset: Annotated[int, "bytes"]
     more: bool
     ended: bool
     state: str
-    missed: Annotated[int | None, "bytes that were rotated away before they were asked for; -1: unknown"]
+    missed: Annotated[int | None, "bytes that were rotated away before they were read; -1: unknown"]
     refused: Annotated[str | None, "why the log can't be written at present"]
 
 
 class Opened(Reply, frozen=True):
-    """A console was attached to, or a command in a container begun; the descriptors come with this."""
+    """A console was attached, or a command started in a container; the descriptors come with this."""
 
-    token: Annotated[str, "to claim the place again, or to ask for the command's end"]
+    token: Annotated[str, "to claim the console again, or to ask how the command ended"]
     name: str
 
 
 class Over(Reply, frozen=True):
-    """What ended that for a console."""
+    """Why a console session has ended."""
 
     name: str
     event: Annotated[str, "taken-over or ended"]
-    by: Annotated[str | None, "whom, for a console that was taken over"]
+    by: Annotated[str | None, "who took the console over"]
 
 
 class Ran(Reply, frozen=True):

@@ -16,9 +16,9 @@ class Pool(Reply, frozen=True):
     uuid: str
     state: Annotated[str, "inactive, starting, active or stopping"]
     reason: Annotated[str, "why, for a person to read"]
-    since: Annotated[str | None, "when it came into this state"]
+    since: Annotated[str | None, "when it entered this state"]
     autostart: Annotated[bool, "whether it is started at boot"]
-    waits: Annotated[bool, "whether its autostart failed, and is tried again"]
+    waits: Annotated[bool, "whether its autostart failed, and is being retried"]
     type: Annotated[str, "directory, filesystem or logical; empty without a definition"]
     path: str
     capacity: Annotated[int | None, "bytes; null while it isn't known"]
@@ -27,7 +27,7 @@ class Pool(Reply, frozen=True):
 
 
 class PoolInfo(Pool, frozen=True):
-    """All that is known of a pool."""
+    """Everything known about a pool."""
 
     source: Annotated[str | None, "what is mounted, or the volume group"]
     fstype: str | None
@@ -39,7 +39,7 @@ class PoolInfo(Pool, frozen=True):
 
 
 class Refreshed(Reply, frozen=True):
-    """A pool was looked at again."""
+    """A pool was refreshed."""
 
     name: str
     volumes: Annotated[int, "how many there are"]
@@ -59,13 +59,13 @@ class Volume(Reply, frozen=True):
     pool: str
     name: str
     path: str
-    format: Annotated[str | None, "raw or qcow2; null for what others have put there"]
+    format: Annotated[str | None, "raw or qcow2; null for a file that others have put there"]
     capacity: Annotated[int | None, "bytes that a guest sees"]
-    allocation: Annotated[int | None, "bytes that it takes"]
+    allocation: Annotated[int | None, "bytes that it takes up"]
     backing: Backing | None
     used_by: Annotated[list[str], "guests that have it open"]
     job: Annotated[str | None, "that works on it"]
-    trouble: Annotated[str, "what is wrong with it; empty: nothing"]
+    trouble: Annotated[str, "what is wrong with it; empty if nothing is"]
 
 
 class Link(Reply, frozen=True):
@@ -78,7 +78,7 @@ class Link(Reply, frozen=True):
 
 
 class VolumeInfo(Volume, frozen=True):
-    """All that is known of a volume."""
+    """Everything known about a volume."""
 
     chain: Annotated[list[Link], "what it is based on, nearest first"]
     snapshots: Annotated[int, "how many internal ones"]
@@ -95,7 +95,7 @@ class Snapshot(Reply, frozen=True):
 
 
 class Job(Reply, frozen=True):
-    """What works on a volume, or did."""
+    """A job, which changes a volume or has done so."""
 
     job: Annotated[str, "its name"]
     verb: Annotated[str, "create, clone, import, adopt, resize, wipe or upload"]
@@ -104,13 +104,13 @@ class Job(Reply, frozen=True):
     state: Annotated[str, "waiting (for its client), running, done, failed or cancelled"]
     progress: Annotated[float | None, "percent, as far as it is known"]
     by: Annotated[str, "who asked for it"]
-    since: Annotated[str | None, "when it came into this state"]
+    since: Annotated[str | None, "when it entered this state"]
     pid: int | None
     error: Annotated[str, "why it failed; empty: it didn't"]
 
 
 class Begun(Reply, frozen=True):
-    """What became of a call about a volume."""
+    """The result of a call about a volume, which may have begun a job."""
 
     pool: str
     volume: str
@@ -132,7 +132,7 @@ class Downloading(Reply, frozen=True):
 
 
 class Cancelled(Reply, frozen=True):
-    """A job was told to end."""
+    """A job was asked to end."""
 
     job: str
     changed: Annotated[bool, "false: it was over"]
