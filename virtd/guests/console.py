@@ -18,6 +18,7 @@ import msgspec
 
 from .. import errors, process
 from ..hints import do
+from .waiting import first_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,7 +101,7 @@ class Followers:
                     or time.monotonic() >= deadline
                 ):
                     break
-                await _first(grown, over, deadline - time.monotonic())
+                await first_of(grown, over, limit=deadline - time.monotonic())
         missed = log.chain.missed(asked, cursor) if asked is not None else 0
         changed = asked is None or cursor.file != asked.file
         fd = log.chain.open(cursor.file) if changed else None
@@ -177,18 +178,8 @@ class Writers:
 
 async def write(claim: Claim, over: asyncio.Event) -> str:
     """Wait until the claim is taken over or the guest has ended: "taken-over" or "ended"."""
-    await _first(claim.taken, over, None)
+    await first_of(claim.taken, over)
     return "taken-over" if claim.taken.is_set() else "ended"
-
-
-async def _first(one: asyncio.Event, other: asyncio.Event, limit: float | None) -> None:
-    tasks = [asyncio.ensure_future(one.wait()), asyncio.ensure_future(other.wait())]
-    try:
-        await asyncio.wait(tasks, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _lives(pid: int) -> bool:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import signal
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ... import errors
 from ...guests import power
+from ...guests.waiting import first_of
 from ...hints import do
 from ...model.state import State, require
 from ...objects.turns import within
@@ -122,13 +122,7 @@ async def reboot(container: Container, timeout: float, by: str) -> bool:
         container.started.clear()
         # systemd(1): SIGRTMIN+5 reboots; for others it is Ctrl-Alt-Del.
         container.signal_init("SIGRTMIN+5" if _halt(container) == "SIGRTMIN+3" else "SIGINT")
-        waits = [asyncio.ensure_future(event.wait()) for event in (container.started, container.over)]
-        try:
-            await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
+        await first_of(container.started, container.over, limit=timeout)
         if container.over.is_set():
             raise errors.InvalidState(f"{container.name} ended instead of rebooting: {container.reason}")
         if not container.started.is_set():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ... import errors
 from ...guests import power
+from ...guests.waiting import first_of
 from ...hints import do
 from ...model.state import State, require
 from ...objects.turns import within
@@ -199,12 +200,7 @@ async def _press_and_reset(machine: QemuGuest, timeout: float, by: str) -> None:
 
 async def _off_or_over(machine: QemuGuest, limit: float) -> None:
     """Wait at most `limit` seconds until the guest is off and QEMU stays. Raises InvalidState if QEMU has ended."""
-    events = [asyncio.ensure_future(event.wait()) for event in (machine.guest_off, machine.over)]
-    try:
-        await asyncio.wait(events, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for event in events:
-            event.cancel()
+    await first_of(machine.guest_off, machine.over, limit=limit)
     if machine.over.is_set():
         raise errors.InvalidState(f"{machine.name} ended instead of rebooting: {machine.reason}")
 
