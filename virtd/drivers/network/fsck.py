@@ -12,20 +12,7 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from ... import errors, files, records
-from ...guests.fsck import (  # fmt: skip
-    Seen,
-    check,
-    clear_away,
-    look,
-    loose_files,
-    marked,
-    mend_slots,
-    record_differences,
-    save_or_remove,
-    slot_differences,
-    strays,
-    traces,
-)
+from ...objects import comparing
 from ...objects.protocol import Difference
 from ...paths import names as names_in
 from . import bridge, dnsmasq, firewall, links
@@ -46,7 +33,7 @@ if TYPE_CHECKING:
 class There(NamedTuple):
     """What systemd and the kernel have. `bridges`: by network; `tables`: the names of networks that have one."""
 
-    seen: Seen
+    seen: comparing.Seen
     bridges: dict[str, str]
     tables: set[str]
 
@@ -54,11 +41,11 @@ class There(NamedTuple):
 async def compare(nets: Nets, detach: Detach, *, repair: bool) -> list[Difference]:
     """See protocol.Comparing."""
     await nets.certain()
-    found = await loose_files(nets, repair=repair)
+    found = await comparing.loose_files(nets, repair=repair)
     there = await _look(nets)
     run = f"{nets.services.paths.run}/{DRIVER}"
     names = {*nets.objects, *there.bridges, *there.tables, *names_in(run, ".json")}
-    names |= traces(nets.services, there.seen, DRIVER)
+    names |= comparing.traces(nets.services, there.seen, DRIVER)
     names |= {name for name in names_in(run, "") if os.path.isdir(f"{run}/{name}")}
     for name in sorted(names):
         if await _findings(nets, name, there):
@@ -67,7 +54,7 @@ async def compare(nets: Nets, detach: Detach, *, repair: bool) -> list[Differenc
 
 
 async def _look(nets: Nets) -> There:
-    seen = await look(nets.services, DRIVER)
+    seen = await comparing.look(nets.services, DRIVER)
     bridges = {}
     for interface in links.all_names():
         words = links.read(interface, "ifalias").split(" ")
@@ -84,15 +71,15 @@ async def _examine(nets: Nets, name: str, *, repair: bool) -> list[Difference]:
     net = nets.objects.get(name)
     try:
         if net is None:
-            return await _settle(nets, name, repair=repair)
+            return await _check(nets, name, repair=repair)
         async with net.exclusive("check"):
-            return await _settle(nets, name, repair=repair)
+            return await _check(nets, name, repair=repair)
     except errors.Busy as exc:
         return [Difference("busy", name, exc.message)]
 
 
-async def _settle(nets: Nets, name: str, *, repair: bool) -> list[Difference]:
-    return await check(
+async def _check(nets: Nets, name: str, *, repair: bool) -> list[Difference]:
+    return await comparing.check(
         nets.services, name,
         look=lambda: _look(nets),
         findings=lambda there: _findings(nets, name, there),
@@ -105,13 +92,13 @@ async def _findings(nets: Nets, name: str, there: There) -> list[Difference]:
     """The present differences of one network."""
     net = nets.objects.get(name)
     path = nets.services.paths.record(DRIVER, name)
-    found = record_differences(path, name, net.record if net is not None else None)
+    found = comparing.record_differences(path, name, net.record if net is not None else None)
     if net is not None and net.active:
         return found + await _pieces(net, there.seen)
     return found + _leftovers(nets, name, there)
 
 
-async def _pieces(net: Net, seen: Seen) -> list[Difference]:
+async def _pieces(net: Net, seen: comparing.Seen) -> list[Difference]:
     """What an active network lacks, or what differs from what virtd made."""
     network, name = net.running, net.name
     if network is None:
@@ -131,7 +118,7 @@ async def _pieces(net: Net, seen: Seen) -> list[Difference]:
     else:
         if name not in seen.units:
             found.append(Difference("unit", name, f"{net.unit} is gone, but its process runs (PID {child.pid})"))
-        found += slot_differences(net.shared.services, child, seen)
+        found += comparing.slot_differences(net.shared.services, child, seen)
     mine = net.server.files
     for file, text in (
         (mine.config, dnsmasq.config(network, mine)),
@@ -148,7 +135,7 @@ def _leftovers(nets: Nets, name: str, there: There) -> list[Difference]:
     found = []
     if unit := there.seen.units.get(name):
         found.append(Difference("unit", name, f"{unit.name} is there, and {name} isn't active", "stop it"))
-    for slot in strays(nets.services, there.seen, f"{DRIVER}/{name}"):
+    for slot in comparing.strays(nets.services, there.seen, f"{DRIVER}/{name}"):
         found.append(Difference("slot", name, f"slot {slot} is kept, and {name} isn't active", "drop it"))
     runtime = nets.services.paths.runtime(DRIVER, name)
     if os.path.lexists(runtime):
@@ -168,17 +155,17 @@ async def _mend(nets: Nets, name: str, there: There) -> None:
     net = nets.objects.get(name)
     if net is not None and net.active:
         if (child := net.server.child) is not None and child.alive():
-            await mend_slots(nets.services, child, there.seen)
+            await comparing.mend_slots(nets.services, child, there.seen)
         if (network := net.running) is not None:
             await net.make(network)
     else:
-        await clear_away(nets.services, there.seen, DRIVER, name)
+        await comparing.clear_away(nets.services, there.seen, DRIVER, name)
         if name in there.tables:
             await asyncio.to_thread(firewall.remove, name)
         if (interface := there.bridges.get(name)) and not links.members(interface):
             await asyncio.to_thread(bridge.remove, interface)
         await asyncio.to_thread(files.remove_tree, nets.services.paths.runtime(DRIVER, name))
-    save_or_remove(nets.records, name, net.record if net is not None else None)
+    comparing.save_or_remove(nets.records, name, net.record if net is not None else None)
 
 
 async def _interfaces(nets: Nets, detach: Detach, *, repair: bool) -> list[Difference]:
@@ -191,7 +178,7 @@ async def _interfaces(nets: Nets, detach: Detach, *, repair: bool) -> list[Diffe
         if repair:
             await detach(port.interface)
         difference = Difference("interface", port.network, text, "remove it")
-        found.append(marked(difference, repaired=repair and not links.exists(port.interface)))
+        found.append(comparing.marked(difference, repaired=repair and not links.exists(port.interface)))
     for net in nets.objects.values():
         for known in net.ports:
             if links.exists(known.interface) or _has_something(nets, known.user):
@@ -200,7 +187,7 @@ async def _interfaces(nets: Nets, detach: Detach, *, repair: bool) -> list[Diffe
             if repair:
                 await detach(known.interface)
             difference = Difference("interface", net.name, text, "forget it")
-            found.append(marked(difference, repaired=repair and known not in net.ports))
+            found.append(comparing.marked(difference, repaired=repair and known not in net.ports))
     return found
 
 

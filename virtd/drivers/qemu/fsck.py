@@ -7,7 +7,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from ... import errors
-from ...guests.fsck import marked
+from ...objects.comparing import marked
 from ...objects.protocol import Difference
 from . import userdb
 from .users import known_as

@@ -11,21 +11,8 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from ... import errors
-from ...guests.fsck import (  # fmt: skip
-    Seen,
-    check,
-    clear_away,
-    look,
-    loose_files,
-    marked,
-    mend_slots,
-    record_differences,
-    save_or_remove,
-    slot_differences,
-    strays,
-    traces,
-)
 from ...model import pool as model
+from ...objects import comparing
 from ...objects.protocol import Difference
 from ...paths import names as names_in
 from . import mounts
@@ -43,12 +30,14 @@ if TYPE_CHECKING:
 async def compare(pools: Pools, *, repair: bool) -> list[Difference]:
     """See protocol.Comparing."""
     await pools.certain()
-    found = await loose_files(pools, repair=repair)
+    found = await comparing.loose_files(pools, repair=repair)
     recorded = set(names_in(f"{pools.services.paths.run}/{DRIVER}", ".json"))
-    seen = await look(pools.services, DRIVER)
+    seen = await comparing.look(pools.services, DRIVER)
     of_jobs = {name for name in recorded if name.startswith(model.JOB)}
     mine = _Jobs(pools.jobs, pools.services, pools.records)
-    for name in sorted({*(job.name for job in pools.jobs), *traces(pools.services, seen, DRIVER), *of_jobs}):
+    for name in sorted(
+        {*(job.name for job in pools.jobs), *comparing.traces(pools.services, seen, DRIVER), *of_jobs}
+    ):
         if mine.findings(name, seen):
             found += await mine.compare(name, repair=repair)
     for name in sorted({*pools.pools, *(recorded - of_jobs)}):
@@ -65,16 +54,16 @@ class _Jobs:
         self._services = services
         self._records = records
 
-    def findings(self, name: str, seen: Seen) -> list[Difference]:
+    def findings(self, name: str, seen: comparing.Seen) -> list[Difference]:
         job = self._jobs.get(name)
         path = self._services.paths.record(DRIVER, name)
-        found = record_differences(path, name, _kept(job))
+        found = comparing.record_differences(path, name, _kept(job))
         if job is not None and not job.over.is_set():
             return found + _running(job, seen)
         if unit := seen.units.get(name):
             text = f"{unit.name} is there, and no job {name} is under way"
             found.append(Difference("unit", name, text, "stop it"))
-        for slot in strays(self._services, seen, f"{DRIVER}/{name}"):
+        for slot in comparing.strays(self._services, seen, f"{DRIVER}/{name}"):
             text = f"slot {slot} is kept, and no job {name} is under way"
             found.append(Difference("slot", name, text, "drop it"))
         return found
@@ -83,25 +72,25 @@ class _Jobs:
         # Jobs have no lock: whatever was in progress is over a moment later.
         await asyncio.sleep(0.2)
 
-        async def findings(seen: Seen) -> list[Difference]:
+        async def findings(seen: comparing.Seen) -> list[Difference]:
             return self.findings(name, seen)
 
-        return await check(
+        return await comparing.check(
             self._services, name,
-            look=lambda: look(self._services, DRIVER),
+            look=lambda: comparing.look(self._services, DRIVER),
             findings=findings,
             mend=lambda seen: self._mend(name, seen),
             repair=repair,
         )  # fmt: skip
 
-    async def _mend(self, name: str, seen: Seen) -> None:
+    async def _mend(self, name: str, seen: comparing.Seen) -> None:
         job = self._jobs.get(name)
         if job is not None and not job.over.is_set():
             if job.child is not None:
-                await mend_slots(self._services, job.child, seen)
+                await comparing.mend_slots(self._services, job.child, seen)
         else:
-            await clear_away(self._services, seen, DRIVER, name)
-        save_or_remove(self._records, name, _kept(job))
+            await comparing.clear_away(self._services, seen, DRIVER, name)
+        comparing.save_or_remove(self._records, name, _kept(job))
 
 
 def _kept(job: Job | None) -> Record | None:
@@ -109,11 +98,11 @@ def _kept(job: Job | None) -> Record | None:
     return job.record if job is not None and job.recorded else None
 
 
-def _running(job: Job, seen: Seen) -> list[Difference]:
+def _running(job: Job, seen: comparing.Seen) -> list[Difference]:
     """Differences of a running job. One that is just ending is left to whoever watches it."""
     if job.state is not State.RUNNING or job.child is None or not job.child.alive():
         return []
-    found = slot_differences(job.shared.services, job.child, seen)
+    found = comparing.slot_differences(job.shared.services, job.child, seen)
     if job.name not in seen.units:
         text = f"{job.unit} is gone, but its process runs (PID {job.child.pid})"
         found.append(Difference("unit", job.name, text))
@@ -140,7 +129,10 @@ async def _examine(pools: Pools, name: str, *, repair: bool) -> list[Difference]
             await pool.start("fsck")
         except errors.VirtdError as exc:
             error = exc.message
-        found = [marked(difference, repaired=not error) if difference in lost else difference for difference in found]
+        found = [
+            comparing.marked(difference, repaired=not error) if difference in lost else difference
+            for difference in found
+        ]
         if error:
             found.append(Difference("pool", name, f"{name} could not be repaired: {error}"))
     return found
@@ -148,7 +140,7 @@ async def _examine(pools: Pools, name: str, *, repair: bool) -> list[Difference]
 
 async def _findings(pools: Pools, name: str, pool: StoragePool | None) -> list[Difference]:
     path = pools.services.paths.record(DRIVER, name)
-    found = record_differences(path, name, pool.record if pool is not None else None)
+    found = comparing.record_differences(path, name, pool.record if pool is not None else None)
     if pool is None:
         return found
     try:
@@ -183,11 +175,13 @@ async def _compare_pool(pools: Pools, name: str, pool: StoragePool | None, *, re
         if "mount" in kinds and pool is not None:
             await pool.backend.stop()
         if "record" in kinds:
-            save_or_remove(pools.records, name, pool.record if pool is not None else None)
+            comparing.save_or_remove(pools.records, name, pool.record if pool is not None else None)
     except errors.VirtdError as exc:
         found.append(Difference("record", name, f"{name} could not be repaired: {exc}"))
     left = {difference.text for difference in await _findings(pools, name, pool)}
     return [
-        difference if difference.kind == "pool" else marked(difference, repaired=difference.text not in left)
+        difference
+        if difference.kind == "pool"
+        else comparing.marked(difference, repaired=difference.text not in left)
         for difference in found
     ]
