@@ -26,7 +26,7 @@ from virtd.api import introspection, kinds
 from virtd.children.slots import SLOTS
 from virtd.cli import exits, main, options
 from virtd.model import container, document, domain, network, networkchecks, pool, settings
-from virtd.model.state import Cause, State
+from virtd.model.state import Activity, Cause, State
 
 ROOT = Path(__file__).resolve().parents[2]
 MAN = ROOT / "packaging" / "man"
@@ -189,7 +189,7 @@ def test_each_journal_field_is_documented(field: str) -> None:
     assert f"*{field}=*" in section(page("virtd.8"), "JOURNAL")
 
 
-@pytest.mark.parametrize("word", [*State, *network.State, *Cause])
+@pytest.mark.parametrize("word", [*State, *Activity, *Cause])
 def test_each_state_and_cause_is_documented(word: str) -> None:
     assert re.search(rf"\*{word}\*", section(page("virtd.8"), "STATES AND CAUSES"))
 

@@ -23,20 +23,6 @@ class Mode(StrEnum):
     BRIDGE = "bridge"
 
 
-class State(StrEnum):
-    """What a network is doing; "starting" and "stopping" are on record while the steps of either are taken."""
-
-    INACTIVE = "inactive"
-    STARTING = "starting"
-    ACTIVE = "active"
-    STOPPING = "stopping"
-
-    @classmethod
-    def of(cls, word: str) -> State:
-        """The state of that name; a word of a newer version counts as active, so that nothing is given up."""
-        return cls(word) if word in cls.__members__.values() else cls.ACTIVE
-
-
 class Protocol(StrEnum):
     """What a [[forward]] forwards."""
 

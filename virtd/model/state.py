@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The states of domains and containers, and the operations that make sense in each."""
+"""The states of objects, and the operations that make sense in each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..hints import do
 
 
 class State(StrEnum):
-    """Every state comes with a reason (short text) and a time since when."""
+    """What a domain or a container is doing. Every state comes with a reason (short text) and a time since when."""
 
     STOPPED = "stopped"
     STARTING = "starting"
@@ -23,6 +23,20 @@ class State(StrEnum):
     def of(cls, word: str) -> State:
         """The state of that name; one of a newer version counts as running, so that nothing is given up."""
         return cls(word) if word in cls.__members__.values() else cls.RUNNING
+
+
+class Activity(StrEnum):
+    """Whether a network or a pool is in use; "starting" and "stopping" are on record while the steps are taken."""
+
+    INACTIVE = "inactive"
+    STARTING = "starting"
+    ACTIVE = "active"
+    STOPPING = "stopping"
+
+    @classmethod
+    def of(cls, word: str) -> Activity:
+        """The state of that name; one of a newer version counts as active, so that nothing is given up."""
+        return cls(word) if word in cls.__members__.values() else cls.ACTIVE
 
 
 class Cause(StrEnum):

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from ... import journal
 from ...hints import do
 from ...messages import Message
-from ...model.network import Mode, State
+from ...model.network import Mode
+from ...model.state import Activity
 from ...objects.protocol import Problem
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Adapting:
                 net.problems[PENDING] = waiting
                 return [waiting.text]
             new, old = net.definition, net.running
-            if net.state is State.ACTIVE and new is not None and old is not None and net.pending:
+            if net.state is Activity.ACTIVE and new is not None and old is not None and net.pending:
                 await self._switch(old, new)
             net.problems.pop(PENDING, None)
             return []
@@ -65,7 +66,7 @@ class Adapting:
         """Why a changed definition can't be put into force while the network is active; None if it can."""
         net = self._net
         new, old = net.definition, net.running
-        if net.state is not State.ACTIVE or new is None or not net.pending:
+        if net.state is not Activity.ACTIVE or new is None or not net.pending:
             return None
         if not (keys := fixed(old, new) if old is not None else ["definition"]):
             return None

@@ -13,7 +13,7 @@ import msgspec
 
 from ... import errors, journal
 from ...messages import Message
-from ...model.network import State
+from ...model.state import Activity
 from ...objects.protocol import Problem
 from . import bridge, links, ports
 
@@ -70,7 +70,7 @@ class Connections:
             if len(others) == len(self.net.ports):
                 return
             network = self.net.running
-            if network is None or self.net.state is not State.ACTIVE:
+            if network is None or self.net.state is not Activity.ACTIVE:
                 self._remember(others)
             else:
                 await self._have(network, others)

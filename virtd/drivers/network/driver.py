@@ -16,7 +16,8 @@ from ... import errors, files, journal
 from ...hints import do
 from ...messages import Message
 from ...model import networkchecks
-from ...model.network import Network, State
+from ...model.network import Network
+from ...model.state import Activity
 from ...objects import recovery
 from ...objects.inventory import Inventory
 from ...objects.protocol import Problem
@@ -58,7 +59,7 @@ class Driver(Inventory[Net, Network]):
     name = DRIVER
     noun = "network"
     taken_back = "It is put together again from what there is."
-    states = State
+    states = Activity
 
     def __init__(self, services: Services, settings: Dnsmasq, publish: Publish, peers: Peers) -> None:
         super().__init__(services, Records(services.paths, DRIVER), publish)

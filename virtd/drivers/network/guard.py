@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ... import errors, journal
 from ...hints import do
 from ...messages import Message
-from ...model.network import State
+from ...model.state import Activity
 from ...objects.protocol import Problem
 from . import firewall, firewalld, isolation
 from .kernel import RuleChanged
@@ -145,7 +145,7 @@ class Guard:
         async with contextlib.AsyncExitStack() as turns:
             for net in nets:
                 await turns.enter_async_context(net.exclusive("look after the rules of"))
-            running = {net.name: net.running for net in nets if net.state is State.ACTIVE}
+            running = {net.name: net.running for net in nets if net.state is Activity.ACTIVE}
             networks = {name: network for name, network in running.items() if network is not None}
             if not networks:
                 return []
@@ -183,7 +183,7 @@ class Guard:
         needed = {
             net.name: isolation.wanted(network)
             for net in self._nets.values()
-            if net.state is State.ACTIVE and (network := net.running) is not None
+            if net.state is Activity.ACTIVE and (network := net.running) is not None
         }
         try:
             missing = await self._isolation.apply()

@@ -7,7 +7,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Protocol
 
-from ...model.network import State
+from ...model.state import Activity
 from ...objects.peers import Connection
 from . import bridge, links
 
@@ -102,6 +102,6 @@ class Interfaces:
         """The network, active. Raises NotFound, or the errors of its start."""
         net = self._nets.find(network)
         await self._nets.certain()
-        if net.state is not State.ACTIVE or net.lost_bridge():
+        if net.state is not Activity.ACTIVE or net.lost_bridge():
             await self._nets.start(net.name, user)
         return net

@@ -14,7 +14,7 @@ from ... import errors, journal
 from ...children import ending
 from ...hints import do, option
 from ...messages import Message
-from ...model.network import State
+from ...model.state import Activity
 from ...objects.protocol import Problem
 from ...records import Record, now
 from . import bridge, prerequisites, routes
@@ -81,7 +81,7 @@ class Net(NetRecord):
         from . import holdings  # imported late: the daemon can start without it
 
         async with self.exclusive("start"):
-            if self.state is State.ACTIVE:
+            if self.state is Activity.ACTIVE:
                 return await self._repair()
             network = self.definition
             if network is None:
@@ -96,7 +96,7 @@ class Net(NetRecord):
                 driver=DRIVER,
                 name=self.name,
                 uuid=self.uuid,
-                state=State.STARTING.value,
+                state=Activity.STARTING.value,
                 reason=f"being started by {by}",
                 since=now(),
                 boot_id=self.shared.boot_id,
@@ -112,7 +112,7 @@ class Net(NetRecord):
             except BaseException as exc:
                 await asyncio.shield(self._undo(exc))
                 raise
-            self.note(State.ACTIVE, f"started by {by}")
+            self.note(Activity.ACTIVE, f"started by {by}")
             self.problems.pop("start", None)
             journal.send(f"Started network {self.name} ({network.bridge_name})", **self.fields())
             return True
@@ -145,7 +145,7 @@ class Net(NetRecord):
             self.problems["start"] = Problem(f"Undoing a failed start failed: {exc}")
         left = self.still_connected()
         reason = why.message if isinstance(why, errors.VirtdError) else str(why) or type(why).__name__
-        self.note(State.INACTIVE, f"failed to start: {reason}", data=left, **ending.GONE)
+        self.note(Activity.INACTIVE, f"failed to start: {reason}", data=left, **ending.GONE)
         await self.pieces.no_longer_isolated()
 
     async def stop(self, by: str, *, force: bool) -> bool:
@@ -161,7 +161,7 @@ class Net(NetRecord):
                     + option("force")
                     + ". They are connected again at its next start.",
                 )
-            self.note(State.STOPPING, f"being stopped by {by}")
+            self.note(Activity.STOPPING, f"being stopped by {by}")
             await self._finish(f"stopped by {by}")
             return True
 
@@ -175,18 +175,18 @@ class Net(NetRecord):
             self.problems["stop"] = Problem(f"It isn't stopped yet: {exc.message}", "It is tried again every second.")
             raise
         left = self.still_connected()
-        self.note(State.INACTIVE, why, data=left, **ending.GONE)
+        self.note(Activity.INACTIVE, why, data=left, **ending.GONE)
         for key in self.problems.keys() - {"record"}:
             del self.problems[key]
         journal.send(f"Stopped network {self.name}", **self.fields())
         await self.pieces.no_longer_isolated()
 
     async def _finish_later(self, why: str) -> None:
-        while self.state is State.STOPPING:
+        while self.state is Activity.STOPPING:
             await asyncio.sleep(STOP_AGAIN)
             with contextlib.suppress(errors.VirtdError):
                 async with self.exclusive("stop"):
-                    if self.state is State.STOPPING:
+                    if self.state is Activity.STOPPING:
                         await self._finish(why)
         self.problems.pop("stop", None)  # the network was started instead
 
@@ -199,12 +199,12 @@ class Net(NetRecord):
             self.settled.clear()
             if record.slots:
                 self.server.adopt(record)
-            if self.state is State.ACTIVE and not self.lost_bridge() and (not record.unit or self.server.alive):
+            if self.state is Activity.ACTIVE and not self.lost_bridge() and (not record.unit or self.server.alive):
                 # The record suffices for answers; the rest is compared shortly.
                 self.settled.set()
 
     def recall(self) -> None:
-        if self.state is not State.ACTIVE:
+        if self.state is not Activity.ACTIVE:
             return
         self.connections.say_refused()
         self.standing.recall()
@@ -233,17 +233,17 @@ class Net(NetRecord):
             return ""
         network = self.running
         match self.state:
-            case State.INACTIVE:
+            case Activity.INACTIVE:
                 if record.slots or record.unit:
                     await self.pieces.unmake()
                     left = self.still_connected()
-                    self.note(State.INACTIVE, record.reason, data=left, **ending.GONE)
+                    self.note(Activity.INACTIVE, record.reason, data=left, **ending.GONE)
                 return ""
-            case State.STOPPING:
+            case Activity.STOPPING:
                 await self._finish("its stop was interrupted, and finished")
                 return "ended"
         await self.server.identify(unit_exists=unit_exists)
-        if self.state is State.STARTING:
+        if self.state is Activity.STARTING:
             if network is None:
                 await self._undo(errors.HostError("its start was interrupted, and its definition can't be read"))
                 return "rolled back"
@@ -256,7 +256,7 @@ class Net(NetRecord):
                     message_id=Message.ROLLED_BACK, level="notice", **self.fields(),
                 )  # fmt: skip
                 return "rolled back"
-            self.note(State.ACTIVE, "its start was interrupted, and finished")
+            self.note(Activity.ACTIVE, "its start was interrupted, and finished")
             return "adopted"
         await self.connections.take_over()
         if network is not None and network.own and network.serves:

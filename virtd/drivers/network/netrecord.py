@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ... import errors
 from ...model import network as model
 from ...model import networkchecks
-from ...model.network import State
+from ...model.state import Activity
 from ...objects import definitions
 from ...objects.persistent import Persistent
 from ...objects.turns import Turns
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .ports import Port
 
 DRIVER = "network"
-ON = (State.STARTING, State.ACTIVE, State.STOPPING)
+ON = (Activity.STARTING, Activity.ACTIVE, Activity.STOPPING)
 
 
 class Shared(NamedTuple):
@@ -61,8 +61,8 @@ class NetRecord(Persistent):
         self._turns = Turns(name)
 
     @property
-    def state(self) -> State:
-        return State.of(self.record.state) if self.record is not None else State.INACTIVE
+    def state(self) -> Activity:
+        return Activity.of(self.record.state) if self.record is not None else Activity.INACTIVE
 
     @property
     def active(self) -> bool:
@@ -162,7 +162,7 @@ class NetRecord(Persistent):
     def lost_bridge(self) -> str:
         """What is wrong with an active network's bridge; "" if nothing."""
         network = self.running
-        if network is None or self.state is not State.ACTIVE:
+        if network is None or self.state is not Activity.ACTIVE:
             return ""
         name = network.bridge_name
         if not links.exists(name):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ... import journal
 from ...messages import Message
-from ...model.network import State
+from ...model.state import Activity
 from ...objects.protocol import Problem
 from . import listening
 
@@ -40,7 +40,7 @@ class Newcomers:
     async def look(self, nets: Iterable[NetRecord]) -> None:
         """Look at these networks; what is found is reported as their problem for as long as it lasts."""
         for net in list(nets):
-            network = net.running if net.state is State.ACTIVE else None
+            network = net.running if net.state is Activity.ACTIVE else None
             if network is None:
                 continue
             try:
@@ -48,7 +48,7 @@ class Newcomers:
             except OSError as exc:
                 log.debug("Cannot list the ports that the host serves: %s", exc.strerror)
                 continue
-            if net.state is State.ACTIVE and net.running is network:
+            if net.state is Activity.ACTIVE and net.running is network:
                 said = _said(net)
                 _tell(net, [_problem(one) for one in found if self._lasts(one) or _problem(one).text in said])
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from ... import errors, files, journal
 from ...children import fifos
-from ...model.network import State
+from ...model.state import Activity
 from ...objects.protocol import Problem
 from . import bridge, firewall, firewalld, prerequisites
 from .bridgedrift import alias_of
@@ -104,5 +104,5 @@ class Pieces:
     async def join_firewalld(self) -> None:
         """Put the bridge into its zone, which firewalld forgets when it restarts."""
         network = self._net.running
-        if network is not None and network.own and self._net.state is State.ACTIVE:
+        if network is not None and network.own and self._net.state is Activity.ACTIVE:
             await self._tell_firewalld(network)

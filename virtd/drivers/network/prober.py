@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ... import errors, journal
 from ...messages import Message
-from ...model.network import State
+from ...model.state import Activity
 from ...objects.protocol import Problem
 from . import firewall, prerequisites
 from .netlink import NETFILTER, NFGEN, NFTABLES, Requests
@@ -109,7 +109,7 @@ class Prober:
                 # announced.
                 now = _generation()
                 for name in sorted(names):
-                    if (net := self._nets.get(name)) is not None and net.state is State.ACTIVE:
+                    if (net := self._nets.get(name)) is not None and net.state is Activity.ACTIVE:
                         _note(net, now)
                 ended = time.monotonic()
                 self._next = ended + max(PAUSE, SHARE * (ended - begun))
@@ -121,7 +121,7 @@ class Prober:
         net = self._nets.get(name)
         if net is None:
             return
-        if net.state is not State.ACTIVE or (network := net.running) is None or net.lost_bridge():
+        if net.state is not Activity.ACTIVE or (network := net.running) is None or net.lost_bridge():
             net.obstacles = []
             return
         self._over.clear()
@@ -135,7 +135,7 @@ class Prober:
             found = []
         finally:
             self._trying = None
-        if net.state is State.ACTIVE and not net.lost_bridge():
+        if net.state is Activity.ACTIVE and not net.lost_bridge():
             _tell(net, found)
 
     def _look_again(self) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ... import journal
 from ...messages import Message
-from ...model.network import State
+from ...model.state import Activity
 from ...records import Record, now
 from .netrecord import DRIVER
 
@@ -27,7 +27,7 @@ async def rebuild(net: Net, slots: dict[str, str], *, unit: bool) -> bool:
     data: dict[str, Any] = {}
     if network is not None and whole:
         data = {"definition": net.definition_text, "mac": net.mac, "bridge": network.bridge_name}
-    state = State.ACTIVE if whole else State.STOPPING
+    state = Activity.ACTIVE if whole else Activity.STOPPING
     reason = "rebuilt without its record"
     net.record = record = Record(
         driver=DRIVER,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ... import errors, journal
 from ...hints import do, joined
 from ...messages import Message
-from ...model.network import State
+from ...model.state import Activity
 from ...objects.protocol import Problem
 from . import wanted
 from .bridgedrift import bridge_key
@@ -33,7 +33,7 @@ class Stood(Protocol):
     record: Record | None
 
     @property
-    def state(self) -> State: ...
+    def state(self) -> Activity: ...
     @property
     def current(self) -> Network: ...
     @property
@@ -73,7 +73,7 @@ class Standing:
         net = self.net
         mended = await self._mend(frozenset())
         left = [one for one in mended.left if not one.gone]
-        if net.state is not State.ACTIVE and (needed := [one for one in left if one.vital]):
+        if net.state is not Activity.ACTIVE and (needed := [one for one in left if one.vital]):
             texts = "; ".join(one.text for one in needed)
             raise errors.HostError(f"Cannot make network {net.name}: {texts}", hint=needed[0].hint)
         self.say(left)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from ... import errors, journal
 from ...hints import do
 from ...messages import Message
-from ...model.network import Mode, State
+from ...model.network import Mode
+from ...model.state import Activity
 from . import wanted
 from .kernel import LinkChanged, RouteChanged, RuleChanged
 from .netrecord import DRIVER
@@ -151,7 +152,7 @@ class Upkeep:
 
     def _live(self) -> list[Net]:
         """Networks that are active, and those being started, which are compared once they are active."""
-        live = State.STARTING, State.ACTIVE
+        live = Activity.STARTING, Activity.ACTIVE
         return [net for net in self._nets.values() if net.state in live and net.running is not None]
 
     # Restoring
@@ -172,7 +173,7 @@ class Upkeep:
         }
         nets = [net for net in live if net.name in names]
         busy = [net for net in nets if net.busy]
-        busy += await self._look([net for net in nets if not net.busy and net.state is State.ACTIVE], why)
+        busy += await self._look([net for net in nets if not net.busy and net.state is Activity.ACTIVE], why)
         for net in busy:
             self.link(net.bridge_name)
         return bool(busy)
@@ -213,7 +214,7 @@ class Upkeep:
     async def _put_back(self, net: Net) -> list[Drift]:
         patience = self._patience.setdefault(net.name, Patience())
         async with net.exclusive("look after"):
-            if net.state is not State.ACTIVE or net.running is None:
+            if net.state is not Activity.ACTIVE or net.running is None:
                 return []
             done, left = await net.standing.put_back(patience.spared)
             for one in done:

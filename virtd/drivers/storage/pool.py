@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -15,6 +14,7 @@ from ... import errors, journal
 from ...hints import do
 from ...messages import Message
 from ...model import pool as model
+from ...model.state import Activity
 from ...objects.definitions import text_in_force
 from ...objects.persistent import Named, Persistent
 from ...objects.protocol import Problem
@@ -36,20 +36,6 @@ log = logging.getLogger(__name__)
 
 LOST = "lost"  # among problems, and in the record's data
 PATIENCE = 120.0  # seconds that an operation waits for another: a mount may take its time
-
-
-class State(StrEnum):
-    """Whether a pool's volumes can be used."""
-
-    INACTIVE = "inactive"
-    STARTING = "starting"
-    ACTIVE = "active"
-    STOPPING = "stopping"
-
-    @classmethod
-    def of(cls, word: str) -> State:
-        """The state of that name; a word of a newer version counts as active, so that nothing is given up."""
-        return cls(word) if word in cls.__members__.values() else cls.ACTIVE
 
 
 class Shared(NamedTuple):
@@ -78,16 +64,16 @@ class StoragePool(Persistent):
 
     @property
     def active(self) -> bool:
-        return self.state in (State.ACTIVE, State.STOPPING)
+        return self.state in (Activity.ACTIVE, Activity.STOPPING)
 
     @property
-    def state(self) -> State:
-        return State.of(self.record.state) if self.record is not None else State.INACTIVE
+    def state(self) -> Activity:
+        return Activity.of(self.record.state) if self.record is not None else Activity.INACTIVE
 
     @property
     def in_doubt(self) -> bool:
         """Whether a start or a stop was cut off, or is under way."""
-        return self.state in (State.STARTING, State.STOPPING)
+        return self.state in (Activity.STARTING, Activity.STOPPING)
 
     @property
     def source(self) -> str:
@@ -131,7 +117,11 @@ class StoragePool(Persistent):
     @property
     def present(self) -> model.Pool:
         """The definition in force: while it is active, the one that it was started with. Raises NotFound."""
-        if self.state is not State.INACTIVE and self.record is not None and (text := text_in_force(self.record.data)):
+        if (
+            self.state is not Activity.INACTIVE
+            and self.record is not None
+            and (text := text_in_force(self.record.data))
+        ):
             if text == self.definition_text and self.definition is not None:
                 return self.definition
             with contextlib.suppress(errors.InvalidDefinition):
@@ -166,7 +156,7 @@ class StoragePool(Persistent):
         """One operation at a time. Raises Busy when another takes too long."""
         return self._turns.take(what)
 
-    def _begin(self, state: State, reason: str, definition: str) -> None:
+    def _begin(self, state: Activity, reason: str, definition: str) -> None:
         """Put on record what is about to be done. Raises HostError; everything is then as before."""
         record = Record(
             driver=DRIVER, name=self.name, uuid=self.uuid, state=state.value, reason=reason, since=now(),
@@ -185,16 +175,16 @@ class StoragePool(Persistent):
             text = self.definition_text or self._text()
             backend = self.backend
             # On record first: the next daemon finishes, or undoes, what a crash leaves.
-            self._begin(State.STARTING, f"being started by {by}", text)
+            self._begin(Activity.STARTING, f"being started by {by}", text)
             try:
                 await backend.start()
             except BaseException as exc:
                 with contextlib.suppress(errors.VirtdError):
                     await backend.stop()
-                self.note(State.INACTIVE, f"failed to start: {exc}", data={})
+                self.note(Activity.INACTIVE, f"failed to start: {exc}", data={})
                 raise
             self.problems.clear()
-            self.note(State.ACTIVE, f"started by {by}")
+            self.note(Activity.ACTIVE, f"started by {by}")
             journal.send(f"Started pool {self.name}", message_id=Message.STARTED, **self.fields())
             await self.measure()
             return True
@@ -209,29 +199,29 @@ class StoragePool(Persistent):
                 self.wait_for(None)
                 return False
             reason = self.reason
-            self._begin(State.STOPPING, f"being stopped by {by}", self._text())
+            self._begin(Activity.STOPPING, f"being stopped by {by}", self._text())
             try:
                 await self.backend.stop()
             except BaseException:
-                self.note(State.ACTIVE, reason)
+                self.note(Activity.ACTIVE, reason)
                 raise
             self.capacity = None
             self.problems.clear()
-            self.note(State.INACTIVE, f"stopped by {by}", data={})
+            self.note(Activity.INACTIVE, f"stopped by {by}", data={})
             journal.send(f"Stopped pool {self.name}", message_id=Message.ENDED, VIRTD_CAUSE="stop", **self.fields())
             return True
 
     async def recover(self) -> str:
         """After the daemon's start: finish, or undo, what a crash cut off: "adopted" or "rolled_back"."""
         if not await self.backend.lost():
-            if self.state is State.STARTING:
+            if self.state is Activity.STARTING:
                 await self.backend.start()  # makes whatever is still missing
-            self.note(State.ACTIVE, "found active after a restart of virtd")
+            self.note(Activity.ACTIVE, "found active after a restart of virtd")
             return "adopted"
-        if self.state is State.STARTING:
+        if self.state is Activity.STARTING:
             with contextlib.suppress(errors.VirtdError):
                 await self.backend.stop()
-        self.note(State.INACTIVE, "its start or stop was cut off", data={})
+        self.note(Activity.INACTIVE, "its start or stop was cut off", data={})
         return "rolled_back"
 
     async def measure(self) -> None:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 from ... import errors, files
 from ...hints import do
 from ...model import pool as model
+from ...model.state import Activity
 from ...objects.inventory import Inventory
 from ...objects.protocol import Problem
 from ...process import boot_id
 from ...records import Records
 from . import backends
 from .jobs import Jobs
-from .pool import LOST, Shared, State, StoragePool
+from .pool import LOST, Shared, StoragePool
 from .task import DRIVER
 from .usage import Usage
 
@@ -40,7 +41,7 @@ class Pools(Inventory[StoragePool, model.Pool]):
     name = DRIVER
     noun = "pool"
     taken_back = "A pool is taken back by starting it."
-    states = State
+    states = Activity
 
     def __init__(self, services: Services, settings: Settings, publish: Publish, peers: Peers) -> None:
         super().__init__(services, Records(services.paths, DRIVER), publish)
