@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
 if TYPE_CHECKING:
-    from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
+    from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
+
+    Subnet = IPv4Network | IPv6Network
 
 INTERFACE_MAX = 15  # IFNAMSIZ less its NUL, netdevice(7)
 
@@ -154,7 +156,7 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
         return ipaddress.IPv6Address(self.ipv6.first), ipaddress.IPv6Address(self.ipv6.last)
 
-    def subnets(self) -> list[tuple[str, Any]]:
+    def subnets(self) -> list[tuple[str, Subnet]]:
         """The prefixes in use, each with the key that says so."""
-        found = [("ipv4.address", self.interface4), ("ipv6.address", self.interface6)]
+        found = (("ipv4.address", self.interface4), ("ipv6.address", self.interface6))
         return [(key, interface.network) for key, interface in found if interface is not None]

@@ -19,7 +19,7 @@ from . import ethernet
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from ...model.network import Network
+    from ...model.network import Network, Subnet
     from .ports import Ground
 
 FAMILY = "inet"
@@ -101,7 +101,7 @@ def _chain(name: str, place: str, lines: list[str]) -> str:
     return "\n".join([f"\tchain {name} {{", f"\t\t{place}", *(f"\t\t{line}" for line in lines), "\t}"])
 
 
-def _subnets(network: Network) -> list[tuple[str, Any]]:
+def _subnets(network: Network) -> list[tuple[str, Subnet]]:
     """The network's prefixes, each with nftables' keyword for its family ("ip" or "ip6")."""
     return [("ip" if subnet.version == 4 else "ip6", subnet) for _key, subnet in network.subnets()]
 

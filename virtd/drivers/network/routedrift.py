@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import links, routes
 from .bridgedrift import alias_of
@@ -14,6 +14,7 @@ from .rtnetlink import MAIN
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from ...model.network import Subnet
     from .kernel import Kernel, Way
     from .ports import Ground
     from .routes import Route
@@ -61,13 +62,13 @@ def _lead(name: str, prefix: str, source: str, kernel: Kernel) -> None:
     kernel.add_route(name, prefix, source)
 
 
-def _lacks(route: Way, subnet: Any) -> bool:
+def _lacks(route: Way, subnet: Subnet) -> bool:
     """Whether packets would go to the bridge if the main table had the route."""
     length = int(route.prefix.partition("/")[2] or 0)
     return route.table in (MAIN, DEFAULT) and length < subnet.prefixlen
 
 
-def _samples(ground: Ground, subnet: Any, own: str) -> list[str]:
+def _samples(ground: Ground, subnet: Subnet, own: str) -> list[str]:
     found = [str(subnet[1]), str(subnet[-2])]
     if subnet.version == 4:
         found += sorted({port.ipv4 for port in ground.ports if port.ipv4})[:MOST_ADDRESSES]

@@ -9,28 +9,27 @@ asked of the kernel, see wanted.py.
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ... import errors
 from . import prerequisites
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from ipaddress import IPv4Address, IPv6Address
 
-    from ...model.network import Network
+    from ...model.network import Network, Subnet
 
 # linux/route.h, linux/ipv6_route.h: unreachable; one of the host's own addresses; anycast
 _REJECT, _LOCAL, _ANYCAST = 0x0200, 0x80000000, 0x00100000
 
 
 class Route(NamedTuple):
-    """A route of the main table; `prefix` and `gateway` (or None) are ipaddress objects. `interface` "": leads
-    nowhere.
-    """
+    """A route of the main table; `interface` "": leads nowhere."""
 
-    prefix: Any
+    prefix: Subnet
     interface: str
-    gateway: Any = None
+    gateway: IPv4Address | IPv6Address | None = None
 
 
 def routes(most: int | None = None) -> list[Route]:
@@ -67,12 +66,12 @@ def _routes6(most: int | None) -> Iterator[Route]:
         yield Route(prefix, "" if nowhere else fields[9], gateway if int(gateway) else None)
 
 
-def in_the_way(subnet: Any, interface: str, there: Iterable[Route]) -> str:
+def in_the_way(subnet: Subnet, interface: str, there: Iterable[Route]) -> str:
     """Why other routes keep `subnet` from being behind `interface`; "" if none does."""
     others = [route for route in there if route.prefix.version == subnet.version]
     others = [route for route in others if not interface or route.interface != interface]
     for route in others:
-        if route.prefix.subnet_of(subnet):
+        if route.prefix.overlaps(subnet) and route.prefix.prefixlen >= subnet.prefixlen:
             by = f"through {route.interface}" if route.interface else "to nowhere"
             return f"{subnet} collides with {route.prefix}, to which the host has a route {by}"
     for route in others:
@@ -93,7 +92,7 @@ def check(network: Network, source: str) -> None:
             )
 
 
-def free_prefix(taken: Iterable[Any]) -> str:
+def free_prefix(taken: Iterable[Subnet]) -> str:
     """An address with a prefix for a new network, such as "192.168.124.1/24", that collides with nothing on the host.
 
     `taken`: prefixes of all defined networks, active or not. Raises HostError.
