@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The mounts, from proc_pid_mountinfo(5). Reading it doesn't touch the file systems."""
+"""The host's mounts, from proc_pid_mountinfo(5). Reading it doesn't touch the file systems."""
 
 from __future__ import annotations
 
 import re
 from typing import NamedTuple
 
-PATH = "/proc/self/mountinfo"
+from . import hostroot
+
+PATH = hostroot.MOUNTS
 
 
 class Mount(NamedTuple):

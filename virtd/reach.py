@@ -16,7 +16,7 @@ import stat
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import errors
+from . import errors, hostroot
 from .text import word
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ ACL = "system.posix_acl_access"
 _PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _OTHERS, _GROUP = 0o002, 0o020
 EVERYBODY = -1
+_ROOT = f"{hostroot.PREFIX}/"
 
 
 class Reached(NamedTuple):
@@ -129,10 +130,12 @@ def make_directory(path: str, mode: int) -> bool:
 def _walk(path: str, trust: Trust) -> tuple[int, str]:
     pending, names, links = _names(path), list[str](), 0
     others: list[Others] = []
-    here = os.open("/", _PATH | os.O_DIRECTORY)
+    here = os.open(_ROOT, _PATH | os.O_DIRECTORY)
     try:
         while pending:
             name = pending.pop()
+            if name == ".." and not names:
+                continue  # what is above the root is itself, also where the host's root isn't ours
             there = _step(name, here)
             try:
                 status = os.fstat(there)
@@ -147,7 +150,7 @@ def _walk(path: str, trust: Trust) -> tuple[int, str]:
                     pending += _names(target)
                     if target.startswith("/"):
                         names.clear()
-                        root = os.open("/", _PATH | os.O_DIRECTORY)
+                        root = os.open(_ROOT, _PATH | os.O_DIRECTORY)
                         os.close(here)
                         here = root
                 elif name == "..":

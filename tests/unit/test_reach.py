@@ -174,6 +174,18 @@ def test_a_sticky_directory(tmp_path: Path, give_away: Callable[[Path], None]) -
             pass
 
 
+def test_the_hosts_root_may_be_another_than_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a mount namespace. Nothing leads out of it, and paths are the host's."""
+    (tmp_path / "srv").mkdir()
+    (tmp_path / "srv/a").touch()
+    (tmp_path / "link").symlink_to("/srv/../../srv")
+    monkeypatch.setattr(reach, "_ROOT", f"{tmp_path}/")
+    for path in ("/srv/a", "/../srv/a", "/link/a", "/srv/../../link/a"):
+        with reached(path) as found:
+            assert found.path == "/srv/a"
+            assert os.path.samestat(found.status, os.stat(tmp_path / "srv/a"))
+
+
 def test_a_file_system_that_a_user_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says of its files whatever its user wants."""
     table = tmp_path / "mountinfo"

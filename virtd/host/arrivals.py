@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Notices when an interface, an address, a block device or a mount appears, without saying which.
 
-Mounts: poll(2) of /proc/self/mountinfo gives POLLPRI after each change of the table, proc_pid_mountinfo(5).
+Mounts: poll(2) of mountinfo gives POLLPRI after each change of the table, proc_pid_mountinfo(5).
 Interfaces and addresses: rtnetlink(7). Devices: kernel uevents, NETLINK_KOBJECT_UEVENT of netlink(7).
 """
 

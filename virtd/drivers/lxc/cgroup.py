@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-from ... import errors
+from ... import errors, hostroot
 from ...text import span
 from . import config
 
@@ -31,7 +31,7 @@ def of(monitor: int, unit: str) -> Group | None:
     except OSError:
         return None
     path = payload_of(own, unit)
-    return Group(path) if path is not None else None
+    return Group(f"{hostroot.PREFIX}{path}") if path is not None else None
 
 
 class Group:

@@ -13,7 +13,7 @@ import os
 import stat
 from typing import NamedTuple
 
-from ... import errors, mountinfo, reach
+from ... import errors, hostroot, mountinfo, reach
 from ...text import word
 
 SEARCH = stat.S_IXGRP | stat.S_IXOTH  # with an ACL the group's bits are its mask, acl(5): all that it grants
@@ -23,7 +23,7 @@ def check(root: str, source: str, directory: str) -> None:
     """Refuse a root file system that others can reach. `directory`: a safe place for it. Raises InvalidDefinition."""
     try:
         with reach.reached(root) as found:
-            way = _exposed(found.path)
+            way = _exposed(found)
     except errors.HostError as exc:
         raise errors.InvalidDefinition(
             source, "rootfs", f"expected a directory that only root can exchange; {exc.message}", hint=exc.hint
@@ -47,12 +47,13 @@ class Exposed(NamedTuple):
     directory: str
 
 
-def _exposed(root: str) -> Exposed | None:
-    """How anybody but root can reach the directory, if at all. The path contains no links. Raises OSError."""
+def _exposed(found: reach.Reached) -> Exposed | None:
+    """How anybody but root can reach the directory, if at all. Raises OSError."""
+    root = found.path
     if not _kept(root):
         above = os.path.dirname(root)
         return Exposed(f"no directory above {root} keeps others out", above if above.count("/") > 1 else "")
-    for other in _elsewhere(root):
+    for other in _elsewhere(found):
         if not _kept(os.path.realpath(other)):
             return Exposed(f"others reach files of its as {other}, where they are mounted, too", "")
     return None
@@ -62,20 +63,17 @@ def _kept(path: str) -> bool:
     """Whether some directory above it lets nobody but root through."""
     while path != "/":
         path = os.path.dirname(path)
-        status = os.stat(path)
+        status = os.stat(f"{hostroot.PREFIX}{path}")
         if status.st_uid in (0, os.geteuid()) and not status.st_mode & SEARCH:
             return True
     return False
 
 
-def _elsewhere(root: str) -> list[str]:
+def _elsewhere(directory: reach.Reached) -> list[str]:
     """Where else on the host the directory, or a part of it, is mounted, proc_pid_mountinfo(5)."""
-    fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
-            ident = next(line.split()[1] for line in file if line.startswith("mnt_id:"))
-    finally:
-        os.close(fd)
+    root = directory.path
+    with open(f"/proc/self/fdinfo/{directory.fd}", encoding="ascii") as file:
+        ident = next(line.split()[1] for line in file if line.startswith("mnt_id:"))
     mounts = mountinfo.mounts()
     own = next((mount for mount in mounts if mount.ident == ident), None)
     if own is None:
@@ -100,6 +98,6 @@ def _elsewhere(root: str) -> list[str]:
 
 def _same(one: str, other: str) -> bool:
     try:
-        return os.path.samefile(one, other)
+        return os.path.samefile(f"{hostroot.PREFIX}{one}", f"{hostroot.PREFIX}{other}")
     except OSError:
         return False

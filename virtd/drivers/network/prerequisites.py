@@ -9,7 +9,7 @@ import os
 import socket
 from typing import TYPE_CHECKING, NamedTuple
 
-from ... import errors
+from ... import errors, hostroot
 from ...children import programs
 from ...model.network import Mode
 from . import links
@@ -98,7 +98,7 @@ def set_sysctl(name: str, value: str) -> None:
     if sysctl(name) in (value, None):
         return
     try:
-        with open(f"{PROC}/sys/{name}", "w", encoding="ascii") as file:
+        with open(f"{hostroot.PREFIX}{PROC}/sys/{name}", "w", encoding="ascii") as file:
             file.write(value)
     except OSError as exc:
         raise errors.HostError(f"Cannot set {dotted(name)} to {value}: {exc.strerror}") from exc

@@ -160,7 +160,7 @@ def check_files(domain: model.Domain, source: str, who: Account) -> None:
         if wrong:
             raise errors.InvalidDefinition(source, key, wrong, hint=hint)
         written = key.startswith("disk") and key not in read_only
-        if written and stat.S_ISREG(status.st_mode) and os.statvfs(path).f_flag & os.ST_RDONLY:
+        if written and stat.S_ISREG(status.st_mode) and _read_only(path):
             raise errors.InvalidDefinition(
                 source,
                 key,
@@ -185,6 +185,12 @@ def check_files(domain: model.Domain, source: str, who: Account) -> None:
             "memory",
             f"expected at most what the host has, {size.show(total >> 20 << 20)}, got {domain.memory}",
         )
+
+
+def _read_only(path: str) -> bool:
+    """Whether the file system is mounted read-only there, on the host."""
+    with reach.reached(path) as file:
+        return bool(os.statvfs(file.itself).f_flag & os.ST_RDONLY)
 
 
 def _check_qcow2(key: str, path: str, source: str) -> None:
