@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Taking back a guest of an earlier daemon: first by its record and slots alone, then with what systemd knows."""
+"""Taking over an earlier daemon's guest: first from its record and slots alone, then with what systemd knows."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class Adopting(Generic[D]):
             meaning = guest.meaning(slot.rpartition("/")[2])
             guest.lost(slot, f"{guest.name} is lost: {meaning}", "It runs on. Restart it when convenient.")
         if child.alive() and record.state != State.STARTING:
-            # The record is good enough to answer by.
+            # The record is enough to answer queries.
             guest.settled.set()
             return True
         return False
 
     async def reconcile(self, *, unit_exists: bool) -> str:
-        """Second step, with systemd at hand: what became of it. Returns "adopted", "ended", "rolled back" or ""."""
+        """Second step, with systemd reachable: what became of it. Returns "adopted", "ended", "rolled back" or ""."""
         try:
             return await self._reconcile(unit_exists=unit_exists)
         finally:

@@ -18,7 +18,7 @@ import msgspec
 
 from .. import errors, process
 from ..hints import do
-from .waiting import first_of
+from ..objects.turns import first_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,8 +34,9 @@ POLL = 25.0  # seconds after which a waiting follower gets an empty answer and a
 class Place(NamedTuple):
     """Where a follower continues.
 
-    `fd`, which the receiver closes, is given only when that is another file than it asked for. `missed` is the number
-    of bytes that were rotated away before it read them, or chain.UNKNOWN; `refused` is why the log can't be written.
+    `fd`, which the receiver closes, is set only if that is a different file from the one it asked for. `missed` is
+    the number of bytes that were rotated away before it read them, or chain.UNKNOWN; `refused` is why the log can't
+    be written.
     """
 
     cursor: Cursor
@@ -183,5 +184,5 @@ async def write(claim: Claim, over: asyncio.Event) -> str:
 
 
 def _lives(pid: int) -> bool:
-    # A zombie doesn't count, however long nobody reaps it.
+    # A zombie doesn't count, even if nobody ever reaps it.
     return pid > 0 and process.start_time(pid) > 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""All objects of a driver that runs processes, made of their definitions, records, units and slots."""
+"""All objects of a driver that runs processes, built from their definitions, records, units and slots."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class GuestDriver(Inventory[G, D]):
     def machines(self) -> dict[str, G]:
         return self.objects
 
-    # What each driver does in its own way
+    # To be overridden
 
     async def start(self, name: str, by: str) -> bool:
         """Start it; False if it was running. Raises a VirtdError, with nothing left behind."""
@@ -67,7 +67,7 @@ class GuestDriver(Inventory[G, D]):
         one.note(one.state, one.reason, data=one.data | definitions.in_force(definition, text))
 
     def found_out(self, _machine: G, _unit: UnitState) -> dict[str, Any]:
-        """More data for a record that replaces a lost one, as far as it can be seen from the outside."""
+        """More data for a record that replaces a lost one, as far as it can be found out from outside."""
         return {}
 
     async def go_on(self, machine: G) -> None:
@@ -82,7 +82,7 @@ class GuestDriver(Inventory[G, D]):
         return lambda: None
 
     def warnings(self, definition: D) -> list[str]:
-        """What a definition names that the host doesn't have yet, which is an error only at its start."""
+        """What a definition names and the host lacks, which is an error only at a start."""
         raise NotImplementedError
 
     # Start-up
@@ -108,7 +108,7 @@ class GuestDriver(Inventory[G, D]):
         for name, unit in others.items():
             try:
                 await self._rebuild(name, unit=unit, new=name not in known)
-            except Exception as exc:  # it costs no other its reconciliation
+            except Exception as exc:  # the others are still reconciled
                 log.exception("%s can't be rebuilt", name)
                 self.left_alone(name, Problem(f"{name} can't be rebuilt: {exc}", "See: " + do("fsck") + "."))
         recovery.settle(self)
@@ -120,7 +120,7 @@ class GuestDriver(Inventory[G, D]):
         return await fsck.compare(self, repair=repair)
 
     async def rebuild(self, name: str) -> None:
-        """Make an object whole again from its unit, while the daemon runs."""
+        """Rebuild an object from its unit, while the daemon runs."""
         await self._rebuild(name, unit=True, new=name not in self.machines)
 
     async def _rebuild(self, name: str, *, unit: bool, new: bool) -> None:

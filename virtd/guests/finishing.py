@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The end of a guest: noticed, judged and put on record, then everything put away that it leaves."""
+"""The end of a guest: noticed, judged and recorded; then whatever it leaves is put away."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ class Finishing(Generic[D]):
             await self.put_away()
             guest.shared.publish("ended", guest)
             return
-        # Until the verdict is on record, what is left of the guest is a witness that the next daemon may need.
+        # Until the verdict is on record, what is left of the guest is evidence that the next daemon may need.
         guest.over.set()
         self._put_away_later()
 
     def _see(self, child: Child) -> None:
-        """Put on record what was seen of its end before systemd is asked: this process may not live to hear more."""
+        """Record what was seen of its end before asking systemd: this process may not live to hear the answer."""
         guest = self._guest
         if (known := guest.seen) is not None:  # by an earlier daemon, or at an earlier try
             child.seen = known
@@ -93,7 +93,7 @@ class Finishing(Generic[D]):
     async def restarted(self, child: Child, unit: UnitState) -> None:
         """Somebody has restarted the unit, which systemd allows only with units of an older virtd.
 
-        What runs now is virtd's to look after, but nobody is at the other ends of its pipes.
+        virtd supervises what runs now, but nobody is at the other ends of its pipes.
         """
         guest = self._guest
         await guest.let_go()
@@ -109,7 +109,7 @@ class Finishing(Generic[D]):
         guest.adopted()
 
     def recall_restart(self) -> None:
-        """Have the restart among the guest's problems, if its record tells of one."""
+        """Restore the problem that the unit was restarted, if the record says so."""
         guest = self._guest
         if guest.alive and guest.data.get(AGAIN):
             guest.problems["restarted"] = Problem(
@@ -140,7 +140,7 @@ class Finishing(Generic[D]):
         """Before `what` is done with the guest, put away what waited for the verdict to be on record, or couldn't be
         put away.
 
-        Raises HostError when it still can't be.
+        Raises HostError if that fails again.
         """
         guest = self._guest
         if not guest.on_record.is_set():
@@ -160,7 +160,7 @@ class Finishing(Generic[D]):
     async def put_away(self) -> None:
         """Drop what an ended guest leaves: slots, sockets, unit, changes of the host. Safe to repeat.
 
-        What can't be dropped now is a problem, and is tried again until it can be.
+        What can't be dropped now is reported as a problem, and tried again until it can be.
         """
         guest = self._guest
         record = guest.recorded

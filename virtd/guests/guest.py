@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One supervised object, a domain or a container. What is QEMU's or LXC's own is in the subclasses."""
+"""One supervised object, a domain or a container. What is specific to QEMU or LXC is in the subclasses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Guest(GuestRecord[D]):
-    """What is known of it, and how it is taken back and ends. Every change is on record before it is published."""
+    """What is known about it, and how it is taken over and ends. Every change is on record before it is published."""
 
     def __init__(self, shared: Shared, name: str) -> None:
         super().__init__(shared, name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is known of one domain or container, and the hooks in which drivers differ.
+"""What is known about one domain or container, and the hooks in which drivers differ.
 
 Its pieces (adopting.py, finishing.py) know this class, and guest.py puts them together.
 """
@@ -46,7 +46,7 @@ class Shared(NamedTuple):
 
 
 class Live(NamedTuple):
-    """A guest that is alive: the record and its process, neither of which is there without the other."""
+    """A guest that is alive: the record and its process, neither of which exists without the other."""
 
     record: Record
     child: Child
@@ -76,7 +76,7 @@ class GuestRecord(Persistent, Generic[D]):
         self.stderr = Repeater(self, sort=self.sort_line)
         self._turns = Turns(name)
 
-    # What each driver does in its own way
+    # To be overridden
 
     def parse(self, text: str, source: str) -> D:
         """The definition that `text` holds. Raises InvalidDefinition."""
@@ -87,10 +87,10 @@ class GuestRecord(Persistent, Generic[D]):
         raise NotImplementedError
 
     async def hear_out(self) -> None:
-        """It has ended: take in what it said last, besides what is in the logs."""
+        """It has ended: collect its last words, other than those in the logs."""
 
     def adopted(self) -> None:
-        """It runs, and this process has only just begun to look after it."""
+        """It runs, and this process has just begun to supervise it."""
 
     async def let_go(self) -> None:
         """Close what this process has open to it, besides the child's pipes. Idempotent."""
@@ -106,7 +106,7 @@ class GuestRecord(Persistent, Generic[D]):
         raise NotImplementedError
 
     def sort_line(self, _text: str) -> str | None:
-        """The level of a line of its stderr in the journal; None when it doesn't belong there."""
+        """The level of a line of its stderr in the journal; None if it doesn't belong there."""
         return "warning"
 
     async def remove_runtime(self) -> None:
@@ -163,7 +163,7 @@ class GuestRecord(Persistent, Generic[D]):
 
     @property
     def defined(self) -> D:
-        """Its definition. Raises NotFound when it has none."""
+        """Its definition. Raises NotFound if it has none."""
         if self.definition is None:
             raise errors.NotFound(
                 f"{self.noun.capitalize()} {self.name} has no definition",
@@ -173,7 +173,7 @@ class GuestRecord(Persistent, Generic[D]):
 
     @property
     def live(self) -> Live:
-        """Its record and process, of a guest that is alive. Raises Bug when it has none."""
+        """The record and process of a live guest. Raises Bug if it has none."""
         if self.child is None:
             raise errors.Bug(f"{self.noun} {self.name} has no process")
         return Live(self.recorded, self.child)
@@ -208,7 +208,7 @@ class GuestRecord(Persistent, Generic[D]):
 
     @property
     def leftovers(self) -> bool:
-        """Whether it has ended, and something of it is still there."""
+        """Whether it has ended and left something that isn't put away yet."""
         record = self.record
         return not self.alive and record is not None and bool(record.unit or record.slots or self.child is not None)
 
@@ -237,10 +237,10 @@ class GuestRecord(Persistent, Generic[D]):
     # The record
 
     def ask(self, verb: str, by: str) -> dict[str, Any]:
-        """The record's data with a person's request (no verb: with none), to explain an end that nobody sees."""
+        """The record's data with a person's request (none if `verb` is empty), to explain an end that nobody sees."""
         return self.data | {"request": {"verb": verb, "by": by, "at": now()} if verb else None}
 
     def keep_console(self, writer: dict[str, Any] | None) -> None:
-        """Put on record who types on the console, so that the same one can go on after a restart of the daemon."""
+        """Record which client types on the console, so that it can go on after a restart of the daemon."""
         if self.alive:
             self.note(self.state, self.reason, data=self.data | {"console": writer})

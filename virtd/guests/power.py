@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Ending what runs as a process, at its own pace or at once: what drivers' operations have in common."""
+"""Ending a process, gracefully or at once: what the drivers' operations have in common."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .guest import Guest
 
 TERM_LIMIT = 5.0
-# A process can't be killed while a request of its to a slow disk is under way.
+# A process can't be killed while it waits for a slow disk.
 KILL_LIMIT = 10.0
 LADDER = ((signal.SIGTERM, TERM_LIMIT), (signal.SIGKILL, KILL_LIMIT))
 ASK_AGAIN = 5.0  # seconds after which one that hasn't ended is asked again
@@ -57,7 +57,7 @@ async def shutdown(
     late = f"did not shut down within {span(timeout)}"
     async with machine.exclusive("shut down"):
         if machine.state is State.STOPPING and machine.child is not None and machine.child.alive():
-            # Still on record, for it may be about to end all the same; but no longer the reason of whatever ends it.
+            # Kept on record, since it may still be about to end; but no longer the reason if something else ends it.
             machine.note(State.RUNNING, late, data=machine.ask(SHUTDOWN_GIVEN_UP, by))
     raise errors.TimedOut(
         f"{machine.name} {late}",
@@ -84,9 +84,9 @@ async def stop(
 ) -> bool:
     """End it; False if it wasn't running.
 
-    `gently`: a driver's own way, which is tried first and returns whether it has ended by that. Then come signals,
-    `ladder` or LADDER, each with the seconds that it may take to work, to its main process or, with `whole`, to all
-    of its processes. Raises TimedOut, with `hanging` as the hint.
+    `gently`: a driver's own way, tried first, which returns whether that ended it. Then signals are sent (`ladder`,
+    by default LADDER, each with the seconds to wait for its effect) to its main process or, with `whole`, to all of
+    its processes. Raises TimedOut, with `hanging` as the hint.
     """
     async with machine.exclusive("stop"):
         if not machine.alive:

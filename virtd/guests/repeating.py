@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Copies a child's stderr to the journal; the record has how far it has come, so that no line is copied twice."""
+"""Copies a child's stderr to the journal; the record says how far, so that no line is copied twice."""
 
 from __future__ import annotations
 

@@ -58,13 +58,13 @@ class Start(Launch, Generic[G, D]):
         self.before = machine.record
         self.words = ""  # what the process wrote before the attempt failed
 
-    # What each driver does in its own way
+    # To be overridden
 
     def check(self) -> None:
-        """Look at the host. Raises a VirtdError."""
+        """Check the host. Raises a VirtdError."""
 
     def holdings(self) -> Iterable[Holding]:
-        """What it needs for itself alone."""
+        """What it needs exclusively."""
         return ()
 
     def data(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class Start(Launch, Generic[G, D]):
 
     def remember(self, promise: Process) -> None:
         machine = self.machine
-        # Checked again, for other starts may have come in between. Once it is on record they see what is ours.
+        # Checked again, since other starts may have come in between. They see what it holds once it is recorded.
         self._check_conflicts()
         record = Record(
             driver=machine.driver,

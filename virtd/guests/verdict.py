@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Why a guest ended: a table of rules, of which the first that applies decides.
+"""Why a guest ended: a table of rules; the first one that applies decides.
 
-Each driver collects its own evidence and has its own table. The order is part of the meaning: a rule may rely on none
-of those before it having applied.
+Each driver collects its own evidence and has its own table. The order is part of the meaning: a rule may assume
+that none of those before it applies.
 """
 
 from __future__ import annotations

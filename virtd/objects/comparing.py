@@ -25,7 +25,7 @@ S = TypeVar("S")  # what was found in all places
 
 
 class Seen(NamedTuple):
-    """What PID 1 has of a driver: units by object, and the (device, inode) pairs in its FD store by slot.
+    """What PID 1 knows about a driver: units by object, and the (device, inode) pairs in its FD store by slot.
 
     `slots` is None where systemd can't list them (before 254).
     """
@@ -46,7 +46,7 @@ class Defining(Protocol):
 
 
 async def look(services: Services, driver: str) -> Seen:
-    """What PID 1 has of a driver's objects."""
+    """What PID 1 knows about a driver's objects."""
     units = await services.units()
     listed = await units.list(f"virtd-{driver}-*.service")
     dump = await units.store_dump(services.unit)
@@ -168,7 +168,7 @@ def slot_differences(services: Services, child: Child, seen: Seen) -> list[Diffe
 
 
 async def mend_slots(services: Services, child: Child, seen: Seen) -> None:
-    """Put into PID 1 again what this process has."""
+    """Store in PID 1 again the descriptors that this process has."""
     store = services.store
     ours = store.slots()
     for slot in child.slot_names():

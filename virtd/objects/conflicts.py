@@ -55,7 +55,7 @@ class Holder(Protocol):
 
 
 class Conflict(NamedTuple):
-    """Two want the same. `other` is who holds it too, "domain web1", or "" for the object itself."""
+    """Two objects want the same thing. `other` is who else holds it, "domain web1", or "" for the object itself."""
 
     mine: Holding
     other: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Taking definitions: checking one against all others, and giving it to its object."""
+"""Accepting definitions: checking one against all others, and giving it to its object."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Owner(Protocol[T, D]):
-    """The driver whose definitions they are; see inventory.Inventory."""
+    """The driver that has the definitions; see inventory.Inventory."""
 
     noun: str
     objects: dict[str, T]
@@ -41,7 +41,7 @@ class Defining(Generic[T, D]):
         self._owner = owner
 
     def check(self, text: str, source: str) -> D:
-        """The definition in `text`, as it would be taken. Raises InvalidDefinition or Exists."""
+        """The definition in `text`, as it would be accepted. Raises InvalidDefinition or Exists."""
         definition = self._owner.parse(text, source)
         self.require_unique(definition, source)
         one = self._owner.objects.get(definition.name)
@@ -55,14 +55,14 @@ class Defining(Generic[T, D]):
         return definition
 
     def define(self, text: str, source: str) -> tuple[T, bool]:
-        """Take a definition: the object, and whether it is new. One without a uuid is given one."""
+        """Accept a definition; returns the object and whether it is new. One without a uuid gets one."""
         definition = self._owner.check(text, source)
         if definition.uuid is None:
             definition, text = self.with_uuid(definition, text)
         return self._write(definition, text)
 
     def set_autostart(self, name: str, *, enable: bool) -> bool:
-        """Change the definition's file; False if it was so already."""
+        """Change the definition's file; False if it said so already."""
         one = self._owner.find(name)
         if one.definition is None:
             raise errors.NotFound(f"{self._owner.noun.capitalize()} {one.name} has no definition")

@@ -80,7 +80,7 @@ def troubles(directory: str, found: Listing) -> Iterator[tuple[str, Problem]]:
 
 
 def write(path: str, text: str, *, sync: bool = True) -> None:
-    """Put a definition in its place, whole or not at all. Raises HostError.
+    """Write a definition's file atomically. Raises HostError.
 
     A symbolic link stays one, and an existing file keeps its group and mode. Without `sync` the caller syncs the
     directory.

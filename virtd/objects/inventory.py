@@ -67,7 +67,7 @@ class Inventory(Generic[T, D]):
     def publish(self, event: str, name: str) -> None:
         self._publish(event, name)
 
-    # What each driver does in its own way
+    # To be overridden
 
     def make(self, name: str) -> T:
         """A new object that has neither definition nor record."""
@@ -91,7 +91,7 @@ class Inventory(Generic[T, D]):
         """Raise Exists or InvalidDefinition if both can't exist at once, as two networks with one address can't."""
 
     def put_in_force(self, one: T, definition: D, text: str) -> None:
-        """Record that an active object is already as its new definition says."""
+        """Record that an active object already matches its new definition."""
         raise NotImplementedError
 
     def describe(self, one: T) -> Reply:
@@ -101,11 +101,11 @@ class Inventory(Generic[T, D]):
     # Records
 
     def restore_records(self) -> None:
-        """Take back what the records tell of. No record can cost the others their daemon."""
+        """Take over the objects on record. No record can keep the daemon from the others."""
         restoring.restore(self)
 
     def recall(self) -> None:
-        """First step of a start, at its end: the problems that records tell of are known before anybody asks."""
+        """At the end of a start's first step: restore the problems on record before anybody asks."""
         restoring.recall(self)
 
     def half_written(self) -> list[str]:
@@ -121,7 +121,7 @@ class Inventory(Generic[T, D]):
         """
         if self._reconciled.is_set():
             return
-        await self._services.units()  # which says so if it is D-Bus that is away
+        await self._services.units()  # which reports it if D-Bus is unavailable
         try:
             async with asyncio.timeout(RECONCILE_LIMIT):
                 await self._reconciled.wait()
@@ -148,15 +148,15 @@ class Inventory(Generic[T, D]):
         return self._reading.unread()
 
     def check(self, text: str, source: str) -> D:
-        """The definition in `text`, as it would be taken. Raises InvalidDefinition or Exists."""
+        """The definition in `text`, as it would be accepted. Raises InvalidDefinition or Exists."""
         return self._defining.check(text, source)
 
     def define(self, text: str, source: str) -> tuple[T, bool]:
-        """Take a definition: the object, and whether it is new. One without a uuid is given one."""
+        """Accept a definition; returns the object and whether it is new. One without a uuid gets one."""
         return self._defining.define(text, source)
 
     def set_autostart(self, name: str, *, enable: bool) -> bool:
-        """Change the definition's file; False if it was so already."""
+        """Change the definition's file; False if it said so already."""
         return self._defining.set_autostart(name, enable=enable)
 
     def forget(self, name: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What every object and every definition has, whichever driver it is of."""
+"""What every object and every definition has, whichever driver it belongs to."""
 
 from __future__ import annotations
 

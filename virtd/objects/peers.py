@@ -30,7 +30,7 @@ class Disk(NamedTuple):
 
 
 class Networks(Protocol):
-    """Networks, as those see them whose guests are in them."""
+    """Networks, as the drivers of guests in them see them."""
 
     def bridge_of(self, network: str) -> str:
         """The name of its bridge, or "" if it has none. Raises NotFound."""
@@ -68,7 +68,7 @@ class Networks(Protocol):
 
 
 class WithInterfaces(Protocol):
-    """What others know of the network driver."""
+    """The network driver, as others see it."""
 
     @property
     def interfaces(self) -> Networks: ...
@@ -88,7 +88,7 @@ class Volumes(Protocol):
 
 
 class Peers(Protocol):
-    """The drivers. One that isn't in use yet is made when it is asked for."""
+    """The drivers. One that isn't in use yet is made on demand."""
 
     @property
     def networks(self) -> Networks: ...

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WAITS = "autostart"  # among problems: that it waits to be autostarted, for as long as it does
+WAITS = "autostart"  # key of the problem that it waits to be autostarted
 SAVE_AGAIN = 1.0  # seconds until a record that couldn't be written is tried again
 
 
@@ -94,7 +94,7 @@ class Persistent(Tasks):
 
     @property
     def recorded(self) -> Record:
-        """The record of an object that is known to have one. Raises Bug when it has none."""
+        """The record, for callers who know that there is one. Raises Bug otherwise."""
         if self.record is None:
             raise errors.Bug(f"{self.name} has no record")
         return self.record
@@ -115,7 +115,7 @@ class Persistent(Tasks):
         """
 
     def wait_for(self, failed: Problem | None) -> None:
-        """Let it wait to be autostarted, because its start failed; None: no longer."""
+        """Have it wait for the next try of its autostart, which failed; None: it no longer waits."""
         if failed is None:
             if self.waits is None:
                 return
@@ -147,11 +147,11 @@ class Persistent(Tasks):
         return self.record.uuid if self.record is not None else ""
 
     def save(self, **changes: Unpack[Changes]) -> None:
-        """Change the record and write it. Raises HostError; what is in memory is then as before."""
+        """Change the record and write it. Raises HostError, and then leaves it as it was in memory, too."""
         self.put(msgspec.structs.replace(self.recorded, **changes))
 
     def put(self, record: Record) -> None:
-        """Write a record in place of what there is. Raises HostError; what is in memory is then as before."""
+        """Replace the record. Raises HostError, and then leaves it as it was in memory, too."""
         self.shared.records.save(record)
         self.record = record
         self._recorded()

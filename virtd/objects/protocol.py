@@ -63,7 +63,7 @@ class Startable(Protocol):
     @property
     def active(self) -> bool: ...
     def wait_for(self, failed: Problem | None) -> None:
-        """Let it wait, because its start failed; None: no longer."""
+        """Have it wait for the next try of its autostart, which failed; None: it no longer waits."""
 
     def fields(self) -> dict[str, str]:
         """The journal fields of this object."""
@@ -104,7 +104,7 @@ class Driver(Protocol):
         """The pump's callback: the log of a slot can't be written, or, without a problem, it can again."""
 
     def live(self) -> int:
-        """How many objects have something running."""
+        """How many objects are active."""
 
     def settled(self) -> bool:
         """Whether it is known of every object whether it runs."""
@@ -144,7 +144,7 @@ class Looking(Protocol):
     """A driver whose objects may lose something without any notification."""
 
     async def look(self) -> None:
-        """Look for losses, and make them problems. This takes as long as a file system takes to answer."""
+        """Look for losses, and report them as problems. This takes as long as a file system takes to answer."""
 
 
 class Use(NamedTuple):

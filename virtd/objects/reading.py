@@ -22,7 +22,7 @@ CHANGED, NEW_UUID = "changed", "new uuid"  # results of reading a definition
 
 
 class Fresh(NamedTuple, Generic[D]):
-    """An object whose definition is given a uuid, and its definition before."""
+    """An object whose definition gets a uuid, and its definition so far."""
 
     name: str
     definition: D | None = None
@@ -73,7 +73,7 @@ class Reading(Generic[T, D]):
         return Fresh(name) if known is None else Fresh(name, known.definition, known.definition_text)
 
     def _try(self, name: str) -> str:
-        """`_read_one`, whose errors become a problem."""
+        """Call `_read_one`; its errors become a problem."""
         try:
             return self._read_one(name)
         except FileNotFoundError as exc:  # undefined while others were read, unless it is a dangling link
@@ -84,7 +84,7 @@ class Reading(Generic[T, D]):
         return ""
 
     def _read_one(self, name: str) -> str:
-        """Take one file: CHANGED, NEW_UUID if it has still to be written, or "" if nothing changed."""
+        """Read one file; returns CHANGED, NEW_UUID if it has yet to be written, or "" if nothing changed."""
         path = self._owner.path(name)
         known = self._owner.objects.get(name)
         text = definitions.read(path)
@@ -100,7 +100,7 @@ class Reading(Generic[T, D]):
         return NEW_UUID if lacking else CHANGED
 
     def _write_fresh(self, fresh: list[Fresh[D]]) -> None:
-        """Write the definitions that were given a uuid; those that can't be written aren't taken."""
+        """Write the definitions that got a uuid; those that can't be written aren't accepted."""
         paths = {self._owner.path(before.name): before for before in fresh}
         objects = self._owner.objects
         texts = {path: objects[one.name].definition_text for path, one in paths.items() if one.name in objects}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The first step of a start of the daemon: objects are taken back by their records, before there is a bus."""
+"""The first step of a start of the daemon: objects are taken over from their records, before there is a bus."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class Owner(Protocol):
-    """The driver whose records they are; see inventory.Inventory."""
+    """The driver that has the records; see inventory.Inventory."""
 
     name: str
     noun: str
@@ -37,7 +37,7 @@ class Owner(Protocol):
 
 
 def restore(owner: Owner) -> None:
-    """Take back what the records tell of. No record can cost the others their daemon."""
+    """Take over the objects on record. No record can keep the daemon from the others."""
     for path in owner.half_written():
         with contextlib.suppress(errors.HostError):  # a file system that is read-only by now, perhaps
             files.remove(path)
@@ -61,11 +61,11 @@ def restore(owner: Owner) -> None:
 
 
 def recall(owner: Owner) -> None:
-    """At the end of the step: the problems that records tell of are known before anybody asks."""
+    """At the end of the step: restore the problems on record before anybody asks."""
     for one in [one for one in owner.objects.values() if one.record is not None]:
         try:
             one.recall()
-        except Exception as exc:  # it costs no other its daemon
+        except Exception as exc:  # the others are still restored
             log.exception("The problems of %s can't be recalled", one.name)
             one.problems["internal"] = Problem(
                 f"Its problems can't be recalled: {exc}", "This is a bug: see journalctl -u virtd."

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 
 from ... import errors
 from ...guests import power
-from ...guests.waiting import first_of
 from ...hints import do
 from ...model.state import State, require
-from ...objects.turns import within
+from ...objects.turns import first_of, within
 from ...text import span
 from .guest import REBOOT_GIVEN_UP
 from .news import STANDSTILL
