@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A container's own control group, which is beside that of LXC's monitor, in the unit's: cgroups(7)."""
+"""A container's own control group, a sibling of LXC's monitor's inside the unit's, cgroups(7)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from ...text import span
 from . import config
 
 CGROUPS = "/sys/fs/cgroup"
-FREEZE_LIMIT = 5.0  # seconds that all its processes may take to stop, or to go on
+FREEZE_LIMIT = 5.0  # seconds that all its processes may take to stop, or to resume
 
 
 def payload_of(monitor: str, unit: str) -> str | None:
-    """Its directory, by the control group of LXC's monitor; None when that isn't in the unit's.
+    """Its directory, by the control group of LXC's monitor; None if that isn't below the unit's.
 
-    LXC 6 makes both anew at each reboot, each time one deeper: in lxc.pivot, in lxc.pivot/lxc.pivot.
+    LXC 6 recreates both at each reboot, each time one deeper: in lxc.pivot, in lxc.pivot/lxc.pivot.
     """
     above = monitor.removesuffix(f"/{config.MONITOR}")
     return f"{CGROUPS}{above}/{config.PAYLOAD}" if unit in above.split("/") and above != monitor else None
 
 
 def of(monitor: int, unit: str) -> Group | None:
-    """The group of the container whose monitor is process `monitor`; None when that has ended."""
+    """The group of the container whose monitor is process `monitor`; None if that has ended."""
     try:
         with open(f"/proc/{monitor}/cgroup", encoding="utf-8") as file:
             own = next((line.rstrip("\n")[3:] for line in file if line.startswith("0::")), "")
@@ -49,7 +49,7 @@ class Group:
             return False
 
     async def freeze(self, name: str, *, on: bool) -> None:
-        """Stop all processes of container `name`, or let them go on, and wait until they have.
+        """Freeze or thaw all processes of container `name`, and wait until that is done.
 
         Raises HostError or TimedOut.
         """
@@ -65,7 +65,7 @@ class Group:
         raise errors.TimedOut(f"{name} could not be {'frozen' if on else 'thawed'} within {span(FREEZE_LIMIT)}")
 
     def used(self) -> dict[str, int]:
-        """What it uses at this moment, as far as the kernel counts it: memory in bytes, pids."""
+        """Its present usage, as far as the kernel accounts for it: memory in bytes, pids."""
         found = {}
         for key, file in (("memory", "memory.current"), ("pids", "pids.current")):
             with contextlib.suppress(OSError, ValueError), open(f"{self.path}/{file}", encoding="ascii") as content:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from ...model import container as model
 
-# What a privileged container must not do to the host's kernel: the list of LXC's own common.conf.
+# What a privileged container must not do to the host's kernel: the list in LXC's own common.conf.
 DROPPED = ("mac_admin", "mac_override", "sys_module", "sys_rawio", "sys_time")
 MONITOR, PAYLOAD = "monitor", "payload"  # control groups below the unit's
 # The usual limits of a service. Programs that close all possible descriptors, or use select(2), expect the first.
@@ -28,7 +28,7 @@ class Link(NamedTuple):
 
 
 class HostFacts(NamedTuple):
-    """What is known of the host when a container is started. `tty`: its terminal, or ""."""
+    """What is known about the host when a container is started. `tty`: its terminal, or ""."""
 
     path: str  # lxcpath: the parent of LXC's own directory for the container, see Container.secret_path
     runtime: str

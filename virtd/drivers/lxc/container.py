@@ -51,7 +51,7 @@ class Container(Guest[model.Container]):
 
     @property
     def monitor(self) -> int:
-        """The PID of LXC's monitor; 0 when there is none."""
+        """The PID of LXC's monitor; 0 if there is none."""
         return self.child.pid if self.child is not None else 0
 
     def parse(self, text: str, source: str) -> model.Container:
@@ -81,7 +81,7 @@ class Container(Guest[model.Container]):
             self.note(State.RUNNING, "thawed")
 
     def look_at_root(self) -> None:
-        """An earlier version may have started it though others can reach its files: it runs on, with a problem."""
+        """An earlier version may have started it although others can reach its files: it runs on, with a problem."""
         root = self.kept.root
         self.problems.pop("root", None)
         if self.alive and root:
@@ -103,7 +103,7 @@ class Container(Guest[model.Container]):
             case _:
                 return "the log was opened again by its name"
 
-    # What it has of the host
+    # Its share of the host
 
     def secret_path(self) -> str:
         """A new lxcpath. The name of LXC's abstract socket contains it, and anybody may take such a name: so nobody
@@ -137,7 +137,7 @@ class Container(Guest[model.Container]):
 
     @property
     def init_pid(self) -> int:
-        """Its PID on the host, whether or not it runs; 0 when it isn't known."""
+        """Its PID on the host, whether or not it runs; 0 if it isn't known."""
         init = self.kept.init
         return init.pid if init is not None else 0
 
@@ -158,7 +158,7 @@ class Container(Guest[model.Container]):
         self.note(self.state, self.reason, data=data)
 
     def sort_line(self, text: str) -> str | None:
-        """LXC's log is read as a diary; the journal gets its warnings and errors."""
+        """LXC's log shows what happens to the container; the journal gets its warnings and errors."""
         said = ends.read(text)
         if (pid := ends.started(said.words)) is not None and self.alive:
             again = self.init_pid not in (0, pid)
@@ -167,13 +167,13 @@ class Container(Guest[model.Container]):
             if again and (self.request is None or self.request.verb != "reboot"):
                 journal.send(f"Container {self.name} rebooted itself", **self.fields())
                 if self.state in (State.RUNNING, State.STOPPING) and self.request is not None:
-                    # Whatever it was asked, this is a new life.
+                    # Earlier requests concern the life before this one.
                     self.note(State.RUNNING, "rebooted", data=self.ask("", ""))
             self.started.set()
         return said.level
 
     def signal_init(self, name: str) -> None:
-        """Send it a signal by its name. Raises InvalidState when it doesn't run."""
+        """Send it a signal by its name. Raises InvalidState if it doesn't run."""
         first.send(self.kept.init, name, self.name)
 
     # Its control group
@@ -183,14 +183,14 @@ class Container(Guest[model.Container]):
         return group is not None and group.frozen()
 
     async def freeze(self, *, on: bool) -> None:
-        """Stop all its processes, or let them go on, and wait until they have. Raises HostError or TimedOut."""
+        """Freeze or thaw all its processes, and wait until that is done. Raises HostError or TimedOut."""
         group = cgroup.of(self.monitor, self.unit)
         if group is None:
             raise errors.HostError(f"Cannot {'freeze' if on else 'thaw'} {self.name}: it has ended")
         await group.freeze(self.name, on=on)
 
     def used(self) -> dict[str, int]:
-        """What it uses at this moment, as far as the kernel counts it: memory in bytes, pids."""
+        """Its present usage, as far as the kernel accounts for it: memory in bytes, pids."""
         group = cgroup.of(self.monitor, self.unit)
         return group.used() if group is not None else {}
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Making a root file system from an archive or a directory, and the definition that goes with it.
 
-It is unpacked in a transient unit, inside the container's own user namespace: files get their shifted owners from the
-kernel, and an archive can do no more than the container could. It gets its name once it is complete. From before its
-first file until it is defined there is a mark in /run/virtd/lxc: if the daemon ends in between, the next one removes
-what is left.
+It is unpacked in a transient unit, inside the container's own user namespace: the kernel shifts the files' owners,
+and an archive can do no more than the container could. It gets its name once it is complete. From before its first
+file until it is defined there is a mark in /run/virtd/lxc: if the daemon ends in between, the next one removes what
+is left.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Job(NamedTuple):
 
     name: str
     image: str
-    directory: str  # that root file systems are in
+    directory: str  # where root file systems are
     ids: model.IdMap
     run: str  # /run/virtd/lxc
 
@@ -92,7 +92,7 @@ def aliases_of(run: str, name: str) -> str:
 
 
 def check(name: str, image: str, directory: str) -> None:
-    """Raises a VirtdError when it can't be made."""
+    """Raises a VirtdError if it can't be made."""
     if not re.fullmatch(NAME, name) or name.endswith(ENDINGS):
         raise errors.InvalidState(f"Cannot create {shown(name)}: that can't be a container's name")
     if not image.startswith("/") or not os.path.exists(image):
@@ -131,7 +131,7 @@ async def _make(job: Job, units: Units) -> None:
 
 
 async def clear(run: str, directory: str, units: Units, defined: Callable[[str], bool]) -> None:
-    """At a start of the daemon: remove what the last one hadn't finished making."""
+    """At a start of the daemon: remove what the last one left unfinished."""
     for name in names(run, MARK):
         mark = f"{run}/{name}{MARK}"
         try:
@@ -151,11 +151,11 @@ async def clear(run: str, directory: str, units: Units, defined: Callable[[str],
             await asyncio.to_thread(files.remove_tree, f"{place}/.{name}.new")
         aliases.remove(aliases_of(run, name))
         files.remove(mark)
-    await _sweep(directory, run)  # of one that was cut off when the host went down
+    await _sweep(directory, run)  # of one that was interrupted when the host went down
 
 
 async def _end(units: Units, unit: str) -> None:
-    """Raises TimeoutError when it can't be ended."""
+    """Raises TimeoutError if it can't be ended."""
     async with asyncio.timeout(END_LIMIT):
         with contextlib.suppress(errors.VirtdError):
             await units.kill(unit, 9, whole=True)

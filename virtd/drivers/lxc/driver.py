@@ -58,7 +58,7 @@ class Driver(GuestDriver[Container, model.Container]):
         self._peers = peers
         self._tasks: set[asyncio.Task[None]] = set()
         self._making: set[str] = set()  # containers that are being made
-        self._cleared = asyncio.Event()  # what the last daemon hadn't finished making is removed
+        self._cleared = asyncio.Event()  # set once what the last daemon left unfinished is removed
         self._cleared.set()
         table = f"{services.paths.lib}/lxc-ids.json"
         self.maps = Maps(self.objects, settings.directory, table, guests)
@@ -70,7 +70,7 @@ class Driver(GuestDriver[Container, model.Container]):
         return model.parse(text, source)
 
     def check(self, text: str, source: str) -> model.Container:
-        """IDs that the host's subuid(5) doesn't allow are refused now, and not only at the start."""
+        """IDs that the host's subuid(5) doesn't allow are refused now, not only at a start."""
         container = super().check(text, source)
         self.maps.check(container, source)
         return container

@@ -66,7 +66,7 @@ class First(NamedTuple):
 
 
 def first(words: str, pid: int) -> First | None:
-    """From the end of LXC's log; None when it doesn't say, as for exit status 0."""
+    """From the end of LXC's log; None if it doesn't say, as for exit status 0."""
     for match in reversed(list(re.finditer(ENDED, words))):
         if not pid or int(match[1]) == pid:
             number = int(match[3])
@@ -77,7 +77,7 @@ def first(words: str, pid: int) -> First | None:
 class Evidence(verdict.Evidence, frozen=True, kw_only=True):
     """The same, of a container.
 
-    `first` is what its first program is to a person, `signal` the number of the signal by which that one ended,
+    `first` is what a person calls its first program, `signal` the number of the signal that ended it,
     `lxc_killed` whether LXC itself was killed, and `host_down` whether the unit's ExecStop= has run.
     """
 

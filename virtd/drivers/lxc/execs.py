@@ -155,7 +155,7 @@ async def send(units: Units, unit: str, number: int) -> None:
 
 
 async def clear(units: Units) -> None:
-    """At a start of the daemon: forget commands that have ended and that no client asks about any more."""
+    """At a start of the daemon: forget commands that have ended and whose clients are gone."""
     for listed in await units.list(f"{PREFIX}*.service"):
         if listed.sub != "running":
             await asyncio.sleep(UNCLAIMED)

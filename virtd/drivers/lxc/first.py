@@ -23,7 +23,7 @@ def number_of(name: str) -> int:
 
 
 def status_of(pid: int) -> dict[str, str]:
-    """The fields of /proc/PID/status; none when it has ended."""
+    """The fields of /proc/PID/status; none if it has ended."""
     try:
         with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
             return {key: value.strip() for key, _, value in (line.partition(":") for line in file)}
@@ -32,7 +32,7 @@ def status_of(pid: int) -> dict[str, str]:
 
 
 def children_of(pid: int) -> list[int]:
-    """The children of a process that has one thread; none when it has ended."""
+    """The children of a process that has one thread; none if it has ended."""
     try:
         with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
             return [int(word) for word in file.read().split()]
@@ -43,19 +43,19 @@ def children_of(pid: int) -> list[int]:
 def is_first(pid: int, monitor: int) -> bool:
     """Whether `pid` is a child of LXC's monitor, and the first process of its PID namespace.
 
-    Nothing that is written into a log can make another process of the host look like one.
+    Nothing written into a log can make another process of the host pass for one.
     """
     fields = status_of(pid)
     return fields.get("PPid") == str(monitor) and fields.get("NSpid", "").split()[-1:] == ["1"]
 
 
 def find(monitor: int) -> int:
-    """The first program of the container that `monitor` runs; 0 when there is none."""
+    """The first program of the container that `monitor` runs; 0 if there is none."""
     return next((pid for pid in children_of(monitor) if is_first(pid, monitor)), 0)
 
 
 def send(init: Init | None, name: str, container: str) -> None:
-    """Send it a signal by its name. Raises InvalidState when it doesn't run, HostError."""
+    """Send it a signal by its name. Raises InvalidState if it doesn't run, HostError."""
     number = number_of(name)
     pidfd = process.open_pidfd(init.pid, init.start) if init is not None else None
     if pidfd is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What containers have that nobody else may have at the same time: see objects/conflicts.py."""
+"""What containers hold exclusively: see objects/conflicts.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def to_start(container: model.Container, uuid: str, bridge_of: Callable[[str], str]) -> Iterator[Holding]:
-    """What it is about to have, except for a volume, which the storage driver looks after."""
+    """What it is about to hold, except for a volume, which the storage driver checks."""
     for path, (dev, ino) in disks(container):
         yield Holding(Kind.IMAGE, (dev, ino), "device", path)
     yield from _cards(container, uuid, bridge_of)
@@ -53,7 +53,7 @@ def defined(container: model.Container, uuid: str, bridge_of: Callable[[str], st
 
 
 def running(container: Container, bridge_of: Callable[[str], str]) -> Iterator[Holding]:
-    """What one that runs has, by its record."""
+    """What a running container holds, by its record."""
     kept = container.kept
     for image in kept.images:
         yield Holding(Kind.IMAGE, (image.dev, image.ino), shared=not image.writes)

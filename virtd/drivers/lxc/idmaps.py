@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Which user and group IDs of the host a container has: whole ranges, none shared by two containers.
 
-Definitions, owners of root file systems, and containers that run or are being started or made: all of them are looked
-at and a range is taken in one step, which nothing can interrupt, since the event loop has one thread. A range that
-was chosen for a container stays its own, in a table in /var/lib/virtd that is written before the range is used.
+A range is chosen, after looking at definitions, owners of root file systems, and containers that run or are being
+started or made, in one step that nothing can interrupt, since the event loop has one thread. A range that was
+chosen for a container stays its own, in a table in /var/lib/virtd that is written before the range is used.
 Containers that share a root file system, which nobody does by accident, share its IDs.
 """
 
@@ -118,7 +118,7 @@ class Maps:
         self._reserved.pop(name, None)
 
     def _own(self, container: Container) -> model.IdMap:
-        """What was chosen for it before, or is chosen now, and then put on record first."""
+        """The range chosen for it earlier, or a new one, which is recorded first."""
         claims = self.claims(container.name)
         table = self._load()
         if kept := table.ids.get(container.uuid):

@@ -114,7 +114,7 @@ def freeze(group: str, *, on: bool) -> None:
 
 
 def _read(path: str) -> str:
-    """ "" when there is none: it has ended."""
+    """ "" if there is none: it has ended."""
     try:
         with open(path, encoding="ascii") as file:
             return file.read().strip()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a container's record says besides what every guest's does, typed.
+"""What a container's record says beyond what every guest's does, typed.
 
 A record may be damaged, or another version's: a value that isn't of its type counts as absent, and such a row of a
 table is left out.
@@ -63,7 +63,7 @@ class Kept:
 
     @property
     def root(self) -> str:
-        """The directory of the root file system; "" when it isn't known."""
+        """The directory of the root file system; "" if it isn't known."""
         return self._value("root", str) or ""
 
     @property

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a person can do to a container that runs. Each is put on record before it is carried out."""
+"""The operations on a running container. Each is recorded before it is carried out."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ async def kill(container: Container, number: int, by: str) -> bool:
 
 
 async def freeze(container: Container, by: str) -> bool:
-    """Stop all its processes where they are. False if they were stopped."""
+    """Freeze all its processes. False if they were frozen."""
     async with container.exclusive("freeze"):
         require("freeze", container.name, container.state, container.noun)
         if container.state is State.PAUSED:
@@ -96,7 +96,7 @@ async def freeze(container: Container, by: str) -> bool:
 
 
 async def thaw(container: Container, by: str) -> bool:
-    """Let its processes go on. False if they weren't stopped."""
+    """Thaw all its processes. False if they weren't frozen."""
     async with container.exclusive("thaw"):
         require("thaw", container.name, container.state, container.noun)
         if container.state is not State.PAUSED:
@@ -149,7 +149,7 @@ async def finish(container: Container) -> None:
 
 
 def _halt(container: Container) -> str:
-    """The signal that asks it to end. Raises InvalidState when there is none of that name."""
+    """The signal that asks it to end. Raises InvalidState if there is none of that name."""
     name = container.kept.halt
     number_of(name)
     return name

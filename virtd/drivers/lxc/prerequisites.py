@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the LXC driver must know of the host: programs, limits, and what a root file system holds."""
+"""What the LXC driver must know about the host: programs, limits, and what a root file system holds."""
 
 from __future__ import annotations
 

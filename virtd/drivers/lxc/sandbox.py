@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The unit that a container runs in: what LXC may see and do, and so what a container could that breaks out of it.
+"""The unit that a container runs in: what LXC may see and do, and thus what a container could if it broke out.
 
 Names and types of the properties: org.freedesktop.systemd1(5); what they mean: systemd.exec(5). What would hinder the
 container is left out: NoNewPrivileges= (it could have no sudo), ProtectProc= and ProtectKernelTunables= (the kernel

@@ -2,8 +2,8 @@
 """Why a guest ended, put together from its unit, QEMU's own words and events, and what was asked of it.
 
 Whatever the guest did before, and whether or not virtd was running, a QEMU with the trace backend "log" (Debian's,
-and what upstream builds by default) writes to stderr what ends it: `qemu_system_shutdown_request reason=6`. Of one
-without it (Fedora's and RHEL's have "dtrace" only) there are the exit status, and its events while somebody listens.
+and what upstream builds by default) writes to stderr what ends it: `qemu_system_shutdown_request reason=6`. One
+without it (Fedora's and RHEL's have "dtrace" only) shows its exit status, and its events while somebody listens.
 Events aren't kept in a file, as they once were: a guest can make 5 MB of them a second.
 """
 
@@ -204,7 +204,7 @@ def evidence(
 
 
 def how(unit: UnitState | None) -> str:
-    """How a process ended of which nothing else is known."""
+    """How a process ended about which nothing else is known."""
     if (killer := verdict.fatal_signal(unit)) is not None:
         return f"was killed by {killer}"
     return "ended at once" if unit is None else f"exited with status {unit.exec_status}"

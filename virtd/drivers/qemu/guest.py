@@ -87,7 +87,7 @@ class QemuGuest(Guest[model.Domain]):
         return Standstill(self)
 
     def note(self, state: StrEnum, reason: str, **changes: Unpack[Details]) -> None:
-        """See Persistent. A guest that is no longer paused doesn't stand still either."""
+        """See Persistent. A guest that is no longer paused no longer stands still."""
         if state is not State.PAUSED and STANDSTILL in self.data:
             changes["data"] = self.standstill.resumed(changes.get("data", self.data))
         super().note(state, reason, **changes)
@@ -216,7 +216,7 @@ class QemuGuest(Guest[model.Domain]):
     async def attach(self, limit: float) -> None:
         """Connect the monitor of a running guest, and ask for its state.
 
-        A failure is a problem of the guest, and nothing worse.
+        A failure is reported as a problem of the guest.
         """
         async with self._linking:
             if self.monitor is None or self.monitor.link is not Link.CONNECTED:

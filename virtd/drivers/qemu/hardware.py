@@ -2,9 +2,10 @@
 """The hardware that a guest sees, on record beside its definition: the same at every start until a person asks for
 newer.
 
-`/var/lib/virtd/qemu/NAME.json` has the machine type by its versioned name ("pc-q35-10.0", because "q35" means another
-one with each QEMU), the CPU, the uuid, and the identity and address of each device. It is written before a guest may
-run; at its first start only once QEMU has answered, and until then the record in /run has what is known.
+`/var/lib/virtd/qemu/NAME.json` has the machine type by its versioned name ("pc-q35-10.0", because "q35" means a
+different one with each QEMU), the CPU, the uuid, and the identity and address of each device. It is
+written before a guest may run; at its first start only once QEMU has answered, and until then the record in /run has
+what is known.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def read(path: str) -> Hardware | None:
 
 
 def write(path: str, hardware: Hardware) -> None:
-    """Put it on record. Raises HostError; what was on record before then stays."""
+    """Record it. Raises HostError, and then leaves the record as it was."""
     try:
         files.make_directory(os.path.dirname(path), 0o700)
     except OSError as exc:

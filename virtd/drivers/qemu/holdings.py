@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What domains hold for themselves alone: see objects.conflicts."""
+"""What domains hold exclusively: see objects.conflicts."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Kept:
 
     def __init__(self, machine: Owner) -> None:
         self._machine = machine
-        self._read: tuple[str, Hardware | None] | None = None  # by uuid: what the file has
+        self._read: tuple[str, Hardware | None] | None = None  # by uuid: what the file says
         self._placed: tuple[Domain, Hardware | None, list[Placed]] | None = None
 
     @property
@@ -87,7 +87,7 @@ class Kept:
         return None
 
     def keep(self, found: Hardware) -> None:
-        """Put it on record, unless it already is. Raises HostError."""
+        """Record it, unless it already is. Raises HostError."""
         with contextlib.suppress(errors.HostError):
             if self.on_record() == found:
                 return
@@ -95,7 +95,7 @@ class Kept:
         self._read = (found.uuid, found)
 
     def restore(self) -> bool:
-        """Put on record again what the guest runs with; whether that succeeded."""
+        """Record again what the guest runs with; returns whether that succeeded."""
         with contextlib.suppress(errors.HostError):
             if (found := self.running) is not None:
                 self.keep(found)
@@ -106,7 +106,7 @@ class Kept:
         """Let the next start ask QEMU again. False if it would anyway. Raises HostError."""
         try:
             found = self.read_again()
-        except errors.HostError:  # unreadable, so of no use to anybody
+        except errors.HostError:  # unreadable, so useless
             found = self.running
             if found is None:
                 self.forget()

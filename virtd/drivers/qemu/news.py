@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 CHANGES, CHANGES_RATE = 20, 1.0  # changes of state at once, and a second
 REBOOTS, REBOOTS_RATE = 5, 1 / 60  # lines in the journal about reboots
 CATCH_UP = 1.0  # seconds from a change beyond the limit until the state is asked for
-STANDSTILL = "standstill"  # in a record's data, and among problems; see standstill.py
-LOST = "lost files"  # in a record's data, and among problems; see openfiles.py
+STANDSTILL = "standstill"  # a key of a record's data, and of problems; see standstill.py
+LOST = "lost files"  # a key of a record's data, and of problems; see openfiles.py
 DISK, PANIC, INTERNAL, WATCHDOG = "io-error", "guest-panicked", "internal-error", "watchdog"
 STANDSTILLS = frozenset({DISK, PANIC, INTERNAL, WATCHDOG})  # values of query-status
 OF_THE_END = frozenset({"SHUTDOWN", "RESET", "POWERDOWN", "GUEST_PANICKED"})

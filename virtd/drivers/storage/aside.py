@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""File system work beside the event loop: a server that doesn't answer blocks a thread, and nothing else."""
+"""File system work outside the event loop: a server that doesn't answer blocks a thread, and nothing else."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Work(Generic[T]):
 class Aside:
     """Runs functions for one pool, each in a thread of its own.
 
-    While one of them hangs in the kernel no other is started: a dead server must not cost a thread for each question.
+    While one of them hangs in the kernel no other is started: a dead server must not use up a thread per question.
     """
 
     def __init__(self, what: str) -> None:

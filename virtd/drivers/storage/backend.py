@@ -35,7 +35,7 @@ class Capacity(msgspec.Struct, frozen=True):
 
 
 class Backing(msgspec.Struct, frozen=True):
-    """The volume that another one stands on."""
+    """The volume that another one is based on."""
 
     pool: str
     volume: str
@@ -43,7 +43,7 @@ class Backing(msgspec.Struct, frozen=True):
 
 
 class Meta(msgspec.Struct, frozen=True):
-    """What virtd has on record of a volume, which the volume itself can't be trusted to say.
+    """What virtd has on record about a volume, which the volume itself can't be trusted to say.
 
     `format` is None until somebody says. `job`: which one made it, so that a repeated commit is recognised.
     `damaged`: why it must not be used.
@@ -57,7 +57,7 @@ class Meta(msgspec.Struct, frozen=True):
 
 
 class Volume(msgspec.Struct, frozen=True):
-    """A volume as a listing shows it. `capacity`: what a guest sees, None when that isn't known."""
+    """A volume as a listing shows it. `capacity`: what a guest sees, None if that isn't known."""
 
     name: str
     path: str
@@ -79,7 +79,7 @@ class Backend(Protocol):
         """The pool's mount unit, or ""."""
 
     async def build(self) -> bool:
-        """Make the directory that the pool is in; False if it exists. Raises InvalidState when only a person can."""
+        """Make the directory that the pool is in; False if it exists. Raises InvalidState if only a person can."""
 
     async def start(self) -> None:
         """Make the pool usable. Idempotent; a failure leaves everything as it was."""
@@ -106,10 +106,10 @@ class Backend(Protocol):
         """The path of the unfinished volume."""
 
     async def free(self, name: str) -> None:
-        """Raises Exists when the name is taken."""
+        """Raises Exists if the name is taken."""
 
     async def reflink(self, source: Volume, job: str) -> bool:
-        """Have the unfinished volume share the blocks of a file; False where that isn't possible."""
+        """Have the unfinished volume share the blocks of a file; False if that isn't possible."""
 
     async def header(self, volume: Volume) -> Header:
         """A qcow2 volume's own header. Raises InvalidState."""
@@ -127,13 +127,13 @@ class Backend(Protocol):
         """Remove what `stale` lists: what was removed."""
 
     async def grow(self, volume: Volume, size: int) -> None:
-        """Change the size of a raw volume, also to a smaller one."""
+        """Change the size of a raw volume, up or down."""
 
     async def lend(self, volume: Volume) -> None:
         """Let the guests' user write to the volume, for a job."""
 
     async def take(self, name: str) -> None:
-        """Give the volume to root, again or for the first time. Idempotent."""
+        """Make root the volume's owner. Idempotent."""
 
     async def describe(self, name: str, meta: Meta) -> None:
         """Write the record of volume `name`."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What volumes stand on, and what stands on them."""
+"""Chains of backing volumes: what a volume is based on, and what is based on it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Link(NamedTuple):
 
     @property
     def format(self) -> Format:
-        """Raises InvalidState when it isn't known."""
+        """Raises InvalidState if it isn't known."""
         return self._known_format()
 
     def _known_format(self) -> Format:
@@ -50,7 +50,7 @@ class Link(NamedTuple):
         )
 
     def require_usable(self) -> None:
-        """Raise InvalidState when its format isn't known, or it is damaged."""
+        """Raise InvalidState if its format isn't known, or it is damaged."""
         self._known_format()
         if trouble := self.volume.trouble:
             raise errors.InvalidState(f"Volume {self.volume.name} of pool {self.pool.name} can't be used: {trouble}")
@@ -65,7 +65,7 @@ class Link(NamedTuple):
 
 
 async def chain(pools: Pools, pool: StoragePool, volume: Volume) -> list[Link]:
-    """The volume and all that it stands on, from virtd's own records; images aren't believed."""
+    """The volume and its backing volumes, from virtd's own records; images aren't believed."""
     found = [Link(pool, volume)]
     while (backing := found[-1].volume.meta.backing) is not None:
         if len(found) > DEPTH:
@@ -89,7 +89,7 @@ def require_format(links: Sequence[Link]) -> None:
 
 
 async def dependents(pools: Pools, jobs: Jobs, pool: str, volume: str) -> list[tuple[str, str]]:
-    """The volumes, in all active pools, that stand directly on this one."""
+    """The volumes, in all active pools, that are based directly on this one."""
     found = []
     for other in sorted(pools.active, key=lambda other: other.name):
         for candidate in (await other.backend.volumes()).values():

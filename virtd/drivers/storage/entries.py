@@ -101,7 +101,7 @@ class Entries:
             return Meta(), f"{self._place.path}/{record(name)} can't be read: {exc}"
 
     def require_free(self, name: str) -> None:
-        """Raise Exists when the name is taken, by anything in the directory."""
+        """Raise Exists if the name is taken, by anything in the directory."""
         with self._place.open() as top:
             if exists(name, top):
                 raise self.taken(name)

@@ -31,7 +31,7 @@ class Filesystem(Directory):
     def __init__(self, pool: model.Pool, uid: int, gid: int, units: Callable[[], Awaitable[Units]]) -> None:
         super().__init__(pool, uid, gid)
         self._units = units
-        self._source = pool.source or ""  # which no definition of this type lacks
+        self._source = pool.source or ""  # present in every definition of this type
 
     @property
     def mount(self) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Images that virtd knows nothing about yet: foreign ones, and uploads."""
+"""Images that virtd knows nothing about yet: others' files, and uploads."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Foreign(NamedTuple):
 
 @contextlib.asynccontextmanager
 async def looked(file: str, told_format: str | None, *, probe: bool) -> AsyncIterator[Foreign]:
-    """Open an image, and check that it can be of the format that it is said to be. It is probed only if `probe`.
+    """Open an image, and check that it can be in the format that it is said to have. It is probed only if `probe`.
 
     Its owner may be able to exchange the file, so use the descriptor and not the path afterwards.
     """
@@ -101,7 +101,7 @@ def native(found: str) -> Format:
 
 
 async def known_backing(pools: Pools, file: str, foreign: Foreign) -> Backing:
-    """The volume that a foreign image stands on. Raises InvalidState when it isn't a volume."""
+    """The volume that a foreign image is based on. Raises InvalidState if it isn't a volume."""
     path = os.path.normpath(os.path.join(os.path.dirname(foreign.path), foreign.backing))
     for pool in pools.active:
         if os.path.dirname(path) != pool.present.path:
@@ -148,7 +148,7 @@ async def open_whole(backend: Backend, volume: Volume) -> int:
 
 
 async def received(pools: Pools, backend: Backend, job: str, task: Task) -> tuple[Meta, str]:
-    """The record and the path of a complete upload. Raises InvalidState when it isn't what it was said to be."""
+    """The record and the path of a complete upload. Raises InvalidState if it isn't what it was said to be."""
     meta = task.meta or Meta()
     path = backend.begun(job, task.volume)
     if path.startswith("/dev/"):

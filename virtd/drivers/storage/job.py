@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One job: a child that works on a volume, and goes on whatever happens to the daemon. What there is of one that is
+"""One job: a child that works on a volume, whatever happens to the daemon. What exists of one that is
 
     starting   nothing, or what `Backend.sweep` removes
     running    record, slots and unit: adopted by the next daemon
@@ -70,7 +70,7 @@ class Job:
         self.child: Child | None = None
         self.over = asyncio.Event()
         self.problems: dict[str, Problem] = {}
-        self.result = ""  # what a tool wrote
+        self.result = ""  # what a tool wrote to stdout
         self._tasks = Tasks(name, self.problems)
 
     @property
@@ -188,7 +188,7 @@ class Job:
     # Its end
 
     async def cancel(self, by: str) -> bool:
-        """End it; False when it has ended already."""
+        """End it; False if it has ended already."""
         if not self.alive:
             return False
         self.save(self.state, msgspec.structs.replace(self.data, cancelled=by))
@@ -240,7 +240,7 @@ class Job:
         self.shared.published(self)
 
     async def put_away(self) -> None:
-        """What a child that has ended leaves, and its logs. What can't be done now is done later. Repeatable."""
+        """Put away what an ended child leaves, and its logs. What can't be done now is done later. Repeatable."""
         child = self.child or Child(self.shared.services, DRIVER, self.name)
         self.child = None
         if left := await self._clear(child):

@@ -55,7 +55,7 @@ def logged(paths: Paths) -> set[str]:
 
 
 def tail(path: str, most: int) -> bytes:
-    """The last `most` bytes of a file; none when it can't be read."""
+    """The last `most` bytes of a file; none if it can't be read."""
     try:
         return untrusted.tail(path, most)
     except OSError:

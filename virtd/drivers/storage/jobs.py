@@ -130,7 +130,7 @@ class Jobs:
         return job.result
 
     def forget(self, job: Job) -> None:
-        """Drop a verdict that is kept no longer, or a job that never began."""
+        """Drop a verdict that is no longer kept, or a job that never began."""
         self._jobs.pop(job.name, None)
         job.forget()
 
@@ -153,7 +153,7 @@ class Jobs:
         self._jobs[record.name] = Job.of(self._shared, record)
 
     async def reconcile(self, job: Job) -> str:
-        """What became of it: "adopted", "ended", or "" if it was over, or isn't known yet."""
+        """Find out what became of it: "adopted", "ended", or "" if it was over, or isn't known yet."""
         try:
             result = await job.reconcile()
             if job.state is State.WAITING and await self._is_committed(job):
@@ -174,7 +174,7 @@ class Jobs:
     async def clear_strangers(self) -> list[str]:
         """End and put away jobs that have no record: their names.
 
-        They were cut off before they had one, or it was lost. A leftover does more harm than a result is worth.
+        They were interrupted before they had one, or it was lost. A leftover does more harm than a result is worth.
         """
         known = {job.name for job in self if not job.over.is_set()}
         units = await self._services.units()

@@ -162,7 +162,7 @@ class Making:
     async def adopt(
         self, pool_name: str, name: str, *, source_format: str | None, probe: bool, token: str = "", by: str
     ) -> Answer:
-        """Put on record the format of a file that somebody has put into the pool."""
+        """Record the format of a file that somebody has put into the pool."""
         pool, volume = await self._volumes.find(pool_name, name)
         if (known := self._volumes.repeated(pool, name, token)) is not None:
             return known

@@ -68,7 +68,7 @@ class MountPoint:
         return f"{stood.mountpoint}, which pool {self._pool.name} ({self._pool.path}) was on, isn't mounted"
 
     def remember(self) -> None:
-        """Put on record where the pool is, now that it is active."""
+        """Record where the pool is, now that it is active."""
         there = mounts.table()
         mountpoint = next((where for where in above(os.path.realpath(self._pool.path)) if where in there), "")
         stood = Stood(self._pool.path, mountpoint)

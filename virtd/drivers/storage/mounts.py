@@ -30,7 +30,7 @@ def table() -> dict[str, str]:
 
 
 def mounted(path: str) -> str | None:
-    """What is mounted at `path`; None when nothing is."""
+    """What is mounted at `path`; None if nothing is."""
     return table().get(path)
 
 
@@ -100,7 +100,7 @@ def _read_words(unit: str) -> str:
 
 
 async def unmount(units: Units, where: str) -> None:
-    """Raises HostError when something is still open there."""
+    """Raises HostError if something is still open there."""
     try:
         await units.stop(mount_unit(where), timeout=LIMIT)
     except errors.HostError as exc:

@@ -55,13 +55,13 @@ class Place:
                 raise self.refused("Cannot write to", exc) from exc
 
     def look(self) -> None:
-        """Raise HostError when the pool's directory can't be used."""
+        """Raise HostError if the pool's directory can't be used."""
         with self.open():
             pass
 
     @contextlib.contextmanager
     def open(self) -> Iterator[int]:
-        """The pool's directory, checked: it is a directory, and belongs to nobody but us. Raises HostError."""
+        """The pool's directory, checked: it is a directory, and belongs to our own user. Raises HostError."""
         path, hint = self.path, do("build", "pool", self.pool.name) + " makes it."
         try:
             if os.path.islink(path):
@@ -124,7 +124,7 @@ def same(one: str, other: str, top: int) -> bool:
 
 
 def listed(path: str, top: int) -> list[str]:
-    """The names in a directory below `top`, sorted; none when it doesn't exist."""
+    """The names in a directory below `top`, sorted; none if it doesn't exist."""
     try:
         with opened_at(path, _DIRECTORY, top) as fd:
             return sorted(os.listdir(fd))

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LOST = "lost"  # among problems, and in the record's data
+LOST = "lost"  # a key of problems, and of the record's data
 PATIENCE = 120.0  # seconds that an operation waits for another: a mount may take its time
 
 
@@ -93,7 +93,7 @@ class StoragePool(Persistent):
             self._say_lost(str(lost))
 
     def seen(self, lost: str) -> None:
-        """Remember why it can't be used though it is active, or that it can (""), for the next daemon as well."""
+        """Remember, also for the next daemon, why it can't be used though it is active; "": it can."""
         if not self.active or self.record is None:
             return
         if self.record.data.get(LOST, "") != lost:
@@ -111,7 +111,7 @@ class StoragePool(Persistent):
         )
 
     def parsed(self, _text: str) -> model.Pool | None:
-        """Pools are few: each start reads their definitions anew."""
+        """Pools are few: each start rereads their definitions."""
         return None
 
     @property
@@ -157,7 +157,7 @@ class StoragePool(Persistent):
         return self._turns.take(what)
 
     def _begin(self, state: Activity, reason: str, definition: str) -> None:
-        """Put on record what is about to be done. Raises HostError; everything is then as before."""
+        """Record what is about to be done. Raises HostError, and changes nothing then."""
         record = Record(
             driver=DRIVER, name=self.name, uuid=self.uuid, state=state.value, reason=reason, since=now(),
             boot_id=self.shared.boot_id, data={"definition": definition},
@@ -174,7 +174,7 @@ class StoragePool(Persistent):
                 return False
             text = self.definition_text or self._text()
             backend = self.backend
-            # On record first: the next daemon finishes, or undoes, what a crash leaves.
+            # Recorded first: the next daemon finishes, or undoes, what a crash leaves.
             self._begin(Activity.STARTING, f"being started by {by}", text)
             try:
                 await backend.start()
@@ -212,7 +212,7 @@ class StoragePool(Persistent):
             return True
 
     async def recover(self) -> str:
-        """After the daemon's start: finish, or undo, what a crash cut off: "adopted" or "rolled_back"."""
+        """After the daemon's start: finish, or undo, what a crash interrupted: "adopted" or "rolled_back"."""
         if not await self.backend.lost():
             if self.state is Activity.STARTING:
                 await self.backend.start()  # makes whatever is still missing

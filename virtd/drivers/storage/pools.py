@@ -96,7 +96,7 @@ class Pools(Inventory[StoragePool, model.Pool]):
                     hint="Stop it first: " + do("stop", "pool", pool.name) + ". Its volumes stay where they are.",
                 )
             files.remove(pool.source)
-            with contextlib.suppress(errors.HostError):  # left without a pool it does no harm
+            with contextlib.suppress(errors.HostError):  # harmless without a pool
                 files.remove(self._services.paths.mountpoint(pool.name))
             self.forget(pool.name)
 
@@ -112,7 +112,7 @@ class Pools(Inventory[StoragePool, model.Pool]):
     # Looking at them
 
     async def recover(self) -> None:
-        """Finish, or undo, the starts and stops that a crash cut off."""
+        """Finish, or undo, the starts and stops that a crash interrupted."""
         for pool in [pool for pool in self.pools.values() if pool.in_doubt]:
             try:
                 getattr(self.found, await pool.recover()).append(pool.name)

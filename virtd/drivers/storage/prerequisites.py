@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the storage driver must know of the host: the guests' user, and programs."""
+"""What the storage driver must know about the host: the guests' user, and programs."""
 
 from __future__ import annotations
 
