@@ -33,8 +33,8 @@ UNITS_LIMIT = 20.0  # seconds that an operation waits for D-Bus to be connected 
 HANG_LIMIT = 80.0  # and so much longer if the bus is connected but hangs, see bus.PATIENCE
 HUNG = 5.0  # seconds to connect, after which the bus counts as hanging
 HANGING = (
-    "D-Bus hangs: it takes connections and doesn't answer",
-    "Operations wait for it, usually less than a minute. What helps for good: virtd(8), under systemd-machined.",
+    "D-Bus hangs: it accepts connections but doesn't answer",
+    "Operations wait for it, usually less than a minute. To prevent it, see systemd-machined in virtd(8).",
 )
 
 
@@ -110,7 +110,9 @@ class Connections:
                 await connected(self._units, first)
                 if first and lost.is_set():
                     # This process would never retry what failed then.
-                    log.warning("The bus was lost while guests were taken back: the next daemon does it again")
+                    log.warning(
+                        "The bus was lost while guests were being recovered: the next daemon will do that again"
+                    )
                     give_way()
                 first = False
                 machines = self._machined(host, self._units)

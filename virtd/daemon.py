@@ -141,7 +141,7 @@ class Daemon:
             # Perhaps those of a newer virtd, before a rollback. They are as safe as our own, and not ours to touch.
             self.host.degraded.append(f"the FD store holds what this version doesn't know: {', '.join(stray)}")
         if not self._store.persistent:
-            self.host.degraded.append("not run by systemd: nothing is kept over a restart")
+            self.host.degraded.append("not run by systemd: nothing is kept across a restart")
         elif not self._knows_store:
             self.host.degraded.append(
                 "systemd is older than 254: it drops the FD store when virtd is stopped (a restart keeps it)"
@@ -262,7 +262,7 @@ class Daemon:
         try:
             self._store.notify(plain(text))
         except fdstore.NotifyFailed as exc:
-            log.warning("systemd doesn't take %r: %s", text.partition("\n")[0], exc)
+            log.warning("systemd doesn't accept %r: %s", text.partition("\n")[0], exc)
 
     def _task(self, work: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.create_task(work(), name=work.__name__.strip("_"))

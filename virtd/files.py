@@ -137,7 +137,7 @@ def sync(directory: str) -> None:
         finally:
             os.close(fd)
     except OSError as exc:
-        log.warning("%s may not outlive a power cut: %s", directory, exc.strerror)
+        log.warning("%s may not survive a power cut: %s", directory, exc.strerror)
 
 
 def hint(exc: OSError) -> str:

@@ -197,10 +197,10 @@ def _others(here: int, directory: str, name: str, entry: os.stat_result) -> Othe
     status = os.fstat(here)
     ours = (0, os.geteuid())
     if user := _mounted_by(status, entry):
-        text = f"{directory.rstrip('/')}/{name} is a file system of user {user}'s, who could exchange what is in it"
+        text = f"{directory.rstrip('/')}/{name} is a file system of user {user}, who could replace what is in it"
         return Others(user, errors.HostError(text, hint="Use a file elsewhere."))
     if status.st_uid not in ours:
-        text = f"{directory} belongs to user {status.st_uid}, who could exchange {name} in it"
+        text = f"{directory} belongs to user {status.st_uid}, who could replace {name} in it"
         hint = f"Only root may write there: chown root {word(directory)}; or use a file elsewhere."
         user = EVERYBODY if status.st_mode & (_OTHERS | _GROUP) else status.st_uid
         return Others(user, errors.HostError(text, hint=hint))
@@ -215,7 +215,7 @@ def _others(here: int, directory: str, name: str, entry: os.stat_result) -> Othe
     alone = bool(status.st_mode & stat.S_ISVTX) and (stat.S_ISDIR(entry.st_mode) or entry.st_nlink == 1)
     if alone and entry.st_uid in ours:
         return None
-    text = f"{directory} can be written by {who}, who could exchange {name} in it"
+    text = f"{directory} can be written by {who}, who could replace {name} in it"
     hint = f"Only root may write there: {what}; or use a file elsewhere."
     return Others(entry.st_uid if alone else EVERYBODY, errors.HostError(text, hint=hint))
 

@@ -36,6 +36,6 @@ class Sparing:
             self._kept_back += 1
             return
         if self._kept_back:
-            text, values = text + " (%d more like this were kept back)", (*values, self._kept_back)
+            text, values = text + " (%d more like this were suppressed)", (*values, self._kept_back)
             self._kept_back = 0
         self._log.log(level, text, *values, exc_info=exc_info)

@@ -63,7 +63,7 @@ def read_open(fd: int, path: str, limit: int) -> bytes:
     while len(found) <= limit >= size and (chunk := os.read(fd, limit + 1 - len(found))):
         found += chunk
     if max(size, len(found)) > limit:
-        raise Unfit(errno.EFBIG, f"it has {max(size, len(found))} bytes, and {limit} are the most", path)
+        raise Unfit(errno.EFBIG, f"it has {max(size, len(found))} bytes; at most {limit} are allowed", path)
     return bytes(found)
 
 
@@ -95,7 +95,7 @@ def connect(path: str, pid: int, start: int, *, dir_fd: int | None = None) -> so
         try:
             connection.connect(f"/proc/self/fd/{where}")
             if (peer := listener(connection)) != pid or not process.alive(pid, start):
-                raise Unfit(errno.EACCES, f"process {peer} listens there, and not {pid}", path)
+                raise Unfit(errno.EACCES, f"process {peer} listens there, not {pid}", path)
         except BaseException:
             connection.close()
             raise

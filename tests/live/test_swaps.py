@@ -107,7 +107,7 @@ def test_swapped_before_the_start(lab: Lab, mallory: str, key: str, path: str) -
         for _ in range(5):
             refused = lab.virtdctl("start", "hers", check=False)
             assert refused.returncode == 1, lab.sh(f"stat {SECRET}")
-            assert "could exchange" in refused.stderr or "no such file" in refused.stderr, refused.stderr
+            assert "could replace" in refused.stderr or "no such file" in refused.stderr, refused.stderr
             assert lab.info("hers")["state"] == "stopped"
     assert "chown root" in refused.stderr or "no such file" in refused.stderr
 
@@ -156,7 +156,7 @@ def test_a_sticky_directory(lab: Lab, mallory: str) -> None:
                 lab.virtdctl("start", "mine")
                 lab.virtdctl("stop", "mine")
         assert lab.sh("stat -c '%u %F' /tmp/mine.raw").strip() == "0 regular file"
-        assert "could exchange" in lab.virtdctl("start", "hers", check=False).stderr
+        assert "could replace" in lab.virtdctl("start", "hers", check=False).stderr
     finally:
         lab.sh("rm -f /tmp/mine.raw* /tmp/hers.raw")
     assert mallory

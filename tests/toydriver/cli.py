@@ -10,7 +10,7 @@ from virtd.cli import console, domains, log, show
 MODULE = "tests.toydriver.cli"
 COMMANDS = {
     "list": (MODULE, "Toys", "", "List toys with their state", "list toys"),
-    "info": (MODULE, "Toys", "NAME", "Show all about one toy", "show {name}"),
+    "info": (MODULE, "Toys", "NAME", "Show everything about one toy", "show {name}"),
     "start": (MODULE, "Toys", "NAME...", "Start toys", ""),
     "stop": (MODULE, "Toys", "NAME...", "End toys at once", ""),
     "console": (MODULE, "Toys", "NAME", "Connect to a toy's console", "open the console of {name}"),

@@ -104,7 +104,7 @@ def test_it_serves_without_systemd_and_ends_on_sigterm(paths: Paths, tmp_path: P
             status = ask(paths.socket, "org.virtd1.Status", process)["status"]
             assert (status["pid"], status["version"]) == (process.pid, __version__)
             assert status["recovered"]["objects"] == 0
-            assert "not run by systemd: nothing is kept over a restart" in status["degraded"]
+            assert "not run by systemd: nothing is kept across a restart" in status["degraded"]
             assert any(problem["object"] == "settings" for problem in status["problems"])
             assert ask(paths.socket, "org.virtd1.List", process) == {"objects": []}
             with open(f"{paths.run}/daemon.json") as file:

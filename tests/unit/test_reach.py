@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A path is walked name by name, and ends where others could exchange what it leads to."""
+"""A path is walked name by name, and ends where others could replace what it leads to."""
 
 from __future__ import annotations
 

@@ -167,6 +167,6 @@ def caller_of(connection: socket.socket) -> Caller:
 
 
 _BUSY = errors.Busy(
-    "There are too many connections of users without rights, or too many a second", hint="Try again in a moment."
+    "Unprivileged users have too many connections, or open too many a second", hint="Try again in a moment."
 )
 _FULL = wire.encode({"error": f"{ERRORS}.Busy", "parameters": _BUSY.fields()}) + b"\0"

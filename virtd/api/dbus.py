@@ -120,7 +120,7 @@ class Server:
             if not self._bus.closed:
                 await self._bus.flush(timeout=GRACE)
         except errors.VirtdError as exc:
-            log.debug("The end on D-Bus was not a clean one: %s", exc)
+            log.debug("Leaving D-Bus failed: %s", exc)
 
     # Calls
 
@@ -134,7 +134,7 @@ class Server:
 
     def _refuse(self, message: Any) -> None:
         """In GDBus's thread."""
-        text = "There are too many calls of users without rights, or this one is too large"
+        text = "Unprivileged users have too many calls under way, or this one is too large"
         self._bus.send(message.new_method_error_literal(LIMITS_EXCEEDED, text))
 
     async def _answer(self, call: MethodCall) -> None:
@@ -158,11 +158,11 @@ class Server:
         except errors.VirtdError as error:
             call.error(f"{ERROR}.{kind_of(error)}", f"{error}. {error.hint}" if error.hint else str(error))
         except asyncio.CancelledError:
-            call.error(f"{ERROR}.Disconnected", "virtd is ending; the call may have had its effect all the same")
+            call.error(f"{ERROR}.Disconnected", "virtd is shutting down; the call may have taken effect nevertheless")
             raise
         except Exception:
             self._sparing.exception("A bug: %s.%s of %s failed", call.interface, call.member, call.path)
-            call.error(f"{ERROR}.VirtdError", "virtd has a bug here; its journal tells more")
+            call.error(f"{ERROR}.VirtdError", "This is a bug in virtd; see its journal")
         finally:
             turn.leave(size)
             self._door.leaves(call.sender)

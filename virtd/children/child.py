@@ -254,7 +254,7 @@ class Child:
         try:
             self.services.store.drop_prefix(f"{self.key}/")
         except fdstore.NotifyFailed as exc:
-            log.warning("The slots of %s are dropped later: %s", self.key, exc)
+            log.warning("The slots of %s will be dropped later: %s", self.key, exc)
 
 
 def sweep(services: Services) -> None:

@@ -88,7 +88,7 @@ class Connection:
             data = json.dumps(message, separators=(",", ":"), ensure_ascii=False).encode() + b"\0"
         except UnicodeEncodeError as exc:
             bad = str(exc.object)[exc.start : exc.end].encode("utf-8", "backslashreplace").decode()
-            raise VirtdError(f"What is asked for isn't UTF-8: it has {bad} in it") from exc
+            raise VirtdError(f"The request isn't UTF-8: it contains {bad}") from exc
         self._socket.settimeout(PATIENCE)
         self._socket.sendall(data)
 
@@ -152,7 +152,7 @@ def _decode(message: bytes, reply: Reply) -> Reply:
         error = fields.get("error")
     except (ValueError, AttributeError) as exc:
         reply.close()
-        raise VirtdError("virtd's answer is no Varlink message", hint=HINT) from exc
+        raise VirtdError("virtd's answer isn't a Varlink message", hint=HINT) from exc
     if error is None:
         return reply
     reply.close()
@@ -332,7 +332,7 @@ class Call:
         try:
             self._connection.send(self._method, self._parameters(self.attempt), more=self._more)
         except TimeoutError as exc:
-            raise TimedOut("virtd doesn't read what it is sent", hint=HINT) from exc
+            raise TimedOut("virtd doesn't read the request", hint=HINT) from exc
 
     def _connect(self) -> Connection:
         """Connect for the first time: this doesn't wait for a daemon that wasn't there."""
@@ -342,7 +342,7 @@ class Call:
             except BlockingIOError:
                 # The backlog is full: clients queue for a daemon that is being started.
                 if self._deadline is not None and time.monotonic() > self._deadline:
-                    raise TimedOut("virtd doesn't take connections", hint=HINT) from None
+                    raise TimedOut("virtd doesn't accept connections", hint=HINT) from None
                 time.sleep(RETRY)
             except OSError as exc:
                 raise unreachable(self._session.address, exc) from exc
@@ -356,7 +356,7 @@ class Call:
         self.close()
         if not self._repeat:
             raise Disconnected(
-                "virtd went away before it answered; this may have been done or not",
+                "virtd went away before it answered; it isn't known whether this was done",
                 hint="virtdctl info NAME shows it",
             )
         patience = self._session.patience
@@ -392,7 +392,7 @@ class Call:
         self._broken += 1
         if instance and self._broken >= BROKEN:
             raise VirtdError(
-                f"virtd breaks the connection off whenever it is asked for {self._method}",
+                f"virtd closes the connection whenever it is asked for {self._method}",
                 hint="It wasn't restarted. See: journalctl -u virtd.service",
             )
         if self._broken == 1:

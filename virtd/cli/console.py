@@ -382,7 +382,7 @@ def _escape(text: str) -> bytes | None:
         return text.encode()
     import argparse
 
-    raise argparse.ArgumentTypeError(f"'{text}' is neither one character, nor one with ^ before it, nor 'none'")
+    raise argparse.ArgumentTypeError(f"'{text}' is neither one character, nor one after ^, nor 'none'")
 
 
 def options(parser: Parser, noun: str = "domain") -> None:
@@ -394,14 +394,14 @@ def options(parser: Parser, noun: str = "domain") -> None:
         "--lines",
         metavar="N|all",
         type=line_count,
-        help="begin with the last N lines: on a terminal with one, the present prompt, else with none",
+        help="begin with the last N lines (default: one on a terminal, the current prompt, otherwise none)",
     )
     parser.add_argument(
         "--escape",
         metavar="CHAR",
         type=_escape,
         default=ESCAPE,
-        help=f"what to type to leave, {ESCAPE} unless given, or none",
+        help=f"the character to type to leave (default: {ESCAPE}), or none",
     )
     parser.add_argument(
         "--timeout",

@@ -31,14 +31,14 @@ VIRTDCTL = "virtdctl container"
 
 COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
     "list": ("container", "Containers", "", "List containers with their state", "list containers"),
-    "info": ("container", "Containers", "NAME", "Show all about one container", "show {name}"),
+    "info": ("container", "Containers", "NAME", "Show everything about one container", "show {name}"),
     "start": ("container", "Containers", "NAME...", "Start containers", ""),
     "shutdown": ("container", "Containers", "NAME...", "Ask containers to shut down, and wait until they have", ""),
     "stop": ("container", "Containers", "NAME...", "End everything in containers at once", ""),
     "kill": ("container", "Containers", "NAME...", "Send a signal to the containers' first processes", ""),
     "reboot": ("container", "Containers", "NAME...", "Ask the containers' inits to reboot", ""),
     "freeze": ("container", "Containers", "NAME...", "Stop all processes of containers where they are", ""),
-    "thaw": ("container", "Containers", "NAME...", "Let frozen containers go on", ""),
+    "thaw": ("container", "Containers", "NAME...", "Let frozen containers continue", ""),
     "wait": ("container", "Containers", "NAME", "Wait until a container is in a state", "wait for {name}"),
     "console": ("container", "Console and log", "NAME", "Connect to a container's console",
                 "open the console of {name}"),

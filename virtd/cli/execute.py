@@ -219,12 +219,17 @@ def options(parser: Parser) -> None:
         "--terminal",
         action="store_true",
         default=None,
-        help="give it a terminal; unless told, it has one when virtdctl has",
+        help="give it a terminal (default: if virtdctl has one)",
     )
     parser.add_argument("-T", "--no-terminal", dest="terminal", action="store_false", help="give it pipes")
     parser.add_argument(
-        "-n", "--no-input", action="store_true", help="read nothing of virtdctl's own input: the command has none"
+        "-n", "--no-input", action="store_true", help="don't read virtdctl's input; the command has none"
     )
     parser.add_argument(
-        "-e", "--env", metavar="NAME=VALUE", action="append", default=[], help="a variable for it; can be repeated"
+        "-e",
+        "--env",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="an environment variable; can be repeated",
     )

@@ -87,11 +87,11 @@ class Cursor:
             self._say(f"virtdctl: {why}")
         if refused and refused != self.refused:
             self._say(
-                f"virtdctl: the log can't be written at present ({refused}), so that what comes now can't be shown; "
+                f"virtdctl: the log can't be written at present ({refused}), so new output can't be shown; "
                 "see virtdctl status"
             )
         elif self.refused and not refused:
-            self._say("virtdctl: the log can be written again; what came in between may be lost")
+            self._say("virtdctl: the log can be written again; output in between may be lost")
         self.refused = refused
 
     def read(self) -> bytes:

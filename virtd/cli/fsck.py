@@ -40,7 +40,7 @@ def fsck(args: argparse.Namespace, session: Session) -> int:
         write_json(answer, args.json)
         return FAILURE if left else OK
     if not rows:
-        print(f"{plural(int(answer.get('objects') or 0), 'object')} looked at: no differences.")
+        print(f"{plural(int(answer.get('objects') or 0), 'object')} checked: no differences.")
         return OK
     shown = [(str(row.get("object") or "-"), str(row.get("kind")), _what(row), str(row.get("text"))) for row in rows]
     table(("OBJECT", "KIND", "REPAIR", "DIFFERENCE"), shown, legend=not args.no_legend)
@@ -60,12 +60,12 @@ def _summary(rows: list[dict[str, object]], left: list[dict[str, object]], *, re
     if repaired:
         return f"{found}, {len(rows) - len(left)} repaired."
     can = sum(bool(row.get("repair")) for row in left)
-    return f"{found}, {can} of which virtdctl fsck --repair can mend."
+    return f"{found}, {can} of which virtdctl fsck --repair can repair."
 
 
 def _options(parser: Parser) -> None:
     parser.add_argument(
-        "--repair", action="store_true", help="mend what can be mended without touching anything that runs"
+        "--repair", action="store_true", help="repair what can be repaired without touching anything that runs"
     )
     parser.legend()
     parser.json()

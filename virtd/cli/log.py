@@ -121,16 +121,16 @@ def _line(line: bytes, place: tuple[str | None, int], style: str, skipped: int) 
 
 def options(parser: Parser, noun: str = "domain", what: str = "QEMU itself") -> None:
     parser.name(noun)
-    parser.add_argument("-f", "--follow", action="store_true", help="go on as the guest writes, until it ends")
+    parser.add_argument("-f", "--follow", action="store_true", help="continue as the guest writes, until it ends")
     parser.add_argument(
         "-n",
         "--lines",
         metavar="N|all",
         type=line_count,
-        help=f"begin with the last N lines; all of them unless given, and {TAIL} with -f",
+        help=f"begin with the last N lines (default: all, or {TAIL} with -f)",
     )
     parser.add_argument("--qemu", "--stderr", action="store_true", help=f"show what {what} wrote to its stderr")
-    parser.add_argument("--raw", action="store_true", help="also on a terminal, every byte as it was written")
+    parser.add_argument("--raw", action="store_true", help="print every byte unchanged, also on a terminal")
     parser.json()
 
 

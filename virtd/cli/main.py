@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 # OPTIONS and RUN have the functions that add its options to the parser and that run it.
 COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
     "list": ("show", "Domains", "", "List domains with their state", "list domains"),
-    "info": ("show", "Domains", "NAME", "Show all about one domain", "show {name}"),
+    "info": ("show", "Domains", "NAME", "Show everything about one domain", "show {name}"),
     "start": ("domains", "Domains", "NAME...", "Start domains", ""),
     "shutdown": ("domains", "Domains", "NAME...", "Ask guests to power off, and wait until they have", ""),
     "stop": ("domains", "Domains", "NAME...", "Stop domains at once, as if the power were cut", ""),
     "kill": ("domains", "Domains", "NAME...", "Send a signal to the domains' QEMU processes", ""),
     "reboot": ("domains", "Domains", "NAME...", "Ask guests to shut down, and restart them", ""),
     "suspend": ("domains", "Domains", "NAME...", "Pause domains, keeping them in memory", ""),
-    "resume": ("domains", "Domains", "NAME...", "Let paused domains run on", ""),
+    "resume": ("domains", "Domains", "NAME...", "Resume paused domains", ""),
     "wait": ("show", "Domains", "NAME", "Wait until a domain is in a state", "wait for {name}"),
     "console": (
         "console",
@@ -44,7 +44,7 @@ COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
     "upgrade-machine": ("domains", "Definitions", "NAME...", "Give domains newer hardware at their next start", ""),
     "autostart": ("domains", "Definitions", "NAME...", "Start domains when the host boots, or no longer", ""),
     "status": ("show", "The daemon", "", "Show the state of virtd, and what it recovered", "get the status of virtd"),
-    "fsck": ("fsck", "The daemon", "", "Compare all that is known of each object", "compare"),
+    "fsck": ("fsck", "The daemon", "", "Check that all that is known of each object agrees", "compare"),
     "events": ("events", "The daemon", "", "Show changes of state as they happen", "follow the events"),
     "slots": ("slots", "The daemon", "[NAME]", "Show which descriptors systemd keeps for whom", "list slots"),
     "reload": ("domains", "The daemon", "", "Make virtd read the definitions again", "reload the definitions"),
@@ -88,7 +88,7 @@ def help_text(noun: str = "") -> str:
             group = its_group
         lines.append(f"  {f'{name} {arguments}':<{width}} {summary}")
     if NOUNS and not noun:
-        lines += ["", "What isn't a domain (virtdctl NOUN --help shows its commands):"]
+        lines += ["", "Other objects (virtdctl NOUN --help shows their commands):"]
         lines += [f"  {f'{name} COMMAND':<{width}} {summary}" for name, (_module, summary) in NOUNS.items()]
     return "\n".join([*lines, "", HELP_OPTIONS])
 

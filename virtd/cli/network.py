@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
     "list": ("network", "Networks", "", "List networks with their state", "list networks"),
-    "info": ("network", "Networks", "NAME", "Show all about one network", "show network {name}"),
+    "info": ("network", "Networks", "NAME", "Show everything about one network", "show network {name}"),
     "leases": ("network", "Networks", "NAME", "Show the addresses that guests have been given", "show the leases"),
     "start": ("network", "Networks", "NAME...", "Start networks, or repair them", ""),
     "stop": ("network", "Networks", "NAME...", "Stop networks that nobody uses", ""),

@@ -106,7 +106,7 @@ def duration(text: str) -> float | None:
     except (ValueError, KeyError):
         value = -1.0
     if not 0 <= value < 1e9:
-        raise argparse.ArgumentTypeError(f"'{text}' is no time span: seconds, 90s, 2min, 1h or infinity")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a duration: seconds, 90s, 2min, 1h or infinity")
     return value
 
 
@@ -115,7 +115,7 @@ def line_count(text: str) -> int:
     if text == "all":
         return -1
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"'{text}' is no number of lines, and not 'all'")
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a number of lines nor 'all'")
     return int(text)
 
 

@@ -41,10 +41,10 @@ if TYPE_CHECKING:
 
 COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
     "list": ("pool", "Pools", "", "List storage pools with their state", "list pools"),
-    "info": ("pool", "Pools", "NAME", "Show all about one pool", "show {name}"),
+    "info": ("pool", "Pools", "NAME", "Show everything about one pool", "show {name}"),
     "start": ("pool", "Pools", "NAME...", "Make pools usable", ""),
     "stop": ("pool", "Pools", "NAME...", "Take pools out of use; their volumes stay", ""),
-    "refresh": ("pool", "Pools", "NAME...", "Look again what is in pools, and remove what is unfinished", ""),
+    "refresh": ("pool", "Pools", "NAME...", "Check pools again, and remove unfinished volumes", ""),
     "build": ("pool", "Pools", "NAME...", "Make the directories of directory pools", ""),
     "define": ("pool", "Definitions", "FILE|-...", "Define pools, or change their definitions", ""),
     "undefine": ("pool", "Definitions", "NAME...", "Remove the definitions of pools", ""),

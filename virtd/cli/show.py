@@ -156,7 +156,7 @@ def _events(events: dict[str, Any] | None) -> str:
     """Empty if no events were held back."""
     if not events or not events.get("hung_up"):
         return ""
-    return f"{events['taken']} taken; hung up on {events['hung_up']} times, for there were too many"
+    return f"{events['taken']} processed; disconnected {events['hung_up']} times because there were too many"
 
 
 def text(value: object) -> str:
@@ -295,12 +295,12 @@ def _states(text: str) -> list[str]:
     states = text.split(",")
     for state in states:
         if state not in STATES:
-            raise argparse.ArgumentTypeError(f"'{state}' is no state; there are {', '.join(STATES)}")
+            raise argparse.ArgumentTypeError(f"'{state}' is not a state; there are {', '.join(STATES)}")
     return states
 
 
 def list_options(parser: Parser) -> None:
-    parser.add_argument("-a", "--all", action="store_true", help="list all that are defined, as it does anyway")
+    parser.add_argument("-a", "--all", action="store_true", help="list all (the default)")
     parser.add_argument("--running", action="store_true", help="list only those that have a process")
     parser.add_argument("--state", metavar="STATE,...", type=_states, help="list only those in one of these states")
     parser.legend()
@@ -325,7 +325,7 @@ def wait_options(parser: Parser, noun: str = "domain") -> None:
         "--timeout",
         metavar="SECONDS",
         type=duration,
-        help="fail when it isn't in that state by then; no limit unless given",
+        help="fail if it isn't in such a state by then (default: no limit)",
     )
     parser.json()
 

@@ -22,7 +22,9 @@ def slots(args: argparse.Namespace, session: Session) -> int:
         answer = call.result().parameters
     rows = [row for row in answer.get("slots") or [] if not args.name or _belongs(str(row.get("name")), args.name)]
     if args.name and not rows:
-        raise NotFound(f"No slot is kept for {args.name}", hint="virtdctl slots shows all; only what runs has slots.")
+        raise NotFound(
+            f"No slot is kept for {args.name}", hint="virtdctl slots shows all; only running objects have any."
+        )
     if args.json:
         write_json(rows, args.json)
         return OK

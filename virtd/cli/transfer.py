@@ -71,8 +71,8 @@ def _upload(args: argparse.Namespace, session: Session, source: int) -> int:
 
 def _resumable(args: argparse.Namespace, job: str) -> None:
     print(
-        f"To go on from here: virtdctl volume upload --resume {args.pool} {args.name} {args.file}\n"
-        f"To give it up: virtdctl volume cancel {job}",
+        f"To continue: virtdctl volume upload --resume {args.pool} {args.name} {args.file}\n"
+        f"To give up: virtdctl volume cancel {job}",
         file=sys.stderr,
     )
 
@@ -117,7 +117,7 @@ def _open(path: str, flags: int) -> int:
     try:
         return os.open(path, flags | os.O_CLOEXEC, 0o600)
     except OSError as exc:
-        hint = "--force overwrites it, --resume goes on with it" if exc.errno == errno.EEXIST else ""
+        hint = "--force overwrites it, --resume continues it" if exc.errno == errno.EEXIST else ""
         raise VirtdError(f"Can't open {path}: {exc.strerror}", hint=hint) from exc
 
 
@@ -196,18 +196,18 @@ def _stream(source: int, target: int, offset: int) -> None:
 def _upload_options(parser: Parser) -> None:
     volume_arguments(parser)
     parser.add_argument("file", metavar="FILE|-", help="what to upload; - reads standard input")
-    format_option(parser, "what it is, raw unless given")
+    format_option(parser, "its format (default: raw)")
     parser.add_argument(
         "--size", metavar="BYTES", type=int, help="of standard input, where a logical volume needs it"
     )
-    parser.add_argument("--resume", action="store_true", help="go on with an upload that was cut off")
+    parser.add_argument("--resume", action="store_true", help="continue an upload that was cut off")
 
 
 def _download_options(parser: Parser) -> None:
     volume_arguments(parser)
     parser.add_argument("file", metavar="FILE|-", help="where to put it; - writes to standard output")
     parser.add_argument("--force", action="store_true", help="overwrite the file")
-    parser.add_argument("--resume", action="store_true", help="go on with a download that was cut off")
+    parser.add_argument("--resume", action="store_true", help="continue a download that was cut off")
 
 
 OPTIONS: dict[str, Callable[[Parser], None]] = {"upload": _upload_options, "download": _download_options}

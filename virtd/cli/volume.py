@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
     "list": ("volume", "Volumes", "POOL", "List the volumes of a pool", "list the volumes of {pool}"),
-    "info": ("volume", "Volumes", "POOL NAME", "Show all about one volume", "show {name}"),
+    "info": ("volume", "Volumes", "POOL NAME", "Show everything about one volume", "show {name}"),
     "snapshots": ("volume", "Volumes", "POOL NAME", "List the snapshots in a volume", "list the snapshots of {name}"),
     "create": ("volume", "Volumes", "POOL NAME [SIZE]", "Make an empty volume", "create {name}"),
     "clone": ("volume", "Volumes", "POOL FROM TO", "Copy a volume", "clone {source}"),
@@ -35,7 +35,7 @@ COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
     "wipe": ("volume", "Volumes", "POOL NAME", "Overwrite a volume with zeros", "wipe {name}"),
     "delete": ("volume", "Volumes", "POOL NAME...", "Delete volumes", ""),
     "jobs": ("volume", "Jobs", "", "List running jobs, and the latest that ended", "list jobs"),
-    "wait": ("volume", "Jobs", "JOB", "Wait until a job is over", "{job}"),
+    "wait": ("volume", "Jobs", "JOB", "Wait until a job is finished", "{job}"),
     "cancel": ("volume", "Jobs", "JOB...", "End jobs, and remove what they made", ""),
 }
 
@@ -205,7 +205,7 @@ def _create_options(parser: Parser) -> None:
     parser.add_argument(
         "size", metavar="SIZE", nargs="?", help="such as 10G or 512MiB; with --backing it may be left out"
     )
-    format_option(parser, "raw unless given, qcow2 with --backing")
+    format_option(parser, "its format (default: raw, or qcow2 if it has a backing volume)")
     parser.add_argument(
         "--preallocation",
         choices=("off", "metadata", "falloc", "full"),

@@ -55,7 +55,7 @@ class Held:
         if slot is None:
             raise MissingSlot(f"there is no slot {name}")
         if slot.fd < 0:
-            raise MissingSlot(f"the descriptor of slot {name} was taken out")
+            raise MissingSlot(f"the descriptor of slot {name} was removed by take()")
         return slot.fd
 
     def known(self) -> dict[str, int]:

@@ -30,9 +30,9 @@ def check(name: str) -> str:
     if not all(_FIRST <= character <= _LAST for character in name):
         raise BadName(f"slot name {name!r} has a character that is not printable ASCII")
     if ":" in name or "\\" in name:
-        raise BadName(f"slot name {name!r} has a colon or a backslash, which don't come through $LISTEN_FDNAMES")
+        raise BadName(f"slot name {name!r} has a colon or a backslash, which $LISTEN_FDNAMES can't carry")
     if name.startswith(BOX):
-        raise BadName(f"slot name {name!r} is one that the store has for itself")
+        raise BadName(f"slot name {name!r} is reserved for the store")
     parts = name.split("/")
     if len(parts) < 2 or not all(parts):
         raise BadName(f"slot name {name!r} is not made of parts joined by /, as in qemu/web1/stdin")

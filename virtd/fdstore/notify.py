@@ -87,12 +87,12 @@ class Sender:
                         _wait_for_room(sock, deadline)
         except OSError as error:
             if error.errno == errno.ETOOMANYREFS:
-                hint = "raise LimitNOFILE= in the unit: too many descriptors are on their way to PID 1"
+                hint = "raise LimitNOFILE= in the unit: too many descriptors are in flight to PID 1"
             elif error.errno in (errno.EMFILE, errno.ENFILE):
                 hint = "raise LimitNOFILE= in the unit: too many files are open"
             else:
                 hint = "is the service manager alive?"
-            raise NotifyFailed(f"the service manager took no message: {error.strerror}", hint=hint) from error
+            raise NotifyFailed(f"the service manager accepted no message: {error.strerror}", hint=hint) from error
 
     @contextlib.contextmanager
     def _one(self) -> Iterator[socket.socket]:

@@ -73,7 +73,7 @@ class LogFile:
             self.fd = fd
             self._now = _measure(fd)
         elif fd is not None:
-            logger.warning("log %s: the descriptor kept for it is of no use, opening the file", self.path)
+            logger.warning("log %s: the descriptor kept for it is unusable, opening the file", self.path)
             _close(fd)
         self.chain = Chain(self.path, backups, self._now)
         try:
@@ -83,7 +83,7 @@ class LogFile:
             if self.fd < 0:
                 raise HostError(f"cannot open the log {self.path}: {error.strerror}") from error
             logger.warning(
-                "log %s cannot be opened, going on with the descriptor kept: %s", self.path, error.strerror
+                "log %s cannot be opened, continuing with the descriptor kept: %s", self.path, error.strerror
             )
 
     @property
@@ -259,7 +259,7 @@ class LogFile:
             self.on_rotate(self.fd)
         except Exception:
             # The slot that wasn't replaced is only a shortcut; the log continues.
-            logger.exception("log %s: its new descriptor was not taken", self.path)
+            logger.exception("log %s: its new descriptor was not accepted", self.path)
 
     def _first_gap(self) -> int:
         """The first free number; the last permitted one if none is free."""

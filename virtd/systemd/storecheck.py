@@ -59,10 +59,10 @@ class Watch:
             except (errors.VirtdError, fdstore.StoreError) as exc:
                 self._failed += 1
                 if self._failed == 1:
-                    log.warning("Whether systemd still has all descriptors can't be seen: %s", exc)
+                    log.warning("Cannot check whether systemd still has all descriptors: %s", exc)
                 continue
             if self._failed:
-                log.info("What systemd has can be seen again, after %d looks that failed", self._failed)
+                log.info("systemd's descriptors can be checked again, after %d failed attempts", self._failed)
                 self._failed = 0
             before = {key: self._problems.pop(key) for key in KEYS if key in self._problems}
             self._problems |= found
@@ -124,12 +124,12 @@ async def look(store: fdstore.Store, units: Units, unit: str) -> Problems:
         what = "is gone" if load == "not-found" else f"can't be used ({load})"
         found["store"] = (
             f"The file of {unit} {what}, and virtd could not be started again",
-            f"See: systemctl status {unit}. Put it right, then systemctl daemon-reload, {BEFORE}.",
+            f"See: systemctl status {unit}. Correct it, then systemctl daemon-reload, {BEFORE}.",
         )
     if load == "loaded" and await keeps(units, unit) is False:
         found["preserve"] = (
             f"FileDescriptorStorePreserve= of {unit} isn't yes: when virtd is stopped, guests' consoles are lost",
-            "See: systemctl cat virtd.service. Remove what changes it, then systemctl daemon-reload.",
+            "See: systemctl cat virtd.service. Remove the setting that changes it, then systemctl daemon-reload.",
         )
     budget = store.budget()
     if budget.files_max is not None and budget.used > budget.files_max:

@@ -376,7 +376,7 @@ def test_a_bug_is_answered_and_loud(shared_bus: PrivateBus, caplog: pytest.LogCa
     async def main() -> None:
         async with serving(shared_bus) as (host, client):
             host.add("worm", uuid="bug")
-            with pytest.raises(BusError, match="has a bug"):
+            with pytest.raises(BusError, match="This is a bug in virtd"):
                 await client.call(path_of("worm"), f"{DOMAIN}.Start")
 
     asyncio.run(main())
@@ -636,7 +636,7 @@ def test_ending_answers_everybody(shared_bus: PrivateBus) -> None:
         unknown = "org.freedesktop.DBus.Error.ServiceUnknown"
         for answer in answers:
             assert answer == ('name = "web1"\n',) or (isinstance(answer, BusError) and answer.name == unknown), answer
-        with pytest.raises(BusError, match="virtd is ending") as caught:
+        with pytest.raises(BusError, match="virtd is shutting down") as caught:
             await waiting
         assert caught.value.name == "org.virtd1.Error.Disconnected"
         await client.close()

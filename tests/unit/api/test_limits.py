@@ -203,7 +203,7 @@ def test_a_few_messages_and_then_how_many(caplog: pytest.LogCaptureFixture) -> N
     clock.now += EVERY
     ours.warning("%s again", "trouble")
     assert len(caplog.records) == BURST + 1
-    assert caplog.messages[-1] == f"trouble again ({1000 - BURST} more like this were kept back)"
+    assert caplog.messages[-1] == f"trouble again ({1000 - BURST} more like this were suppressed)"
 
 
 # The door of the bus

@@ -322,7 +322,7 @@ OTHER = {"kind": "unit", "object": "", "text": "it is gone", "repair": "", "repa
 def test_fsck_without_differences(virtdctl: Any, daemon: FakeDaemon) -> None:
     daemon.answers["Check"] = {"differences": [], "objects": 3}
     ran = virtdctl("fsck")
-    assert (ran.status, ran.out) == (0, "3 objects looked at: no differences.\n")
+    assert (ran.status, ran.out) == (0, "3 objects checked: no differences.\n")
 
 
 def test_fsck(virtdctl: Any, daemon: FakeDaemon) -> None:
@@ -334,7 +334,7 @@ def test_fsck(virtdctl: Any, daemon: FakeDaemon) -> None:
         "qemu/ghost slot drop it          slot qemu/ghost/stdin is kept, and ghost doesn't run",
         "-          unit by a person only it is gone",
         "",
-        "2 differences found, 1 of which virtdctl fsck --repair can mend.",
+        "2 differences found, 1 of which virtdctl fsck --repair can repair.",
     ]
     ran = virtdctl("fsck", "--json")
     assert (ran.status, json.loads(ran.out)) == (1, daemon.answers["Check"])
@@ -561,7 +561,7 @@ def test_nonsense_instead_of_an_answer(virtdctl: Any, daemon: FakeDaemon) -> Non
     daemon.answers["List"] = lambda call: call.connection.sendall(b"[]\0")
     ran = virtdctl("list")
     assert ran.status == 1
-    assert "no Varlink message" in ran.err
+    assert "isn't a Varlink message" in ran.err
 
 
 def test_a_socket_that_one_may_not_use(virtdctl: Any, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:

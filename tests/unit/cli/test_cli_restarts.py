@@ -47,7 +47,7 @@ def test_what_must_not_happen_twice_is_not_sent_again(
     daemon.dies_on = [method]
     assert main([command, "web1"]) == 1
     assert len(daemon.asked(method)) == 1
-    assert "may have been done or not" in capsys.readouterr().err
+    assert "it isn't known whether this was done" in capsys.readouterr().err
 
 
 def test_undefined_by_the_first_attempt(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,7 +234,7 @@ def test_a_daemon_that_breaks_off_each_time_is_no_restart(
     Path(said).write_text("{}")
     daemon.dies_on = ["List"] * 1000
     assert main(["list"]) == 1
-    assert "breaks the connection off whenever it is asked for List" in capsys.readouterr().err
+    assert "closes the connection whenever it is asked for List" in capsys.readouterr().err
     assert len(daemon.asked("List")) == client.BROKEN
     # Each other daemon is one restart more, and no end of the patience.
     daemon.calls.clear()

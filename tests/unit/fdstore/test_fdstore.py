@@ -96,7 +96,7 @@ def test_take_gives_the_descriptor_away(pid1: FakePid1, store: Store) -> None:
     fd = store.take("a/b")
     assert pid1.names() == ["a/b"] == store.names()
     assert store.slots()["a/b"].fd == -1
-    with pytest.raises(MissingSlot, match="taken out"):
+    with pytest.raises(MissingSlot, match=r"removed by take\(\)"):
         store.get("a/b")
     with pytest.raises(MissingSlot):
         store.take("a/b")
@@ -123,7 +123,7 @@ def test_what_could_not_be_dropped_goes_with_the_next_change(pid1: FakePid1, dir
 
     def send(text: str, fds: Sequence[int]) -> None:
         if deaf:
-            raise NotifyFailed("the service manager took no message")
+            raise NotifyFailed("the service manager accepted no message")
         transport(text, fds)
         pid1.read()
 

@@ -256,7 +256,7 @@ def test_a_box_that_cannot_be_read_is_left_alone(scene: Scene) -> None:
         scene.guest(f"g{number}")
     assert [name.partition(".")[0][-1] for name in scene.boxes()] == ["1", "7", "8"]
     scene.agree()
-    with pytest.raises(BadName, match="for itself"):
+    with pytest.raises(BadName, match="reserved for the store"):
         put_new(scene.store, "fdstore/box/9.1")
 
 

@@ -97,7 +97,7 @@ def test_a_manager_that_never_reads_is_given_up_on(pid1: FakePid1) -> None:
     store = Store.from_environment(pid1.environment(), notify=connect(pid1.path, patience=0.05))
     fill(pid1)
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(NotifyFailed, match="took no message: Connection timed out"):
+    with pytest.raises(NotifyFailed, match="accepted no message: Connection timed out"):
         put_new(store, "a/b")
     assert store.names() == []
     assert len(os.listdir("/proc/self/fd")) == before

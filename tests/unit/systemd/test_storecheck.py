@@ -216,11 +216,11 @@ async def test_many_reloads_are_one_look(monkeypatch: pytest.MonkeyPatch, caplog
     await until(lambda: asked == 7, "more tries, though nothing is due")
     assert "store" in problems
     assert [record.getMessage() for record in caplog.records] == [
-        "Whether systemd still has all descriptors can't be seen: systemd did not answer"
+        "Cannot check whether systemd still has all descriptors: systemd did not answer"
     ]
     answers.put_nowait({})
     await until(lambda: "store" not in problems, "an answer")
-    assert caplog.records[-1].getMessage() == "What systemd has can be seen again, after 5 looks that failed"
+    assert caplog.records[-1].getMessage() == "systemd's descriptors can be checked again, after 5 failed attempts"
     assert (asked, problems) == (7, {"bus": ("none of its business", "")})
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
@@ -248,7 +248,7 @@ def test_the_watchdog_is_told_without_a_descriptor_to_be_had(pid1: FakePid1, no_
                 break
         for _ in range(3):
             send("WATCHDOG=1", ())
-        with pytest.raises(NotifyFailed, match="took no message"):
+        with pytest.raises(NotifyFailed, match="accepted no message"):
             unprepared("WATCHDOG=1", ())
     finally:
         os.close(no_files_left.pop())

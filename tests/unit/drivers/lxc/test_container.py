@@ -413,7 +413,7 @@ def test_a_mount_that_others_could_exchange_is_refused(tmp_path: Path) -> None:
     prerequisites.check_host(definition, "x")
     assert prerequisites.missing(definition) == []
     (tmp_path / "open").chmod(0o777)
-    with pytest.raises(errors.InvalidDefinition, match="could exchange data") as caught:
+    with pytest.raises(errors.InvalidDefinition, match="could replace data") as caught:
         prerequisites.check_host(definition, "x")
     assert caught.value.key == "mount[0].source"
     assert "chmod o-w" in str(caught.value.hint)

@@ -497,7 +497,7 @@ async def test_slots_that_could_not_be_dropped_are_later(site: Site, monkeypatch
     """By the daemon, as soon as systemd takes messages again, or by the next one."""
 
     def refuse(_store: Store) -> None:
-        raise NotifyFailed("the service manager took no message")
+        raise NotifyFailed("the service manager accepted no message")
 
     for restarted in (False, True):
         async with site.world.daemon() as host:
