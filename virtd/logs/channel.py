@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 PIPE_SIZE = 1 << 20
 LAST_WORDS = 5.0
-"""Seconds for which a guest's last bytes stay in the pipe while the file takes none."""
+"""Seconds for which a guest's last bytes stay in the pipe if the file can't be written."""
 
 
 class Loss(NamedTuple):

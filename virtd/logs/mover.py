@@ -33,18 +33,18 @@ logger = logging.getLogger(__name__)
 CHUNK = 1 << 20
 
 NAP = 100
-"""Milliseconds between two looks at a pipe that has a little in it at most, when nobody watches."""
+"""Milliseconds between two looks at a pipe with little or nothing in it, if nobody watches."""
 NAP_WATCHED = 5
-"""The same for a pipe that somebody watches; also the shortest time between two calls of `on_bytes` for one key."""
+"""The same if somebody watches the pipe; also the shortest interval between two calls of `on_bytes` for one key."""
 FIRST = 0.0005
-"""Seconds to a second look at a pipe that has begun to fill."""
+"""Seconds until the second look at a pipe that has begun to fill."""
 PATIENCE = 3
-"""So often a pipe may be found empty after a long nap before epoll has it again: a look is cheaper than a wake."""
+"""How often a pipe may be empty after a long nap before it is left to epoll: a look is cheaper than a wake-up."""
 
 CHECK = 1.0
-"""Seconds between two looks at where a log's path leads."""
+"""Seconds between two checks where a log's path leads."""
 RETRY = 1.0
-"""Seconds between two attempts on a file that didn't take bytes."""
+"""Seconds between two attempts to write to a file that refused."""
 
 
 class Mover:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .channel import Channel
 
 BRIEF = 0.002
-"""Seconds below which a nap is slept and not left to epoll, which counts in milliseconds."""
+"""Shorter naps, in seconds, are slept and not left to epoll, which counts in milliseconds."""
 
 
 class Schedule:

@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from .logfile import LogFile
 
 BURST = 100
-"""So many lines are sent at once ..."""
+"""Lines that are sent at once ..."""
 RATE = 10.0
-"""... and so many a second when that is used up."""
+"""... and lines a second from then on."""
 
 LINE = 8192
-"""Bytes after which a line without an end is sent in pieces."""
+"""Bytes after which a long line is sent in pieces."""
 STEP = 1 << 16
-"""Bytes that one call reads at most."""
+"""Most bytes that one call reads."""
 BACKLOG = 1 << 20
-"""Bytes behind which it isn't worthwhile to go on line by line; the end of the log says more."""
+"""With a larger backlog, in bytes, it isn't worthwhile to continue line by line; the end of the log says more."""
 
 
 class StderrLog:
