@@ -4,24 +4,20 @@
 from __future__ import annotations
 
 import os
-import sys
 
 from virtd.cli import domains
 from virtd.cli.client import Call, constant
 from virtd.cli.exits import OK
 from virtd.cli.output import (
-    BOLD,
-    RED,
-    STATE_COLOURS,
     ago,
     autostarts,
     clean,
+    heading,
     labelled,
     listing,
-    moment,
-    paint,
     write_json,
 )
+from virtd.cli.show import dumping, show_problems
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -71,15 +67,9 @@ def info(args: argparse.Namespace, session: Session) -> int:
     if args.json:
         write_json(item, args.json)
         return OK
-    state = str(item.get("state"))
-    mark = paint("○" if state == "inactive" else "●", STATE_COLOURS.get(state, ""))
-    print(f"{mark} {paint(clean(str(item.get('name'))), BOLD)} - {clean(str(item.get('mode')))} network "
-          f"{clean(str(item.get('uuid') or ''))}")  # fmt: skip
-    reason = f" ({item['reason']})" if item.get("reason") else ""
-    since = f" since {moment(item['since'])}" if item.get("since") else ""
-    print(f"{'State':>10}: {paint(clean(state), STATE_COLOURS.get(state, ''))}{clean(reason)}{since}")
+    heading(item, f"{item.get('mode')} network {item.get('uuid') or ''}")
     labelled(_details(item))
-    _problems(item.get("problems") or [])
+    show_problems(item.get("problems") or [])
     return OK
 
 
@@ -112,13 +102,6 @@ def _text(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def _problems(problems: list[dict[str, Any]]) -> None:
-    for problem in problems:
-        print(f"\n{paint('●', RED)} {clean(_text(problem.get('text')))}")
-        if problem.get("hint"):
-            print(f"  Hint: {clean(_text(problem.get('hint')))}")
-
-
 def leases(args: argparse.Namespace, session: Session) -> int:
     found = session.call("Network.Leases", {"name": args.name})["leases"]
     return listing(args, found, "lease", ("ADDRESS", "MAC", "NAME", "EXPIRES"), _lease)
@@ -148,15 +131,6 @@ def define(args: argparse.Namespace, session: Session) -> int:
         reply = call.result().parameters
     name, path = clean(str(reply.get("name"))), clean(str(reply.get("path")))
     print(f"Defined {name} ({path})." if reply.get("created") else f"{name} is defined already ({path}).")
-    return OK
-
-
-def dump(args: argparse.Namespace, session: Session) -> int:
-    text = str(session.call("Network.Dump", {"name": args.name})["text"])
-    if args.json:
-        write_json({"name": args.name, "text": text}, args.json)
-    else:
-        sys.stdout.write(text if text.endswith("\n") else text + "\n")
     return OK
 
 
@@ -201,6 +175,6 @@ RUN: dict[str, Callable[[argparse.Namespace, Session], int]] = {
     "stop": stop,
     "define": define,
     "undefine": domains.undefining("Network.Undefine"),
-    "dump": dump,
+    "dump": dumping("Network.Dump"),
     "autostart": domains.autostarting("Network.Autostart"),
 }

@@ -68,7 +68,17 @@ def paint(text: str, colour: str, stream: TextIO | None = None) -> str:
 
 def dot(state: str) -> str:
     """The mark before a name, coloured by the object's state; hollow when nothing runs."""
-    return paint("○" if state == "stopped" else "●", STATE_COLOURS.get(state, ""))
+    return paint("○" if state in ("stopped", "inactive") else "●", STATE_COLOURS.get(state, ""))
+
+
+def heading(item: dict[str, Any], what: str) -> None:
+    """Print the first two lines about an object: what it is, and its state."""
+    state = str(item.get("state"))
+    print(f"{dot(state)} {paint(clean(str(item.get('name'))), BOLD)} - {clean(what)}")
+    reason = f" ({item['reason']})" if item.get("reason") else ""
+    since = f" since {moment(item['since'])}" if item.get("since") else ""
+    # Coloured after the text is cleaned, which would remove the escape sequences.
+    print(f"{'State':>10}: {paint(clean(state), STATE_COLOURS.get(state, ''))}{clean(reason)}{since}")
 
 
 def write_json(value: object, style: str) -> None:

@@ -17,18 +17,17 @@ from virtd.cli.domains import (
 )
 from virtd.cli.exits import OK
 from virtd.cli.output import (
-    BOLD,
-    GREEN,
     YELLOW,
     autostarts,
     clean,
+    heading,
     labelled,
     listing,
-    moment,
     paint,
     size_of,
     write_json,
 )
+from virtd.cli.show import dumping
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,7 +50,6 @@ COMMANDS: dict[str, tuple[str, str, str, str, str]] = {
     "dump": ("pool", "Definitions", "NAME", "Print a pool's definition", "print the definition of {name}"),
     "autostart": ("pool", "Definitions", "NAME...", "Start pools when the host boots, or no longer", ""),
 }
-COLOURS = {"active": GREEN, "starting": YELLOW, "stopping": YELLOW}
 
 
 def list_(args: argparse.Namespace, session: Session) -> int:
@@ -77,14 +75,7 @@ def info(args: argparse.Namespace, session: Session) -> int:
     if args.json:
         write_json(pool, args.json)
         return OK
-    state = str(pool.get("state"))
-    dot = paint("●" if state == "active" else "○", COLOURS.get(state, ""))
-    print(
-        f"{dot} {paint(clean(str(pool.get('name'))), BOLD)} - {clean(str(pool.get('type')))} pool {pool.get('uuid')}"
-    )
-    reason = f" ({pool['reason']})" if pool.get("reason") else ""
-    since = f" since {moment(pool['since'])}" if pool.get("since") else ""
-    print(f"{'State':>10}: {paint(clean(state), COLOURS.get(state, ''))}{clean(reason)}{since}")
+    heading(pool, f"{pool.get('type')} pool {pool.get('uuid')}")
     pending = "\nchanged since the start; it takes effect with the next one" if pool.get("pending") else ""
     source = str(pool.get("source") or "")
     labelled(
@@ -108,15 +99,6 @@ def problems(found: list[dict[str, Any]]) -> None:
         print(paint(clean(f"{'Problem':>10}: {problem.get('text')}"), YELLOW))
         if problem.get("hint"):
             print(f"{'':>12}{clean(str(problem['hint']))}")
-
-
-def dump(args: argparse.Namespace, session: Session) -> int:
-    text = session.call("Pool.Dump", {"name": args.name})["text"]
-    if args.json:
-        write_json({"text": text}, args.json)
-    else:
-        print(text, end="")
-    return OK
 
 
 def refresh(args: argparse.Namespace, session: Session) -> int:
@@ -162,6 +144,6 @@ RUN: dict[str, Callable[[argparse.Namespace, Session], int]] = {
     "build": plain("build", "Pool.Build"),
     "define": defining("Pool.Define"),
     "undefine": undefining("Pool.Undefine"),
-    "dump": dump,
+    "dump": dumping("Pool.Dump"),
     "autostart": autostarting("Pool.Autostart"),
 }

@@ -14,12 +14,11 @@ from virtd.cli.output import (
     BOLD,
     GREEN,
     RED,
-    STATE_COLOURS,
     YELLOW,
     ago,
     autostarts,
     clean,
-    dot,
+    heading,
     how_it_ended,
     labelled,
     moment,
@@ -94,12 +93,7 @@ def informing(
         if args.json:
             write_json(item, args.json)
             return OK
-        state = str(item.get("state"))
-        print(f"{dot(state)} {paint(clean(str(item.get('name'))), BOLD)} - {clean(what(item))}")
-        reason = f" ({item['reason']})" if item.get("reason") else ""
-        since = f" since {moment(item['since'])}" if item.get("since") else ""
-        # Coloured after the text is cleaned, which would remove the escape sequences.
-        print(f"{'State':>10}: {paint(clean(state), STATE_COLOURS.get(state, ''))}{clean(reason)}{since}")
+        heading(item, what(item))
         pending = "\nchanged since the start; it takes effect with the next one" if item.get("pending") else ""
         exit_ = item.get("exit")
         ended = how_it_ended(exit_, who) + (f"\n{moment(exit_['at'])}" if exit_.get("at") else "") if exit_ else ""

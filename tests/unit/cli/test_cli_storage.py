@@ -80,7 +80,10 @@ def test_a_pool_is_shown(daemon: FakeDaemon, virtdctl: Any) -> None:
         assert text in ran.out, ran.out
     daemon.answers["Pool.Dump"] = {"text": 'name = "default"\n'}
     assert virtdctl("pool", "dump", "default").out == 'name = "default"\n'
-    assert json.loads(virtdctl("pool", "dump", "default", "--json").out) == {"text": 'name = "default"\n'}
+    assert json.loads(virtdctl("pool", "dump", "default", "--json").out) == {
+        "name": "default",
+        "text": 'name = "default"\n',
+    }
 
 
 def test_pools_are_refreshed(daemon: FakeDaemon, virtdctl: Any) -> None:
