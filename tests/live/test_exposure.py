@@ -18,25 +18,24 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.live
 
 PROBE = Path(__file__).with_name("exposure_probe.py")
-CHILD = 2.5
-# What is above that has its reason beside it.
+# As SECURITY.md quotes them. 2.5 is what a child may have at most; what is above that has its reason beside it.
 LIMITS = {
     # 0.4 are for being root, 0.5 for the host's network, 0.3 to see what guests see; 0.8 would hide disks and pools,
     # or keep them from being used.
     "virtd.service": 3.0,
-    "virtd-keeper.service": CHILD,
-    "virtd-network-default.service": CHILD,
-    "virtd-qemu-web1.service": CHILD,
-    "virtd-storage-probe-job.service": CHILD,
-    "virtd-storage-probe-device.service": CHILD,
+    "virtd-keeper.service": 1.4,
+    "virtd-network-default.service": 2.0,
+    "virtd-qemu-web1.service": 0.9,
+    "virtd-storage-probe-job.service": 1.1,
+    "virtd-storage-probe-device.service": 1.3,
     # The kernel's device mapper takes commands from CAP_SYS_ADMIN only, and lvm(8) makes nodes, so sees /dev.
-    "virtd-storage-probe-lvm.service": CHILD,
-    "virtd-register-probe.service": CHILD,
-    "virtd-create-lxc-probe.service": CHILD,
-    # A container's filters and namespaces are its unit's, so these refuse only what no system may do; LXC makes
+    "virtd-storage-probe-lvm.service": 2.1,
+    "virtd-register-probe.service": 1.1,
+    "virtd-create-lxc-probe.service": 1.9,
+    # A container's filters and namespaces are its unit's, so these refuse only what no container needs; LXC makes
     # namespaces and mounts, as root with SYS_ADMIN, and a command has to come in by the same way.
-    "virtd-lxc-box.service": 6.7,
-    "virtd-exec-probe.service": 6.1,
+    "virtd-lxc-box.service": 6.0,
+    "virtd-exec-probe.service": 5.7,
 }
 BOX = f"""name = "box"
 rootfs = "{containers.ROOT}"

@@ -2,7 +2,7 @@
 """The unit that a container runs in: what LXC may see and do, and thus what a container could if it broke out.
 
 Names and types of the properties: org.freedesktop.systemd1(5); what they mean: systemd.exec(5). What would hinder the
-container is left out: NoNewPrivileges= (it could have no sudo), ProtectProc= and ProtectKernelTunables= (the kernel
+container is left out: NoNewPrivileges= (it could have no sudo), ProcSubset= and ProtectKernelTunables= (the kernel
 lets nobody mount a /proc of its own who sees only a part of the host's).
 """
 
@@ -83,7 +83,18 @@ def making(target: str, source: str, *, toplevel: list[str]) -> list[Property]:
 # and to move itself into their control group, which it does in a user namespace that has the host's root in it.
 ENTERING = ("DAC_OVERRIDE", "SETFCAP", "SETGID", "SETUID", "SETPCAP", "SYS_CHROOT", "SYS_PTRACE", "SYS_ADMIN")
 # What neither a container nor a command in one may do, in addition to LXC's own filter.
-REFUSED = ["@module", "@raw-io", "@swap", "kexec_load", "kexec_file_load"]
+REFUSED = ["@module", "@obsolete", "@raw-io", "@swap", "kexec_load", "kexec_file_load"]
+# Address families that no program in a container is known to need, and whose modules the kernel loads for anybody who
+# asks. No namespace separates VSOCK: it leads to the host's guests. Bluetooth and CAN stay, for the host's network.
+EXOTIC = [f"AF_{name}" for name in (
+    "APPLETALK", "ATMPVC", "ATMSVC", "AX25", "CAIF", "IB", "IEEE802154", "IPX", "KCM", "LLC", "NETROM", "NFC",
+    "PHONET", "QIPCRTR", "RDS", "ROSE", "RXRPC", "TIPC", "VSOCK", "X25",
+)]  # fmt: skip
+# Without CAP_SYS_NICE, which no container has that is in a user namespace, the kernel allows no real-time scheduling.
+UNPRIVILEGED: tuple[Property, ...] = (
+    ("RestrictAddressFamilies", "(bas)", (False, EXOTIC)),
+    ("RestrictRealtime", "b", True),
+)
 
 
 def entering(runtime: str, *, privileged: bool, toplevel: list[str]) -> list[Property]:
@@ -113,7 +124,7 @@ def entering(runtime: str, *, privileged: bool, toplevel: list[str]) -> list[Pro
         ("LimitCORE", "t", 0),
     ]
     if not privileged:
-        found.append(("CapabilityBoundingSet", "t", _bits(ENTERING)))
+        found += [("CapabilityBoundingSet", "t", _bits(ENTERING)), *UNPRIVILEGED]
     return found
 
 
@@ -177,7 +188,11 @@ def properties(
         ("ExecStop", "a(sasb)", [stop]),
     ]
     if not container.privileged:
-        found.append(("CapabilityBoundingSet", "t", _bits(needed(container, host))))
+        found += [("CapabilityBoundingSet", "t", _bits(needed(container, host))), *UNPRIVILEGED]
+        found.append(("ProtectProc", "s", "invisible"))
+        # LXC finds in /dev what it gives to the container.
+        if not container.device and not any(f"{source}/".startswith("/dev/") for source in sources):
+            found.append(("PrivateDevices", "b", True))
     if limits.memory_bytes is not None:
         found.append(("MemoryMax", "t", limits.memory_bytes))
     if limits.cpus is not None:

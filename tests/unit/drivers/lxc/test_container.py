@@ -272,6 +272,22 @@ def test_an_unprivileged_one_gets_no_capability_of_the_host_that_it_needs_not() 
     assert "MemoryMax" not in found
 
 
+@pytest.mark.parametrize(
+    ("more", "hidden"),
+    [
+        ("", True),
+        ('[[device]]\npath = "/dev/null"\n', False),
+        ('[[mount]]\nsource = "/dev/net"\ntarget = "/dev/net"\n', False),
+        ("privileged = true\n", False),
+    ],
+)
+def test_the_hosts_devices_are_hidden_unless_it_is_given_some(more: str, *, hidden: bool) -> None:
+    found = {
+        name for name, _, _ in sandbox.properties(parse(more), on_host(), model.Limits(), toplevel=[], stop_after=60)
+    }
+    assert ("PrivateDevices" in found) is hidden
+
+
 # Ends
 
 LOG = "lxc-start web1 20261124035119.773 {level} start - ../src/lxc/start.c:post_start:2217 - {words}"
