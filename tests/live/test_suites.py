@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.harness import Lab, check
-from tests.live.tools import KILL
+from tests.live.tools import KILL, PID1S_OWN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,6 +63,17 @@ def test_the_guest_does_not_notice(suite: Lab) -> None:
     tally = check(suite.console("web1"))
     assert tally.whole, (tally.lost, tally.repeated, tally.broken[:3])
     assert suite.json("status")["problems"] == []
+
+
+def test_pid_1_reexecutes_itself_while_virtd_starts(suite: Lab) -> None:
+    """What PID 1 leaves unanswered then is asked again."""
+    pid, since = suite.info("web1")["pid"], suite.sh("date +%s.%N").strip()
+    for step in range(20):
+        suite.sh(f"systemctl restart virtd.service & sleep {0.1 + step / 50}; systemctl daemon-reexec; wait")
+        assert connected(suite)["pid"] == pid
+    told = suite.sh(f"journalctl -b -u virtd.service --since @{since} -p warning -o cat").splitlines()
+    assert [line for line in told if not PID1S_OWN.search(line)] == []
+    assert suite.json("fsck")["differences"] == []
 
 
 def test_a_daemon_that_dies_at_once_is_no_burden(suite: Lab) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from .bus import BusError
 from .names import MANAGER, MANAGER_PATH, SYSTEMD
+from .repeating import repeated
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -46,8 +47,10 @@ class Dumps:
         async with self._asking:
             del self._next[unit]  # callers that arrive from here on need a later one
             try:
-                return await self._bus.table(
-                    SYSTEMD, MANAGER_PATH, MANAGER, "DumpUnitFileDescriptorStore", "s", (unit,)
+                return await repeated(
+                    lambda: self._bus.table(
+                        SYSTEMD, MANAGER_PATH, MANAGER, "DumpUnitFileDescriptorStore", "s", (unit,)
+                    )
                 )
             except BusError as exc:
                 if exc.name in ("org.freedesktop.DBus.Error.UnknownMethod", f"{SYSTEMD}.NoSuchUnit"):

@@ -11,6 +11,7 @@ from .. import errors
 from ..text import span
 from .bus import BusError
 from .names import MANAGER, MANAGER_PATH, SYSTEMD
+from .repeating import repeated
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -101,7 +102,7 @@ class JobSignals:
     async def _subscribe(self) -> None:
         self._unsubscribe = await self._bus.subscribe(SYSTEMD, MANAGER, "JobRemoved", MANAGER_PATH, self._removed)
         with contextlib.suppress(BusError):  # AlreadySubscribed
-            await self._bus.call(SYSTEMD, MANAGER_PATH, MANAGER, "Subscribe", "", ())
+            await repeated(lambda: self._bus.call(SYSTEMD, MANAGER_PATH, MANAGER, "Subscribe", "", ()))
 
     def _removed(self, _path: str, _interface: str, _member: str, args: tuple[Any, ...]) -> None:
         _number, job, unit, result = args

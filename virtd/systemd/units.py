@@ -19,6 +19,7 @@ from .bus import PATIENCE, BusError, Var
 from .dumps import Dumps
 from .jobs import JobSignals, Patience
 from .names import MANAGER, MANAGER_PATH, PROPERTIES, SERVICE, SYSTEMD, UNIT, object_path
+from .repeating import repeated
 from .state import SERVICE_PROPERTIES, UNIT_PROPERTIES, Listed, StartFailed, UnitState, failure, parse_state
 from .transient import Stdio, UnitSpec, transient_properties
 
@@ -43,7 +44,7 @@ class Units:
     async def version(self) -> int:
         """systemd's: 257."""
         if not self._version:
-            (text,) = await self._bus.call(SYSTEMD, MANAGER_PATH, PROPERTIES, "Get", "ss", (MANAGER, "Version"))
+            text = await self._property(MANAGER_PATH, MANAGER, "Version")
             # "257.13-1~deb13u1", "v258" or, built from git, "257-rc3-12-gabcdef".
             match = re.match(r"v?(\d+)", str(text))
             self._version = int(match[1]) if match else 0
@@ -111,8 +112,8 @@ class Units:
         while True:
             # Both at once: one round trip. PID 1 answers one and then the other, so the unit can end between the two.
             unit, service = await asyncio.gather(
-                self._bus.properties(SYSTEMD, path, UNIT, UNIT_PROPERTIES),
-                self._bus.properties(SYSTEMD, path, SERVICE, SERVICE_PROPERTIES),
+                repeated(lambda: self._bus.properties(SYSTEMD, path, UNIT, UNIT_PROPERTIES)),
+                repeated(lambda: self._bus.properties(SYSTEMD, path, SERVICE, SERVICE_PROPERTIES)),
             )
             if unit["SubState"] != "running" or service["MainPID"] != 0:
                 break
@@ -123,7 +124,7 @@ class Units:
 
     async def list(self, pattern: str) -> list[Listed]:
         """The loaded units whose names match a glob, in one call."""
-        (units,) = await self._call("ListUnitsByPatterns", "asas", ([], [pattern]))
+        (units,) = await repeated(lambda: self._call("ListUnitsByPatterns", "asas", ([], [pattern])))
         return [Listed(*unit[:5]) for unit in units]
 
     async def ended(self, name: str, invocation_id: str = "", *, timeout: float = 10.0) -> UnitState | None:
@@ -145,7 +146,7 @@ class Units:
         stopped."""
         async with self._jobs.of(name) as jobs:
             try:
-                (job,) = await self._call("StopUnit", "ss", (name, "replace"))
+                (job,) = await repeated(lambda: self._call("StopUnit", "ss", (name, "replace")))
             except BusError as exc:
                 if exc.name == f"{SYSTEMD}.NoSuchUnit":
                     return
@@ -183,7 +184,7 @@ class Units:
 
     async def reset_failed(self, name: str) -> None:
         """Make systemd forget the unit's past failures, and how often it was restarted because of them."""
-        await self._call("ResetFailedUnit", "s", (name,))
+        await repeated(lambda: self._call("ResetFailedUnit", "s", (name,)))
 
     async def store_dump(self, unit: str, names: Container[str] | None = None) -> StoreEntries | None:
         """The entries of a unit's FD store in PID 1, or only those of `names`: (name, device, inode) each.
@@ -208,17 +209,19 @@ class Units:
 
     async def service_property(self, unit: str, name: str) -> Any:
         """One property of org.freedesktop.systemd1.Service."""
-        (value,) = await self._bus.call(SYSTEMD, object_path(unit), PROPERTIES, "Get", "ss", (SERVICE, name))
-        return value
+        return await self._property(object_path(unit), SERVICE, name)
 
     async def unit_property(self, unit: str, name: str) -> Any:
         """One property of org.freedesktop.systemd1.Unit, which every kind of unit has."""
-        (value,) = await self._bus.call(SYSTEMD, object_path(unit), PROPERTIES, "Get", "ss", (UNIT, name))
-        return value
+        return await self._property(object_path(unit), UNIT, name)
 
     async def close(self) -> None:
         """End the subscription; the Bus stays open."""
         await self._jobs.close()
+
+    async def _property(self, path: str, interface: str, name: str) -> Any:
+        (value,) = await repeated(lambda: self._bus.call(SYSTEMD, path, PROPERTIES, "Get", "ss", (interface, name)))
+        return value
 
     async def _call(
         self,

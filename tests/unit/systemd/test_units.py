@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Container, Sequence
+from collections.abc import Awaitable, Callable, Container, Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ import pytest
 from virtd import connections, errors
 from virtd.objects import inventory
 from virtd.systemd import jobs, names, units
-from virtd.systemd.bus import PATIENCE
+from virtd.systemd.bus import PATIENCE, BusError
 from virtd.systemd.jobs import Jobs, Patience
 
 
@@ -128,3 +128,59 @@ def test_a_call_waits_longer_than_a_bus_hangs() -> None:
     """systemd-machined gives up a call after 25 s, at times twice in a row, and nss-systemd after 45 s."""
     shortest = 2 * 45
     assert min(PATIENCE, connections.UNITS_LIMIT + connections.HANG_LIMIT, inventory.RECONCILE_LIMIT) > shortest
+
+
+class Reexecuting:
+    """A bus on which PID 1 re-executes itself when it is first asked: each answer fails with one of `words`."""
+
+    def __init__(self, *words: str) -> None:
+        self.words = [f"org.freedesktop.DBus.Error.{word}" for word in words]
+        self.calls: list[str] = []
+
+    async def _answer(self, method: str, answer: Any) -> Any:
+        self.calls.append(method)
+        if self.words:
+            raise BusError(self.words.pop(0), "Message recipient disconnected from message bus without replying")
+        return answer
+
+    async def call(self, _to: str, _path: str, _interface: str, method: str, *_: Any, **__: Any) -> Any:
+        return await self._answer(method, {"Get": ["257"], "ListUnitsByPatterns": [[]]}.get(method, ["/job"]))
+
+    async def table(self, *_: Any) -> Rows:
+        rows: Rows = await self._answer("table", Rows())
+        return rows
+
+
+AWAY = ("NoReply", "Spawn.ChildExited", "ServiceUnknown")
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda systemd: systemd.version(),
+        lambda systemd: systemd.list("virtd-*"),
+        lambda systemd: systemd.unit_property("a.service", "Id"),
+        lambda systemd: systemd.store_count("a.service"),
+        lambda systemd: systemd.store_dump("a.service"),
+        lambda systemd: systemd.reset_failed("a.service"),
+    ],
+)
+def test_pid_1_is_asked_again_after_it_has_reexecuted_itself(ask: Callable[[units.Units], Awaitable[Any]]) -> None:
+    bus: Any = Reexecuting(*AWAY)
+    asyncio.run(ask(units.Units(bus)))  # type: ignore[arg-type]
+    assert len(bus.calls) == 4
+
+
+@pytest.mark.parametrize("words", [("ServiceUnknown",), ("NoReply", "AccessDenied")])
+def test_other_refusals_stand(words: tuple[str, ...]) -> None:
+    bus: Any = Reexecuting(*words)
+    with pytest.raises(BusError):
+        asyncio.run(units.Units(bus).list("virtd-*"))
+    assert len(bus.calls) == len(words)
+
+
+def test_a_signal_is_not_sent_twice() -> None:
+    bus: Any = Reexecuting(*AWAY)
+    with pytest.raises(BusError):
+        asyncio.run(units.Units(bus).kill("a.service", 15))
+    assert bus.calls == ["KillUnit"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ...systemd.units import Units
+
+log = logging.getLogger(__name__)
 
 PREFIX = "virtd-exec-lxc-"  # of the units; not the driver's own prefix, since they aren't containers
 UNCLAIMED = 60.0  # seconds that an exit status waits for a client that has lost its connection
@@ -156,7 +159,12 @@ async def send(units: Units, unit: str, number: int) -> None:
 
 async def clear(units: Units) -> None:
     """At a start of the daemon: forget commands that have ended and whose clients are gone."""
-    for listed in await units.list(f"{PREFIX}*.service"):
+    try:
+        there = await units.list(f"{PREFIX}*.service")
+    except errors.VirtdError as exc:
+        log.warning("Commands in containers that have ended aren't forgotten: %s", exc)
+        return
+    for listed in there:
         if listed.sub != "running":
             await asyncio.sleep(UNCLAIMED)
             with contextlib.suppress(errors.VirtdError):

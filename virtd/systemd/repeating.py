@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Calls to systemd that are repeated if PID 1 re-executes itself (daemon-reexec, its upgrade) without answering.
+
+Its connection to the bus ends then. dbus-daemon answers in its place what it had been asked, and, until it is back,
+what it is asked: without its owner the name is one that could be activated, but not by anything that exists.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, TypeVar
+
+from .bus import BusError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+LIMIT = 30.0  # seconds; a PID 1 with 1,000 units takes 2 or 3
+
+NO_REPLY = "org.freedesktop.DBus.Error.NoReply"
+NOT_THERE = (
+    "org.freedesktop.DBus.Error.ServiceUnknown",
+    "org.freedesktop.DBus.Error.NameHasNoOwner",
+    "org.freedesktop.DBus.Error.Spawn.",
+)
+
+T = TypeVar("T")
+
+
+async def repeated(call: Callable[[], Awaitable[T]]) -> T:
+    """What `call()` answers, which does no harm if it is carried out twice.
+
+    Raises what it raises: BusError, if PID 1 isn't back by LIMIT.
+    """
+    left, pause, away = LIMIT, 0.01, False
+    while True:
+        try:
+            return await call()
+        except BusError as exc:
+            away = away or exc.name == NO_REPLY
+            if not away or left <= 0 or not exc.name.startswith((NO_REPLY, *NOT_THERE)):
+                raise
+        await asyncio.sleep(pause)
+        left -= pause
+        pause = min(pause * 2, 0.5)
