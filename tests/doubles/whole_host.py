@@ -238,6 +238,10 @@ class World:
         finally:
             self.dead = True
             await host.close()
+            # A thread of its own that got no turn before would act for the dead in the next daemon's time.
+            for thread in threading.enumerate():
+                if thread.name == "storage":
+                    thread.join(5)
             pump.close()
             store.close()
             self.host = None
