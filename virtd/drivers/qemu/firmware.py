@@ -141,17 +141,25 @@ def _build(descriptor: _Descriptor, *, secure: bool) -> Build | None:
 
 def prepare(store: str, build: Build) -> None:
     """Make a guest's variable store of the template unless it is there. Raises HostError; nothing is half made."""
+    if os.path.lexists(store):
+        _require_fit(store, build)
+        return
     try:
-        if os.path.lexists(store):
-            has, needs = os.lstat(store).st_size, os.stat(build.template).st_size
-            if build.template_format == "raw" and has != needs:
-                raise errors.HostError(
-                    f"{store} has {has} bytes, and {build.program} needs {needs}: it belongs to another build",
-                    hint=f"Install that build again, or begin with new variables: mv {store} {store}.old",
-                )
-            return
         content = untrusted.read(build.template, STORE_LIMIT, follow=True)
         files.make_directory(os.path.dirname(store), 0o700)
     except OSError as exc:
         raise errors.HostError(f"Cannot make {store} of {build.template}: {exc.strerror}") from exc
     files.write(store, content)
+
+
+def _require_fit(store: str, build: Build) -> None:
+    """Raise HostError for a store made for another build, which QEMU would refuse for its size alone."""
+    try:
+        has, needs = os.lstat(store).st_size, os.stat(build.template).st_size
+    except OSError:
+        return  # the template is no longer there, and no longer needed
+    if build.template_format == "raw" and has != needs:
+        raise errors.HostError(
+            f"{store} has {has} bytes, and {build.program} needs {needs}: it belongs to another build",
+            hint=f"Install that build again, or begin with new variables: mv {store} {store}.old",
+        )

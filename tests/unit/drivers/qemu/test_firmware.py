@@ -136,6 +136,8 @@ def test_the_store_is_made_once(tmp_path: Path) -> None:
     template.write_bytes(b"larger" * 100)
     with pytest.raises(errors.HostError, match="belongs to another build"):
         firmware.prepare(str(store), build)
+    template.unlink()
+    firmware.prepare(str(store), build)
     assert store.read_bytes() == b"own" * 100
 
 
