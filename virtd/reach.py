@@ -68,9 +68,9 @@ def reached(path: str, trust: Trust = Trust.ROOT) -> Iterator[Reached]:
         os.close(fd)
 
 
-def look(path: str) -> os.stat_result:
+def look(path: str, trust: Trust = Trust.ROOT) -> os.stat_result:
     """stat(2) of the file that `reached` finds, with its errors."""
-    with reached(path) as found:
+    with reached(path, trust) as found:
         return found.status
 
 
@@ -139,7 +139,8 @@ def _walk(path: str, trust: Trust) -> tuple[int, str]:
             there = _step(name, here)
             try:
                 status = os.fstat(there)
-                if name != ".." and (found := _others(here, "/" + "/".join(names), name, status)) is not None:
+                asked = trust is not Trust.ANYBODY and name != ".."
+                if asked and (found := _others(here, "/" + "/".join(names), name, status)) is not None:
                     if trust is Trust.ROOT:
                         raise found.error
                     others.append(found)

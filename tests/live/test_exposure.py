@@ -90,6 +90,7 @@ def test_disks_are_looked_at_where_the_host_has_them(lab: Lab) -> None:
         disk = '[[disk]]\npath = "/srv/private/late/a"\nformat = "raw"\n'
         lab.virtdctl("define", "-", stdin=definition("web1", more=disk))
         lab.virtdctl("start", "web1")
+        assert lab.json("fsck")["differences"] == []  # not even a disk that was deleted, or nobody has
         lab.virtdctl("kill", "web1")
         lab.sh("mount -o remount,ro,bind /srv/private/late")
         refused = lab.virtdctl("start", "web1", check=False)

@@ -240,7 +240,7 @@ def memory_total() -> int:
 def identity(path: str) -> tuple[int, int] | None:
     """Device and inode of the file at a path, so that two names of one disk count as one."""
     try:
-        status = os.stat(path)
+        status = reach.look(path, reach.Trust.ANYBODY)
     except OSError:
         return None
     return (status.st_dev, status.st_ino)

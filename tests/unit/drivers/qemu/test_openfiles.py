@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.doubles.whole_host import ROOT, World, on_loop
+from virtd import reach
+from virtd.drivers.qemu import opened, openfiles, prerequisites
 from virtd.messages import Message
 
 if TYPE_CHECKING:
@@ -84,3 +86,17 @@ async def test_a_record_without_sizes(world: World, tmp_path: Path) -> None:
         await host.look()
         assert (await host.status())["problems"] == []
         await host.domains.stop("web1", by=ROOT)
+
+
+def test_files_are_looked_for_where_the_host_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mount below a private one never reaches virtd's namespace: its files aren't deleted."""
+    (tmp_path / "private").mkdir()
+    disk = tmp_path / "private/a"
+    disk.write_bytes(b"x" * 512)
+    monkeypatch.setattr(reach, "_ROOT", f"{tmp_path}/")
+    identity = prerequisites.identity("/private/a")
+    assert identity == (disk.stat().st_dev, disk.stat().st_ino)
+    assert opened.sizes({identity: ("/private/a", True)}) == {"/private/a": 512}
+    assert openfiles.wrong([openfiles.File(identity, "/private/a", 512)]) == []
+    disk.unlink()
+    assert openfiles.wrong([openfiles.File(identity, "/private/a", 512)]) != []
