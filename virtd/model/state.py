@@ -4,9 +4,18 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import TypeVar
 
 from .. import errors
 from ..hints import do
+
+E = TypeVar("E", bound=StrEnum)
+
+
+def known(word: str, otherwise: E) -> E:
+    """The member of that name; a word of a newer version counts as `otherwise`, so that nothing is given up."""
+    kind = type(otherwise)
+    return kind(word) if word in kind.__members__.values() else otherwise
 
 
 class State(StrEnum):
@@ -21,8 +30,8 @@ class State(StrEnum):
 
     @classmethod
     def of(cls, word: str) -> State:
-        """The state of that name; one of a newer version counts as running, so that nothing is given up."""
-        return cls(word) if word in cls.__members__.values() else cls.RUNNING
+        """The state of that name; one of a newer version counts as running."""
+        return known(word, cls.RUNNING)
 
 
 class Activity(StrEnum):
@@ -35,8 +44,8 @@ class Activity(StrEnum):
 
     @classmethod
     def of(cls, word: str) -> Activity:
-        """The state of that name; one of a newer version counts as active, so that nothing is given up."""
-        return cls(word) if word in cls.__members__.values() else cls.ACTIVE
+        """The state of that name; one of a newer version counts as active."""
+        return known(word, cls.ACTIVE)
 
 
 class Cause(StrEnum):

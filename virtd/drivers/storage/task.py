@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from ...model.state import known
 from .backend import Meta
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class State(StrEnum):
     @classmethod
     def of(cls, word: str) -> State:
         """The state of that name; a word of a newer version counts as running: its unit will tell."""
-        return cls(word) if word in cls.__members__.values() else cls.RUNNING
+        return known(word, cls.RUNNING)
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
