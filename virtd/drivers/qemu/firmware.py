@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ...model.domain import Domain
+    from .devices.flash import Flash
     from .hardware import Hardware
 
 log = logging.getLogger(__name__)
@@ -66,14 +67,14 @@ def choose(hardware: Hardware, domain: Domain, source: str) -> Build:
     return find(hardware.type or domain.machine, source, secure=domain.boot.secure_boot)
 
 
-def find(machine: str, source: str, *, secure: bool, places: tuple[str, ...] = ()) -> Build:
+def find(machine: str, source: str, *, secure: bool) -> Build:
     """The build for a machine type such as "q35" or "pc-q35-10.0". Descriptors are tried in the order of their names.
 
     `secure`: with secure boot switched on, that is, with the vendors' keys in its store; otherwise without keys.
     Raises InvalidDefinition, naming `source`, when there is none.
     """
     architecture = os.uname().machine
-    for path in _descriptors(places or PLACES):
+    for path in _descriptors():
         found = _read(path)
         if found is None or "uefi" not in found.interfaces or not _fits(found, architecture, machine):
             continue
@@ -85,15 +86,15 @@ def find(machine: str, source: str, *, secure: bool, places: tuple[str, ...] = (
     raise errors.InvalidDefinition(
         source,
         key,
-        f"{what} for {machine} isn't installed: no file in {', '.join(places or PLACES)} describes it",
+        f"{what} for {machine} isn't installed: no file in {', '.join(PLACES)} describes it",
         hint="Install it (Debian: ovmf; Fedora: edk2-ovmf)." if machine.startswith(("q35", "pc")) else "",
     )
 
 
-def _descriptors(places: tuple[str, ...]) -> Iterator[str]:
+def _descriptors() -> Iterator[str]:
     """The paths of all that aren't hidden by others, by name."""
     found: dict[str, str] = {}
-    for place in places:
+    for place in PLACES:
         try:
             names = os.listdir(place)
         except OSError:
@@ -139,8 +140,9 @@ def _build(descriptor: _Descriptor, *, secure: bool) -> Build | None:
     )
 
 
-def prepare(store: str, build: Build) -> None:
+def prepare(flash: Flash) -> None:
     """Make a guest's variable store of the template unless it is there. Raises HostError; nothing is half made."""
+    store, build = flash.store, flash.build
     if os.path.lexists(store):
         _require_fit(store, build)
         return

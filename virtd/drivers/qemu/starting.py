@@ -78,7 +78,7 @@ class _Start(Start[QemuGuest, model.Domain]):
         self.systemd = 0
         kvm = machine.shared.services.facts.has_kvm()
         self.hardware = hardware.assign(before, domain, machine.uuid, kvm=kvm)
-        build = self._firmware()
+        flash = self._flash()
         placed = self.hardware.devices
         self.nics = nics.plan(domain, machine.uuid, placed)
         self.vhost = bool(self.nics) and prerequisites.has_vhost(self.account)
@@ -88,24 +88,22 @@ class _Start(Start[QemuGuest, model.Domain]):
             machine.runtime,
             {nic.index: nic.interface for nic in self.nics},
             self.vhost,
-            Flash(build=build, store=self._store(build)) if build is not None else None,
+            flash,
         )
         self.devices = assembly.assemble(domain, machine.uuid, host, disks, placed)
         self.given: list[ownership.Given] = []
         self.shown: list[str] = []
 
-    def _firmware(self) -> hardware.Build | None:
-        """The build of UEFI, which is part of its hardware. Raises InvalidDefinition."""
+    def _flash(self) -> Flash | None:
+        """Its UEFI, whose build becomes part of its hardware. Raises InvalidDefinition."""
         if self.definition.boot.firmware is not model.Firmware.UEFI:
             return None
         from . import firmware  # most guests have none
 
         build = firmware.choose(self.hardware, self.definition, self.machine.source)
         self.hardware = msgspec.structs.replace(self.hardware, firmware=build)
-        return build
-
-    def _store(self, build: hardware.Build) -> str:
-        return self.services.paths.nvram(self.machine.name, self.machine.uuid, secure=build.secure)
+        store = self.services.paths.nvram(self.machine.name, self.machine.uuid, secure=build.secure)
+        return Flash(build=build, store=store)
 
     def check(self) -> None:
         hardware.require_places(self.hardware, self.definition, self.machine.source)
@@ -115,10 +113,10 @@ class _Start(Start[QemuGuest, model.Domain]):
         self.shown = access.shown(self.host.binary, hidden, self.account)
         access.require_passable(self._files(), hidden, self.account)
         nics.check(self.definition, self.machine.source, self.machine.peers)
-        if (build := self.hardware.firmware) is not None:
+        if self.host.flash is not None:
             from . import firmware
 
-            firmware.prepare(self._store(build), build)
+            firmware.prepare(self.host.flash)
 
     def holdings(self) -> Iterator[Holding]:
         from ...objects import conflicts

@@ -12,6 +12,7 @@ import pytest
 
 from virtd import errors
 from virtd.drivers.qemu import firmware, hardware
+from virtd.drivers.qemu.devices.flash import Flash
 from virtd.drivers.qemu.hardware import Build
 from virtd.model import domain as model
 
@@ -28,10 +29,9 @@ class Host:
 
     def __init__(self, top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.top = top
-        self.places = (f"{top}/etc", f"{top}/usr")
         (top / "etc").mkdir()
         (top / "usr").mkdir()
-        monkeypatch.setattr(firmware, "PLACES", self.places)
+        monkeypatch.setattr(firmware, "PLACES", (f"{top}/etc", f"{top}/usr"))
 
     def describe(self, name: str, *features: str, there: bool = True, **other: Any) -> None:
         program, template = (self.top / f"{name}.{what}" for what in ("code", "vars"))
@@ -48,7 +48,7 @@ class Host:
         (self.top / "usr" / f"{name}.json").write_text(json.dumps(said | {"features": features} | other))
 
     def found(self, machine: str = "q35", *, secure: bool = False) -> str:
-        build = firmware.find(machine, "a.toml", secure=secure, places=self.places)
+        build = firmware.find(machine, "a.toml", secure=secure)
         assert (build.secure, build.template) == (secure, build.program.replace(".code", ".vars"))
         return build.program.rpartition("/")[2].removesuffix(".code") + ("+smm" if build.smm else "")
 
@@ -127,24 +127,24 @@ def test_the_store_is_made_once(tmp_path: Path) -> None:
     template, store = tmp_path / "template", tmp_path / "a" / "store.fd"
     template.write_bytes(b"new" * 100)
     build = Build("/code", "raw", str(template), "raw")
-    firmware.prepare(str(store), build)
+    firmware.prepare(Flash(build=build, store=str(store)))
     assert store.read_bytes() == template.read_bytes()
     assert store.stat().st_mode & 0o777 == 0o600
     store.write_bytes(b"own" * 100)
-    firmware.prepare(str(store), build)
+    firmware.prepare(Flash(build=build, store=str(store)))
     assert store.read_bytes() == b"own" * 100
     template.write_bytes(b"larger" * 100)
     with pytest.raises(errors.HostError, match="belongs to another build"):
-        firmware.prepare(str(store), build)
+        firmware.prepare(Flash(build=build, store=str(store)))
     template.unlink()
-    firmware.prepare(str(store), build)
+    firmware.prepare(Flash(build=build, store=str(store)))
     assert store.read_bytes() == b"own" * 100
 
 
 def test_a_template_that_is_gone(tmp_path: Path) -> None:
     store = tmp_path / "a" / "store.fd"
     with pytest.raises(errors.HostError, match="Cannot make"):
-        firmware.prepare(str(store), Build("/code", "raw", f"{tmp_path}/none", "raw"))
+        firmware.prepare(Flash(build=Build("/code", "raw", f"{tmp_path}/none", "raw"), store=str(store)))
     assert not store.exists()
 
 
