@@ -215,10 +215,12 @@ class Monitor:
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        if client is not None:
-            with contextlib.suppress(Exception):  # why the link broke is known by now
-                await client.disconnect()
+        try:
+            await asyncio.gather(*tasks, return_exceptions=True)
+        finally:  # even if this is cancelled: nobody else has the connection any more
+            if client is not None:
+                with contextlib.suppress(Exception):  # why the link broke is known by now
+                    await client.disconnect()
 
     def _take(self, event: Event) -> bool:
         if self._events.full() or not self._allowance.take():

@@ -286,3 +286,15 @@ async def test_a_socket_that_was_removed_is_told_of(tmp_path: Path) -> None:
     for directory in ("run/web1", "run"):
         (tmp_path / directory).rmdir()
         assert f"its directory {tmp_path / directory} was removed" in (await refused(made=True))[0]
+
+
+@on_loop
+async def test_a_closing_that_is_cancelled_closes_all_the_same(tmp_path: Path) -> None:
+    """As at the daemon's end, which comes at any time."""
+    async with hostile(tmp_path) as qemu:
+        await qemu.monitor.connect(5)
+        closing = asyncio.ensure_future(qemu.monitor.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.gather(closing, return_exceptions=True)
+        # Otherwise its socket is left open, which fails this test.
