@@ -140,7 +140,9 @@ class World:
             # What several tasks did at once was cut off in one of them; a process that is killed ends all of them.
             others = asyncio.all_tasks() - before
             for task in others:
-                task.cancel()
+                # The kernel would close this connection; who cancels its closing leaves it open for ever.
+                if not getattr(task.get_coro(), "__qualname__", "").endswith("._bh_disconnect"):
+                    task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
             raise Killed
         await tasks[0]
