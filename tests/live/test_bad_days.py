@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.harness import Lab, check, definition
-from tests.live.tools import KILL, Bystander, Journal, away, drop_in, settings, undefine_others, write
+from tests.live.tools import KILL, Bystander, Journal, attached, away, drop_in, settings, undefine_others, write
 from virtd.messages import Message
 
 if TYPE_CHECKING:
@@ -396,8 +396,8 @@ def test_a_store_that_has_slots_nobody_knows(lab: Lab, victim: str) -> None:
     assert [entry["VIRTD_NAME"] for entry in journal.await_entries(f"MESSAGE_ID={Message.ROLLED_BACK}")] == ["ghost"]
     assert {item["name"] for item in lab.json("list")} == {"bystander", "victim"}
     lab.wait_lines(victim, 20)
-    console = lab.virtdctl("console", "--timeout", "2", victim, stdin="echo the-right-pipe\n")
-    assert "the-right-pipe" in console.stdout
+    with attached(lab, victim) as console:
+        assert console.ask("the-right-pipe")
     degraded = "the FD store holds what this version doesn't know: hologram/x/y, nonsense"
     assert degraded in lab.json("status")["degraded"]
     lab.virtdctl("stop", victim)

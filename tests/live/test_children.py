@@ -14,7 +14,7 @@ import pytest
 
 from tests.children import SETTINGS, install
 from tests.harness import Failed, check
-from tests.live.tools import KILL, drop_in, settings
+from tests.live.tools import KILL, attached, drop_in, settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -132,8 +132,8 @@ def test_many_children_live_through_everything(children: Lab) -> None:
     lab.wait("their slots dropped", lambda: lab.json("status")["budget"]["used"] == 5 * (MANY - len(gone)), 30)
     # What they said last is there, the others went on, and both kinds of consoles still take input.
     for name in (alone[-1], boxed[5]):
-        console = lab.virtdctl("console", "--timeout", "3", name, stdin="echo the-right-pipe\n", check=False)
-        assert "the-right-pipe" in console.stdout
+        with attached(lab, name) as console:
+            assert console.ask("the-right-pipe")
     start(lab, gone)
     lab.sh(KILL)
     assert {name: state for name, (state, _) in states(lab).items() if name in running} == {

@@ -770,6 +770,19 @@ def test_a_create_that_is_cut_off_leaves_nothing(containers: Containers) -> None
         assert lab.sh("systemctl list-units --all --no-legend 'virtd-create-*'") == ""
 
 
+def test_a_container_is_made_while_the_daemon_starts(containers: Containers) -> None:
+    """The host's first: what a daemon before has left is removed, and nothing that this one makes."""
+    lab = containers.lab
+    lab.sh("mkdir -p /srv/tiny/usr")
+    try:
+        for _ in range(8):
+            lab.sh("systemctl restart virtd.service && virtdctl container create made --image /srv/tiny")
+            lab.virtdctl("container", "undefine", "made")
+            lab.sh("rm -r /var/lib/virtd/containers/made; systemctl reset-failed virtd.service")
+    finally:
+        lab.sh("rm -rf /srv/tiny")
+
+
 def test_a_container_in_a_network(containers: Containers) -> None:
     """A veth into a network of virtd's: an address from its DHCP, shown, and kept over a restart."""
     lab = containers.lab

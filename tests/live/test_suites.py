@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.harness import Lab, check
-from tests.live.tools import KILL, PID1S_OWN
+from tests.live.tools import KILL, PID1S_OWN, attached
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,8 +58,8 @@ def test_the_guest_does_not_notice(suite: Lab) -> None:
         suite.sh(event)
         info = connected(suite)
         assert (info["pid"], info["state"], len(suite.info("web1")["slots"])) == (pid, "running", 5), event
-    done = suite.virtdctl("console", "--timeout", "1", "web1", stdin="echo still-here\n")
-    assert "still-here" in done.stdout
+    with attached(suite, "web1") as console:
+        assert console.ask("still-here")
     tally = check(suite.console("web1"))
     assert tally.whole, (tally.lost, tally.repeated, tally.broken[:3])
     assert suite.json("status")["problems"] == []

@@ -32,13 +32,21 @@ CREATING = ".creating"  # the suffix of marks in /run/virtd/NAME for what is bei
 class Drivers:
     """The drivers in use, by name.
 
-    `publisher(name)` makes the function by which a driver publishes its events.
+    `publisher(name)` makes the function by which a driver publishes its events; `wake(driver)` restores and
+    reconciles one that had nothing to do when the daemon started.
     """
 
-    def __init__(self, services: Services, settings: Settings, publisher: Callable[[str], Publish]) -> None:
+    def __init__(
+        self,
+        services: Services,
+        settings: Settings,
+        publisher: Callable[[str], Publish],
+        wake: Callable[[Driver], None],
+    ) -> None:
         self._services = services
         self._settings = settings
         self._publisher = publisher
+        self._wake = wake
         self._made: dict[str, Driver] = {}
 
     def __iter__(self) -> Iterator[Driver]:
@@ -52,14 +60,20 @@ class Drivers:
 
     @property
     def networks(self) -> Networks:
-        return cast("WithInterfaces", self.get("network")).interfaces
+        return cast("WithInterfaces", self.use("network")).interfaces
 
     @property
     def volumes(self) -> Volumes:
-        return cast("Volumes", self.get("storage"))
+        return cast("Volumes", self.use("storage"))
+
+    def use(self, name: str) -> Driver:
+        """The driver `name`, for an operation. One that had nothing to do so far is made and woken."""
+        if name not in self._made:
+            self._wake(self.get(name))
+        return self.get(name)
 
     def get(self, name: str) -> Driver:
-        """The driver `name`, made if need be. The caller restores and reconciles one that is made late."""
+        """The driver `name`, made if need be; only `Host` makes one that it restores and reconciles itself."""
         if name not in self._made:
             make: Factory = importlib.import_module(MODULES[name]).make
             self._made[name] = make(self._services, self._settings, self._publisher(name), self)

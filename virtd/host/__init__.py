@@ -72,7 +72,7 @@ class Host:
     def __init__(self, services: Services, settings: Settings) -> None:
         self._listeners: list[Listener] = []
         self._supervised: dict[str, Objects[Any]] = {}
-        self.drivers = Drivers(services, settings, self._publisher)
+        self.drivers = Drivers(services, settings, self._publisher, self._wake)
         self.followers = console.Followers(services.pump)
         domains = cast("qemu.driver.Driver", self.drivers.get(DRIVER))
         self.domains = Domains(services, settings.qemu, domains, self.followers, self.subscribe)
@@ -82,6 +82,7 @@ class Host:
         self.degraded: list[str] = []
         self.problems: dict[str, tuple[str, str]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._reconciling = False  # since `reconcile` began
         self._reloading = asyncio.Lock()
         self._comparing = asyncio.Lock()
         self.services = services
@@ -161,14 +162,13 @@ class Host:
 
     def use(self, name: str) -> Driver:
         """The driver `name`, for an operation. A driver that had nothing to do so far is created, without objects."""
-        if name not in self.drivers:
-            self._wake(name)
-        return self.drivers.get(name)
+        return self.drivers.use(name)
 
-    def _wake(self, name: str) -> None:
-        driver = self.drivers.get(name)
+    def _wake(self, driver: Driver) -> None:
         self._restore(driver)
-        task = asyncio.create_task(self._reconcile(driver), name=f"reconcile-{name}")
+        if not self._reconciling:
+            return  # `reconcile` will; a second time would roll back what an operation has begun in between
+        task = asyncio.create_task(self._reconcile(driver), name=f"reconcile-{driver.name}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -193,6 +193,7 @@ class Host:
 
     async def reconcile(self) -> None:
         """The second step of a start, once systemd can be queried."""
+        self._reconciling = True
         self.events.begin()
         await asyncio.gather(*(self._reconcile(driver) for driver in self.drivers))
         self.events.compare()
@@ -327,7 +328,7 @@ class Host:
 
     async def _reload(self) -> replies.Reloaded:
         for name in self.drivers.wanted():
-            self._wake(name)
+            self.use(name)
         changed: list[str] = []
         problems: list[About] = []
         for driver in self.drivers:

@@ -103,7 +103,7 @@ async def _restore(paths: Paths, name: str, raw: bytes) -> None:
     store = Store({}, None)
     pump = Pump(loop.call_soon_threadsafe)
     services = Services(paths, store, pump, Log(), _no_units)
-    drivers = Drivers(services, Settings(), lambda _driver: lambda _event, _name: None)
+    drivers = Drivers(services, Settings(), lambda _driver: lambda _event, _name: None, lambda made: made.restore())
     driver = cast("Inventory[Any, Any]", drivers.get(name))
     try:
         driver.restore_records()

@@ -7,7 +7,7 @@ import asyncio
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from msgspec import to_builtins
@@ -15,10 +15,17 @@ from msgspec import to_builtins
 from tests.doubles.whole_host import ROOT, SLOTS, Killed, World, on_loop, until
 from virtd import errors
 from virtd.api import idl
+from virtd.drivers.lxc import driver as containers
+from virtd.drivers.network import driver as networks
 from virtd.host import Caller, WithDescriptors
 from virtd.host.domains import Domains
 from virtd.messages import Message
 from virtd.replies import Reply
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from virtd.host import Host
 
 UUID = "0123abcd-4567-89ab-cdef-0123456789ab"
 ANN = Caller(uid=0, pid=os.getppid(), name="ann")
@@ -296,6 +303,37 @@ async def test_before_systemd_can_be_asked(world: World, monkeypatch: pytest.Mon
         waiting = asyncio.ensure_future(host.domains.info("web1"))
         await host.reconcile()
         assert (await waiting)["state"] == "crashed"
+
+
+@pytest.mark.parametrize("wake", [lambda host: host.containers, lambda host: host.drivers.networks])
+@on_loop
+async def test_a_driver_is_reconciled_once(
+    world: World, monkeypatch: pytest.MonkeyPatch, wake: Callable[[Host], Any]
+) -> None:
+    """Also one that nobody needed before, be it woken by an operation or by another driver.
+
+    A second time would take what an operation has begun since for what a crash has cut off, and roll it back.
+    """
+    done: list[str] = []
+
+    async def reconcile(_driver: Any) -> None:
+        done.append("reconcile")
+
+    for kind in (containers.Driver, networks.Driver):
+        monkeypatch.setattr(kind, "restore", lambda _driver: done.append("restore"))
+        monkeypatch.setattr(kind, "reconcile", reconcile)
+    async with world.daemon(reconcile=False) as host:
+        wake(host)
+        await asyncio.sleep(0)
+        assert done == ["restore"]
+        await host.reconcile()
+        assert done == ["restore", "reconcile"]
+    done.clear()
+    async with world.daemon() as host:
+        wake(host)
+        wake(host)
+        await until(lambda: "reconcile" in done)
+        assert done == ["restore", "reconcile"]
 
 
 # Logs

@@ -311,6 +311,27 @@ async def test_killed_at_every_step_of_a_create(cuts: Cuts, tmp_path: Path) -> N
 
 
 @on_loop
+async def test_a_container_that_is_made_while_the_daemon_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a host that had none: what the daemon before has left is removed, and nothing else."""
+    site = Site(tmp_path, monkeypatch)
+    image = tmp_path / "image"
+    (image / "usr").mkdir(parents=True)
+    try:
+        async with site.world.daemon(reconcile=False) as host:
+            making = asyncio.ensure_future(host.containers.create("made", str(image), by=ROOT))
+            for _ in range(20):
+                await asyncio.sleep(0)
+            await host.reconcile()
+            assert (await making)["name"] == "made"
+            assert os.listdir(site.world.lxc.directory) == ["made"]
+            await host.containers.undefine("made", by=ROOT)
+    finally:
+        site.world.close()
+
+
+@on_loop
 async def test_a_container_does_not_notice_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Including the bytes in its terminal that nobody moved, and a reboot that nobody saw."""
     site = Site(tmp_path, monkeypatch)
