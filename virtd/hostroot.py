@@ -22,4 +22,12 @@ def _apart() -> bool:
 
 # Put before an absolute path, it leads to the host's file of that path. Empty without a namespace of our own.
 PREFIX = "/proc/1/root" if _apart() else ""
+
+
+def seen(path: str) -> str:
+    """A path by which this process reaches the host's file `path`. An absolute link in it is followed in our own
+    namespace; `reach.reached` follows all of them on the host."""
+    return f"{PREFIX}{path}"
+
+
 MOUNTS = "/proc/1/mountinfo" if PREFIX else "/proc/self/mountinfo"

@@ -99,3 +99,23 @@ def test_disks_are_looked_at_where_the_host_has_them(lab: Lab) -> None:
     finally:
         lab.virtdctl("undefine", "web1", check=False)
         lab.sh("umount /srv/private/late /srv/private; rmdir /srv/private")
+
+
+def test_containers_are_looked_at_where_the_host_has_them(lab: Lab) -> None:
+    """Below a private mount: an image to be copied, and a root file system."""
+    lab.sh(
+        "mkdir -p /srv/private && mount -t tmpfs -o mode=0700 private /srv/private; mount --make-private /srv/private"
+    )
+    try:
+        lab.sh("cd /srv/private && mkdir late && mount -t tmpfs late late && mkdir -p late/image/usr late/root")
+        lab.virtdctl("container", "create", "copied", "--image", "/srv/private/late/image")
+        lab.sh("tar -xJf /usr/share/virtd-lab/debian.tar.xz -C /srv/private/late/root")
+        text = 'name = "late"\nrootfs = "/srv/private/late/root"\ncommand = ["sleep", "1000"]\n'
+        lab.virtdctl("container", "define", "-", stdin=text)
+        lab.virtdctl("container", "start", "late")
+        assert lab.json("fsck")["differences"] == []
+    finally:
+        lab.virtdctl("container", "stop", "late", check=False)
+        for name in ("late", "copied"):
+            lab.virtdctl("container", "undefine", name, check=False)
+        lab.sh("umount /srv/private/late /srv/private; rmdir /srv/private; rm -rf /var/lib/virtd/containers/copied")

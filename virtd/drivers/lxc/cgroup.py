@@ -31,7 +31,7 @@ def of(monitor: int, unit: str) -> Group | None:
     except OSError:
         return None
     path = payload_of(own, unit)
-    return Group(f"{hostroot.PREFIX}{path}") if path is not None else None
+    return Group(hostroot.seen(path)) if path is not None else None
 
 
 class Group:

@@ -7,6 +7,8 @@ import os
 import stat
 from typing import TYPE_CHECKING, NamedTuple
 
+from ... import hostroot
+
 if TYPE_CHECKING:
     from ...model import container as model
 
@@ -114,7 +116,7 @@ def _network(container: model.Container, links: list[Link]) -> list[str]:
 
 
 def _mount(source: str, target: str, *, readonly: bool) -> str:
-    kind = "dir" if os.path.isdir(source) else "file"
+    kind = "dir" if os.path.isdir(hostroot.seen(source)) else "file"
     options = ["rbind" if kind == "dir" and not readonly else "bind", f"create={kind}"]
     options += ["ro"] if readonly else []
     return f"lxc.mount.entry = {_escaped(source)} {_escaped(target.lstrip('/'))} none {','.join(options)} 0 0"
@@ -170,7 +172,7 @@ def devices(container: model.Container) -> list[tuple[str, str]]:
     common = ("null", "zero", "full", "random", "urandom", "tty", "ptmx")
     found = [(f"/dev/{name}", "rwm") for name in common] + [("char-pts", "rw")]
     for device in container.device:
-        kind = "block" if stat.S_ISBLK(os.stat(device.path).st_mode) else "char"
-        number = os.stat(device.path).st_rdev
+        kind = "block" if stat.S_ISBLK(os.stat(hostroot.seen(device.path)).st_mode) else "char"
+        number = os.stat(hostroot.seen(device.path)).st_rdev
         found.append((f"/dev/{kind}/{os.major(number)}:{os.minor(number)}", "rw"))
     return found

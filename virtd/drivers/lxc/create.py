@@ -18,7 +18,7 @@ import re
 import tempfile
 from typing import TYPE_CHECKING, NamedTuple
 
-from ... import errors, files, untrusted
+from ... import errors, files, hostroot, untrusted
 from ...children.programs import HOMELESS
 from ...hints import do
 from ...model import container as model
@@ -95,7 +95,7 @@ def check(name: str, image: str, directory: str) -> None:
     """Raises a VirtdError if it can't be made."""
     if not re.fullmatch(NAME, name) or name.endswith(ENDINGS):
         raise errors.InvalidState(f"Cannot create {shown(name)}: that can't be a container's name")
-    if not image.startswith("/") or not os.path.exists(image):
+    if not image.startswith("/") or not os.path.exists(hostroot.seen(image)):
         raise errors.NotFound(f"Cannot create {name}: no such archive or directory: {image}")
     if os.path.lexists(f"{directory}/{name}"):
         raise errors.Exists(f"Cannot create {name}: there is {directory}/{name} already")
@@ -173,8 +173,8 @@ async def _sweep(directory: str, run: str) -> None:
 async def _unpack(job: Job, units: Units) -> None:
     source = await asyncio.to_thread(_open, job)
     with source, tempfile.TemporaryFile() as words:
-        directory = os.path.isdir(job.image)
-        owner = os.stat(job.image).st_uid
+        directory = os.path.isdir(hostroot.seen(job.image))
+        owner = os.stat(hostroot.seen(job.image)).st_uid
         task = unpack.Job(
             target=job.building,
             hostname=job.name.replace("_", "-").replace(".", "-")[:63].strip("-"),
@@ -217,10 +217,10 @@ async def _unpack(job: Job, units: Units) -> None:
 
 def _open(job: Job) -> BufferedReader:
     """The archive, or /dev/null in place of a directory. Raises a VirtdError."""
-    if os.path.isdir(job.image):
+    if os.path.isdir(hostroot.seen(job.image)):
         return open(os.devnull, "rb")
     try:
-        return open(untrusted.open_regular(job.image, follow=True), "rb")
+        return open(untrusted.open_regular(hostroot.seen(job.image), follow=True), "rb")
     except untrusted.Unfit as exc:
         raise errors.InvalidState(f"Cannot create {job.name}: {job.image}: {exc.strerror}") from exc
 

@@ -63,7 +63,7 @@ def _kept(path: str) -> bool:
     """Whether some directory above it lets nobody but root through."""
     while path != "/":
         path = os.path.dirname(path)
-        status = os.stat(f"{hostroot.PREFIX}{path}")
+        status = os.stat(hostroot.seen(path))
         if status.st_uid in (0, os.geteuid()) and not status.st_mode & SEARCH:
             return True
     return False
@@ -98,6 +98,6 @@ def _elsewhere(directory: reach.Reached) -> list[str]:
 
 def _same(one: str, other: str) -> bool:
     try:
-        return os.path.samefile(f"{hostroot.PREFIX}{one}", f"{hostroot.PREFIX}{other}")
+        return os.path.samefile(hostroot.seen(one), hostroot.seen(other))
     except OSError:
         return False

@@ -8,6 +8,7 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
+from ... import hostroot
 from ...objects import conflicts
 from ...objects.conflicts import Holding, Kind
 from .links import interface_names, mac_of
@@ -39,7 +40,7 @@ def disks(container: model.Container) -> Iterator[tuple[str, tuple[int, int]]]:
     """The disks among its devices, each with device and inode. (Several may have one directory as their root.)"""
     for device in container.device:
         with contextlib.suppress(OSError):
-            status = os.stat(device.path)
+            status = os.stat(hostroot.seen(device.path))
             if stat.S_ISBLK(status.st_mode):
                 yield device.path, (status.st_dev, status.st_ino)
 

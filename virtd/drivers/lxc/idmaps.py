@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from ... import errors, files
+from ... import errors, files, hostroot
 from ...hints import do
 from ...model import container as model
 from .. import ids
@@ -89,7 +89,7 @@ class Maps:
         """
         if definition.privileged:
             return None, False
-        owner = os.stat(root).st_uid
+        owner = os.stat(hostroot.seen(root)).st_uid
         found = definition.idmap or (model.IdMap(owner) if owner else self._own(container))
         grants.check(found, source, self._guests, etc=self._etc)
         if owner and not found.first <= owner < found.first + found.count:
@@ -227,7 +227,7 @@ def defined_ids(definition: model.Container | None) -> model.IdMap | None:
     if definition.idmap is not None:
         return definition.idmap
     try:
-        owner = os.lstat(definition.directory).st_uid if definition.directory is not None else 0
+        owner = os.lstat(hostroot.seen(definition.directory)).st_uid if definition.directory is not None else 0
     except OSError:
         return None
     return model.IdMap(owner) if owner else None

@@ -9,7 +9,7 @@ import stat
 import sys
 from typing import TYPE_CHECKING
 
-from ... import errors, reach
+from ... import errors, hostroot, reach
 from ...children import programs
 from ...hints import do
 from ...model import container as model
@@ -94,11 +94,11 @@ def inside(root: str, path: str, mounts: Mapping[str, str] | None = None) -> str
             del found[-1:]
             continue
         here = place([*found, part])
-        if stat.S_ISLNK(os.lstat(here).st_mode):
+        if stat.S_ISLNK(os.lstat(hostroot.seen(here)).st_mode):
             links += 1
             if links > LINKS:
                 raise OSError(40, "Too many levels of symbolic links")
-            target = os.readlink(here)
+            target = os.readlink(hostroot.seen(here))
             if target.startswith("/"):
                 found.clear()
             pending += [part for part in target.split("/") if part not in ("", ".")][::-1]
@@ -119,17 +119,17 @@ def check_root(container: model.Container, root: str, source: str) -> None:
         return errors.InvalidDefinition(source, key, expected, hint=hint)
 
     make = do("create", "container", container.name, image="ROOTFS.tar.xz") + " makes one."
-    if not os.path.exists(root):
+    if not os.path.exists(hostroot.seen(root)):
         raise refuse("rootfs", f"no such directory: {root}", make)
-    if not os.path.isdir(root):
+    if not os.path.isdir(hostroot.seen(root)):
         raise refuse("rootfs", f"expected a directory: {root}", make)
-    if not any(os.path.lexists(f"{root}/{name}") for name in ("usr", "bin", "sbin", "init", "etc")):
+    if not any(os.path.lexists(f"{hostroot.seen(root)}/{name}") for name in ("usr", "bin", "sbin", "init", "etc")):
         raise refuse("rootfs", f"expected a root file system, which {root} isn't: it has no usr, bin or etc", make)
     key, word = ("command[0]", container.command[0]) if container.command else ("init", container.argv[0])
     places = [word] if word.startswith("/") else [f"{place}/{word}" for place in SEARCH]
     for place in places:
         try:
-            status = os.stat(inside(root, place, mounts_of(container)))
+            status = os.stat(hostroot.seen(inside(root, place, mounts_of(container))))
         except OSError:
             continue
         if not stat.S_ISREG(status.st_mode) or not status.st_mode & 0o111:
@@ -157,7 +157,7 @@ def check_host(container: model.Container, source: str) -> None:
     for key, path in model.paths(container):
         reach.defined(path, source, key)
     for index, device in enumerate(container.device):
-        mode = os.stat(device.path).st_mode
+        mode = os.stat(hostroot.seen(device.path)).st_mode
         if not (stat.S_ISCHR(mode) or stat.S_ISBLK(mode)):
             raise errors.InvalidDefinition(source, f"device[{index}].path", f"expected a device: {device.path}")
     memory, total = container.limits.memory_bytes, total_memory()

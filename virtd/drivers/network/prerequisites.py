@@ -98,7 +98,7 @@ def set_sysctl(name: str, value: str) -> None:
     if sysctl(name) in (value, None):
         return
     try:
-        with open(f"{hostroot.PREFIX}{PROC}/sys/{name}", "w", encoding="ascii") as file:
+        with open(hostroot.seen(f"{PROC}/sys/{name}"), "w", encoding="ascii") as file:
             file.write(value)
     except OSError as exc:
         raise errors.HostError(f"Cannot set {dotted(name)} to {value}: {exc.strerror}") from exc

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from ... import errors, journal
+from ... import errors, hostroot, journal, reach
 from ...allowance import Allowance
 from ...hints import do
 from ...messages import Message
@@ -313,8 +313,8 @@ def _words(text: object) -> str:
 
 def _space_of(path: str) -> Space:
     """The file system of a file. Raises OSError."""
-    place = os.path.realpath(path)
-    status = os.statvfs(place)
-    while not os.path.ismount(place):
+    with reach.reached(path, reach.Trust.ANYBODY) as found:
+        place, status = found.path, os.statvfs(found.itself)
+    while not os.path.ismount(hostroot.seen(place)):
         place = os.path.dirname(place)
     return Space(place, status.f_bavail * status.f_frsize)
