@@ -25,10 +25,10 @@ def top(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def said(top: Path, program: str) -> str:
+def said(top: Path, program: str, options: str = "-I") -> str:
     # Before site-packages, where virtd may be installed.
     program = f"import sys; sys.path.insert(0, {str(top)!r})\n{program}"
-    done = subprocess.run([sys.executable, "-I", "-c", program], text=True, capture_output=True, check=False)
+    done = subprocess.run([sys.executable, options, "-c", program], text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -65,6 +65,21 @@ def test_what_comes_first_in_the_path_is_found_first(top: Path, tmp_path_factory
     assert said(top, insert + START + "import msgspec") == "first"
     # Another path than the one that it was made with.
     assert said(top, START + LOADER.format("text")) == PYTHONS
+
+
+def test_sys_path_is_as_site_makes_it(top: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Also in a Python without `site`, which runs only if something could have changed."""
+    more = str(tmp_path_factory.mktemp("more"))
+    insert = f"sys.path.insert(1, {more!r})\n"
+    said(top, insert + "from virtd import bundle; bundle.make()")
+    show = START + LOADER.format("text") + "\nprint('site' in sys.modules, *sys.path)"
+    usual = said(top, insert + "from virtd import bundle; print(*sys.path)")
+    assert said(top, show, "-IS").split("\n") == [OURS, f"False {usual}"]
+    assert said(top, insert + show).split("\n") == [OURS, f"True {usual}"]
+    Path(more, "new.pth").touch()
+    assert said(top, insert + show, "-IS").split("\n") == [PYTHONS, f"True {usual}"]
+    bundle(top).write_bytes(b"")
+    assert said(top, insert + show, "-IS").split("\n") == [PYTHONS, f"True {usual}"]
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 4096, b"no code", b"(\x03\0\0\0"])
