@@ -25,7 +25,7 @@ from virtd import errors, messages
 from virtd.api import introspection, kinds
 from virtd.children.slots import SLOTS
 from virtd.cli import exits, main, options
-from virtd.model import container, document, domain, network, networkchecks, pool, settings
+from virtd.model import container, document, domain, network, networkchecks, pool, provisioning, settings
 from virtd.model.state import Activity, Cause, State
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +39,7 @@ TABLES: list[tuple[str, str, type[msgspec.Struct]]] = [
     ("virtd-domain.5", "[[cdrom]]", domain.Cdrom),
     ("virtd-domain.5", "[[nic]]", domain.Nic),
     ("virtd-domain.5", "[vnc]", domain.Vnc),
+    ("virtd-domain.5", "[guest]", provisioning.Provisioning),
     ("virtd-network.5", "Keys of the network", network.Network),
     ("virtd-network.5", "[ipv4]", network.Ipv4),
     ("virtd-network.5", "[ipv6]", network.Ipv6),

@@ -128,6 +128,7 @@ def _details(item: dict[str, Any]) -> list[tuple[str, str]]:
         ("Disks", "\n".join([*map(_part, item.get("disks") or []), *_empty(item.get("cdroms") or [])])),
         ("NICs", "\n".join(map(_nic, item.get("nics") or []))),
         ("VNC", text(item.get("vnc"))),
+        ("Guest", _provided(item.get("guest"))),
         ("Monitor", text(item.get("monitor"))),
         ("Events", _events(item.get("events"))),
     ]
@@ -140,6 +141,14 @@ def _hardware(hardware: dict[str, Any] | None) -> str:
     firmware = f", UEFI {hardware['firmware']}" if hardware.get("firmware") else ""
     renew = ", upgraded at the next start" if hardware.get("renew") else ""
     return f"{hardware['machine']}{firmware}{renew}"
+
+
+def _provided(guest: dict[str, Any] | None) -> str:
+    """What its system is set up with."""
+    guest = guest or {}
+    parts = [("cloud-init", guest.get("cloud_init")), ("credentials", guest.get("credentials"))]
+    found = [f"{what} ({', '.join(names)})" for what, names in parts if names]
+    return ", ".join([*found, *(["Ignition"] if guest.get("ignition") else [])])
 
 
 def _empty(cdroms: list[str | None]) -> list[str]:

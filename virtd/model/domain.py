@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 
 from .. import errors
-from . import document, naming, size
+from . import document, naming, provisioning, size
 from .document import shown
 from .naming import MAC, NAME, VOLUME
+from .provisioning import Provisioning
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -129,6 +130,7 @@ class Domain(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     cdrom: tuple[Cdrom, ...] = ()
     nic: tuple[Nic, ...] = ()
     vnc: Vnc | None = None
+    guest: Provisioning = Provisioning()
 
     @property
     def memory_bytes(self) -> int:
@@ -175,6 +177,7 @@ def check(domain: Domain, source: str) -> None:
         raise refuse("boot.secure_boot", 'expected boot.firmware = "uefi" with it')
     if "\n" in domain.boot.cmdline or len(domain.boot.cmdline) > 2047:
         raise refuse("boot.cmdline", "expected one line of at most 2047 characters (the limit of Linux on x86)")
+    provisioning.check(domain.guest, refuse)
     for key, path in paths(domain):
         if not path.startswith("/") or "\0" in path or "\n" in path or len(path) > 4095:
             raise refuse(key, f"expected an absolute path, got {shown(path)}")
@@ -240,4 +243,4 @@ def paths(domain: Domain) -> list[tuple[str, str]]:
     found += [
         (f"cdrom[{index}].path", cdrom.path) for index, cdrom in enumerate(domain.cdrom) if cdrom.path is not None
     ]
-    return found
+    return [*found, *domain.guest.paths()]

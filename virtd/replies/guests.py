@@ -88,6 +88,14 @@ class Hardware(Reply, frozen=True):
     devices: list[Device]
 
 
+class Provided(Reply, frozen=True):
+    """What a guest's own system is set up with."""
+
+    cloud_init: Annotated[list[str], "the files in its volume for cloud-init; empty if it has none"]
+    credentials: Annotated[list[str], "the names of systemd's credentials"]
+    ignition: Annotated[bool, "whether it has a configuration for Ignition"]
+
+
 class DomainInfo(GuestInfo, frozen=True):
     """Everything known about a domain."""
 
@@ -104,6 +112,7 @@ class DomainInfo(GuestInfo, frozen=True):
     standstill: Standstill | None
     events: Events
     vnc: Annotated[str | None, "the socket, while there is one"]
+    guest: Annotated[Provided | None, "null if its definition has nothing for its system"]
 
 
 class ContainerInfo(GuestInfo, frozen=True):

@@ -50,6 +50,12 @@ network = "default"
 mac = "52:54:00:12:34:56"
 [vnc]
 enabled = true
+[guest]
+hostname = "web1"
+ssh_keys = ["ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f me"]
+user_data = "/srv/user-data"
+[guest.credentials]
+"a.b" = "/srv/secret"
 """,
     b"""\1name = "box"
 rootfs = "/srv/box"

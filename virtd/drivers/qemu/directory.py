@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import os
 
+PROVIDED = "provided"
 # events.*: of a guest that an older virtd started; guest-stop.py: put there when the package is erased.
-KNOWN = frozenset({"qmp.sock", "shutdown.sock", "vnc.sock", "events.in", "events.out", "guest-stop.py"})
+KNOWN = frozenset({"qmp.sock", "shutdown.sock", "vnc.sock", PROVIDED, "events.in", "events.out", "guest-stop.py"})
+SEED, SMBIOS, IGNITION = "seed.iso", "smbios", "ignition"
 MODE = 0o710
 
 
@@ -26,6 +28,11 @@ def shutdown_socket(runtime: str) -> str:
 
 def vnc_socket(runtime: str) -> str:
     return f"{runtime}/vnc.sock"
+
+
+def provided(runtime: str, name: str = "") -> str:
+    """A file for the guest's system, which root has written, see provisioning.py; without a name, where they are."""
+    return f"{runtime}/{PROVIDED}/{name}".rstrip("/")
 
 
 def events(runtime: str) -> str:

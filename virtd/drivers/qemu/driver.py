@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from ...children.child import Services
+    from ...model.provisioning import Provisioning
     from ...model.settings import Qemu, Settings
     from ...objects.conflicts import Holding
     from ...objects.peers import Peers
@@ -163,6 +164,7 @@ class Driver(GuestDriver[QemuGuest, model.Domain]):
             vnc=directory.vnc_socket(machine.runtime)
             if machine.alive and domain is not None and domain.vnc is not None and domain.vnc.enabled
             else None,
+            guest=_provided(domain.guest) if domain is not None else None,
         )
 
     def warnings(self, definition: model.Domain) -> list[str]:
@@ -205,3 +207,15 @@ class Driver(GuestDriver[QemuGuest, model.Domain]):
             for machine in self.machines.values()
             for identity, (path, writes) in machine.images().items()
         ]
+
+
+def _provided(guest: Provisioning) -> replies.Provided | None:
+    """What the guest's system is set up with, for Info."""
+    if guest.is_empty:
+        return None
+    files = ["meta-data", "user-data", *(["network-config"] if guest.network_config else [])]
+    return replies.Provided(
+        cloud_init=files if guest.by_cloud_init else [],
+        credentials=list(guest.credentials),
+        ignition=guest.ignition is not None,
+    )

@@ -93,6 +93,7 @@ class _Start(Start[QemuGuest, model.Domain]):
         self.devices = assembly.assemble(domain, machine.uuid, host, disks, placed)
         self.given: list[ownership.Given] = []
         self.shown: list[str] = []
+        self.provided: dict[str, bytes] = {}
 
     def _flash(self) -> Flash | None:
         """Its UEFI, whose build becomes part of its hardware. Raises InvalidDefinition."""
@@ -117,6 +118,10 @@ class _Start(Start[QemuGuest, model.Domain]):
             from . import firmware
 
             firmware.prepare(self.host.flash)
+        if not self.definition.guest.is_empty:
+            from . import provisioning  # most guests are set up by hand
+
+            self.provided = provisioning.contents(self.definition, self.machine.uuid, self.machine.source)
 
     def holdings(self) -> Iterator[Holding]:
         from ...objects import conflicts
@@ -163,12 +168,16 @@ class _Start(Start[QemuGuest, model.Domain]):
         await nics.connect(self.machine.name, self.nics, self.account.uid, self.machine.peers)
 
     def _runtime(self) -> None:
-        """The guest's own directory, for its sockets; see directory.py."""
+        """The guest's own directory, for its sockets and what its system is given; see directory.py."""
         runtime = self.machine.runtime
         try:
             layout.ensure(self.services.paths)
             files.remove_tree(runtime)
             os.mkdir(runtime, mode=0o700)
+            if self.provided:
+                from . import provisioning
+
+                provisioning.write(runtime, self.provided, self.account.gid)
             os.chown(runtime, self.account.uid, self.account.gid)
         except OSError as exc:
             raise errors.HostError(f"Cannot make {runtime}: {exc.strerror}") from exc

@@ -14,6 +14,7 @@ from .builtin import Console, Display, Monitor, Panic, Rng
 from .disk import Cdrom, Disk
 from .flash import Flash
 from .nic import Nic
+from .provisioning import Credentials, Ignition, Seed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,6 +62,7 @@ def assemble(
         *drives(domain, disks, placed),
         *cards(domain, uuid, placed, host),
         *screen(host, placed),
+        *provided(domain, host, placed),
     ]
 
 
@@ -114,3 +116,18 @@ def screen(host: HostFacts, placed: Sequence[Placed]) -> list[Device]:
     """The display."""
     path = directory.vnc_socket(host.runtime)
     return [Display(number=at.number, address=at.address, path=path) for at in placing.of_kind(placed, placing.VIDEO)]
+
+
+def provided(domain: Domain, host: HostFacts, placed: Sequence[Placed]) -> list[Device]:
+    """What its system is set up with."""
+    seed, smbios, ignition = (
+        directory.provided(host.runtime, name) for name in (directory.SEED, directory.SMBIOS, directory.IGNITION)
+    )
+    found: list[Device] = [
+        Seed(number=at.number, address=at.address, path=seed) for at in placing.of_kind(placed, placing.SEED)
+    ]
+    if domain.guest.credentials:
+        found.append(Credentials(path=smbios))
+    if domain.guest.ignition is not None:
+        found.append(Ignition(path=ignition))
+    return found

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ....model.domain import Domain
 
-DISK, CDROM, NIC, RNG, VIDEO = "disk", "cdrom", "nic", "rng", "video"
+DISK, CDROM, NIC, RNG, VIDEO, SEED = "disk", "cdrom", "nic", "rng", "video", "seed"
 
 Place = tuple[str, int]  # a bus, and a slot or unit there
 
@@ -73,6 +73,8 @@ def wanted(domain: Domain) -> Iterator[tuple[str, str]]:
         yield NIC, nic.mac.lower() if nic.mac else nic.network or "user"
     if domain.vnc is not None and domain.vnc.enabled:
         yield VIDEO, ""
+    if domain.guest.by_cloud_init:
+        yield SEED, ""
 
 
 def place(domain: Domain, before: Sequence[Placed] = ()) -> list[Placed]:
@@ -138,4 +140,6 @@ def _recognized(now: list[tuple[str, str]], before: Sequence[Placed]) -> dict[in
 def _places(domain: Domain, kind: str) -> list[Place]:
     """The places for a device of this kind; none on machines that virtd knows little about."""
     table = IDE if kind == CDROM and domain.is_pc else PCI
-    return next((places for machine, places in table if re.fullmatch(machine, domain.machine)), [])
+    places = next((places for machine, places in table if re.fullmatch(machine, domain.machine)), [])
+    # Linux names disks in the order of their slots: those of the definition come first, also ones that are added.
+    return places[::-1] if kind == SEED else places
