@@ -365,7 +365,9 @@ def _users(domains: dict[str, Any], alive: set[str]) -> Iterator[str]:
                 yield f"{name} runs as {uid}, and its user is noted as {noted}"
     wanted = {f"{who}.{kind}" for name, uid in uids.items() for who in (f"vm-{name}", uid) for kind in KINDS}
     there = os.listdir(NAMES) if os.path.isdir(NAMES) else []  # made with the first name
-    named = {entry for entry in there if os.path.realpath(f"{NAMES}/{entry}").startswith(f"{NAMES}/vm-")}
+    named = {
+        entry for entry in there if os.path.realpath(f"{NAMES}/{entry}").startswith((f"{NAMES}/vm-", f"{NAMES}/."))
+    }
     if named != wanted:
         yield f"names of users: {sorted(named)}, needed are {sorted(wanted)}"
     if left := set(os.listdir(ALIASES)) if os.path.isdir(ALIASES) else set():

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ... import errors
+from ... import errors, files
 from ...guests.driver import GuestDriver
 from ...model import domain as model
 from ...model.state import Cause
@@ -107,6 +108,9 @@ class Driver(GuestDriver[QemuGuest, model.Domain]):
                 userdb.remove(directory, user)
             except errors.HostError as exc:  # fsck reports it
                 log.warning("The name of user %s stays: %s", user.name, exc)
+        for path in userdb.unfinished(directory, there):
+            with contextlib.suppress(errors.HostError):  # the next attempt at that name overwrites it
+                files.remove(path)
 
     async def start(self, name: str, by: str) -> bool:
         from . import starting  # no start of the daemon needs it

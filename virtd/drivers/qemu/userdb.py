@@ -111,6 +111,19 @@ def left_over(directory: str, listed: set[str], needed: set[Named]) -> list[Name
     return sorted(found)
 
 
+def unfinished(directory: str, listed: set[str]) -> list[str]:
+    """The paths of what `add` has left where a crash cut it off; nobody may be at work there."""
+    found = []
+    for entry in sorted(listed):
+        path = f"{directory}/{entry}"
+        inner, _, suffix = entry.rpartition(".")
+        if not entry.startswith(".") or suffix != "new" or inner.rpartition(".")[2] not in KINDS:
+            continue
+        if entry.startswith(f".{PREFIX}") or (os.path.islink(path) and os.readlink(path).startswith(PREFIX)):
+            found.append(path)
+    return found
+
+
 def _fields(who: Named, domain: str) -> tuple[dict[str, object], dict[str, object]]:
     user = {
         "userName": who.name,

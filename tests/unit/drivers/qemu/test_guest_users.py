@@ -226,6 +226,17 @@ def test_what_is_left_over_is_found_and_nothing_else(tmp_path: Path) -> None:
     assert "71.user" not in os.listdir(directory)
 
 
+def test_what_was_cut_off_is_found(tmp_path: Path) -> None:
+    directory = str(tmp_path)
+    (tmp_path / ".vm-web1.user.new").touch()
+    (tmp_path / ".2013265920.group.new").symlink_to("vm-web1.group")
+    ours = {f"{directory}/{entry}" for entry in os.listdir(directory)}
+    for entry in (".joe.user.new", ".1000.user.new", ".vm-web1.user-privileged.new", "vm-web1.user.new"):
+        (tmp_path / entry).touch()
+    (tmp_path / ".1001.user.new").symlink_to("joe.user")
+    assert set(userdb.unfinished(directory, userdb.listing(directory))) == ours
+
+
 def test_a_name_that_another_has_by_now_stays(tmp_path: Path) -> None:
     directory = str(tmp_path)
     userdb.add(directory, Named("vm-a", 71), "a")
