@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 LIMIT = 30.0  # seconds; a PID 1 with 1,000 units takes 2 or 3
 
-NO_REPLY = "org.freedesktop.DBus.Error.NoReply"
-NOT_THERE = (
+NO_REPLY = "org.freedesktop.DBus.Error.NoReply"  # perhaps it was carried out
+NOT_THERE = (  # it never arrived
     "org.freedesktop.DBus.Error.ServiceUnknown",
     "org.freedesktop.DBus.Error.NameHasNoOwner",
     "org.freedesktop.DBus.Error.Spawn.",
@@ -27,18 +27,18 @@ NOT_THERE = (
 T = TypeVar("T")
 
 
-async def repeated(call: Callable[[], Awaitable[T]]) -> T:
-    """What `call()` answers, which does no harm if it is carried out twice.
+async def repeated(call: Callable[[], Awaitable[T]], *, twice: bool = True) -> T:
+    """What `call()` answers. `twice`: it does no harm if it is carried out twice.
 
     Raises what it raises: BusError, if PID 1 isn't back by LIMIT.
     """
-    left, pause, away = LIMIT, 0.01, False
+    again = (NO_REPLY, *NOT_THERE) if twice else NOT_THERE
+    left, pause = LIMIT, 0.01
     while True:
         try:
             return await call()
         except BusError as exc:
-            away = away or exc.name == NO_REPLY
-            if not away or left <= 0 or not exc.name.startswith((NO_REPLY, *NOT_THERE)):
+            if left <= 0 or not exc.name.startswith(again):
                 raise
         await asyncio.sleep(pause)
         left -= pause

@@ -74,12 +74,8 @@ class Units:
         properties = [(key, Var(signature, value)) for key, signature, value in wanted]
         try:
             async with self._jobs.of(spec.name) as jobs:
-                (job,) = await self._call(
-                    "StartTransientUnit",
-                    "ssa(sv)a(sa(sv))",
-                    _once(spec.name, properties) if spec.once else (spec.name, "fail", properties, []),
-                    fds=tuple(one for one in stdio if isinstance(one, int)),
-                )
+                asked = _once(spec.name, properties) if spec.once else (spec.name, "fail", properties, [])
+                (job,) = await self._start(asked, tuple(one for one in stdio if isinstance(one, int)))
                 result = await jobs.wait(None if spec.once else job, timeout)
         except BusError as exc:
             if exc.name == f"{SYSTEMD}.UnitExists":
@@ -103,7 +99,7 @@ class Units:
         BusError."""
         async with self._jobs.of(name) as jobs:
             values = [(key, Var(signature, value)) for key, signature, value in properties]
-            (job,) = await self._call("StartTransientUnit", "ssa(sv)a(sa(sv))", (name, "fail", values, []))
+            (job,) = await self._start((name, "fail", values, []))
             return await jobs.wait(job, timeout)
 
     async def state(self, name: str) -> UnitState | None:
@@ -158,7 +154,8 @@ class Units:
     async def kill(self, name: str, signum: int, *, whole: bool = False) -> None:
         """Send a signal to the main process, or to all of the unit's processes. Raises NotFound if there is none."""
         try:
-            await self._call("KillUnit", "ssi", (name, "all" if whole else "main", signum))
+            asked = (name, "all" if whole else "main", signum)
+            await repeated(lambda: self._call("KillUnit", "ssi", asked), twice=False)
         except BusError as exc:
             if exc.name in (f"{SYSTEMD}.NoSuchUnit", f"{SYSTEMD}.NoSuchProcess"):
                 raise errors.NotFound(f"{name} has no process to signal") from exc
@@ -218,6 +215,11 @@ class Units:
     async def close(self) -> None:
         """End the subscription; the Bus stays open."""
         await self._jobs.close()
+
+    async def _start(self, asked: tuple[Any, ...], fds: tuple[int, ...] = ()) -> tuple[Any, ...]:
+        return await repeated(
+            lambda: self._call("StartTransientUnit", "ssa(sv)a(sa(sv))", asked, fds=fds), twice=False
+        )
 
     async def _property(self, path: str, interface: str, name: str) -> Any:
         (value,) = await repeated(lambda: self._bus.call(SYSTEMD, path, PROPERTIES, "Get", "ss", (interface, name)))

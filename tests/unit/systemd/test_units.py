@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Awaitable, Callable, Container, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Sequence
 from typing import Any
 
 import pytest
@@ -151,9 +152,21 @@ class Reexecuting:
         return rows
 
 
+class NoSignals:
+    """Jobs that end at once."""
+
+    @contextlib.asynccontextmanager
+    async def of(self, _unit: str) -> AsyncIterator[NoSignals]:
+        yield self
+
+    async def wait(self, _job: str, _timeout: float) -> str:
+        return "done"
+
+
 AWAY = ("NoReply", "Spawn.ChildExited", "ServiceUnknown")
 
 
+@pytest.mark.parametrize("words", [AWAY, AWAY[1:]])  # it was asked before it went, or while it is away
 @pytest.mark.parametrize(
     "ask",
     [
@@ -165,13 +178,15 @@ AWAY = ("NoReply", "Spawn.ChildExited", "ServiceUnknown")
         lambda systemd: systemd.reset_failed("a.service"),
     ],
 )
-def test_pid_1_is_asked_again_after_it_has_reexecuted_itself(ask: Callable[[units.Units], Awaitable[Any]]) -> None:
-    bus: Any = Reexecuting(*AWAY)
+def test_pid_1_is_asked_again_after_it_has_reexecuted_itself(
+    ask: Callable[[units.Units], Awaitable[Any]], words: tuple[str, ...]
+) -> None:
+    bus: Any = Reexecuting(*words)
     asyncio.run(ask(units.Units(bus)))  # type: ignore[arg-type]
-    assert len(bus.calls) == 4
+    assert len(bus.calls) == len(words) + 1
 
 
-@pytest.mark.parametrize("words", [("ServiceUnknown",), ("NoReply", "AccessDenied")])
+@pytest.mark.parametrize("words", [("AccessDenied",), ("NoReply", "AccessDenied")])
 def test_other_refusals_stand(words: tuple[str, ...]) -> None:
     bus: Any = Reexecuting(*words)
     with pytest.raises(BusError):
@@ -179,8 +194,30 @@ def test_other_refusals_stand(words: tuple[str, ...]) -> None:
     assert len(bus.calls) == len(words)
 
 
-def test_a_signal_is_not_sent_twice() -> None:
+ONCE = [
+    ("KillUnit", lambda systemd: systemd.kill("a.service", 15)),
+    ("StartTransientUnit", lambda systemd: systemd.start_other("a.mount", ())),
+]
+
+
+@pytest.mark.parametrize(("method", "do"), ONCE)
+def test_a_signal_or_a_start_is_not_sent_twice(method: str, do: Callable[[Any], Awaitable[Any]]) -> None:
     bus: Any = Reexecuting(*AWAY)
     with pytest.raises(BusError):
-        asyncio.run(units.Units(bus).kill("a.service", 15))
-    assert bus.calls == ["KillUnit"]
+        asyncio.run(do(systemd_of(bus)))  # type: ignore[arg-type]
+    assert bus.calls == [method]
+
+
+@pytest.mark.parametrize(("method", "do"), ONCE)
+def test_what_never_arrived_is_sent_again(method: str, do: Callable[[Any], Awaitable[Any]]) -> None:
+    """A start or a signal of a moment in which PID 1 isn't on the bus."""
+    bus: Any = Reexecuting(*AWAY[1:])
+    asyncio.run(do(systemd_of(bus)))  # type: ignore[arg-type]
+    assert bus.calls == [method] * len(AWAY)
+
+
+def systemd_of(bus: Any) -> units.Units:
+    """With nobody to signal the ends of jobs."""
+    systemd = units.Units(bus)
+    systemd._jobs = NoSignals()  # type: ignore[assignment]
+    return systemd
