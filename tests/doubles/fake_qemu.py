@@ -119,7 +119,7 @@ class Machine:
         for option, value in itertools.pairwise(arguments):
             fields = dict(field.partition("=")[::2] for field in value.replace(",,", "\0").split(","))
             fields = {key: text.replace("\0", ",") for key, text in fields.items()}
-            if option == "-machine":
+            if option == "-machine" and not value.startswith("pflash"):
                 self.machine = value.partition(",")[0]
             elif option == "-action":
                 self.actions = fields

@@ -62,7 +62,14 @@ def opened(machine: QemuGuest) -> list[File]:
         return []
     sizes = machine.data.get("sizes")
     known = sizes if isinstance(sizes, dict) else {}
-    return [File(identity, path, int(known.get(path, 0))) for identity, (path, _writes) in machine.images().items()]
+    hardware = machine.hardware.running
+    # An upgrade of the host exchanges UEFI's program, which QEMU has read by then and nobody wants back.
+    program = hardware.firmware.program if hardware is not None and hardware.firmware is not None else ""
+    return [
+        File(identity, path, int(known.get(path, 0)))
+        for identity, (path, _writes) in machine.images().items()
+        if path != program
+    ]
 
 
 async def look(machines: Iterable[QemuGuest]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import pytest
 
 from tests.doubles.whole_host import ROOT, World, on_loop
 from virtd import reach
-from virtd.drivers.qemu import opened, openfiles, prerequisites
+from virtd.drivers.qemu import firmware, opened, openfiles, prerequisites
 from virtd.messages import Message
 
 if TYPE_CHECKING:
@@ -69,6 +70,39 @@ async def test_a_disk_that_is_cut_short(world: World, tmp_path: Path) -> None:
         os.truncate(disk, 4096)
         await host.look()
         assert (await host.status())["problems"] == []
+        await host.domains.stop("web1", by=ROOT)
+
+
+@on_loop
+async def test_uefi_that_is_upgraded(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new package of it under a running guest is no loss; that of the guest's own variables is."""
+    program, template = tmp_path / "code", tmp_path / "vars"
+    program.write_bytes(b"code")
+    template.write_bytes(b"vars")
+    mapping = {
+        "device": "flash",
+        "executable": {"filename": str(program), "format": "raw"},
+        "nvram-template": {"filename": str(template), "format": "raw"},
+    }
+    target = {"architecture": os.uname().machine, "machines": ["pc-q35-*"]}
+    (tmp_path / "a.json").write_text(
+        json.dumps({"interface-types": ["uefi"], "mapping": mapping, "targets": [target]})
+    )
+    monkeypatch.setattr(firmware, "PLACES", (str(tmp_path),))
+    async with world.daemon() as host:
+        text = world.text("web1").replace("[boot]", '[boot]\nfirmware = "uefi"')
+        await host.domains.define(text, "test", check=False, by=ROOT)
+        await host.domains.start("web1", by=ROOT)
+        program.rename(tmp_path / "old")
+        program.write_bytes(b"new code")
+        await host.look()
+        assert (await host.status())["problems"] == []
+        assert (await host.check_all(repair=False, by=None))["differences"] == []
+        machine = host.domains.driver.machines["web1"]
+        os.unlink(world.paths.nvram("web1", machine.uuid, secure=False))
+        await host.look()
+        (problem,) = (await host.status())["problems"]
+        assert ".fd was deleted" in problem["text"]
         await host.domains.stop("web1", by=ROOT)
 
 
