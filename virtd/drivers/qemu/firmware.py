@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ... import errors, files, untrusted
+from .. import qcow2
 from .hardware import Build
 
 if TYPE_CHECKING:
@@ -58,22 +59,23 @@ class _Descriptor(msgspec.Struct, frozen=True):
     features: tuple[str, ...] = ()
 
 
-def choose(hardware: Hardware, domain: Domain, source: str) -> Build:
+def choose(hardware: Hardware, domain: Domain, source: str, store: str = "") -> Build:
     """The build for the next start: the one on record as long as it is what the definition asks for and is installed,
     else the first that is. Raises InvalidDefinition.
     """
     if hardware.firmware is not None and os.path.isfile(hardware.firmware.program):
         return hardware.firmware
-    return find(hardware.type or domain.machine, source, secure=domain.boot.secure_boot)
+    return find(hardware.type or domain.machine, source, store, secure=domain.boot.secure_boot)
 
 
-def find(machine: str, source: str, *, secure: bool) -> Build:
+def find(machine: str, source: str, store: str = "", *, secure: bool) -> Build:
     """The build for a machine type such as "q35" or "pc-q35-10.0". Descriptors are tried in the order of their names.
+    One that can use the variables in `store`, if these exist, is preferred.
 
     `secure`: with secure boot switched on, that is, with the vendors' keys in its store; otherwise without keys.
     Raises InvalidDefinition, naming `source`, when there is none.
     """
-    architecture = os.uname().machine
+    architecture, first = os.uname().machine, None
     for path in _descriptors():
         found = _read(path)
         if found is None or "uefi" not in found.interfaces or not _fits(found, architecture, machine):
@@ -81,7 +83,11 @@ def find(machine: str, source: str, *, secure: bool) -> Build:
         if secure != (KEYS in found.features) or (secure and SECURE not in found.features):
             continue
         if (build := _build(found, secure=secure)) is not None:
-            return build
+            if not _misfit(store, build):
+                return build
+            first = first or build
+    if first is not None:
+        return first
     key, what = ("boot.secure_boot", "UEFI with secure boot's keys") if secure else ("boot.firmware", "UEFI")
     raise errors.InvalidDefinition(
         source,
@@ -155,13 +161,26 @@ def prepare(flash: Flash) -> None:
 
 
 def _require_fit(store: str, build: Build) -> None:
-    """Raise HostError for a store made for another build, which QEMU would refuse for its size alone."""
-    try:
-        has, needs = os.lstat(store).st_size, os.stat(build.template).st_size
-    except OSError:
-        return  # the template is no longer there, and no longer needed
-    if build.template_format == "raw" and has != needs:
+    """Raise HostError for a store made for another build, which QEMU would refuse for its size or format alone."""
+    if why := _misfit(store, build):
         raise errors.HostError(
-            f"{store} has {has} bytes, and {build.program} needs {needs}: it belongs to another build",
+            f"{store} {why}: it belongs to another build",
             hint=f"Install that build again, or begin with new variables: mv {store} {store}.old",
         )
+
+
+def _misfit(store: str, build: Build) -> str:
+    """Why the build can't use an existing store, as the rest of a sentence; "" if it can, or if that isn't known."""
+    try:
+        if build.template_format == "qcow2":
+            with open(store, "rb") as file:
+                header = qcow2.read(file.fileno(), store)
+            # QEMU alone writes a store in this format; a raw one has what the guest wrote, perhaps such a header.
+            wrong = qcow2.unusable(header) or bool(header.backing)
+            return f"can't be used by {build.program}, which needs one that QEMU has made" if wrong else ""
+        has, needs = os.lstat(store).st_size, os.stat(build.template).st_size
+    except errors.InvalidState:
+        return f"is no qcow2 image, and {build.program} needs one"
+    except OSError:
+        return ""  # the template is no longer there, and no longer needed
+    return f"has {has} bytes, and {build.program} needs {needs}" if has != needs else ""

@@ -101,12 +101,12 @@ def assign(before: Hardware | None, domain: Domain, uuid: str, *, kvm: bool) -> 
     if before is not None and before.uuid != uuid:
         before = None  # it belongs to another guest that had the name
     cpu = domain.cpu or ("host" if kvm else "max")
-    kind = model = ""
-    if before is not None and not before.renew:
-        kind = before.type if before.machine == domain.machine else ""
+    kind, model, build = "", "", None
+    if before is not None and not before.renew and before.machine == domain.machine:
+        kind = before.type
         model = before.model if kind and before.cpu == cpu else ""
+        build = before.firmware  # not every machine can run every build
     placed = placing.place(domain, before.devices if before is not None else ())
-    build = before.firmware if before is not None and not before.renew else None
     if build is not None and (domain.boot.firmware is not Firmware.UEFI or build.secure != domain.boot.secure_boot):
         build = None
     return Hardware(uuid, domain.machine, cpu, kind, model, tuple(placed), build)

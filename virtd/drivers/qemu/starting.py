@@ -101,9 +101,10 @@ class _Start(Start[QemuGuest, model.Domain]):
             return None
         from . import firmware  # most guests have none
 
-        build = firmware.choose(self.hardware, self.definition, self.machine.source)
+        secure = self.definition.boot.secure_boot
+        store = self.services.paths.nvram(self.machine.name, self.machine.uuid, secure=secure)
+        build = firmware.choose(self.hardware, self.definition, self.machine.source, store)
         self.hardware = msgspec.structs.replace(self.hardware, firmware=build)
-        store = self.services.paths.nvram(self.machine.name, self.machine.uuid, secure=build.secure)
         return Flash(build=build, store=store)
 
     def check(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -121,6 +122,54 @@ def test_a_guest_keeps_its_build(host: Host) -> None:
     assert choose(UEFI, msgspec.structs.replace(record, firmware=keys)).firmware == new
     (host.top / "60-old.code").unlink()
     assert choose(UEFI, record).firmware == new
+
+
+def test_another_machine_gets_a_build_for_it(host: Host) -> None:
+    host.describe("50-q35", "requires-smm")
+    host.describe("60-pc", targets=[{"architecture": "x86_64", "machines": ["pc-i440fx-*"]}])
+    record = msgspec.structs.replace(choose(UEFI, None), type="pc-q35-10.0", model="max")
+    assert record.firmware is not None
+    assert record.firmware.smm
+    found = choose(f'machine = "pc"\n{UEFI}', record).firmware
+    assert found is not None
+    assert found.program.endswith("60-pc.code")
+
+
+@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+def test_a_build_that_can_use_the_variables_is_preferred(host: Host, kind: str) -> None:
+    """A person who asks for newer hardware doesn't ask for a guest that can't be started."""
+    host.describe("50-larger")
+    host.describe("60-old")
+    (host.top / "50-larger.vars").write_bytes(b"larger" * 100)
+    descriptor = host.top / "usr" / "50-larger.json"
+    descriptor.write_text(descriptor.read_text().replace('"raw"', f'"{kind}"'))
+    store = host.top / "store"
+    domain = model.parse(UEFI, "a.toml")
+    renewed = hardware.assign(None, domain, UUID, kvm=False)
+
+    def chosen() -> Build:
+        return firmware.choose(renewed, domain, "a.toml", str(store))
+
+    assert chosen().program.endswith("50-larger.code")
+    store.write_bytes(b"old" * 100)
+    assert chosen().program.endswith("50-larger.code"), "none can, so the first one says why"
+    with pytest.raises(errors.HostError, match="belongs to another build"):
+        firmware.prepare(Flash(build=chosen(), store=str(store)))
+    store.write_bytes(b"6-old!" * 16)
+    assert chosen().program.endswith("60-old.code")
+
+
+def test_a_qcow2_store_that_names_another_file_is_refused(tmp_path: Path) -> None:
+    """One that was raw until now has what the guest wrote, which may be such a header."""
+    store, template = tmp_path / "store", tmp_path / "template"
+    template.write_bytes(b"")
+    flash = Flash(build=Build("/code", "qcow2", str(template), "qcow2"), store=str(store))
+    head = struct.pack(">4sIQIIQIIQQIIQ", b"QFI\xfb", 3, 0, 0, 16, 0, 0, 0, 0, 0, 0, 0, 0)
+    store.write_bytes(head + struct.pack(">QQQII", 0, 0, 0, 4, 104))
+    firmware.prepare(flash)
+    store.write_bytes(head + struct.pack(">QQQII", 1 << 2, 0, 0, 4, 104))
+    with pytest.raises(errors.HostError, match="can't be used by /code"):
+        firmware.prepare(flash)
 
 
 def test_the_store_is_made_once(tmp_path: Path) -> None:
