@@ -10,7 +10,7 @@ bundle, as does a change in a directory that precedes the modules' own in sys.pa
 or can't be read, modules are imported as usual.
 
 In a Python that was started with -S it also stands in for `site`, which takes a third of Python's own start: while
-nothing was added to or removed from any directory of sys.path, that is what `site` made of it last time.
+nothing that `site` goes by has changed, sys.path is what it made of it last time.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
     Identity = tuple[int, int, int, int]
     Entry = tuple[str, Identity, bool, bytes]  # path, the file's identity, whether it is a package, code
-    # sys.path, how many directories of it precede the modules' own, when each of all was changed last, the modules
-    Content = tuple[list[str], int, list[int], dict[str, Entry]]
+    # sys.path, how many directories of it precede the modules' own, what else `site` goes by, when each directory and
+    # file of both was changed last, the modules
+    Content = tuple[list[str], int, list[str], list[int], dict[str, Entry]]
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PATH = f"{HERE}/__pycache__/start.{sys.implementation.cache_tag}.bundle"
@@ -70,8 +71,8 @@ def use(path: str = PATH) -> None:
     if content is None:
         _complete()
         return
-    known, preceding, times, entries = content
-    now = _times(known)
+    known, preceding, beside, times, entries = content
+    now = _times([*known, *beside])
     if now != times or "site" in sys.modules:
         _complete()
     else:
@@ -86,10 +87,10 @@ def _read(path: str) -> Content | None:
     try:
         with open(path, "rb") as file:
             version, *content = marshal.load(file)
-            known, preceding, times, entries = content
+            known, preceding, beside, times, entries = content
     except (OSError, ValueError, EOFError, TypeError):
         return None
-    return (known, preceding, times, entries) if version == sys.version else None
+    return (known, preceding, beside, times, entries) if version == sys.version else None
 
 
 def _complete() -> None:
@@ -114,7 +115,9 @@ def make(path: str = PATH) -> None:
         if (identity := _identity(origin)) is not None and (code := spec.loader.get_code(name)) is not None:
             package = spec.submodule_search_locations is not None
             entries[name] = (origin, identity, package, marshal.dumps(code))
-    content = marshal.dumps((sys.version, sys.path, _preceding(entries), _times(sys.path), entries))
+    beside = _beside()
+    times = _times([*sys.path, *beside])
+    content = marshal.dumps((sys.version, sys.path, _preceding(entries), beside, times, entries))
     new = f"{path}.new"
     with open(new, "wb") as file:
         file.write(content)
@@ -129,12 +132,26 @@ def _preceding(entries: dict[str, Entry]) -> int:
     return max((number for number, directory in enumerate(sys.path) if directory in used), default=0)
 
 
-def _times(directories: list[str]) -> list[int]:
-    """When an entry was last added to or removed from each of these; 0 if it doesn't exist."""
+def _beside() -> list[str]:
+    """What `site` goes by besides the directories in sys.path: those that would be there if they existed, and files
+    that may be changed in place.
+    """
+    import site
+
+    found = [place for place in site.getsitepackages() if place not in sys.path]
+    for place in site.getsitepackages():
+        if os.path.isdir(place):
+            found += [f"{place}/{name}" for name in sorted(os.listdir(place)) if name.endswith(".pth")]
+    custom = getattr(sys.modules.get("sitecustomize"), "__file__", None)
+    return [*found, custom] if custom else found
+
+
+def _times(paths: list[str]) -> list[int]:
+    """When each file was changed last, or an entry added to or removed from a directory; 0 if it doesn't exist."""
     found = []
-    for directory in directories:
+    for path in paths:
         try:
-            found.append(os.stat(directory).st_mtime_ns)
+            found.append(os.stat(path).st_mtime_ns)
         except OSError:
             found.append(0)
     return found

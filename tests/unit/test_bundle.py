@@ -82,6 +82,27 @@ def test_sys_path_is_as_site_makes_it(top: Path, tmp_path_factory: pytest.TempPa
     assert said(top, insert + show, "-IS").split("\n") == [PYTHONS, f"True {usual}"]
 
 
+@pytest.mark.parametrize("how", ["made", "edited"])
+def test_what_site_has_not_put_into_sys_path_counts(
+    top: Path, tmp_path_factory: pytest.TempPathFactory, how: str
+) -> None:
+    """pip makes the directory in /usr/local with the first package; a .pth file may be rewritten in place."""
+    prefix = tmp_path_factory.mktemp("local")
+    made = f"import site; site.PREFIXES[:] = [{str(prefix)!r}]; print(site.getsitepackages()[0])\n"
+    place = Path(said(top, made))
+    if how == "edited":
+        place.mkdir(parents=True)
+        (place / "a.pth").touch()
+    said(top, made + "from virtd import bundle; bundle.make()")
+    show = START + "print('site' in sys.modules)"
+    assert said(top, show, "-IS") == "False"
+    if how == "edited":
+        (place / "a.pth").write_text("/somewhere\n")
+    else:
+        place.mkdir(parents=True)
+    assert said(top, show, "-IS") == "True"
+
+
 @pytest.mark.parametrize("content", [b"", b"\0" * 4096, b"no code", b"(\x03\0\0\0"])
 def test_what_cant_be_read_costs_nothing(top: Path, content: bytes) -> None:
     bundle(top).write_bytes(content)
