@@ -9,6 +9,7 @@ import pytest
 
 from tests.harness import definition
 from tests.live.networks import run
+from tests.live.tools import write
 
 if TYPE_CHECKING:
     from tests.harness import Lab
@@ -19,15 +20,18 @@ BOOT = "[boot]\n"
 TEMPLATE = "/usr/share/OVMF/OVMF_VARS_4M.fd"
 
 
-def text(more: str = 'firmware = "uefi"\n') -> str:
-    return definition("web1", memory="256M").replace(BOOT, BOOT + more, 1)
+def text(more: str = 'firmware = "uefi"\n', guest: str = "") -> str:
+    return definition("web1", memory="256M", more=guest).replace(BOOT, BOOT + more, 1)
 
 
 def test_uefi(lab: Lab) -> None:
     """The guest sees it; its variables are its own, survive stops and undefine, and go to nobody else."""
-    lab.virtdctl("define", "-", stdin=text())
+    write(lab, "/root/word", "horse")
+    lab.virtdctl("define", "-", stdin=text(guest='[guest.credentials]\nword = "/root/word"\n'))
     lab.virtdctl("start", "web1")
     lab.wait_ready("web1", timeout=240)
+    # It has tables of its own, in which QEMU's are.
+    assert run(lab, "web1", "grep -ao 'io.systemd.*:word=aG9yc2U=' /sys/firmware/dmi/entries/11-0/raw")[0] == 0
     assert run(lab, "web1", "cat /sys/firmware/efi/fw_platform_size")[1].strip() == "64"
     uuid, pid = lab.info("web1")["uuid"], lab.info("web1")["pid"]
     store = f"/var/lib/virtd/qemu/web1/{uuid}.fd"
@@ -48,7 +52,7 @@ def test_uefi(lab: Lab) -> None:
     assert lab.sh(f"sha256sum {store}") == before, "another guest of that name has its own"
     assert len(lab.sh("ls /var/lib/virtd/qemu/web1").split()) == 2
     lab.virtdctl("undefine", "web1")
-    lab.sh("rm -r /var/lib/virtd/qemu/web1")
+    lab.sh("rm -r /var/lib/virtd/qemu/web1 /root/word")
 
 
 def test_secure_boot_refuses_what_nobody_has_signed(lab: Lab) -> None:
