@@ -89,6 +89,10 @@ class Paths:
         """
         return f"{self.lib}/qemu/{domain}/{uuid}{'.secure' if secure else ''}.fd"
 
+    def tpm(self, domain: str, uuid: str) -> str:
+        """The directory with what a domain's TPM keeps."""
+        return f"{self.lib}/qemu/{domain}/{uuid}.tpm"
+
     @property
     def events(self) -> str:
         """The latest changes of state, for subscribers."""

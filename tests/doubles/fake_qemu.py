@@ -115,6 +115,7 @@ class Machine:
         self.ending: int | None = None
         self.stdin = b""
         self.traced: list[str] = []
+        self.tpm: socket.socket | None = None  # which notices its end
         paths = []
         for option, value in itertools.pairwise(arguments):
             fields = dict(field.partition("=")[::2] for field in value.replace(",,", "\0").split(","))
@@ -125,8 +126,12 @@ class Machine:
                 self.actions = fields
             elif option == "-append":
                 self.words = dict(word.partition("=")[::2] for word in value.split())
-            elif option == "-chardev" and value.startswith("socket,"):
+            elif option == "-chardev" and fields.get("server") == "on":
                 paths.append(fields["path"])
+            elif option == "-chardev" and value.startswith("socket,"):
+                self.tpm = socket.socket(socket.AF_UNIX)
+                self.tpm.connect(fields["path"])
+                self.tpm.sendall(b"on ")
             elif option == "-trace":
                 self.traced.append(value.rstrip("*"))
         if "oldest" in self.words and self.machine not in ALIASES:

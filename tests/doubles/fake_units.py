@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fnmatch
+import os
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from tests.doubles.fake_pid1 import FakePid1
 
 FAKE_QEMU = str(Path(__file__).with_name("fake_qemu.py"))
+FAKE_SWTPM = str(Path(__file__).with_name("fake_swtpm.py"))
 FAKE_DNSMASQ = str(Path(__file__).with_name("fake_dnsmasq.py"))
 
 
@@ -84,11 +86,14 @@ class FakeUnits:
         if spec.name in self.units:
             raise errors.Exists(f"there is a unit {spec.name} already")
         program = FAKE_DNSMASQ if spec.name.startswith("virtd-network-") else FAKE_QEMU
+        program = FAKE_SWTPM if spec.name.endswith("@tpm.service") else program
         # A job of a storage pool is what it says, and so is what starts LXC; every other child is made up.
         real = spec.name.startswith(("virtd-storage-", "virtd-lxc-", "virtd-create-", "virtd-toy-"))
         with contextlib.ExitStack() as files:
             stdin, stdout, stderr = (
-                one if isinstance(one, int) else files.enter_context(open(one, mode, buffering=0))
+                one
+                if isinstance(one, int)
+                else files.enter_context(open(one if one.startswith("/") else os.devnull, mode, buffering=0))
                 for one, mode in zip(stdio, ("rb", "wb", "wb"), strict=True)
             )
             process = subprocess.Popen(  # noqa: ASYNC220 (as blocking as fork is)

@@ -21,7 +21,7 @@ from .state import LabError
 # may have any of them built in.
 _MODULES = (
     "evdev", "button", "pvpanic-mmio", "pvpanic-pci", "virtio_pci", "virtio_blk", "virtio_net", "virtio-rng",
-    "af_packet", "isofs", "dmi-sysfs", "qemu_fw_cfg",
+    "af_packet", "isofs", "dmi-sysfs", "qemu_fw_cfg", "tpm_crb", "tpm_tis",
 )  # fmt: skip
 
 _DISK_CONFIG = """\

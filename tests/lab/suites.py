@@ -15,6 +15,7 @@ _PACKAGES = (
     "python3-pydbus", "qemu-system-x86", "seabios", "ipxe-qemu", "qemu-utils", "dnsmasq-base", "nftables", "iproute2",
     "python3-nftables", "firewalld", "iputils-ping", "rpm", "kmod", "strace", "procps", "util-linux", "less", "jq",
     "lxc", "xz-utils", "systemd-container", "e2fsprogs", "xfsprogs", "btrfs-progs", "libnss-systemd", "ovmf",
+    "swtpm", "swtpm-tools",
 )  # fmt: skip
 
 # What the guest and its disk are made of: fetched and unpacked, never installed.

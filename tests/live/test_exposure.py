@@ -26,6 +26,7 @@ LIMITS = {
     "virtd-keeper.service": 1.4,
     "virtd-network-default.service": 2.0,
     "virtd-qemu-web1.service": 0.9,
+    "virtd-qemu-web1@tpm.service": 0.4,
     "virtd-storage-probe-job.service": 1.1,
     "virtd-storage-probe-device.service": 1.3,
     # The kernel's device mapper takes commands from CAP_SYS_ADMIN only, and lvm(8) makes nodes, so sees /dev.
@@ -50,7 +51,7 @@ readonly = true
 def test_exposure(lab: Lab) -> None:
     lab.virtdctl("network", "define", "default")
     lab.virtdctl("network", "start", "default")
-    lab.virtdctl("define", "-", stdin=definition("web1"))
+    lab.virtdctl("define", "-", stdin=definition("web1", more="[tpm]\n"))
     lab.virtdctl("start", "web1")
     lab.run("sh", "-c", containers.MAKE, stdin=containers.PROGRAM)
     lab.virtdctl("container", "define", "-", stdin=BOX)

@@ -40,6 +40,7 @@ TABLES: list[tuple[str, str, type[msgspec.Struct]]] = [
     ("virtd-domain.5", "[[nic]]", domain.Nic),
     ("virtd-domain.5", "[vnc]", domain.Vnc),
     ("virtd-domain.5", "[guest]", provisioning.Provisioning),
+    ("virtd-domain.5", "[tpm]", domain.Tpm),
     ("virtd-network.5", "Keys of the network", network.Network),
     ("virtd-network.5", "[ipv4]", network.Ipv4),
     ("virtd-network.5", "[ipv6]", network.Ipv6),

@@ -129,6 +129,7 @@ def _details(item: dict[str, Any]) -> list[tuple[str, str]]:
         ("NICs", "\n".join(map(_nic, item.get("nics") or []))),
         ("VNC", text(item.get("vnc"))),
         ("Guest", _provided(item.get("guest"))),
+        ("TPM", _tpm(item.get("tpm"))),
         ("Monitor", text(item.get("monitor"))),
         ("Events", _events(item.get("events"))),
     ]
@@ -149,6 +150,14 @@ def _provided(guest: dict[str, Any] | None) -> str:
     parts = [("cloud-init", guest.get("cloud_init")), ("credentials", guest.get("credentials"))]
     found = [f"{what} ({', '.join(names)})" for what, names in parts if names]
     return ", ".join([*found, *(["Ignition"] if guest.get("ignition") else [])])
+
+
+def _tpm(tpm: dict[str, Any] | None) -> str:
+    """Its model and version, and what emulates it."""
+    if not tpm:
+        return ""
+    by = f", {tpm['unit']}" if tpm.get("unit") else ""
+    return f"{tpm.get('model')}, version {tpm.get('version')}{by}\n{text(tpm.get('state'))}"
 
 
 def _empty(cdroms: list[str | None]) -> list[str]:

@@ -65,6 +65,13 @@ class Firmware(StrEnum):
     UEFI = "uefi"
 
 
+class TpmModel(StrEnum):
+    """How a guest talks to its TPM: by a command response buffer, or by the older FIFO interface."""
+
+    CRB = "crb"
+    TIS = "tis"
+
+
 class Boot(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Where the guest boots from: a kernel given here, or, without one, its first disk; and by which firmware."""
 
@@ -110,6 +117,12 @@ class Vnc(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     enabled: bool = True
 
 
+class Tpm(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A TPM 2.0, emulated by swtpm. Without a `model` it is the one that suits the machine."""
+
+    model: TpmModel | None = None
+
+
 class Domain(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A domain's definition; `memory` in the unit that the person wrote (`memory_bytes` has it in bytes)."""
 
@@ -131,6 +144,7 @@ class Domain(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     nic: tuple[Nic, ...] = ()
     vnc: Vnc | None = None
     guest: Provisioning = Provisioning()
+    tpm: Tpm | None = None
 
     @property
     def memory_bytes(self) -> int:
@@ -140,6 +154,13 @@ class Domain(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     def is_pc(self) -> bool:
         """Whether its machine is a PC: it has CD-ROM drives, where others get a disk, and pvpanic."""
         return self.machine.startswith(("q35", "pc"))
+
+    @property
+    def tpm_model(self) -> TpmModel | None:
+        """That of its TPM; None if it has none."""
+        if self.tpm is None:
+            return None
+        return self.tpm.model or (TpmModel.CRB if self.is_pc else TpmModel.TIS)
 
 
 def parse(text: str, source: str) -> Domain:
@@ -192,6 +213,11 @@ def check(domain: Domain, source: str) -> None:
         if cdrom.path is None and not domain.is_pc:
             raise refuse(f"cdrom[{index}].path", f"expected a path: with {domain.machine} no drive can be empty")
     _check_volumes(domain, refuse)
+    if domain.tpm is not None and not domain.is_pc:
+        if not re.fullmatch("virt(-.*)?", domain.machine):
+            raise refuse("tpm", f"expected none: virtd has no TPM for {domain.machine}, only for q35, pc and virt")
+        if domain.tpm_model is not TpmModel.TIS:
+            raise refuse("tpm.model", f'expected "tis", which is all that {domain.machine} has')
     macs: dict[str, str] = {}
     for index, nic in enumerate(domain.nic):
         if nic.mode not in (None, "user"):

@@ -73,8 +73,8 @@ class Device(Reply, frozen=True):
     """A domain's device, as the guest finds it."""
 
     id: Annotated[str, 'its own for as long as it is defined, such as "disk0"']
-    what: Annotated[str, "a path, POOL/VOLUME, an address or a network; empty where there is only one"]
-    bus: Annotated[str | None, "QEMU's name for it; null if QEMU chooses the place"]
+    what: Annotated[str, "a path, POOL/VOLUME, an address, a network or a model; empty where there is only one"]
+    bus: Annotated[str | None, "QEMU's name for it; null if QEMU chooses the place, or there is only one"]
     slot: Annotated[int | None, "PCI slot, or unit on an IDE bus"]
 
 
@@ -96,6 +96,16 @@ class Provided(Reply, frozen=True):
     ignition: Annotated[bool, "whether it has a configuration for Ignition"]
 
 
+class Tpm(Reply, frozen=True):
+    """A domain's TPM."""
+
+    model: Annotated[str, "crb or tis"]
+    version: Annotated[str, '"2.0"']
+    state: Annotated[str, "the directory with what it keeps"]
+    unit: Annotated[str | None, "systemd's, of swtpm; null while the domain isn't running"]
+    pid: Annotated[int | None, "of swtpm; null if it doesn't run"]
+
+
 class DomainInfo(GuestInfo, frozen=True):
     """Everything known about a domain."""
 
@@ -113,6 +123,7 @@ class DomainInfo(GuestInfo, frozen=True):
     events: Events
     vnc: Annotated[str | None, "the socket, while there is one"]
     guest: Annotated[Provided | None, "null if its definition has nothing for its system"]
+    tpm: Annotated[Tpm | None, "null if it has none"]
 
 
 class ContainerInfo(GuestInfo, frozen=True):

@@ -38,6 +38,17 @@ def object_name(driver: str, unit: str) -> str | None:
     return match[1] if match else None
 
 
+def helper_unit(driver: str, name: str, role: str) -> str:
+    """The unit of another process that an object needs. No object's own unit has an "@" in its name."""
+    return f"{unit_name(driver, name).removesuffix('.service')}@{role}.service"
+
+
+def helped(driver: str, role: str, unit: str) -> str | None:
+    """The inverse of `helper_unit`; None for a unit that isn't of this driver and role."""
+    main, _, rest = unit.partition("@")
+    return object_name(driver, f"{main}.service") if rest == f"{role}.service" else None
+
+
 def object_path(unit: str) -> str:
     """The unit's D-Bus path, escaped as sd_bus_path_encode(3) does it."""
     return f"{MANAGER_PATH}/unit/{escape_label(unit)}"

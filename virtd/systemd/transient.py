@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 SURVIVAL_SINCE: Final = 255  # SurviveFinalKillSignal=; soft reboots exist since 254
 
-# A child's standard input, output or error: a descriptor, or a path that systemd opens. PID 1 keeps a descriptor
-# until the unit ends (see children/fifos.py), so a path is better for a long-lived child.
+# A child's standard input, output or error: a descriptor, a path that systemd opens, or "null" or "journal". PID 1
+# keeps a descriptor until the unit ends (see children/fifos.py), so a path is better for a long-lived child.
 Stdio: TypeAlias = int | str
 
 
@@ -79,7 +79,7 @@ def transient_properties(spec: UnitSpec, stdio: tuple[Stdio, Stdio, Stdio], vers
     number = 0
     for which, one in zip(("Input", "Output", "Error"), stdio, strict=True):
         if isinstance(one, str):
-            found.append((f"Standard{which}File", "s", one))
+            found.append((f"Standard{which}{'File' if one.startswith('/') else ''}", "s", one))
         else:
             found.append((f"Standard{which}FileDescriptor", "h", number))
             number += 1

@@ -101,6 +101,10 @@ def test_a_full_definition() -> None:
         ("nic = [ { mac = 1 } ]", "nic[0].mac", "expected string, got integer"),
         ("vnc = true", "vnc", "expected table, got boolean"),
         ("vnc = { enabled = 'no' }", "vnc.enabled", "expected boolean, got string"),
+        ("tpm = true", "tpm", "expected table, got boolean"),
+        ("tpm = { model = 'fifo' }", "tpm.model", 'expected one of "crb", "tis", got \'fifo\''),
+        ("machine = 'microvm'\ntpm = {}", "tpm", "expected none: virtd has no TPM for microvm"),
+        ("machine = 'virt'\ntpm = { model = 'crb' }", "tpm.model", 'expected "tis"'),
         # Right in type, wrong in content.
         ("uuid = ''", "uuid", "expected a UUID"),
         ("uuid = 'web1'", "uuid", "expected a UUID"),
@@ -213,6 +217,7 @@ def test_memory_of_a_wrong_type(memory: str) -> None:
         ("disk = [ { path = '/a', fromat = 'raw' } ]", "disk[0].fromat", "Did you mean format?"),
         ("nic = [ { address = 1 } ]", "nic[0].address", "Keys here: mode, network, mac"),
         ("vnc = { enable = true }", "vnc.enable", "Did you mean enabled?"),
+        ("tpm = { version = '1.2' }", "tpm.version", "Keys here: model."),
     ],
 )
 def test_an_unknown_key(line: str, key: str, hint: str) -> None:

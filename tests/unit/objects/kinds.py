@@ -14,6 +14,7 @@ from tests.doubles.whole_host import ROOT, World, nothing_left, until
 from tests.unit.drivers.lxc.test_container_restarts import Site as Lxc
 from tests.unit.drivers.network.test_network_restarts import Site as Networks
 from tests.unit.drivers.storage.test_storage_restarts import Children, hosted, nothing_unfinished
+from virtd.children import programs
 
 if TYPE_CHECKING:
     import subprocess
@@ -163,6 +164,54 @@ class Supervised:
 
 class Domain(Supervised):
     """A guest of QEMU."""
+
+
+class MeasuredDomain(Domain):
+    """One with a TPM, which is another process."""
+
+    def make(self, root: Path, patch: pytest.MonkeyPatch) -> World:
+        patch.setattr(programs, "find", lambda name: f"/usr/bin/{name}")
+        self.tpm = f"virtd-qemu-{NAME}@tpm.service"
+        return super().make(root, patch)
+
+    def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:
+        super().__init__(root, patch)
+        self.steps = {
+            "start": {f"start {self.tpm}", f"start {self.unit}"},
+            "stop": {f"stop {self.tpm}", f"collect {self.unit}", f"collect {self.tpm}"},
+        }
+
+    def text(self) -> str:
+        return f"{super().text()}[tpm]\n"
+
+    async def look(self, host: Host, where: str = "") -> GuestInfo:
+        info = await super().look(host, where)
+        tpm = host.domains.driver.machines[NAME].tpm.described(host.domains.driver.machines[NAME].running_definition)
+        assert tpm is not None
+        if info["state"] == "running":
+            await until(lambda: self._tpm_is_known(host), "the TPM's process")
+        elif os.path.exists(tpm.state):
+            assert (tpm.pid, os.stat(tpm.state).st_uid) == (None, os.geteuid()), where
+        return info
+
+    def _tpm_is_known(self, host: Host) -> bool:
+        """Whether it is the one that runs; after a crash systemd is asked in the background."""
+        machine = host.domains.driver.machines[NAME]
+        described = machine.tpm.described(machine.running_definition)
+        process = self.world.units.units[self.tpm].process
+        assert process.poll() is None
+        return described is not None and described.pid == process.pid
+
+    async def same(self, host: Host) -> object:
+        return await super().same(host), self.world.units.units[self.tpm].process.pid
+
+    async def end(self, host: Host, where: str = "") -> None:
+        await super().end(host, where)
+        assert self.world.units.units == {}, where
+
+    async def unseen_end(self, host: Host) -> None:
+        await super().unseen_end(host)
+        assert self.world.units.units == {}
 
 
 class Container(Supervised):
@@ -343,4 +392,4 @@ class Job:
 
 
 SUPERVISED: tuple[type[Supervised], ...] = (Domain, Container, Toy)
-KINDS: tuple[type[Kind], ...] = (*SUPERVISED, Network, Job)
+KINDS: tuple[type[Kind], ...] = (*SUPERVISED, MeasuredDomain, Network, Job)

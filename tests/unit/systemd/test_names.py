@@ -55,6 +55,17 @@ def test_unit_names_have_an_inverse(name: str) -> None:
     assert names.object_name("lxc", unit) is None
 
 
+@given(st.text("abcXYZ019._-", min_size=1, max_size=64))
+def test_units_of_helpers_are_no_objects(name: str) -> None:
+    unit = names.helper_unit("qemu", name, "tpm")
+    assert unit == f"virtd-qemu-{name}@tpm.service"
+    assert names.helped("qemu", "tpm", unit) == name
+    assert names.object_name("qemu", unit) is None
+    assert names.helped("qemu", "tpm", names.unit_name("qemu", name)) is None
+    assert names.helped("qemu", "gpu", unit) is None
+    assert names.helped("lxc", "tpm", unit) is None
+
+
 @pytest.mark.parametrize("name", ["", "a/b", "a:b", "ü", "a b", "x" * 300, "a\n"])
 def test_what_can_be_no_unit(name: str) -> None:
     with pytest.raises(ValueError, match="can't be part of a unit's name"):

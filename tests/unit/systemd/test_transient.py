@@ -40,6 +40,13 @@ def test_what_a_unit_is_made_of() -> None:
     assert "Group" not in properties
 
 
+def test_standard_streams_can_be_words() -> None:
+    properties = properties_of(UnitSpec("u.service", "a TPM", "s.slice", ("/x",)), (7, "null", "journal"), 257)
+    assert properties["StandardInputFileDescriptor"] == Var("h", 0)
+    assert properties["StandardOutput"] == Var("s", "null")
+    assert properties["StandardError"] == Var("s", "journal")
+
+
 def test_a_unit_lives_through_a_soft_reboot_where_there_are_any() -> None:
     spec = UnitSpec("u.service", "a guest", "virtd-qemu.slice", ("/bin/x",), after=("srv-vm.mount",))
     old, new = (properties_of(spec, NO_STDIO, version) for version in (252, 255))

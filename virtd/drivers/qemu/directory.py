@@ -12,7 +12,9 @@ import os
 
 PROVIDED = "provided"
 # events.*: of a guest that an older virtd started; guest-stop.py: put there when the package is erased.
-KNOWN = frozenset({"qmp.sock", "shutdown.sock", "vnc.sock", PROVIDED, "events.in", "events.out", "guest-stop.py"})
+KNOWN = frozenset(
+    {"qmp.sock", "shutdown.sock", "vnc.sock", "tpm.sock", PROVIDED, "events.in", "events.out", "guest-stop.py"}
+)
 SEED, SMBIOS, IGNITION = "seed.iso", "smbios", "ignition"
 MODE = 0o710
 
@@ -33,6 +35,11 @@ def vnc_socket(runtime: str) -> str:
 def provided(runtime: str, name: str = "") -> str:
     """A file for the guest's system, which root has written, see provisioning.py; without a name, where they are."""
     return f"{runtime}/{PROVIDED}/{name}".rstrip("/")
+
+
+def tpm_socket(runtime: str) -> str:
+    """Where QEMU finds the guest's TPM; virtd makes it, see swtpm.py."""
+    return f"{runtime}/tpm.sock"
 
 
 def events(runtime: str) -> str:

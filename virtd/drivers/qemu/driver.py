@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -15,6 +16,7 @@ from ...model import domain as model
 from ...model.state import Cause
 from ...objects.protocol import Problem, Use
 from ...replies import guests as replies
+from ...systemd.names import helper_unit
 from . import directory, nics, operations, prerequisites, userdb, users
 from .guest import DRIVER, QemuGuest
 from .news import LOST, STANDSTILL
@@ -62,7 +64,12 @@ class Driver(GuestDriver[QemuGuest, model.Domain]):
 
     def found_out(self, machine: QemuGuest, unit: UnitState) -> dict[str, Any]:
         user = self.users.seen(machine.name, unit.main_pid)
-        return {"account": user._asdict()} if user is not None else {}
+        # systemd's file of the unit, as there is no time to ask.
+        has_tpm = os.path.lexists(f"{self.services.paths.transient}/{helper_unit(DRIVER, machine.name, 'tpm')}")
+        return {
+            **({"account": user._asdict()} if user is not None else {}),
+            **({"tpm": msgspec.to_builtins(machine.tpm.promised())} if has_tpm else {}),
+        }
 
     async def compare(self, *, repair: bool) -> list[Difference]:
         from . import fsck, openfiles
@@ -71,6 +78,7 @@ class Driver(GuestDriver[QemuGuest, model.Domain]):
             self.machines, self.users, self.see_to_names, repair=repair
         )
         found += fsck.hardware(self.machines, repair=repair)
+        found += await fsck.tpms(self.machines, self.services, repair=repair)
         return found + await openfiles.differences(self.machines.values())
 
     async def look(self) -> None:
@@ -92,8 +100,18 @@ class Driver(GuestDriver[QemuGuest, model.Domain]):
 
     async def reconcile(self) -> None:
         await super().reconcile()
+        await self._see_to_tpms()
         await nics.sweep({machine.name for machine in self.machines.values() if machine.alive}, self._peers)
         self.see_to_names()
+
+    async def _see_to_tpms(self) -> None:
+        """Put away those whose machine has ended without any of it being on record."""
+        with contextlib.suppress(OSError):
+            if any("@tpm." in unit for unit in os.listdir(self.services.paths.transient)):
+                from . import fsck  # hardly any guest has one
+
+                for found in await fsck.tpms(self.machines, self.services, repair=True):
+                    log.warning("%s", found.text)
 
     def see_to_names(self) -> None:
         """Name the users of running guests, and remove the names of all others."""
@@ -169,6 +187,7 @@ class Driver(GuestDriver[QemuGuest, model.Domain]):
             if machine.alive and domain is not None and domain.vnc is not None and domain.vnc.enabled
             else None,
             guest=_provided(domain.guest) if domain is not None else None,
+            tpm=machine.tpm.described(domain) if domain is not None and domain.tpm is not None else None,
         )
 
     def warnings(self, definition: model.Domain) -> list[str]:
@@ -177,6 +196,10 @@ class Driver(GuestDriver[QemuGuest, model.Domain]):
         from .devices import placing
 
         found = [f"{key}: {text}" for key, text in prerequisites.missing_files(definition)]
+        if definition.tpm is not None:
+            from . import swtpm
+
+            found += swtpm.warnings(definition)
         known = self.machines.get(definition.name)
         uuid = definition.uuid or (known.uuid if known is not None else "")
         placed = known.hardware.placed(definition) if known is not None else placing.place(definition)

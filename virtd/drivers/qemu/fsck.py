@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 
 from ... import errors
 from ...objects.comparing import marked
 from ...objects.protocol import Difference
-from . import userdb
+from ...systemd.names import helped, helper_unit
+from . import swtpm, userdb
 from .users import known_as
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from ...children.child import Services
     from .guest import QemuGuest
     from .users import Users
 
@@ -38,6 +41,39 @@ def hardware(machines: Mapping[str, QemuGuest], *, repair: bool) -> list[Differe
         one = Difference("hardware", name, what, mend)
         found.append(marked(one, repaired=machine.hardware.restore()) if repair and mend else one)
     return found
+
+
+async def tpms(machines: Mapping[str, QemuGuest], services: Services, *, repair: bool) -> list[Difference]:
+    """The processes of TPMs: each has a machine that runs, and each machine's runs."""
+    units = await services.units()
+    found = [
+        Difference("process", name, f"{name}: {machine.problems[swtpm.ROLE].text}")
+        for name, machine in machines.items()
+        if machine.alive and swtpm.ROLE in machine.problems
+    ]
+    listed = await units.list(f"virtd-qemu-*@{swtpm.ROLE}.service")
+    for name in sorted({name for unit in listed if (name := helped("qemu", swtpm.ROLE, unit.name))}):
+        found += await _tpm(name, machines.get(name), services, repair=repair)
+    return found
+
+
+async def _tpm(name: str, machine: QemuGuest | None, services: Services, *, repair: bool) -> list[Difference]:
+    """One that seems to belong to no machine: looked at again while nothing is done with that."""
+    try:
+        async with machine.exclusive("check") if machine is not None else contextlib.nullcontext():
+            unit = helper_unit("qemu", name, swtpm.ROLE)
+            state = await (await services.units()).state(unit)
+            if state is None or (machine is not None and machine.data.get("tpm")):
+                return []
+            text = f"{unit} {'runs' if state.running else 'has ended'}, and "
+            if machine is not None and machine.alive:
+                return [Difference("unit", name, text + f"{name} runs with no TPM on record")]
+            one = Difference("unit", name, text + f"{name} doesn't run", "stop it" if state.running else "forget it")
+            if repair:
+                await swtpm.clear_away(services, name)
+            return [marked(one, repaired=repair)]
+    except errors.Busy as exc:
+        return [Difference("busy", name, exc.message)]
 
 
 async def users(

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ...systemd.state import UnitState
     from .kept import Kept
     from .standstill import Standstill
+    from .swtpm import Swtpm
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,12 @@ class QemuGuest(Guest[model.Domain]):
         from .standstill import Standstill  # hardly any guest ever stands still
 
         return Standstill(self)
+
+    @functools.cached_property
+    def tpm(self) -> Swtpm:
+        from .swtpm import Swtpm  # most guests have none
+
+        return Swtpm(self)
 
     def note(self, state: StrEnum, reason: str, **changes: Unpack[Details]) -> None:
         """See Persistent. A guest that is no longer paused no longer stands still."""
@@ -160,11 +167,19 @@ class QemuGuest(Guest[model.Domain]):
         super().recall()
         if self.alive and STANDSTILL in self.data:
             self.standstill.recall()
+        if self.alive and self.data.get("tpm"):
+            self.tpm.recall()
 
     def adopted(self) -> None:
         if STANDSTILL in self.data:
             self.spawn(self.standstill.look(), STANDSTILL)
+        self.watch_tpm()
         self._attach_later()
+
+    def watch_tpm(self) -> None:
+        """Notice it if its TPM, if it has one, ends before the guest does."""
+        if self.data.get("tpm"):
+            self.spawn(self.tpm.watch(), "tpm")
 
     async def let_go(self) -> None:
         if self.monitor is not None:
@@ -180,7 +195,11 @@ class QemuGuest(Guest[model.Domain]):
                 await self.peers.networks.detach(nic["interface"])
         facts = self.shared.services.facts
         old = prerequisites.account(self.settings, facts).uid if record.data.get("owners") else 0
-        ownership.give_back(ownership.recorded(record.data, old))
+        try:
+            ownership.give_back(ownership.recorded(record.data, old))
+        finally:
+            if record.data.get("tpm"):
+                await self.tpm.end(record)
 
     @property
     def user(self) -> userdb.Named | None:
@@ -188,6 +207,8 @@ class QemuGuest(Guest[model.Domain]):
         return running_as(self.data)
 
     async def forgotten(self, record: Record) -> None:
+        if record.data.get("tpm"):
+            await self.tpm.forget(record)
         if (user := running_as(record.data)) is not None:
             userdb.remove(self.shared.services.paths.userdb, user)
 

@@ -18,7 +18,20 @@ from ...model import domain as model
 from ...systemd.names import mount_units
 from ...systemd.state import EXIT_GROUP, EXIT_USER, StartFailed
 from ...systemd.transient import UnitSpec
-from . import access, command, ends, hardware, images, nics, opened, ownership, prerequisites, sandbox, userdb
+from . import (
+    access,
+    command,
+    directory,
+    ends,
+    hardware,
+    images,
+    nics,
+    opened,
+    ownership,
+    prerequisites,
+    sandbox,
+    userdb,
+)
 from .devices import assembly, placing
 from .devices.flash import Flash
 from .guest import DRIVER, QemuGuest
@@ -79,6 +92,7 @@ class _Start(Start[QemuGuest, model.Domain]):
         kvm = machine.shared.services.facts.has_kvm()
         self.hardware = hardware.assign(before, domain, machine.uuid, kvm=kvm)
         flash = self._flash()
+        self.swtpm = self._swtpm()
         placed = self.hardware.devices
         self.nics = nics.plan(domain, machine.uuid, placed)
         self.vhost = bool(self.nics) and prerequisites.has_vhost(self.account)
@@ -106,6 +120,14 @@ class _Start(Start[QemuGuest, model.Domain]):
         build = firmware.choose(self.hardware, self.definition, self.machine.source, store)
         self.hardware = msgspec.structs.replace(self.hardware, firmware=build)
         return Flash(build=build, store=store)
+
+    def _swtpm(self) -> str:
+        """The program that emulates its TPM; "" if it has none. Raises InvalidDefinition."""
+        if self.definition.tpm is None:
+            return ""
+        from . import swtpm  # most guests have none
+
+        return swtpm.program(self.machine.source)
 
     def check(self) -> None:
         hardware.require_places(self.hardware, self.definition, self.machine.source)
@@ -152,10 +174,13 @@ class _Start(Start[QemuGuest, model.Domain]):
             "given": ownership.to_record(self.given),
             "nics": [msgspec.to_builtins(nic) for nic in self.nics],
             **({"account": self.user._asdict()} if self.user is not None else {}),
+            **({"tpm": msgspec.to_builtins(self.machine.tpm.promised())} if self.swtpm else {}),
         }
 
     async def reach(self) -> None:
         self.systemd = await (await self.services.units()).version()
+        if self.swtpm:
+            await self.machine.tpm.require_free()
 
     def prepare(self, _ends: Ends) -> None:
         if self.hardware.known:  # otherwise QEMU is asked first, see Kept.learn
@@ -167,6 +192,9 @@ class _Start(Start[QemuGuest, model.Domain]):
 
     async def connect(self) -> None:
         await nics.connect(self.machine.name, self.nics, self.account.uid, self.machine.peers)
+        if self.swtpm:
+            path = directory.tpm_socket(self.machine.runtime)
+            await self.machine.tpm.start(self.swtpm, self.account, path, _toplevel())
 
     def _runtime(self) -> None:
         """The guest's own directory, for its sockets and what its system is given; see directory.py."""
@@ -212,7 +240,11 @@ class _Start(Start[QemuGuest, model.Domain]):
                     tasks_overhead=self.settings.tasks_overhead,
                 )
             ),
-            after=tuple(sorted({unit for path in self._files() for unit in mount_units(path)})),
+            # When the host goes down, these stay until QEMU has ended.
+            after=tuple(
+                sorted({unit for path in self._files() for unit in mount_units(path)})
+                + ([self.machine.tpm.unit] if self.swtpm else [])
+            ),
         )
 
     def _argv(self) -> list[str]:
@@ -239,6 +271,7 @@ class _Start(Start[QemuGuest, model.Domain]):
             if (problem := machine.problems.pop("monitor", None)) is not None:
                 raise errors.StartFailed(problem.text)
             ownership.check_shown(self.child.pid, opened.taken(machine.data, None))
+            machine.watch_tpm()
         finally:
             for task in (attaching, ended):
                 task.cancel()
@@ -257,6 +290,8 @@ class _Start(Start[QemuGuest, model.Domain]):
                 ),
             )
         explained = super().explained(exc)
+        if self.swtpm and "tpm-emulator" in explained.message:
+            return errors.StartFailed(explained.message, hint=f"See: journalctl -u {self.machine.tpm.unit}")
         if (kind := self.hardware.type) and f'"{kind}"' in explained.message:
             hint = do("upgrade-machine", "domain", self.machine.name) + " takes what this QEMU has instead."
             return errors.StartFailed(f"{explained.message}: the machine that it has had so far", hint=hint)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from virtd.children.hardening import HARDENED
-from virtd.drivers.qemu import command, images, nics, prerequisites, sandbox
+from virtd.children.hardening import HARDENED, Property
+from virtd.drivers.qemu import command, images, nics, prerequisites, sandbox, swtpm
 from virtd.drivers.qemu.devices import assembly, placing
 from virtd.drivers.qemu.devices.flash import Flash
 from virtd.drivers.qemu.hardware import Build
@@ -54,12 +54,15 @@ def outcome(domain: model.Domain) -> str:
         has=devices,
         memory_overhead=0,
     )
-    lines = [
-        *arguments,
-        "",
-        *(f"{name} {value!r}" for name, kind, value in properties if (name, kind, value) not in HARDENED),
-    ]
+    lines = [*arguments, "", *shown(properties)]
+    if domain.tpm is not None:
+        state = f"/var/lib/virtd/qemu/{domain.name}/{domain.uuid}.tpm"
+        lines += ["", *swtpm.argv("/usr/bin/swtpm", state), "", *shown(swtpm.properties(state, TOPLEVEL, 257))]
     return "\n".join(lines) + "\n"
+
+
+def shown(properties: list[Property]) -> list[str]:
+    return [f"{name} {value!r}" for name, kind, value in properties if (name, kind, value) not in HARDENED]
 
 
 @pytest.mark.parametrize("definition", sorted(HERE.glob("*.toml")), ids=lambda path: path.stem)

@@ -15,6 +15,7 @@ from .disk import Cdrom, Disk
 from .flash import Flash
 from .nic import Nic
 from .provisioning import Credentials, Ignition, Seed
+from .tpm import Tpm
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,7 +68,7 @@ def assemble(
 
 
 def builtin(domain: Domain, host: HostFacts, placed: Sequence[Placed]) -> list[Device]:
-    """What every guest has."""
+    """What every guest has, and what is only switched on."""
     found: list[Device] = [
         Monitor(name="monitor", path=directory.monitor_socket(host.runtime)),
         Monitor(name="shutdown", path=directory.shutdown_socket(host.runtime)),
@@ -78,6 +79,12 @@ def builtin(domain: Domain, host: HostFacts, placed: Sequence[Placed]) -> list[D
     if domain.is_pc:
         found.append(Panic())
     found += [Rng(number=at.number, address=at.address) for at in placing.of_kind(placed, placing.RNG)]
+    if domain.tpm_model is not None:
+        path = directory.tpm_socket(host.runtime)
+        found += [
+            Tpm(number=at.number, key="tpm", model=domain.tpm_model, pc=domain.is_pc, path=path)
+            for at in placing.of_kind(placed, placing.TPM)
+        ]
     return found
 
 

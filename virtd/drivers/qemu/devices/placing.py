@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ....model.domain import Domain
 
-DISK, CDROM, NIC, RNG, VIDEO, SEED = "disk", "cdrom", "nic", "rng", "video", "seed"
+DISK, CDROM, NIC, RNG, VIDEO, SEED, TPM = "disk", "cdrom", "nic", "rng", "video", "seed", "tpm"
 
 Place = tuple[str, int]  # a bus, and a slot or unit there
 
@@ -36,7 +36,7 @@ class Placed(msgspec.Struct, frozen=True):
     """One device, as the machine's record has it.
 
     `kind` and `number` make its id; `what` distinguishes it from others of its kind: a path, a volume, an address, a
-    network. `bus` is "" if QEMU is to find a place.
+    network, a model. `bus` is "" if QEMU is to find a place, or there is only one.
     """
 
     kind: str
@@ -75,6 +75,8 @@ def wanted(domain: Domain) -> Iterator[tuple[str, str]]:
         yield VIDEO, ""
     if domain.guest.by_cloud_init:
         yield SEED, ""
+    if domain.tpm_model is not None:
+        yield TPM, domain.tpm_model.value
 
 
 def place(domain: Domain, before: Sequence[Placed] = ()) -> list[Placed]:
@@ -138,7 +140,11 @@ def _recognized(now: list[tuple[str, str]], before: Sequence[Placed]) -> dict[in
 
 
 def _places(domain: Domain, kind: str) -> list[Place]:
-    """The places for a device of this kind; none on machines that virtd knows little about."""
+    """The places for a device of this kind; none on machines that virtd knows little about, nor for a TPM, for which
+    every machine has a place of its own.
+    """
+    if kind == TPM:
+        return []
     table = IDE if kind == CDROM and domain.is_pc else PCI
     places = next((places for machine, places in table if re.fullmatch(machine, domain.machine)), [])
     # Linux names disks in the order of their slots: those of the definition come first, also ones that are added.
