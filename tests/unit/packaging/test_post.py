@@ -82,7 +82,7 @@ def host(tmp_path: Path) -> Host:
     for directory in ("bin", "booted", "lib/virtd/drivers/qemu", "run/qemu/web1"):
         (tmp_path / directory).mkdir(parents=True)
     shutil.copytree(SCRIPT.parents[1] / "units", tmp_path / "units")
-    for tool in ("cat", "cp", "find", "grep", "install", "mkdir", "python3", "rm", "rmdir", "sed", "sha256sum", "wc"):
+    for tool in ("cat", "cp", "find", "grep", "install", "mkdir", "rm", "rmdir", "sed", "sha256sum", "wc"):
         found = shutil.which(tool, path="/usr/bin:/bin")
         assert found is not None
         (tmp_path / "bin" / tool).symlink_to(found)
@@ -183,6 +183,10 @@ def test_without_systemd_only_files_are_touched(host: Host, step: tuple[str, ...
 
 
 def test_byte_code_is_checked_by_content(host: Host) -> None:
+    """It is made by the distribution's Python, which runs the daemon, whatever comes first in PATH."""
+    other = host.path / "bin/python3"
+    other.write_text('#!/bin/sh\necho another python3 >>"$HOST/calls"\n')
+    other.chmod(0o755)
     module = host.path / "lib/virtd/one.py"
     module.write_text("x = 1\n")
     stale = host.path / "lib/virtd/gone/__pycache__/two.cpython-311.pyc"
@@ -192,6 +196,7 @@ def test_byte_code_is_checked_by_content(host: Host) -> None:
     [compiled] = (host.path / "lib/virtd/__pycache__").glob("one.*.pyc")
     assert compiled.read_bytes()[4:8] == b"\x03\0\0\0", "PEP 552: hash-based, checked"
     assert not (host.path / "lib/virtd/gone").exists()
+    assert "another python3" not in host.calls()
 
 
 def test_erasing_without_guests_stops_all(host: Host) -> None:
