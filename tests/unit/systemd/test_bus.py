@@ -16,7 +16,8 @@ import pytest
 
 from tests.doubles.private_bus import PrivateBus, private_bus
 from virtd import errors
-from virtd.systemd.bus import DISCONNECTED, Bus, BusError, MethodCall, Var
+from virtd.systemd.bus import DBUS, DISCONNECTED, Bus, BusError, MethodCall, Var
+from virtd.systemd.bus.signals import Signals
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -357,3 +358,25 @@ def test_calls_leak_nothing(shared_bus: PrivateBus) -> None:
             assert resident() - before < 200
 
     asyncio.run(main())
+
+
+def test_an_owner_that_changes_while_it_is_asked_for() -> None:
+    """The signal may be handled before whoever waits for the answer goes on: PID 1 has re-executed itself."""
+    heard: list[str] = []
+
+    class Changed:
+        def __init__(self, sender: str, member: str) -> None:
+            self.get_sender = lambda: sender
+            self.get_path = lambda: "/a"
+            self.get_interface = lambda: DBUS if sender == DBUS else "a.B"
+            self.get_member = lambda: member
+
+    async def call(method: str, _signature: str, *_arguments: Any) -> tuple[Any, ...]:
+        if method == "GetNameOwner":
+            signals.receive(Changed(DBUS, "NameOwnerChanged"), lambda _message: ("a.b", ":1", ":2"))
+        return (":1",)
+
+    signals = Signals(call)
+    asyncio.run(signals.subscribe("a.b", "a.B", "C", "/a", lambda *_: heard.append("C")))
+    signals.receive(Changed(":2", "C"), lambda _message: ())
+    assert heard == ["C"]

@@ -92,7 +92,7 @@ class Signals:
         # A name without an owner will be activated; NameOwnerChanged announces that.
         with contextlib.suppress(BusError):
             (owner,) = await self._call("GetNameOwner", "s", name)
-            self._owners[name] = owner
+            self._owners[name] = self._owners[name] or owner  # a change since then may have been announced first
             self._speakers.add(owner)
 
     def receive(self, message: Any, unpack: Callable[[Any], tuple[Any, ...]]) -> None:
