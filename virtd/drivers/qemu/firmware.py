@@ -93,8 +93,14 @@ def find(machine: str, source: str, store: str = "", *, secure: bool) -> Build:
         source,
         key,
         f"{what} for {machine} isn't installed: no file in {', '.join(PLACES)} describes it",
-        hint="Install it (Debian: ovmf; Fedora: edk2-ovmf)." if machine.startswith(("q35", "pc")) else "",
+        hint=_hint(machine, secure=secure),
     )
+
+
+def _hint(machine: str, *, secure: bool) -> str:
+    if secure and machine.startswith("pc") and not machine.startswith("pc-q35"):
+        return 'Set machine = "q35", which secure boot needs.'
+    return "Install it (Debian: ovmf; Fedora: edk2-ovmf)." if machine.startswith(("q35", "pc")) else ""
 
 
 def _descriptors() -> Iterator[str]:

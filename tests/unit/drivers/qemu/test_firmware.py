@@ -90,14 +90,20 @@ def test_one_that_is_not_understood_costs_no_other(host: Host, text: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("machine", "secure", "key"), [("q35", True, "boot.secure_boot"), ("pc", False, "boot.firmware")]
+    ("machine", "secure", "key", "hint"),
+    [
+        ("q35", True, "boot.secure_boot", "ovmf"),
+        ("pc", False, "boot.firmware", "ovmf"),
+        ("pc-q35-10.0", True, "boot.secure_boot", "ovmf"),
+        ("pc-i440fx-10.0", True, "boot.secure_boot", 'machine = "q35"'),
+    ],
 )
-def test_none_that_fits(host: Host, machine: str, secure: bool, key: str) -> None:
+def test_none_that_fits(host: Host, machine: str, secure: bool, key: str, hint: str) -> None:
     host.describe("60-plain")
     with pytest.raises(errors.InvalidDefinition, match="isn't installed") as caught:
         host.found(machine, secure=secure)
     assert key in str(caught.value)
-    assert "ovmf" in str(caught.value.hint)
+    assert hint in str(caught.value.hint)
 
 
 def choose(text: str, before: hardware.Hardware | None) -> hardware.Hardware:
