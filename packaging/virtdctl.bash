@@ -48,6 +48,7 @@ _virtdctl_network() {
         leases) options='--no-legend --json' ;;
         stop) options='--force' ;;
         define) options='--check' ;;
+        undefine) options='--remove-state' ;;
         autostart) options='--disable' ;;
         *) options='' ;;
     esac

@@ -31,6 +31,7 @@ MEMBERS = Interface(
         Reboot=("Reboot", "force:b", "changed:b"),
         Suspend=("Suspend", "", "changed:b"),
         Resume=("Resume", "", "changed:b"),
+        RemoveState=("RemoveState", "", "changed:b"),
         UpgradeMachine=("UpgradeMachine", "", "changed:b"),
     ),
     properties=SUPERVISED

@@ -19,6 +19,7 @@ METHODS: dict[str, Method] = {
     ),
     "Suspend": change(lambda host, by, p: host.domains.suspend(p["name"], by=by)),
     "Resume": change(lambda host, by, p: host.domains.resume(p["name"], by=by)),
+    "RemoveState": change(lambda host, by, p: host.domains.remove_state(p["name"], by=by)),
     "UpgradeMachine": change(lambda host, by, p: host.domains.upgrade_machine(p["name"], by=by)),
     "Check": look(lambda host, by, p: host.check_all(repair=False, by=by), shared=True),
     "Repair": change(lambda host, by, p: host.check_all(repair=True, by=by)),

@@ -148,6 +148,10 @@ def undefining(method: str = "Undefine") -> Callable[[argparse.Namespace, Sessio
                 if not call.repeated:
                     raise
 
+        if getattr(args, "remove_state", False):
+            failed = plain("remove the state of", "RemoveState")(args, session)
+            if failed:
+                return failed
         return act(args.names, "undefine", begin, end)
 
     return run
@@ -276,6 +280,13 @@ def define_options(parser: Parser) -> None:
     parser.add_argument("--check", action="store_true", help="only check the definition, and change nothing")
 
 
+def _undefine_options(parser: Parser) -> None:
+    parser.names()
+    parser.add_argument(
+        "--remove-state", action="store_true", help="first remove UEFI variables and what TPMs keep, for good"
+    )
+
+
 def _reload_options(_parser: Parser) -> None:
     pass
 
@@ -289,7 +300,7 @@ OPTIONS: dict[str, Callable[[Parser], None]] = {
     "suspend": names,
     "resume": names,
     "define": define_options,
-    "undefine": names,
+    "undefine": _undefine_options,
     "upgrade-machine": names,
     "autostart": autostart_options,
     "reload": _reload_options,

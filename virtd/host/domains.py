@@ -54,6 +54,10 @@ class Domains(Objects[QemuGuest]):
         machine = await self.find(name)
         return Changed(name=machine.name, changed=await operations.suspend(machine, by.name))
 
+    async def remove_state(self, name: str, *, by: Caller) -> Changed:
+        machine = await self.find(name)
+        return Changed(name=machine.name, changed=await operations.remove_state(machine))
+
     async def upgrade_machine(self, name: str, *, by: Caller) -> Changed:
         machine = await self.find(name)
         return Changed(name=machine.name, changed=await operations.upgrade_machine(machine))

@@ -76,6 +76,7 @@ _ALLOWED: dict[str, frozenset[State]] = {
     "send a signal to": ALIVE,
     "attach to the console of": ALIVE,
     "undefine": frozenset({State.STOPPED, State.CRASHED}),
+    "remove the state of": frozenset({State.STOPPED, State.CRASHED}),
 }
 
 
@@ -86,7 +87,7 @@ def require(operation: str, name: str, state: State, noun: str = "domain") -> No
     """
     if state in _ALLOWED[operation]:
         return
-    if state in ALIVE and operation == "undefine":
+    if state in ALIVE and State.STOPPED in _ALLOWED[operation]:
         hint = "Stop it first: " + do("stop", noun, name) + "."
     elif state is State.PAUSED:
         hint = "Resume it first: " + do("resume", noun, name) + "."

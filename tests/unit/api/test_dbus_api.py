@@ -391,6 +391,7 @@ def test_a_bug_is_answered_and_loud(shared_bus: PrivateBus, caplog: pytest.LogCa
         ("Suspend", ()),
         ("Resume", ()),
         ("UpgradeMachine", ()),
+        ("RemoveState", ()),
         ("Undefine", ()),
         ("Kill", ("i", 9)),
         ("Shutdown", ("d", 0.0)),
@@ -414,7 +415,7 @@ def test_every_changing_method_asks_who_calls() -> None:
     """The one above has them all: a method that is added later must be added there, too."""
     listed = {
         "Start", "Stop", "Suspend", "Resume", "Undefine", "Kill", "Shutdown", "Reboot", "SetAutostart",
-        "UpgradeMachine",
+        "UpgradeMachine", "RemoveState",
     }  # fmt: skip
     methods = domain_objects.MEMBERS.methods.items()
     changing = {name for name, method in methods if interfaces.operation(method.operation).right is not Right.LOOK}

@@ -387,6 +387,18 @@ def test_a_change_that_works_says_nothing(virtdctl: Any, daemon: FakeDaemon, com
     assert sorted(asked["name"] for asked in daemon.asked(command.capitalize())) == ["db1", "web1"]
 
 
+def test_undefine_removes_state_on_request_only(virtdctl: Any, daemon: FakeDaemon) -> None:
+    daemon.answers["Undefine"] = {"name": "web1"}
+    daemon.answers["RemoveState"] = {"name": "web1", "changed": True}
+    assert virtdctl("undefine", "web1").status == 0
+    assert daemon.asked("RemoveState") == []
+    assert virtdctl("undefine", "--remove-state", "web1").status == 0
+    assert [asked["name"] for asked in daemon.asked("RemoveState")] == ["web1"]
+    daemon.answers["RemoveState"] = errors.InvalidState("Cannot remove the state of web1: it is running")
+    assert virtdctl("undefine", "--remove-state", "web1").status == 1
+    assert len(daemon.asked("Undefine")) == 2
+
+
 def test_several_names_end_with_the_first_failure(virtdctl: Any, daemon: FakeDaemon) -> None:
     def start(call: Any) -> dict[str, Any]:
         failures = {

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 from typing import TYPE_CHECKING
 
-from ... import errors
+from ... import errors, files
 from ...guests import power
 from ...hints import do
 from ...model.state import State, require
@@ -22,6 +23,7 @@ from .guest import REBOOT_GIVEN_UP
 from .news import STANDSTILL
 
 if TYPE_CHECKING:
+    from ...paths import Paths
     from .guest import QemuGuest
 
 log = logging.getLogger(__name__)
@@ -119,6 +121,31 @@ async def upgrade_machine(machine: QemuGuest) -> bool:
     """Let its next start use the machine type and CPU of the QEMU installed by then. False if it would anyway."""
     async with machine.exclusive("upgrade the machine of"):
         return machine.hardware.renew()
+
+
+async def remove_state(machine: QemuGuest) -> bool:
+    """Remove what the guest has stored in its machine: UEFI variables and what its TPM keeps. False if there is
+    nothing. Raises InvalidState while it runs.
+    """
+    what = "remove the state of"
+    async with machine.exclusive(what):
+        require(what, machine.name, machine.state)
+        await machine.over.wait()
+        await machine.finishing.tidy(what)
+        return await asyncio.to_thread(_remove_state, machine.shared.services.paths, machine.name, machine.uuid)
+
+
+def _remove_state(paths: Paths, name: str, uuid: str) -> bool:
+    found = [files.remove(paths.nvram(name, uuid, secure=secure)) for secure in (False, True)]
+    directory = paths.tpm(name, uuid)
+    if os.path.lexists(directory):
+        files.remove_tree(directory)
+        if os.path.lexists(directory):
+            raise errors.HostError(f"{directory} can't be removed")
+        found.append(True)
+    with contextlib.suppress(OSError):  # there may be that of another guest, which had the name before
+        os.rmdir(os.path.dirname(directory))
+    return any(found)
 
 
 async def _require(operation: str, machine: QemuGuest) -> None:

@@ -14,15 +14,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import glob
-import os
-import socket
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
 from ... import errors, journal, process
 from ...children import programs
-from ...children.hardening import HARDENED, LIBRARIES, Property
 from ...hints import do
 from ...messages import Message
 from ...objects.protocol import Problem
@@ -30,10 +27,9 @@ from ...records import now
 from ...replies import guests as replies
 from ...systemd.names import helper_unit
 from ...systemd.transient import UnitSpec
-from . import sandbox, tpmstate
+from . import tpmstate, tpmunit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from typing import Unpack
 
     from ...children.child import Child, Services
@@ -49,8 +45,6 @@ INSTALL = "Install it (Debian: swtpm; Fedora: swtpm)."
 GRACE = 5.0  # seconds within which QEMU ends, too, if that is why swtpm has ended
 AGAIN = 1.0  # seconds until PID 1 is asked again
 STOP_LIMIT = 15.0
-MEMORY, TASKS, FILES = 128 << 20, 8, 64  # it was seen to use 7 MB, 1 and 8
-MESSAGES = 100  # lines in half a minute
 
 
 class Emulated(msgspec.Struct, frozen=True):
@@ -141,13 +135,13 @@ class Swtpm:
             description=f"TPM of domain {self._machine.name}",
             slice="virtd-qemu.slice",
             once=True,
-            argv=argv(argv0, self.directory),
+            argv=tpmunit.argv(argv0, self.directory),
             environment=programs.ENVIRONMENT,
             user=str(who.uid) if who.own else who.user,
             group=str(who.gid) if who.own else who.group,
-            properties=tuple(properties(self.directory, toplevel, await units.version(), own_user=who.own)),
+            properties=tuple(tpmunit.properties(self.directory, toplevel, await units.version(), own_user=who.own)),
         )
-        with _listening(path, who) as listener:
+        with tpmunit.listening(path, who) as listener:
             state = await units.start(spec, (listener.fileno(), "null", "journal"))
         self._machine.save(data=self._data(self._identified(self.promised(), state.main_pid)))
 
@@ -236,69 +230,6 @@ class Swtpm:
 
     async def _units(self) -> Units:
         return await self._machine.shared.services.units()
-
-
-def argv(argv0: str, directory: str) -> tuple[str, ...]:
-    """Without --flags=startup-*: the guest's firmware starts its TPM, and one that is started twice takes that for a
-    power cut.
-    """
-    state = f"dir={directory},mode=0600"
-    return (argv0, "socket", "--tpm2", "--tpmstate", state, "--ctrl", "type=unixio,fd=0", "--terminate")
-
-
-def properties(directory: str, toplevel: list[str], systemd: int, *, own_user: bool = True) -> list[Property]:
-    """Those of its unit: it sees programs, and what it keeps."""
-    covered = [(f"/{name}", "ro,mode=0755") for name in sandbox.hidden(toplevel)]
-    found: list[Property] = [
-        *HARDENED,
-        # Ubuntu confines swtpm to libvirt's directories and libvirt's QEMU. What is said here is stricter.
-        ("AppArmorProfile", "(bs)", (True, "unconfined")),
-        ("CapabilityBoundingSet", "t", 0),
-        ("ProtectSystem", "s", "strict"),
-        ("TemporaryFileSystem", "a(ss)", covered),
-        ("BindReadOnlyPaths", "a(ssbt)", [(path, path, True, 0) for path in LIBRARIES]),
-        ("BindPaths", "a(ssbt)", [(directory, directory, False, 0)]),
-        ("ProtectProc", "s", "invisible"),
-        ("ProcSubset", "s", "pid"),
-        ("ProtectKernelModules", "b", True),
-        ("ProtectHostname", "b", True),
-        ("PrivateDevices", "b", True),
-        ("PrivateNetwork", "b", True),
-        ("PrivateIPC", "b", True),
-        ("IPAddressDeny", "a(iayu)", sandbox.EVERYWHERE),
-        ("KeyringMode", "s", "private"),
-        ("MemoryDenyWriteExecute", "b", True),
-        ("RestrictAddressFamilies", "(bas)", (True, ["AF_UNIX"])),
-        ("SystemCallFilter", "(bas)", (True, list(sandbox.ALLOWED_CALLS))),
-        ("SystemCallFilter", "(bas)", (False, list(sandbox.REFUSED_CALLS))),
-        ("SystemCallErrorNumber", "i", sandbox.EPERM),
-        ("UMask", "u", 0o077),
-        ("MemoryMax", "t", MEMORY),
-        ("TasksMax", "t", TASKS),
-        ("LimitNOFILE", "t", FILES),
-        ("LimitFSIZE", "t", tpmstate.LARGEST),
-        ("LogRateLimitIntervalUSec", "t", 30_000_000),
-        ("LogRateLimitBurst", "u", MESSAGES),
-        ("TimeoutStopUSec", "t", 5_000_000),
-    ]
-    if systemd >= sandbox.PRIVATE_PIDS_SINCE:
-        found += [("PrivatePIDs", "s", "yes")]
-    if own_user:
-        found += [("RemoveIPC", "b", True)]
-    return found
-
-
-@contextlib.contextmanager
-def _listening(path: str, who: Account) -> Iterator[socket.socket]:
-    """The socket that QEMU connects to, as the guest's user. Raises HostError."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as listener:
-        try:
-            listener.bind(path)
-            os.chown(path, who.uid, who.gid, follow_symlinks=False)
-            listener.listen(1)
-        except OSError as exc:
-            raise errors.HostError(f"Cannot make {path}: {exc.strerror}") from exc
-        yield listener
 
 
 async def clear_away(services: Services, name: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from virtd.children.hardening import HARDENED, Property
-from virtd.drivers.qemu import command, images, nics, prerequisites, sandbox, swtpm
+from virtd.drivers.qemu import command, images, nics, prerequisites, sandbox, tpmunit
 from virtd.drivers.qemu.devices import assembly, placing
 from virtd.drivers.qemu.devices.flash import Flash
 from virtd.drivers.qemu.hardware import Build
@@ -57,7 +57,7 @@ def outcome(domain: model.Domain) -> str:
     lines = [*arguments, "", *shown(properties)]
     if domain.tpm is not None:
         state = f"/var/lib/virtd/qemu/{domain.name}/{domain.uuid}.tpm"
-        lines += ["", *swtpm.argv("/usr/bin/swtpm", state), "", *shown(swtpm.properties(state, TOPLEVEL, 257))]
+        lines += ["", *tpmunit.argv("/usr/bin/swtpm", state), "", *shown(tpmunit.properties(state, TOPLEVEL, 257))]
     return "\n".join(lines) + "\n"
 
 

@@ -69,6 +69,30 @@ async def test_what_it_keeps_outlives_the_guest(world: World) -> None:
 
 
 @on_loop
+async def test_it_is_removed_on_request(world: World) -> None:
+    """With the variables of UEFI, and nothing of another guest that had the name."""
+    async with world.daemon() as host:
+        await world.run("web1", more=WITH_TPM)
+        info = await host.domains.info("web1")
+        state, beside = directory(world, info["uuid"]), os.path.dirname(directory(world, info["uuid"]))
+        for name in (f"{info['uuid']}.fd", f"{info['uuid']}.secure.fd", "another.fd"):
+            open(f"{beside}/{name}", "w").close()
+        with pytest.raises(errors.InvalidState, match="Cannot remove the state of web1: it is running") as caught:
+            await host.domains.remove_state("web1", by=ROOT)
+        assert "virtdctl stop web1" in str(caught.value.hint)
+        await host.domains.stop("web1", by=ROOT)
+        assert os.listdir(state)
+        assert (await host.domains.remove_state("web1", by=ROOT))["changed"] is True
+        assert os.listdir(beside) == ["another.fd"]
+        assert (await host.domains.remove_state("web1", by=ROOT))["changed"] is False
+        os.unlink(f"{beside}/another.fd")
+        await host.domains.start("web1", by=ROOT)
+        await host.domains.stop("web1", by=ROOT)
+        assert (await host.domains.remove_state("web1", by=ROOT))["changed"] is True
+        assert not os.path.exists(beside)
+
+
+@on_loop
 async def test_it_ends_before_the_guest(world: World) -> None:
     """A problem, found by whichever daemon is there, and reported once; the guest runs on without it."""
     for seen in (True, False):
