@@ -106,8 +106,9 @@ class Model(RuleBasedStateMachine):
         allowed = {state}
         with contextlib.suppress(LookupError):
             allowed.add(after(operation, state))
-            if operation == "start" and state == "crashed":
-                allowed.add("stopped")  # rolled back, which is later than the crash
+            if operation in ("start", "undefine") and state == "crashed":
+                # Rolled back, which is later than the crash; or its record is gone, and its definition not yet.
+                allowed.add("stopped")
 
         async def cut_off() -> tuple[str, int]:
             self.world.steps, self.world.crash_at = [], step
