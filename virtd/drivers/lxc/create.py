@@ -194,10 +194,10 @@ async def _unpack(job: Job, units: Units) -> None:
             ),
             aliases=job.aliases,
         )
-        await units.start(spec, (source.fileno(), words.fileno(), words.fileno()))
         try:
+            await units.start(spec, (source.fileno(), words.fileno(), words.fileno()))
             result = await execs.result(units, job.unit)
-        except BaseException:
+        except BaseException:  # also of its start: PID 1 may have carried that out and not answered
             with contextlib.suppress(TimeoutError):
                 await _end(units, job.unit)
             raise

@@ -88,6 +88,7 @@ async def begin(
         with contextlib.suppress(OSError):
             os.unlink(script)
         with contextlib.suppress(errors.VirtdError):
+            await units.stop(unit)  # it may run all the same, if PID 1 went before it could answer
             await units.collect(unit)
         raise
     finally:

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.doubles import fake_lxc
+from tests.doubles.fake_units import Unit
 from tests.doubles.whole_host import ROOT, SLOTS, SteppingOs, World, nothing_left, on_loop, until
-from virtd.drivers.lxc import cgroup, create, first, prerequisites, starting, unpack
+from virtd import errors
+from virtd.drivers.lxc import cgroup, create, execs, first, prerequisites, starting, unpack
 from virtd.drivers.lxc.container import Container
 
 if TYPE_CHECKING:
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 
     from tests.doubles.cuts import Cuts
     from virtd.host import Host
+    from virtd.systemd.state import UnitState
+    from virtd.systemd.transient import UnitSpec
 
 
 UNIT = "virtd-lxc-web1.service"
@@ -327,6 +332,41 @@ async def test_a_container_that_is_made_while_the_daemon_starts(
             assert (await making)["name"] == "made"
             assert os.listdir(site.world.lxc.directory) == ["made"]
             await host.containers.undefine("made", by=ROOT)
+    finally:
+        site.world.close()
+
+
+@on_loop
+async def test_a_start_that_pid_1_carries_out_without_an_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It re-executes itself: what makes a container, or runs in one, isn't left to itself."""
+    site = Site(tmp_path, monkeypatch)
+    units = site.world.units
+    image = tmp_path / "image"
+    (image / "usr").mkdir(parents=True)
+    started = []
+
+    async def start(spec: UnitSpec, *_: Any) -> UnitState:
+        started.append(spec.name)
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # noqa: ASYNC220
+        units.units[spec.name] = Unit(spec, process)
+        raise errors.HostError("systemd refused to start it: disconnected from message bus without replying")
+
+    try:
+        async with site.world.daemon() as host:
+            await site.define(host)
+            await host.containers.start("web1", by=ROOT)
+            monkeypatch.setattr(units, "start", start)
+            monkeypatch.setattr(prerequisites, "program", lambda name: name)
+            with pytest.raises(errors.HostError, match="without replying"):
+                await host.containers.create("made", str(image), by=ROOT)
+            with pytest.raises(errors.HostError, match="without replying"):
+                await execs.begin(host.containers.driver.machines["web1"], ["true"], {}, terminal=False)
+            assert len(started) == 2
+            assert {name: unit.process.poll() for name, unit in units.units.items() if name in started} == {}
+            assert os.listdir(site.world.lxc.directory) == []
+            await host.containers.stop("web1", by=ROOT)
     finally:
         site.world.close()
 
