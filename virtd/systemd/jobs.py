@@ -101,8 +101,12 @@ class JobSignals:
 
     async def _subscribe(self) -> None:
         self._unsubscribe = await self._bus.subscribe(SYSTEMD, MANAGER, "JobRemoved", MANAGER_PATH, self._removed)
-        with contextlib.suppress(BusError):  # AlreadySubscribed
+        try:
             await repeated(lambda: self._bus.call(SYSTEMD, MANAGER_PATH, MANAGER, "Subscribe", "", ()))
+        except BusError as exc:
+            if exc.name != f"{SYSTEMD}.AlreadySubscribed":
+                await self.close()  # without its signals, everybody would wait in vain
+                raise
 
     def _removed(self, _path: str, _interface: str, _member: str, args: tuple[Any, ...]) -> None:
         _number, job, unit, result = args

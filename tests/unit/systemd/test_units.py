@@ -221,3 +221,31 @@ def systemd_of(bus: Any) -> units.Units:
     systemd = units.Units(bus)
     systemd._jobs = NoSignals()  # type: ignore[assignment]
     return systemd
+
+
+@pytest.mark.parametrize(
+    ("error", "stands"), [("org.freedesktop.systemd1.AlreadySubscribed", False), ("a.b.AccessDenied", True)]
+)
+def test_nobody_waits_for_signals_that_systemd_refuses(error: str, stands: bool) -> None:
+    left: list[str] = []
+
+    class Refusing:
+        flush = None
+
+        async def call(self, *_: Any, **__: Any) -> Any:
+            raise BusError(error, "No")
+
+        async def subscribe(self, *_: Any) -> Callable[[], Awaitable[None]]:
+            async def unsubscribe() -> None:
+                left.append("unsubscribed")
+
+            return unsubscribe
+
+    bus: Any = Refusing()
+    signals = jobs.JobSignals(bus)
+    if not stands:
+        asyncio.run(signals.subscribe())
+        return
+    with pytest.raises(BusError):
+        asyncio.run(signals.subscribe())
+    assert left == ["unsubscribed"]
