@@ -60,7 +60,7 @@ def lab(packages: dict[str, Path]) -> Iterator[Lab]:
         lab.sh(f"losetup -d {device}")  # once it is unmounted
         volume(lab, "create", "disks", "disk", "1M")
         disk = '[[disk]]\npool = "disks"\nvolume = "disk"\n'
-        lab.define("polite", cmdline="virtd.rate=50", more=disk, start=True)
+        lab.define("polite", cmdline="virtd.rate=50", more=f"{disk}[tpm]\n", start=True)
         # Nobody is in these but a BIOS without anything to boot, which doesn't know of a power button.
         for name, limit in (("deaf3", 3), ("deaf6", 6)):
             disk = f'[[disk]]\npath = "/var/lib/virtd/images/{name}.raw"\n'
@@ -106,6 +106,9 @@ def guests_ended_well(lab: Lab) -> None:
     for entry in journal(lab, "_PID=1", "UNIT=virtd-network-lab.service"):
         if str(entry["MESSAGE"]).startswith("Stopping"):
             assert int(entry["__MONOTONIC_TIMESTAMP"]) > times["deaf6"]["Stopped"], "its network went first"
+    tpm = journal(lab, "_PID=1", "UNIT=virtd-qemu-polite@tpm.service")
+    (stopped,) = (int(entry["__MONOTONIC_TIMESTAMP"]) for entry in tpm if str(entry["MESSAGE"]).startswith("Stopped"))
+    assert stopped > times["polite"]["Stopped"], "a guest was still there when its TPM went"
     left = root(lab) / "var/tmp"
     assert (left / "ground").read_text() == "stopped\n"
     assert (left / "guests").read_text() == "", "a guest was still there when its network went"
@@ -152,11 +155,13 @@ def test_soft_reboot_and_power_off(lab: Lab) -> None:
     lab.virtdctl("define", "-", stdin=lab.sh("sed s,deaf3,idle, /etc/virtd/qemu/deaf3.toml | grep -v uuid"))
     lab.virtdctl("autostart", "idle")
     pids = {item["name"]: item["pid"] for item in lab.json("list")}
+    tpm = lab.info("polite")["tpm"]["pid"]
     if SUITE != "bookworm":  # systemd 252 has no soft reboot
         lab.soft_reboot()
         running = ("polite", "deaf3", "deaf6")
         lab.wait("the monitors", lambda: all(lab.info(name)["monitor"] == "connected" for name in running), 30)
         assert {item["name"]: item["pid"] for item in lab.json("list")} == pids
+        assert lab.info("polite")["tpm"]["pid"] == tpm
         assert lab.slots() == 15
         number = check(lab.console("polite")).last
         lab.wait("more lines", lambda: check(lab.console("polite")).last > number, 20)

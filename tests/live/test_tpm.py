@@ -23,6 +23,9 @@ OWNER, INDEX = "40000001", "01500001"
 PUBLIC = f"{INDEX}000b0206000600000008"
 SECRET = "76697274642d2121"
 DEBUG_PCR = 16
+# A storage key on P-256, of which the owner's seed always makes the same; and what is sealed by it.
+STORAGE_KEY = "0023000b00030472000000060080004300100003001000000000"
+SEALED = "0008000b00000452000000100000"
 
 
 def command(code: str, body: str) -> str:
@@ -33,6 +36,7 @@ def command(code: str, body: str) -> str:
 DEFINE = command("0000012a", f"{OWNER}{PASSWORD}0000{len(PUBLIC) // 2:04x}{PUBLIC}")
 WRITE = command("00000137", f"{OWNER}{INDEX}{PASSWORD}0008{SECRET}0000")
 READ = command("0000014e", f"{OWNER}{INDEX}{PASSWORD}00080000")
+PRIMARY = command("00000131", f"{OWNER}{PASSWORD}000400000000{len(STORAGE_KEY) // 2:04x}{STORAGE_KEY}000000000000")
 EXTEND = command("00000182", f"{DEBUG_PCR:08x}{PASSWORD}00000001000b{'ab' * 32}")
 
 
@@ -47,8 +51,33 @@ def ask(lab: Lab, sent: str) -> str:
     return answer
 
 
-def kept(lab: Lab) -> bool:
-    return SECRET in ask(lab, READ)
+def seal(lab: Lab) -> str:
+    """Seal the secret: what only this TPM opens."""
+    key = ask(lab, PRIMARY)[20:28]
+    secret = f"000c00000008{SECRET}"
+    body = ask(lab, command("00000153", f"{key}{PASSWORD}{secret}{len(SEALED) // 2:04x}{SEALED}000000000000"))[28:]
+    flush(lab, key)
+    private = 4 + 2 * int(body[:4], 16)
+    public = 4 + 2 * int(body[private : private + 4], 16)
+    return body[: private + public]
+
+
+def unsealed(lab: Lab, sealed: str) -> str:
+    key = ask(lab, PRIMARY)[20:28]
+    secret = ask(lab, command("00000157", f"{key}{PASSWORD}{sealed}"))[20:28]
+    answer = ask(lab, command("0000015e", f"{secret}{PASSWORD}"))
+    flush(lab, secret)
+    flush(lab, key)
+    return answer[32 : 32 + len(SECRET)]
+
+
+def flush(lab: Lab, handle: str) -> None:
+    ask(lab, f"80010000000e00000165{handle}")
+
+
+def kept(lab: Lab, sealed: str) -> bool:
+    """Whether it has what was stored in it, and opens what was sealed by it."""
+    return SECRET in ask(lab, READ) and unsealed(lab, sealed) == SECRET
 
 
 def pcr(lab: Lab) -> str:
@@ -97,11 +126,12 @@ def test_tpm(lab: Lab, model: str) -> None:
 
     ask(lab, DEFINE)
     ask(lab, WRITE)
+    sealed = seal(lab)
     zero = pcr(lab)
     ask(lab, EXTEND)
     measured = pcr(lab)
     assert measured != zero
-    assert kept(lab)
+    assert kept(lab, sealed)
 
     # The daemon comes and goes.
     for away in (
@@ -112,10 +142,10 @@ def test_tpm(lab: Lab, model: str) -> None:
         lab.sh(away)
         lab.sh("systemctl start virtd.socket virtd")
         assert (lab.info("web1")["pid"], lab.info("web1")["tpm"]["pid"]) == (info["pid"], pid)
-        assert kept(lab)
+        assert kept(lab, sealed)
         assert pcr(lab) == measured
     lab.sh("systemctl daemon-reexec; systemctl daemon-reload")
-    assert kept(lab)
+    assert kept(lab, sealed)
     assert lab.json("fsck")["differences"] == []
     assert problems(lab) == []
 
@@ -124,7 +154,7 @@ def test_tpm(lab: Lab, model: str) -> None:
     lab.wait_ready("web1", 2)
     assert lab.info("web1")["tpm"]["pid"] == pid
     assert pcr(lab) == zero
-    assert kept(lab)
+    assert kept(lab, sealed)
 
     # QEMU is killed while no daemon is there.
     lab.sh("systemctl stop virtd.socket virtd")
@@ -136,14 +166,14 @@ def test_tpm(lab: Lab, model: str) -> None:
     # Another start has the same TPM, and undefining it loses nothing.
     uuid = lab.info("web1")["uuid"]
     assert start(lab, 3) != pid
-    assert kept(lab)
+    assert kept(lab, sealed)
     lab.virtdctl("stop", "web1")
     nothing_left(lab, state)
     lab.virtdctl("undefine", "web1")
     assert lab.sh(f"ls {state}/tpm2-00.permall")
     lab.virtdctl("define", "-", stdin=f'uuid = "{uuid}"\n' + definition("web1", more=f'[tpm]\nmodel = "{model}"\n'))
     start(lab, 4)
-    assert kept(lab)
+    assert kept(lab, sealed)
     lab.virtdctl("shutdown", "web1")
     nothing_left(lab, state)
     lab.virtdctl("undefine", "web1")
