@@ -23,6 +23,8 @@ _MODULES = (
     "evdev", "button", "pvpanic-mmio", "pvpanic-pci", "virtio_pci", "virtio_blk", "virtio_net", "virtio-rng",
     "af_packet", "isofs", "dmi-sysfs", "qemu_fw_cfg", "tpm_crb", "tpm_tis",
 )  # fmt: skip
+# For disks on other buses than virtio. Nothing loads them by itself, so that no other guest waits for their probes.
+_BUSES = ("virtio_scsi", "ahci", "sd_mod", "nvme")
 
 _DISK_CONFIG = """\
 DEFAULT linux
@@ -75,14 +77,14 @@ def _console_program(scratch: Path, log: Path) -> bytes:
     return program.read_bytes()
 
 
-def _load_order(modules: Path) -> list[Path]:
-    """Files of the modules that aren't built in, each after those it depends on."""
+def _load_order(modules: Path, names: tuple[str, ...]) -> list[Path]:
+    """Files of the modules of these names that aren't built in, each after those it depends on."""
     needs: dict[str, list[str]] = {}
     for line in (modules / "modules.dep").read_text().splitlines():
         name, _, rest = line.partition(":")
         needs[name] = rest.split()
     order: list[str] = []
-    for wanted in _MODULES:
+    for wanted in names:
         for path in needs:
             if Path(path).name.partition(".")[0] == wanted:
                 # modules.dep names the direct and indirect needs of a module, the deepest last.
@@ -99,14 +101,18 @@ def _initramfs(busybox: Path, modules: Path, console: bytes) -> bytes:
     archive.file("etc/udhcpc", (SOURCE / "guest/udhcpc").read_bytes(), 0o755)
     archive.file("bin/busybox", busybox.read_bytes(), 0o755)
     archive.file("bin/console", console, 0o755)
-    order = []
-    for path in _load_order(modules):
-        data = path.read_bytes()
-        if path.suffix == ".xz":
-            data = lzma.decompress(data)
-        order.append(path.name.partition(".")[0] + ".ko")
-        archive.file(f"lib/modules/{order[-1]}", data)
-    archive.file("lib/modules/order", "".join(f"{name}\n" for name in order).encode())
+    done: set[str] = set()
+    for listed, names in (("order", _MODULES), ("buses", _BUSES)):
+        order = []
+        for path in _load_order(modules, names):
+            name = path.name.partition(".")[0] + ".ko"
+            if name in done:
+                continue
+            data = path.read_bytes()
+            archive.file(f"lib/modules/{name}", lzma.decompress(data) if path.suffix == ".xz" else data)
+            done.add(name)
+            order.append(name)
+        archive.file(f"lib/modules/{listed}", "".join(f"{name}\n" for name in order).encode())
     return archive.finish()
 
 

@@ -25,7 +25,7 @@ from virtd import errors, messages
 from virtd.api import introspection, kinds
 from virtd.children.slots import SLOTS
 from virtd.cli import exits, main, options
-from virtd.model import container, document, domain, network, networkchecks, pool, provisioning, settings
+from virtd.model import container, document, domain, drives, network, networkchecks, pool, provisioning, settings
 from virtd.model.state import Activity, Cause, State
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,8 +35,8 @@ MAN = ROOT / "packaging" / "man"
 TABLES: list[tuple[str, str, type[msgspec.Struct]]] = [
     ("virtd-domain.5", "Keys of the domain", domain.Domain),
     ("virtd-domain.5", "[boot]", domain.Boot),
-    ("virtd-domain.5", "[[disk]]", domain.Disk),
-    ("virtd-domain.5", "[[cdrom]]", domain.Cdrom),
+    ("virtd-domain.5", "[[disk]]", drives.Disk),
+    ("virtd-domain.5", "[[cdrom]]", drives.Cdrom),
     ("virtd-domain.5", "[[nic]]", domain.Nic),
     ("virtd-domain.5", "[vnc]", domain.Vnc),
     ("virtd-domain.5", "[guest]", provisioning.Provisioning),

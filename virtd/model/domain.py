@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import msgspec
 
 from .. import errors
-from . import document, naming, provisioning, size
+from . import document, drives, naming, provisioning, size
 from .document import shown
-from .naming import MAC, NAME, VOLUME
+from .drives import Cdrom, Disk
+from .naming import MAC, NAME
 from .provisioning import Provisioning
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 MACHINE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 CPU = r"[A-Za-z0-9][A-Za-z0-9._+-]*(?:,[+-]?[A-Za-z0-9._-]+(?:=(?:on|off))?)*"
@@ -27,13 +25,6 @@ CPU = r"[A-Za-z0-9][A-Za-z0-9._+-]*(?:,[+-]?[A-Za-z0-9._-]+(?:=(?:on|off))?)*"
 MEMORY_MIN = 1 << 20
 MEMORY_MAX = 4 << 40  # x86 guests of QEMU 10 end there on q35 without special CPUs; a typo of unit is the usual cause
 VCPUS_MAX = 255  # without an IOMMU with interrupt remapping, q35 can address no more (QEMU docs, "APIC IDs")
-
-
-class Format(StrEnum):
-    """A disk image's format. Never guessed: a guest could write a qcow2 header into its raw disk (CVE-2008-2004)."""
-
-    RAW = "raw"
-    QCOW2 = "qcow2"
 
 
 class OnPoweroff(StrEnum):
@@ -84,22 +75,6 @@ class Boot(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     @property
     def files(self) -> list[str]:
         return [path for path in (self.kernel, self.initrd) if path is not None]
-
-
-class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One virtio-blk disk: a file, or a volume of a storage pool, which knows its format."""
-
-    path: str | None = None
-    pool: str | None = None
-    volume: str | None = None
-    format: Format | None = None
-    readonly: bool = False
-
-
-class Cdrom(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One CD-ROM drive, with an ISO image in it or without a medium."""
-
-    path: str | None = None
 
 
 class Nic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -212,7 +187,7 @@ def check(domain: Domain, source: str) -> None:
     for index, cdrom in enumerate(domain.cdrom):
         if cdrom.path is None and not domain.is_pc:
             raise refuse(f"cdrom[{index}].path", f"expected a path: with {domain.machine} no drive can be empty")
-    _check_volumes(domain, refuse)
+    drives.check(domain.machine, domain.disk, refuse)
     if domain.tpm is not None and not domain.is_pc:
         if not re.fullmatch("virt(-.*)?", domain.machine):
             raise refuse("tpm", f"expected none: virtd has no TPM for {domain.machine}, only for q35, pc and virt")
@@ -238,24 +213,6 @@ def check(domain: Domain, source: str) -> None:
         if mac in macs:
             raise refuse(f"nic[{index}].mac", f"{nic.mac} is the address of {macs[mac]} already")
         macs[mac] = f"nic[{index}]"
-
-
-def _check_volumes(domain: Domain, refuse: Callable[[str, str], errors.InvalidDefinition]) -> None:
-    """Each disk is a file or a volume, and no volume is two disks."""
-    seen: dict[tuple[str, str], int] = {}
-    for index, disk in enumerate(domain.disk):
-        if disk.path is not None:
-            if disk.pool is not None or disk.volume is not None:
-                raise refuse(f"disk[{index}]", "expected path, or pool and volume, got both")
-            continue
-        if disk.pool is None or disk.volume is None:
-            raise refuse(f"disk[{index}]", "expected path, or pool and volume")
-        if not re.fullmatch(NAME, disk.pool):
-            raise refuse(f"disk[{index}].pool", f"expected a pool's name, got {shown(disk.pool)}")
-        if not re.fullmatch(VOLUME, disk.volume):
-            raise refuse(f"disk[{index}].volume", f"expected a volume's name, got {shown(disk.volume)}")
-        if (other := seen.setdefault((disk.pool, disk.volume), index)) != index:
-            raise refuse(f"disk[{index}].volume", f"{disk.volume} of {disk.pool} is disk[{other}] already")
 
 
 def paths(domain: Domain) -> list[tuple[str, str]]:

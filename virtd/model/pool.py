@@ -12,7 +12,7 @@ import msgspec
 from .. import errors
 from . import document, naming, size
 from .document import shown
-from .domain import Format
+from .drives import Format
 from .naming import VOLUME
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ..model.domain import Format
+    from ..model.drives import Format
 
 
 class Connection(NamedTuple):

@@ -75,7 +75,7 @@ class Device(Reply, frozen=True):
     id: Annotated[str, 'its own for as long as it is defined, such as "disk0"']
     what: Annotated[str, "a path, POOL/VOLUME, an address, a network or a model; empty where there is only one"]
     bus: Annotated[str | None, "QEMU's name for it; null if QEMU chooses the place, or there is only one"]
-    slot: Annotated[int | None, "PCI slot, or unit on an IDE bus"]
+    slot: Annotated[int | None, "PCI slot, SCSI target, or unit on an IDE bus"]
 
 
 class Hardware(Reply, frozen=True):

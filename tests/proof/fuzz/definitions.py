@@ -40,9 +40,12 @@ cmdline = "console=ttyS0"
 [[disk]]
 path = "/srv/a.qcow2"
 format = "qcow2"
+bus = "scsi"
+serial = "SN1"
 [[disk]]
 pool = "default"
 volume = "b"
+bus = "nvme"
 [[cdrom]]
 path = "/srv/a.iso"
 [[nic]]

@@ -14,7 +14,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from virtd import errors
-from virtd.model import document, domain, naming, settings, size
+from virtd.model import document, domain, drives, naming, settings, size
 from virtd.model.state import ALIVE, State, require
 
 GOOD = 'name = "web1"\nmemory = "256M"\n[boot]\nkernel = "/boot/vmlinuz"\n'
@@ -97,6 +97,12 @@ def test_a_full_definition() -> None:
         ),
         ("disk = [ { path = '/a', readonly = 'no' } ]", "disk[0].readonly", "expected boolean, got string"),
         ("disk = [ { format = 'raw' } ]", "disk[0]", "expected path, or pool and volume"),
+        (
+            "disk = [ { path = '/a', bus = 'ide' } ]",
+            "disk[0].bus",
+            'expected one of "virtio", "scsi", "sata", "nvme", got \'ide\'',
+        ),
+        ("disk = [ { path = '/a', serial = 7 } ]", "disk[0].serial", "expected string, got integer"),
         ("nic = [ { mode = 1 } ]", "nic[0].mode", "expected string, got integer"),
         ("nic = [ { mac = 1 } ]", "nic[0].mac", "expected string, got integer"),
         ("vnc = true", "vnc", "expected table, got boolean"),
@@ -138,6 +144,31 @@ def test_a_full_definition() -> None:
             "/a is disk[0].path already",
         ),
         ("disk = [ { path = '/boot/vmlinuz' } ]", "disk[0].path", "is boot.kernel already"),
+        (
+            "machine = 'pc'\ndisk = [ { path = '/a', bus = 'sata' } ]",
+            "disk[0].bus",
+            'expected "virtio", "scsi" or "nvme", which is what virtd has for pc',
+        ),
+        ("machine = 'pc-i440fx-9.0'\ndisk = [ { path = '/a', bus = 'sata' } ]", "disk[0].bus", 'expected "virtio",'),
+        ("machine = 'virt-9.1'\ndisk = [ { path = '/a', bus = 'sata' } ]", "disk[0].bus", 'expected "virtio",'),
+        (
+            "machine = 'microvm'\ndisk = [ { path = '/a' }, { path = '/b', bus = 'sata' } ]",
+            "disk[1].bus",
+            'expected "virtio", which is what virtd has for microvm',
+        ),
+        ("machine = 'microvm'\ndisk = [ { path = '/a', bus = 'nvme' } ]", "disk[0].bus", 'expected "virtio",'),
+        ("disk = [ { path = '/a', bus = 'sata', readonly = true } ]", "disk[0].readonly", "expected false"),
+        ("disk = [ { path = '/a', serial = '' } ]", "disk[0].serial", "expected 1 to 20 letters"),
+        ("disk = [ { path = '/a', serial = 'a,b=c' } ]", "disk[0].serial", "expected 1 to 20 letters"),
+        ("disk = [ { path = '/a', serial = 'a b' } ]", "disk[0].serial", "expected 1 to 20 letters"),
+        ("disk = [ { path = '/a', serial = 'ü' } ]", "disk[0].serial", "expected 1 to 20 letters"),
+        (f"disk = [ {{ path = '/a', serial = '{'x' * 21}' }} ]", "disk[0].serial", "expected 1 to 20"),
+        (f"disk = [ {{ path = '/a', bus = 'scsi', serial = '{'x' * 21}' }} ]", "disk[0].serial", "expected 1 to 20"),
+        (
+            "disk = [ { path = '/a', serial = 'S' }, { path = '/b', bus = 'nvme', serial = 'S' } ]",
+            "disk[1].serial",
+            "S is disk[0] already",
+        ),
         ("cdrom = [ { path = 'x.iso' } ]", "cdrom[0].path", "expected an absolute path"),
     ],
 )
@@ -311,7 +342,10 @@ PATHS = st.lists(st.from_regex(r"[a-z0-9 ,=]{1,8}", fullmatch=True), min_size=1,
             domain.Boot, kernel=st.just("/k"), cmdline=st.from_regex(r"[a-z0-9 =.,\"]{0,40}", fullmatch=True)
         ),
         disk=st.lists(
-            st.builds(domain.Disk, path=PATHS, format=st.sampled_from(domain.Format)), unique_by=lambda d: d.path
+            st.builds(
+                drives.Disk, path=PATHS, format=st.sampled_from(drives.Format), bus=st.sampled_from(drives.Bus)
+            ),
+            unique_by=lambda d: d.path,
         )
         .filter(lambda disks: all(disk.path != "/k" for disk in disks))
         .map(tuple),

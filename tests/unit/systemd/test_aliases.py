@@ -18,7 +18,7 @@ from virtd.drivers.qemu import images
 from virtd.drivers.qemu import sandbox as qemu
 from virtd.drivers.qemu.devices import assembly
 from virtd.drivers.storage import sandbox as storage
-from virtd.model import container, domain
+from virtd.model import container, domain, drives
 from virtd.systemd import aliases
 from virtd.systemd.transient import UnitSpec, transient_properties
 
@@ -67,10 +67,10 @@ def everything() -> Iterator[list[Property]]:
         name="g",
         memory="1G",
         boot=domain.Boot(kernel=ODD[0], initrd=ODD[1]),
-        disk=tuple(domain.Disk(path=path) for path in ODD[2:]),
-        cdrom=(domain.Cdrom(path="/srv/c d.iso"),),
+        disk=tuple(drives.Disk(path=path) for path in ODD[2:]),
+        cdrom=(drives.Cdrom(path="/srv/c d.iso"),),
     )
-    backed = [images.Image("/srv/v 1", domain.Format.QCOW2, backing=(("/srv/below'", domain.Format.RAW),))]
+    backed = [images.Image("/srv/v 1", drives.Format.QCOW2, backing=(("/srv/below'", drives.Format.RAW),))]
     device = [images.Image("/dev/disk/by-path/pci-0000:00:1f.2", after="srv-my\\x20docs.mount")]
     for disks in (None, backed, device):
         one = guest if disks is None else msgspec.structs.replace(guest, disk=guest.disk[:1])

@@ -12,7 +12,7 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from ... import errors, files
-from ...model.domain import Format
+from ...model.drives import Format
 from ..storage import mounts
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ... import errors
-from ...model.domain import Format
+from ...model.drives import Format
 from .. import nodes
 
 if TYPE_CHECKING:

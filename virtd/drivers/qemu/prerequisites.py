@@ -18,6 +18,7 @@ from ...hints import do
 from ...model import domain as model
 from ...model import size
 from ...model.document import shown
+from ...model.drives import Format
 from ...text import word
 from ..nodes import is_device
 
@@ -147,7 +148,7 @@ def _wrong_kind(key: str, path: str, mode: int) -> tuple[str, str]:
 def check_files(domain: model.Domain, source: str, who: Account) -> None:
     """Check that each file exists, is of the right kind, and can be used. Raises InvalidDefinition or Busy."""
     read_only = {f"disk[{index}].path" for index, disk in enumerate(domain.disk) if disk.readonly}
-    images = {f"disk[{index}].path" for index, disk in enumerate(domain.disk) if disk.format is model.Format.QCOW2}
+    images = {f"disk[{index}].path" for index, disk in enumerate(domain.disk) if disk.format is Format.QCOW2}
     for key, path in model.paths(domain):
         try:
             status = reach.defined(path, source, key)

@@ -37,7 +37,7 @@ ENOUGH = 64 << 10  # bytes; with less free space a writing guest would stand sti
 RELAPSE = 1.0  # seconds after which it counts as resumed: QEMU retries what failed in a few milliseconds
 WORDS = 120  # characters of QEMU's reason that are shown
 NODE = r"disk([0-9]{1,4})"  # what a disk is called, see devices/disk.py; CD-ROMs never stop a guest
-DEVICE = r".*/virtio-disk([0-9]{1,4})(?:/.*)?"
+DEVICE = r".*/[a-z]+-disk([0-9]{1,4})(?:/.*)?"
 OTHERS = {
     PANIC: "the guest's kernel panicked",
     WATCHDOG: "the guest's watchdog ran out",

@@ -16,7 +16,8 @@ from . import prerequisites
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from ...model.domain import Disk, Domain
+    from ...model.domain import Domain
+    from ...model.drives import Disk
 
 
 def warnings(domain: Domain, others: Iterable[Domain]) -> list[str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from ... import errors
-from ...model.domain import Format
+from ...model.drives import Format
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -13,7 +13,7 @@ from .usage import key
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ...model.domain import Format
+    from ...model.drives import Format
     from .jobs import Jobs
     from .pool import StoragePool
     from .pools import Pools

@@ -12,7 +12,7 @@ from ... import errors
 from ...hints import option
 from ...model import pool as model
 from ...model import size as sizes
-from ...model.domain import Format
+from ...model.drives import Format
 from . import chains, programs
 from .task import Task
 from .usage import key

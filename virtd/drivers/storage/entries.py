@@ -13,7 +13,7 @@ import msgspec
 from ... import errors, files
 from ...hints import do
 from ...model import pool as model
-from ...model.domain import Format
+from ...model.drives import Format
 from .. import qcow2
 from .backend import Meta, Volume
 from .place import OURS, exists, opened_at

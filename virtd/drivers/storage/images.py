@@ -12,7 +12,7 @@ import msgspec
 
 from ... import errors
 from ...hints import option
-from ...model.domain import Format
+from ...model.drives import Format
 from ...reach import Trust, opened, reached
 from .. import qcow2
 from .aside import Aside

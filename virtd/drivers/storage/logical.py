@@ -17,7 +17,7 @@ import msgspec
 from ... import errors
 from ...hints import do
 from ...model import pool as model
-from ...model.domain import Format
+from ...model.drives import Format
 from ...reach import opened, reached
 from . import prerequisites, sandbox
 from .aside import Aside

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ... import errors
 from ...hints import do
 from ...model import pool as model
-from ...model.domain import Format
+from ...model.drives import Format
 from . import chains, images, programs
 from .backend import Meta
 from .task import Task

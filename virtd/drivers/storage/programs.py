@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from ...model.domain import Format
+from ...model.drives import Format
 from .. import nodes
 from . import prerequisites, sandbox
 from .task import Program

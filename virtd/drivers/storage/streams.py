@@ -11,7 +11,7 @@ import msgspec
 from ... import errors
 from ...hints import option
 from ...model import pool as model
-from ...model.domain import Format
+from ...model.drives import Format
 from . import images, programs
 from .backend import Meta, Volume
 from .task import Data, State, Task

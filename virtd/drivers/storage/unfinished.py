@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING
 
 from ... import errors
-from ...model.domain import Format
+from ...model.drives import Format
 from ...reach import opened
 from .. import qcow2
 from .entries import MODE

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ... import errors
-from ...model.domain import Format
+from ...model.drives import Format
 from ...replies import storage as replies
 from . import chains
 from .usage import key

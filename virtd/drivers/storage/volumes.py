@@ -15,7 +15,7 @@ import msgspec
 from ... import errors
 from ...model import pool as model
 from ...model import size as sizes
-from ...model.domain import Format
+from ...model.drives import Format
 from . import chains
 from .usage import key
 

@@ -20,7 +20,7 @@ from virtd.drivers.qemu.devices import assembly, placing
 from virtd.drivers.qemu.devices.flash import Flash
 from virtd.drivers.qemu.hardware import Build
 from virtd.model import domain as model
-from virtd.model.domain import Format
+from virtd.model.drives import Format
 
 HERE = Path(__file__).parent / "golden"
 TOPLEVEL = ["bin", "boot", "dev", "etc", "home", "proc", "root", "run", "srv", "sys", "tmp", "usr", "var"]

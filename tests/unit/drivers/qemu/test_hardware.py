@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -17,6 +18,7 @@ from virtd.drivers.qemu import command, hardware
 from virtd.drivers.qemu.devices import assembly, placing
 from virtd.drivers.qemu.hardware import Hardware
 from virtd.model import domain as model
+from virtd.model import drives
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -80,6 +82,88 @@ def test_on_another_bus_all_get_new_places() -> None:
     text = 'machine = "{}"\ndisk = [{{ path = "/a" }}]\ncdrom = [{{}}]'
     after = placing.place(parse(text.format("pc")), placing.place(parse(text.format("q35"))))
     assert [one.address for one in after] == [",bus=pci.0,addr=0x2", ",bus=pci.0,addr=0x3", ",bus=ide.1,unit=0"]
+
+
+BUSES = """
+    disk = [
+        { path = "/a", bus = "scsi" }, { path = "/b", bus = "sata" }, { path = "/c", bus = "nvme" },
+        { path = "/d", bus = "scsi" }, { path = "/e" },
+    ]
+    cdrom = [{}]
+"""
+
+
+def test_a_place_on_each_bus() -> None:
+    assert rows(placing.place(parse(BUSES))) == {
+        "rng0": ("", ",bus=pcie.0,addr=0x1"),
+        "scsi0": ("", ",bus=pcie.0,addr=0x2"),
+        "disk0": ("/a", ",bus=scsi0.0,channel=0,scsi-id=0,lun=0"),
+        "disk1": ("/b", ",bus=ide.0,unit=0"),
+        "disk2": ("/c", ",bus=pcie.0,addr=0x3"),
+        "disk3": ("/d", ",bus=scsi0.0,channel=0,scsi-id=1,lun=0"),
+        "disk4": ("/e", ",bus=pcie.0,addr=0x4"),
+        "cdrom0": ("", ",bus=ide.5,unit=0"),
+    }
+
+
+def test_what_is_taken_out_of_a_bus_moves_nothing() -> None:
+    before = placing.place(parse(BUSES))
+    fewer = parse('disk = [{ path = "/e" }, { path = "/d", bus = "scsi" }]')
+    kept = {name: rows(before)[name] for name in ("rng0", "scsi0", "disk4", "disk3")}
+    after = placing.place(fewer, before)
+    assert rows(after) == kept
+    # Without SCSI disks there is no controller either; where it was is free then.
+    none = placing.place(parse('disk = [{ path = "/e" }]'), after)
+    assert rows(none) == {name: kept[name] for name in ("rng0", "disk4")}
+
+
+def test_a_disk_on_another_bus_keeps_its_number_only() -> None:
+    before = placing.place(parse('disk = [{ path = "/a" }, { path = "/b" }]'))
+    after = placing.place(parse('disk = [{ path = "/a" }, { path = "/b", bus = "scsi" }]'), before)
+    moved = {"scsi0": ("", ",bus=pcie.0,addr=0x3"), "disk1": ("/b", ",bus=scsi0.0,channel=0,scsi-id=0,lun=0")}
+    assert rows(after) == rows(before) | moved
+    back = placing.place(parse('disk = [{ path = "/a" }, { path = "/b" }]'), after)
+    assert rows(back) == rows(before)
+
+
+def test_the_ports_of_sata_are_for_disks_and_drives() -> None:
+    disks = ", ".join(f'{{ path = "/{number}", bus = "sata" }}' for number in range(6))
+    full = parse(f"disk = [{disks}]")
+    assert placing.lacks_place(full, placing.place(full)) is None
+    more = parse(f"disk = [{disks}]\ncdrom = [{{}}]")
+    with pytest.raises(errors.InvalidDefinition, match=r"cdrom\[0\]: q35 has no place left"):
+        hardware.require_places(hardware.assign(None, more, UUID, kvm=False), more, "x")
+    # The drive that was there first keeps its port.
+    before = placing.place(parse("boot = { kernel = '/k' }\ncdrom = [{}]"))
+    lacks = placing.lacks_place(more, placing.place(more, before))
+    assert lacks is not None
+    assert lacks.id == "disk5"
+
+
+def test_a_record_of_an_older_virtd_and_one_for_it() -> None:
+    """Its records say nothing of buses, and it takes no notice of what it doesn't know in ours."""
+    old = (
+        b'{"uuid":"' + UUID.encode() + b'","machine":"q35","cpu":"max","type":"pc-q35-10.0","model":"base",'
+        b'"devices":[{"kind":"rng","number":0,"what":"","bus":"pcie.0","slot":1},'
+        b'{"kind":"disk","number":0,"what":"/a","bus":"pcie.0","slot":2}],"schema":1}'
+    )
+    before = msgspec.json.decode(old, type=Hardware)
+    assert hardware.assign(before, DOMAIN, UUID, kvm=False) == before
+    after = hardware.assign(before, parse(BUSES), UUID, kvm=False)
+    assert (after.type, after.schema) == (before.type, 1)
+    assert rows(list(after.devices))["scsi0"] == ("", ",bus=pcie.0,addr=0x2")
+    # What a version without buses makes of it: no place that it knows, so the disk gets one.
+    again = hardware.assign(msgspec.json.decode(msgspec.json.encode(after), type=Hardware), DOMAIN, UUID, kvm=False)
+    assert rows(list(again.devices)) == rows(list(before.devices))
+
+
+def test_a_serial_number_of_its_own() -> None:
+    text = 'disk = [{ path = "/a", bus = "nvme" }, { path = "/b", bus = "nvme" }]'
+    before = placing.place(parse(text))
+    alone = parse('disk = [{ path = "/b", bus = "nvme" }]')
+    (one,) = assembly.drives(alone, UUID, None, placing.place(alone, before))
+    assert ",serial=0123456789ab-1," in one.arguments()[-1]
+    assert re.fullmatch(drives.SERIAL, assembly.serial_of(UUID, 999))
 
 
 def test_more_than_there_is_room_for() -> None:

@@ -31,7 +31,7 @@ from virtd.drivers.storage.backend import Backing, Meta
 from virtd.drivers.storage.directory import Directory
 from virtd.model import domain as domain_model
 from virtd.model import pool as model
-from virtd.model.domain import Format
+from virtd.model.drives import Format
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine

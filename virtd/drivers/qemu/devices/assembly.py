@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from ....model.drives import Bus
 from .. import directory
 from ..images import Image, plain
 from . import placing
 from .builtin import Console, Display, Monitor, Panic, Rng
-from .disk import Cdrom, Disk
+from .disk import Cdrom, Disk, ScsiController
 from .flash import Flash
 from .nic import Nic
 from .provisioning import Credentials, Ignition, Seed
@@ -45,6 +46,13 @@ def mac_of(uuid: str, number: int) -> str:
     return "52:54:00:" + ":".join(f"{tail >> shift & 255:02x}" for shift in (16, 8, 0))
 
 
+def serial_of(uuid: str, number: int) -> str:
+    """A serial number that stays the same for one disk: the end of the uuid, and the disk's number. Only NVMe
+    requires one.
+    """
+    return f"{uuid.replace('-', '')[-12:]}-{number}"
+
+
 def assemble(
     domain: Domain,
     uuid: str,
@@ -60,7 +68,7 @@ def assemble(
     placed = placing.place(domain) if placed is None else placed
     return [
         *builtin(domain, host, placed),
-        *drives(domain, disks, placed),
+        *drives(domain, uuid, disks, placed),
         *cards(domain, uuid, placed, host),
         *screen(host, placed),
         *provided(domain, host, placed),
@@ -88,14 +96,29 @@ def builtin(domain: Domain, host: HostFacts, placed: Sequence[Placed]) -> list[D
     return found
 
 
-def drives(domain: Domain, disks: Sequence[Image] | None, placed: Sequence[Placed]) -> list[Device]:
-    """Disks and CD-ROM drives in the order of the definition, which is also the boot order."""
+def drives(domain: Domain, uuid: str, disks: Sequence[Image] | None, placed: Sequence[Placed]) -> list[Device]:
+    """Disks and CD-ROM drives in the order of the definition, which is also the boot order; first, what they are
+    attached to.
+    """
     files = plain(domain) if disks is None else disks
     boots = domain.boot.kernel is None
-    found: list[Device] = []
-    for index, (image, at) in enumerate(zip(files, placing.of_kind(placed, placing.DISK), strict=True)):
-        turn = index + 1 if boots else 0
-        found.append(Disk(number=at.number, key=f"disk[{index}]", address=at.address, image=image, boot=turn))
+    found: list[Device] = [
+        ScsiController(number=at.number, address=at.address) for at in placing.of_kind(placed, placing.SCSI)
+    ]
+    for index, (disk, image, at) in enumerate(
+        zip(domain.disk, files, placing.of_kind(placed, placing.DISK), strict=True)
+    ):
+        found.append(
+            Disk(
+                number=at.number,
+                key=f"disk[{index}]",
+                address=at.address,
+                image=image,
+                bus=disk.bus,
+                serial=disk.serial or (serial_of(uuid, at.number) if disk.bus is Bus.NVME else ""),
+                boot=index + 1 if boots else 0,
+            )
+        )
     for index, (cdrom, at) in enumerate(zip(domain.cdrom, placing.of_kind(placed, placing.CDROM), strict=True)):
         turn = len(domain.disk) + index + 1 if boots else 0
         key, ide = f"cdrom[{index}]", domain.is_pc

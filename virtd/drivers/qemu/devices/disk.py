@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from ....model.drives import Bus
 from ....objects.conflicts import Holding, Kind
 from ... import nodes
 from .device import Device, File
@@ -16,15 +17,31 @@ if TYPE_CHECKING:
     from ..images import Image
 
 
+MODELS = {Bus.VIRTIO: "virtio-blk-pci", Bus.SCSI: "scsi-hd", Bus.SATA: "ide-hd", Bus.NVME: "nvme"}
+
+
+class ScsiController(Device, frozen=True):
+    """The controller of all SCSI disks."""
+
+    def arguments(self) -> list[str]:
+        return ["-device", f"virtio-scsi-pci,id=scsi{self.number}{self.address}"]
+
+
 class Disk(Device, frozen=True, kw_only=True):
-    """A virtio-blk disk. `boot` is its place in the boot order; 0: it isn't booted from."""
+    """A disk on one of the buses. `boot` is its place in the boot order; 0: it isn't booted from.
+
+    `serial` is the number that the guest sees; "": none, or QEMU's own.
+    """
 
     image: Image
+    bus: Bus = Bus.VIRTIO
+    serial: str = ""
     boot: int = 0
 
     def arguments(self) -> list[str]:
         name = f"disk{self.number}"
-        device = f"virtio-blk-pci,drive={name},id=virtio-{name}{_order(self.boot)}{self.address}"
+        serial = f",serial={self.serial}" if self.serial else ""
+        device = f"{MODELS[self.bus]},drive={name},id={self.bus}-{name}{serial}{_order(self.boot)}{self.address}"
         return [*self._nodes(), "-device", device]
 
     def _nodes(self) -> list[str]:

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Disks on every bus, as the guest finds them: by serial number, at places that stay."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.harness import definition
+from tests.live.networks import run
+from tests.live.tools import KILL
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.harness import Lab
+
+pytestmark = pytest.mark.live
+
+HERE = "/srv/buses"
+UUID = "0123abcd-4567-89ab-cdef-0123456789ab"
+# By bus, in the order of the definition; NVMe's is virtd's own.
+SERIALS = {
+    "virtio": "SN-virtio",
+    "scsi": "SN-scsi.0123456789+_",
+    "sata": "SN_sata",
+    "nvme": "0123456789ab-3",
+}
+LOAD = "while read -r m; do insmod /lib/modules/$m || exit 1; done </lib/modules/buses"
+LOOK = (
+    "cd /sys/block; for n in *; do case $n in vd*) s=$(cat $n/serial);; sd*) s=$(tail -c +5 $n/device/vpd_pg80);; "
+    "nvme*) s=$(cat $n/device/serial);; *) continue;; esac; echo $n $s $(readlink -f $n/device); done"
+)
+
+
+def text() -> str:
+    tables = "".join(
+        f'[[disk]]\npath = "{HERE}/{bus}"\nbus = "{bus}"\n' + (f'serial = "{serial}"\n' if bus != "nvme" else "")
+        for bus, serial in SERIALS.items()
+    )
+    return f'uuid = "{UUID}"\n' + definition("web1", more=tables)
+
+
+def start(lab: Lab) -> dict[str, tuple[str, str]]:
+    """Start the guest; the name and the place in sysfs of each disk, by its serial number."""
+    lab.forget_log("web1")
+    lab.virtdctl("start", "web1")
+    lab.wait_ready("web1")
+    assert run(lab, "web1", LOAD) == (0, "")
+    found: dict[str, tuple[str, str]] = {}
+
+    def look() -> bool:
+        for line in run(lab, "web1", LOOK)[1].splitlines():
+            name, serial, place = line.rsplit(maxsplit=2)
+            found[serial] = (name, re.sub(r"(host|target|ata|\b)[0-9]+(?=:|/)", r"\1", place))
+        return set(SERIALS.values()) <= set(found)
+
+    lab.wait("the disks", look, 60)
+    return found
+
+
+@pytest.fixture
+def images(lab: Lab) -> Iterator[None]:
+    lab.sh(f"mkdir -p {HERE} && cd {HERE} && truncate -s 8M {' '.join(SERIALS)}")
+    yield
+    lab.undefine_all()
+    lab.sh(f"rm -r {HERE}")
+
+
+@pytest.mark.usefixtures("images")
+def test_a_disk_on_each_bus(lab: Lab) -> None:
+    lab.virtdctl("define", "-", stdin=text())
+    before = start(lab)
+    names = {bus: before[serial][0] for bus, serial in SERIALS.items()}
+    for bus, name in names.items():
+        assert name.startswith({"virtio": "vd", "nvme": "nvme"}.get(bus, "sd")), names
+    devices = {one["id"]: one for one in lab.info("web1")["hardware"]["devices"]}
+    assert [devices[f"disk{number}"]["bus"] for number in range(4)] == ["pcie.0", "scsi0.0", "ide.0", "pcie.0"]
+    assert devices["scsi0"]["bus"] == "pcie.0"
+
+    def write(word: str) -> None:
+        for bus, name in names.items():
+            command = f"echo {word} on {bus} | dd of=/dev/{name} conv=notrunc,fsync 2>/dev/null"
+            assert run(lab, "web1", command) == (0, ""), bus
+
+    def read(word: str) -> None:
+        run(lab, "web1", "echo 3 >/proc/sys/vm/drop_caches")
+        for bus, name in names.items():
+            said = run(lab, "web1", f"dd if=/dev/{name} bs=512 count=1 2>/dev/null | tr -d '\\0'")
+            assert said == (0, f"{word} on {bus}"), bus
+
+    write("first")
+    pid = lab.info("web1")["pid"]
+    lab.sh(KILL)
+    lab.wait("the next daemon", lambda: lab.info("web1")["pid"] == pid, 60)
+    read("first")
+    write("second")
+    read("second")
+    assert lab.json("fsck")["differences"] == []
+    lab.virtdctl("stop", "web1")
+    for bus in names:
+        assert lab.sh(f"head -c 512 {HERE}/{bus} | tr -d '\\0'") == f"second on {bus}\n"
+        assert lab.sh(f"stat -c %U {HERE}/{bus}") == "root\n"
+    after = start(lab)
+    # Linux names SCSI and SATA disks in the order in which it has found them.
+    assert {serial: place for serial, (_name, place) in after.items()} == {
+        serial: place for serial, (_name, place) in before.items()
+    }
+    assert after["SN-virtio"] == before["SN-virtio"]
+    names = {bus: after[serial][0] for bus, serial in SERIALS.items()}
+    read("second")

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A domain's disks and CD-ROM drives."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from .document import shown
+from .naming import NAME, VOLUME
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from .. import errors
+
+SERIAL = r"[A-Za-z0-9._+-]{1,20}"  # no device of QEMU's has room for more, except SCSI, in one of two places
+
+
+class Format(StrEnum):
+    """A disk image's format. Never guessed: a guest could write a qcow2 header into its raw disk (CVE-2008-2004)."""
+
+    RAW = "raw"
+    QCOW2 = "qcow2"
+
+
+class Bus(StrEnum):
+    """How a disk is attached: as a virtio-blk device, to a virtio-scsi controller, to an AHCI port, or by NVMe."""
+
+    VIRTIO = "virtio"
+    SCSI = "scsi"
+    SATA = "sata"
+    NVME = "nvme"
+
+
+# By machine type. Of other machines virtd only knows that QEMU finds a place for virtio devices.
+BUSES: tuple[tuple[str, tuple[Bus, ...]], ...] = (
+    (r"(pc-)?q35.*", tuple(Bus)),
+    (r"pc(-i440fx.*|-[0-9].*)?|virt(-.*)?", (Bus.VIRTIO, Bus.SCSI, Bus.NVME)),
+    (r".*", (Bus.VIRTIO,)),
+)
+
+
+class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One disk: a file, or a volume of a storage pool, which knows its format."""
+
+    path: str | None = None
+    pool: str | None = None
+    volume: str | None = None
+    format: Format | None = None
+    readonly: bool = False
+    bus: Bus = Bus.VIRTIO
+    serial: str | None = None
+
+
+class Cdrom(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One CD-ROM drive, with an ISO image in it or without a medium."""
+
+    path: str | None = None
+
+
+def check(machine: str, disks: Sequence[Disk], refuse: Callable[[str, str], errors.InvalidDefinition]) -> None:
+    """Raise what `refuse` makes of a key and what was expected there."""
+    _check_volumes(disks, refuse)
+    buses = next(buses for pattern, buses in BUSES if re.fullmatch(pattern, machine))
+    serials: dict[str, int] = {}
+    for index, disk in enumerate(disks):
+        key = f"disk[{index}]"
+        if disk.bus not in buses:
+            raise refuse(f"{key}.bus", f"expected {_one_of(buses)}, which is what virtd has for {machine}")
+        if disk.bus is Bus.SATA and disk.readonly:
+            raise refuse(f"{key}.readonly", "expected false, since a SATA disk can't be read-only")
+        if disk.serial is None:
+            continue
+        if not re.fullmatch(SERIAL, disk.serial):
+            raise refuse(f"{key}.serial", f"expected 1 to 20 letters, digits or ._+-, got {shown(disk.serial)}")
+        if (other := serials.setdefault(disk.serial, index)) != index:
+            raise refuse(f"{key}.serial", f"{disk.serial} is disk[{other}] already")
+
+
+def _one_of(buses: Sequence[Bus]) -> str:
+    *most, last = (f'"{bus}"' for bus in buses)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def _check_volumes(disks: Sequence[Disk], refuse: Callable[[str, str], errors.InvalidDefinition]) -> None:
+    """Each disk is a file or a volume, and no volume is two disks."""
+    seen: dict[tuple[str, str], int] = {}
+    for index, disk in enumerate(disks):
+        if disk.path is not None:
+            if disk.pool is not None or disk.volume is not None:
+                raise refuse(f"disk[{index}]", "expected path, or pool and volume, got both")
+            continue
+        if disk.pool is None or disk.volume is None:
+            raise refuse(f"disk[{index}]", "expected path, or pool and volume")
+        if not re.fullmatch(NAME, disk.pool):
+            raise refuse(f"disk[{index}].pool", f"expected a pool's name, got {shown(disk.pool)}")
+        if not re.fullmatch(VOLUME, disk.volume):
+            raise refuse(f"disk[{index}].volume", f"expected a volume's name, got {shown(disk.volume)}")
+        if (other := seen.setdefault((disk.pool, disk.volume), index)) != index:
+            raise refuse(f"disk[{index}].volume", f"{disk.volume} of {disk.pool} is disk[{other}] already")
