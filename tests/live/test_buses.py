@@ -111,3 +111,26 @@ def test_a_disk_on_each_bus(lab: Lab) -> None:
     assert after["SN-virtio"] == before["SN-virtio"]
     names = {bus: after[serial][0] for bus, serial in SERIALS.items()}
     read("second")
+
+
+@pytest.mark.usefixtures("images")
+@pytest.mark.parametrize("bus", ["scsi", "sata", "nvme"])
+def test_boot_from(lab: Lab, bus: str) -> None:
+    """The first disk has nothing to boot; the second is on another bus, and comes first."""
+    lab.sh(f"qemu-img convert -O raw /usr/share/virtd-lab/disk.qcow2 {HERE}/boot.raw")
+    tables = f'[[disk]]\npath = "{HERE}/virtio"\n[[disk]]\npath = "{HERE}/boot.raw"\nbus = "{bus}"\nboot = 1\n'
+    lab.virtdctl("define", "-", stdin=f'name = "web1"\nmemory = "128M"\n{tables}')
+    lab.virtdctl("start", "web1")
+    # The firmware reads kernel and initramfs sector by sector, in an emulated CPU.
+    lab.wait_ready("web1", timeout=200)
+
+
+@pytest.mark.usefixtures("images")
+def test_boot_from_the_network(lab: Lab) -> None:
+    """The firmware itself asks for an address: there is nothing else that could."""
+    lab.virtdctl("network", "define", "-", stdin='name = "lab"\n[ipv4]\naddress = "192.168.77.1/24"\n')
+    mac = "52:54:00:00:77:01"
+    tables = f'[[disk]]\npath = "{HERE}/virtio"\n[[nic]]\nnetwork = "lab"\nmac = "{mac}"\nboot = 1\n'
+    lab.virtdctl("define", "-", stdin=f'name = "web1"\nmemory = "128M"\n{tables}')
+    lab.virtdctl("start", "web1")
+    lab.wait("a lease", lambda: mac in [row["mac"] for row in lab.json("network", "leases", "lab")], 120)

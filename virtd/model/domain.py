@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
 from .. import errors
 from . import document, drives, naming, provisioning, size
 from .document import shown
-from .drives import Cdrom, Disk
+from .drives import Cdrom, Disk, Turn
 from .naming import MAC, NAME
 from .provisioning import Provisioning
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 MACHINE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 CPU = r"[A-Za-z0-9][A-Za-z0-9._+-]*(?:,[+-]?[A-Za-z0-9._-]+(?:=(?:on|off))?)*"
@@ -84,6 +87,7 @@ class Nic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     network: str | None = None
     mac: str | None = None
     trusted: bool = False
+    boot: Turn | None = None
 
 
 class Vnc(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -167,8 +171,7 @@ def check(domain: Domain, source: str) -> None:
         raise refuse("cpu", f'expected a CPU model such as "host" or "max,-avx2", got {shown(domain.cpu)}')
     if domain.boot.kernel is None and (domain.boot.initrd is not None or domain.boot.cmdline):
         raise refuse("boot.kernel", "expected a kernel, since boot.initrd or boot.cmdline is set")
-    if domain.boot.kernel is None and not (domain.disk or any(cdrom.path for cdrom in domain.cdrom)):
-        raise refuse("boot.kernel", "expected a kernel, a [[disk]] or a [[cdrom]] to boot from, found none")
+    _check_order(domain, refuse)
     if domain.boot.secure_boot and domain.boot.firmware is not Firmware.UEFI:
         raise refuse("boot.secure_boot", 'expected boot.firmware = "uefi" with it')
     if "\n" in domain.boot.cmdline or len(domain.boot.cmdline) > 2047:
@@ -213,6 +216,44 @@ def check(domain: Domain, source: str) -> None:
         if mac in macs:
             raise refuse(f"nic[{index}].mac", f"{nic.mac} is the address of {macs[mac]} already")
         macs[mac] = f"nic[{index}]"
+
+
+def _check_order(domain: Domain, refuse: Callable[[str, str], errors.InvalidDefinition]) -> None:
+    """There is something to boot from, and no two devices have the same turn."""
+    cards = any(nic.boot for nic in domain.nic)
+    if domain.boot.kernel is None and not (domain.disk or any(cdrom.path for cdrom in domain.cdrom) or cards):
+        expected = "expected a kernel, a [[disk]], a [[cdrom]] or a [[nic]] with boot to boot from, found none"
+        raise refuse("boot.kernel", expected)
+    turns: dict[int, str] = {}
+    for key, turn in _bootable(domain):
+        if turn is None:
+            continue
+        if domain.boot.kernel is not None:
+            raise refuse(f"{key}.boot", "expected nothing here, since boot.kernel is what it boots")
+        if (other := turns.setdefault(turn, key)) != key:
+            raise refuse(f"{key}.boot", f"expected another number, since {turn} is the turn of {other} already")
+
+
+def _bootable(domain: Domain) -> list[tuple[str, int | None]]:
+    """The key of each device that can be booted from, and its turn."""
+    kinds: tuple[tuple[str, Sequence[Disk | Cdrom | Nic]], ...] = (
+        ("disk", domain.disk),
+        ("cdrom", domain.cdrom),
+        ("nic", domain.nic),
+    )
+    return [(f"{kind}[{index}]", device.boot) for kind, devices in kinds for index, device in enumerate(devices)]
+
+
+def boot_order(domain: Domain) -> list[str]:
+    """The keys of the devices that the guest tries to boot from, in that order: those with a turn, and then disks and
+    CD-ROM drives as they are in the definition.
+    """
+    if domain.boot.kernel is not None:
+        return []
+    devices = _bootable(domain)
+    turns = sorted((turn, key) for key, turn in devices if turn is not None)
+    rest = [key for key, turn in devices if turn is None and not key.startswith("nic")]
+    return [key for _turn, key in turns] + rest
 
 
 def paths(domain: Domain) -> list[tuple[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from .. import errors
 
+Turn = Annotated[int, msgspec.Meta(ge=1)]  # in which a guest tries to boot from a device
 SERIAL = r"[A-Za-z0-9._+-]{1,20}"  # no device of QEMU's has room for more, except SCSI, in one of two places
 
 
@@ -54,12 +55,14 @@ class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     readonly: bool = False
     bus: Bus = Bus.VIRTIO
     serial: str | None = None
+    boot: Turn | None = None
 
 
 class Cdrom(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One CD-ROM drive, with an ISO image in it or without a medium."""
 
     path: str | None = None
+    boot: Turn | None = None
 
 
 def check(machine: str, disks: Sequence[Disk], refuse: Callable[[str, str], errors.InvalidDefinition]) -> None:

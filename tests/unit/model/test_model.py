@@ -103,6 +103,9 @@ def test_a_full_definition() -> None:
             'expected one of "virtio", "scsi", "sata", "nvme", got \'ide\'',
         ),
         ("disk = [ { path = '/a', serial = 7 } ]", "disk[0].serial", "expected string, got integer"),
+        ("disk = [ { path = '/a', boot = 0 } ]", "disk[0].boot", "expected integer >= 1"),
+        ("disk = [ { path = '/a', boot = true } ]", "disk[0].boot", "expected integer, got boolean"),
+        ("cdrom = [ { path = '/c', boot = '1' } ]", "cdrom[0].boot", "expected integer, got string"),
         ("nic = [ { mode = 1 } ]", "nic[0].mode", "expected string, got integer"),
         ("nic = [ { mac = 1 } ]", "nic[0].mac", "expected string, got integer"),
         ("vnc = true", "vnc", "expected table, got boolean"),
@@ -282,6 +285,46 @@ def test_a_missing_key(missing: str, key: str) -> None:
 )
 def test_a_boot_that_makes_no_sense(boot: str, key: str) -> None:
     assert wrong(f'name = "a"\nmemory = "1G"\n{boot}\n').key == key
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "expected"),
+    [
+        ('boot = { kernel = "/k" }\ndisk = [{ path = "/a", boot = 1 }]', "disk[0].boot", "expected nothing here"),
+        ('boot = { kernel = "/k" }\nnic = [{}, { boot = 1 }]', "nic[1].boot", "expected nothing here"),
+        (
+            'disk = [{ path = "/a", boot = 2 }, { path = "/b" }]\ncdrom = [{ boot = 2 }]',
+            "cdrom[0].boot",
+            "expected another number, since 2 is the turn of disk[0] already",
+        ),
+        (
+            'disk = [{ path = "/a", boot = 7 }]\nnic = [{}, { boot = 7 }]',
+            "nic[1].boot",
+            "the turn of disk[0] already",
+        ),
+        ("nic = [{}]", "boot.kernel", "expected a kernel, a [[disk]], a [[cdrom]] or a [[nic]] with boot"),
+    ],
+)
+def test_a_boot_order_that_makes_no_sense(text: str, key: str, expected: str) -> None:
+    error = wrong(f'name = "a"\nmemory = "1G"\n{text}\n')
+    assert error.key == key
+    assert expected in error.expected
+
+
+@pytest.mark.parametrize(
+    ("text", "order"),
+    [
+        ('disk = [{ path = "/a" }, { path = "/b" }]\ncdrom = [{}]\nnic = [{}]', ["disk[0]", "disk[1]", "cdrom[0]"]),
+        (
+            'disk = [{ path = "/a" }, { path = "/b", boot = 9 }]\ncdrom = [{ boot = 2 }]\nnic = [{ boot = 8 }, {}]',
+            ["cdrom[0]", "nic[0]", "disk[1]", "disk[0]"],
+        ),
+        ("nic = [{ boot = 1 }]", ["nic[0]"]),
+        ('boot = { kernel = "/k" }\ndisk = [{ path = "/a" }]', []),
+    ],
+)
+def test_the_boot_order(text: str, order: list[str]) -> None:
+    assert domain.boot_order(domain.parse(f'name = "a"\nmemory = "1G"\n{text}\n', "x")) == order
 
 
 @pytest.mark.parametrize(

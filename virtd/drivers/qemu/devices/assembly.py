@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from ....model import domain as model
 from ....model.drives import Bus
 from .. import directory
 from ..images import Image, plain
@@ -97,37 +98,42 @@ def builtin(domain: Domain, host: HostFacts, placed: Sequence[Placed]) -> list[D
 
 
 def drives(domain: Domain, uuid: str, disks: Sequence[Image] | None, placed: Sequence[Placed]) -> list[Device]:
-    """Disks and CD-ROM drives in the order of the definition, which is also the boot order; first, what they are
-    attached to.
-    """
+    """Disks and CD-ROM drives in the order of the definition; first, what they are attached to."""
     files = plain(domain) if disks is None else disks
-    boots = domain.boot.kernel is None
+    turns = _turns(domain)
     found: list[Device] = [
         ScsiController(number=at.number, address=at.address) for at in placing.of_kind(placed, placing.SCSI)
     ]
     for index, (disk, image, at) in enumerate(
         zip(domain.disk, files, placing.of_kind(placed, placing.DISK), strict=True)
     ):
+        key = f"disk[{index}]"
         found.append(
             Disk(
                 number=at.number,
-                key=f"disk[{index}]",
+                key=key,
                 address=at.address,
                 image=image,
                 bus=disk.bus,
                 serial=disk.serial or (serial_of(uuid, at.number) if disk.bus is Bus.NVME else ""),
-                boot=index + 1 if boots else 0,
+                boot=turns.get(key, 0),
             )
         )
     for index, (cdrom, at) in enumerate(zip(domain.cdrom, placing.of_kind(placed, placing.CDROM), strict=True)):
-        turn = len(domain.disk) + index + 1 if boots else 0
         key, ide = f"cdrom[{index}]", domain.is_pc
+        turn = turns.get(key, 0)
         found.append(Cdrom(number=at.number, key=key, address=at.address, path=cdrom.path, ide=ide, boot=turn))
     return found
 
 
+def _turns(domain: Domain) -> dict[str, int]:
+    """QEMU's bootindex of each device that is booted from, by its key."""
+    return {key: turn for turn, key in enumerate(model.boot_order(domain), 1)}
+
+
 def cards(domain: Domain, uuid: str, placed: Sequence[Placed], host: HostFacts = NONE) -> list[Nic]:
     """The network cards."""
+    turns = _turns(domain)
     return [
         Nic(
             number=at.number,
@@ -137,6 +143,7 @@ def cards(domain: Domain, uuid: str, placed: Sequence[Placed], host: HostFacts =
             network=nic.network,
             tap=host.taps.get(index),
             vhost=host.vhost,
+            boot=turns.get(f"nic[{index}]", 0),
         )
         for index, (nic, at) in enumerate(zip(domain.nic, placing.of_kind(placed, placing.NIC), strict=True))
     ]

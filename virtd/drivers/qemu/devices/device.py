@@ -61,3 +61,8 @@ class Device(msgspec.Struct, frozen=True):
 def escape(text: str) -> str:
     """A value inside a QemuOpts list: a comma is doubled (qemu(1), "Device option syntax")."""
     return text.replace(",", ",,")
+
+
+def order(turn: int) -> str:
+    """A place in the boot order, as -device takes it after a comma; 0: none."""
+    return f",bootindex={turn}" if turn else ""

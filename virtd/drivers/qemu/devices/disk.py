@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ....model.drives import Bus
 from ....objects.conflicts import Holding, Kind
 from ... import nodes
-from .device import Device, File
+from .device import Device, File, order
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,7 +41,7 @@ class Disk(Device, frozen=True, kw_only=True):
     def arguments(self) -> list[str]:
         name = f"disk{self.number}"
         serial = f",serial={self.serial}" if self.serial else ""
-        device = f"{MODELS[self.bus]},drive={name},id={self.bus}-{name}{serial}{_order(self.boot)}{self.address}"
+        device = f"{MODELS[self.bus]},drive={name},id={self.bus}-{name}{serial}{order(self.boot)}{self.address}"
         return [*self._nodes(), "-device", device]
 
     def _nodes(self) -> list[str]:
@@ -100,7 +100,7 @@ class Cdrom(Device, frozen=True, kw_only=True):
         name = f"cd{self.number}"
         drive = f",drive={name}" if self.path is not None else ""
         model = "ide-cd" if self.ide else "virtio-blk-pci"
-        device = f"{model}{drive},id=cdrom{self.number}{_order(self.boot)}{self.address}"
+        device = f"{model}{drive},id=cdrom{self.number}{order(self.boot)}{self.address}"
         if self.path is None:
             return ["-device", device]
         file, common = f"cdfile{self.number}", {"read-only": True}
@@ -121,7 +121,3 @@ class Cdrom(Device, frozen=True, kw_only=True):
 
 def _blockdevs(found: list[nodes.Node]) -> list[str]:
     return [word for node in found for word in ("-blockdev", nodes.text(node))]
-
-
-def _order(turn: int) -> str:
-    return f",bootindex={turn}" if turn else ""
