@@ -164,6 +164,11 @@ class Driver(GuestDriver[QemuGuest, model.Domain]):
 
     def describe_fully(self, machine: QemuGuest) -> replies.DomainInfo:
         domain = machine.running_definition
+        drives = domain.cdrom if domain is not None else ()
+        if domain is not None and (absent := machine.data.get("media")):
+            from . import media
+
+            drives = media.without(domain, absent).cdrom
         return replies.DomainInfo(
             **msgspec.structs.asdict(super().describe_fully(machine)),
             memory=domain.memory_bytes if domain is not None else None,
@@ -171,10 +176,10 @@ class Driver(GuestDriver[QemuGuest, model.Domain]):
             machine=domain.machine if domain is not None else None,
             hardware=machine.hardware.shown(),
             disks=[disk.path or f"{disk.pool}/{disk.volume}" for disk in domain.disk]
-            + [cdrom.path for cdrom in domain.cdrom if cdrom.path is not None]
+            + [cdrom.path for cdrom in drives if cdrom.path is not None]
             if domain is not None
             else [],
-            cdroms=[cdrom.path for cdrom in domain.cdrom] if domain is not None else [],
+            cdroms=[cdrom.path for cdrom in drives],
             nics=nics.describe(
                 domain, machine.uuid, machine.hardware.placed(domain), self._peers, alive=machine.alive
             )

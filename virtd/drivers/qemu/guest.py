@@ -169,6 +169,10 @@ class QemuGuest(Guest[model.Domain]):
             self.standstill.recall()
         if self.alive and self.data.get("tpm"):
             self.tpm.recall()
+        if self.alive and "media" in self.data:
+            from . import media  # hardly any guest has an empty drive that shouldn't be
+
+            media.recall(self)
 
     def adopted(self) -> None:
         if STANDSTILL in self.data:

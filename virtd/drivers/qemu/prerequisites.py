@@ -150,13 +150,7 @@ def check_files(domain: model.Domain, source: str, who: Account) -> None:
     read_only = {f"disk[{index}].path" for index, disk in enumerate(domain.disk) if disk.readonly}
     images = {f"disk[{index}].path" for index, disk in enumerate(domain.disk) if disk.format is Format.QCOW2}
     for key, path in model.paths(domain):
-        try:
-            status = reach.defined(path, source, key)
-        except errors.InvalidDefinition as exc:
-            if not key.startswith("cdrom") or os.path.lexists(path):
-                raise
-            hint = "Put it back there, or take the path out of [[cdrom]]: a drive may be without a medium."
-            raise errors.InvalidDefinition(source, key, exc.expected, hint=hint) from exc
+        status = reach.defined(path, source, key)
         wrong, hint = _wrong_kind(key, path, status.st_mode)
         if wrong:
             raise errors.InvalidDefinition(source, key, wrong, hint=hint)

@@ -25,6 +25,7 @@ from . import (
     ends,
     hardware,
     images,
+    media,
     nics,
     opened,
     ownership,
@@ -104,7 +105,9 @@ class _Start(Start[QemuGuest, model.Domain]):
             self.vhost,
             flash,
         )
-        self.devices = assembly.assemble(domain, machine.uuid, host, disks, placed)
+        self.absent = media.missing(domain)
+        self.present = media.without(domain, self.absent) if self.absent else domain
+        self.devices = assembly.assemble(self.present, machine.uuid, host, disks, placed)
         self.given: list[ownership.Given] = []
         self.shown: list[str] = []
         self.provided: dict[str, bytes] = {}
@@ -131,7 +134,7 @@ class _Start(Start[QemuGuest, model.Domain]):
 
     def check(self) -> None:
         hardware.require_places(self.hardware, self.definition, self.machine.source)
-        prerequisites.check_files(self.definition, self.machine.source, self.account)
+        prerequisites.check_files(self.present, self.machine.source, self.account)
         access.require_devices(self.account, kvm=self.host.kvm, tap=bool(self.nics))
         hidden = sandbox.hidden(_toplevel())
         self.shown = access.shown(self.host.binary, hidden, self.account)
@@ -173,6 +176,7 @@ class _Start(Start[QemuGuest, model.Domain]):
             "hardware": msgspec.to_builtins(self.hardware),
             "given": ownership.to_record(self.given),
             "nics": [msgspec.to_builtins(nic) for nic in self.nics],
+            **({media.MEDIA: self.absent} if self.absent else {}),
             **({"account": self.user._asdict()} if self.user is not None else {}),
             **({"tpm": msgspec.to_builtins(self.machine.tpm.promised())} if self.swtpm else {}),
         }
@@ -272,6 +276,7 @@ class _Start(Start[QemuGuest, model.Domain]):
                 raise errors.StartFailed(problem.text)
             ownership.check_shown(self.child.pid, opened.taken(machine.data, None))
             machine.watch_tpm()
+            media.report(machine)
         finally:
             for task in (attaching, ended):
                 task.cancel()
