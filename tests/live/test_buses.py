@@ -43,7 +43,7 @@ def text() -> str:
     return f'uuid = "{UUID}"\n' + definition("web1", more=tables)
 
 
-def start(lab: Lab) -> dict[str, tuple[str, str]]:
+def start(lab: Lab, *serials: str) -> dict[str, tuple[str, str]]:
     """Start the guest; the name and the place in sysfs of each disk, by its serial number."""
     lab.forget_log("web1")
     lab.virtdctl("start", "web1")
@@ -55,7 +55,7 @@ def start(lab: Lab) -> dict[str, tuple[str, str]]:
         for line in run(lab, "web1", LOOK)[1].splitlines():
             name, serial, place = line.rsplit(maxsplit=2)
             found[serial] = (name, re.sub(r"(host|target|ata|\b)[0-9]+(?=:|/)", r"\1", place))
-        return set(SERIALS.values()) <= set(found)
+        return set(serials) <= set(found)
 
     lab.wait("the disks", look, 60)
     return found
@@ -72,7 +72,7 @@ def images(lab: Lab) -> Iterator[None]:
 @pytest.mark.usefixtures("images")
 def test_a_disk_on_each_bus(lab: Lab) -> None:
     lab.virtdctl("define", "-", stdin=text())
-    before = start(lab)
+    before = start(lab, *SERIALS.values())
     names = {bus: before[serial][0] for bus, serial in SERIALS.items()}
     for bus, name in names.items():
         assert name.startswith({"virtio": "vd", "nvme": "nvme"}.get(bus, "sd")), names
@@ -103,7 +103,7 @@ def test_a_disk_on_each_bus(lab: Lab) -> None:
     for bus in names:
         assert lab.sh(f"head -c 512 {HERE}/{bus} | tr -d '\\0'") == f"second on {bus}\n"
         assert lab.sh(f"stat -c %U {HERE}/{bus}") == "root\n"
-    after = start(lab)
+    after = start(lab, *SERIALS.values())
     # Linux names SCSI and SATA disks in the order in which it has found them.
     assert {serial: place for serial, (_name, place) in after.items()} == {
         serial: place for serial, (_name, place) in before.items()
@@ -111,6 +111,26 @@ def test_a_disk_on_each_bus(lab: Lab) -> None:
     assert after["SN-virtio"] == before["SN-virtio"]
     names = {bus: after[serial][0] for bus, serial in SERIALS.items()}
     read("second")
+
+
+def used(lab: Lab, image: str) -> int:
+    """The KiB that an image occupies on the host."""
+    return int(lab.sh(f"stat -c %b {HERE}/{image}")) // 2
+
+
+@pytest.mark.usefixtures("images")
+def test_what_a_guest_discards(lab: Lab) -> None:
+    lab.sh(f"qemu-img create -q -f qcow2 {HERE}/qcow2 8M")
+    tables = f'[[disk]]\npath = "{HERE}/virtio"\nserial = "raw"\n'
+    tables += f'[[disk]]\npath = "{HERE}/qcow2"\nformat = "qcow2"\nserial = "qcow2"\n'
+    lab.virtdctl("define", "-", stdin=definition("web1", more=tables))
+    found = start(lab, "raw", "qcow2")
+    for serial, image in (("raw", "virtio"), ("qcow2", "qcow2")):
+        device = f"/dev/{found[serial][0]}"
+        assert run(lab, "web1", f"dd if=/dev/urandom of={device} bs=1M count=4 2>/dev/null && sync")[0] == 0
+        assert used(lab, image) >= 4 << 10
+        assert run(lab, "web1", f"blkdiscard {device}") == (0, "")
+        assert used(lab, image) < 1 << 10, image
 
 
 @pytest.mark.usefixtures("images")

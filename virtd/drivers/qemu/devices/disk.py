@@ -57,9 +57,10 @@ class Disk(Device, frozen=True, kw_only=True):
                 nodes.over(kind.value, f"file{name}", below, **{"node-name": f"disk{name}", "read-only": True}),
             ]
             below = f"disk{name}"
-        common = {"read-only": image.readonly}
+        # Each node ignores what it isn't asked to discard, so both are asked.
+        common = {"discard": "unmap", "read-only": image.readonly}
         file = {"node-name": f"file{number}", "auto-read-only": False, "locking": "auto"}
-        disk = {"node-name": f"disk{number}", "discard": "unmap"}
+        disk = {"node-name": f"disk{number}"}
         found += [
             nodes.file(image.path, **file, **common),
             nodes.over(image.format.value, f"file{number}", below, **disk, **common),
