@@ -133,6 +133,58 @@ def test_what_a_guest_discards(lab: Lab) -> None:
         assert used(lab, image) < 1 << 10, image
 
 
+def ask(lab: Lab, command: str) -> str:
+    """QEMU's answer to a QMP command, by the monitor that nobody uses while the guest runs."""
+    return lab.sh(
+        "python3 - <<'END'\n"
+        "import json, socket\n"
+        "monitor = socket.socket(socket.AF_UNIX)\n"
+        "monitor.connect('/run/virtd/qemu/web1/shutdown.sock')\n"
+        "file = monitor.makefile('rw')\n"
+        f"for command in ('qmp_capabilities', '{command}'):\n"
+        "    file.write(json.dumps({'execute': command})); file.flush()\n"
+        "    while 'return' not in (line := file.readline()) and 'error' not in line:\n"
+        "        pass\n"
+        "print(line)\n"
+        "END"
+    )
+
+
+OPTIONS = {
+    "one": 'cache = "none"\naio = "native"\niothread = true\n',
+    "two": 'bus = "scsi"\ncache = "writethrough"\niothread = true\n',
+    "three": 'bus = "scsi"\ncache = "directsync"\ndiscard = "ignore"\n',
+    "four": 'bus = "sata"\ncache = "unsafe"\ndetect_zeroes = "unmap"\n',
+    "five": 'bus = "nvme"\ncache = "writeback"\ndetect_zeroes = "on"\n',
+}
+
+
+@pytest.mark.usefixtures("images")
+def test_options(lab: Lab) -> None:
+    """In QEMU's sandbox they work, and the guest sees a write cache where there is one."""
+    tables = ""
+    for image, options in OPTIONS.items():
+        lab.sh(f"truncate -s 8M {HERE}/{image}")
+        tables += f'[[disk]]\npath = "{HERE}/{image}"\nserial = "{image}"\n{options}'
+    lab.virtdctl("define", "-", stdin=definition("web1", more=tables))
+    found = start(lab, *OPTIONS)
+    caches, left = {}, {}
+    for image in OPTIONS:
+        name = found[image][0]
+        assert run(lab, "web1", f"dd if=/dev/urandom of=/dev/{name} bs=1M count=4 2>/dev/null && sync")[0] == 0
+        digest = f"dd if=/dev/{name} bs=1M count=4 2>/dev/null | sha256sum | cut -d ' ' -f 1"
+        run(lab, "web1", "echo 3 >/proc/sys/vm/drop_caches")
+        assert run(lab, "web1", digest) == (0, lab.sh(f"head -c 4M {HERE}/{image} | sha256sum").split()[0])
+        caches[image] = run(lab, "web1", f"cat /sys/block/{name}/queue/write_cache")[1]
+        free = f"dd if=/dev/zero of=/dev/{name} bs=1M count=4 2>/dev/null; sync"
+        assert run(lab, "web1", free if image == "four" else f"blkdiscard /dev/{name}")[0] == 0
+        left[image] = used(lab, image) >= 4 << 10
+    through, back = "write through", "write back"
+    assert caches == {"one": back, "two": through, "three": through, "four": back, "five": back}
+    assert left == {"one": False, "two": False, "three": True, "four": False, "five": False}
+    assert set(re.findall(r"iothread-\w+", ask(lab, "query-iothreads"))) == {"iothread-disk0", "iothread-scsi0"}
+
+
 @pytest.mark.usefixtures("images")
 @pytest.mark.parametrize("bus", ["scsi", "sata", "nvme"])
 def test_boot_from(lab: Lab, bus: str) -> None:

@@ -37,6 +37,49 @@ class Bus(StrEnum):
     NVME = "nvme"
 
 
+class Cache(StrEnum):
+    """Whether the host's page cache is used, and whether the guest sees a write cache that it has to flush."""
+
+    NONE = "none"
+    WRITEBACK = "writeback"
+    WRITETHROUGH = "writethrough"
+    DIRECTSYNC = "directsync"
+    UNSAFE = "unsafe"
+
+    @property
+    def direct(self) -> bool:
+        """Whether the page cache is bypassed."""
+        return self in (Cache.NONE, Cache.DIRECTSYNC)
+
+    @property
+    def write_cache(self) -> bool:
+        """Whether the guest sees a write cache; without one, each write is on the disk before it has ended."""
+        return self not in (Cache.WRITETHROUGH, Cache.DIRECTSYNC)
+
+
+class Discard(StrEnum):
+    """What becomes of blocks that the guest says it no longer uses."""
+
+    UNMAP = "unmap"
+    IGNORE = "ignore"
+
+
+class DetectZeroes(StrEnum):
+    """Whether zeroes that the guest writes are written, take as little room as possible, or are discarded."""
+
+    OFF = "off"
+    ON = "on"
+    UNMAP = "unmap"
+
+
+class Aio(StrEnum):
+    """How QEMU reads and writes a file without waiting."""
+
+    THREADS = "threads"
+    NATIVE = "native"
+    IO_URING = "io_uring"
+
+
 # By machine type. Of other machines virtd only knows that QEMU finds a place for virtio devices.
 BUSES: tuple[tuple[str, tuple[Bus, ...]], ...] = (
     (r"(pc-)?q35.*", tuple(Bus)),
@@ -56,6 +99,11 @@ class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     bus: Bus = Bus.VIRTIO
     serial: str | None = None
     boot: Turn | None = None
+    cache: Cache | None = None
+    discard: Discard = Discard.UNMAP
+    detect_zeroes: DetectZeroes = DetectZeroes.OFF
+    aio: Aio = Aio.THREADS
+    iothread: bool = False
 
 
 class Cdrom(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -76,12 +124,26 @@ def check(machine: str, disks: Sequence[Disk], refuse: Callable[[str, str], erro
             raise refuse(f"{key}.bus", f"expected {_one_of(buses)}, which is what virtd has for {machine}")
         if disk.bus is Bus.SATA and disk.readonly:
             raise refuse(f"{key}.readonly", "expected false, since a SATA disk can't be read-only")
+        _check_options(key, disk, refuse)
         if disk.serial is None:
             continue
         if not re.fullmatch(SERIAL, disk.serial):
             raise refuse(f"{key}.serial", f"expected 1 to 20 letters, digits or ._+-, got {shown(disk.serial)}")
         if (other := serials.setdefault(disk.serial, index)) != index:
             raise refuse(f"{key}.serial", f"{disk.serial} is disk[{other}] already")
+
+
+def _check_options(key: str, disk: Disk, refuse: Callable[[str, str], errors.InvalidDefinition]) -> None:
+    """What can't be together, by QEMU or by the bus."""
+    if disk.aio is Aio.IO_URING:
+        expected = 'expected "threads" or "native": what is done by io_uring escapes the filter for system calls'
+        raise refuse(f"{key}.aio", expected)
+    if disk.aio is Aio.NATIVE and not (disk.cache is not None and disk.cache.direct):
+        raise refuse(f"{key}.aio", 'expected cache = "none" or "directsync" with "native"')
+    if disk.detect_zeroes is DetectZeroes.UNMAP and disk.discard is not Discard.UNMAP:
+        raise refuse(f"{key}.detect_zeroes", 'expected discard = "unmap" with "unmap"')
+    if disk.iothread and disk.bus not in (Bus.VIRTIO, Bus.SCSI):
+        raise refuse(f"{key}.iothread", "expected false: only virtio and scsi disks can have a thread")
 
 
 def _one_of(buses: Sequence[Bus]) -> str:

@@ -102,6 +102,20 @@ def test_a_full_definition() -> None:
             "disk[0].bus",
             'expected one of "virtio", "scsi", "sata", "nvme", got \'ide\'',
         ),
+        (
+            "disk = [ { path = '/a', cache = 'fast' } ]",
+            "disk[0].cache",
+            'expected one of "none", "writeback", "writethrough", "directsync", "unsafe", got',
+        ),
+        ("disk = [ { path = '/a', discard = true } ]", "disk[0].discard", "expected string, got boolean"),
+        ("disk = [ { path = '/a', discard = 'on' } ]", "disk[0].discard", 'expected one of "unmap", "ignore", got'),
+        ("disk = [ { path = '/a', detect_zeroes = true } ]", "disk[0].detect_zeroes", "expected string, got boolean"),
+        (
+            "disk = [ { path = '/a', aio = 'posix' } ]",
+            "disk[0].aio",
+            'expected one of "threads", "native", "io_uring"',
+        ),
+        ("disk = [ { path = '/a', iothread = 'yes' } ]", "disk[0].iothread", "expected boolean, got string"),
         ("disk = [ { path = '/a', serial = 7 } ]", "disk[0].serial", "expected string, got integer"),
         ("disk = [ { path = '/a', boot = 0 } ]", "disk[0].boot", "expected integer >= 1"),
         ("disk = [ { path = '/a', boot = true } ]", "disk[0].boot", "expected integer, got boolean"),
@@ -167,6 +181,32 @@ def test_a_full_definition() -> None:
         ("disk = [ { path = '/a', serial = 'ü' } ]", "disk[0].serial", "expected 1 to 20 letters"),
         (f"disk = [ {{ path = '/a', serial = '{'x' * 21}' }} ]", "disk[0].serial", "expected 1 to 20"),
         (f"disk = [ {{ path = '/a', bus = 'scsi', serial = '{'x' * 21}' }} ]", "disk[0].serial", "expected 1 to 20"),
+        (
+            "disk = [ { path = '/a', aio = 'io_uring' } ]",
+            "disk[0].aio",
+            'expected "threads" or "native": what is done',
+        ),
+        ("disk = [ { path = '/a', aio = 'native' } ]", "disk[0].aio", 'expected cache = "none" or "directsync"'),
+        (
+            "disk = [ { path = '/a', aio = 'native', cache = 'unsafe' } ]",
+            "disk[0].aio",
+            'expected cache = "none" or "directsync"',
+        ),
+        (
+            "disk = [ { path = '/a', detect_zeroes = 'unmap', discard = 'ignore' } ]",
+            "disk[0].detect_zeroes",
+            'expected discard = "unmap"',
+        ),
+        (
+            "disk = [ { path = '/a', bus = 'sata', iothread = true } ]",
+            "disk[0].iothread",
+            "expected false: only virtio",
+        ),
+        (
+            "disk = [ { path = '/a', bus = 'nvme', iothread = true } ]",
+            "disk[0].iothread",
+            "expected false: only virtio",
+        ),
         (
             "disk = [ { path = '/a', serial = 'S' }, { path = '/b', bus = 'nvme', serial = 'S' } ]",
             "disk[1].serial",

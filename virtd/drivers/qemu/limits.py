@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ...model.drives import Bus
+
 if TYPE_CHECKING:
     from ...model.domain import Domain
 
@@ -21,6 +23,7 @@ TRANSLATED = 1024 * MIB
 DISK = 64 * MIB
 # A mostly unused stack, KVM's page for the vCPU, and what its queue at a network card's backend may hold.
 VCPU = 8 * MIB
+IOTHREAD = 1 + 64  # itself, and its own thread pool
 DISPLAY = 64 * MIB  # the VGA's memory, and the buffers for a VNC client
 
 
@@ -37,9 +40,11 @@ def memory_max(domain: Domain, *, kvm: bool, overhead: int | None) -> int | None
 
 
 def tasks_max(domain: Domain, *, overhead: int) -> int | None:
-    """TasksMax=: a thread for each vCPU, and `overhead` for the rest; 0: there is no limit.
+    """TasksMax=: a thread for each vCPU, those of disks, and `overhead` for the rest; 0: there is no limit.
 
     The rest is the main loop, RCU, the monitor, VNC, those of a migration, up to 64 that do what would block
     the main loop (its thread pool), and the two processes of ExecStop=.
     """
-    return domain.vcpus + overhead if overhead else None
+    own = sum(disk.iothread for disk in domain.disk if disk.bus is Bus.VIRTIO)
+    shared = any(disk.iothread for disk in domain.disk if disk.bus is Bus.SCSI)
+    return domain.vcpus + IOTHREAD * (own + shared) + overhead if overhead else None

@@ -387,7 +387,12 @@ def parse(text: str) -> model.Domain:
 def test_limits_follow_the_definition() -> None:
     small = parse('boot.kernel = "/k"')
     large = parse('vcpus = 4\nboot.kernel = "/k"\nvnc = {}\ndisk = [{ path = "/a" }, { path = "/b" }]')
+    threads = parse(
+        'disk = [{ path = "/a", iothread = true }, { path = "/b" }, { path = "/c", bus = "scsi" }, '
+        '{ path = "/d", bus = "scsi", iothread = true }, { path = "/e", bus = "scsi", iothread = true }]'
+    )
     assert limits.tasks_max(small, overhead=200) == 201
+    assert limits.tasks_max(threads, overhead=200) == 201 + 2 * 65
     assert limits.tasks_max(large, overhead=200) == 204
     assert limits.tasks_max(large, overhead=0) is None
     rest = 256 * MIB + 2 * MIB

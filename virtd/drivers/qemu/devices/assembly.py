@@ -101,8 +101,10 @@ def drives(domain: Domain, uuid: str, disks: Sequence[Image] | None, placed: Seq
     """Disks and CD-ROM drives in the order of the definition; first, what they are attached to."""
     files = plain(domain) if disks is None else disks
     turns = _turns(domain)
+    thread = any(disk.iothread for disk in domain.disk if disk.bus is Bus.SCSI)
     found: list[Device] = [
-        ScsiController(number=at.number, address=at.address) for at in placing.of_kind(placed, placing.SCSI)
+        ScsiController(number=at.number, address=at.address, iothread=thread)
+        for at in placing.of_kind(placed, placing.SCSI)
     ]
     for index, (disk, image, at) in enumerate(
         zip(domain.disk, files, placing.of_kind(placed, placing.DISK), strict=True)
@@ -114,7 +116,7 @@ def drives(domain: Domain, uuid: str, disks: Sequence[Image] | None, placed: Seq
                 key=key,
                 address=at.address,
                 image=image,
-                bus=disk.bus,
+                options=disk,
                 serial=disk.serial or (serial_of(uuid, at.number) if disk.bus is Bus.NVME else ""),
                 boot=turns.get(key, 0),
             )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from ....model import drives as model
 from ....model.drives import Bus
 from ....objects.conflicts import Holding, Kind
 from ... import nodes
@@ -21,28 +22,39 @@ MODELS = {Bus.VIRTIO: "virtio-blk-pci", Bus.SCSI: "scsi-hd", Bus.SATA: "ide-hd",
 
 
 class ScsiController(Device, frozen=True):
-    """The controller of all SCSI disks."""
+    """The controller of all SCSI disks, with a thread of its own or without."""
+
+    iothread: bool = False
 
     def arguments(self) -> list[str]:
-        return ["-device", f"virtio-scsi-pci,id=scsi{self.number}{self.address}"]
+        name = f"scsi{self.number}"
+        thread, given = _iothread(name) if self.iothread else ([], "")
+        return [*thread, "-device", f"virtio-scsi-pci,id={name}{given}{self.address}"]
 
 
 class Disk(Device, frozen=True, kw_only=True):
-    """A disk on one of the buses. `boot` is its place in the boot order; 0: it isn't booted from.
+    """A disk on one of the buses, with its `options` as in the definition.
 
-    `serial` is the number that the guest sees; "": none, or QEMU's own.
+    `serial` is the number that the guest sees; "": none, or QEMU's own. `boot` is its place in the boot order; 0: it
+    isn't booted from.
     """
 
     image: Image
-    bus: Bus = Bus.VIRTIO
+    options: model.Disk = model.Disk()
     serial: str = ""
     boot: int = 0
 
     def arguments(self) -> list[str]:
-        name = f"disk{self.number}"
+        name, options = f"disk{self.number}", self.options
         serial = f",serial={self.serial}" if self.serial else ""
-        device = f"{MODELS[self.bus]},drive={name},id={self.bus}-{name}{serial}{order(self.boot)}{self.address}"
-        return [*self._nodes(), "-device", device]
+        cache = f",write-cache={'on' if options.cache.write_cache else 'off'}" if options.cache is not None else ""
+        own = options.iothread and options.bus is Bus.VIRTIO  # that of SCSI disks is their controller's
+        thread, given = _iothread(name) if own else ([], "")
+        device = (
+            f"{MODELS[options.bus]},drive={name},id={options.bus}-{name}"
+            f"{serial}{cache}{given}{order(self.boot)}{self.address}"
+        )
+        return [*self._nodes(), *thread, "-device", device]
 
     def _nodes(self) -> list[str]:
         """Its backing files, the lowest first, and then itself."""
@@ -57,10 +69,17 @@ class Disk(Device, frozen=True, kw_only=True):
                 nodes.over(kind.value, f"file{name}", below, **{"node-name": f"disk{name}", "read-only": True}),
             ]
             below = f"disk{name}"
+        options = self.options
         # Each node ignores what it isn't asked to discard, so both are asked.
-        common = {"discard": "unmap", "read-only": image.readonly}
-        file = {"node-name": f"file{number}", "auto-read-only": False, "locking": "auto"}
-        disk = {"node-name": f"disk{number}"}
+        common: nodes.Node = {"discard": options.discard.value, "read-only": image.readonly}
+        if (cache := options.cache) is not None:
+            common["cache"] = {"direct": cache.direct, "no-flush": cache is model.Cache.UNSAFE}
+        file: nodes.Node = {"node-name": f"file{number}", "auto-read-only": False, "locking": "auto"}
+        if options.aio is not model.Aio.THREADS:
+            file["aio"] = options.aio.value
+        disk: nodes.Node = {"node-name": f"disk{number}"}
+        if options.detect_zeroes is not model.DetectZeroes.OFF:
+            disk["detect-zeroes"] = options.detect_zeroes.value
         found += [
             nodes.file(image.path, **file, **common),
             nodes.over(image.format.value, f"file{number}", below, **disk, **common),
@@ -118,6 +137,11 @@ class Cdrom(Device, frozen=True, kw_only=True):
     def holdings(self, _bridge_of: Callable[[str], str]) -> Iterator[Holding]:
         if self.path is not None:
             yield Holding(Kind.FILE, (self.path,), self.key, self.path, shared=True)
+
+
+def _iothread(name: str) -> tuple[list[str], str]:
+    """A thread for the I/O of one device: what makes it, and what gives it to the device."""
+    return ["-object", f"iothread,id=iothread-{name}"], f",iothread=iothread-{name}"
 
 
 def _blockdevs(found: list[nodes.Node]) -> list[str]:
