@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.harness import definition
+from tests.live.conftest import SUITE
 from tests.live.networks import run
 
 if TYPE_CHECKING:
@@ -134,11 +135,10 @@ def test_tpm(lab: Lab, model: str) -> None:
     assert kept(lab, sealed)
 
     # The daemon comes and goes.
-    for away in (
-        "kill -9 $(systemctl show -P MainPID virtd)",
-        "systemctl restart virtd",
-        "systemctl stop virtd.socket virtd; sleep 2",
-    ):
+    kill, restart = "kill -9 $(systemctl show -P MainPID virtd)", "systemctl restart virtd"
+    stop = "systemctl stop virtd.socket virtd; sleep 2"
+    # systemd 252 drops the console's slots at a stop, and this test asks the guest on its console.
+    for away in (kill, restart) if SUITE == "bookworm" else (kill, restart, stop):
         lab.sh(away)
         lab.sh("systemctl start virtd.socket virtd")
         assert (lab.info("web1")["pid"], lab.info("web1")["tpm"]["pid"]) == (info["pid"], pid)
