@@ -10,7 +10,7 @@ import pytest
 
 from tests.harness import definition
 from tests.live.networks import run
-from tests.live.tools import KILL
+from tests.live.tools import KILL, acl
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -131,6 +131,37 @@ def test_what_a_guest_discards(lab: Lab) -> None:
         assert used(lab, image) >= 4 << 10
         assert run(lab, "web1", f"blkdiscard {device}") == (0, "")
         assert used(lab, image) < 1 << 10, image
+
+
+@pytest.mark.usefixtures("images")
+def test_a_disk_that_two_guests_write(lab: Lab) -> None:
+    """Both see what the other one has written; a third, which doesn't share it, isn't started."""
+    image = f"{HERE}/scsi"
+    lab.sh(f"chmod 600 {image}")
+    wanted = {"web1": 'bus = "scsi"\nserial = "S"\nshared = true\n', "web2": "shared = true\n", "web3": ""}
+    for name, options in wanted.items():
+        lab.virtdctl("define", "-", stdin=definition(name, more=f'[[disk]]\npath = "{image}"\n{options}'))
+    device = start(lab, "S")["S"][0]
+    refused = lab.virtdctl("start", "web3", check=False)
+    assert f"{image} is in use by domain web1" in refused.stderr
+    lab.virtdctl("start", "web2")
+    lab.wait_ready("web2")
+    assert acl(lab, image) == ["user:vm-web1:rw-", "user:vm-web2:rw-"]
+    assert lab.sh(f"stat -c %U {image}") == "root\n"
+    lab.sh(KILL)
+    assert f"{image} is in use by domain" in lab.virtdctl("start", "web3", check=False).stderr
+    write = "echo from {} | dd of=/dev/{} seek={} conv=notrunc,fsync 2>/dev/null"
+    read = "echo 3 >/proc/sys/vm/drop_caches; dd if=/dev/{} skip={} count=1 2>/dev/null | tr -d '\\0'"
+    assert run(lab, "web1", write.format("web1", device, 1)) == (0, "")
+    assert run(lab, "web2", read.format("vda", 1)) == (0, "from web1")
+    lab.virtdctl("stop", "web1")
+    assert acl(lab, image) == ["user:vm-web2:rw-"]
+    assert run(lab, "web2", write.format("web2", "vda", 2)) == (0, "")
+    device = start(lab, "S")["S"][0]
+    assert run(lab, "web1", read.format(device, 2)) == (0, "from web2")
+    lab.virtdctl("stop", "web1", "web2")
+    assert acl(lab, image) == []
+    assert lab.sh(f"stat -c '%U %a' {image}") == "root 600\n"
 
 
 def ask(lab: Lab, command: str) -> str:

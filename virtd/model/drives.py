@@ -104,6 +104,7 @@ class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     detect_zeroes: DetectZeroes = DetectZeroes.OFF
     aio: Aio = Aio.THREADS
     iothread: bool = False
+    shared: bool = False
 
 
 class Cdrom(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -142,6 +143,10 @@ def _check_options(key: str, disk: Disk, refuse: Callable[[str, str], errors.Inv
         raise refuse(f"{key}.aio", 'expected cache = "none" or "directsync" with "native"')
     if disk.detect_zeroes is DetectZeroes.UNMAP and disk.discard is not Discard.UNMAP:
         raise refuse(f"{key}.detect_zeroes", 'expected discard = "unmap" with "unmap"')
+    if disk.shared and disk.readonly:
+        raise refuse(f"{key}.shared", "expected false: several guests may read a disk anyway")
+    if disk.shared and disk.format is Format.QCOW2:
+        raise refuse(f"{key}.shared", 'expected format = "raw" with it: two writers of a qcow2 image destroy it')
     if disk.iothread and disk.bus not in (Bus.VIRTIO, Bus.SCSI):
         raise refuse(f"{key}.iothread", "expected false: only virtio and scsi disks can have a thread")
 

@@ -36,7 +36,7 @@ class Holding(NamedTuple):
     """One such thing.
 
     `key` is where the definition asks for it and `name` what a person calls it; only what is compared with others
-    needs them. Holdings that are all `shared` don't conflict.
+    needs them. Holdings that are all `shared` don't conflict, as long as all of them write or none does.
     """
 
     kind: Kind
@@ -44,6 +44,11 @@ class Holding(NamedTuple):
     key: str = ""
     name: str = ""
     shared: bool = False
+    writes: bool = False
+
+    def goes_with(self, other: Holding) -> bool:
+        """Whether two objects may have this at the same time."""
+        return self.shared and other.shared and self.writes == other.writes
 
 
 @runtime_checkable
@@ -105,14 +110,14 @@ def _between(peers: Peers, me: str, mine: list[Holding], *, running: bool) -> It
         return
     wanted: dict[tuple[Kind, tuple[str | int, ...]], Holding] = {}
     for one in mine:
-        if (same := wanted.setdefault((one.kind, one.what), one)) is not one and not (same.shared and one.shared):
+        if (same := wanted.setdefault((one.kind, one.what), one)) is not one and not same.goes_with(one):
             yield Conflict(one, "")
     for driver in peers:
         if not isinstance(driver, Holder):
             continue
         for other, theirs in driver.holdings(running=running):
             found = wanted.get((theirs.kind, theirs.what))
-            if found is not None and other != me and not (found.shared and theirs.shared):
+            if found is not None and other != me and not found.goes_with(theirs):
                 yield Conflict(found, other)
 
 
@@ -124,7 +129,10 @@ def _hint(found: Conflict) -> str:
         case Kind.MAC:
             return f"Stop {other} first, or give one of the two another mac in its [[nic]]."
         case Kind.FILE | Kind.IMAGE | Kind.VOLUME:
-            return f"Two guests that write to one disk destroy it. Stop {other}, or mark the disk readonly in both."
+            return (
+                f"Two guests that write to one disk destroy it. Stop {other}, or mark the disk readonly in both, or "
+                "shared in both if what is on it is made for that."
+            )
         case Kind.PORT:
             return f"Stop {other} first, or have one of the two forward another port."
         case Kind.INTERFACE:

@@ -115,6 +115,7 @@ def test_a_full_definition() -> None:
             "disk[0].aio",
             'expected one of "threads", "native", "io_uring"',
         ),
+        ("disk = [ { path = '/a', shared = 1 } ]", "disk[0].shared", "expected boolean, got integer"),
         ("disk = [ { path = '/a', iothread = 'yes' } ]", "disk[0].iothread", "expected boolean, got string"),
         ("disk = [ { path = '/a', serial = 7 } ]", "disk[0].serial", "expected string, got integer"),
         ("disk = [ { path = '/a', boot = 0 } ]", "disk[0].boot", "expected integer >= 1"),
@@ -197,6 +198,12 @@ def test_a_full_definition() -> None:
             "disk[0].detect_zeroes",
             'expected discard = "unmap"',
         ),
+        (
+            "disk = [ { path = '/a', shared = true, readonly = true } ]",
+            "disk[0].shared",
+            "expected false: several guests",
+        ),
+        ("disk = [ { path = '/a', shared = true, format = 'qcow2' } ]", "disk[0].shared", 'expected format = "raw"'),
         (
             "disk = [ { path = '/a', bus = 'sata', iothread = true } ]",
             "disk[0].iothread",

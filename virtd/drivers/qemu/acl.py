@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Letting one more user read a file: an entry in its access control list, acl(5), without a change of owner or group.
+"""Letting one more user open a file: an entry in its access control list, acl(5), without a change of owner or group.
 
-So several guests, each with a user of its own, can read one file that nobody else may. The list is the extended
+So several guests, each with a user of its own, can open one file that nobody else may. The list is the extended
 attribute `system.posix_acl_access`: version 2 and eight bytes for each entry, all little-endian
 (linux/posix_acl_xattr.h). The kernel keeps the file's mode equal to its first and last entries.
 """
@@ -18,7 +18,7 @@ ATTRIBUTE = "system.posix_acl_access"
 VERSION = 2
 USER_OBJ, USER, GROUP_OBJ, GROUP, MASK, OTHER = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
 NOBODY = 0xFFFFFFFF  # the ID of entries that name none
-READ = 4
+READ, WRITE = 4, 2
 
 
 class Entry(NamedTuple):
@@ -29,13 +29,14 @@ class Entry(NamedTuple):
     id: int = NOBODY
 
 
-def grant(path: str, uid: int) -> None:
-    """Let `uid` read the file. Raises OSError; EOPNOTSUPP where the file system has no such lists.
+def grant(path: str, uid: int, *, write: bool = False) -> None:
+    """Let `uid` read the file, or write it too. Raises OSError; EOPNOTSUPP where the file system has no such lists.
 
     The group's bits in the mode that stat(2) shows then are the mask: the most that the list grants anybody.
     """
     entries = [entry for entry in read(path) if (entry.tag, entry.id) != (USER, uid)]
-    _write(path, [*entries, Entry(USER, READ, uid)])
+    perm = READ | WRITE if write else READ
+    _write(path, [*entries, Entry(USER, perm, uid)], perm)
 
 
 def revoke(path: str, uid: int) -> None:
@@ -68,16 +69,16 @@ def read(path: str) -> list[Entry]:
     return [Entry(*entry) for entry in struct.iter_unpack("<HHI", raw[4:])]
 
 
-def _write(path: str, entries: list[Entry]) -> None:
-    """Write a list with the mask that its entries need."""
+def _write(path: str, entries: list[Entry], perm: int = READ) -> None:
+    """Write a list with the mask that its entries need, of which the new one needs `perm`."""
     mask = next((entry.perm for entry in entries if entry.tag == MASK), None)
     others = [entry for entry in entries if entry.tag != MASK]
     group = next(entry.perm for entry in others if entry.tag == GROUP_OBJ)
     if any(entry.tag in (USER, GROUP) for entry in others):
-        if mask is not None and not mask & READ:
+        if mask is not None and mask & perm != perm:
             # Somebody has masked what other names are granted; our entry would unmask it.
             raise OSError(errno.EOPNOTSUPP, "Its access control list is switched off by its mask", path)
-        others.append(Entry(MASK, group | READ if mask is None else mask))
+        others.append(Entry(MASK, group | perm if mask is None else mask))
     elif mask is not None:
         others = [Entry(GROUP_OBJ, group & mask) if entry.tag == GROUP_OBJ else entry for entry in others]
     os.setxattr(path, ATTRIBUTE, _packed(others))

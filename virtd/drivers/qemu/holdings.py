@@ -11,7 +11,7 @@ from . import prerequisites
 from .devices import assembly
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from ...model.domain import Domain
     from .devices.placing import Placed
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from .nics import Planned
 
 
-def of_images(images: dict[tuple[int, int], tuple[str, bool]]) -> Iterator[Holding]:
-    """Opened files, as opened.identified() returns them."""
+def of_images(images: dict[tuple[int, int], tuple[str, bool]], shared: Collection[str] = ()) -> Iterator[Holding]:
+    """Opened files, as opened.identified() returns them; `shared` are those that several guests may write to."""
     for identity, (path, writes) in images.items():
-        yield Holding(Kind.IMAGE, identity, "", path, shared=not writes)
+        yield Holding(Kind.IMAGE, identity, "", path, not writes or path in shared, writes)
 
 
 def of_cards(nics: Iterable[Planned], bridge_of: Callable[[str], str]) -> Iterator[Holding]:
@@ -45,12 +45,14 @@ def here(domain: Domain) -> Iterator[Holding]:
     """Those of its files that exist, by device and inode: others may have them under other names."""
     for index, disk in enumerate(domain.disk):
         if disk.path is not None and (identity := prerequisites.identity(disk.path)) is not None:
-            yield Holding(Kind.IMAGE, identity, f"disk[{index}]", disk.path, disk.readonly)
+            shared, writes = disk.readonly or disk.shared, not disk.readonly
+            yield Holding(Kind.IMAGE, identity, f"disk[{index}]", disk.path, shared, writes)
 
 
 def running(machine: QemuGuest, bridge_of: Callable[[str], str]) -> list[Holding]:
     """What a running domain holds, by its record. It is cached, because every other start asks for it."""
     opened = machine.data.get("images")
     if opened is None or machine.held is None or machine.held[0] is not opened:
-        machine.held = (opened, [*of_images(machine.images()), *of_cards(machine.cards, bridge_of)])
+        shared = machine.data.get("shared", ())
+        machine.held = (opened, [*of_images(machine.images(), shared), *of_cards(machine.cards, bridge_of)])
     return machine.held[1]

@@ -26,6 +26,7 @@ class Image(msgspec.Struct, frozen=True):
     pool: str = ""
     volume: str = ""
     after: str = ""  # the unit of the mount that it is on
+    shared: bool = False  # among guests that write to it
 
     @property
     def is_device(self) -> bool:
@@ -36,7 +37,12 @@ def plain(domain: model.Domain) -> list[Image]:
     """The disks as in the definition: for a volume of a pool it isn't known yet where it is."""
     return [
         Image(
-            disk.path or "", disk.format or Format.RAW, disk.readonly, pool=disk.pool or "", volume=disk.volume or ""
+            disk.path or "",
+            disk.format or Format.RAW,
+            disk.readonly,
+            pool=disk.pool or "",
+            volume=disk.volume or "",
+            shared=disk.shared,
         )
         for disk in domain.disk
     ]
@@ -47,7 +53,7 @@ async def resolve(domain: model.Domain, source: str, peers: Peers, by: str) -> l
     found = []
     for index, disk in enumerate(domain.disk):
         if disk.path is not None:
-            found.append(Image(disk.path, disk.format or Format.RAW, disk.readonly))
+            found.append(Image(disk.path, disk.format or Format.RAW, disk.readonly, shared=disk.shared))
             continue
         assert disk.pool is not None
         assert disk.volume is not None
@@ -62,7 +68,13 @@ async def resolve(domain: model.Domain, source: str, peers: Peers, by: str) -> l
             raise errors.InvalidDefinition(
                 source, f"disk[{index}].format", f'expected "{known}", which volume {disk.volume} is, or nothing'
             )
-        found.append(Image(path, known, disk.readonly, backing, disk.pool, disk.volume, after))
+        if disk.shared and known is not Format.RAW:
+            raise errors.InvalidDefinition(
+                source,
+                f"disk[{index}].shared",
+                f'expected a volume that is "raw" with it, and {disk.volume} is "{known}"',
+            )
+        found.append(Image(path, known, disk.readonly, backing, disk.pool, disk.volume, after, disk.shared))
     return found
 
 

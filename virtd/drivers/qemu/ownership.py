@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Files that a guest's user may not open are given to it while the guest runs, and given back afterwards.
 
-It becomes the owner of what it writes. What it only reads may be read by several guests, each with a user of its own,
-so an entry in the file's access control list grants it that. The file's identity, its old and its new owner are on
-record before anything is changed. A file is changed by a descriptor, after a check of its identity, and never by a
-path alone, which could lead to another file by then.
+It becomes the owner of what it writes. What it only reads, or shares, may be opened by several guests, each with a
+user of its own, so an entry in the file's access control list grants it that. The file's identity, its old and its
+new owner are on record before anything is changed. A file is changed by a descriptor, after a check of its identity,
+and never by a path alone, which could lead to another file by then.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from . import acl
 from .prerequisites import may
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from ...reach import Reached
     from ..ids import Range
@@ -36,7 +36,7 @@ class Given(msgspec.Struct, frozen=True):
     """A file given to user `to`: its path without links, device and inode, and its owner and group before.
 
     `ino` is 0 if an older virtd hasn't recorded it. `listed`: it keeps its owner, and its access control list names
-    `to`.
+    `to`, to write if it `writes`.
     """
 
     path: str
@@ -46,6 +46,7 @@ class Given(msgspec.Struct, frozen=True):
     gid: int
     to: int
     listed: bool = False
+    writes: bool = False
 
 
 class Leftovers(NamedTuple):
@@ -58,35 +59,37 @@ class Leftovers(NamedTuple):
     group: int
 
 
-def needed(opened: Iterable[tuple[str, bool]], who: Account, left: Leftovers | None = None) -> list[Given]:
+def needed(
+    opened: Iterable[tuple[str, bool]], who: Account, left: Leftovers | None = None, shared: Collection[str] = ()
+) -> list[Given]:
     """The files that have to be changed for the guest's user to open them.
 
-    `opened`: each path, and whether it is written. Raises HostError for one that others could exchange, or that
-    another guest has.
+    `opened`: each path, and whether it is written; `shared`: those that other guests may write to as well. Raises
+    HostError for one that others could exchange, or that another guest has.
     """
     found: dict[tuple[int, int], Given] = {}
     for path, writes in sorted(opened, key=lambda one: one[1]):  # what is both read and written is written
         try:
             with reached(path) as file:
-                if (one := _needed(file, who, left, writes=writes)) is not None:
+                if (one := _needed(file, who, left, writes=writes, alone=path not in shared)) is not None:
                     found[file.identity] = one
         except OSError as exc:
             raise errors.HostError(f"Cannot open {path}: {exc.strerror}", hint=files.hint(exc)) from exc
     return list(found.values())
 
 
-def _needed(file: Reached, who: Account, left: Leftovers | None, *, writes: bool) -> Given | None:
+def _needed(file: Reached, who: Account, left: Leftovers | None, *, writes: bool, alone: bool) -> Given | None:
     uid, gid = file.status.st_uid, file.status.st_gid
     if left is not None and left.guests.holds(uid) and uid not in left.running:
         uid, gid = 0, left.group
     elif may(file.status, who, os.R_OK | os.W_OK if writes else os.R_OK):
         return None
-    if not writes and who.own and _can_be_listed(file):
-        return Given(file.path, *file.identity, uid, gid, who.uid, listed=True)
+    if (not writes or not alone) and who.own and _can_be_listed(file):
+        return Given(file.path, *file.identity, uid, gid, who.uid, listed=True, writes=writes)
     if left is not None and uid in left.running:
         raise errors.HostError(
             f"{file.path} is given to another guest, and its file system has no access control lists",
-            hint=f"Let everybody read it: chmod o+r {word(file.path)}.",
+            hint=f"Let everybody use it: chmod o+r{'w' if writes else ''} {word(file.path)}.",
         )
     return Given(file.path, *file.identity, uid, gid, who.uid)
 
@@ -109,17 +112,21 @@ def hand_over(given: Iterable[Given], who: Account) -> None:
                 if file.identity != (one.dev, one.ino):
                     raise errors.HostError(f"{one.path} was exchanged for another file while the guest was started")
                 if one.listed:
-                    acl.grant(file.itself, who.uid)
+                    acl.grant(file.itself, who.uid, write=one.writes)
                 else:
                     _chown(file, who.uid, who.gid)
         except OSError as exc:
-            what = f"have {who.user} read {one.path}" if one.listed else f"give {one.path} to {who.user}"
+            what = (
+                f"have {who.user} {'write' if one.writes else 'read'} {one.path}"
+                if one.listed
+                else f"give {one.path} to {who.user}"
+            )
             raise errors.HostError(f"Cannot {what}: {exc.strerror}", hint=_hint(one, exc)) from exc
 
 
 def _hint(one: Given, exc: OSError) -> str:
     """What to do about a file whose owner or list can't be changed: neither is needed if everybody may use it."""
-    path, mode = word(one.path), "o+r" if one.listed else "o+rw"
+    path, mode = word(one.path), "o+r" if one.listed and not one.writes else "o+rw"
     copy = f"use a copy: cp {path} /var/lib/virtd/images/"
     match exc.errno:
         case errno.EROFS:

@@ -108,6 +108,7 @@ class _Start(Start[QemuGuest, model.Domain]):
         self.absent = media.missing(domain)
         self.present = media.without(domain, self.absent) if self.absent else domain
         self.devices = assembly.assemble(self.present, machine.uuid, host, disks, placed)
+        self.shared = [disk.path for disk in disks if disk.shared]
         self.given: list[ownership.Given] = []
         self.shown: list[str] = []
         self.provided: dict[str, bytes] = {}
@@ -153,7 +154,7 @@ class _Start(Start[QemuGuest, model.Domain]):
         from ...objects import conflicts
         from . import holdings  # no start of the daemon needs it
 
-        yield from holdings.of_images(opened.identified(self.devices))
+        yield from holdings.of_images(opened.identified(self.devices), self.shared)
         yield from holdings.of_cards(self.nics, conflicts.bridges(self.peers))
 
     def data(self) -> dict[str, Any]:
@@ -163,7 +164,7 @@ class _Start(Start[QemuGuest, model.Domain]):
             *((path, False) for path in self.definition.boot.files),
         ]
         running = {other.user.uid for other in self.others if other.user is not None}
-        self.given = ownership.needed(files, self.account, self.users.leftovers(running))
+        self.given = ownership.needed(files, self.account, self.users.leftovers(running), self.shared)
         assert self.child.stderr is not None
         images_open = opened.identified(self.devices)
         return {
@@ -176,6 +177,7 @@ class _Start(Start[QemuGuest, model.Domain]):
             "hardware": msgspec.to_builtins(self.hardware),
             "given": ownership.to_record(self.given),
             "nics": [msgspec.to_builtins(nic) for nic in self.nics],
+            **({"shared": self.shared} if self.shared else {}),
             **({media.MEDIA: self.absent} if self.absent else {}),
             **({"account": self.user._asdict()} if self.user is not None else {}),
             **({"tpm": msgspec.to_builtins(self.machine.tpm.promised())} if self.swtpm else {}),

@@ -42,7 +42,7 @@ def _same(disk: Disk, theirs: list[tuple[str, Disk]], table: dict[str, str]) -> 
     file_system = _file_system(os.path.realpath(disk.path), table)
     for name, other in theirs:
         assert other.path is not None
-        if other.path == disk.path or (other.readonly and disk.readonly):
+        if other.path == disk.path or (other.readonly and disk.readonly) or (other.shared and disk.shared):
             continue  # reported already, or harmless
         if _file_system(other.path, table) == file_system and prerequisites.identity(other.path) == identity:
             yield name, other.path

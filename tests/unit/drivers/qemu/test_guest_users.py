@@ -314,6 +314,34 @@ def test_a_list_of_somebodys_stays_as_it_was(listed: str) -> None:
         acl.grant(listed, 71)
 
 
+def test_granted_to_write(listed: str) -> None:
+    acl.grant(listed, 71, write=True)
+    acl.grant(listed, 72, write=True)
+    both = acl.READ | acl.WRITE
+    assert {(entry.tag, entry.perm) for entry in acl.read(listed) if entry.id != acl.NOBODY} == {(acl.USER, both)}
+    assert [entry.perm for entry in acl.read(listed) if entry.tag == acl.MASK] == [both]
+    acl.revoke(listed, 71)
+    acl.revoke(listed, 72)
+    assert stat.S_IMODE(os.stat(listed).st_mode) == 0o600
+    # What others may only read, by a mask, isn't unmasked.
+    acl.grant(listed, 1000)
+    before = os.getxattr(listed, acl.ATTRIBUTE)
+    with pytest.raises(OSError, match="switched off"):
+        acl.grant(listed, 71, write=True)
+    assert os.getxattr(listed, acl.ATTRIBUTE) == before
+
+
+def test_what_is_shared_is_granted_though_it_is_written(listed: str) -> None:
+    uid = FIRST + 1
+    (one,) = ownership.needed([(listed, True)], own(uid), LEFT, [listed])
+    assert (one.listed, one.writes) == (True, True)
+    ownership.hand_over([one], own(uid))
+    assert acl.Entry(acl.USER, acl.READ | acl.WRITE, uid) in acl.read(listed)
+    assert ownership.recorded({"given": ownership.to_record([one])}, 0) == [one]
+    ownership.give_back([one])
+    assert stat.S_IMODE(os.stat(listed).st_mode) == 0o600
+
+
 def test_a_mode_that_was_changed_meanwhile_stays(listed: str) -> None:
     os.chmod(listed, 0o640)
     acl.grant(listed, 71)

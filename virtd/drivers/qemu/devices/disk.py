@@ -50,9 +50,10 @@ class Disk(Device, frozen=True, kw_only=True):
         cache = f",write-cache={'on' if options.cache.write_cache else 'off'}" if options.cache is not None else ""
         own = options.iothread and options.bus is Bus.VIRTIO  # that of SCSI disks is their controller's
         thread, given = _iothread(name) if own else ([], "")
+        share = ",share-rw=on" if options.shared else ""
         device = (
             f"{MODELS[options.bus]},drive={name},id={options.bus}-{name}"
-            f"{serial}{cache}{given}{order(self.boot)}{self.address}"
+            f"{serial}{cache}{share}{given}{order(self.boot)}{self.address}"
         )
         return [*self._nodes(), *thread, "-device", device]
 
@@ -102,11 +103,12 @@ class Disk(Device, frozen=True, kw_only=True):
 
     def holdings(self, _bridge_of: Callable[[str], str]) -> Iterator[Holding]:
         image = self.image
+        shared, writes = image.readonly or image.shared, not image.readonly
         if image.pool:
             name = f"volume {image.volume} of pool {image.pool}"
-            yield Holding(Kind.VOLUME, (image.pool, image.volume), self.key, name, image.readonly)
+            yield Holding(Kind.VOLUME, (image.pool, image.volume), self.key, name, shared, writes)
         else:
-            yield Holding(Kind.FILE, (image.path,), self.key, image.path, image.readonly)
+            yield Holding(Kind.FILE, (image.path,), self.key, image.path, shared, writes)
 
 
 class Cdrom(Device, frozen=True, kw_only=True):
