@@ -141,10 +141,6 @@ class _Start(Start[QemuGuest, model.Domain]):
         self.shown = access.shown(self.host.binary, hidden, self.account)
         access.require_passable(self._files(), hidden, self.account)
         nics.check(self.definition, self.machine.source, self.machine.peers)
-        if self.host.flash is not None:
-            from . import firmware
-
-            firmware.prepare(self.host.flash)
         if not self.definition.guest.is_empty:
             from . import provisioning  # most guests are set up by hand
 
@@ -185,6 +181,11 @@ class _Start(Start[QemuGuest, model.Domain]):
 
     async def reach(self) -> None:
         self.systemd = await (await self.services.units()).version()
+        if self.host.flash is not None:
+            from . import firmware
+
+            # Templates for aarch64 have 64 MiB.
+            await asyncio.to_thread(firmware.prepare, self.host.flash)
         if self.swtpm:
             await self.machine.tpm.require_free()
 
