@@ -181,6 +181,24 @@ def ask(lab: Lab, command: str) -> str:
     )
 
 
+@pytest.mark.usefixtures("images")
+def test_a_cdrom_drive_on_scsi(lab: Lab) -> None:
+    """One with a medium and one whose medium is missing; both are drives to the guest."""
+    lab.sh(f"head -c 2M /dev/urandom >{HERE}/there.iso")
+    tables = "".join(f'[[cdrom]]\npath = "{HERE}/{name}.iso"\nbus = "scsi"\n' for name in ("there", "gone"))
+    lab.virtdctl("define", "-", stdin=definition("web1", more=tables))
+    start(lab)
+    assert lab.info("web1")["cdroms"] == [f"{HERE}/there.iso", None]
+    assert [problem["text"] for problem in lab.info("web1")["problems"]] == [
+        f"cdrom[1] is empty, no such file: {HERE}/gone.iso"
+    ]
+    # A type of 5 is a CD-ROM (SCSI Primary Commands, "Peripheral device type").
+    types = "cd /sys/bus/scsi/devices; for d in [0-9]*; do echo ${d#*:} $(cat $d/type); done"
+    lab.wait("both drives", lambda: run(lab, "web1", types)[1].splitlines() == ["0:0:0 5", "0:1:0 5"], 60)
+    buses = {one["id"]: one["bus"] for one in lab.info("web1")["hardware"]["devices"]}
+    assert (buses["cdrom0"], buses["cdrom1"]) == ("scsi0.0", "scsi0.0")
+
+
 OPTIONS = {
     "one": 'cache = "none"\naio = "native"\niothread = true\n',
     "two": 'bus = "scsi"\ncache = "writethrough"\niothread = true\n',

@@ -15,7 +15,7 @@ import msgspec
 from .. import errors
 from . import document, drives, naming, provisioning, size
 from .document import shown
-from .drives import Cdrom, Disk, Turn
+from .drives import Cdrom, CdromBus, Disk, Turn
 from .naming import MAC, NAME
 from .provisioning import Provisioning
 
@@ -131,8 +131,12 @@ class Domain(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 
     @property
     def is_pc(self) -> bool:
-        """Whether its machine is a PC: it has CD-ROM drives, where others get a disk, and pvpanic."""
+        """Whether its machine is a PC: it has SATA or IDE, where others get a disk for a CD-ROM, and pvpanic."""
         return self.machine.startswith(("q35", "pc"))
+
+    def can_be_empty(self, cdrom: Cdrom) -> bool:
+        """Whether it is a CD-ROM drive to the guest, and not a disk."""
+        return self.is_pc or cdrom.bus is CdromBus.SCSI
 
     @property
     def tpm_model(self) -> TpmModel | None:
@@ -188,9 +192,9 @@ def check(domain: Domain, source: str) -> None:
             raise refuse(key, f"{path} is {seen[path]} already")
         seen.setdefault(path, key)
     for index, cdrom in enumerate(domain.cdrom):
-        if cdrom.path is None and not domain.is_pc:
+        if cdrom.path is None and not domain.can_be_empty(cdrom):
             raise refuse(f"cdrom[{index}].path", f"expected a path: with {domain.machine} no drive can be empty")
-    drives.check(domain.machine, domain.disk, refuse)
+    drives.check(domain.machine, domain.disk, domain.cdrom, refuse)
     if domain.tpm is not None and not domain.is_pc:
         if not re.fullmatch("virt(-.*)?", domain.machine):
             raise refuse("tpm", f"expected none: virtd has no TPM for {domain.machine}, only for q35, pc and virt")

@@ -107,17 +107,33 @@ class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     shared: bool = False
 
 
+class CdromBus(StrEnum):
+    """How a CD-ROM drive is attached."""
+
+    SATA = "sata"
+    SCSI = "scsi"
+
+
 class Cdrom(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One CD-ROM drive, with an ISO image in it or without a medium."""
+    """One CD-ROM drive, with an ISO image in it or without a medium. Without a `bus`, the machine decides on it."""
 
     path: str | None = None
     boot: Turn | None = None
+    bus: CdromBus | None = None
 
 
-def check(machine: str, disks: Sequence[Disk], refuse: Callable[[str, str], errors.InvalidDefinition]) -> None:
+def check(
+    machine: str,
+    disks: Sequence[Disk],
+    cdroms: Sequence[Cdrom],
+    refuse: Callable[[str, str], errors.InvalidDefinition],
+) -> None:
     """Raise what `refuse` makes of a key and what was expected there."""
     _check_volumes(disks, refuse)
     buses = next(buses for pattern, buses in BUSES if re.fullmatch(pattern, machine))
+    for index, cdrom in enumerate(cdroms):
+        if cdrom.bus is not None and cdrom.bus not in [bus.value for bus in buses]:
+            raise refuse(f"cdrom[{index}].bus", f"expected another one or none: {machine} has no {cdrom.bus}")
     serials: dict[str, int] = {}
     for index, disk in enumerate(disks):
         key = f"disk[{index}]"

@@ -219,6 +219,14 @@ def test_a_full_definition() -> None:
             "disk[1].serial",
             "S is disk[0] already",
         ),
+        ("cdrom = [ { bus = 'ide' } ]", "cdrom[0].bus", 'expected one of "sata", "scsi", got'),
+        (
+            "machine = 'pc'\ncdrom = [ { bus = 'sata' } ]",
+            "cdrom[0].bus",
+            "expected another one or none: pc has no sata",
+        ),
+        ("machine = 'microvm'\ncdrom = [ { bus = 'scsi' } ]", "cdrom[0].bus", "microvm has no scsi"),
+        ("machine = 'virt'\ncdrom = [ { bus = 'scsi' }, {} ]", "cdrom[1].path", "expected a path: with virt"),
         ("cdrom = [ { path = 'x.iso' } ]", "cdrom[0].path", "expected an absolute path"),
     ],
 )

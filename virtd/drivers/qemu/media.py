@@ -38,8 +38,8 @@ class Owner(Protocol):
 def missing(domain: Domain) -> dict[str, str]:
     """The path of each image that doesn't exist, by key of its drive; of drives that can be empty only."""
     found = {}
-    for index, cdrom in enumerate(domain.cdrom if domain.is_pc else ()):
-        if cdrom.path is None:
+    for index, cdrom in enumerate(domain.cdrom):
+        if cdrom.path is None or not domain.can_be_empty(cdrom):
             continue
         try:
             reach.look(cdrom.path, reach.Trust.ANYBODY)

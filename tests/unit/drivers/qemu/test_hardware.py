@@ -140,6 +140,17 @@ def test_the_ports_of_sata_are_for_disks_and_drives() -> None:
     assert lacks.id == "disk5"
 
 
+def test_a_cdrom_drive_on_scsi() -> None:
+    found = rows(placing.place(parse('boot = { kernel = "/k" }\ncdrom = [{}, { bus = "scsi" }, { bus = "sata" }]')))
+    assert found == {
+        "rng0": ("", ",bus=pcie.0,addr=0x1"),
+        "scsi0": ("", ",bus=pcie.0,addr=0x2"),
+        "cdrom0": ("", ",bus=ide.5,unit=0"),
+        "cdrom1": ("", ",bus=scsi0.0,channel=0,scsi-id=0,lun=0"),
+        "cdrom2": ("", ",bus=ide.4,unit=0"),
+    }
+
+
 def test_a_record_of_an_older_virtd_and_one_for_it() -> None:
     """Its records say nothing of buses, and it takes no notice of what it doesn't know in ours."""
     old = (

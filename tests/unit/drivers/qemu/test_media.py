@@ -9,7 +9,9 @@ import pytest
 
 from tests.doubles.whole_host import ROOT, World, on_loop
 from virtd import errors
+from virtd.drivers.qemu import media
 from virtd.messages import Message
+from virtd.model import domain as model
 
 
 def drives(world: World) -> list[str]:
@@ -50,6 +52,15 @@ async def test_it_starts_with_an_empty_drive(world: World) -> None:
             drive.replace(",drive=cd1", "") for drive in before
         ], "the drives are the same ones, in the same places"
         await host.domains.stop("web1", by=ROOT)
+
+
+def test_which_drives_can_be_empty() -> None:
+    gone = 'cdrom = [{ path = "/no/a.iso" }, { path = "/no/b.iso", bus = "scsi" }, { path = "/etc/passwd/c.iso" }]'
+    for machine, found in (("q35", ["cdrom[0]", "cdrom[1]", "cdrom[2]"]), ("virt", ["cdrom[1]"])):
+        domain = model.parse(f'name = "a"\nmemory = "1G"\nmachine = "{machine}"\n{gone}', "x")
+        assert list(media.missing(domain)) == found
+        left = media.without(domain, media.missing(domain))
+        assert [cdrom.path is None for cdrom in left.cdrom] == [f"cdrom[{index}]" in found for index in range(3)]
 
 
 @on_loop

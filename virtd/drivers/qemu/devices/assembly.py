@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ....model import domain as model
-from ....model.drives import Bus
+from ....model.drives import Bus, CdromBus
 from .. import directory
 from ..images import Image, plain
 from . import placing
@@ -122,9 +122,10 @@ def drives(domain: Domain, uuid: str, disks: Sequence[Image] | None, placed: Seq
             )
         )
     for index, (cdrom, at) in enumerate(zip(domain.cdrom, placing.of_kind(placed, placing.CDROM), strict=True)):
-        key, ide = f"cdrom[{index}]", domain.is_pc
+        key = f"cdrom[{index}]"
+        kind = "scsi-cd" if cdrom.bus is CdromBus.SCSI else "ide-cd" if domain.is_pc else "virtio-blk-pci"
         turn = turns.get(key, 0)
-        found.append(Cdrom(number=at.number, key=key, address=at.address, path=cdrom.path, ide=ide, boot=turn))
+        found.append(Cdrom(number=at.number, key=key, address=at.address, path=cdrom.path, model=kind, boot=turn))
     return found
 
 

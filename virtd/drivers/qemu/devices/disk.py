@@ -112,17 +112,16 @@ class Disk(Device, frozen=True, kw_only=True):
 
 
 class Cdrom(Device, frozen=True, kw_only=True):
-    """A CD-ROM drive, with an ISO image in it or `path` None; a machine without IDE has a disk in its place."""
+    """A CD-ROM drive of a `model` of QEMU's, which may also be a disk, with an ISO image in it or `path` None."""
 
     path: str | None
-    ide: bool = True
+    model: str = "ide-cd"
     boot: int = 0
 
     def arguments(self) -> list[str]:
         name = f"cd{self.number}"
         drive = f",drive={name}" if self.path is not None else ""
-        model = "ide-cd" if self.ide else "virtio-blk-pci"
-        device = f"{model}{drive},id=cdrom{self.number}{order(self.boot)}{self.address}"
+        device = f"{self.model}{drive},id=cdrom{self.number}{order(self.boot)}{self.address}"
         if self.path is None:
             return ["-device", device]
         file, common = f"cdfile{self.number}", {"read-only": True}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from ....model.drives import Bus
+from ....model.drives import Bus, CdromBus
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -77,12 +77,13 @@ def wanted(domain: Domain) -> Iterator[Wanted]:
     """Each device that has an address, in the order in which QEMU would place them."""
     if domain.rng:
         yield Wanted(RNG, "")
-    if any(disk.bus is Bus.SCSI for disk in domain.disk):
+    scsi = [cdrom.bus is CdromBus.SCSI for cdrom in domain.cdrom]
+    if any(scsi) or any(disk.bus is Bus.SCSI for disk in domain.disk):
         yield Wanted(SCSI, "")
     for disk in domain.disk:
         yield Wanted(DISK, disk.path or f"{disk.pool}/{disk.volume}", disk.bus)
-    for cdrom in domain.cdrom:
-        yield Wanted(CDROM, cdrom.path or "")
+    for cdrom, on_scsi in zip(domain.cdrom, scsi, strict=True):
+        yield Wanted(CDROM, cdrom.path or "", Bus.SCSI if on_scsi else "")
     for nic in domain.nic:
         yield Wanted(NIC, nic.mac.lower() if nic.mac else nic.network or "user")
     if domain.vnc is not None and domain.vnc.enabled:
