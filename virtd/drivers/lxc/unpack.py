@@ -74,10 +74,11 @@ def run(job: Job, archive: int = 0) -> int:
     os.close(say)
     if job.source:
         os.close(archive)
-    highest = 0
+    highest, full = 0, False
     try:
         highest = watch(job.target, said)
     except Full as exc:
+        full = True  # even if they have just come to their end
         for pid in processes:
             os.kill(pid, signal.SIGKILL)
         os.write(2, f"{exc}\n".encode())
@@ -86,7 +87,7 @@ def run(job: Job, archive: int = 0) -> int:
     ends = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in processes]
     if highest:
         os.write(2, f"{NEEDED.format(highest)}\n".encode())
-    return int(any(ends))
+    return int(full or any(ends))
 
 
 def beyond(source: str, shifted: list[int]) -> int:

@@ -149,6 +149,13 @@ def test_it_ends_before_the_disk_is_full(tmp_path: Path) -> None:
             [sys.executable, "-I", "-c", code], stdin=endless, capture_output=True, text=True, timeout=60, check=False
         )
     assert (done.returncode, done.stderr) == (1, "it would fill the disk\n")
+    # tar came to its end before it could be killed.
+    with open(image, "rb") as whole:
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", code.replace("\nsys.exit", "\nos.kill = lambda *_: None\nsys.exit")],
+            stdin=whole, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "it would fill the disk\n")
 
 
 def test_what_is_said_of_it_has_an_end(tmp_path: Path) -> None:
