@@ -61,8 +61,12 @@ def glib_threads() -> int:
 
 
 def command_line(pid: int) -> str:
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
-        return file.read().replace(b"\0", b" ").decode(errors="replace").strip()
+    """Empty for a moment after execve(2) has closed descriptors, by which Popen knows that it was called."""
+    for _ in range(30):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
+            if words := file.read():
+                return words.replace(b"\0", b" ").decode(errors="replace").strip()
+        time.sleep(0.01)
     return "?"
 
 

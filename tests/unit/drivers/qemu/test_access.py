@@ -103,7 +103,7 @@ def test_a_way_that_is_closed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EPERM])
 @pytest.mark.parametrize("listed", [True, False])
 def test_a_file_whose_owner_cannot_be_changed(number: int, *, listed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_arguments: object) -> None:
+    def refuse(*_arguments: object, **_options: object) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("virtd.drivers.qemu.acl.grant", refuse)
