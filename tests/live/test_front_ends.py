@@ -26,7 +26,7 @@ USER = "virtd-test-user"
 # Shown by test_networks.py, test_neighbours.py, test_hard_days*.py, test_hostile_children.py and test_late_boot.py.
 ELSEWHERE = {message for message in Message if message.name.startswith("NETWORK_")} | {
     Message.STORE_AT_RISK, Message.DISK_LOST, Message.EVENTS_HELD_BACK, Message.AUTOSTARTED_LATE,
-    Message.GUEST_STOOD_STILL, Message.DISK_FAILED,
+    Message.GUEST_STOOD_STILL, Message.DISK_FAILED, Message.TPM_ENDED, Message.MEDIUM_MISSING,
 }  # fmt: skip
 
 # Prints org.freedesktop.DBus.ObjectManager's signals of virtd, up to and with the first InterfacesRemoved.
