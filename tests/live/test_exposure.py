@@ -93,6 +93,7 @@ def test_disks_are_looked_at_where_the_host_has_them(lab: Lab) -> None:
         lab.virtdctl("start", "web1")
         assert lab.json("fsck")["differences"] == []  # not even a disk that was deleted, or nobody has
         lab.virtdctl("kill", "web1")
+        lab.wait("its disk given back", lambda: lab.sh("stat -c %u /srv/private/late/a").strip() == "0")
         lab.sh("mount -o remount,ro,bind /srv/private/late")
         refused = lab.virtdctl("start", "web1", check=False)
         assert refused.returncode == 1

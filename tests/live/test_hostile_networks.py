@@ -96,7 +96,7 @@ def test_an_isolated_network_stays_isolated_without_rules(lab: Lab) -> None:
         assert wanted.count("prohibit") == 4
         journal = Journal.now(lab)
         lab.sh("ip rule del prio 900; ip -6 rule flush")
-        lab.wait("the rules of routing", lambda: lab.sh("ip rule; ip -6 rule").count("prohibit") == 4, 5)
+        lab.wait("the rules of routing", lambda: lab.sh("ip rule; ip -6 rule").count("prohibit") == 4, 20)
         assert any("policy routing" in entry["MESSAGE"] for entry in journal.await_entries(RESTORED))
         lab.sh("ip -6 rule add prio 32766 lookup main")
         # Another mode is put in force at once, and back; nothing is left over at its end.
