@@ -50,7 +50,9 @@ def test_uefi(lab: Lab) -> None:
     lab.virtdctl("start", "web1")
     lab.virtdctl("stop", "web1")
     assert lab.sh(f"sha256sum {store}") == before, "another guest of that name has its own"
-    assert len(lab.sh("ls /var/lib/virtd/qemu/web1").split()) == 2
+    assert (
+        lab.sh(f"test -e /var/lib/virtd/qemu/web1/{lab.info('web1')['uuid']}.fd && echo its own").strip() == "its own"
+    )
     lab.virtdctl("undefine", "web1")
     lab.sh("rm -r /var/lib/virtd/qemu/web1 /root/word")
 
