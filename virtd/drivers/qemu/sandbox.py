@@ -33,6 +33,11 @@ REFUSED_CALLS = ("@privileged", "@resources", "@keyring", "@obsolete", "personal
                  "process_vm_writev", "pidfd_getfd", "kcmp", "userfaultfd", "name_to_handle_at",
                  "io_uring_setup", "io_uring_enter", "io_uring_register")  # fmt: skip
 EPERM = 1
+CALLS: tuple[Property, ...] = (
+    ("SystemCallFilter", "(bas)", (True, list(ALLOWED_CALLS))),
+    ("SystemCallFilter", "(bas)", (False, list(REFUSED_CALLS))),
+    ("SystemCallErrorNumber", "i", EPERM),
+)
 EVERYWHERE = [(2, bytes(4), 0), (10, bytes(16), 0)]  # AF_INET and AF_INET6, as IPAddressDeny= has them
 
 
@@ -91,9 +96,7 @@ def properties(
         ("ProtectHostname", "b", True),
         ("KeyringMode", "s", "private"),
         ("RestrictAddressFamilies", "(bas)", (True, families)),
-        ("SystemCallFilter", "(bas)", (True, list(ALLOWED_CALLS))),
-        ("SystemCallFilter", "(bas)", (False, list(REFUSED_CALLS))),
-        ("SystemCallErrorNumber", "i", EPERM),
+        *CALLS,
         ("UMask", "u", 0o077),
         ("LimitNOFILE", "t", 65536),
         ("OOMPolicy", "s", "continue"),
@@ -101,10 +104,7 @@ def properties(
         # At host shutdown systemd stops the unit itself, with or without virtd: the guest is asked first.
         ("ExecStop", "a(sasb)", [_stop_command(runtime, stop_after)]),
     ]
-    if systemd >= PRIVATE_PIDS_SINCE:
-        found += [("PrivatePIDs", "s", "yes")]
-    if own_user:
-        found += [("RemoveIPC", "b", True)]
+    found += apart(systemd, own_user=own_user)
     if not network:
         found += [("IPAddressDeny", "a(iayu)", EVERYWHERE)]
     if (memory := memory_max(domain, kvm=kvm, overhead=memory_overhead)) is not None:
@@ -120,6 +120,12 @@ def properties(
     if allowed := [*devices, *disks]:
         found += [("DeviceAllow", "a(ss)", [(device, "rw") for device in allowed])]
     return found
+
+
+def apart(systemd: int, *, own_user: bool) -> list[Property]:
+    """What keeps a process from others, as far as this version of systemd, and its user, allow."""
+    found: list[Property] = [("PrivatePIDs", "s", "yes")] if systemd >= PRIVATE_PIDS_SINCE else []
+    return [*found, ("RemoveIPC", "b", True)] if own_user else found
 
 
 def hidden(toplevel: Iterable[str]) -> list[str]:

@@ -35,7 +35,7 @@ def argv(argv0: str, directory: str) -> tuple[str, ...]:
 def properties(directory: str, toplevel: list[str], systemd: int, *, own_user: bool = True) -> list[Property]:
     """Those of its unit: it sees programs, and what it keeps."""
     covered = [(f"/{name}", "ro,mode=0755") for name in sandbox.hidden(toplevel)]
-    found: list[Property] = [
+    return [
         *HARDENED,
         # Ubuntu confines swtpm to libvirt's directories and libvirt's QEMU. What is said here is stricter.
         ("AppArmorProfile", "(bs)", (True, "unconfined")),
@@ -55,9 +55,7 @@ def properties(directory: str, toplevel: list[str], systemd: int, *, own_user: b
         ("KeyringMode", "s", "private"),
         ("MemoryDenyWriteExecute", "b", True),
         ("RestrictAddressFamilies", "(bas)", (True, ["AF_UNIX"])),
-        ("SystemCallFilter", "(bas)", (True, list(sandbox.ALLOWED_CALLS))),
-        ("SystemCallFilter", "(bas)", (False, list(sandbox.REFUSED_CALLS))),
-        ("SystemCallErrorNumber", "i", sandbox.EPERM),
+        *sandbox.CALLS,
         ("UMask", "u", 0o077),
         ("MemoryMax", "t", MEMORY),
         ("TasksMax", "t", TASKS),
@@ -66,12 +64,8 @@ def properties(directory: str, toplevel: list[str], systemd: int, *, own_user: b
         ("LogRateLimitIntervalUSec", "t", 30_000_000),
         ("LogRateLimitBurst", "u", MESSAGES),
         ("TimeoutStopUSec", "t", 5_000_000),
+        *sandbox.apart(systemd, own_user=own_user),
     ]
-    if systemd >= sandbox.PRIVATE_PIDS_SINCE:
-        found += [("PrivatePIDs", "s", "yes")]
-    if own_user:
-        found += [("RemoveIPC", "b", True)]
-    return found
 
 
 @contextlib.contextmanager
