@@ -19,10 +19,7 @@ def write(path: str, data: bytes, *, mode: int = 0o600, group: int = -1, sync_di
     `group` -1: our own. Raises HostError (mostly for a full or read-only file system); then the old file is
     unchanged.
     """
-    directory, name = os.path.split(path)
-    # A fixed name, so that the next attempt overwrites what a crash leaves, instead of leftovers piling up. Writers
-    # of one path take turns, since each object has one lock.
-    temporary = f"{directory}/.{name}.new"
+    temporary = unfinished(path)
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
         try:
@@ -37,7 +34,7 @@ def write(path: str, data: bytes, *, mode: int = 0o600, group: int = -1, sync_di
             os.close(fd)
         os.rename(temporary, path)
         if sync_directory:
-            sync(directory)
+            sync(os.path.dirname(path))
     except OSError as exc:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -58,6 +55,21 @@ def make_directory(path: str, mode: int) -> None:
         os.chmod(path, mode)
 
 
+def unfinished(path: str) -> str:
+    """Where a file is made that becomes `path` once it is complete.
+
+    A fixed name, so that the next attempt overwrites what a crash leaves, instead of leftovers piling up. Writers of
+    one path take turns, since each object has one lock.
+    """
+    directory, name = os.path.split(path)
+    return f"{directory}/.{name}.new"
+
+
+def finished(entry: str) -> str:
+    """The name that an unfinished file was to have; "" for any other entry of a directory."""
+    return entry[1:-4] if entry.startswith(".") and entry.endswith(".new") else ""
+
+
 def leftovers(directory: str) -> list[str]:
     """What `write` has left in `directory` where a crash cut it off, to be removed by whoever knows that none is at
     work there.
@@ -66,7 +78,7 @@ def leftovers(directory: str) -> list[str]:
         entries = os.listdir(directory)
     except OSError:
         return []
-    return [f"{directory}/{entry}" for entry in sorted(entries) if entry.startswith(".") and entry.endswith(".new")]
+    return [f"{directory}/{entry}" for entry in sorted(entries) if finished(entry)]
 
 
 def remove(path: str) -> bool:

@@ -60,7 +60,7 @@ class Job(NamedTuple):
 
     @property
     def building(self) -> str:
-        return f"{self.directory}/.{self.name}.new"
+        return files.unfinished(self.target)
 
     @property
     def mark(self) -> str:
@@ -148,7 +148,7 @@ async def clear(run: str, directory: str, units: Units, defined: Callable[[str],
             log.warning("The making of container %s was cut off: %s/%s is removed", name, place, name)
             await asyncio.to_thread(files.remove_tree, f"{place}/{name}")
         if place.startswith("/"):
-            await asyncio.to_thread(files.remove_tree, f"{place}/.{name}.new")
+            await asyncio.to_thread(files.remove_tree, files.unfinished(f"{place}/{name}"))
         aliases.remove(aliases_of(run, name))
         files.remove(mark)
     await _sweep(directory, run)  # of one that was interrupted when the host went down
@@ -165,7 +165,7 @@ async def _end(units: Units, unit: str) -> None:
 
 async def _sweep(directory: str, run: str) -> None:
     """Remove unfinished root file systems that nobody is making any more."""
-    alive = {f"{directory}/.{name}.new" for name in names(run, MARK)}
+    alive = {files.unfinished(f"{directory}/{name}") for name in names(run, MARK)}
     for path in set(files.leftovers(directory)) - alive:
         await asyncio.to_thread(files.remove_tree, path)
 

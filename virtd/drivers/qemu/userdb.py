@@ -116,10 +116,10 @@ def unfinished(directory: str, listed: set[str]) -> list[str]:
     found = []
     for entry in sorted(listed):
         path = f"{directory}/{entry}"
-        inner, _, suffix = entry.rpartition(".")
-        if not entry.startswith(".") or suffix != "new" or inner.rpartition(".")[2] not in KINDS:
+        name = files.finished(entry)
+        if name.rpartition(".")[2] not in KINDS:
             continue
-        if entry.startswith(f".{PREFIX}") or (os.path.islink(path) and os.readlink(path).startswith(PREFIX)):
+        if name.startswith(PREFIX) or (os.path.islink(path) and os.readlink(path).startswith(PREFIX)):
             found.append(path)
     return found
 
@@ -172,7 +172,7 @@ def _link(target: str, path: str) -> None:
     with contextlib.suppress(OSError):
         if os.readlink(path) == target:
             return
-    temporary = f"{os.path.dirname(path)}/.{os.path.basename(path)}.new"
+    temporary = files.unfinished(path)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
     os.symlink(target, temporary)
