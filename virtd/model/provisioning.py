@@ -6,8 +6,6 @@ Secrets are in files that it names: everybody may read a definition.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 from typing import TYPE_CHECKING
 
@@ -99,9 +97,11 @@ def _is_public_key(text: str) -> bool:
     found = re.fullmatch(_KEY, text) if len(text) <= KEY_MAX else None
     if found is None:
         return False
+    import base64  # no start of the daemon needs it
+
     try:
         blob = base64.b64decode(found["blob"], validate=True)
-    except binascii.Error:
+    except ValueError:  # binascii.Error
         return False
     kind = found["kind"].encode()
     return blob.startswith(len(kind).to_bytes(4, "big") + kind)
