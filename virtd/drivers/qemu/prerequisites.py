@@ -41,6 +41,12 @@ class Account(msgspec.Struct, frozen=True):
     groups: tuple[str, ...]  # more groups: those that may open KVM, VHOST and TUN
     own: bool = False
 
+    @property
+    def in_unit(self) -> tuple[str, str]:
+        """User and group for a unit: by number if they are the guest's own, so that a name can't come to mean
+        another user."""
+        return (str(self.uid), str(self.gid)) if self.own else (self.user, self.group)
+
 
 def own(name: str, uid: int) -> Account:
     """A user and group of a guest's own."""

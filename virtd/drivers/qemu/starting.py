@@ -220,6 +220,7 @@ class _Start(Start[QemuGuest, model.Domain]):
 
     def spec(self) -> UnitSpec:
         machine = self.machine
+        user, group = self.account.in_unit
         return UnitSpec(
             name=machine.unit,
             description=f"Domain {machine.name}",
@@ -227,9 +228,8 @@ class _Start(Start[QemuGuest, model.Domain]):
             once=True,
             argv=tuple(self._argv()),
             environment=ENVIRONMENT,
-            # By number if it is the guest's own, so that a name can't come to mean another user.
-            user=self.account.user if self.user is None else str(self.account.uid),
-            group=self.account.group if self.user is None else str(self.account.gid),
+            user=user,
+            group=group,
             supplementary_groups=self.account.groups if self.host.kvm or self.nics else (),
             properties=tuple(
                 sandbox.properties(

@@ -130,6 +130,7 @@ class Swtpm:
         """
         tpmstate.hand_over(self.directory, who.uid, who.gid)
         units = await self._units()
+        user, group = who.in_unit
         spec = UnitSpec(
             name=self.unit,
             description=f"TPM of domain {self._machine.name}",
@@ -137,8 +138,8 @@ class Swtpm:
             once=True,
             argv=tpmunit.argv(argv0, self.directory),
             environment=programs.ENVIRONMENT,
-            user=str(who.uid) if who.own else who.user,
-            group=str(who.gid) if who.own else who.group,
+            user=user,
+            group=group,
             properties=tuple(tpmunit.properties(self.directory, toplevel, await units.version(), own_user=who.own)),
         )
         with tpmunit.listening(path, who) as listener:
